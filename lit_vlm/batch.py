@@ -1,0 +1,251 @@
+"""The structures that flow from the collator through the model to the losses.
+
+Letters used in shapes everywhere in this package: b rows, s positions of a row, d decoder width, d_e encoder width,
+v vocabulary, n images of the batch, t visual tokens of the batch, k supervised positions of the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+IGNORE = -100
+"""The label of a position that carries no loss."""
+
+
+class Grid(NamedTuple):
+    """How the visual tokens of one image are laid out.
+
+    The order is: `prefix` tokens, then for each of `rows` rows its `cols` patches and `row_end` closing tokens.
+    """
+
+    rows: int
+    cols: int
+    prefix: int = 0
+    row_end: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the image: prefix + rows · (cols + row_end)."""
+        return self.prefix + self.rows * (self.cols + self.row_end)
+
+
+@dataclass(frozen=True)
+class PixelSpec:
+    """What an encoder wants of an image; the data side hands it to the image transform.
+
+    Attributes:
+        size: side of the square in pixels, or None for any size.
+        multiple: sides must be a multiple of this many pixels.
+        mean: the colour that counts as zero, 0 to 1: what padding is filled with.
+    """
+
+    size: int | None
+    multiple: int
+    mean: tuple[float, float, float]
+
+
+@dataclass
+class Images:
+    """Pixels of n images of any size, packed end to end.
+
+    Attributes:
+        pixels: uint8 `[sum(3·h·w)]`; each image is stored channel, row, column. Normalisation is the encoder's work.
+        sizes: (height, width) of each image; plain integers, so that geometry never waits for the device.
+    """
+
+    pixels: Tensor
+    sizes: tuple[tuple[int, int], ...]
+
+    @staticmethod
+    def pack(images: Sequence[Tensor]) -> Images:
+        """Pack uint8 images `[3, h, w]`."""
+        sizes = tuple((int(image.shape[-2]), int(image.shape[-1])) for image in images)
+        if not images:
+            return Images(torch.empty(0, dtype=torch.uint8), sizes)
+        return Images(torch.cat([image.reshape(-1) for image in images]), sizes)
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def groups(self) -> Iterator[tuple[list[int], Tensor]]:
+        """Yield (indices, uint8 `[m, 3, h, w]`) for each distinct size: a loop over sizes, never over images."""
+        if len(set(self.sizes)) == 1:
+            height, width = self.sizes[0]
+            yield list(range(len(self))), self.pixels.view(len(self), 3, height, width)
+            return
+        members: dict[tuple[int, int], list[int]] = {}
+        for index, size in enumerate(self.sizes):
+            members.setdefault(size, []).append(index)
+        parts = self.pixels.split([3 * h * w for h, w in self.sizes])
+        for (height, width), indices in members.items():
+            yield indices, torch.stack([parts[i] for i in indices]).view(-1, 3, height, width)
+
+    def to(self, *args: Any, **kwargs: Any) -> Images:
+        """Move the pixels; same arguments as `Tensor.to`."""
+        return Images(self.pixels.to(*args, **kwargs), self.sizes)
+
+    def pin_memory(self) -> Images:
+        """Pin the pixels, for an asynchronous copy to a device."""
+        return Images(self.pixels.pin_memory(), self.sizes)
+
+
+@dataclass
+class VisualTokens:
+    """Features of all images of a batch, end to end.
+
+    Attributes:
+        features: `[t, d_e]` after the encoder, `[t, d]` after the projector.
+        grids: one `Grid` per image; their token counts add up to t.
+    """
+
+    features: Tensor
+    grids: tuple[Grid, ...]
+
+    def __post_init__(self) -> None:
+        expected = sum(grid.num_tokens for grid in self.grids)
+        assert self.features.shape[0] == expected, (self.features.shape, self.grids)
+
+
+class SampleInfo(NamedTuple):
+    """Where a sample sits in the batch, and what it is."""
+
+    row: int
+    segment: int
+    id: str
+    source: str
+    num_images: int
+    num_supervised: int
+
+
+class BadSample(NamedTuple):
+    """A sample that could not be used, or was used only in part, and why."""
+
+    id: str
+    source: str
+    reason: str
+    detail: str
+    dropped: bool = True
+
+
+class Counts(NamedTuple):
+    """What a batch holds: the denominators of losses and the numerators of throughput."""
+
+    samples: int = 0
+    tokens: int = 0
+    supervised: int = 0
+    images: int = 0
+    visual_tokens: int = 0
+    positions: int = 0
+
+    def __add__(self, other: Counts) -> Counts:  # type: ignore[override]
+        return Counts(*(a + b for a, b in zip(self, other, strict=True)))
+
+
+@dataclass
+class Batch:
+    """One micro-batch; every image already owns its exact number of positions, so the model only scatters.
+
+    Attributes:
+        input_ids: `[b, s]`; at image positions the id means nothing.
+        labels: `[b, s]`, -100 wherever nothing is supervised: prompts, images, padding, the start of each segment.
+        position_ids: `[b, s]`, restarting at 0 in each segment. Padding goes on counting from the last segment, so
+            that a row with one segment is a plain range, which needs no mask: causal attention never looks right.
+        segment_ids: `[b, s]`, 1, 2, ... for the samples of a row and 0 for padding.
+        images: the pixels.
+        image_grids: the layout of each image's tokens in the sequence (after the projector).
+        image_positions: `[t]`, index into b·s of each visual token, in the order of `images`.
+        target_positions: `[k]`, index into b·s of each position whose next token is supervised.
+        targets: `[k]`, those next tokens.
+        num_tokens: positions that are not padding; counted by the collator, as a count on a device would wait for it.
+        samples: one entry per sample, in order.
+        teacher_images: pixels as each head's teacher wants them, by the head's name; the same images in order.
+        bad: samples that were left out or cut while this batch was made.
+        window: counts over all micro-batches of the optimizer step, when the loader knows them.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    position_ids: Tensor
+    segment_ids: Tensor
+    images: Images
+    image_grids: tuple[Grid, ...]
+    image_positions: Tensor
+    target_positions: Tensor
+    targets: Tensor
+    num_tokens: int
+    samples: tuple[SampleInfo, ...]
+    teacher_images: dict[str, Images] = field(default_factory=dict)
+    bad: tuple[BadSample, ...] = ()
+    window: Counts | None = None
+
+    @property
+    def counts(self) -> Counts:
+        """What this micro-batch holds."""
+        return Counts(
+            samples=len(self.samples),
+            tokens=self.num_tokens,
+            supervised=len(self.targets),
+            images=len(self.images),
+            visual_tokens=len(self.image_positions),
+            positions=self.input_ids.numel(),
+        )
+
+    def text_only(self, input_ids: Tensor, position_ids: Tensor) -> Batch:
+        """A batch of the same rows that continues with `input_ids` `[b, s']` and holds no image (decoding steps)."""
+        empty = self.image_positions[:0]
+        ignored = torch.full_like(input_ids, IGNORE)
+        return replace(
+            self,
+            input_ids=input_ids,
+            labels=ignored,
+            position_ids=position_ids,
+            segment_ids=torch.ones_like(input_ids),
+            images=Images(self.images.pixels[:0], ()),
+            image_grids=(),
+            image_positions=empty,
+            target_positions=empty,
+            targets=empty,
+            num_tokens=input_ids.numel(),
+            samples=(),
+            teacher_images={},
+            bad=(),
+        )
+
+    def to(self, *args: Any, **kwargs: Any) -> Batch:
+        """Move every tensor; same arguments as `Tensor.to`."""
+        return self._map(lambda value: value.to(*args, **kwargs))
+
+    def pin_memory(self) -> Batch:
+        """Pin every tensor, for an asynchronous copy to a device."""
+        return self._map(lambda value: value.pin_memory())
+
+    def _map(self, function: Any) -> Batch:
+        changes: dict[str, Any] = {}
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, Tensor | Images):
+                changes[item.name] = function(value)
+            elif isinstance(value, Mapping):
+                changes[item.name] = {key: function(entry) for key, entry in value.items()}
+        return replace(self, **changes)
+
+
+def find_targets(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the next-token loss is taken, found once on the CPU.
+
+    Args:
+        labels: `[b, s]` aligned with the inputs: the label at i is the token at i. The label at the first position of
+            a segment must be -100, so that no segment predicts the start of the next one.
+
+    Returns:
+        positions `[k]` into b·s whose next position is supervised, and those labels `[k]`.
+    """
+    flat = labels.reshape(-1)
+    supervised = (labels[:, 1:] != IGNORE).nonzero()
+    positions = supervised[:, 0] * labels.shape[1] + supervised[:, 1]
+    return positions, flat[positions + 1]

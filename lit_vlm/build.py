@@ -1,0 +1,100 @@
+"""From the factories of a recipe to a model with weights."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+
+from lit_vlm.checkpoints.files import read_slots
+from lit_vlm.decoders import Decoder
+from lit_vlm.embedders import Embedder
+from lit_vlm.encoders import Encoder
+from lit_vlm.heads import Head
+from lit_vlm.model import VLM
+from lit_vlm.part import Part, StateDict, load_state, meta_parameters
+from lit_vlm.projectors import Projector
+
+P = TypeVar("P", bound=Part)
+
+
+@dataclass
+class Slots:
+    """One factory per slot; widths of neighbours come in as arguments."""
+
+    encoder: Callable[[], Encoder]
+    projector: Callable[[int, int], Projector]
+    embedder: Callable[[int, int], Embedder]
+    decoder: Callable[[], Decoder]
+    heads: Mapping[str, Callable[[int, int], Head] | None] = field(default_factory=dict)
+
+    def assemble(self, make: Callable[[str, Callable[[], Part]], Part]) -> VLM:
+        """Build all parts through `make(name, factory)`, in an order in which widths are known."""
+        decoder = make("decoder", self.decoder)
+        assert isinstance(decoder, Decoder)
+        encoder = make("encoder", self.encoder)
+        assert isinstance(encoder, Encoder)
+        projector = make("projector", lambda: self.projector(encoder.width, decoder.width))
+        embedder = make("embedder", lambda: self.embedder(decoder.width, decoder.vocab_size))
+        heads = {
+            name: make(f"heads.{name}", lambda factory=factory: factory(decoder.width, decoder.num_layers))
+            for name, factory in self.heads.items()
+            if factory is not None
+        }
+        return VLM(encoder, projector, embedder, decoder, heads)  # type: ignore[arg-type]
+
+
+def build_on_meta(slots: Slots) -> VLM:
+    """The architecture without any weights: to check a recipe, and on all ranks but the first of sharded training."""
+    with meta_parameters():
+        return slots.assemble(lambda _name, factory: factory())
+
+
+def build(slots: Slots, start_from: str | None = None, fresh: tuple[str, ...] = ()) -> VLM:
+    """The model with its weights, on the CPU.
+
+    Args:
+        slots: the factories.
+        start_from: weights that an earlier stage left; they take the place of pretrained ones.
+        fresh: slots that do not take part in `start_from`.
+
+    Raises:
+        ValueError: where weights do not fit a slot.
+    """
+    saved = read_slots(start_from) if start_from else {}
+
+    def make(name: str, factory: Callable[[], P]) -> P:
+        slot = name.split(".")[0]
+        with meta_parameters():
+            part = factory()
+        state: StateDict | None
+        if start_from and slot not in fresh:
+            if name not in saved and part.state_dict():
+                raise ValueError(
+                    f"{start_from} has no weights for the slot '{name}', only for {sorted(saved)}. "
+                    f"If this part is meant to start anew, add '{slot}' to model.stage.fresh."
+                )
+            state = part.adapt_state(saved.get(name, {}))
+        else:
+            state = part.pretrained_state()
+        if state is None:
+            with _seeded(name):
+                return factory()
+        load_state(part, state, name)
+        return part
+
+    return slots.assemble(make)  # type: ignore[arg-type]
+
+
+@contextmanager
+def _seeded(name: str) -> Iterator[None]:
+    """Random weights from a seed of the slot's own, so that swapping one part leaves the others' start the same."""
+    seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed + zlib.crc32(name.encode()))
+        yield

@@ -1,0 +1,194 @@
+"""From a record to ids, labels and pixels: labels come from spans of characters, never from counting tokens again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from torch import Tensor
+
+from lit_vlm.batch import IGNORE, BadSample, Grid
+from lit_vlm.data.records import Image, Record, RecordError, open_image
+from lit_vlm.data.spec import InputSpec
+from lit_vlm.data.templates import Piece, Span, Template
+from lit_vlm.data.transforms import ImageTransform
+
+IMAGE_SLOT = -200
+"""Stands for a whole image in `encode_pieces`, before it is expanded."""
+
+
+@dataclass
+class Sample:
+    """A record, ready to be put into a batch.
+
+    Attributes:
+        ids: token ids; 0 at image positions.
+        labels: aligned with `ids`, -100 where nothing is supervised.
+        image_starts: index of each image's first position.
+        grids: layout of each image's tokens.
+        images: uint8 `[3, h, w]` each.
+        teacher_images: the same images as each head's teacher wants them.
+        options: answers to choose from.
+        note: what was cut off, if anything.
+    """
+
+    id: str
+    source: str
+    ids: list[int]
+    labels: list[int]
+    image_starts: list[int] = field(default_factory=list)
+    grids: list[Grid] = field(default_factory=list)
+    images: list[Tensor] = field(default_factory=list)
+    teacher_images: dict[str, list[Tensor]] = field(default_factory=dict)
+    options: tuple[str, ...] = ()
+    note: BadSample | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def num_supervised(self) -> int:
+        """Positions with a loss; the first one has none, as nothing precedes it."""
+        return sum(label != IGNORE for label in self.labels[1:])
+
+
+def encode_pieces(pieces: Sequence[Piece], spec: InputSpec) -> tuple[list[int], list[int]]:
+    """Token ids and labels, with `IMAGE_SLOT` for each image.
+
+    Text between two images is tokenised on its own, as the published models were trained. A token is supervised if it
+    covers any character of a supervised span.
+
+    Args:
+        pieces: from a template.
+        spec: whose tokenizer is used.
+
+    Returns:
+        ids, and labels aligned with them.
+    """
+    ids: list[int] = []
+    labels: list[int] = []
+    supervised_start = bool(pieces) and all(isinstance(p, Image) or p.supervised for p in pieces)
+    if spec.bos_id is not None:
+        # A document is supervised from its first id on, as in VILA's pre-training; a chat is not.
+        ids.append(spec.bos_id)
+        labels.append(spec.bos_id if supervised_start else IGNORE)
+    for chunk in _chunks(pieces):
+        if isinstance(chunk, Image):
+            ids.append(IMAGE_SLOT)
+            labels.append(IGNORE)
+        else:
+            chunk_ids, chunk_labels = _encode_chunk(chunk, spec)
+            ids += chunk_ids
+            labels += chunk_labels
+    return ids, labels
+
+
+def _chunks(pieces: Sequence[Piece]) -> Iterator[Image | list[Span]]:
+    """Images, and the runs of text between them."""
+    run: list[Span] = []
+    for piece in pieces:
+        if isinstance(piece, Span):
+            run.append(piece)
+            continue
+        if run:
+            yield run
+            run = []
+        yield piece
+    if run:
+        yield run
+
+
+def _encode_chunk(spans: list[Span], spec: InputSpec) -> tuple[list[int], list[int]]:
+    text = "".join(span.text for span in spans)
+    if not text:
+        return [], []
+    encoding = spec.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    marked = bytearray(len(text))
+    position = 0
+    for span in spans:
+        if span.supervised:
+            marked[position : position + len(span.text)] = b"\x01" * len(span.text)
+        position += len(span.text)
+    ids = encoding["input_ids"]
+    return ids, [
+        token if any(marked[start:end]) else IGNORE
+        for token, (start, end) in zip(ids, encoding["offset_mapping"], strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class SampleEncoder:
+    """Record → `Sample`, in a loader worker.
+
+    Attributes:
+        spec: what must be known of the model.
+        template: how messages are written.
+        transform: how pictures are resized.
+        max_length: positions per sample at most.
+        too_long: whether a longer sample loses its tail (whole images only) or is dropped.
+        prompt: write only up to the next answer, for generation.
+    """
+
+    spec: InputSpec
+    template: Template
+    transform: ImageTransform
+    max_length: int
+    too_long: Literal["truncate", "drop"] = "truncate"
+    prompt: bool = False
+
+    def __call__(self, record: Record, image_folder: Path) -> Sample:
+        """Encode one record.
+
+        Raises:
+            RecordError: with the reason why it cannot be used.
+        """
+        eos = self.spec.tokenizer.eos_token or ""
+        write = self.template.prompt if self.prompt else self.template.render
+        pieces = write(record.messages, eos)
+        ids, labels = encode_pieces(pieces, self.spec)
+        sample = Sample(record.id, record.source, [], [], options=record.options)
+        images = iter([piece for piece in pieces if isinstance(piece, Image)])
+        for token, label in zip(ids, labels, strict=True):
+            if token == IMAGE_SLOT:
+                self._add_image(sample, next(images), image_folder)
+            else:
+                sample.ids.append(token)
+                sample.labels.append(label)
+        self._fit(sample)
+        if not self.prompt and sample.num_supervised == 0:
+            raise RecordError("no_supervision", "no token of this sample carries a loss")
+        return sample
+
+    def _add_image(self, sample: Sample, image: Image, folder: Path) -> None:
+        picture = open_image(image, folder)
+        pixels = self.transform(picture, self.spec.pixels)
+        grid = self.spec.grid(pixels.shape[1], pixels.shape[2])
+        sample.image_starts.append(len(sample.ids))
+        sample.grids.append(grid)
+        sample.images.append(pixels)
+        for name, wanted in self.spec.teacher_pixels.items():
+            sample.teacher_images.setdefault(name, []).append(self.transform(picture, wanted))
+        sample.ids += [0] * grid.num_tokens
+        sample.labels += [IGNORE] * grid.num_tokens
+
+    def _fit(self, sample: Sample) -> None:
+        """Cut the sample to `max_length`; an image that would be cut goes as a whole, with what follows it."""
+        length = len(sample)
+        if length <= self.max_length:
+            return
+        detail = f"{length} positions, max_length is {self.max_length}"
+        if self.too_long == "drop":
+            raise RecordError("too_long", detail)
+        end = self.max_length
+        for index, (start, grid) in enumerate(zip(sample.image_starts, sample.grids, strict=True)):
+            if start + grid.num_tokens > end:
+                end = min(end, start)
+                detail += f"; {len(sample.grids) - index} of {len(sample.grids)} images cut off"
+                for images in (sample.images, *sample.teacher_images.values()):
+                    del images[index:]
+                del sample.image_starts[index:], sample.grids[index:]
+                break
+        del sample.ids[end:], sample.labels[end:]
+        sample.note = BadSample(sample.id, sample.source, "truncated", detail, dropped=False)

@@ -1,0 +1,157 @@
+"""The canonical record: a conversation whose messages hold text and images, any number, anywhere.
+
+The same shape as JSON is described by `record.schema.json` beside this file.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
+
+from PIL import Image as PILImage
+from PIL import ImageOps
+
+Role = Literal["system", "user", "assistant", "document"]
+ROLES: tuple[str, ...] = get_args(Role)
+
+
+class RecordError(ValueError):
+    """A record that cannot be used.
+
+    Attributes:
+        reason: a short code that bad samples are counted by.
+        detail: what was found and what was expected.
+    """
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason, self.detail = reason, detail
+
+
+@dataclass(frozen=True)
+class Text:
+    """A piece of text.
+
+    Attributes:
+        text: the text itself.
+        loss: whether it is supervised; None leaves it to the role: assistants and documents are, others are not.
+    """
+
+    text: str
+    loss: bool | None = None
+
+
+@dataclass(frozen=True)
+class Image:
+    """An image, as a path (relative to the source's image folder) or as encoded bytes."""
+
+    path: str | None = None
+    data: bytes | None = None
+
+
+Part = Text | Image
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn. A `document` is raw text with images: no template is put around it."""
+
+    role: Role
+    content: tuple[Part, ...]
+
+    @property
+    def text(self) -> str:
+        """All text of the turn."""
+        return "".join(part.text for part in self.content if isinstance(part, Text))
+
+
+@dataclass(frozen=True)
+class Record:
+    """One sample.
+
+    Attributes:
+        id: unique in its source.
+        source: name of the source.
+        messages: the turns.
+        options: answers to choose from, when the last answer is scored as a multiple choice.
+    """
+
+    id: str
+    source: str
+    messages: tuple[Message, ...]
+    options: tuple[str, ...] = ()
+
+    @property
+    def images(self) -> list[Image]:
+        """All images in order."""
+        return [part for message in self.messages for part in message.content if isinstance(part, Image)]
+
+
+def parse_record(raw: Any, source: str, default_id: str) -> Record:
+    """A record from its JSON form.
+
+    Raises:
+        RecordError: naming the key that is wrong, what was found, and what was expected.
+    """
+    if not isinstance(raw, Mapping) or not isinstance(raw.get("messages"), list) or not raw["messages"]:
+        raise RecordError("malformed", "a record is an object with a non-empty list 'messages'")
+    messages = tuple(_parse_message(message, f"messages[{i}]") for i, message in enumerate(raw["messages"]))
+    options = raw.get("options", [])
+    if not isinstance(options, list) or not all(isinstance(option, str) for option in options):
+        raise RecordError("malformed", "'options' is a list of strings")
+    return Record(str(raw.get("id", default_id)), source, messages, tuple(options))
+
+
+def _parse_message(raw: Any, where: str) -> Message:
+    if not isinstance(raw, Mapping):
+        raise RecordError("malformed", f"{where} is an object with 'role' and 'content'")
+    if raw.get("role") not in ROLES:
+        raise RecordError("unknown_role", f"{where}.role is {raw.get('role')!r}; roles: {', '.join(ROLES)}")
+    content = raw.get("content")
+    if isinstance(content, str):
+        content = [{"type": "text", "text": content}]
+    if not isinstance(content, list):
+        raise RecordError("malformed", f"{where}.content is a string or a list of parts")
+    return Message(cast(Role, raw["role"]), tuple(_parse_part(part, f"{where}.content[{i}]") for i, part in enumerate(content)))
+
+
+def _parse_part(raw: Any, where: str) -> Part:
+    kind = raw.get("type") if isinstance(raw, Mapping) else None
+    if kind == "text" and isinstance(raw.get("text"), str) and raw.get("loss") in (None, True, False):
+        return Text(raw["text"], raw.get("loss"))
+    if kind == "image" and isinstance(raw.get("image"), str) and raw["image"]:
+        return Image(path=raw["image"])
+    raise RecordError(
+        "malformed",
+        f"{where} is {str(raw)[:80]!r}; expected {{'type': 'text', 'text': ...}} or {{'type': 'image', 'image': PATH}}",
+    )
+
+
+def open_image(image: Image, folder: Path) -> PILImage.Image:
+    """Decode an image to RGB, upright; transparent parts become white.
+
+    Raises:
+        RecordError: `missing_image`, `outside_folder` or `corrupt_image`.
+    """
+    if image.data is not None:
+        file: Path | io.BytesIO = io.BytesIO(image.data)
+    else:
+        assert image.path is not None
+        file = folder / image.path
+        if not file.resolve().is_relative_to(folder.resolve()):
+            raise RecordError("outside_folder", f"{image.path} leaves the image folder {folder}")
+        if not file.is_file():
+            raise RecordError("missing_image", f"{file} does not exist")
+    try:
+        with PILImage.open(file) as opened:
+            upright = ImageOps.exif_transpose(opened)
+            if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
+                layer = upright.convert("RGBA")
+                canvas = PILImage.new("RGBA", layer.size, "white")
+                return PILImage.alpha_composite(canvas, layer).convert("RGB")
+            return upright.convert("RGB")
+    except (OSError, ValueError, SyntaxError, PILImage.DecompressionBombError) as error:
+        raise RecordError("corrupt_image", f"{image.path or 'image bytes'}: {error}") from error

@@ -1,0 +1,48 @@
+"""What the data side must know of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from lit_vlm.batch import Grid, PixelSpec
+
+END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<|end_of_text|>")
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """Everything that loader workers need; it holds no module and no weights, and it pickles.
+
+    Attributes:
+        tokenizer: the decoder's fast tokenizer.
+        pixels: what the encoder wants of an image.
+        patch_grid: (height, width) of an image in pixels → layout after the encoder.
+        grid_map: that → layout in the sequence, after the projector.
+        teacher_pixels: what the teacher of each head wants of an image, by the head's name.
+    """
+
+    tokenizer: Any
+    pixels: PixelSpec
+    patch_grid: Callable[[int, int], Grid]
+    grid_map: Callable[[Grid], Grid]
+    teacher_pixels: dict[str, PixelSpec] = field(default_factory=dict)
+
+    def grid(self, height: int, width: int) -> Grid:
+        """Layout in the sequence of an image of this size in pixels."""
+        return self.grid_map(self.patch_grid(height, width))
+
+    @cached_property
+    def bos_id(self) -> int | None:
+        """The id that the tokenizer puts in front of a text, if it does."""
+        ids = self.tokenizer("a").input_ids
+        return self.tokenizer.bos_token_id if ids and ids[0] == self.tokenizer.bos_token_id else None
+
+    @cached_property
+    def stop_ids(self) -> frozenset[int]:
+        """Ids that end an answer: the end of text, and the end-of-turn marks that this tokenizer knows as one token."""
+        vocab = self.tokenizer.get_vocab()
+        ids = {self.tokenizer.eos_token_id, *(vocab[mark] for mark in END_OF_TURN if mark in vocab)}
+        return frozenset(ids - {None})

@@ -1,0 +1,6 @@
+"""Decoders: causal language models."""
+
+from lit_vlm.decoders.base import Decoder, DecoderOutput
+from lit_vlm.decoders.hf import HFDecoder, Lora
+
+__all__ = ["Decoder", "DecoderOutput", "HFDecoder", "Lora"]

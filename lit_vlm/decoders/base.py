@@ -1,0 +1,83 @@
+"""The decoder slot."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from lit_vlm.part import Part
+
+
+@dataclass
+class DecoderOutput:
+    """What a decoder gives.
+
+    Attributes:
+        hidden: `[b, s, d]`, after the final norm; what `logits` reads.
+        taps: the hidden states that were asked for, by layer number: 0 the input vectors, l the output of block l, and
+            the number of the last layer the states after the final norm (as transformers numbers hidden states).
+    """
+
+    hidden: Tensor
+    taps: dict[int, Tensor] = field(default_factory=dict)
+
+
+class Decoder(Part, ABC):
+    """A causal language model, in three pieces: word table, blocks, logits.
+
+    Attributes:
+        width: d.
+        num_layers: number of blocks.
+        vocab_size: rows of the word table.
+        tokenizer: the fast tokenizer that made the vocabulary.
+        recompute: whether blocks are recomputed in the backward pass, to save memory.
+    """
+
+    width: int
+    num_layers: int
+    vocab_size: int
+    recompute: bool = False
+
+    @property
+    @abstractmethod
+    def tokenizer(self) -> Any:
+        """The fast tokenizer."""
+
+    @abstractmethod
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Word vectors: `[b, s]` → `[b, s, d]`."""
+
+    @abstractmethod
+    def forward(
+        self,
+        embeds: Tensor,
+        position_ids: Tensor,
+        taps: Sequence[int] = (),
+        cache: Any = None,
+        attention_mask: Tensor | None = None,
+    ) -> DecoderOutput:
+        """Run the blocks.
+
+        Args:
+            embeds: `[b, s, d]`.
+            position_ids: `[b, s]`. Where they restart a new segment begins, and attention does not cross.
+            taps: layers whose states are wanted; no other state is kept.
+            cache: from `new_cache`, while decoding; then s counts the new positions only.
+            attention_mask: `[b, past + s]`, 0 for padding; only with a cache.
+        """
+
+    @abstractmethod
+    def logits(self, hidden: Tensor) -> Tensor:
+        """`[..., d]` → `[..., v]`."""
+
+    @abstractmethod
+    def head_parameters(self) -> list[nn.Parameter]:
+        """The parameters that `logits` uses."""
+
+    @abstractmethod
+    def new_cache(self) -> Any:
+        """An empty key-value cache."""

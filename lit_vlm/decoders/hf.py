@@ -1,0 +1,224 @@
+"""Any causal language model of the transformers library."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PretrainedConfig
+
+from lit_vlm.decoders.base import Decoder, DecoderOutput
+from lit_vlm.decoders.tokenizers import load_tokenizer
+from lit_vlm.part import StateDict
+from lit_vlm.pretrained import resolve
+
+Attention = Literal["sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3"]
+LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters on linear layers of the decoder; with them only the adapters train.
+
+    Attributes:
+        rank: rank of each update.
+        alpha: scale; the update is multiplied by alpha / rank.
+        dropout: dropout on the adapter's input.
+        targets: names of the linear layers that get an adapter.
+    """
+
+    rank: int = 64
+    alpha: float = 128.0
+    dropout: float = 0.0
+    targets: tuple[str, ...] = LINEAR_LAYERS
+
+
+class HFDecoder(Decoder):
+    """A causal language model of transformers.
+
+    Args:
+        name: hub name, local folder, or `package:NAME` for a package that carries a GGUF file. Or null, with `config`.
+        config: a model configuration with `model_type`, for random weights; `vocab_size` defaults to the tokenizer's.
+        tokenizer: source of the tokenizer; default: `name`. `bytes` needs no file.
+        lora: adapters; with them the base weights stay frozen.
+        recompute: recompute blocks in the backward pass (gradient checkpointing): less memory, a third more compute.
+        attention: which implementation; all of them keep the segments of a packed row apart.
+    """
+
+    def __init__(
+        self,
+        name: str | None = None,
+        config: dict[str, Any] | None = None,
+        tokenizer: str | None = None,
+        lora: Lora | None = None,
+        recompute: bool = False,
+        attention: Attention = "sdpa",
+    ) -> None:
+        super().__init__()
+        if (name is None) == (config is None):
+            raise ValueError("give HFDecoder either a name or a config, not both and not neither")
+        if name is None and tokenizer is None:
+            raise ValueError("HFDecoder with a config also needs a tokenizer, e.g. tokenizer: bytes")
+        self.name, self.lora, self.attention = name, lora, attention
+        self.tokenizer_source = tokenizer or name
+        self.config = self._load_config(config)
+        # The dtype is the trainer's choice, not that of the files.
+        self.lm = AutoModelForCausalLM.from_config(
+            self.config, attn_implementation=attention, dtype=torch.get_default_dtype()
+        )
+        self.recompute = recompute
+        if recompute:
+            self.lm.gradient_checkpointing_enable({"use_reentrant": False})
+        if lora is not None:
+            inject_adapter_in_model(_peft_config(lora), self.lm)
+        self.width = self.config.hidden_size
+        self.num_layers = self.config.num_hidden_layers
+        self.vocab_size = self.config.vocab_size
+
+    def _load_config(self, config: dict[str, Any] | None) -> PretrainedConfig:
+        if self.name is not None:
+            loaded = AutoConfig.from_pretrained(resolve(self.name))
+            return getattr(loaded, "text_config", loaded)
+        settings = {"vocab_size": len(self.tokenizer), **(config or {})}
+        if settings["vocab_size"] < len(self.tokenizer):
+            raise ValueError(
+                f"decoder.config.vocab_size {settings['vocab_size']} is smaller than the tokenizer's {len(self.tokenizer)}"
+            )
+        return AutoConfig.for_model(settings.pop("model_type", "llama"), **settings)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The fast tokenizer, with a pad token."""
+        assert self.tokenizer_source is not None
+        return load_tokenizer(self.tokenizer_source)
+
+    @property
+    def base(self) -> Any:
+        """The blocks with the final norm, without the head."""
+        return self.lm.get_decoder()
+
+    def blocks(self) -> list[nn.Module]:
+        """Transformer blocks."""
+        layers = getattr(self.base, "layers", None) or getattr(self.base, "h", None)
+        if layers is None:
+            raise ValueError(f"HFDecoder does not find the blocks of {type(self.base).__name__}")
+        return list(layers)
+
+    def pretrained_state(self) -> StateDict | None:
+        """The published weights, and new adapters that change nothing yet."""
+        if self.name is None:
+            return None
+        full = AutoModelForCausalLM.from_pretrained(resolve(self.name), config=self.config, dtype=torch.get_default_dtype())
+        return self.adapt_state({f"lm.{key}": value for key, value in full.state_dict().items()})
+
+    def adapt_state(self, state: StateDict) -> StateDict:
+        """Weights of a decoder without adapters, under the names of this one with new adapters."""
+        if self.lora is None or any(".lora_A." in key for key in state):
+            return state
+        adapted: StateDict = {}
+        for key, own in self.state_dict().items():
+            if ".lora_A." in key:
+                bound = 1 / math.sqrt(own.shape[1])  # Kaiming uniform with a = √5, as a linear layer starts
+                adapted[key] = torch.empty(own.shape, dtype=own.dtype).uniform_(-bound, bound)
+            elif ".lora_B." in key:
+                adapted[key] = torch.zeros(own.shape, dtype=own.dtype)
+            elif (plain := key.replace(".base_layer.", ".")) in state:
+                adapted[key] = state[plain]
+        return adapted
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """All parameters, or only those of the adapters."""
+        return [p for name, p in self.named_parameters() if self.lora is None or ".lora_" in name]
+
+    def recompute_blocks(self, enabled: bool) -> None:
+        """Let the blocks recompute although the decoder is frozen and so in eval mode.
+
+        transformers asks each block whether it is training. Only that flag is set, never that of dropout inside.
+        """
+        for block in self.blocks() if self.recompute else ():
+            block.training = enabled
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Word vectors: `[b, s]` → `[b, s, d]`."""
+        return self.lm.get_input_embeddings()(input_ids)
+
+    def forward(
+        self,
+        embeds: Tensor,
+        position_ids: Tensor,
+        taps: Sequence[int] = (),
+        cache: Any = None,
+        attention_mask: Tensor | None = None,
+    ) -> DecoderOutput:
+        """Run the blocks; see `Decoder.forward`.
+
+        transformers keeps segments apart by itself where positions restart and no mask is given. Its flash attention
+        does so for a single row, so there the rows are joined into one.
+        """
+        shape = embeds.shape
+        if self.attention.startswith("flash") and cache is None:
+            embeds, position_ids = embeds.reshape(1, -1, shape[-1]), position_ids.reshape(1, -1)
+        states: dict[int, Tensor] = {}
+        with ExitStack() as hooks:
+            for layer in taps:
+                self._tap(layer, embeds, states, hooks)
+            output = self.base(
+                inputs_embeds=embeds,
+                position_ids=position_ids,
+                attention_mask=attention_mask,
+                past_key_values=cache,
+                use_cache=cache is not None,
+            )
+        hidden = output.last_hidden_state
+        if self.num_layers in taps:
+            states[self.num_layers] = hidden
+        return DecoderOutput(hidden.view(shape), {layer: states[layer].view(shape) for layer in taps})
+
+    def _tap(self, layer: int, embeds: Tensor, states: dict[int, Tensor], hooks: ExitStack) -> None:
+        if not 0 <= layer <= self.num_layers:
+            raise ValueError(f"a head taps layer {layer}; this decoder has layers 0 to {self.num_layers}")
+        if layer == 0:
+            states[0] = embeds
+        elif layer < self.num_layers:
+
+            def keep(_module: nn.Module, _args: Any, out: Any) -> None:
+                states[layer] = out[0] if isinstance(out, tuple) else out
+
+            # Removed before the backward pass, so that a recomputed block does not fire it again.
+            handle = self.blocks()[layer - 1].register_forward_hook(keep)
+            hooks.callback(handle.remove)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """`[..., d]` → `[..., v]`, with the scale and soft cap that some families have."""
+        logits = self.lm.get_output_embeddings()(hidden)
+        if scale := getattr(self.config, "logit_scale", None):  # Cohere
+            logits = logits * scale
+        if divisor := getattr(self.config, "logits_scaling", None):  # Granite
+            logits = logits / divisor
+        if cap := getattr(self.config, "final_logit_softcapping", None):  # Gemma
+            logits = torch.tanh(logits / cap) * cap
+        return logits
+
+    def head_parameters(self) -> list[nn.Parameter]:
+        """The parameters of the output layer."""
+        return list(self.lm.get_output_embeddings().parameters())
+
+    def new_cache(self) -> DynamicCache:
+        """An empty cache of keys and values."""
+        return DynamicCache(config=self.config)
+
+
+def _peft_config(lora: Lora) -> LoraConfig:
+    return LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=list(lora.targets),
+    )

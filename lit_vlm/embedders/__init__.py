@@ -1,0 +1,6 @@
+"""Embedders: text ids and visual tokens → decoder inputs."""
+
+from lit_vlm.embedders.base import Embedder
+from lit_vlm.embedders.splice import Splice
+
+__all__ = ["Embedder", "Splice"]

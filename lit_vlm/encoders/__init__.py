@@ -1,0 +1,8 @@
+"""Encoders: pixels → visual tokens."""
+
+from lit_vlm.encoders.base import Encoder, PatchGrid
+from lit_vlm.encoders.hf import HFEncoder
+from lit_vlm.encoders.linear import LinearPatches
+from lit_vlm.encoders.timm import TimmEncoder
+
+__all__ = ["Encoder", "HFEncoder", "LinearPatches", "PatchGrid", "TimmEncoder"]

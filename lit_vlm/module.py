@@ -1,0 +1,203 @@
+"""The LightningModule: builds the parts, runs a step, logs."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lit_vlm.batch import Batch, Counts
+from lit_vlm.build import Slots, build, build_on_meta
+from lit_vlm.data.spec import InputSpec
+from lit_vlm.decoders import Decoder
+from lit_vlm.embedders import Embedder
+from lit_vlm.encoders import Encoder
+from lit_vlm.generate import generate
+from lit_vlm.heads import Head
+from lit_vlm.model import NEXT_TOKEN, VLM
+from lit_vlm.projectors import Projector
+from lit_vlm.sharding import FSDP2, shard
+from lit_vlm.stage import Stage
+
+
+class LitVLM(LightningModule):
+    """A vision-language model in training: five slots and a stage.
+
+    Args:
+        encoder: pixels → visual tokens.
+        projector: encoder width → decoder width, maybe fewer tokens.
+        embedder: text ids and visual tokens → decoder inputs.
+        decoder: the language model.
+        stage: which slots train, at which learning rate, and which losses are on.
+        heads: auxiliary losses by name; null removes one.
+    """
+
+    def __init__(
+        self,
+        encoder: Callable[[], Encoder],
+        projector: Callable[[int, int], Projector],
+        embedder: Callable[[int, int], Embedder],
+        decoder: Callable[[], Decoder],
+        stage: Stage,
+        heads: dict[str, Callable[[int, int], Head] | None] | None = None,
+    ) -> None:
+        super().__init__()
+        self.slots = Slots(encoder, projector, embedder, decoder, heads or {})
+        self.stage = stage
+        self.model: VLM | None = None
+        self._window = Counts()
+        self._denominators: dict[str, Tensor] = {}
+        self._sums: dict[str, Tensor] = {}
+        self._held_out: dict[str, Tensor] = {}
+
+    # ------------------------------------------------------------------ building
+
+    def configure_model(self) -> None:
+        """Build the model, once; sharded where the strategy says so. Lightning calls this for every fit and test."""
+        if self.model is not None:
+            return
+        strategy = self.trainer.strategy
+        if isinstance(strategy, ModelParallelStrategy):
+            if not isinstance(strategy, FSDP2):
+                raise ValueError("shard with lit_vlm.sharding.FSDP2: ModelParallelStrategy needs a mesh for tensor parallelism")
+            self.model = self._build() if self.global_rank == 0 else build_on_meta(self.slots)
+            self.stage.freeze(self.model)
+            mixed = str(self.trainer.precision) == "bf16-mixed"
+            shard(self.model, strategy.shard_mesh(), torch.bfloat16 if mixed else None)
+        else:
+            self.model = self._build()
+        self.stage.freeze(self.model)
+
+    def _build(self) -> VLM:
+        return build(self.slots, self.stage.start_from, tuple(self.stage.fresh))
+
+    @property
+    def vlm(self) -> VLM:
+        """The model, after `configure_model`."""
+        if self.model is None:
+            raise RuntimeError("the model is built in configure_model, which has not run yet")
+        return self.model
+
+    @property
+    def input_spec(self) -> InputSpec:
+        """What the data side must know of this model."""
+        model = self.vlm
+        teachers = {name: head.teacher for name, head in model.heads.items() if isinstance(head, Head)}
+        return InputSpec(
+            tokenizer=model.decoder.tokenizer,
+            pixels=model.encoder.pixels,
+            patch_grid=model.encoder.patch_grid,
+            grid_map=model.projector.grid_map,
+            teacher_pixels={name: teacher.pixels for name, teacher in teachers.items() if teacher is not None},
+        )
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """The stage's optimizer and schedule."""
+        optimizer = self.stage.optimizer(self.vlm)
+        scheduler = self.stage.scheduler(optimizer, int(self.trainer.estimated_stepping_batches))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    # ------------------------------------------------------------------ training
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Seed dropout from the place in training, so that a resumed run draws what the whole run would have drawn."""
+        place = (int(os.environ.get("PL_GLOBAL_SEED", "0")), self.current_epoch, batch_idx, self.global_rank)
+        torch.manual_seed(zlib.crc32(repr(place).encode()))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Weighted sum of the losses, scaled so that the optimizer sees the mean over the whole global batch.
+
+        Lightning divides by the micro-batches of a step and the strategy averages over ranks; both are undone, as the
+        denominators already count all micro-batches of all ranks.
+        """
+        sums = self.vlm(batch, self.stage.losses)
+        scale = self.trainer.world_size * self.trainer.accumulate_grad_batches
+        total = torch.zeros((), device=self.device)
+        for name, value in sums.items():
+            denominator = self._denominator(name, batch)
+            total = total + self.stage.losses[name] * value * (scale / denominator)
+            self._sums[name] = self._sums.get(name, 0) + value.detach() / denominator
+        return total
+
+    def _denominator(self, name: str, batch: Batch) -> Tensor:
+        """What a loss is divided by: counted over all micro-batches of this step and all ranks, at least 1."""
+        if not self._denominators:
+            window = batch.window or batch.counts
+            counts = torch.tensor(window, dtype=torch.float32, device=self.device)
+            counts = self.trainer.strategy.reduce(counts, reduce_op="sum").clamp(min=1)
+            self._denominators = dict(zip(Counts._fields, counts.unbind(), strict=True))
+        head = self.vlm.heads[name] if name != NEXT_TOKEN else None
+        return self._denominators[head.normaliser if isinstance(head, Head) else "supervised"]
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Log the exact means of the whole step, and the learning rates."""
+        names = sorted(self._sums)
+        values = torch.stack([self._sums[name] for name in names])
+        values = self.trainer.strategy.reduce(values, reduce_op="sum")
+        means = dict(zip(names, values.unbind(), strict=True))
+        total = sum(self.stage.losses[name] * value for name, value in means.items())
+        self.log("train/loss", total, prog_bar=True)
+        self.log_dict({f"train/loss_{name}": value for name, value in means.items()})
+        for group in optimizer.param_groups:
+            self.log(f"lr/{group['slot']}", group["lr"])
+        self._sums, self._denominators = {}, {}
+
+    # ------------------------------------------------------------------ evaluation
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add up the losses of held-out data."""
+        self._hold_out(batch)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add up the losses of test data."""
+        self._hold_out(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log `val/loss` and each loss."""
+        self._log_held_out("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log `test/loss` and each loss."""
+        self._log_held_out("test")
+
+    def _hold_out(self, batch: Batch) -> None:
+        counts = batch.counts._asdict()
+        for name, value in self.vlm(batch, self.stage.losses).items():
+            head = self.vlm.heads[name] if name != NEXT_TOKEN else None
+            count = counts[head.normaliser if isinstance(head, Head) else "supervised"]
+            pair = torch.stack([value.detach(), value.new_tensor(float(count))])
+            self._held_out[name] = self._held_out.get(name, 0) + pair
+
+    def _log_held_out(self, prefix: str) -> None:
+        means = {}
+        for name in sorted(self._held_out):
+            value, count = self.trainer.strategy.reduce(self._held_out[name], reduce_op="sum").unbind()
+            means[name] = value / count.clamp(min=1)
+        if means:
+            self.log(f"{prefix}/loss", sum(self.stage.losses[n] * v for n, v in means.items()), prog_bar=True)
+            self.log_dict({f"{prefix}/loss_{name}": value for name, value in means.items()})
+        self._held_out = {}
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
+        """Greedy answers to the last question of each sample."""
+        answers = self.answer(batch)
+        return [
+            {"id": sample.id, "source": sample.source, "answer": answer}
+            for sample, answer in zip(batch.samples, answers, strict=True)
+        ]
+
+    def answer(
+        self, batch: Batch, max_new_tokens: int = 64, temperature: float = 0.0, top_p: float = 1.0
+    ) -> list[str]:
+        """Generate the text that follows each left-padded prompt."""
+        spec = self.input_spec
+        rows = generate(self.vlm, batch, spec.stop_ids, max_new_tokens, temperature, top_p)
+        return [spec.tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows[: len(batch.samples)]]

@@ -1,0 +1,125 @@
+"""What every slot of the model has in common."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+StateDict = dict[str, Tensor]
+
+
+class Part(nn.Module):
+    """A member of a slot: an encoder, projector, embedder, decoder or head.
+
+    The constructor builds the architecture and nothing else: it may run on the meta device, and it must not read
+    weights. Whoever assembles the model asks `pretrained_state` for weights afterwards.
+    """
+
+    def pretrained_state(self) -> StateDict | None:
+        """Pretrained weights under this part's own keys, or None to keep the random ones."""
+        return None
+
+    def adapt_state(self, state: StateDict) -> StateDict:
+        """Rename the keys of weights that an earlier stage saved, where this part wraps its modules differently."""
+        return state
+
+    def trainable_parameters(self) -> Iterable[nn.Parameter]:
+        """The parameters that train when a stage trains this slot."""
+        return self.parameters()
+
+    def blocks(self) -> Iterable[nn.Module]:
+        """The repeated blocks: the units that sharded training gathers one at a time."""
+        return ()
+
+    def frozen(self) -> bool:
+        """Whether no parameter of this part trains."""
+        return not any(parameter.requires_grad for parameter in self.parameters())
+
+
+@contextmanager
+def meta_parameters(enabled: bool = True) -> Iterator[None]:
+    """Build modules with parameters on the meta device but real buffers.
+
+    Buffers stay real because tables such as rotary frequencies are computed in constructors and saved nowhere: made on
+    the meta device they would come back as uninitialised memory.
+    """
+    if not enabled:
+        yield
+        return
+    original = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        # One that is on the meta device already is kept as it is: a copy would break the tie of shared parameters.
+        if param is not None and not param.is_meta:
+            param = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
+        original(module, name, param)
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = original  # type: ignore[method-assign]
+
+
+def load_state(part: Part, state: StateDict, name: str) -> None:
+    """Load `state` into `part`, whose parameters may be on the meta device.
+
+    Raises:
+        ValueError: naming the slot, the missing and the surplus keys and the shapes that differ.
+    """
+    own = part.state_dict()
+    missing = sorted(own.keys() - state.keys())
+    surplus = sorted(state.keys() - own.keys())
+    shapes = [
+        f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
+        for key in sorted(own.keys() & state.keys())
+        if own[key].shape != state[key].shape
+    ]
+    if missing or surplus or shapes:
+        problems = [
+            f"{title}: {', '.join(keys[:4])}{f' and {len(keys) - 4} more' if len(keys) > 4 else ''}"
+            for title, keys in (("missing", missing), ("not of this part", surplus), ("other shape", shapes))
+            if keys
+        ]
+        raise ValueError(
+            f"the weights do not fit the slot '{name}' ({type(part).__name__}): {'; '.join(problems)}. "
+            f"If this part is meant to start anew, add '{name}' to model.stage.fresh."
+        )
+    tied = _tied_parameters(part)
+    cast = {
+        key: value.to(own[key].dtype) if value.is_floating_point() else value for key, value in state.items()
+    }
+    part.load_state_dict(cast, strict=True, assign=any(p.is_meta for p in part.parameters()))
+    for owner, attribute, source in tied:
+        setattr(owner, attribute, part.get_parameter(source))
+
+
+def _tied_parameters(part: nn.Module) -> list[tuple[nn.Module, str, str]]:
+    """(module, attribute, first name) of each parameter that is registered again under another module.
+
+    Assigning a state dict gives each name a tensor of its own; these ties are what must be made again.
+    """
+    first: dict[int, str] = {}
+    ties = []
+    for prefix, module in part.named_modules():
+        for attribute, parameter in module.named_parameters(recurse=False):
+            name = f"{prefix}.{attribute}" if prefix else attribute
+            if id(parameter) in first:
+                ties.append((module, attribute, first[id(parameter)]))
+            first.setdefault(id(parameter), name)
+    return ties
+
+
+def meta_twins(part: nn.Module) -> None:
+    """Replace every parameter by one of the same shape on the meta device; ties are kept, buffers are left alone."""
+    twins: dict[int, nn.Parameter] = {}
+    for module in part.modules():
+        for attribute, parameter in list(module.named_parameters(recurse=False)):
+            if id(parameter) not in twins:
+                twins[id(parameter)] = nn.Parameter(
+                    torch.empty_like(parameter, device="meta"), requires_grad=parameter.requires_grad
+                )
+            setattr(module, attribute, twins[id(parameter)])

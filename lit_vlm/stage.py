@@ -1,0 +1,148 @@
+"""A stage: which slots train, at which learning rate, and which losses are on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import get_scheduler
+
+from lit_vlm.model import NEXT_TOKEN, VLM
+
+SLOTS = ("encoder", "projector", "embedder", "decoder", "heads")
+SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+
+
+class SlotCount(NamedTuple):
+    """Parameters of one slot."""
+
+    slot: str
+    part: str
+    trained: int
+    frozen: int
+    lr: float | None
+
+
+@dataclass
+class Stage:
+    """One stage of a recipe.
+
+    Attributes:
+        name: what the stage is called in paths and in MLflow.
+        train: slot → peak learning rate (encoder, projector, embedder, decoder, heads). A slot that is not named, or
+            named with null, is frozen.
+        losses: loss → weight: `next_token`, or the name of a head. 0 turns it off and skips its work.
+        start_from: weights that an earlier stage left: a checkpoint, or the folder of its run.
+        fresh: slots that do not take their weights from `start_from`.
+        schedule: learning rate after the warm-up: cosine to 0, linear to 0, or constant.
+        warmup_ratio: share of all steps over which the learning rate rises from 0.
+        weight_decay: AdamW's, on matrices; never on biases and norms.
+        betas: AdamW's running averages.
+        eps: AdamW's.
+    """
+
+    name: str = "stage"
+    train: dict[str, float | None] = field(default_factory=dict)
+    losses: dict[str, float] = field(default_factory=lambda: {NEXT_TOKEN: 1.0})
+    start_from: str | None = None
+    fresh: list[str] = field(default_factory=list)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_ratio: float = 0.03
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        for key, names in (("train", self.train), ("fresh", self.fresh)):
+            for name in names:
+                if name not in SLOTS:
+                    raise ValueError(f"model.stage.{key} names '{name}', which is no slot; slots: {', '.join(SLOTS)}")
+        if not 0 <= self.warmup_ratio <= 1:
+            raise ValueError(f"model.stage.warmup_ratio is a share between 0 and 1, not {self.warmup_ratio}")
+        if any(lr is not None and lr < 0 for lr in self.train.values()):
+            raise ValueError(f"model.stage.train has a negative learning rate: {self.train}")
+
+    def freeze(self, model: VLM) -> None:
+        """Let the named slots train and freeze everything else.
+
+        Raises:
+            ValueError: for a slot that the model lacks or that has nothing to train, an unknown loss, or a head that
+                trains without its loss.
+        """
+        slots = model.slots()
+        model.requires_grad_(False)
+        for slot, lr in self.train.items():
+            if lr is None:
+                continue
+            parameters = [p for part in slots.get(slot, ()) for p in part.trainable_parameters()]
+            if not parameters:
+                raise ValueError(
+                    f"model.stage.train names '{slot}', but this model has nothing to train there: remove it or set it to null"
+                )
+            for parameter in parameters:
+                parameter.requires_grad_(True)
+        known = {NEXT_TOKEN, *model.heads}
+        if unknown := set(self.losses) - known:
+            raise ValueError(f"model.stage.losses names {sorted(unknown)}; this model has {sorted(known)}")
+        if not any(self.losses.values()):
+            raise ValueError("model.stage.losses has no loss with a weight other than 0")
+        idle = [name for name in model.heads if not self.losses.get(name)]
+        for name in idle:
+            model.heads[name].requires_grad_(False)
+
+    def optimizer(self, model: VLM) -> AdamW:
+        """AdamW with one learning rate per slot, over what `freeze` left trainable."""
+        groups = list(self._groups(model))
+        if not groups:
+            raise ValueError("model.stage.train names no slot, so there is nothing to train")
+        return AdamW(groups, betas=self.betas, eps=self.eps, fused=True)
+
+    def _groups(self, model: VLM) -> Iterator[dict[str, Any]]:
+        seen: set[int] = set()
+        for slot, parts in model.slots().items():
+            parameters = [
+                p for part in parts for p in part.parameters() if p.requires_grad and not (id(p) in seen or seen.add(id(p)))
+            ]
+            for decay, members in (
+                (self.weight_decay, [p for p in parameters if p.ndim > 1]),
+                (0.0, [p for p in parameters if p.ndim <= 1]),
+            ):
+                if members:
+                    yield {"params": members, "lr": self.train[slot], "weight_decay": decay, "slot": slot}
+
+    def scheduler(self, optimizer: torch.optim.Optimizer, total_steps: int) -> LRScheduler:
+        """Warm-up over ⌈warmup_ratio · total⌉ steps, then the schedule."""
+        return get_scheduler(
+            SCHEDULES[self.schedule],
+            optimizer,
+            num_warmup_steps=math.ceil(total_steps * self.warmup_ratio),
+            num_training_steps=total_steps,
+        )
+
+    def summary(self, model: VLM) -> list[SlotCount]:
+        """Trained and frozen parameters of each slot."""
+        rows = []
+        for slot, parts in model.slots().items():
+            parameters = {id(p): p for part in parts for p in part.parameters()}.values()
+            trained = sum(p.numel() for p in parameters if p.requires_grad)
+            total = sum(p.numel() for p in parameters)
+            names = ", ".join(type(part).__name__ for part in parts)
+            rows.append(SlotCount(slot, names, trained, total - trained, self.train.get(slot) if trained else None))
+        return rows
+
+
+def frozen_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters that do not train, and buffers of modules that hold nothing trainable, by name."""
+    tensors = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+    for prefix, module in model.named_modules():
+        if any(p.requires_grad for p in module.parameters()):
+            continue
+        for name, buffer in module.named_buffers(recurse=False):
+            tensors[f"{prefix}.{name}"] = buffer
+    return tensors

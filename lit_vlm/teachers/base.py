@@ -1,0 +1,56 @@
+"""The contract of a teacher, and the teacher that is any encoder."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+
+from lit_vlm.batch import Images, PixelSpec, VisualTokens
+from lit_vlm.encoders.base import Encoder
+from lit_vlm.part import load_state
+
+
+class Teacher(ABC):
+    """A frozen network. It is no `nn.Module`, so a head that holds one neither saves, shards, moves nor trains it.
+
+    Attributes:
+        width: features per token.
+        pixels: what it wants of an image; the loader's workers prepare its images.
+    """
+
+    width: int
+    pixels: PixelSpec
+
+    @abstractmethod
+    def __call__(self, images: Images) -> VisualTokens:
+        """Target features of all images, `[t, width]`, without a graph; on the device of the pixels."""
+
+
+class EncoderTeacher(Teacher):
+    """Any encoder as a teacher.
+
+    Args:
+        encoder: the encoder; its `pretrained` weights are loaded when the teacher is first used.
+    """
+
+    def __init__(self, encoder: Callable[[], Encoder]) -> None:
+        self.encoder = encoder()
+        self.width = self.encoder.width
+        self.pixels = self.encoder.pixels
+        self._ready = False
+
+    def _prepare(self, device: torch.device) -> None:
+        state = self.encoder.pretrained_state()
+        if state is not None:
+            load_state(self.encoder, state, "teacher")
+        self.encoder.eval().requires_grad_(False).to(device)
+        self._ready = True
+
+    @torch.no_grad()
+    def __call__(self, images: Images) -> VisualTokens:
+        """Features of all images."""
+        if not self._ready:
+            self._prepare(images.pixels.device)
+        return self.encoder(images)
