@@ -1,0 +1,9 @@
+"""Lightning callbacks that a recipe names."""
+
+from callbacks.checkpoint import Checkpoint
+from callbacks.freeze_guard import FreezeGuard
+from callbacks.gradient_monitor import GradientMonitor
+from callbacks.held_out import HeldOut
+from callbacks.throughput import Throughput
+
+__all__ = ["Checkpoint", "FreezeGuard", "GradientMonitor", "HeldOut", "Throughput"]

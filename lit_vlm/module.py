@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
+from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.optim import Optimizer
 
 from lit_vlm.batch import Batch, Counts
@@ -150,6 +152,20 @@ class LitVLM(LightningModule):
             self.log(f"lr/{group['slot']}", group["lr"])
         self._sums, self._denominators = {}, {}
 
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by norm (or value), sharded or not; Lightning's own clipping refuses the fused optimizer."""
+        if str(self.trainer.precision) == "16-mixed":  # gradients are still scaled here
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif gradient_clip_val:
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            clip = clip_grad_value_ if gradient_clip_algorithm == "value" else clip_grad_norm_
+            clip(parameters, gradient_clip_val)
+
     # ------------------------------------------------------------------ evaluation
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -186,6 +202,10 @@ class LitVLM(LightningModule):
             self.log_dict({f"{prefix}/loss_{name}": value for name, value in means.items()})
         self._held_out = {}
 
+    def autocast(self) -> AbstractContextManager[None]:
+        """The trainer's precision, for forward passes that Lightning does not wrap itself."""
+        return self.trainer.precision_plugin.forward_context() if self._trainer is not None else nullcontext()
+
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
         """Greedy answers to the last question of each sample."""
         answers = self.answer(batch)
@@ -199,5 +219,6 @@ class LitVLM(LightningModule):
     ) -> list[str]:
         """Generate the text that follows each left-padded prompt."""
         spec = self.input_spec
-        rows = generate(self.vlm, batch, spec.stop_ids, max_new_tokens, temperature, top_p)
+        with self.autocast():
+            rows = generate(self.vlm, batch, spec.stop_ids, max_new_tokens, temperature, top_p)
         return [spec.tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows[: len(batch.samples)]]

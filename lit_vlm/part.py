@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -39,29 +39,38 @@ class Part(nn.Module):
         return not any(parameter.requires_grad for parameter in self.parameters())
 
 
+_register = nn.Module.register_parameter
+
+
+def _register_on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+    # One that is on the meta device already is kept as it is: a copy would break the tie of shared parameters.
+    if param is not None and not param.is_meta:
+        param = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
+    _register(module, name, param)
+
+
 @contextmanager
-def meta_parameters(enabled: bool = True) -> Iterator[None]:
+def _registering(function: Callable[..., None]) -> Iterator[None]:
+    before = nn.Module.register_parameter
+    nn.Module.register_parameter = function  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = before  # type: ignore[method-assign]
+
+
+def meta_parameters() -> AbstractContextManager[None]:
     """Build modules with parameters on the meta device but real buffers.
 
     Buffers stay real because tables such as rotary frequencies are computed in constructors and saved nowhere: made on
     the meta device they would come back as uninitialised memory.
     """
-    if not enabled:
-        yield
-        return
-    original = nn.Module.register_parameter
+    return _registering(_register_on_meta)
 
-    def register_on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        # One that is on the meta device already is kept as it is: a copy would break the tie of shared parameters.
-        if param is not None and not param.is_meta:
-            param = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
-        original(module, name, param)
 
-    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = original  # type: ignore[method-assign]
+def real_parameters() -> AbstractContextManager[None]:
+    """Build modules with real parameters, inside `meta_parameters` too."""
+    return _registering(_register)
 
 
 def load_state(part: Part, state: StateDict, name: str) -> None:

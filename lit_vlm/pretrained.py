@@ -20,6 +20,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from lit_vlm.part import real_parameters
+
 WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".pth", ".pt", ".bin")
 
 
@@ -88,16 +90,19 @@ def _converted_gguf(path: Path) -> Path:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder, name = str(path.parent), path.name
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
+    with real_parameters():
+        quantised = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
+        config = quantised.config
+        del config.quantization_config  # the weights are plain now, and saving them must be allowed
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model.load_state_dict(quantised.state_dict())
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
     # Written aside and moved: a process that is killed here, or one that races, leaves no half folder behind.
-    with tempfile.TemporaryDirectory(dir=cache_dir()) as scratch:
-        model.to(torch.bfloat16).save_pretrained(scratch)
-        tokenizer.save_pretrained(scratch)
-        if not target.exists():
-            shutil.copytree(scratch, f"{target}.{os.getpid()}")
-            try:
-                Path(f"{target}.{os.getpid()}").rename(target)
-            except OSError:
-                shutil.rmtree(f"{target}.{os.getpid()}")
+    scratch = Path(tempfile.mkdtemp(dir=cache_dir()))
+    model.save_pretrained(scratch)
+    tokenizer.save_pretrained(scratch)
+    try:
+        scratch.rename(target)
+    except OSError:  # another process was first
+        shutil.rmtree(scratch)
     return target

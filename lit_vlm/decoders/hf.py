@@ -75,7 +75,7 @@ class HFDecoder(Decoder):
         )
         self.recompute = recompute
         if recompute:
-            self.lm.gradient_checkpointing_enable({"use_reentrant": False})
+            self.lm.activation_checkpointing_enable({"use_reentrant": False})
         if lora is not None:
             inject_adapter_in_model(_peft_config(lora), self.lm)
         self.width = self.config.hidden_size

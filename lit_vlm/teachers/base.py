@@ -9,7 +9,7 @@ import torch
 
 from lit_vlm.batch import Images, PixelSpec, VisualTokens
 from lit_vlm.encoders.base import Encoder
-from lit_vlm.part import load_state
+from lit_vlm.part import load_state, meta_parameters, real_parameters
 
 
 class Teacher(ABC):
@@ -36,7 +36,9 @@ class EncoderTeacher(Teacher):
     """
 
     def __init__(self, encoder: Callable[[], Encoder]) -> None:
-        self.encoder = encoder()
+        self._factory = encoder
+        with meta_parameters():
+            self.encoder = encoder()
         self.width = self.encoder.width
         self.pixels = self.encoder.pixels
         self._ready = False
@@ -45,6 +47,10 @@ class EncoderTeacher(Teacher):
         state = self.encoder.pretrained_state()
         if state is not None:
             load_state(self.encoder, state, "teacher")
+        else:
+            with real_parameters(), torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)  # a random teacher is the same one on every rank
+                self.encoder = self._factory()
         self.encoder.eval().requires_grad_(False).to(device)
         self._ready = True
 

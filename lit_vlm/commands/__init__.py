@@ -1,0 +1,1 @@
+"""The kit's own verbs, one file each."""

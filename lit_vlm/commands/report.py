@@ -1,0 +1,68 @@
+"""What a finished run shows: held-out scores of its stages side by side, pictures, and what to try next."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from lit_vlm.checkpoints.files import checkpoints_in
+
+COLUMNS = (
+    ("loss", "loss", "{:.3f}"),
+    ("exact match", "exact_match", "{:.1%}"),
+    ("word F1", "token_f1", "{:.1%}"),
+    ("multiple choice", "choice_accuracy", "{:.1%}"),
+)
+
+
+def report(folder: Path, stages: Sequence[str], next_steps: Sequence[str], console: Console) -> None:
+    """Print it.
+
+    Args:
+        folder: of the whole run.
+        stages: in order.
+        next_steps: commands to try; `{run}` stands for the folder.
+        console: where to.
+    """
+    rows: list[tuple[str, dict[str, Any]]] = []
+    pictures: list[Path] = []
+    for stage in stages:
+        file = folder / stage / "held_out.json"
+        if not file.exists():
+            continue
+        found = json.loads(file.read_text())
+        rows += [("before training", found["before"])] if "before" in found else []
+        rows += [(f"after {stage}", found["after"])] if "after" in found else []
+        pictures += [picture for picture in [folder / stage / "answers.png"] if picture.exists()]
+        if stage == stages[-1] and "shuffled" in found:
+            rows.append((f"after {stage}, pictures shuffled", found["shuffled"]))
+    console.rule("done")
+    if rows:
+        console.print(_table(rows))
+    for picture in pictures[-1:]:
+        console.print(f"held-out pictures and answers: {picture}", soft_wrap=True)
+    found_checkpoints = checkpoints_in(folder / stages[-1])
+    if found_checkpoints:
+        console.print(f"checkpoint: {found_checkpoints[-1]}", soft_wrap=True, highlight=False)
+    if next_steps:
+        console.print("\ntry next:")
+        for step in next_steps:
+            console.print(f"  {step.replace('{run}', str(folder / stages[-1]))}", soft_wrap=True, highlight=False)
+
+
+def _table(rows: Sequence[tuple[str, dict[str, Any]]]) -> Table:
+    last = rows[-1][1]
+    table = Table(title=f"{last['num_records']} held-out questions, {last['num_choices']} with answers to choose from")
+    table.add_column("")
+    for title, _, _ in COLUMNS:
+        table.add_column(title, justify="right")
+    for label, scores in rows:
+        table.add_row(label, *(form.format(scores[key]) for _, key, form in COLUMNS))
+    table.add_section()
+    table.add_row("chance", "", "", "", f"{last['choice_chance']:.1%}", style="dim")
+    return table

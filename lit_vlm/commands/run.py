@@ -1,0 +1,250 @@
+"""`lit-vlm run`: the stages of a recipe, each from the weights that the one before left."""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from lit_vlm.checkpoints.files import checkpoints_in
+from lit_vlm.recipe import Recipe, find_recipe, shipped_recipes
+
+STATE_FILE = "run.json"
+
+
+@dataclass
+class RunState:
+    """What run.json of a run's folder keeps, so that `--resume` needs no other argument.
+
+    Attributes:
+        recipe: the folder or name that was given.
+        scale: the scale, or None.
+        strategy: the strategy.
+        stages: the stages to run, in order.
+        flags: flags that are passed on to every stage.
+        done: stages that have ended.
+        parent_run: the MLflow run that the stages are children of.
+    """
+
+    recipe: str
+    scale: str | None
+    strategy: str
+    stages: list[str]
+    flags: list[str]
+    done: list[str] = field(default_factory=list)
+    parent_run: str | None = None
+
+    def save(self, folder: Path) -> None:
+        """Write it, whole or not at all."""
+        folder.mkdir(parents=True, exist_ok=True)
+        scratch = folder / f".{STATE_FILE}"
+        scratch.write_text(json.dumps(asdict(self), indent=2))
+        scratch.replace(folder / STATE_FILE)
+
+    @staticmethod
+    def load(folder: Path) -> RunState:
+        """Read it.
+
+        Raises:
+            ValueError: when the folder is not that of a run.
+        """
+        file = folder / STATE_FILE
+        if not file.is_file():
+            raise ValueError(f"{folder} has no {STATE_FILE}, so it is not a run that could be resumed")
+        return RunState(**json.loads(file.read_text()))
+
+
+def main(argv: Sequence[str]) -> None:
+    """Parse the arguments and run, check or resume."""
+    arguments, flags = _parser().parse_known_args(argv)
+    if bad := [flag for flag in flags if not flag.startswith("--") and not _is_value(flag, flags)]:
+        raise ValueError(f"lit-vlm run takes one recipe; {bad[0]!r} is neither a flag nor the value of one")
+    console = Console()
+    if arguments.resume:
+        folder, state = _find_unfinished(arguments, flags)
+        console.print(f"resuming {folder}: done {state.done or 'nothing yet'}")
+    else:
+        folder, state = _new_run(arguments, flags)
+    recipe = find_recipe(state.recipe)
+    if arguments.dry_run:
+        from lit_vlm.commands.check import check_recipe
+
+        commands = {stage: _command(recipe, state, stage, folder) for stage in state.stages}
+        if not check_recipe(commands, console):
+            raise SystemExit(1)
+        return
+    _run(recipe, state, folder, console)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lit-vlm run",
+        description="Run the stages of a recipe in order, each from the weights that the one before left.",
+        epilog="Any other flag goes to every stage as it is, e.g. --model.projector Resampler --trainer.max_steps 100.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("recipe", nargs="?", help=f"a folder, or one of: {', '.join(shipped_recipes())}")
+    parser.add_argument("--strategy", help="how it is sharded: single, ddp, fsdp, hsdp (default: the recipe's)")
+    parser.add_argument("--scale", help="how big it is: a file in the recipe's scales/ (default: the recipe's)")
+    parser.add_argument("--stages", help="only these, separated by commas (default: all)")
+    parser.add_argument("--out", type=Path, help="folder of the run (default: runs/RECIPE-SCALE-TIME)")
+    parser.add_argument("--dry-run", action="store_true", help="check every stage and say what is missing; train nothing")
+    parser.add_argument("--resume", action="store_true", help="go on with --out, or with the newest unfinished run")
+    return parser
+
+
+def _is_value(word: str, flags: Sequence[str]) -> bool:
+    index = flags.index(word)
+    return index > 0 and flags[index - 1].startswith("--") and "=" not in flags[index - 1]
+
+
+def _new_run(arguments: argparse.Namespace, flags: list[str]) -> tuple[Path, RunState]:
+    if arguments.recipe is None:
+        raise ValueError(f"name a recipe: {', '.join(shipped_recipes())}")
+    recipe = find_recipe(arguments.recipe)
+    scale = arguments.scale or recipe.scale
+    stages = arguments.stages.split(",") if arguments.stages else list(recipe.stages)
+    state = RunState(arguments.recipe, scale, arguments.strategy or recipe.strategy, stages, flags)
+    for stage in stages:
+        recipe.configs(stage, scale, state.strategy)
+    label = "-".join(filter(None, (recipe.name, scale, time.strftime("%Y%m%d-%H%M%S"))))
+    folder = arguments.out or Path("runs") / label
+    if (folder / STATE_FILE).exists() and not arguments.dry_run:
+        raise ValueError(f"{folder} holds a run already: add --resume to go on with it, or choose another --out")
+    return folder, state
+
+
+def _find_unfinished(arguments: argparse.Namespace, flags: list[str]) -> tuple[Path, RunState]:
+    if flags or arguments.scale or arguments.strategy or arguments.stages:
+        raise ValueError("--resume goes on with what the run was started with; it takes no other flag than --out")
+    if arguments.out:
+        return arguments.out, RunState.load(arguments.out)
+    found = sorted(Path("runs").glob(f"*/{STATE_FILE}"), key=lambda file: file.stat().st_mtime, reverse=True)
+    for file in found:
+        state = RunState.load(file.parent)
+        if state.done != state.stages and arguments.recipe in (None, state.recipe):
+            return file.parent, state
+    raise ValueError(f"there is no unfinished run{f' of {arguments.recipe}' if arguments.recipe else ''} in runs/")
+
+
+def _command(recipe: Recipe, state: RunState, stage: str, folder: Path) -> list[str]:
+    """Arguments of `lit-vlm` for one stage."""
+    words = ["fit"]
+    for config in recipe.configs(stage, state.scale, state.strategy):
+        words += ["--config", os.path.relpath(config)]
+    index = state.stages.index(stage)
+    words += ["--trainer.default_root_dir", str(folder / stage)]
+    if index > 0:
+        words += ["--model.stage.start_from", str(folder / state.stages[index - 1])]
+    return words + state.flags
+
+
+def _run(recipe: Recipe, state: RunState, folder: Path, console: Console) -> None:
+    state.save(folder)
+    tracker = _ParentRun(state, folder, recipe)
+    for stage in state.stages:
+        if stage in state.done:
+            continue
+        words = _command(recipe, state, stage, folder)
+        found = checkpoints_in(folder / stage)
+        if found:
+            words += ["--ckpt_path", str(found[-1])]
+        console.rule(f"{recipe.name}: {stage}")
+        console.print(f"lit-vlm {shlex.join(words)}\n", soft_wrap=True, highlight=False)
+        code = _execute(words, tracker.environment())
+        if code != 0:
+            tracker.end("KILLED" if code < 0 or code == 130 else "FAILED", f"stage {stage} ended with exit code {code}")
+            hint = f"lit-vlm run --resume --out {folder}"
+            console.print(f"\n[red]stage {stage} ended with exit code {code}[/]; go on with: {hint}", soft_wrap=True)
+            raise SystemExit(code if code > 0 else 1)
+        state.done.append(stage)
+        state.save(folder)
+    tracker.end("FINISHED")
+    from lit_vlm.commands.report import report
+
+    report(folder, state.stages, recipe.next, console)
+
+
+def _execute(words: Sequence[str], environment: dict[str, str]) -> int:
+    """Run one stage as a process of its own: its memory is free afterwards, and it dies with this one."""
+    command = [sys.executable, "-m", "lit_vlm.cli", *words]
+    process = subprocess.Popen(command, env=os.environ | environment, preexec_fn=_die_with_parent)
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        process.send_signal(signal.SIGINT)
+        return process.wait() or 130
+
+
+def _die_with_parent() -> None:
+    """Ask Linux to kill this process when its parent dies, so that no orphan goes on writing into the run."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
+class _ParentRun:
+    """The MLflow run that the stages of one `lit-vlm run` are children of."""
+
+    def __init__(self, state: RunState, folder: Path, recipe: Recipe) -> None:
+        self._client: Any = None
+        if not _uses_mlflow(state.flags):
+            return
+        from mlflow import MlflowClient
+
+        from lit_vlm.tracking import default_uri
+
+        uri = default_uri(_flag_value(state.flags, "--trainer.logger.init_args.tracking_uri", "--trainer.logger.tracking_uri"))
+        name = _flag_value(
+            state.flags, "--trainer.logger.init_args.experiment_name", "--trainer.logger.experiment_name"
+        )
+        self._client = MlflowClient(uri)
+        if state.parent_run is None:
+            found = self._client.get_experiment_by_name(name or "lit-vlm")
+            experiment = found.experiment_id if found else self._client.create_experiment(name or "lit-vlm")
+            tags = {"system": recipe.name, "scale": state.scale or "", "strategy": state.strategy, "folder": str(folder)}
+            label = "-".join(filter(None, (recipe.name, state.scale)))
+            run = self._client.create_run(experiment, run_name=label, tags=tags)
+            state.parent_run = run.info.run_id
+            state.save(folder)
+        self._run = state.parent_run
+        self._client.update_run(self._run, status="RUNNING")
+
+    def environment(self) -> dict[str, str]:
+        """What a stage needs to become a child."""
+        from lit_vlm.tracking import PARENT_RUN
+
+        return {PARENT_RUN: self._run} if self._client and self._run else {}
+
+    def end(self, status: str, reason: str | None = None) -> None:
+        """Set the status, and why."""
+        if self._client:
+            if reason:
+                self._client.set_tag(self._run, "failure", reason)
+            self._client.set_terminated(self._run, status)
+
+
+def _uses_mlflow(flags: Sequence[str]) -> bool:
+    value = _flag_value(flags, "--trainer.logger")
+    return value is None or "MLflow" in value
+
+
+def _flag_value(flags: Sequence[str], *names: str) -> str | None:
+    """The value of the last of these flags, as `--name value` or `--name=value`."""
+    value = None
+    for index, flag in enumerate(flags):
+        name, equals, given = flag.partition("=")
+        if name in names:
+            value = given if equals else next(iter(flags[index + 1 : index + 2]), None)
+    return value

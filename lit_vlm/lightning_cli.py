@@ -1,0 +1,68 @@
+"""LightningCLI, set up for this kit. Every slot's package is imported here, so that bare class names work."""
+
+from __future__ import annotations
+
+import logging
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from transformers.utils.logging import disable_progress_bar
+
+import lit_vlm.decoders
+import lit_vlm.embedders
+import lit_vlm.encoders
+import lit_vlm.heads
+import lit_vlm.projectors
+import lit_vlm.teachers
+from callbacks import Checkpoint
+from lit_vlm.cli import run_folder_for
+from lit_vlm.data import VLMData
+from lit_vlm.module import LitVLM
+from lit_vlm.sharding import FSDP2  # noqa: F401 - a class name for recipes
+from lit_vlm.tracking import RunRecord
+
+DEFAULT_CALLBACKS = ("callbacks.FreezeGuard", "callbacks.GradientMonitor", "callbacks.Throughput")
+
+
+class LitVLMCLI(LightningCLI):
+    """One model class, one data class; configs in files, each part by class path."""
+
+    def __init__(self, args: list[str] | None, run: bool = True) -> None:
+        disable_progress_bar()  # of loading weights from a local file; downloads keep theirs
+        super().__init__(
+            model_class=LitVLM,
+            datamodule_class=VLMData,
+            save_config_callback=RunRecord,
+            save_config_kwargs={"save_to_log_dir": False},
+            seed_everything_default=0,
+            trainer_defaults={
+                "logger": {"class_path": "lit_vlm.tracking.MLflow"},
+                "enable_model_summary": False,
+                "num_sanity_val_steps": 0,
+                "log_every_n_steps": 10,
+            },
+            parser_kwargs={"parser_mode": "omegaconf"},
+            auto_configure_optimizers=False,
+            args=args,
+            run=run,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's own."""
+        return {
+            "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"},
+            "validate": {"model", "dataloaders", "datamodule"},
+            "test": {"model", "dataloaders", "datamodule"},
+            "predict": {"model", "dataloaders", "datamodule"},
+        }
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """`checkpoint` gets a key of its own, as an item inside a list of callbacks is out of reach of flags."""
+        parser.add_lightning_class_args(Checkpoint, "checkpoint")
+        parser.set_defaults({"trainer.callbacks": [{"class_path": path} for path in DEFAULT_CALLBACKS]})
+
+    def before_instantiate_classes(self) -> None:
+        """Give the run a folder, and keep Lightning's adverts out of the output."""
+        logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "litlogger" not in r.getMessage())
+        config = self.config[self.subcommand] if self.subcommand else self.config
+        if config.trainer.default_root_dir is None:
+            config.trainer.default_root_dir = run_folder_for(config.model.stage.name)

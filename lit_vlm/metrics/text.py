@@ -1,0 +1,29 @@
+"""Agreement of a short answer with the expected one (SQuAD: Rajpurkar et al. 2016, section 6.1)."""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def normalise_answer(text: str) -> str:
+    """Lower case, without punctuation, articles and extra spaces."""
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+
+
+def exact_match(answer: str, expected: str) -> float:
+    """1 if both are the same after normalisation, else 0."""
+    return float(normalise_answer(answer) == normalise_answer(expected))
+
+
+def token_f1(answer: str, expected: str) -> float:
+    """Harmonic mean of precision and recall over words, after normalisation."""
+    given, wanted = normalise_answer(answer).split(), normalise_answer(expected).split()
+    if not given or not wanted:
+        return float(given == wanted)
+    common = sum((Counter(given) & Counter(wanted)).values())
+    return 2 * common / (len(given) + len(wanted))

@@ -1,0 +1,108 @@
+"""Recipes: a system, its stages in order, and the axes it can be run along."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import lit_vlm
+
+SHIPPED = Path(lit_vlm.__file__).parent.parent / "recipes"
+"""Beside the package, in a checkout as in an installed wheel."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What `recipe.yaml` of a folder says.
+
+    Attributes:
+        folder: the folder.
+        stages: stage files in order, without `.yaml`.
+        scale: the scale that is used when none is named.
+        strategy: the strategy that is used when none is named.
+        next: commands to try when it has run.
+    """
+
+    folder: Path
+    stages: tuple[str, ...]
+    scale: str | None = None
+    strategy: str = "single"
+    next: tuple[str, ...] = ()
+    about: str = field(default="", compare=False)
+
+    @property
+    def name(self) -> str:
+        """The name of the folder."""
+        return self.folder.name
+
+    @property
+    def scales(self) -> list[str]:
+        """The scales that this recipe has."""
+        return sorted(path.stem for path in (self.folder / "scales").glob("*.yaml"))
+
+    def configs(self, stage: str, scale: str | None, strategy: str) -> list[Path]:
+        """The config files of one stage: system, stage, scale, strategy; later ones win.
+
+        A scale may say something of one stage alone, in `scales/SCALE/STAGE.yaml`.
+
+        Raises:
+            ValueError: naming what exists.
+        """
+        if stage not in self.stages:
+            raise ValueError(f"recipe '{self.name}' has no stage '{stage}'; stages: {', '.join(self.stages)}")
+        files = [self.folder / "model.yaml", self.folder / f"{stage}.yaml"]
+        if scale is not None:
+            if scale not in self.scales:
+                raise ValueError(f"recipe '{self.name}' has no scale '{scale}'; scales: {', '.join(self.scales) or 'none'}")
+            files.append(self.folder / "scales" / f"{scale}.yaml")
+            own = self.folder / "scales" / scale / f"{stage}.yaml"
+            files += [own] if own.exists() else []
+        strategies = self.folder.parent / "strategies"
+        file = (strategies if strategies.is_dir() else SHIPPED / "strategies") / f"{strategy}.yaml"
+        if not file.exists():
+            known = ", ".join(sorted(path.stem for path in file.parent.glob("*.yaml")))
+            raise ValueError(f"there is no strategy '{strategy}'; strategies: {known}")
+        files.append(file)
+        for path in files:
+            if not path.exists():
+                raise ValueError(f"recipe '{self.name}' lacks {path}")
+        return files
+
+
+def find_recipe(name: str) -> Recipe:
+    """A recipe by its folder, or by its name in ./recipes or among the shipped ones.
+
+    Raises:
+        ValueError: naming the recipes there are, or the key of recipe.yaml that is wrong.
+    """
+    places = [Path(name), Path("recipes") / name, SHIPPED / name]
+    for folder in places:
+        if (folder / "recipe.yaml").is_file():
+            return _read(folder)
+    raise ValueError(f"there is no recipe '{name}'; recipes: {', '.join(shipped_recipes())}")
+
+
+def shipped_recipes() -> list[str]:
+    """Names of the recipes that come with the kit."""
+    return sorted(file.parent.name for file in SHIPPED.glob("*/recipe.yaml"))
+
+
+def _read(folder: Path) -> Recipe:
+    file = folder / "recipe.yaml"
+    raw: Any = yaml.safe_load(file.read_text(encoding="utf-8"))
+    known = {"about", "stages", "scale", "strategy", "next"}
+    if not isinstance(raw, dict) or not isinstance(raw.get("stages"), list) or not raw["stages"]:
+        raise ValueError(f"{file} needs a list 'stages'")
+    if unknown := set(raw) - known:
+        raise ValueError(f"{file} has unknown keys {sorted(unknown)}; known: {', '.join(sorted(known))}")
+    return Recipe(
+        folder=folder,
+        stages=tuple(str(stage) for stage in raw["stages"]),
+        scale=raw.get("scale"),
+        strategy=raw.get("strategy", "single"),
+        next=tuple(raw.get("next", ())),
+        about=raw.get("about", ""),
+    )

@@ -1,0 +1,233 @@
+"""Scores on held-out records: loss, exact match, word F1, and multiple choice by likelihood."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from lit_vlm.batch import Batch
+from lit_vlm.data.collate import collate, collate_prompts
+from lit_vlm.data.datamodule import VLMData
+from lit_vlm.data.encode import Sample, SampleEncoder
+from lit_vlm.data.records import Image, Message, Record, RecordError, Text
+from lit_vlm.metrics import exact_match, token_f1
+
+if TYPE_CHECKING:
+    from lit_vlm.module import LitVLM
+
+
+class Answer(NamedTuple):
+    """What the model said to one record."""
+
+    record: Record
+    question: str
+    expected: str
+    given: str
+
+
+@dataclass(frozen=True)
+class HeldOutScores:
+    """Scores over held-out records.
+
+    Attributes:
+        loss: mean negative log-likelihood of the expected answers' tokens, in nats.
+        exact_match: share of generated answers that are the expected one, normalised.
+        token_f1: mean F1 over words.
+        choice_accuracy: share of records with options whose likeliest option is the expected one.
+        choice_chance: what guessing would give, 1 / options on average.
+        num_records: records that were scored.
+        num_choices: those of them with options.
+    """
+
+    loss: float
+    exact_match: float
+    token_f1: float
+    choice_accuracy: float
+    choice_chance: float
+    num_records: int
+    num_choices: int
+
+
+def held_out_records(data: VLMData, limit: int | None = None) -> list[Record]:
+    """The readable records of the held-out sources that ask something, the first `limit`."""
+
+    def readable() -> Iterator[Record]:
+        for source in data.val_sources:
+            for index in range(len(source)):
+                with suppress(RecordError):
+                    record = source.record(index)
+                    if record.messages[-1].role == "assistant":
+                        # Paths are made absolute, as records of several sources are scored together.
+                        yield _absolute(record, source.image_folder)
+
+    return list(islice(readable(), limit))
+
+
+def _absolute(record: Record, folder: Path) -> Record:
+    messages = tuple(
+        Message(
+            message.role,
+            tuple(
+                Image(path=str((folder / part.path).resolve())) if isinstance(part, Image) and part.path else part
+                for part in message.content
+            ),
+        )
+        for message in record.messages
+    )
+    return replace(record, messages=messages)
+
+
+def shuffle_images(records: Sequence[Record]) -> list[Record]:
+    """The same questions with the pictures of other records: what can be answered without seeing.
+
+    Pictures are taken from half-way round the list, so neighbours that share one do not get it back.
+    """
+    pool = [record.images for record in records]
+    shift = len(records) // 2
+    shuffled = []
+    for index, record in enumerate(records):
+        others = [images for images in pool[index + shift :] + pool[: index + shift] if len(images) == len(record.images)]
+        images = iter(others[0])
+        messages = tuple(
+            Message(m.role, tuple(next(images) if isinstance(part, Image) else part for part in m.content))
+            for m in record.messages
+        )
+        shuffled.append(replace(record, messages=messages))
+    return shuffled
+
+
+@torch.no_grad()
+def evaluate_held_out(
+    module: LitVLM, data: VLMData, records: Sequence[Record], batch_size: int = 32, max_new_tokens: int = 16
+) -> tuple[HeldOutScores, list[Answer]]:
+    """Score records; ranks share the work.
+
+    Args:
+        module: with its model built; it is put into eval mode for the while.
+        data: whose template and transform are used.
+        records: each ends with the expected answer.
+        batch_size: records at a time.
+        max_new_tokens: length of an answer at most.
+
+    Returns:
+        the scores over all ranks, and this rank's answers.
+    """
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    # Ranks run the same number of batches, or the sharded parts would wait for each other: the last may be repeated.
+    per_rank = -(-len(records) // world)
+    mine = list(records[rank::world])
+    padding = [records[0]] * (per_rank - len(mine))
+    was_training = module.vlm.training
+    module.vlm.eval()
+    totals = torch.zeros(7, dtype=torch.float64)
+    answers: list[Answer] = []
+    try:
+        for start in range(0, per_rank, batch_size):
+            chunk = (mine + padding)[start : start + batch_size]
+            sums, given = _score_batch(module, data, chunk, max_new_tokens, len(mine) - start)
+            totals += sums
+            answers += given
+    finally:
+        module.vlm.train(was_training)
+    if world > 1:
+        moved = totals.to(module.device, torch.float32)
+        dist.all_reduce(moved)
+        totals = moved.cpu().double()
+    nll, tokens, exact, f1, count, right, choices = totals.tolist()
+    chance = [1 / len(record.options) for record in records if record.options]
+    scores = HeldOutScores(
+        loss=nll / max(1, tokens),
+        exact_match=exact / max(1, count),
+        token_f1=f1 / max(1, count),
+        choice_accuracy=right / max(1, choices),
+        choice_chance=sum(chance) / max(1, len(chance)),
+        num_records=int(count),
+        num_choices=int(choices),
+    )
+    return scores, answers
+
+
+def _score_batch(
+    module: LitVLM, data: VLMData, records: Sequence[Record], max_new_tokens: int, num_own: int
+) -> tuple[torch.Tensor, list[Answer]]:
+    """Sums over the first `num_own` records, and their answers; the rest only keeps ranks in step."""
+    spec = module.input_spec
+    pad_id = spec.tokenizer.pad_token_id
+    own = records[: max(0, num_own)]
+    prompts = _collate_prompts(module, data, records)
+    given = module.answer(prompts, max_new_tokens)
+    expected = [record.messages[-1].text for record in records]
+    encode = data.encoder(spec)
+    full = [_encode(encode, record) for record in records]
+    nll = sample_nll(module, collate(full, pad_id=pad_id))
+    sums = torch.zeros(7, dtype=torch.float64)
+    sums[0] = nll[: len(own)].sum()
+    sums[1] = sum(sample.num_supervised for sample in full[: len(own)])
+    sums[2] = sum(exact_match(a, b) for a, b in zip(given[: len(own)], expected, strict=False))
+    sums[3] = sum(token_f1(a, b) for a, b in zip(given[: len(own)], expected, strict=False))
+    sums[4] = len(own)
+    chosen = _choose(module, encode, records, pad_id)
+    judged = [(choice, record) for choice, record in zip(chosen, own, strict=False) if record.options]
+    sums[5] = sum(choice == record.messages[-1].text for choice, record in judged)
+    sums[6] = len(judged)
+    questions = [next(m.text for m in reversed(record.messages) if m.role == "user").strip() for record in own]
+    return sums, [Answer(*row) for row in zip(own, questions, expected[: len(own)], given[: len(own)], strict=True)]
+
+
+def _collate_prompts(module: LitVLM, data: VLMData, records: Sequence[Record]) -> Batch:
+    spec = module.input_spec
+    encode = data.encoder(spec, prompt=True)
+    return collate_prompts([_encode(encode, record) for record in records], pad_id=spec.tokenizer.pad_token_id).to(module.device)
+
+
+def _encode(encode: SampleEncoder, record: Record) -> Sample:
+    return encode(record, Path("/"))
+
+
+def sample_nll(module: LitVLM, batch: Batch) -> torch.Tensor:
+    """Summed negative log-likelihood of each sample's supervised tokens: fp64 `[samples]` on the CPU."""
+    with module.autocast():
+        nll = module.vlm.target_nll(batch.to(module.device)).cpu().double()
+    counts = torch.tensor([sample.num_supervised for sample in batch.samples])
+    owner = torch.arange(len(batch.samples)).repeat_interleave(counts)
+    return torch.zeros(len(batch.samples), dtype=torch.float64).index_add(0, owner, nll)
+
+
+def _choose(module: LitVLM, encode: SampleEncoder, records: Sequence[Record], pad_id: int) -> list[str]:
+    """The likeliest option of each record; "" for one without options."""
+    candidates = [
+        (index, option, _with_answer(record, option))
+        for index, record in enumerate(records)
+        for option in record.options
+    ]
+    best: list[tuple[float, str]] = [(float("inf"), "")] * len(records)
+    size = 2 * len(records)
+    for step in range(_most(-(-len(candidates) // size), module)):
+        chunk = candidates[step * size : (step + 1) * size]
+        if not chunk:  # other ranks have more to score, and sharded parts run on all ranks or on none
+            sample_nll(module, collate([_encode(encode, records[0])], pad_id=pad_id))
+            continue
+        batch = collate([_encode(encode, candidate) for _, _, candidate in chunk], pad_id=pad_id)
+        for (index, option, _), nll in zip(chunk, sample_nll(module, batch).tolist(), strict=True):
+            best[index] = min(best[index], (nll, option))
+    return [option for _, option in best]
+
+
+def _most(count: int, module: LitVLM) -> int:
+    """The largest count of all ranks."""
+    if not dist.is_initialized():
+        return count
+    most = torch.tensor(count, device=module.device)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    return int(most)
+
+
+def _with_answer(record: Record, answer: str) -> Record:
+    return replace(record, messages=(*record.messages[:-1], Message("assistant", (Text(answer),))))
