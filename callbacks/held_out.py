@@ -12,7 +12,7 @@ from typing import Any
 import lightning.pytorch as L
 
 from lit_vlm.data import VLMData
-from lit_vlm.data.records import open_image
+from lit_vlm.data.records import Record, open_image
 from lit_vlm.module import LitVLM
 from lit_vlm.tasks import Answer, HeldOutScores, evaluate_held_out
 from lit_vlm.tasks.held_out import held_out_records, shuffle_images
@@ -46,6 +46,7 @@ class HeldOut(L.Callback):
     ) -> None:
         self.limit, self.batch_size, self.shuffled, self.num_pictures = limit, batch_size, shuffled, num_pictures
         self.max_new_tokens = max_new_tokens
+        self._records: list[Record] = []
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Score the start; a stage that goes on from another has that one's end as its start."""
@@ -71,11 +72,10 @@ class HeldOut(L.Callback):
     def _score(self, trainer: L.Trainer, module: LitVLM, when: str) -> Sequence[Answer]:
         data = getattr(trainer, "datamodule", None)
         assert isinstance(data, VLMData)
-        records = held_out_records(data, self.limit)
-        if not records:
-            raise ValueError("callbacks.HeldOut scores the questions of data.val, which is empty")
-        if when == "shuffled":
-            records = shuffle_images(records)
+        self._records = self._records or held_out_records(module, data, self.limit)
+        if not self._records:
+            raise ValueError("callbacks.HeldOut scores the questions of data.val, and there is no usable one")
+        records = shuffle_images(self._records) if when == "shuffled" else self._records
         start = time.perf_counter()
         scores, answers = evaluate_held_out(module, data, records, self.batch_size, self.max_new_tokens)
         if trainer.is_global_zero:

@@ -33,6 +33,11 @@ class Slots:
     decoder: Callable[[], Decoder]
     heads: Mapping[str, Callable[[int, int], Head] | None] = field(default_factory=dict)
 
+    @property
+    def removed_heads(self) -> list[str]:
+        """Heads that are set to null."""
+        return [name for name, factory in self.heads.items() if factory is None]
+
     def assemble(self, make: Callable[[str, Callable[[], Part]], Part]) -> VLM:
         """Build all parts through `make(name, factory)`, in an order in which widths are known."""
         decoder = make("decoder", self.decoder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from transformers.utils.logging import disable_progress_bar
 
@@ -13,11 +14,12 @@ import lit_vlm.heads
 import lit_vlm.projectors
 import lit_vlm.teachers
 from callbacks import Checkpoint
+from lit_vlm.checkpoints.files import find_checkpoint
 from lit_vlm.cli import run_folder_for
 from lit_vlm.data import VLMData
 from lit_vlm.module import LitVLM
 from lit_vlm.sharding import FSDP2  # noqa: F401 - a class name for recipes
-from lit_vlm.tracking import RunRecord
+from lit_vlm.tracking import MLflow, RunRecord
 
 DEFAULT_CALLBACKS = ("callbacks.FreezeGuard", "callbacks.GradientMonitor", "callbacks.Throughput")
 
@@ -66,3 +68,14 @@ class LitVLMCLI(LightningCLI):
         config = self.config[self.subcommand] if self.subcommand else self.config
         if config.trainer.default_root_dir is None:
             config.trainer.default_root_dir = run_folder_for(config.model.stage.name)
+        source = config.get("ckpt_path")
+        if source and Path(source).is_dir() and (Path(source) / "checkpoints").is_dir():
+            config.ckpt_path = str(find_checkpoint(source))
+
+    def instantiate_classes(self) -> None:
+        """Tell the trackers which run this is, before Lightning opens one."""
+        super().instantiate_classes()
+        if self.subcommand == "fit":
+            for logger in self.trainer.loggers:
+                if isinstance(logger, MLflow):
+                    logger.belongs_to(Path(self.trainer.default_root_dir), self.model.stage.name)

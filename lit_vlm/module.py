@@ -71,12 +71,12 @@ class LitVLM(LightningModule):
             if not isinstance(strategy, FSDP2):
                 raise ValueError("shard with lit_vlm.sharding.FSDP2: ModelParallelStrategy needs a mesh for tensor parallelism")
             self.model = self._build() if self.global_rank == 0 else build_on_meta(self.slots)
-            self.stage.freeze(self.model)
+            self.stage.freeze(self.model, self.slots.removed_heads)
             mixed = str(self.trainer.precision) == "bf16-mixed"
             shard(self.model, strategy.shard_mesh(), torch.bfloat16 if mixed else None)
         else:
             self.model = self._build()
-        self.stage.freeze(self.model)
+        self.stage.freeze(self.model, self.slots.removed_heads)
 
     def _build(self) -> VLM:
         return build(self.slots, self.stage.start_from, tuple(self.stage.fresh))

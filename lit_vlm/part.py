@@ -93,9 +93,10 @@ def load_state(part: Part, state: StateDict, name: str) -> None:
             for title, keys in (("missing", missing), ("not of this part", surplus), ("other shape", shapes))
             if keys
         ]
+        slot = name.split(".")[0]
         raise ValueError(
             f"the weights do not fit the slot '{name}' ({type(part).__name__}): {'; '.join(problems)}. "
-            f"If this part is meant to start anew, add '{name}' to model.stage.fresh."
+            f"If this part is meant to start anew, add '{slot}' to model.stage.fresh."
         )
     tied = _tied_parameters(part)
     cast = {

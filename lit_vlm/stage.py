@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -68,8 +68,12 @@ class Stage:
         if any(lr is not None and lr < 0 for lr in self.train.values()):
             raise ValueError(f"model.stage.train has a negative learning rate: {self.train}")
 
-    def freeze(self, model: VLM) -> None:
+    def freeze(self, model: VLM, removed: Collection[str] = ()) -> None:
         """Let the named slots train and freeze everything else.
+
+        Args:
+            model: the model.
+            removed: heads that a flag has set to null; what the stage says of them is no mistake.
 
         Raises:
             ValueError: for a slot that the model lacks or that has nothing to train, an unknown loss, or a head that
@@ -81,13 +85,13 @@ class Stage:
             if lr is None:
                 continue
             parameters = [p for part in slots.get(slot, ()) for p in part.trainable_parameters()]
-            if not parameters:
+            if not parameters and not (slot == "heads" and removed):
                 raise ValueError(
                     f"model.stage.train names '{slot}', but this model has nothing to train there: remove it or set it to null"
                 )
             for parameter in parameters:
                 parameter.requires_grad_(True)
-        known = {NEXT_TOKEN, *model.heads}
+        known = {NEXT_TOKEN, *model.heads, *removed}
         if unknown := set(self.losses) - known:
             raise ValueError(f"model.stage.losses names {sorted(unknown)}; this model has {sorted(known)}")
         if not any(self.losses.values()):

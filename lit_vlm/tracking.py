@@ -57,25 +57,26 @@ class MLflow(MLFlowLogger):
             tracking_uri=default_uri(tracking_uri),
             tags=(tags or {}) | ({"mlflow.parentRunId": parent} if parent else {}),
         )
+        self.resumed = False
 
-    def attach(self, folder: Path | None, run_name: str) -> bool:
-        """Go on with the run that this folder belongs to, or note the new one there.
+    def belongs_to(self, folder: Path, run_name: str) -> None:
+        """Go on with the MLflow run of this folder if it has one; otherwise name the new run after the stage.
 
-        Returns:
-            whether it is an old run that goes on.
+        Called before anything asks for the run: Lightning opens it as soon as training is set up.
         """
-        file = folder / RUN_FILE if folder else None
-        if file is not None and file.exists():
-            known = json.loads(file.read_text())
-            if known["tracking_uri"] == self._tracking_uri:
-                self._run_id = known["run_id"]
-                self.experiment.update_run(self._run_id, status="RUNNING")
-                return True
+        file = folder / RUN_FILE
+        known = json.loads(file.read_text()) if file.exists() else {}
+        self.resumed = known.get("tracking_uri") == self._tracking_uri
+        if self.resumed:
+            self._run_id = known["run_id"]
         self._run_name = self._run_name or run_name
+
+    def note(self, folder: Path) -> None:
+        """Mark the run as going on, and remember it in the folder."""
         run_id = self.run_id
-        if file is not None:
-            file.write_text(json.dumps({"tracking_uri": self._tracking_uri, "run_id": run_id}))
-        return False
+        if self.resumed:
+            self.experiment.update_run(run_id, status="RUNNING")
+        (folder / RUN_FILE).write_text(json.dumps({"tracking_uri": self._tracking_uri, "run_id": run_id}))
 
 
 class RunRecord(SaveConfigCallback):
@@ -88,14 +89,17 @@ class RunRecord(SaveConfigCallback):
         folder = Path(trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
         if stage == "fit":
-            (folder / "config.yaml").write_text(text)
+            # What the run was started with stays; what it was resumed with stands beside it.
+            name = "config-resumed.yaml" if (folder / "config.yaml").exists() else "config.yaml"
+            (folder / name).write_text(text)
         for logger in _mlflow(trainer):
-            resumed = logger.attach(folder if stage == "fit" else None, pl_module.stage.name)
+            if stage == "fit":
+                logger.note(folder)
             run = logger.experiment
-            run.log_text(logger.run_id, text, "config.yaml")
+            run.log_text(logger.run_id, text, "config-resumed.yaml" if logger.resumed else "config.yaml")
             for key, value in (_tags(self.config, pl_module) | _versions()).items():
                 run.set_tag(logger.run_id, key, value)
-            if not resumed:
+            if not logger.resumed:
                 logger.log_hyperparams(_parameters(self.config.as_dict()))
                 run.log_dict(logger.run_id, _fingerprints(trainer), "data_fingerprints.json")
 

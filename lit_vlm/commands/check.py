@@ -42,7 +42,7 @@ def _check(words: Sequence[str]) -> str | None:
         with contextlib.redirect_stderr(errors):
             cli = lightning_cli(_without(words[1:], "--model.stage.start_from"), run=False)
         model = build_on_meta(cli.model.slots)
-        cli.model.stage.freeze(model)
+        cli.model.stage.freeze(model, cli.model.slots.removed_heads)
         cli.model.stage.optimizer(model)
         for source in (*cli.datamodule.train_sources, *cli.datamodule.val_sources):
             if not len(source):

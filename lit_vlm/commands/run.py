@@ -47,7 +47,9 @@ class RunState:
     parent_run: str | None = None
 
     def save(self, folder: Path) -> None:
-        """Write it, whole or not at all."""
+        """Write it, whole or not at all; when a launcher started several of us, only the first does."""
+        if not _is_first():
+            return
         folder.mkdir(parents=True, exist_ok=True)
         scratch = folder / f".{STATE_FILE}"
         scratch.write_text(json.dumps(asdict(self), indent=2))
@@ -68,9 +70,12 @@ class RunState:
 
 def main(argv: Sequence[str]) -> None:
     """Parse the arguments and run, check or resume."""
-    arguments, flags = _parser().parse_known_args(argv)
-    if bad := [flag for flag in flags if not flag.startswith("--") and not _is_value(flag, flags)]:
-        raise ValueError(f"lit-vlm run takes one recipe; {bad[0]!r} is neither a flag nor the value of one")
+    # The recipe comes first: behind a flag it could not be told from that flag's value.
+    named = bool(argv) and not argv[0].startswith("-")
+    arguments, flags = _parser().parse_known_args(argv[1:] if named else argv)
+    arguments.recipe = argv[0] if named else None
+    if bad := [flag for i, flag in enumerate(flags) if not flag.startswith("--") and not _is_value(i, flags)]:
+        raise ValueError(f"{bad[0]!r} is neither a flag nor the value of one; the recipe is the first argument")
     console = Console()
     if arguments.resume:
         folder, state = _find_unfinished(arguments, flags)
@@ -88,14 +93,20 @@ def main(argv: Sequence[str]) -> None:
     _run(recipe, state, folder, console)
 
 
+def _is_first() -> bool:
+    """Whether this is the first, or only, process of a launcher such as srun or torchrun."""
+    return os.environ.get("RANK") in (None, "0") and os.environ.get("SLURM_PROCID") in (None, "0")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lit-vlm run",
-        description="Run the stages of a recipe in order, each from the weights that the one before left.",
+        usage="lit-vlm run RECIPE [options] [flags for every stage]\n       lit-vlm run --resume [--out DIR]",
+        description="Run the stages of a recipe in order, each from the weights that the one before left. "
+        f"RECIPE is a folder, or one of: {', '.join(shipped_recipes())}.",
         epilog="Any other flag goes to every stage as it is, e.g. --model.projector Resampler --trainer.max_steps 100.",
         allow_abbrev=False,
     )
-    parser.add_argument("recipe", nargs="?", help=f"a folder, or one of: {', '.join(shipped_recipes())}")
     parser.add_argument("--strategy", help="how it is sharded: single, ddp, fsdp, hsdp (default: the recipe's)")
     parser.add_argument("--scale", help="how big it is: a file in the recipe's scales/ (default: the recipe's)")
     parser.add_argument("--stages", help="only these, separated by commas (default: all)")
@@ -105,23 +116,22 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _is_value(word: str, flags: Sequence[str]) -> bool:
-    index = flags.index(word)
+def _is_value(index: int, flags: Sequence[str]) -> bool:
     return index > 0 and flags[index - 1].startswith("--") and "=" not in flags[index - 1]
 
 
 def _new_run(arguments: argparse.Namespace, flags: list[str]) -> tuple[Path, RunState]:
     if arguments.recipe is None:
-        raise ValueError(f"name a recipe: {', '.join(shipped_recipes())}")
+        raise ValueError(f"name a recipe, as the first argument: {', '.join(shipped_recipes())}")
     recipe = find_recipe(arguments.recipe)
     scale = arguments.scale or recipe.scale
     stages = arguments.stages.split(",") if arguments.stages else list(recipe.stages)
     state = RunState(arguments.recipe, scale, arguments.strategy or recipe.strategy, stages, flags)
     for stage in stages:
         recipe.configs(stage, scale, state.strategy)
-    label = "-".join(filter(None, (recipe.name, scale, time.strftime("%Y%m%d-%H%M%S"))))
-    folder = arguments.out or Path("runs") / label
-    if (folder / STATE_FILE).exists() and not arguments.dry_run:
+    job = os.environ.get("TORCHELASTIC_RUN_ID") or os.environ.get("SLURM_JOB_ID") or time.strftime("%Y%m%d-%H%M%S")
+    folder = arguments.out or Path("runs") / "-".join(filter(None, (recipe.name, scale, job)))
+    if (folder / STATE_FILE).exists() and not arguments.dry_run and _is_first():
         raise ValueError(f"{folder} holds a run already: add --resume to go on with it, or choose another --out")
     return folder, state
 
@@ -146,9 +156,10 @@ def _command(recipe: Recipe, state: RunState, stage: str, folder: Path) -> list[
         words += ["--config", os.path.relpath(config)]
     index = state.stages.index(stage)
     words += ["--trainer.default_root_dir", str(folder / stage)]
-    if index > 0:
+    words += state.flags
+    if index > 0:  # behind the flags: a start_from among them is that of the first stage
         words += ["--model.stage.start_from", str(folder / state.stages[index - 1])]
-    return words + state.flags
+    return words
 
 
 def _run(recipe: Recipe, state: RunState, folder: Path, console: Console) -> None:
@@ -199,7 +210,7 @@ class _ParentRun:
 
     def __init__(self, state: RunState, folder: Path, recipe: Recipe) -> None:
         self._client: Any = None
-        if not _uses_mlflow(state.flags):
+        if not (_uses_mlflow(state.flags) and _is_first()):
             return
         from mlflow import MlflowClient
 

@@ -79,5 +79,9 @@ class Decoder(Part, ABC):
         """The parameters that `logits` uses."""
 
     @abstractmethod
+    def recompute_blocks(self, enabled: bool) -> None:
+        """Recompute blocks in the backward pass from now on, or not; nothing to do where `recompute` is off."""
+
+    @abstractmethod
     def new_cache(self) -> Any:
         """An empty key-value cache."""

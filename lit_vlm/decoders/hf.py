@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PretrainedConfig
 
@@ -64,8 +65,6 @@ class HFDecoder(Decoder):
         super().__init__()
         if (name is None) == (config is None):
             raise ValueError("give HFDecoder either a name or a config, not both and not neither")
-        if name is None and tokenizer is None:
-            raise ValueError("HFDecoder with a config also needs a tokenizer, e.g. tokenizer: bytes")
         self.name, self.lora, self.attention = name, lora, attention
         self.tokenizer_source = tokenizer or name
         self.config = self._load_config(config)
@@ -86,17 +85,18 @@ class HFDecoder(Decoder):
         if self.name is not None:
             loaded = AutoConfig.from_pretrained(resolve(self.name))
             return getattr(loaded, "text_config", loaded)
-        settings = {"vocab_size": len(self.tokenizer), **(config or {})}
-        if settings["vocab_size"] < len(self.tokenizer):
-            raise ValueError(
-                f"decoder.config.vocab_size {settings['vocab_size']} is smaller than the tokenizer's {len(self.tokenizer)}"
-            )
+        settings = dict(config or {})
+        if self.tokenizer_source is not None:
+            size = len(self.tokenizer)
+            if settings.setdefault("vocab_size", size) < size:
+                raise ValueError(f"decoder.config.vocab_size {settings['vocab_size']} is below the tokenizer's {size}")
         return AutoConfig.for_model(settings.pop("model_type", "llama"), **settings)
 
     @cached_property
     def tokenizer(self) -> Any:
         """The fast tokenizer, with a pad token."""
-        assert self.tokenizer_source is not None
+        if self.tokenizer_source is None:
+            raise ValueError("this decoder was built from a config alone: give decoder.tokenizer, e.g. bytes")
         return load_tokenizer(self.tokenizer_source)
 
     @property
@@ -136,6 +136,16 @@ class HFDecoder(Decoder):
     def trainable_parameters(self) -> list[nn.Parameter]:
         """All parameters, or only those of the adapters."""
         return [p for name, p in self.named_parameters() if self.lora is None or ".lora_" in name]
+
+    def merge_adapters(self) -> None:
+        """Add adapters into the weights they adapt and remove them; without adapters, nothing."""
+        if self.lora is None:
+            return
+        for name, module in list(self.lm.named_modules()):
+            if isinstance(module, BaseTunerLayer):
+                module.merge()
+                self.lm.set_submodule(name, module.get_base_layer())
+        self.lora = None
 
     def recompute_blocks(self, enabled: bool) -> None:
         """Let the blocks recompute although the decoder is frozen and so in eval mode.

@@ -55,8 +55,9 @@ class HeldOutScores:
     num_choices: int
 
 
-def held_out_records(data: VLMData, limit: int | None = None) -> list[Record]:
-    """The readable records of the held-out sources that ask something, the first `limit`."""
+def held_out_records(module: LitVLM, data: VLMData, limit: int | None = None) -> list[Record]:
+    """The usable records of the held-out sources that ask something, the first `limit`."""
+    encode = data.encoder(module.input_spec)
 
     def readable() -> Iterator[Record]:
         for source in data.val_sources:
@@ -65,7 +66,9 @@ def held_out_records(data: VLMData, limit: int | None = None) -> list[Record]:
                     record = source.record(index)
                     if record.messages[-1].role == "assistant":
                         # Paths are made absolute, as records of several sources are scored together.
-                        yield _absolute(record, source.image_folder)
+                        absolute = _absolute(record, source.image_folder)
+                        _encode(encode, absolute)
+                        yield absolute
 
     return list(islice(readable(), limit))
 
@@ -164,16 +167,13 @@ def _score_batch(
     prompts = _collate_prompts(module, data, records)
     given = module.answer(prompts, max_new_tokens)
     expected = [record.messages[-1].text for record in records]
-    encode = data.encoder(spec)
-    full = [_encode(encode, record) for record in records]
-    nll = sample_nll(module, collate(full, pad_id=pad_id))
+    nll, chosen = _score_answers(module, data.encoder(spec), records, pad_id)
     sums = torch.zeros(7, dtype=torch.float64)
-    sums[0] = nll[: len(own)].sum()
-    sums[1] = sum(sample.num_supervised for sample in full[: len(own)])
+    sums[0] = sum(value for value, _ in nll[: len(own)])
+    sums[1] = sum(tokens for _, tokens in nll[: len(own)])
     sums[2] = sum(exact_match(a, b) for a, b in zip(given[: len(own)], expected, strict=False))
     sums[3] = sum(token_f1(a, b) for a, b in zip(given[: len(own)], expected, strict=False))
     sums[4] = len(own)
-    chosen = _choose(module, encode, records, pad_id)
     judged = [(choice, record) for choice, record in zip(chosen, own, strict=False) if record.options]
     sums[5] = sum(choice == record.messages[-1].text for choice, record in judged)
     sums[6] = len(judged)
@@ -200,24 +200,31 @@ def sample_nll(module: LitVLM, batch: Batch) -> torch.Tensor:
     return torch.zeros(len(batch.samples), dtype=torch.float64).index_add(0, owner, nll)
 
 
-def _choose(module: LitVLM, encode: SampleEncoder, records: Sequence[Record], pad_id: int) -> list[str]:
-    """The likeliest option of each record; "" for one without options."""
+def _score_answers(
+    module: LitVLM, encode: SampleEncoder, records: Sequence[Record], pad_id: int
+) -> tuple[list[tuple[float, int]], list[str]]:
+    """(nll, tokens) of each record's expected answer, and the likeliest of its options ("" without options)."""
     candidates = [
-        (index, option, _with_answer(record, option))
+        (index, option)
         for index, record in enumerate(records)
-        for option in record.options
+        for option in dict.fromkeys((record.messages[-1].text, *record.options))
     ]
-    best: list[tuple[float, str]] = [(float("inf"), "")] * len(records)
+    scores: list[dict[str, tuple[float, int]]] = [{} for _ in records]
     size = 2 * len(records)
     for step in range(_most(-(-len(candidates) // size), module)):
         chunk = candidates[step * size : (step + 1) * size]
-        if not chunk:  # other ranks have more to score, and sharded parts run on all ranks or on none
-            sample_nll(module, collate([_encode(encode, records[0])], pad_id=pad_id))
-            continue
-        batch = collate([_encode(encode, candidate) for _, _, candidate in chunk], pad_id=pad_id)
-        for (index, option, _), nll in zip(chunk, sample_nll(module, batch).tolist(), strict=True):
-            best[index] = min(best[index], (nll, option))
-    return [option for _, option in best]
+        # Without a chunk of its own a rank still takes part: sharded parts run on all ranks or on none.
+        answered = [_with_answer(records[index], option) for index, option in chunk] or [records[0]]
+        samples = [_encode(encode, record) for record in answered]
+        nll = sample_nll(module, collate(samples, pad_id=pad_id)).tolist()
+        for (index, option), sample, value in zip(chunk, samples, nll, strict=False):
+            scores[index][option] = (value, sample.num_supervised)
+    expected = [found[record.messages[-1].text] for found, record in zip(scores, records, strict=True)]
+    likeliest = [
+        min(record.options, key=lambda option, found=found: found[option][0], default="")
+        for found, record in zip(scores, records, strict=True)
+    ]
+    return expected, likeliest
 
 
 def _most(count: int, module: LitVLM) -> int:

@@ -1,0 +1,71 @@
+"""A trained model from what its run left: config.yaml and a checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from jsonargparse import ArgumentParser
+
+import lit_vlm.heads
+import lit_vlm.teachers  # noqa: F401 - class names of configs
+from lit_vlm.batch import Batch
+from lit_vlm.build import build
+from lit_vlm.checkpoints.files import find_checkpoint, run_folder
+from lit_vlm.data import ImageTransform, Template
+from lit_vlm.data.collate import collate_prompts
+from lit_vlm.data.encode import SampleEncoder
+from lit_vlm.data.records import Record
+from lit_vlm.module import LitVLM
+
+
+@dataclass
+class LoadedRun:
+    """A model in eval mode, with the way its data was written.
+
+    Attributes:
+        module: its `vlm` has the checkpoint's weights.
+        template: of the run's data.
+        transform: of the run's data.
+        max_length: of the run's data.
+    """
+
+    module: LitVLM
+    template: Template
+    transform: ImageTransform
+    max_length: int
+
+    def prompts(self, records: list[Record], image_folder: Path) -> Batch:
+        """Left-padded prompts on the model's device."""
+        spec = self.module.input_spec
+        encode = SampleEncoder(spec, self.template, self.transform, self.max_length, too_long="drop", prompt=True)
+        samples = [encode(record, image_folder) for record in records]
+        return collate_prompts(samples, pad_id=spec.tokenizer.pad_token_id).to(self.module.device)
+
+
+def load_run(source: str | Path, device: str | torch.device = "cpu") -> LoadedRun:
+    """Build the model of a run and load its weights.
+
+    Args:
+        source: a checkpoint, or the folder of a run (its newest checkpoint is taken).
+        device: where to put it.
+
+    Raises:
+        ValueError: when there is no complete checkpoint or no config.yaml.
+    """
+    checkpoint = find_checkpoint(source)
+    config = yaml.safe_load((run_folder(checkpoint) / "config.yaml").read_text(encoding="utf-8"))
+    parser = ArgumentParser(parser_mode="omegaconf")
+    parser.add_class_arguments(LitVLM, "model")
+    parser.add_argument("--template", type=Template)
+    parser.add_argument("--transform", type=ImageTransform)
+    data = config["data"]
+    wanted: dict[str, Any] = {"model": config["model"], "template": data["template"], "transform": data["transform"]}
+    objects = parser.instantiate(parser.parse_object(wanted))
+    module = LitVLM(**objects.model.as_dict()) if not isinstance(objects.model, LitVLM) else objects.model
+    module.model = build(module.slots, str(checkpoint))
+    module.to(device).eval()
+    return LoadedRun(module, objects.template, objects.transform, data["max_length"])

@@ -1,0 +1,32 @@
+"""`lit-vlm export`: a checkpoint in a published format."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+
+def main(argv: Sequence[str]) -> None:
+    """Write, read back, compare, and only then say that it worked."""
+    parser = argparse.ArgumentParser(
+        prog="lit-vlm export",
+        description="Write a checkpoint in a published format, read it back and compare its logits before reporting success.",
+    )
+    parser.add_argument("checkpoint", help="a checkpoint, or the folder of a run")
+    parser.add_argument("out", type=Path, help="a folder that is new or empty")
+    parser.add_argument("--format", default="llava-hf", choices=["llava-hf"], help="llava-hf: LlavaForConditionalGeneration")
+    arguments = parser.parse_args(argv)
+    from transformers.utils.logging import disable_progress_bar
+
+    from lit_vlm.checkpoints import llava_hf
+    from lit_vlm.checkpoints.run import load_run
+
+    disable_progress_bar()
+    run = load_run(arguments.checkpoint)
+    difference = llava_hf.export(run.module.vlm, arguments.out, run.transform)
+    Console(highlight=False).print(
+        f"wrote {arguments.out}: read back by transformers, its logits differ by at most {difference:.1e}", soft_wrap=True
+    )

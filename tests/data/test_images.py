@@ -1,0 +1,261 @@
+"""Decoding pictures, and resizing them."""
+
+from __future__ import annotations
+
+import io
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image as PILImage
+
+from lit_vlm.batch import PixelSpec
+from lit_vlm.data.records import Image, RecordError, open_image
+from lit_vlm.data.transforms import ImageTransform, Native, PadSquare, Resize, SquareCrop
+
+SQUARE = PixelSpec(28, 7, (0.48, 0.45, 0.4))
+ANY = PixelSpec(None, 8, (0.5, 0.5, 0.5))
+
+
+def encoded(image: PILImage.Image, form: str = "PNG", **options: object) -> Image:
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return Image(data=buffer.getvalue())
+
+
+def colour_of(image: Image) -> tuple[int, ...]:
+    opened = open_image(image, Path("/nowhere"))
+    assert opened.mode == "RGB"
+    pixel = opened.getpixel((0, 0))
+    assert isinstance(pixel, tuple)
+    return pixel
+
+
+# ----- open_image -----
+
+
+def test_transparent_becomes_white_and_opaque_stays() -> None:
+    picture = PILImage.new("RGBA", (4, 4), (200, 10, 20, 0))
+    assert colour_of(encoded(picture)) == (255, 255, 255)
+    assert colour_of(encoded(PILImage.new("RGBA", (4, 4), (200, 10, 20, 255)))) == (200, 10, 20)
+    half = colour_of(encoded(PILImage.new("RGBA", (4, 4), (0, 0, 0, 128))))
+    assert half == pytest.approx((127, 127, 127), abs=1)
+
+
+def test_grey_with_alpha_becomes_white() -> None:
+    assert colour_of(encoded(PILImage.new("LA", (4, 4), (7, 0)))) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("form", ["PNG", "GIF"])
+def test_palette_with_transparency(form: str) -> None:
+    picture = PILImage.new("P", (4, 4), 0)
+    picture.putpalette([255, 0, 0, 0, 0, 255] + [0] * 762)
+    picture.putpixel((3, 3), 1)
+    image = encoded(picture, form, transparency=0)
+    assert colour_of(image) == (255, 255, 255)
+    assert open_image(image, Path("/nowhere")).getpixel((3, 3)) == (0, 0, 255)
+
+
+@pytest.mark.parametrize(("mode", "colour"), [("L", 7), ("RGB", (1, 2, 3))])
+def test_a_colour_that_stands_for_transparency_becomes_white(mode: str, colour: object) -> None:
+    assert colour_of(encoded(PILImage.new(mode, (4, 4), colour), transparency=colour)) == (255, 255, 255)  # type: ignore[arg-type]
+
+
+def test_cmyk() -> None:
+    picture = PILImage.new("CMYK", (16, 16), (0, 255, 255, 0))
+    assert colour_of(encoded(picture, "JPEG", quality=95)) == pytest.approx((255, 0, 0), abs=12)
+
+
+@pytest.mark.parametrize("picture", [PILImage.new("1", (4, 4), 1), PILImage.new("L", (4, 4), 255)], ids=["1", "L"])
+def test_grey(picture: PILImage.Image) -> None:
+    assert colour_of(encoded(picture)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("form", ["PNG", "TIFF"])
+@pytest.mark.parametrize(("value", "expected"), [(0, 0), (32768, 128), (65535, 255), (2560, 10)])
+def test_sixteen_bits_are_scaled_down(value: int, expected: int, form: str) -> None:
+    picture = PILImage.fromarray(np.full((4, 4), value, dtype=np.uint16))
+    assert picture.mode == "I;16"
+    assert colour_of(encoded(picture, form)) == pytest.approx((expected,) * 3, abs=1)
+
+
+def test_a_rotated_photo_stands_upright() -> None:
+    exif = PILImage.Exif()
+    exif[0x0112] = 6  # the camera was turned: rotate by 90° clockwise to see it upright
+    picture = PILImage.new("RGB", (16, 8), "red")
+    picture.paste("blue", (0, 0, 8, 8))
+    image = open_image(encoded(picture, "JPEG", exif=exif, quality=95), Path("/nowhere"))
+    assert image.size == (8, 16)
+    assert image.getpixel((4, 2)) == pytest.approx((0, 0, 254), abs=6)
+    assert image.getpixel((4, 13)) == pytest.approx((254, 0, 0), abs=6)
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP"])
+def test_a_truncated_file_is_corrupt(form: str, tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8)
+    data = encoded(PILImage.fromarray(noise), form).data
+    assert data is not None
+    for length in (0, 3, 20, len(data) // 2, len(data) - 40):
+        (tmp_path / "cut").write_bytes(data[:length])
+        with pytest.raises(RecordError, match="corrupt_image: cut: "):
+            open_image(Image(path="cut"), tmp_path)
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "TIFF"])
+@pytest.mark.filterwarnings("ignore")
+def test_damaged_bytes_give_a_picture_or_a_record_error(form: str) -> None:
+    exif = PILImage.Exif()
+    exif[0x0112] = 6
+    noise = np.random.default_rng(0).integers(0, 255, (8, 8, 3), dtype=np.uint8)
+    data = encoded(PILImage.fromarray(noise), form, exif=exif).data
+    assert data is not None
+    rng = random.Random(0)
+    for _ in range(60):
+        damaged = bytearray(data)
+        for _ in range(rng.randint(1, 4)):
+            damaged[rng.randrange(min(200, len(data)))] = rng.randrange(256)
+        try:
+            assert open_image(Image(data=bytes(damaged)), Path("/nowhere")).mode == "RGB"
+        except RecordError as error:
+            assert error.reason == "corrupt_image"  # noqa: PT017 - either outcome is right
+
+
+def test_what_is_not_an_image_is_corrupt(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_text("<html>404</html>")
+    with pytest.raises(RecordError, match="corrupt_image: a.png: cannot identify"):
+        open_image(Image(path="a.png"), tmp_path)
+    with pytest.raises(RecordError, match="corrupt_image: image bytes: "):
+        open_image(Image(data=b"nothing"), tmp_path)
+
+
+@pytest.mark.parametrize("path", ["a.png", "", "sub/a.png"])
+def test_a_missing_image_is_named(path: str, tmp_path: Path) -> None:
+    with pytest.raises(RecordError, match=f"missing_image: {tmp_path / path} does not exist"):
+        open_image(Image(path=path), tmp_path)
+
+
+@pytest.mark.parametrize("path", ["a" * 300, "data:image/png;base64," + "A" * 5000, "a\0b"], ids=["long", "url", "nul"])
+def test_a_path_that_no_file_can_have_is_a_bad_sample(path: str, tmp_path: Path) -> None:
+    with pytest.raises(RecordError):
+        open_image(Image(path=path), tmp_path)
+
+
+@pytest.mark.parametrize("path", ["../a.png", "sub/../../a.png", "/etc/passwd"])
+def test_a_path_outside_the_folder_is_refused(path: str, tmp_path: Path, png: Callable[..., bytes]) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    (tmp_path / "a.png").write_bytes(png())
+    with pytest.raises(RecordError, match="outside_folder: .* leaves the image folder"):
+        open_image(Image(path=path), folder)
+
+
+def test_a_link_that_leaves_the_folder_is_refused(tmp_path: Path, png: Callable[..., bytes]) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    (tmp_path / "a.png").write_bytes(png())
+    (folder / "link.png").symlink_to(tmp_path / "a.png")
+    with pytest.raises(RecordError, match="outside_folder"):
+        open_image(Image(path="link.png"), folder)
+
+
+def test_a_path_in_the_folder_is_opened(tmp_path: Path, png: Callable[..., bytes]) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "a.png").write_bytes(png(6, 5))
+    assert open_image(Image(path="sub/../sub/a.png"), tmp_path).size == (6, 5)
+    assert open_image(Image(path=str(tmp_path / "sub" / "a.png")), tmp_path).size == (6, 5)
+
+
+# ----- transforms -----
+
+SHAPES = [(28, 28), (100, 40), (40, 100), (29, 28), (5, 200), (200, 5), (1, 1), (3, 90)]
+
+
+@pytest.mark.parametrize("size", SHAPES, ids=str)
+@pytest.mark.parametrize("transform", [SquareCrop(), PadSquare(), Resize()], ids=lambda t: type(t).__name__)
+def test_square_transforms_give_the_size_of_the_encoder(transform: ImageTransform, size: tuple[int, int]) -> None:
+    pixels = transform(PILImage.new("RGB", size, (9, 8, 7)), SQUARE)
+    assert pixels.shape == (3, 28, 28)
+    assert pixels.dtype == torch.uint8
+    assert pixels.is_contiguous()
+
+
+def halves(width: int, height: int) -> PILImage.Image:
+    """Left half red, right half blue."""
+    picture = PILImage.new("RGB", (width, height), (255, 0, 0))
+    picture.paste((0, 0, 255), (width // 2, 0, width, height))
+    return picture
+
+
+def test_square_crop_takes_the_middle() -> None:
+    picture = PILImage.new("RGB", (84, 28), (255, 0, 0))
+    picture.paste((0, 255, 0), (28, 0, 56, 28))
+    assert (SquareCrop()(picture, SQUARE) == torch.tensor([0, 255, 0])[:, None, None]).all()
+
+
+def test_square_crop_scales_the_shorter_side() -> None:
+    pixels = SquareCrop()(halves(112, 56), SQUARE)
+    assert pixels[0, 14, 2] == 255
+    assert pixels[2, 14, 25] == 255
+
+
+@pytest.mark.parametrize(("size", "axis"), [((56, 28), 1), ((28, 56), 2)])
+def test_pad_square_fills_with_the_mean_and_keeps_the_aspect(size: tuple[int, int], axis: int) -> None:
+    pixels = PadSquare()(PILImage.new("RGB", size, (255, 255, 255)), SQUARE)
+    lines = pixels.movedim(axis, 1)  # [3, the padded axis, the other]
+    mean = torch.tensor([int(channel * 255) for channel in SQUARE.mean], dtype=torch.uint8)
+    for edge in (0, 27):
+        assert (lines[:, edge].T == mean).all()
+    assert (lines[:, 10:18] == 255).all()
+    assert (lines[:, 2] == lines[:, 25]).all()  # in the middle
+
+
+def test_pad_square_uses_the_published_colour_of_clip() -> None:
+    clip = PixelSpec(28, 14, (0.48145466, 0.4578275, 0.40821073))
+    assert PadSquare()(PILImage.new("RGB", (1, 280)), clip)[:, 14, 0].tolist() == [122, 116, 104]
+
+
+def test_pad_square_leaves_a_square_alone() -> None:
+    picture = halves(28, 28)
+    assert torch.equal(PadSquare()(picture, SQUARE), Resize()(picture, SQUARE))
+
+
+def test_resize_keeps_all_of_the_picture() -> None:
+    pixels = Resize()(halves(200, 10), SQUARE)
+    assert pixels[0, :, 3].eq(255).all()
+    assert pixels[2, :, 24].eq(255).all()
+
+
+@pytest.mark.parametrize("longest", [8, 20, 64, 100])
+@pytest.mark.parametrize("size", [*SHAPES, (1, 5000), (5000, 1), (64, 64), (65, 63), (1000, 999)], ids=str)
+def test_native_sides_are_multiples_within_the_limit(size: tuple[int, int], longest: int) -> None:
+    _, height, width = Native(longest)(PILImage.new("RGB", size), ANY).shape
+    for side in (height, width):
+        assert side % 8 == 0
+        assert 8 <= side <= max(8, longest)
+
+
+@pytest.mark.parametrize("size", [(64, 32), (640, 320), (24, 48), (200, 120), (300, 301)], ids=str)
+def test_native_keeps_the_aspect_to_within_a_patch(size: tuple[int, int]) -> None:
+    _, height, width = Native(96)(PILImage.new("RGB", size), ANY).shape
+    scale = min(1, 96 / max(size))
+    assert abs(width - size[0] * scale) < 8
+    assert abs(height - size[1] * scale) < 8
+
+
+def test_native_leaves_a_picture_of_fitting_size_alone() -> None:
+    picture = halves(40, 24)
+    expected = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+    assert torch.equal(Native(96)(picture, ANY), expected)
+
+
+def test_native_never_enlarges_beyond_the_next_multiple() -> None:
+    assert Native(672)(PILImage.new("RGB", (9, 3)), ANY).shape == (3, 8, 16)
+
+
+@pytest.mark.parametrize("transform", [SquareCrop(), PadSquare(), Resize()], ids=lambda t: type(t).__name__)
+def test_square_transforms_refuse_an_encoder_of_any_size(transform: ImageTransform) -> None:
+    with pytest.raises(ValueError, match=f"{type(transform).__name__} needs an encoder of one size.*use Native"):
+        transform(PILImage.new("RGB", (8, 8)), ANY)

@@ -1,0 +1,214 @@
+"""HFEncoder against reference features and against transformers itself."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from lit_vlm.batch import Grid, Images
+from lit_vlm.encoders import HFEncoder
+from lit_vlm.part import load_state
+
+VISION: dict[str, Any] = torch.load(Path(__file__).parents[1] / "fixtures" / "vila_vision.pt", weights_only=True)
+CLIP = {
+    "model_type": "clip_vision_model",
+    "layer_norm_eps": VISION["layer_norm_eps"],
+    "hidden_act": VISION["hidden_act"],
+    **VISION["clip_config"],
+}
+SIZES = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "image_size": 28,
+    "patch_size": 7,
+}
+FAMILIES = ["clip_vision_model", "siglip_vision_model", "dinov2"]
+
+
+def reference_encoder(layer: int, cls: bool) -> HFEncoder:
+    encoder = HFEncoder(config=CLIP, layer=layer, cls=cls)
+    state = {f"backbone.{key.removeprefix('vision_model.')}": v for key, v in VISION["clip_state_dict"].items()}
+    load_state(encoder, {key: state[key] for key in encoder.state_dict()}, "encoder")
+    return encoder.eval()
+
+
+def tiny(model_type: str, folder: Path) -> transformers.PreTrainedModel:
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(model_type, **SIZES)
+    model = transformers.AutoModel.from_config(config).eval()
+    for parameter in model.parameters():  # so that a norm left out or applied twice is seen
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(folder)
+    return model
+
+
+def images(count: int, side: int = 28) -> Images:
+    generator = torch.Generator().manual_seed(count)
+    return Images.pack(list(torch.randint(0, 256, (count, 3, side, side), generator=generator, dtype=torch.uint8)))
+
+
+def hidden_states(model: transformers.PreTrainedModel, pixels: Tensor) -> tuple[Tensor, ...]:
+    with torch.no_grad():
+        return model(pixels, output_hidden_states=True).hidden_states
+
+
+@pytest.mark.parametrize(
+    ("layer", "cls", "case"),
+    [(-2, False, "feature_layer-2_patch"), (-2, True, "feature_layer-2_cls_patch"), (-1, False, "feature_layer-1_patch")],
+)
+def test_clip_layer_matches_vila(layer: int, cls: bool, case: str) -> None:
+    encoder = reference_encoder(layer, cls)
+    with torch.no_grad():
+        features = encoder.backbone(VISION["images"]).last_hidden_state[:, encoder.skip :]
+    torch.testing.assert_close(features, VISION[case], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("cls", [False, True])
+def test_forward_is_normalise_then_backbone_row_by_row(cls: bool) -> None:
+    encoder, batch = reference_encoder(-2, cls), images(3)
+    with torch.no_grad():
+        result = encoder(batch)
+        pixels = encoder.normalise(batch.pixels.view(3, 3, 28, 28), torch.float32)
+        expected = encoder.backbone(pixels).last_hidden_state[:, 0 if cls else 1 :]
+    assert result.grids == (Grid(4, 4, prefix=int(cls)),) * 3
+    torch.testing.assert_close(result.features, expected.flatten(0, 1))
+    assert encoder.patch_grid(28, 28) == result.grids[0]
+
+
+def test_normalise_equals_the_image_processor_of_clip() -> None:
+    encoder, batch = reference_encoder(-2, False), images(2)
+    raw = batch.pixels.view(2, 3, 28, 28)
+    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073])
+    std = torch.tensor([0.26862954, 0.26130258, 0.27577711])
+    expected = (raw.permute(0, 2, 3, 1).double() / 255 - mean) / std
+    result = encoder.normalise(raw, torch.float32)
+    torch.testing.assert_close(result, expected.permute(0, 3, 1, 2).float())
+    assert encoder.normalise(raw, torch.bfloat16).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize(("layer", "kept"), [(-1, 4), (-2, 3), (2, 2), (0, 0)])
+def test_only_needed_blocks_exist(model_type: str, layer: int, kept: int) -> None:
+    encoder = HFEncoder(config={"model_type": model_type, **SIZES}, layer=layer)
+    assert len(encoder.blocks()) == kept
+    names = " ".join(encoder.state_dict())
+    assert "post_layernorm" not in names
+    assert "backbone.layernorm" not in names
+    assert "head." not in names
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("layer", [0, 1, 3, 4, -1, -2, -5])
+def test_features_equal_the_hidden_states_of_transformers(model_type: str, layer: int, tmp_path: Path) -> None:
+    model = tiny(model_type, tmp_path)
+    encoder = HFEncoder(name=str(tmp_path), layer=layer).eval()
+    state = encoder.pretrained_state()
+    assert state is not None
+    load_state(encoder, state, "encoder")
+    batch = images(2)
+    with torch.no_grad():
+        result = encoder(batch).features
+    pixels = encoder.normalise(batch.pixels.view(2, 3, 28, 28), torch.float32)
+    skip = 0 if model_type == "siglip_vision_model" else 1
+    torch.testing.assert_close(result, hidden_states(model, pixels)[layer][:, skip:].flatten(0, 1))
+
+
+@pytest.mark.parametrize("model_type", ["clip_vision_model", "dinov2"])
+def test_cls_token_stands_in_front(model_type: str, tmp_path: Path) -> None:
+    model = tiny(model_type, tmp_path)
+    encoder = HFEncoder(name=str(tmp_path), cls=True).eval()
+    load_state(encoder, encoder.pretrained_state() or {}, "encoder")
+    batch = images(2)
+    with torch.no_grad():
+        result = encoder(batch)
+    pixels = encoder.normalise(batch.pixels.view(2, 3, 28, 28), torch.float32)
+    torch.testing.assert_close(result.features, hidden_states(model, pixels)[-2].flatten(0, 1))
+    assert result.grids == (Grid(4, 4, prefix=1),) * 2
+
+
+@pytest.mark.parametrize("family", ["clip", "siglip"])
+def test_the_vision_tower_of_a_whole_image_text_model_is_found(family: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    text = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 9}
+    ends = {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}
+    config = transformers.AutoConfig.for_model(family, vision_config=SIZES, text_config={**text, **ends})
+    model = transformers.AutoModel.from_config(config).eval()
+    model.save_pretrained(tmp_path)
+    encoder = HFEncoder(name=str(tmp_path)).eval()
+    load_state(encoder, encoder.pretrained_state() or {}, "encoder")
+    batch = images(1)
+    pixels = encoder.normalise(batch.pixels.view(1, 3, 28, 28), torch.float32)
+    with torch.no_grad():
+        result = encoder(batch).features
+    expected = hidden_states(model.vision_model, pixels)[-2][:, encoder.skip :]
+    torch.testing.assert_close(result, expected.flatten(0, 1))
+
+
+def test_random_weights_have_no_pretrained_state() -> None:
+    assert HFEncoder(config=CLIP).pretrained_state() is None
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_every_parameter_gets_a_gradient(model_type: str) -> None:
+    encoder = HFEncoder(config={"model_type": model_type, **SIZES}, layer=-2)
+    encoder(images(2)).features.square().sum().backward()
+    without = [name for name, p in encoder.named_parameters() if p.grad is None]
+    assert not [name for name in without if "mask_token" not in name]  # DINOv2 masks in its own training only
+
+
+def test_pixels_and_grid_say_what_the_model_wants_and_pickle() -> None:
+    encoder = HFEncoder(config=CLIP)
+    assert (encoder.pixels.size, encoder.pixels.multiple, encoder.width) == (28, 7, 16)
+    assert pickle.loads(pickle.dumps((encoder.pixels, encoder.patch_grid))) == (encoder.pixels, encoder.patch_grid)
+
+
+def test_dummy_images_go_through() -> None:
+    encoder = HFEncoder(config=CLIP)
+    assert encoder(encoder.dummy_images()).features.shape == (16, 16)
+
+
+@pytest.mark.parametrize("layer", [5, -6, 100])
+def test_a_layer_out_of_range_is_refused(layer: int) -> None:
+    with pytest.raises(ValueError, match=f"layer {layer} is not one of the 5 hidden states"):
+        HFEncoder(config=CLIP, layer=layer)
+
+
+def test_siglip_has_no_cls_token() -> None:
+    with pytest.raises(ValueError, match="siglip_vision_model has no CLS token to keep"):
+        HFEncoder(config={"model_type": "siglip_vision_model", **SIZES}, cls=True)
+
+
+def test_an_unknown_family_is_refused() -> None:
+    with pytest.raises(ValueError, match="knows clip_vision_model, siglip_vision_model, dinov2; 'vit' is not one"):
+        HFEncoder(config={"model_type": "vit", **SIZES})
+
+
+@pytest.mark.parametrize(("name", "config"), [(None, None), ("somewhere", CLIP)])
+def test_exactly_one_of_name_and_config_is_needed(name: str | None, config: dict[str, Any] | None) -> None:
+    with pytest.raises(ValueError, match="either a name or a config"):
+        HFEncoder(name=name, config=config)
+
+
+def test_a_missing_folder_is_named() -> None:
+    with pytest.raises(ValueError, match="there are no weights at /no/such/folder"):
+        HFEncoder(name="/no/such/folder")
+
+
+def test_mixed_sizes_are_refused_with_the_transforms_to_use() -> None:
+    mixed = Images.pack([torch.zeros(3, 28, 28, dtype=torch.uint8), torch.zeros(3, 28, 35, dtype=torch.uint8)])
+    with pytest.raises(ValueError, match=r"one size, found \[\(28, 28\), \(28, 35\)\].*SquareCrop, PadSquare or Resize"):
+        HFEncoder(config=CLIP)(mixed)
+
+
+def test_the_config_of_the_caller_is_not_changed() -> None:
+    config = dict(CLIP)
+    HFEncoder(config=config)
+    assert config == CLIP

