@@ -64,8 +64,9 @@ def load_run(source: str | Path, device: str | torch.device = "cpu") -> LoadedRu
     parser.add_argument("--transform", type=ImageTransform)
     data = config["data"]
     wanted: dict[str, Any] = {"model": config["model"], "template": data["template"], "transform": data["transform"]}
-    objects = parser.instantiate(parser.parse_object(wanted))
-    module = LitVLM(**objects.model.as_dict()) if not isinstance(objects.model, LitVLM) else objects.model
+    objects = parser.instantiate_classes(parser.parse_object(wanted))
+    module = objects.model
+    assert isinstance(module, LitVLM)
     module.model = build(module.slots, str(checkpoint))
     module.to(device).eval()
     return LoadedRun(module, objects.template, objects.transform, data["max_length"])

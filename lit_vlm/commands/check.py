@@ -40,7 +40,8 @@ def _check(words: Sequence[str]) -> str | None:
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
-            cli = lightning_cli(_without(words[1:], "--model.stage.start_from"), run=False)
+            flags = [*_without(words[1:], "--model.stage.start_from"), "--trainer.logger", "false"]
+            cli = lightning_cli(flags, run=False)
         model = build_on_meta(cli.model.slots)
         cli.model.stage.freeze(model, cli.model.slots.removed_heads)
         cli.model.stage.optimizer(model)

@@ -69,11 +69,9 @@ def encode_pieces(pieces: Sequence[Piece], spec: InputSpec) -> tuple[list[int], 
     """
     ids: list[int] = []
     labels: list[int] = []
-    supervised_start = bool(pieces) and all(isinstance(p, Image) or p.supervised for p in pieces)
     if spec.bos_id is not None:
-        # A document is supervised from its first id on, as in VILA's pre-training; a chat is not.
         ids.append(spec.bos_id)
-        labels.append(spec.bos_id if supervised_start else IGNORE)
+        labels.append(IGNORE)  # nothing stands before it that could predict it
     for chunk in _chunks(pieces):
         if isinstance(chunk, Image):
             ids.append(IMAGE_SLOT)

@@ -90,9 +90,9 @@ class BatchPlan:
         if self.shuffle:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
             order = torch.randperm(self.length, generator=generator).tolist()
-        for index in range(self.start, len(self)):
-            first = (index * self.world_size + self.rank) * self.batch_size
-            yield list(order[first : first + self.batch_size])
+        # Read now, not when the first batch is asked for: `start` holds for one epoch only.
+        firsts = [(index * self.world_size + self.rank) * self.batch_size for index in range(self.start, len(self))]
+        return (list(order[first : first + self.batch_size]) for first in firsts)
 
 
 class Loader:
@@ -133,6 +133,7 @@ class Loader:
         self._done = 0
         self.seen = 0
         self.bad: Counter[tuple[str, str]] = Counter()
+        self._dropped: list[BadSample] = []
 
     def __len__(self) -> int:
         return len(self.batch_sampler)
@@ -178,11 +179,10 @@ class Loader:
     def _note(self, batch: Batch) -> None:
         dropped = [sample for sample in batch.bad if sample.dropped]
         self.seen += len(batch.samples) + len(dropped)
-        if not batch.bad:
-            return
+        self._dropped += dropped
         for sample in batch.bad:
             self.bad[sample.source, sample.reason] += 1
-        if self.log is not None:
+        if self.log is not None and batch.bad:
             self.log.parent.mkdir(parents=True, exist_ok=True)
             with self.log.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(sample._asdict()) + "\n" for sample in batch.bad)
@@ -192,18 +192,18 @@ class Loader:
                 f"sample '{sample.id}' of source '{sample.source}' cannot be used: {sample.reason}: {sample.detail}. "
                 "data.bad_samples.action skip would leave such samples out"
             )
-        self._check_share(dropped)
+        self._check_share()
 
-    def _check_share(self, dropped: Sequence[BadSample]) -> None:
+    def _check_share(self) -> None:
         """Stop once too many samples are unusable; judged after 100 samples, or at the end of a shorter epoch."""
-        total = sum(count for (_, reason), count in self.bad.items() if reason != "truncated")
-        if self.seen < min(100, self.batch_sampler.length // self.batch_sampler.world_size) or not dropped:
+        total = len(self._dropped)
+        if self.seen < min(100, self.batch_sampler.length // self.batch_sampler.world_size):
             return
         if total > self.bad_samples.max_share * self.seen:
             reasons = Counter[str]()
             for (source, reason), count in self.bad.items():
                 reasons[f"{reason} in {source}"] += count
-            examples = "; ".join(f"{s.id} ({s.source}): {s.reason}: {s.detail}" for s in dropped[:3])
+            examples = "; ".join(f"{s.id} ({s.source}): {s.reason}: {s.detail}" for s in self._dropped[-3:])
             raise ValueError(
                 f"{total} of {self.seen} samples cannot be used, more than data.bad_samples.max_share "
                 f"{self.bad_samples.max_share}: {dict(reasons)}. The last: {examples}"

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
+import numpy as np
 from PIL import Image as PILImage
 from PIL import ImageOps
 
@@ -102,7 +103,10 @@ def parse_record(raw: Any, source: str, default_id: str) -> Record:
     options = raw.get("options", [])
     if not isinstance(options, list) or not all(isinstance(option, str) for option in options):
         raise RecordError("malformed", "'options' is a list of strings")
-    return Record(str(raw.get("id", default_id)), source, messages, tuple(options))
+    identity = raw.get("id", default_id)
+    if not isinstance(identity, str | int) or isinstance(identity, bool):
+        raise RecordError("malformed", f"'id' is a string or an integer, not {identity!r}")
+    return Record(str(identity), source, messages, tuple(options))
 
 
 def _parse_message(raw: Any, where: str) -> Message:
@@ -120,7 +124,7 @@ def _parse_message(raw: Any, where: str) -> Message:
 
 def _parse_part(raw: Any, where: str) -> Part:
     kind = raw.get("type") if isinstance(raw, Mapping) else None
-    if kind == "text" and isinstance(raw.get("text"), str) and raw.get("loss") in (None, True, False):
+    if kind == "text" and isinstance(raw.get("text"), str) and isinstance(raw.get("loss"), bool | None):
         return Text(raw["text"], raw.get("loss"))
     if kind == "image" and isinstance(raw.get("image"), str) and raw["image"]:
         return Image(path=raw["image"])
@@ -140,14 +144,10 @@ def open_image(image: Image, folder: Path) -> PILImage.Image:
         file: Path | io.BytesIO = io.BytesIO(image.data)
     else:
         assert image.path is not None
-        file = folder / image.path
-        if not file.resolve().is_relative_to(folder.resolve()):
-            raise RecordError("outside_folder", f"{image.path} leaves the image folder {folder}")
-        if not file.is_file():
-            raise RecordError("missing_image", f"{file} does not exist")
+        file = _inside(folder, image.path)
     try:
         with PILImage.open(file) as opened:
-            upright = ImageOps.exif_transpose(opened)
+            upright = _eight_bit(ImageOps.exif_transpose(opened))
             if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
                 layer = upright.convert("RGBA")
                 canvas = PILImage.new("RGBA", layer.size, "white")
@@ -155,3 +155,30 @@ def open_image(image: Image, folder: Path) -> PILImage.Image:
             return upright.convert("RGB")
     except (OSError, ValueError, SyntaxError, PILImage.DecompressionBombError) as error:
         raise RecordError("corrupt_image", f"{image.path or 'image bytes'}: {error}") from error
+
+
+def _inside(folder: Path, path: str) -> Path:
+    """The file of an image path, which must lie in the folder."""
+    try:
+        file = folder / path
+        inside = file.resolve().is_relative_to(folder.resolve())
+        exists = file.is_file()
+    except (OSError, ValueError) as error:  # a name that no file system takes
+        raise RecordError("missing_image", f"{path[:80]!r} is no path: {error}") from error
+    if not inside:
+        raise RecordError("outside_folder", f"{path} leaves the image folder {folder}")
+    if not exists:
+        raise RecordError("missing_image", f"{file} does not exist")
+    return file
+
+
+def _eight_bit(image: PILImage.Image) -> PILImage.Image:
+    """16-bit greyscale scaled to 8 bits, where Pillow would clip it to white; other modes as they are."""
+    if not image.mode.startswith(("I", "F")):
+        return image
+    if image.mode == "F":
+        raise RecordError("corrupt_image", "pixels are floating-point numbers of unknown range")
+    values = np.asarray(image).astype(np.int64)
+    if values.max(initial=0) > 65535 or values.min(initial=0) < 0:
+        raise RecordError("corrupt_image", "pixels are 32-bit numbers of unknown range")
+    return PILImage.fromarray((values / 257).round().astype(np.uint8))

@@ -152,7 +152,9 @@ class LlavaJson(_LineSource):
         if not isinstance(raw, dict) or not isinstance(raw.get("conversations"), list) or not raw["conversations"]:
             raise RecordError("malformed", f"entry {index} has no list 'conversations'")
         images = raw.get("image") or []
-        paths = [images] if isinstance(images, str) else list(images)
+        paths = [images] if isinstance(images, str) else images
+        if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
+            raise RecordError("malformed", f"'image' is {str(images)[:80]!r}; expected a path or a list of paths")
         marks = sum(str(turn.get("value", "")).count(MARK) for turn in raw["conversations"] if isinstance(turn, dict))
         if marks != len(paths):
             raise RecordError("image_count", f"{marks} {MARK} marks in the text, {len(paths)} images in 'image'")
@@ -161,8 +163,8 @@ class LlavaJson(_LineSource):
         return Record(str(raw.get("id", index)), self.name, messages)
 
     def _message(self, turn: Any, index: int, paths: Any) -> Message:
-        if not isinstance(turn, dict) or turn.get("from") not in self.ROLES:
-            found = turn.get("from") if isinstance(turn, dict) else turn
+        found = turn.get("from") if isinstance(turn, dict) else turn
+        if not isinstance(turn, dict) or not isinstance(found, str) or found not in self.ROLES:
             raise RecordError("unknown_role", f"conversations[{index}].from is {found!r}; known: {', '.join(self.ROLES)}")
         if not isinstance(turn.get("value"), str):
             raise RecordError("malformed", f"conversations[{index}].value is not a string")
@@ -171,12 +173,12 @@ class LlavaJson(_LineSource):
         content: list[Text | Image] = []
         if images and self.image_position == "front":
             text = "".join(pieces).strip()
-            content = [*images, Text(f"\n{text}")]
+            content = [*images, *([Text(f"\n{text}")] if text else [])]
         else:
             for piece, image in zip(pieces, [*images, None], strict=True):
                 content += [Text(piece)] if piece else []
                 content += [image] if image else []
-        return Message(self.ROLES[turn["from"]], tuple(content))
+        return Message(self.ROLES[found], tuple(content))
 
 
 class Captions(Source):
@@ -225,8 +227,11 @@ class Captions(Source):
         return pairs
 
     def _read_csv(self, image_column: str, caption_column: str) -> list[tuple[str, str | None]]:
-        with self.path.open(newline="", encoding="utf-8") as file:
-            rows = csv.DictReader(file, delimiter="\t" if self.path.suffix == ".tsv" else ",")
+        with self.path.open(newline="", encoding="utf-8-sig") as file:
+            tabs = self.path.suffix == ".tsv"  # quotes mean nothing there
+            rows = csv.DictReader(
+                file, delimiter="\t" if tabs else ",", quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL
+            )
             for column in (image_column, caption_column):
                 if column not in (rows.fieldnames or ()):
                     raise ValueError(f"Captions: {self.path} has no column '{column}', only {rows.fieldnames}")

@@ -35,14 +35,23 @@ def _side(transform: ImageTransform, pixels: PixelSpec) -> int:
     return pixels.size
 
 
+def _middle(image: PILImage.Image, longest: int) -> PILImage.Image:
+    """The middle of a very long picture."""
+    width, height = min(image.width, longest), min(image.height, longest)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
 class SquareCrop(ImageTransform):
     """Shorter side to the size, then the square in the middle: LLaVA-1.5 stage 1, and CLIP's own preprocessing."""
 
     def resize(self, image: PILImage.Image, pixels: PixelSpec) -> PILImage.Image:
         """Bicubic resize and centre crop."""
         side = _side(self, pixels)
+        short = min(image.size)
+        if max(image.size) > 16 * short:  # most would be resized only to be cut off
+            image = _middle(image, 16 * short)
         width, height = image.size
-        short = min(width, height)
         size = (side, int(side * height / short)) if width <= height else (int(side * width / short), side)
         resized = image.resize(size, BICUBIC)
         left, top = (size[0] - side) // 2, (size[1] - side) // 2

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+import re
+
 import timm
 import torch
 from torch import nn
@@ -32,14 +35,16 @@ class TimmEncoder(Encoder):
         self.pretrained = pretrained
         config = timm.get_pretrained_cfg(name)
         if config is None:
-            raise ValueError(f"timm has no model '{name}'; similar: {timm.list_models(f'*{name[:8]}*')[:5]}")
+            similar = difflib.get_close_matches(name, timm.list_models(), n=5, cutoff=0.4)
+            raise ValueError(f"timm has no model '{name}'; similar: {', '.join(similar)}")
         size = image_size or config.input_size[-1]
         extra = {"img_size": size} if image_size and name.startswith(("vit_", "swin", "beit", "eva")) else {}
         self.backbone = timm.create_model(name, features_only=True, out_indices=(depth,), **extra)
         self.width = self.backbone.feature_info.channels()[-1]
         stride = self.backbone.feature_info.reduction()[-1]
         if size % stride:
-            raise ValueError(f"image_size {size} is not a multiple of the stride {stride} of {name}")
+            nearest = max(1, round(size / stride)) * stride
+            raise ValueError(f"image_size {size} is no multiple of the stride {stride} of {name}; take {nearest}")
         self.patch_grid = PatchGrid(stride)
         self.pixels = PixelSpec(size, stride, config.mean)
         self._set_normalisation(config.mean, config.std)
@@ -53,15 +58,15 @@ class TimmEncoder(Encoder):
         else:
             state = _timm_names(self.name, load_weights(resolve(self.pretrained)))
         own = self.backbone.state_dict()
-        # A transformer backbone is wrapped as `model.`; a convolutional one keeps timm's names.
-        prefix = "model." if all(key.startswith("model.") for key in own) else ""
-        return {f"backbone.{key}": state[key.removeprefix(prefix)] for key in own}
+        return {f"backbone.{key}": state[_full_name(key, state)] for key in own}
 
     def blocks(self) -> list[nn.Module]:
         """Transformer blocks or convolutional stages."""
         model = getattr(self.backbone, "model", self.backbone)
-        blocks = getattr(model, "blocks", None) or getattr(model, "stages", None)
-        return list(blocks) if blocks is not None else []
+        for name in ("blocks", "stages"):
+            if hasattr(model, name):
+                return list(getattr(model, name))
+        return [child for child in model.children() if any(True for _ in child.parameters())]
 
     def forward(self, images: Images) -> VisualTokens:
         """Features `[t, d_e]`, row by row."""
@@ -69,9 +74,22 @@ class TimmEncoder(Encoder):
         dtype = next(self.backbone.parameters()).dtype
         # Channels last: convolutions are about 1.6 times faster on a CPU, and so on tensor cores.
         x = self.normalise(pixels, dtype).contiguous(memory_format=torch.channels_last)
-        (features,) = self.backbone(x)  # [n, d_e, rows, cols]
+        (features,) = self.backbone(x)  # [n, d_e, rows, cols], or [n, rows, cols, d_e]
+        if not str(getattr(self.backbone, "output_fmt", "NCHW")).endswith("NHWC"):
+            features = features.permute(0, 2, 3, 1)
         grids = tuple(self.patch_grid(*size) for size in images.sizes)
-        return VisualTokens(features.flatten(2).transpose(1, 2).reshape(-1, self.width), grids)
+        return VisualTokens(features.reshape(-1, self.width), grids)
+
+
+def _full_name(key: str, state: StateDict) -> str:
+    """The name in the whole model of a weight of a backbone that was cut off.
+
+    timm wraps transformers as `model.`, and joins the first two levels of convolutional nets: `stages_0.` is `stages.0.`.
+    """
+    for name in (key, key.removeprefix("model."), re.sub(r"^([a-z]+)_(\d+)\.", r"\1.\2.", key)):
+        if name in state:
+            return name
+    raise ValueError(f"the weights have no '{key}'")
 
 
 def _timm_names(name: str, state: StateDict) -> StateDict:

@@ -62,7 +62,11 @@ def hidden_states(model: transformers.PreTrainedModel, pixels: Tensor) -> tuple[
 
 @pytest.mark.parametrize(
     ("layer", "cls", "case"),
-    [(-2, False, "feature_layer-2_patch"), (-2, True, "feature_layer-2_cls_patch"), (-1, False, "feature_layer-1_patch")],
+    [
+        (-2, False, "feature_layer-2_patch"),
+        (-2, True, "feature_layer-2_cls_patch"),
+        (-1, False, "feature_layer-1_patch"),
+    ],
 )
 def test_clip_layer_matches_vila(layer: int, cls: bool, case: str) -> None:
     encoder = reference_encoder(layer, cls)
@@ -137,7 +141,13 @@ def test_cls_token_stands_in_front(model_type: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", ["clip", "siglip"])
 def test_the_vision_tower_of_a_whole_image_text_model_is_found(family: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    text = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 9}
+    text = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "vocab_size": 9,
+    }
     ends = {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}
     config = transformers.AutoConfig.for_model(family, vision_config=SIZES, text_config={**text, **ends})
     model = transformers.AutoModel.from_config(config).eval()
@@ -204,7 +214,9 @@ def test_a_missing_folder_is_named() -> None:
 
 def test_mixed_sizes_are_refused_with_the_transforms_to_use() -> None:
     mixed = Images.pack([torch.zeros(3, 28, 28, dtype=torch.uint8), torch.zeros(3, 28, 35, dtype=torch.uint8)])
-    with pytest.raises(ValueError, match=r"one size, found \[\(28, 28\), \(28, 35\)\].*SquareCrop, PadSquare or Resize"):
+    with pytest.raises(
+        ValueError, match=r"one size, found \[\(28, 28\), \(28, 35\)\].*SquareCrop, PadSquare or Resize"
+    ):
         HFEncoder(config=CLIP)(mixed)
 
 
