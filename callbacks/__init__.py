@@ -4,6 +4,7 @@ from callbacks.checkpoint import Checkpoint
 from callbacks.freeze_guard import FreezeGuard
 from callbacks.gradient_monitor import GradientMonitor
 from callbacks.held_out import HeldOut
+from callbacks.predictions import Predictions
 from callbacks.throughput import Throughput
 
-__all__ = ["Checkpoint", "FreezeGuard", "GradientMonitor", "HeldOut", "Throughput"]
+__all__ = ["Checkpoint", "FreezeGuard", "GradientMonitor", "HeldOut", "Predictions", "Throughput"]

@@ -35,5 +35,5 @@ class Checkpoint(ModelCheckpoint):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save what the next stage starts from."""
         super().on_train_end(trainer, pl_module)
-        if self._last_global_step_saved != trainer.global_step and not trainer.fast_dev_run:
+        if self._last_global_step_saved != trainer.global_step and not getattr(trainer, "fast_dev_run", False):
             self._save_none_monitor_checkpoint(trainer, self._monitor_candidates(trainer))

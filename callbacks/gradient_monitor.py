@@ -49,9 +49,7 @@ class GradientMonitor(L.Callback):
         else:
             self._batches.append(entry)
 
-    def on_before_optimizer_step(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer
-    ) -> None:
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         """Norms, before clipping."""
         assert isinstance(pl_module, LitVLM)
         self._judge()
@@ -68,9 +66,7 @@ class GradientMonitor(L.Callback):
         self._pending = _Step(trainer.global_step, total.detach(), self._batches)
         self._batches = []
 
-    def on_save_checkpoint(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Never save weights that a broken step has touched."""
         self._judge()
 

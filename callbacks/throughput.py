@@ -56,7 +56,7 @@ class Throughput(L.Callback):
         self._counts = self._counts + batch.counts
         self._flops += step_flops(pl_module.vlm, batch)
         stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if stepped and trainer.global_step % trainer.log_every_n_steps == 0:
+        if stepped and trainer.global_step % int(getattr(trainer, "log_every_n_steps", 1)) == 0:
             self._log(trainer, pl_module)
             self._reset()
         self._mark = time.perf_counter()

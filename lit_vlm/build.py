@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -47,7 +48,7 @@ class Slots:
         projector = make("projector", lambda: self.projector(encoder.width, decoder.width))
         embedder = make("embedder", lambda: self.embedder(decoder.width, decoder.vocab_size))
         heads = {
-            name: make(f"heads.{name}", lambda factory=factory: factory(decoder.width, decoder.num_layers))
+            name: make(f"heads.{name}", partial(factory, decoder.width, decoder.num_layers))
             for name, factory in self.heads.items()
             if factory is not None
         }
@@ -93,7 +94,7 @@ def build(slots: Slots, start_from: str | None = None, fresh: tuple[str, ...] = 
         load_state(part, state, name)
         return part
 
-    return slots.assemble(make)  # type: ignore[arg-type]
+    return slots.assemble(make)
 
 
 @contextmanager

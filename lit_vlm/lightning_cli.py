@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from transformers.utils.logging import disable_progress_bar
 
-import lit_vlm.decoders
-import lit_vlm.embedders
-import lit_vlm.encoders
-import lit_vlm.heads
-import lit_vlm.projectors
-import lit_vlm.teachers
 from callbacks import Checkpoint
 from lit_vlm.checkpoints.files import find_checkpoint
 from lit_vlm.cli import run_folder_for
@@ -64,7 +59,9 @@ class LitVLMCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Give the run a folder, and keep Lightning's adverts out of the output."""
-        logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "litlogger" not in r.getMessage())
+        logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+            lambda r: "litlogger" not in r.getMessage()
+        )
         config = self.config[self.subcommand] if self.subcommand else self.config
         if config.trainer.default_root_dir is None:
             config.trainer.default_root_dir = run_folder_for(config.model.stage.name)

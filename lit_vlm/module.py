@@ -55,7 +55,6 @@ class LitVLM(LightningModule):
         self.slots = Slots(encoder, projector, embedder, decoder, heads or {})
         self.stage = stage
         self.model: VLM | None = None
-        self._window = Counts()
         self._denominators: dict[str, Tensor] = {}
         self._sums: dict[str, Tensor] = {}
         self._held_out: dict[str, Tensor] = {}
@@ -69,7 +68,9 @@ class LitVLM(LightningModule):
         strategy = self.trainer.strategy
         if isinstance(strategy, ModelParallelStrategy):
             if not isinstance(strategy, FSDP2):
-                raise ValueError("shard with lit_vlm.sharding.FSDP2: ModelParallelStrategy needs a mesh for tensor parallelism")
+                raise ValueError(
+                    "shard with lit_vlm.sharding.FSDP2: ModelParallelStrategy needs a mesh for tensor parallelism"
+                )
             self.model = self._build() if self.global_rank == 0 else build_on_meta(self.slots)
             self.stage.freeze(self.model, self.slots.removed_heads)
             mixed = str(self.trainer.precision) == "bf16-mixed"
@@ -214,9 +215,7 @@ class LitVLM(LightningModule):
             for sample, answer in zip(batch.samples, answers, strict=True)
         ]
 
-    def answer(
-        self, batch: Batch, max_new_tokens: int = 64, temperature: float = 0.0, top_p: float = 1.0
-    ) -> list[str]:
+    def answer(self, batch: Batch, max_new_tokens: int = 64, temperature: float = 0.0, top_p: float = 1.0) -> list[str]:
         """Generate the text that follows each left-padded prompt."""
         spec = self.input_spec
         with self.autocast():

@@ -52,7 +52,7 @@ def _register_on_meta(module: nn.Module, name: str, param: nn.Parameter | None) 
 @contextmanager
 def _registering(function: Callable[..., None]) -> Iterator[None]:
     before = nn.Module.register_parameter
-    nn.Module.register_parameter = function  # type: ignore[method-assign, assignment]
+    nn.Module.register_parameter = function  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -99,9 +99,7 @@ def load_state(part: Part, state: StateDict, name: str) -> None:
             f"If this part is meant to start anew, add '{slot}' to model.stage.fresh."
         )
     tied = _tied_parameters(part)
-    cast = {
-        key: value.to(own[key].dtype) if value.is_floating_point() else value for key, value in state.items()
-    }
+    cast = {key: value.to(own[key].dtype) if value.is_floating_point() else value for key, value in state.items()}
     part.load_state_dict(cast, strict=True, assign=any(p.is_meta for p in part.parameters()))
     for owner, attribute, source in tied:
         setattr(owner, attribute, part.get_parameter(source))

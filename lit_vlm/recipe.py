@@ -56,7 +56,9 @@ class Recipe:
         files = [self.folder / "model.yaml", self.folder / f"{stage}.yaml"]
         if scale is not None:
             if scale not in self.scales:
-                raise ValueError(f"recipe '{self.name}' has no scale '{scale}'; scales: {', '.join(self.scales) or 'none'}")
+                raise ValueError(
+                    f"recipe '{self.name}' has no scale '{scale}'; scales: {', '.join(self.scales) or 'none'}"
+                )
             files.append(self.folder / "scales" / f"{scale}.yaml")
             own = self.folder / "scales" / scale / f"{stage}.yaml"
             files += [own] if own.exists() else []

@@ -71,7 +71,12 @@ def shard(model: VLM, mesh: DeviceMesh, compute_dtype: torch.dtype | None) -> No
     fully_shard(model, mesh=mesh, mp_policy=policy)
     for method in ("logits", "next_logits", "target_nll"):
         register_fsdp_forward_method(model, method)
-    _materialise(model, torch.device(mesh.device_type, torch.cuda.current_device()) if mesh.device_type == "cuda" else torch.device("cpu"))
+    _materialise(
+        model,
+        torch.device(mesh.device_type, torch.cuda.current_device())
+        if mesh.device_type == "cuda"
+        else torch.device("cpu"),
+    )
     set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
 
 

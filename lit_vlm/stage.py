@@ -87,7 +87,8 @@ class Stage:
             parameters = [p for part in slots.get(slot, ()) for p in part.trainable_parameters()]
             if not parameters and not (slot == "heads" and removed):
                 raise ValueError(
-                    f"model.stage.train names '{slot}', but this model has nothing to train there: remove it or set it to null"
+                    f"model.stage.train names '{slot}', but this model has nothing to train there: "
+                    "remove it or set it to null"
                 )
             for parameter in parameters:
                 parameter.requires_grad_(True)
@@ -110,9 +111,9 @@ class Stage:
     def _groups(self, model: VLM) -> Iterator[dict[str, Any]]:
         seen: set[int] = set()
         for slot, parts in model.slots().items():
-            parameters = [
-                p for part in parts for p in part.parameters() if p.requires_grad and not (id(p) in seen or seen.add(id(p)))
-            ]
+            trained = [p for part in parts for p in part.parameters() if p.requires_grad]
+            parameters = [p for p in trained if id(p) not in seen]
+            seen |= {id(p) for p in parameters}
             for decay, members in (
                 (self.weight_decay, [p for p in parameters if p.ndim > 1]),
                 (0.0, [p for p in parameters if p.ndim <= 1]),
@@ -143,7 +144,7 @@ class Stage:
 
 def frozen_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """Parameters that do not train, and buffers of modules that hold nothing trainable, by name."""
-    tensors = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+    tensors: dict[str, torch.Tensor] = {name: p for name, p in model.named_parameters() if not p.requires_grad}
     for prefix, module in model.named_modules():
         if any(p.requires_grad for p in module.parameters()):
             continue

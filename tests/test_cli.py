@@ -21,6 +21,7 @@ from lit_vlm.recipe import SHIPPED, find_recipe, shipped_recipes
 from tests.tiny import ROOT
 
 STRATEGIES = sorted(path.stem for path in (SHIPPED / "strategies").glob("*.yaml"))
+ONE_NODE = ["--trainer.num_nodes", "1"]
 TWO = ["--data.batch_size", "4", "--trainer.devices", "2"]
 RUNS = [
     (name, scale, stage)
@@ -61,7 +62,9 @@ def tiny_fit(folder: Path, out: str, stage: str, *flags: str, strategy: str = "s
 @pytest.fixture(scope="module")
 def single(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
     folder = tmp_path_factory.mktemp("strategies")
-    return folder, tiny_fit(folder, "single", "2_sft", "--model.stage.train.projector", "1e-3", "--trainer.logger", "false")
+    return folder, tiny_fit(
+        folder, "single", "2_sft", "--model.stage.train.projector", "1e-3", "--trainer.logger", "false"
+    )
 
 
 @pytest.mark.parametrize(
@@ -72,7 +75,7 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, to
         pytest.param("ddp", TWO, id="ddp"),
         pytest.param("fsdp", TWO, id="fsdp"),
         pytest.param("fsdp", [*TWO, "--data.packing", "true"], id="fsdp-packed"),
-        pytest.param("hsdp", [*TWO, "--trainer.num_nodes", "1", "--trainer.strategy.init_args.replicas", "2"], id="hsdp"),
+        pytest.param("hsdp", [*TWO, *ONE_NODE, "--trainer.strategy.init_args.replicas", "2"], id="hsdp"),
     ],
 )  # fmt: skip
 def test_every_way_to_run_a_step_gives_the_same_weights(single, strategy: str, flags: list[str]) -> None:
@@ -153,7 +156,9 @@ def test_a_sharded_run_goes_on_with_one_process(tmp_path: Path) -> None:
     tiny_fit(tmp_path, "cut", "2_sft", *common, *TWO, "--checkpoint.keep", "-1", strategy="fsdp")
     middle = tmp_path / "cut" / "checkpoints" / "step=00000002.ckpt"
     assert middle.is_dir()
-    found = tiny_fit(tmp_path, "resumed", "2_sft", *common, "--trainer.devices", "1", "--ckpt_path", str(middle), strategy="fsdp")
+    found = tiny_fit(
+        tmp_path, "resumed", "2_sft", *common, "--trainer.devices", "1", "--ckpt_path", str(middle), strategy="fsdp"
+    )
     for name, value in whole.items():
         torch.testing.assert_close(found[name], value, atol=2e-5, rtol=1e-3, msg=name)
 
@@ -222,7 +227,10 @@ def test_flags_append_callbacks_and_change_learning_rates(tmp_path: Path, monkey
         (["run", "nothing"], "there is no recipe 'nothing'; recipes: "),
         (["run", "llava15", "--scale", "huge"], "has no scale 'huge'; scales: 7b, tiny"),
         (["run", "llava15", "--stages", "3_x"], "has no stage '3_x'; stages: 1_align, 2_sft"),
-        (["run", "llava15", "--strategy", "magic"], "there is no strategy 'magic'; strategies: ddp, fsdp, hsdp, single"),
+        (
+            ["run", "llava15", "--strategy", "magic"],
+            "there is no strategy 'magic'; strategies: ddp, fsdp, hsdp, single",
+        ),
         (["run", "llava15", "tiny"], "'tiny' is neither a flag nor the value of one; the recipe is the first argument"),
         (["run", "--scale", "tiny"], "name a recipe, as the first argument: "),
         (["run", "--resume"], "there is no unfinished run in runs/"),
@@ -231,7 +239,11 @@ def test_flags_append_callbacks_and_change_learning_rates(tmp_path: Path, monkey
     ],
 )
 def test_mistakes_on_the_command_line_are_one_clear_line(
-    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as ended:
@@ -242,7 +254,9 @@ def test_mistakes_on_the_command_line_are_one_clear_line(
     assert "Traceback" not in error
 
 
-def test_dry_run_names_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dry_run_names_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit):
         main(["run", "llava15", "--dry-run"])
@@ -255,15 +269,18 @@ def test_dry_run_names_what_is_missing(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_a_tiny_run_can_be_asked_inspected_and_exported(tmp_path: Path) -> None:
-    lit_vlm(tmp_path, "run", "llava15", "--scale", "tiny", "--strategy", "single", "--out", "out", "--stages", "1_align",
-            "--trainer.accelerator", "cpu", "--trainer.callbacks+=callbacks.HeldOut")  # fmt: skip
+    flags = [f"--trainer.callbacks+=callbacks.{name}" for name in ("HeldOut", "Predictions")]
+    recipe = ["llava15", "--scale", "tiny", "--strategy", "single", "--out", "out", "--stages", "1_align"]
+    lit_vlm(tmp_path, "run", *recipe, "--trainer.accelerator", "cpu", *flags)
     scores = json.loads((tmp_path / "out" / "1_align" / "held_out.json").read_text())
     assert scores.keys() == {"before", "after", "shuffled"}
     assert (tmp_path / "out" / "1_align" / "answers.png").stat().st_size > 1000
     from PIL import Image
 
     Image.new("RGB", (50, 40), "red").save(tmp_path / "red.png")
-    answer = lit_vlm(tmp_path, "chat", "out/1_align", "--image", "red.png", "--prompt", "What?", "--max-new-tokens", "4")
+    answer = lit_vlm(
+        tmp_path, "chat", "out/1_align", "--image", "red.png", "--prompt", "What?", "--max-new-tokens", "4"
+    )
     assert answer.stdout.strip()
     exported = lit_vlm(tmp_path, "export", "out/1_align", "hf")
     assert "its logits differ by at most" in exported.stdout

@@ -77,7 +77,9 @@ def test_logits_loss_and_gradients_equal_transformers_llava(pair, text_only: boo
         "decoder.lm.lm_head.weight": reference.lm_head.weight,
         "decoder.lm.model.embed_tokens.weight": reference.model.language_model.embed_tokens.weight,
         "decoder.lm.model.layers.1.mlp.up_proj.weight": reference.model.language_model.layers[1].mlp.up_proj.weight,
-        "encoder.backbone.encoder.layers.0.mlp.fc1.weight": reference.model.vision_tower.encoder.layers[0].mlp.fc1.weight,
+        "encoder.backbone.encoder.layers.0.mlp.fc1.weight": reference.model.vision_tower.encoder.layers[
+            0
+        ].mlp.fc1.weight,
     }
     found = gradients(ours)
     for name, parameter in expected.items():
@@ -112,9 +114,7 @@ def test_packed_equals_unpacked_per_sample(attention: str) -> None:
 
 def per_sample(model: VLM, batch) -> dict[str, torch.Tensor]:
     counts = [sample.num_supervised for sample in batch.samples]
-    return {
-        sample.id: nll for sample, nll in zip(batch.samples, model.target_nll(batch).split(counts), strict=True)
-    }
+    return {sample.id: nll for sample, nll in zip(batch.samples, model.target_nll(batch).split(counts), strict=True)}
 
 
 def test_flash_attention_path_joins_rows_without_mixing_them(model: VLM) -> None:
@@ -262,7 +262,9 @@ def test_sampling_depends_on_the_seed_only(model: VLM) -> None:
 
 def test_only_adapters_train_with_lora_and_merging_keeps_the_logits() -> None:
     model = tiny_vlm(decoder=tiny_decoder(Lora(rank=4)))
-    names = {name for name, p in model.decoder.named_parameters() for q in model.decoder.trainable_parameters() if p is q}
+    names = {
+        name for name, p in model.decoder.named_parameters() for q in model.decoder.trainable_parameters() if p is q
+    }
     assert names
     assert all(".lora_" in name for name in names)
     with torch.no_grad():

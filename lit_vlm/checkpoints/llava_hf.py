@@ -141,7 +141,9 @@ def export(model: VLM, out: Path, transform: ImageTransform | None = None) -> fl
         or not isinstance(decoder, HFDecoder)
     ):
         parts = [type(part).__name__ for part in (encoder, projector, model.embedder, decoder)]
-        raise ValueError(f"llava-hf is HFEncoder, MLP of depth 2, Splice and HFDecoder; this model is {', '.join(parts)}")
+        raise ValueError(
+            f"llava-hf is HFEncoder, MLP of depth 2, Splice and HFDecoder; this model is {', '.join(parts)}"
+        )
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty")
     decoder.merge_adapters()

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from lit_vlm.data.records import Image, Message, Record, Text
+from lit_vlm.data.records import Image, Message, Part, Record, Text
 
 
 def main(argv: Sequence[str]) -> None:
@@ -30,7 +30,8 @@ def main(argv: Sequence[str]) -> None:
     images = [Image(path=str(path.resolve())) for path in arguments.image]
     messages: list[Message] = []
     for prompt in [arguments.prompt] if arguments.prompt else _typed(console):
-        content = (*images, Text(f"\n{prompt}" if images and arguments.newline else prompt))
+        text = Text(f"\n{prompt}" if images and arguments.newline else prompt)
+        content: tuple[Part, ...] = (*images, text)
         images = []  # a conversation shows its pictures once
         messages.append(Message("user", content))
         record = Record("chat", "chat", tuple(messages))
@@ -49,10 +50,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompt", help="one question; the answer is printed and that is all")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="length of an answer at most (default: 64)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default: 0)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest tokens of this share (default: 1)")
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, help="draw from the likeliest tokens of this share (default: 1)"
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     parser.add_argument(
-        "--newline", action="store_true", help="a line break between the pictures and the question, as LLaVA's data has it"
+        "--newline",
+        action="store_true",
+        help="a line break between the pictures and the question, as LLaVA's data has it",
     )
     return parser
 

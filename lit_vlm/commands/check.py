@@ -67,4 +67,3 @@ def _without(words: Sequence[str], flag: str) -> list[str]:
         index = kept.index(flag)
         del kept[index : index + 2]
     return kept
-

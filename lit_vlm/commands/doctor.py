@@ -49,7 +49,9 @@ def main(argv: Sequence[str]) -> None:
     console.print(f"cache       {cache_dir()} ({free:.0f} GiB free)", soft_wrap=True)
     console.print(f"tracking    {default_uri()}", soft_wrap=True)
     offline = os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", "")
-    console.print(f"model hub   {'offline (HF_HUB_OFFLINE)' if offline else 'online'}, cache {_hub_cache()}", soft_wrap=True)
+    console.print(
+        f"model hub   {'offline (HF_HUB_OFFLINE)' if offline else 'online'}, cache {_hub_cache()}", soft_wrap=True
+    )
 
 
 def _version(name: str) -> str | None:

@@ -13,11 +13,13 @@ def main(argv: Sequence[str]) -> None:
     """Write, read back, compare, and only then say that it worked."""
     parser = argparse.ArgumentParser(
         prog="lit-vlm export",
-        description="Write a checkpoint in a published format, read it back and compare its logits before reporting success.",
+        description="Write a checkpoint in a published format, read it back, and compare logits before success.",
     )
     parser.add_argument("checkpoint", help="a checkpoint, or the folder of a run")
     parser.add_argument("out", type=Path, help="a folder that is new or empty")
-    parser.add_argument("--format", default="llava-hf", choices=["llava-hf"], help="llava-hf: LlavaForConditionalGeneration")
+    parser.add_argument(
+        "--format", default="llava-hf", choices=["llava-hf"], help="llava-hf: LlavaForConditionalGeneration"
+    )
     arguments = parser.parse_args(argv)
     from transformers.utils.logging import disable_progress_bar
 
@@ -28,5 +30,6 @@ def main(argv: Sequence[str]) -> None:
     run = load_run(arguments.checkpoint)
     difference = llava_hf.export(run.module.vlm, arguments.out, run.transform)
     Console(highlight=False).print(
-        f"wrote {arguments.out}: read back by transformers, its logits differ by at most {difference:.1e}", soft_wrap=True
+        f"wrote {arguments.out}: read back by transformers, its logits differ by at most {difference:.1e}",
+        soft_wrap=True,
     )

@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lit-vlm inspect",
-        description="Show one batch: its text with the supervised tokens coloured, image positions, lengths, fill rate.",
+        description="Show one batch: text with the supervised tokens coloured, image positions, lengths, fill rate.",
         epilog="All other flags are those of lit-vlm fit: --config FILE (several), --data.batch_size 4, ...",
         allow_abbrev=False,
     )
@@ -52,7 +52,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def show(batch: Batch, spec: InputSpec, console: Console) -> None:
     """Print a batch."""
-    console.print(Text.assemble(("supervised", "bold green"), "  prompt  ", ("[image]", "cyan"), "  ", ("|", "red"), " next sample"))
+    console.print(
+        Text.assemble(
+            ("supervised", "bold green"), "  prompt  ", ("[image]", "cyan"), "  ", ("|", "red"), " next sample"
+        )
+    )
     flat = {int(position): index for index, position in enumerate(_starts(batch))}
     width = batch.input_ids.shape[1]
     for row in range(batch.input_ids.shape[0]):
@@ -62,13 +66,17 @@ def show(batch: Batch, spec: InputSpec, console: Console) -> None:
         console.print(_row_text(batch, spec, row, flat), soft_wrap=True)
     counts = batch.counts
     console.print(
-        f"\n{counts.samples} samples, {batch.input_ids.shape[0]} rows × {width} positions, fill {counts.tokens / counts.positions:.1%}; "
+        f"\n{counts.samples} samples, {batch.input_ids.shape[0]} rows × {width} positions, "
+        f"fill {counts.tokens / counts.positions:.1%}; "
         f"{counts.supervised} supervised tokens ({counts.supervised / max(1, counts.tokens):.1%}); "
         f"{counts.images} images with {counts.visual_tokens} tokens",
         soft_wrap=True,
     )
     for bad in batch.bad:
-        console.print(f"[red]{'left out' if bad.dropped else 'cut'}[/] {bad.source}/{bad.id}: {bad.reason}: {bad.detail}", soft_wrap=True)
+        console.print(
+            f"[red]{'left out' if bad.dropped else 'cut'}[/] {bad.source}/{bad.id}: {bad.reason}: {bad.detail}",
+            soft_wrap=True,
+        )
 
 
 def _starts(batch: Batch) -> list[int]:

@@ -111,7 +111,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--scale", help="how big it is: a file in the recipe's scales/ (default: the recipe's)")
     parser.add_argument("--stages", help="only these, separated by commas (default: all)")
     parser.add_argument("--out", type=Path, help="folder of the run (default: runs/RECIPE-SCALE-TIME)")
-    parser.add_argument("--dry-run", action="store_true", help="check every stage and say what is missing; train nothing")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check every stage and say what is missing; train nothing"
+    )
     parser.add_argument("--resume", action="store_true", help="go on with --out, or with the newest unfinished run")
     return parser
 
@@ -216,7 +218,9 @@ class _ParentRun:
 
         from lit_vlm.tracking import default_uri
 
-        uri = default_uri(_flag_value(state.flags, "--trainer.logger.init_args.tracking_uri", "--trainer.logger.tracking_uri"))
+        uri = default_uri(
+            _flag_value(state.flags, "--trainer.logger.init_args.tracking_uri", "--trainer.logger.tracking_uri")
+        )
         name = _flag_value(
             state.flags, "--trainer.logger.init_args.experiment_name", "--trainer.logger.experiment_name"
         )
@@ -224,7 +228,12 @@ class _ParentRun:
         if state.parent_run is None:
             found = self._client.get_experiment_by_name(name or "lit-vlm")
             experiment = found.experiment_id if found else self._client.create_experiment(name or "lit-vlm")
-            tags = {"system": recipe.name, "scale": state.scale or "", "strategy": state.strategy, "folder": str(folder)}
+            tags = {
+                "system": recipe.name,
+                "scale": state.scale or "",
+                "strategy": state.strategy,
+                "folder": str(folder),
+            }
             label = "-".join(filter(None, (recipe.name, state.scale)))
             run = self._client.create_run(experiment, run_name=label, tags=tags)
             state.parent_run = run.info.run_id

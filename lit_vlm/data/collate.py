@@ -34,9 +34,7 @@ def collate(samples: Sequence[Sample], bad: Sequence[BadSample] = (), pad_id: in
     return make_rows([[sample] for sample in samples], bad, pad_id)
 
 
-def collate_packed(
-    samples: Sequence[Sample], capacity: int, bad: Sequence[BadSample] = (), pad_id: int = 0
-) -> Batch:
+def collate_packed(samples: Sequence[Sample], capacity: int, bad: Sequence[BadSample] = (), pad_id: int = 0) -> Batch:
     """Several samples per row of at most `capacity` positions; attention and loss do not cross between them."""
     rows = first_fit_decreasing([len(sample) for sample in samples], capacity)
     return make_rows([[samples[i] for i in row] for row in rows], bad, pad_id)

@@ -11,7 +11,7 @@ from lightning.pytorch import LightningDataModule
 
 from lit_vlm.batch import BadSample, Batch
 from lit_vlm.data.collate import collate, collate_packed, collate_prompts
-from lit_vlm.data.encode import SampleEncoder, Sample
+from lit_vlm.data.encode import Sample, SampleEncoder
 from lit_vlm.data.loader import BadSamples, BatchPlan, Loader, SourceDataset
 from lit_vlm.data.sources import Source
 from lit_vlm.data.spec import InputSpec

@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from lit_vlm.batch import BadSample, Batch, Counts
-from lit_vlm.data.encode import SampleEncoder, Sample
+from lit_vlm.data.encode import Sample, SampleEncoder
 from lit_vlm.data.records import RecordError
 from lit_vlm.data.sources import Source
 
@@ -86,7 +86,7 @@ class BatchPlan:
 
     def __iter__(self) -> Iterator[list[int]]:
         """The sample indices of each batch, from `start` on."""
-        order = range(self.length)
+        order: Sequence[int] = range(self.length)
         if self.shuffle:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
             order = torch.randperm(self.length, generator=generator).tolist()

@@ -119,7 +119,9 @@ def _parse_message(raw: Any, where: str) -> Message:
         content = [{"type": "text", "text": content}]
     if not isinstance(content, list):
         raise RecordError("malformed", f"{where}.content is a string or a list of parts")
-    return Message(cast(Role, raw["role"]), tuple(_parse_part(part, f"{where}.content[{i}]") for i, part in enumerate(content)))
+    return Message(
+        cast(Role, raw["role"]), tuple(_parse_part(part, f"{where}.content[{i}]") for i, part in enumerate(content))
+    )
 
 
 def _parse_part(raw: Any, where: str) -> Part:

@@ -18,6 +18,15 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".ti
 MARK = "<image>"
 
 
+LLAVA_ROLES: dict[str, Role] = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+}
+
+
 class Source(ABC):
     """A list of records.
 
@@ -59,7 +68,7 @@ class Lines:
 
     def fingerprint(self) -> str:
         """SHA-256 of all content."""
-        return hashlib.sha256(self._buffer).hexdigest()[:16]
+        return hashlib.sha256(self._buffer.data).hexdigest()[:16]
 
 
 class _LineSource(Source):
@@ -123,10 +132,6 @@ class LlavaJson(_LineSource):
         name: name of the source; default: that of the file.
     """
 
-    ROLES: dict[str, Role] = {
-        "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"
-    }  # fmt: skip
-
     def __init__(
         self,
         path: str,
@@ -164,8 +169,10 @@ class LlavaJson(_LineSource):
 
     def _message(self, turn: Any, index: int, paths: Any) -> Message:
         found = turn.get("from") if isinstance(turn, dict) else turn
-        if not isinstance(turn, dict) or not isinstance(found, str) or found not in self.ROLES:
-            raise RecordError("unknown_role", f"conversations[{index}].from is {found!r}; known: {', '.join(self.ROLES)}")
+        if not isinstance(turn, dict) or not isinstance(found, str) or found not in LLAVA_ROLES:
+            raise RecordError(
+                "unknown_role", f"conversations[{index}].from is {found!r}; known: {', '.join(LLAVA_ROLES)}"
+            )
         if not isinstance(turn.get("value"), str):
             raise RecordError("malformed", f"conversations[{index}].value is not a string")
         pieces = turn["value"].split(MARK)
@@ -178,7 +185,7 @@ class LlavaJson(_LineSource):
             for piece, image in zip(pieces, [*images, None], strict=True):
                 content += [Text(piece)] if piece else []
                 content += [image] if image else []
-        return Message(self.ROLES[found], tuple(content))
+        return Message(LLAVA_ROLES[found], tuple(content))
 
 
 class Captions(Source):

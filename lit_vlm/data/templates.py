@@ -162,12 +162,12 @@ class _Headed(Template):
 
 
 class ChatML(_Headed):
-    """`<|im_start|>role\\n ... <|im_end|>\\n`: Qwen, SmolLM2, InternLM2 and others."""
+    r"""`<|im_start|>role\n ... <|im_end|>\n`: Qwen, SmolLM2, InternLM2 and others."""
 
     header, close, after = "<|im_start|>{}\n", "<|im_end|>", "\n"
 
 
 class Llama3(_Headed):
-    """`<|start_header_id|>role<|end_header_id|>\\n\\n ... <|eot_id|>`: Llama-3 Instruct."""
+    r"""`<|start_header_id|>role<|end_header_id|>\n\n ... <|eot_id|>`: Llama-3 Instruct."""
 
     header, close, after = "<|start_header_id|>{}<|end_header_id|>\n\n", "<|eot_id|>", ""

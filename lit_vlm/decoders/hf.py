@@ -115,7 +115,9 @@ class HFDecoder(Decoder):
         """The published weights, and new adapters that change nothing yet."""
         if self.name is None:
             return None
-        full = AutoModelForCausalLM.from_pretrained(resolve(self.name), config=self.config, dtype=torch.get_default_dtype())
+        full = AutoModelForCausalLM.from_pretrained(
+            resolve(self.name), config=self.config, dtype=torch.get_default_dtype()
+        )
         return self.adapt_state({f"lm.{key}": value for key, value in full.state_dict().items()})
 
     def adapt_state(self, state: StateDict) -> StateDict:

@@ -75,7 +75,7 @@ class HFEncoder(Encoder):
     def blocks(self) -> list[nn.Module]:
         """Transformer blocks."""
         encoder = self.backbone.encoder
-        return list(getattr(encoder, "layers", None) or getattr(encoder, "layer", ()))
+        return list(encoder.layers if hasattr(encoder, "layers") else encoder.layer)
 
     def forward(self, images: Images) -> VisualTokens:
         """Features `[t, d_e]`, row by row, after the CLS token where it is kept."""

@@ -84,7 +84,8 @@ class TimmEncoder(Encoder):
 def _full_name(key: str, state: StateDict) -> str:
     """The name in the whole model of a weight of a backbone that was cut off.
 
-    timm wraps transformers as `model.`, and joins the first two levels of convolutional nets: `stages_0.` is `stages.0.`.
+    timm wraps transformers as `model.`, and joins the first two levels of convolutional nets: `stages_0.` is
+    `stages.0.`.
     """
     for name in (key, key.removeprefix("model."), re.sub(r"^([a-z]+)_(\d+)\.", r"\1.\2.", key)):
         if name in state:

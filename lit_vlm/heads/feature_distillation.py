@@ -65,9 +65,13 @@ def _on_grids(tokens: VisualTokens, grids: tuple[Grid, ...]) -> Tensor:
     if tokens.grids == grids:
         return tokens.features
     parts = []
-    for features, own, grid in zip(tokens.features.split([g.num_tokens for g in tokens.grids]), tokens.grids, grids, strict=True):
+    for features, own, grid in zip(
+        tokens.features.split([g.num_tokens for g in tokens.grids]), tokens.grids, grids, strict=True
+    ):
         if own.prefix or own.row_end or grid.prefix or grid.row_end:
-            raise ValueError("FeatureDistillation needs plain patch grids, without CLS or row-end tokens, on both sides")
+            raise ValueError(
+                "FeatureDistillation needs plain patch grids, without CLS or row-end tokens, on both sides"
+            )
         feature_map = features.float().view(1, own.rows, own.cols, -1).permute(0, 3, 1, 2)
         if grid.rows <= own.rows and grid.cols <= own.cols:
             feature_map = F.adaptive_avg_pool2d(feature_map, (grid.rows, grid.cols))

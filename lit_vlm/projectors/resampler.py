@@ -13,7 +13,9 @@ from lit_vlm.projectors.base import Projector
 
 
 class PerceiverLayer(nn.Module):
-    """Queries attend to tokens and to themselves, then pass a feed-forward (Flamingo, Alayrac et al. 2022, section 2.1).
+    """Queries attend to tokens and to themselves, then pass a feed-forward.
+
+    Source: the resampler of Flamingo (Alayrac et al. 2022, section 2.1).
 
     Pre-norm, separate norms for tokens and queries, no biases in the projections.
 
@@ -100,9 +102,7 @@ class Resampler(Projector):
         self.grid_map = FixedTokens(num_queries)
         self.queries = nn.Parameter(torch.randn(num_queries, in_width) * 0.02)
         num_heads = max(1, in_width // head_dim)
-        self.layers = nn.ModuleList(
-            PerceiverLayer(in_width, num_heads, head_dim, ffn_ratio) for _ in range(depth)
-        )
+        self.layers = nn.ModuleList(PerceiverLayer(in_width, num_heads, head_dim, ffn_ratio) for _ in range(depth))
         self.out = nn.Linear(in_width, out_width)
 
     def forward(self, tokens: VisualTokens) -> VisualTokens:

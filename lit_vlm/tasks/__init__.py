@@ -1,5 +1,5 @@
 """What is evaluated: questions in, scores out."""
 
-from lit_vlm.tasks.held_out import Answer, HeldOutScores, evaluate_held_out
+from lit_vlm.tasks.held_out import Answer, HeldOutScores, answer_records, evaluate_held_out
 
-__all__ = ["Answer", "HeldOutScores", "evaluate_held_out"]
+__all__ = ["Answer", "HeldOutScores", "answer_records", "evaluate_held_out"]

@@ -96,7 +96,9 @@ def shuffle_images(records: Sequence[Record]) -> list[Record]:
     shift = len(records) // 2
     shuffled = []
     for index, record in enumerate(records):
-        others = [images for images in pool[index + shift :] + pool[: index + shift] if len(images) == len(record.images)]
+        others = [
+            images for images in pool[index + shift :] + pool[: index + shift] if len(images) == len(record.images)
+        ]
         images = iter(others[0])
         messages = tuple(
             Message(m.role, tuple(next(images) if isinstance(part, Image) else part for part in m.content))
@@ -109,7 +111,7 @@ def shuffle_images(records: Sequence[Record]) -> list[Record]:
 @torch.no_grad()
 def evaluate_held_out(
     module: LitVLM, data: VLMData, records: Sequence[Record], batch_size: int = 32, max_new_tokens: int = 16
-) -> tuple[HeldOutScores, list[Answer]]:
+) -> HeldOutScores:
     """Score records; ranks share the work.
 
     Args:
@@ -120,7 +122,7 @@ def evaluate_held_out(
         max_new_tokens: length of an answer at most.
 
     Returns:
-        the scores over all ranks, and this rank's answers.
+        the scores over all ranks.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     # Ranks run the same number of batches, or the sharded parts would wait for each other: the last may be repeated.
@@ -130,13 +132,10 @@ def evaluate_held_out(
     was_training = module.vlm.training
     module.vlm.eval()
     totals = torch.zeros(7, dtype=torch.float64)
-    answers: list[Answer] = []
     try:
         for start in range(0, per_rank, batch_size):
             chunk = (mine + padding)[start : start + batch_size]
-            sums, given = _score_batch(module, data, chunk, max_new_tokens, len(mine) - start)
-            totals += sums
-            answers += given
+            totals += _score_batch(module, data, chunk, max_new_tokens, len(mine) - start)
     finally:
         module.vlm.train(was_training)
     if world > 1:
@@ -145,7 +144,7 @@ def evaluate_held_out(
         totals = moved.cpu().double()
     nll, tokens, exact, f1, count, right, choices = totals.tolist()
     chance = [1 / len(record.options) for record in records if record.options]
-    scores = HeldOutScores(
+    return HeldOutScores(
         loss=nll / max(1, tokens),
         exact_match=exact / max(1, count),
         token_f1=f1 / max(1, count),
@@ -154,13 +153,26 @@ def evaluate_held_out(
         num_records=int(count),
         num_choices=int(choices),
     )
-    return scores, answers
+
+
+@torch.no_grad()
+def answer_records(module: LitVLM, data: VLMData, records: Sequence[Record], max_new_tokens: int = 16) -> list[Answer]:
+    """Greedy answers to the last question of each record; under sharded training every rank must call this."""
+    was_training = module.vlm.training
+    module.vlm.eval()
+    given = module.answer(_collate_prompts(module, data, records), max_new_tokens)
+    module.vlm.train(was_training)
+    questions = [next(m.text for m in reversed(record.messages) if m.role == "user").strip() for record in records]
+    return [
+        Answer(record, question, record.messages[-1].text, answer)
+        for record, question, answer in zip(records, questions, given, strict=True)
+    ]
 
 
 def _score_batch(
     module: LitVLM, data: VLMData, records: Sequence[Record], max_new_tokens: int, num_own: int
-) -> tuple[torch.Tensor, list[Answer]]:
-    """Sums over the first `num_own` records, and their answers; the rest only keeps ranks in step."""
+) -> torch.Tensor:
+    """Sums over the first `num_own` records; the rest only keeps ranks in step."""
     spec = module.input_spec
     pad_id = spec.tokenizer.pad_token_id
     own = records[: max(0, num_own)]
@@ -177,14 +189,15 @@ def _score_batch(
     judged = [(choice, record) for choice, record in zip(chosen, own, strict=False) if record.options]
     sums[5] = sum(choice == record.messages[-1].text for choice, record in judged)
     sums[6] = len(judged)
-    questions = [next(m.text for m in reversed(record.messages) if m.role == "user").strip() for record in own]
-    return sums, [Answer(*row) for row in zip(own, questions, expected[: len(own)], given[: len(own)], strict=True)]
+    return sums
 
 
 def _collate_prompts(module: LitVLM, data: VLMData, records: Sequence[Record]) -> Batch:
     spec = module.input_spec
     encode = data.encoder(spec, prompt=True)
-    return collate_prompts([_encode(encode, record) for record in records], pad_id=spec.tokenizer.pad_token_id).to(module.device)
+    return collate_prompts([_encode(encode, record) for record in records], pad_id=spec.tokenizer.pad_token_id).to(
+        module.device
+    )
 
 
 def _encode(encode: SampleEncoder, record: Record) -> Sample:
@@ -221,7 +234,7 @@ def _score_answers(
             scores[index][option] = (value, sample.num_supervised)
     expected = [found[record.messages[-1].text] for found, record in zip(scores, records, strict=True)]
     likeliest = [
-        min(record.options, key=lambda option, found=found: found[option][0], default="")
+        min((found[option][0], option) for option in record.options)[1] if record.options else ""
         for found, record in zip(scores, records, strict=True)
     ]
     return expected, likeliest

@@ -1,0 +1,88 @@
+"""Answers to some held-out questions, as a picture."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+
+from lit_vlm.data import VLMData
+from lit_vlm.data.records import Record, open_image
+from lit_vlm.module import LitVLM
+from lit_vlm.tasks import Answer, answer_records
+from lit_vlm.tasks.held_out import held_out_records
+from lit_vlm.tracking import MLflow
+
+
+class Predictions(L.Callback):
+    """Answers some held-out questions now and then and at the end: a PNG and a JSON file in the run and in MLflow.
+
+    Args:
+        num: questions, spread over all of data.val.
+        every_n_steps: optimizer steps between two sheets; default: only at the end.
+        max_new_tokens: length of an answer at most.
+    """
+
+    def __init__(self, num: int = 8, every_n_steps: int | None = None, max_new_tokens: int = 16) -> None:
+        self.num, self.every_n_steps, self.max_new_tokens = num, every_n_steps, max_new_tokens
+        self._records: list[Record] = []
+        self._last = -1
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Answer, if it is time."""
+        step = trainer.global_step
+        if self.every_n_steps and step > self._last and step % self.every_n_steps == 0:
+            self._answer(trainer, pl_module, f"answers-step={step:08d}")
+            self._last = step
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Answer once more."""
+        self._answer(trainer, pl_module, "answers")
+
+    def _answer(self, trainer: L.Trainer, module: L.LightningModule, name: str) -> None:
+        assert isinstance(module, LitVLM)
+        data = getattr(trainer, "datamodule", None)
+        assert isinstance(data, VLMData)
+        if not self._records:
+            found = held_out_records(module, data)
+            # An odd stride, as questions of different kinds often take turns.
+            self._records = found[:: max(1, len(found) // self.num) | 1][: self.num]
+        if not self._records:
+            raise ValueError("callbacks.Predictions answers the questions of data.val, and there is no usable one")
+        answers = answer_records(module, data, self._records, self.max_new_tokens)
+        if not trainer.is_global_zero:
+            return
+        folder = Path(trainer.default_root_dir)
+        rows = [{"id": a.record.id, "question": a.question, "expected": a.expected, "given": a.given} for a in answers]
+        (folder / f"{name}.json").write_text(json.dumps(rows, indent=2, ensure_ascii=False), encoding="utf-8")
+        draw_answers(answers, folder / f"{name}.png")
+        for logger in trainer.loggers:
+            if isinstance(logger, MLflow):
+                for suffix in ("json", "png"):
+                    logger.experiment.log_artifact(logger.run_id, str(folder / f"{name}.{suffix}"))
+
+
+def draw_answers(answers: Sequence[Answer], path: Path) -> None:
+    """A sheet of pictures with question, answer and the expected answer; green where they agree."""
+    from matplotlib.figure import Figure
+
+    columns = 4
+    rows = -(-len(answers) // columns)
+    figure = Figure(figsize=(3.2 * columns, 4.1 * rows), layout="constrained")
+    for index, answer in enumerate(answers):
+        axes = figure.add_subplot(rows, columns, index + 1)
+        axes.axis("off")
+        for image in answer.record.images[:1]:
+            axes.imshow(open_image(image, Path("/")))
+        right = answer.given.strip().lower() == answer.expected.strip().lower()
+        axes.set_title(f"{answer.question[:40]}\n", fontsize=10)
+        place: dict[str, Any] = {"transform": axes.transAxes, "ha": "center"}
+        colour = "tab:green" if right else "tab:red"
+        axes.text(0.5, 1.01, f"→ {answer.given[:40]}", va="bottom", fontsize=11, weight="bold", color=colour, **place)
+        axes.text(0.5, -0.02, f"expected: {answer.expected[:40]}", va="top", fontsize=9, **place)
+    figure.savefig(path, dpi=90)

@@ -1,0 +1,14 @@
+"""`python -m tests.benchmarks [step|loss]`: print every ratio."""
+
+from __future__ import annotations
+
+import sys
+
+from tests.benchmarks import loss, step
+
+ALL = {"step": step.main, "loss": loss.main}
+
+if __name__ == "__main__":
+    names = sys.argv[1:] or list(ALL)
+    for name in names:
+        ALL[name]()

@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+import json
+import logging
+from functools import partial
+from pathlib import Path
+
+import lightning.pytorch as L
+import pytest
+import torch
+from mlflow import MlflowClient
+
+from callbacks import Checkpoint, FreezeGuard, GradientMonitor, HeldOut, Predictions, Throughput
+from callbacks.throughput import step_flops
+from lit_vlm.data import ChatML, Shapes, SquareCrop, VLMData
+from lit_vlm.decoders import HFDecoder
+from lit_vlm.embedders import Splice
+from lit_vlm.encoders import HFEncoder
+from lit_vlm.module import LitVLM
+from lit_vlm.projectors import MLP
+from lit_vlm.stage import Stage
+from lit_vlm.tracking import MLflow
+from tests.tiny import CLIP, LLAMA, batch_of, tiny_vlm
+
+
+def lit(**changes) -> LitVLM:
+    settings = {"train": {"projector": 1e-3}} | changes
+    return LitVLM(
+        partial(HFEncoder, config=CLIP),
+        MLP,
+        Splice,
+        partial(HFDecoder, config=LLAMA, tokenizer="bytes"),
+        Stage(**settings),
+    )
+
+
+def data(**changes) -> VLMData:
+    return VLMData(
+        [Shapes(24)], ChatML(), SquareCrop(), val=[Shapes(8, seed=1)], batch_size=4, max_length=256, **changes
+    )
+
+
+def trainer(folder: Path, *callbacks: L.Callback, **changes) -> L.Trainer:
+    settings = {"max_steps": 4, "logger": False, "log_every_n_steps": 2} | changes
+    return L.Trainer(
+        accelerator="cpu", devices=1, default_root_dir=folder, callbacks=list(callbacks),
+        enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
+        enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks), **settings,
+    )  # fmt: skip
+
+
+class Meddler(L.Callback):
+    """Changes a frozen weight behind the optimizer's back."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        with torch.no_grad():
+            pl_module.vlm.decoder.lm.model.norm.weight[3] += 1e-3
+
+
+def test_freeze_guard_is_silent_when_frozen_stays_frozen_and_names_what_changed(tmp_path: Path) -> None:
+    trainer(tmp_path, FreezeGuard()).fit(lit(), data())
+    with pytest.raises(
+        RuntimeError, match=r"1 frozen tensors changed in stage 'stage', first \['decoder.lm.model.norm.weight'\]"
+    ):
+        trainer(tmp_path, FreezeGuard(), Meddler()).fit(lit(), data())
+
+
+class Poison(L.Callback):
+    """Makes the pictures of one step useless."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        if batch_idx == 2:
+            pl_module.vlm.encoder.pixel_mean.fill_(float("nan"))
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_names_the_samples(tmp_path: Path) -> None:
+    seen: list[list[str]] = []
+
+    class Spy(L.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+            seen.append([sample.id for sample in batch.samples])
+
+    checkpoint = Checkpoint(every_n_steps=1)
+    with pytest.raises(
+        ValueError, match="non-finite loss at step 2; samples of that step on this rank: shapes/"
+    ) as stopped:
+        trainer(tmp_path, GradientMonitor(), Poison(), Spy(), checkpoint).fit(lit(), data())
+    assert all(f"shapes/{name}" in str(stopped.value) for name in seen[2])
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step=00000002.ckpt"]
+
+
+def test_gradient_norms_per_slot_and_a_warning_for_idle_parameters(tmp_path: Path, caplog) -> None:
+    module = lit(train={"projector": 1e-3, "encoder": 1e-3})
+    run = trainer(tmp_path, GradientMonitor())
+    with caplog.at_level(logging.WARNING):
+        run.fit(module, data())
+    assert {"grad_norm/projector", "grad_norm/encoder", "grad_norm/total"} <= run.callback_metrics.keys()
+    assert "get no gradient" not in caplog.text
+
+    class Detached(MLP):
+        def __init__(self, in_width: int, out_width: int) -> None:
+            super().__init__(in_width, out_width)
+            self.unused = torch.nn.Linear(2, 2)
+
+    module.slots.projector = Detached
+    idle = LitVLM(module.slots.encoder, Detached, Splice, module.slots.decoder, Stage(train={"projector": 1e-3}))
+    with caplog.at_level(logging.WARNING):
+        trainer(tmp_path, GradientMonitor()).fit(idle, data())
+    assert "2 parameters train but got no gradient, first: projector.unused.weight" in caplog.text
+
+
+def test_throughput_counts_tokens_without_padding(tmp_path: Path) -> None:
+    run = trainer(tmp_path, Throughput(peak=1e12))
+    run.fit(lit(), data())
+    metrics = run.callback_metrics
+    assert metrics["throughput/tokens_per_s"] > 0
+    assert 0 < metrics["throughput/supervised"] < 0.5
+    assert 0.5 < metrics["throughput/fill"] <= 1
+    assert 0 <= metrics["throughput/data_wait"] <= 1
+    assert 0 < metrics["throughput/mfu"] < 1
+
+
+def test_model_flops_leave_out_what_frozen_parts_do_not_do() -> None:
+    model = tiny_vlm()
+    batch = batch_of(model)
+    model.requires_grad_(False)
+    forward = step_flops(model, batch)
+    model.projector.requires_grad_(True)
+    aligned = step_flops(model, batch)
+    model.decoder.requires_grad_(True)
+    tuned = step_flops(model, batch)
+    model.encoder.requires_grad_(True)
+    full = step_flops(model, batch)
+    assert forward < aligned < tuned < full
+    assert full == pytest.approx(3 * forward, rel=0.1)
+
+
+def test_held_out_scores_and_pictures(tmp_path: Path) -> None:
+    logger = MLflow(tracking_uri=f"sqlite:///{tmp_path}/m.db")
+    run = trainer(tmp_path, HeldOut(batch_size=3), Predictions(num=3, every_n_steps=2), logger=logger)
+    run.fit(lit(), data())
+    scores = json.loads((tmp_path / "held_out.json").read_text())
+    assert scores["before"]["num_records"] == 8
+    assert scores["after"]["loss"] != scores["before"]["loss"]
+    answers = json.loads((tmp_path / "answers.json").read_text())
+    assert len(answers) == 3
+    assert (tmp_path / "answers-step=00000002.png").stat().st_size > 1000
+    files = {item.path for item in MlflowClient(f"sqlite:///{tmp_path}/m.db").list_artifacts(logger.run_id)}
+    assert {"answers.png", "answers.json", "answers-step=00000004.png"} <= files
+
+
+def test_scores_do_not_depend_on_the_batch_size(tmp_path: Path) -> None:
+    from lit_vlm.tasks import evaluate_held_out
+    from lit_vlm.tasks.held_out import held_out_records
+
+    module, source = lit(), data()
+    run = trainer(tmp_path, max_steps=1)
+    run.fit(module, source)
+    records = held_out_records(module, source)
+    one, five = (evaluate_held_out(module, source, records, size) for size in (1, 5))
+    assert one.loss == pytest.approx(five.loss, rel=1e-5)
+    assert one.exact_match == five.exact_match
