@@ -78,6 +78,8 @@ class LitVLM(LightningModule):
         else:
             self.model = self._build()
         self.stage.freeze(self.model, self.slots.removed_heads)
+        # Modules are born in train mode, and Lightning keeps the mode it finds: frozen parts must be in eval mode.
+        self.model.train()
 
     def _build(self) -> VLM:
         return build(self.slots, self.stage.start_from, tuple(self.stage.fresh))

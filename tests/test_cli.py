@@ -290,3 +290,45 @@ def test_a_tiny_run_can_be_asked_inspected_and_exported(tmp_path: Path) -> None:
     again = load_published("llava-hf", tmp_path / "hf").state_dict()
     for name, value in read_state(tmp_path / "out" / "1_align").items():
         torch.testing.assert_close(again[name][: len(value)] if value.ndim else again[name], value, msg=name)
+
+
+def test_a_run_that_fails_says_so_in_mlflow_and_on_the_terminal(tmp_path: Path) -> None:
+    recipe = ["llava15", "--scale", "tiny", "--strategy", "single", "--out", "out", "--stages", "1_align"]
+    flags = ["--trainer.accelerator", "cpu", "--model.stage.train.projector", "1e30", "--model.stage.warmup_ratio", "0"]
+    result = lit_vlm(tmp_path, "run", *recipe, *flags, check=False)
+    assert result.returncode == 1
+    assert "error: non-finite" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert "go on with: lit-vlm run --resume --out out" in result.stdout
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    parent, child = sorted(client.search_runs(["1"]), key=lambda run: "mlflow.parentRunId" in run.data.tags)
+    assert parent.info.status == child.info.status == "FAILED"
+    assert parent.data.tags["failure"] == "stage 1_align ended with exit code 1"
+    assert child.data.tags["failure"].startswith("ValueError: non-finite")
+    assert child.info.run_name == "align"
+
+
+def test_inspect_shows_the_supervised_text_and_the_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    configs = find_recipe("llava15").configs("2_sft", "tiny", "single")
+    words = [word for path in configs for word in ("--config", str(path))]
+    main(["inspect", *words, "--trainer.accelerator", "cpu", "--data.packing", "true", "--data.max_length", "512"])
+    shown = capsys.readouterr().out
+    assert "What is this? ASSISTANT: a " in shown
+    assert "28×28 px → 4×4 = 16]" in shown
+    assert "8 samples, " in shown
+    assert "supervised tokens" in shown
+    assert not list(tmp_path.iterdir())
+
+
+def test_doctor_and_help_answer(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["doctor"])
+    assert "lit-vlm" in capsys.readouterr().out
+    for verb in ("run", "chat", "inspect", "export", "doctor"):
+        with pytest.raises(SystemExit) as ended:
+            main([verb, "--help"])
+        assert ended.value.code == 0
+    main(["--help"])
+    assert "run the stages of a recipe" in capsys.readouterr().out

@@ -12,19 +12,20 @@ from lit_vlm.data.records import Image, Message, Record, Text
 from lit_vlm.data.sources import Source
 from lit_vlm.pretrained import cache_dir
 
+# One word each, so that no option is less likely only because it is longer.
 KINDS = {
-    "Animals & Nature": "animal or plant",
-    "Food & Drink": "food or drink",
-    "Travel & Places": "place or vehicle",
+    "Animals & Nature": "nature",
+    "Food & Drink": "food",
+    "Travel & Places": "travel",
     "Objects": "object",
-    "Activities": "sport or game",
+    "Activities": "activity",
     "People & Body": "person",
     "Smileys & Emotion": "face",
-    "Symbols": "sign",
+    "Symbols": "symbol",
 }
 NAME_QUESTIONS = ("What is this?", "What does the picture show?", "Name this.")
 KIND_QUESTIONS = ("What kind of thing is it?", "Which group does it belong to?")
-YES_NO_QUESTIONS = ("Is it a kind of {}?", "Does it show: {}?")
+YES_NO_QUESTIONS = ("Does it belong to {}?", "Is it of the kind {}?")
 NUM_OPTIONS = 4
 
 

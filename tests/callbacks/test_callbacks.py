@@ -15,7 +15,7 @@ from callbacks.throughput import step_flops
 from lit_vlm.data import ChatML, Shapes, SquareCrop, VLMData
 from lit_vlm.decoders import HFDecoder
 from lit_vlm.embedders import Splice
-from lit_vlm.encoders import HFEncoder
+from lit_vlm.encoders import HFEncoder, TimmEncoder
 from lit_vlm.module import LitVLM
 from lit_vlm.projectors import MLP
 from lit_vlm.stage import Stage
@@ -63,6 +63,13 @@ def test_freeze_guard_is_silent_when_frozen_stays_frozen_and_names_what_changed(
         RuntimeError, match=r"1 frozen tensors changed in stage 'stage', first \['decoder.lm.model.norm.weight'\]"
     ):
         trainer(tmp_path, FreezeGuard(), Meddler()).fit(lit(), data())
+
+
+def test_batch_statistics_of_a_frozen_encoder_stay(tmp_path: Path) -> None:
+    module = lit()
+    module.slots.encoder = partial(TimmEncoder, "resnet10t", pretrained=None, image_size=32)
+    trainer(tmp_path, FreezeGuard()).fit(module, data())
+    assert not module.vlm.encoder.training
 
 
 class Poison(L.Callback):
