@@ -24,7 +24,7 @@ KINDS = {
     "Symbols": "symbol",
 }
 NAME_QUESTIONS = ("What is this?", "What does the picture show?", "Name this.")
-KIND_QUESTIONS = ("What kind of thing is it?", "Which group does it belong to?")
+KIND_QUESTIONS = ("Which group does it belong to?", "Sort it into a group.")
 YES_NO_QUESTIONS = ("Does it belong to {}?", "Is it of the kind {}?")
 NUM_OPTIONS = 4
 
