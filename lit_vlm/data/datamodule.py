@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from lightning.pytorch import LightningDataModule
 
@@ -63,6 +63,8 @@ class VLMData(LightningDataModule):
         self.template, self.transform = template, transform
         self.batch_size, self.max_length, self.packing, self.too_long = batch_size, max_length, packing, too_long
         self.num_workers, self.seed, self.bad_samples = num_workers, seed, bad_samples
+        self._train: Loader | None = None
+        self._resume: dict[str, Any] | None = None
 
     def encoder(self, spec: InputSpec, prompt: bool = False) -> SampleEncoder:
         """How a record becomes a sample of this stage."""
@@ -77,7 +79,27 @@ class VLMData(LightningDataModule):
 
     def train_dataloader(self) -> Loader:
         """Shuffled; each epoch in an order of its own."""
-        return self._loader(self.train_sources, "train", shuffle=True)
+        self._train = self._loader(self.train_sources, "train", shuffle=True)
+        self._go_on()
+        return self._train
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where training is in its data.
+
+        Kept here and not left to Lightning's fit loop: that one forgets the state when the loader was already made to
+        count the steps of a schedule, which is the usual case, and would start the epoch anew.
+        """
+        return {"train": self._train.state_dict()} if self._train else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there, now or as soon as the loader is made."""
+        self._resume = state_dict.get("train")
+        self._go_on()
+
+    def _go_on(self) -> None:
+        if self._train is not None and self._resume is not None:
+            self._train.load_state_dict(self._resume)
+            self._resume = None
 
     def val_dataloader(self) -> Loader | list[Loader]:
         """Held-out data, in order."""
