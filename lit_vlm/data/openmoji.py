@@ -45,7 +45,7 @@ class OpenMoji(Source):
     kept in the cache folder.
 
     Args:
-        split: `train` gives each picture as one conversation with two or three questions; `held_out` gives each
+        split: `train` gives each picture as one conversation with two questions; `held_out` gives each
             question as a sample of its own, those after the kind with answers to choose from.
         size: side of the drawings in pixels.
         seed: of the choice of questions.
@@ -78,8 +78,10 @@ class OpenMoji(Source):
 
     def _conversation(self, emoji: Emoji) -> Record:
         rng = random.Random(f"{self.seed}-{emoji.code}")
-        turns = [(rng.choice(NAME_QUESTIONS), emoji.name), (rng.choice(KIND_QUESTIONS), emoji.kind)]
-        if rng.random() < 1 / 3:
+        turns = [(rng.choice(NAME_QUESTIONS), emoji.name)]
+        if rng.random() < 0.8:
+            turns.append((rng.choice(KIND_QUESTIONS), emoji.kind))
+        else:
             kind = emoji.kind if rng.random() < 0.5 else rng.choice([k for k in KINDS.values() if k != emoji.kind])
             turns.append((rng.choice(YES_NO_QUESTIONS).format(kind), "yes" if kind == emoji.kind else "no"))
         rng.shuffle(turns)
