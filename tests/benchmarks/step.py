@@ -13,7 +13,6 @@ from itertools import product
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from lit_vlm.batch import IGNORE, Batch
@@ -35,7 +34,7 @@ CONFIG = {
     "image_token_index": IMAGE_TOKEN,
     "image_seq_length": 64,
 }  # fmt: skip
-ROUNDS = 7
+ROUNDS = 5
 
 
 def samples(lengths: list[int], model: VLM, density: float = 0.2) -> list[Sample]:
@@ -113,16 +112,11 @@ def compare(full: bool, mixed: bool, attention: str) -> tuple[float, float, floa
 
 
 def main() -> None:
-    """Print the table."""
-    table = Table(
-        title="training step: tokens/s over transformers' LlavaForConditionalGeneration (same weights and samples)"
-    )
-    for column in ("attention", "trains", "lengths", "reference's padding", "unpacked", "packed"):
-        table.add_column(column, justify="left" if column in ("attention", "trains", "lengths") else "right")
+    """Print a row for each setting as soon as it is measured."""
+    console = Console(width=130, highlight=False)
+    console.print("training step: tokens/s over transformers' LlavaForConditionalGeneration, same weights and samples")
     for attention, full, mixed in product(("sdpa", "eager"), (False, True), (False, True)):
         unpacked, packed, padding = compare(full, mixed, attention)
-        trains = "projector and decoder" if full else "projector"
-        table.add_row(
-            attention, trains, "mixed" if mixed else "equal", f"{padding:.0%}", f"{unpacked:.2f}×", f"{packed:.2f}×"
-        )
-    Console(width=130).print(table)
+        trains = "projector and decoder" if full else "projector only"
+        lengths = f"{'mixed' if mixed else 'equal'} lengths ({padding:.0%} padding)"
+        console.print(f"{attention:6} {trains:22} {lengths:30} unpacked {unpacked:.2f}×  packed {packed:.2f}×")
