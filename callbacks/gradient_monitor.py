@@ -34,6 +34,7 @@ class GradientMonitor(L.Callback):
 
     def __init__(self) -> None:
         self._batches: list[tuple[Tensor, list[str]]] = []
+        self._stepping: list[tuple[Tensor, list[str]]] | None = None
         self._pending: _Step | None = None
         self._warned = False
 
@@ -43,9 +44,10 @@ class GradientMonitor(L.Callback):
         """Remember which samples a loss came from."""
         loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs
         entry = (loss.detach(), [f"{sample.source}/{sample.id}" for sample in batch.samples])
-        if self._pending is not None and self._pending.step == trainer.global_step - 1 and not self._batches:
-            # The optimizer has stepped inside this batch, so it belongs to the step that is pending.
-            self._pending.batches.append(entry)
+        if self._stepping is not None:
+            # The optimizer has stepped inside this batch, which is the last one of that step.
+            self._stepping.append(entry)
+            self._stepping = None
         else:
             self._batches.append(entry)
 
@@ -64,7 +66,7 @@ class GradientMonitor(L.Callback):
         total = torch.stack([norm.float() for norm in norms.values()]).norm()
         pl_module.log_dict({f"grad_norm/{slot}": norm for slot, norm in norms.items()} | {"grad_norm/total": total})
         self._pending = _Step(trainer.global_step, total.detach(), self._batches)
-        self._batches = []
+        self._stepping, self._batches = self._batches, []
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Never save weights that a broken step has touched."""

@@ -1,4 +1,4 @@
-"""LightningCLI, set up for this kit. Every slot's package is imported here, so that bare class names work."""
+"""LightningCLI, set up for this kit. The module imports every slot, which is what makes bare class names work."""
 
 from __future__ import annotations
 
@@ -41,16 +41,6 @@ class LitVLMCLI(LightningCLI):
             args=args,
             run=run,
         )
-
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """Lightning's own."""
-        return {
-            "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"},
-            "validate": {"model", "dataloaders", "datamodule"},
-            "test": {"model", "dataloaders", "datamodule"},
-            "predict": {"model", "dataloaders", "datamodule"},
-        }
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """`checkpoint` gets a key of its own, as an item inside a list of callbacks is out of reach of flags."""

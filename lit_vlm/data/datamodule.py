@@ -138,7 +138,8 @@ class VLMData(LightningDataModule):
 
     def fingerprints(self) -> dict[str, str]:
         """A hash of the content of each source."""
-        return {source.name: source.fingerprint() for source in (*self.train_sources, *self.val_sources)}
+        parts = {"train": self.train_sources, "val": self.val_sources}
+        return {f"{part}/{source.name}": source.fingerprint() for part, sources in parts.items() for source in sources}
 
 
 def _packed(samples: Sequence[Sample], bad: Sequence[BadSample], capacity: int, pad_id: int) -> Batch:
