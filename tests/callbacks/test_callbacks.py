@@ -167,3 +167,16 @@ def test_scores_do_not_depend_on_the_batch_size(tmp_path: Path) -> None:
     one, five = (evaluate_held_out(module, source, records, size) for size in (1, 5))
     assert one.loss == pytest.approx(five.loss, rel=1e-5)
     assert one.exact_match == five.exact_match
+
+
+def test_only_the_samples_of_the_broken_step_are_named_under_accumulation(tmp_path: Path) -> None:
+    seen: list[list[str]] = []
+
+    class Spy(L.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+            seen.append([sample.id for sample in batch.samples])
+
+    with pytest.raises(ValueError, match="non-finite loss at step 1") as stopped:
+        trainer(tmp_path, GradientMonitor(), Poison(), Spy(), accumulate_grad_batches=2).fit(lit(), data())
+    named = {name for batch in seen for name in batch if f"shapes/{name}," in f"{stopped.value}".replace(". Look", ",")}
+    assert named == {*seen[2], *seen[3]}
