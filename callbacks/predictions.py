@@ -49,9 +49,7 @@ class Predictions(L.Callback):
         data = getattr(trainer, "datamodule", None)
         assert isinstance(data, VLMData)
         if not self._records:
-            found = held_out_records(module, data)
-            # An odd stride, as questions of different kinds often take turns.
-            self._records = found[:: max(1, len(found) // self.num) | 1][: self.num]
+            self._records = held_out_records(module, data, self.num)
         if not self._records:
             raise ValueError("callbacks.Predictions answers the questions of data.val, and there is no usable one")
         answers = answer_records(module, data, self._records, self.max_new_tokens)

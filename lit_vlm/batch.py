@@ -195,21 +195,24 @@ class Batch:
             positions=self.input_ids.numel(),
         )
 
-    def text_only(self, input_ids: Tensor, position_ids: Tensor) -> Batch:
-        """A batch of the same rows that continues with `input_ids` `[b, s']` and holds no image (decoding steps)."""
+    def text_only(self, input_ids: Tensor, position_ids: Tensor, labels: Tensor | None = None) -> Batch:
+        """Text that continues rows of this batch, `[b', s']`, without images: decoding steps, answers to be scored."""
         empty = self.image_positions[:0]
-        ignored = torch.full_like(input_ids, IGNORE)
+        if labels is None:
+            labels, (positions, targets) = torch.full_like(input_ids, IGNORE), (empty, empty)
+        else:
+            positions, targets = find_targets(labels)
         return replace(
             self,
             input_ids=input_ids,
-            labels=ignored,
+            labels=labels,
             position_ids=position_ids,
             segment_ids=torch.ones_like(input_ids),
             images=Images(self.images.pixels[:0], ()),
             image_grids=(),
             image_positions=empty,
-            target_positions=empty,
-            targets=empty,
+            target_positions=positions,
+            targets=targets,
             num_tokens=input_ids.numel(),
             samples=(),
             teacher_images={},

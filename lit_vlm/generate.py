@@ -1,15 +1,16 @@
-"""Batched generation with a key-value cache."""
+"""Batched generation, and likelihoods of given answers, with a key-value cache."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
-from lit_vlm.batch import Batch
+from lit_vlm.batch import IGNORE, Batch
 from lit_vlm.model import VLM
 
 
@@ -67,6 +68,73 @@ def generate(
     stopped = set(stop_ids)
     rows = torch.cat(columns, dim=1).tolist()
     return [row[: next((i for i, token in enumerate(row) if token in stopped), len(row))] for row in rows]
+
+
+class Continuation(NamedTuple):
+    """Text that follows a row of prefixes.
+
+    Attributes:
+        row: of the prefixes.
+        ids: its tokens.
+        labels: aligned with `ids`, -100 where nothing is scored; that of the first token is never scored.
+    """
+
+    row: int
+    ids: Sequence[int]
+    labels: Sequence[int]
+
+
+@torch.no_grad()
+def score_continuations(
+    model: VLM, prefixes: Batch, continuations: Sequence[Continuation], batch_size: int = 64
+) -> list[float]:
+    """How likely each continuation is; a prefix with its images runs once, however many continue it.
+
+    Under sharded training every rank must call this together.
+
+    Args:
+        model: in eval mode.
+        prefixes: left-padded, one per row.
+        continuations: of any rows, in any order.
+        batch_size: continuations at a time.
+
+    Returns:
+        summed negative log-likelihood of the labels of each continuation, in nats.
+    """
+    cache = model.decoder.new_cache()
+    mask = (prefixes.segment_ids > 0).long()
+    model.next_logits(prefixes, cache, mask, start=True)
+    device = mask.device
+    scores: list[float] = []
+    for index in range(_most(-(-len(continuations) // batch_size), device)):
+        chunk = continuations[index * batch_size : (index + 1) * batch_size]
+        # Without a chunk of its own a rank still takes part: sharded parts run on all ranks or on none.
+        taken = chunk or [Continuation(0, [0, 0], [IGNORE, 0])]
+        shape = (len(taken), max(len(one.ids) for one in taken))
+        ids, labels, own = torch.zeros(shape).long(), torch.full(shape, IGNORE), torch.zeros(shape).long()
+        for line, one in enumerate(taken):
+            length = len(one.ids)
+            ids[line, :length], labels[line, :length] = torch.tensor(one.ids), torch.tensor(one.labels)
+            own[line, :length] = 1
+        rows = torch.tensor([one.row for one in taken], device=device)
+        positions = mask.sum(1)[rows, None] + torch.arange(shape[1], device=device)
+        # Which places are scored is found on the CPU, as in the collator.
+        step = prefixes.text_only(ids, positions, labels).to(device)
+        whole_mask = torch.cat([mask[rows], own.to(device)], dim=1)
+        nll = model.target_nll(step, model.decoder.select_cache(cache, rows), whole_mask).cpu().double()
+        owner = torch.arange(len(taken)).repeat_interleave((labels[:, 1:] != IGNORE).sum(1))
+        sums = torch.zeros(len(taken), dtype=torch.float64).index_add(0, owner, nll)
+        scores += sums.tolist()[: len(chunk)]
+    return scores
+
+
+def _most(count: int, device: torch.device) -> int:
+    """The largest count of all ranks."""
+    if not dist.is_initialized():
+        return count
+    most = torch.tensor(count, device=device)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    return int(most)
 
 
 def _all_done(done: Tensor) -> bool:

@@ -116,10 +116,16 @@ class VLM(nn.Module):
         output = self.decoder(self.embed(batch), batch.position_ids)
         return self.decoder.logits(output.hidden)
 
-    def target_nll(self, batch: Batch) -> Tensor:
-        """Negative log-likelihood of each supervised token, in nats: fp32 `[k]`, without a graph."""
+    def target_nll(self, batch: Batch, cache: Any = None, attention_mask: Tensor | None = None) -> Tensor:
+        """Negative log-likelihood of each supervised token, in nats: fp32 `[k]`, without a graph.
+
+        With a cache and a mask (as in `next_logits`) the batch holds text that continues what the cache has seen.
+        """
         with torch.no_grad():
-            hidden = self.decoder(self.embed(batch), batch.position_ids).hidden.flatten(0, 1)
+            visual = self.see(batch) if cache is None else None
+            embeds = self.embedder(batch, visual, self.decoder)
+            output = self.decoder(embeds, batch.position_ids, cache=cache, attention_mask=attention_mask)
+            hidden = output.hidden.flatten(0, 1)
         chunk = chunk_rows(self.decoder.vocab_size)
         return token_nll(hidden[batch.target_positions], batch.targets, self.decoder.logits, chunk)
 

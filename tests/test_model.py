@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -14,7 +15,7 @@ from lit_vlm.data.collate import collate, collate_packed, collate_prompts
 from lit_vlm.data.encode import SampleEncoder
 from lit_vlm.decoders import HFDecoder, Lora
 from lit_vlm.encoders import LinearPatches, TimmEncoder
-from lit_vlm.generate import generate
+from lit_vlm.generate import Continuation, generate, score_continuations
 from lit_vlm.heads import FeatureDistillation
 from lit_vlm.model import VLM
 from lit_vlm.teachers import EncoderTeacher
@@ -247,6 +248,34 @@ def test_cached_generation_equals_running_the_whole_sequence_again(model: VLM) -
             prompt.image_starts, prompt.grids, prompt.images,
         )  # fmt: skip
         assert int(model.logits(collate([grown]))[0, -1].argmax()) == tokens[index]
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 64])
+def test_scores_of_answers_that_share_a_prompt_equal_those_of_whole_sequences(model: VLM, batch_size: int) -> None:
+    samples = samples_of(model, 5)
+    starts = [next(i for i, label in enumerate(sample.labels) if label != -100) - 1 for sample in samples]
+    prefixes = [
+        replace(sample, ids=sample.ids[:start], labels=sample.labels[:start])
+        for sample, start in zip(samples, starts, strict=True)
+    ]
+    endings = [[sample.ids[start:] for sample, start in zip(samples, starts, strict=True)][::step] for step in (1, -1)]
+    asked = [
+        Continuation(row, [samples[row].ids[starts[row]], *ending[row][1:]], [-100, *ending[row][1:]])
+        for row in range(5)
+        for ending in endings
+    ]
+    whole = [
+        replace(
+            samples[one.row],
+            ids=prefixes[one.row].ids + list(one.ids),
+            labels=[-100] * len(prefixes[one.row]) + list(one.labels),
+        )
+        for one in asked
+    ]
+    scores = score_continuations(model, collate_prompts(prefixes), asked, batch_size)
+    expected = [float(model.target_nll(collate([sample])).sum()) for sample in whole]
+    assert scores == pytest.approx(expected, rel=1e-5)
+    assert len({round(score, 3) for score in scores}) > 5
 
 
 def test_sampling_depends_on_the_seed_only(model: VLM) -> None:

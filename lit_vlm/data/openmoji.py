@@ -137,6 +137,8 @@ def _draw(emoji: list[Emoji], size: int) -> Path:
     for entry in missing:
         svg = (drawings / f"{entry.code}.svg").read_text(encoding="utf-8")
         scratch = folder / f"{entry.code}.partial"
-        scratch.write_bytes(bytes(resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size)))
+        scratch.write_bytes(
+            bytes(resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, skip_system_fonts=True))
+        )
         scratch.replace(folder / f"{entry.code}.png")
     return folder

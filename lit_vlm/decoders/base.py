@@ -85,3 +85,7 @@ class Decoder(Part, ABC):
     @abstractmethod
     def new_cache(self) -> Any:
         """An empty key-value cache."""
+
+    @abstractmethod
+    def select_cache(self, cache: Any, rows: Tensor) -> Any:
+        """A new cache that holds these rows `[b']` of another, which stays as it is; a row may be taken repeatedly."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -225,6 +226,12 @@ class HFDecoder(Decoder):
     def new_cache(self) -> DynamicCache:
         """An empty cache of keys and values."""
         return DynamicCache(config=self.config)
+
+    def select_cache(self, cache: DynamicCache, rows: Tensor) -> DynamicCache:
+        """Rows of a cache, as a copy."""
+        selected = copy.deepcopy(cache)
+        selected.batch_select_indices(rows)
+        return selected
 
 
 def _peft_config(lora: Lora) -> LoraConfig:

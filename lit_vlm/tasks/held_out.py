@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 import torch.distributed as dist
 
-from lit_vlm.batch import Batch
-from lit_vlm.data.collate import collate, collate_prompts
+from lit_vlm.batch import IGNORE, Batch
+from lit_vlm.data.collate import collate_prompts
 from lit_vlm.data.datamodule import VLMData
 from lit_vlm.data.encode import Sample, SampleEncoder
 from lit_vlm.data.records import Image, Message, Record, RecordError, Text
+from lit_vlm.generate import Continuation, score_continuations
 from lit_vlm.metrics import exact_match, token_f1
 
 if TYPE_CHECKING:
@@ -56,19 +57,21 @@ class HeldOutScores:
 
 
 def held_out_records(module: LitVLM, data: VLMData, limit: int | None = None) -> list[Record]:
-    """The usable records of the held-out sources that ask something, the first `limit`."""
+    """The usable records of the held-out sources that ask something: all, or `limit` spread evenly over them."""
     encode = data.encoder(module.input_spec)
+    places = [(source, index) for source in data.val_sources for index in range(len(source))]
+    # An odd stride, as questions of different kinds often take turns.
+    stride = max(1, len(places) // limit) | 1 if limit else 1
 
     def readable() -> Iterator[Record]:
-        for source in data.val_sources:
-            for index in range(len(source)):
-                with suppress(RecordError):
-                    record = source.record(index)
-                    if record.messages[-1].role == "assistant":
-                        # Paths are made absolute, as records of several sources are scored together.
-                        absolute = _absolute(record, source.image_folder)
-                        _encode(encode, absolute)
-                        yield absolute
+        for source, index in (place for first in range(stride) for place in places[first::stride]):
+            with suppress(RecordError):
+                record = source.record(index)
+                if record.messages[-1].role == "assistant":
+                    # Paths are made absolute, as records of several sources are scored together.
+                    absolute = _absolute(record, source.image_folder)
+                    _encode(encode, absolute)
+                    yield absolute
 
     return list(islice(readable(), limit))
 
@@ -204,49 +207,42 @@ def _encode(encode: SampleEncoder, record: Record) -> Sample:
     return encode(record, Path("/"))
 
 
-def sample_nll(module: LitVLM, batch: Batch) -> torch.Tensor:
-    """Summed negative log-likelihood of each sample's supervised tokens: fp64 `[samples]` on the CPU."""
-    with module.autocast():
-        nll = module.vlm.target_nll(batch.to(module.device)).cpu().double()
-    counts = torch.tensor([sample.num_supervised for sample in batch.samples])
-    owner = torch.arange(len(batch.samples)).repeat_interleave(counts)
-    return torch.zeros(len(batch.samples), dtype=torch.float64).index_add(0, owner, nll)
-
-
 def _score_answers(
     module: LitVLM, encode: SampleEncoder, records: Sequence[Record], pad_id: int
 ) -> tuple[list[tuple[float, int]], list[str]]:
     """(nll, tokens) of each record's expected answer, and the likeliest of its options ("" without options)."""
-    candidates = [
-        (index, option)
-        for index, record in enumerate(records)
-        for option in dict.fromkeys((record.messages[-1].text, *record.options))
-    ]
-    scores: list[dict[str, tuple[float, int]]] = [{} for _ in records]
-    size = 2 * len(records)
-    for step in range(_most(-(-len(candidates) // size), module)):
-        chunk = candidates[step * size : (step + 1) * size]
-        # Without a chunk of its own a rank still takes part: sharded parts run on all ranks or on none.
-        answered = [_with_answer(records[index], option) for index, option in chunk] or [records[0]]
-        samples = [_encode(encode, record) for record in answered]
-        nll = sample_nll(module, collate(samples, pad_id=pad_id)).tolist()
-        for (index, option), sample, value in zip(chunk, samples, nll, strict=False):
-            scores[index][option] = (value, sample.num_supervised)
-    expected = [found[record.messages[-1].text] for found, record in zip(scores, records, strict=True)]
+    answers = [list(dict.fromkeys((record.messages[-1].text, *record.options))) for record in records]
+    prefixes: list[Sample] = []
+    continuations: list[Continuation] = []
+    for row, record in enumerate(records):
+        samples = [_encode(encode, _with_answer(record, answer)) for answer in answers[row]]
+        # The last common token comes with each answer: what it predicts is scored.
+        start = min(_first_of_last_answer(samples[0]), *(_common(samples[0].ids, s.ids) for s in samples)) - 1
+        prefixes.append(replace(samples[0], ids=samples[0].ids[:start], labels=samples[0].labels[:start]))
+        continuations += [Continuation(row, s.ids[start:], s.labels[start:]) for s in samples]
+    batch = collate_prompts(prefixes, pad_id=pad_id).to(module.device)
+    with module.autocast():
+        nll = score_continuations(module.vlm, batch, continuations, 2 * len(records))
+    counts = [sum(label != IGNORE for label in one.labels[1:]) for one in continuations]
+    scored = iter(zip(nll, counts, strict=True))
+    found = [{answer: next(scored) for answer in options} for options in answers]
+    expected = [scores[record.messages[-1].text] for scores, record in zip(found, records, strict=True)]
     likeliest = [
-        min((found[option][0], option) for option in record.options)[1] if record.options else ""
-        for found, record in zip(scores, records, strict=True)
+        min((scores[option][0], option) for option in record.options)[1] if record.options else ""
+        for scores, record in zip(found, records, strict=True)
     ]
     return expected, likeliest
 
 
-def _most(count: int, module: LitVLM) -> int:
-    """The largest count of all ranks."""
-    if not dist.is_initialized():
-        return count
-    most = torch.tensor(count, device=module.device)
-    dist.all_reduce(most, dist.ReduceOp.MAX)
-    return int(most)
+def _first_of_last_answer(sample: Sample) -> int:
+    """Index of the first token of the last supervised run, which is the answer that is scored."""
+    end = max(index for index, label in enumerate(sample.labels) if label != IGNORE)
+    return next(index + 1 for index in range(end, -1, -1) if index == 0 or sample.labels[index] == IGNORE)
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the common start."""
+    return next((index for index, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _with_answer(record: Record, answer: str) -> Record:

@@ -13,12 +13,15 @@ from mlflow import MlflowClient
 from callbacks import Checkpoint, FreezeGuard, GradientMonitor, HeldOut, Predictions, Throughput
 from callbacks.throughput import step_flops
 from lit_vlm.data import ChatML, Shapes, SquareCrop, VLMData
+from lit_vlm.data.collate import collate
 from lit_vlm.decoders import HFDecoder
 from lit_vlm.embedders import Splice
 from lit_vlm.encoders import HFEncoder, TimmEncoder
 from lit_vlm.module import LitVLM
 from lit_vlm.projectors import MLP
 from lit_vlm.stage import Stage
+from lit_vlm.tasks import evaluate_held_out
+from lit_vlm.tasks.held_out import held_out_records
 from lit_vlm.tracking import MLflow
 from tests.tiny import CLIP, LLAMA, batch_of, tiny_vlm
 
@@ -157,9 +160,6 @@ def test_held_out_scores_and_pictures(tmp_path: Path) -> None:
 
 
 def test_scores_do_not_depend_on_the_batch_size(tmp_path: Path) -> None:
-    from lit_vlm.tasks import evaluate_held_out
-    from lit_vlm.tasks.held_out import held_out_records
-
     module, source = lit(), data()
     run = trainer(tmp_path, max_steps=1)
     run.fit(module, source)
@@ -167,6 +167,20 @@ def test_scores_do_not_depend_on_the_batch_size(tmp_path: Path) -> None:
     one, five = (evaluate_held_out(module, source, records, size) for size in (1, 5))
     assert one.loss == pytest.approx(five.loss, rel=1e-5)
     assert one.exact_match == five.exact_match
+    assert one.choice_accuracy == five.choice_accuracy
+    encode = source.encoder(module.input_spec)
+    samples = [encode(record, Path("/")) for record in records]
+    whole = sum(float(module.vlm.target_nll(collate([sample])).sum()) for sample in samples)
+    assert one.loss == pytest.approx(whole / sum(sample.num_supervised for sample in samples), rel=1e-5)
+
+
+def test_a_limit_spreads_the_questions_over_the_held_out_data(tmp_path: Path) -> None:
+    module, source = lit(), data()
+    trainer(tmp_path, max_steps=1).fit(module, source)
+    every = [record.id for record in held_out_records(module, source)]
+    few = [record.id for record in held_out_records(module, source, 2)]
+    assert few == [every[0], every[5]]
+    assert len({record.id for record in held_out_records(module, source, 7)}) == 7
 
 
 def test_only_the_samples_of_the_broken_step_are_named_under_accumulation(tmp_path: Path) -> None:
