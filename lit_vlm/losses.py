@@ -68,16 +68,20 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: Head, chunk: int, *params: Tensor) -> Tensor:
         total = hidden.new_zeros((), dtype=torch.float32)
         grad_hidden = torch.empty_like(hidden)
-        # Low-precision parameters gather their gradient in fp32: many small chunks would round away.
-        grads = [torch.zeros_like(p, dtype=torch.float32) for p in params]
-        for start in range(0, hidden.shape[0], chunk):
+        grads: list[Tensor] = []
+        # An empty batch still takes one pass, so that every parameter has a gradient.
+        for start in range(0, max(1, hidden.shape[0]), chunk):
             rows = hidden[start : start + chunk].detach().requires_grad_()
             with torch.enable_grad():
                 loss = F.cross_entropy(head(rows).float(), targets[start : start + chunk], reduction="sum")
-            grad_rows, *grad_params = torch.autograd.grad(loss, (rows, *params))
+            grad_rows, *parts = torch.autograd.grad(loss, (rows, *params))
             grad_hidden[start : start + chunk] = grad_rows
-            for grad, part in zip(grads, grad_params, strict=True):
-                grad += part
+            if start == 0:
+                # Low-precision parameters gather their gradient in fp32: many small chunks would round away.
+                grads = [part.float() for part in parts]
+            else:
+                for grad, part in zip(grads, parts, strict=True):
+                    grad += part
             total += loss.detach()
         ctx.save_for_backward(grad_hidden, *(g.to(p.dtype) for g, p in zip(grads, params, strict=True)))
         return total
@@ -85,8 +89,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (scale,) = grad_outputs
-        grad_hidden, *grads = ctx.saved_tensors
-        return grad_hidden * scale.to(grad_hidden.dtype), None, None, None, *(g * scale.to(g.dtype) for g in grads)
+        # In place, as the gradient of a word table is large; a second backward through it is refused by autograd.
+        grad_hidden, *grads = (saved.mul_(scale.to(saved.dtype)) for saved in ctx.saved_tensors)
+        return grad_hidden, None, None, None, *grads
 
 
 def cosine_distance(student: Tensor, teacher: Tensor) -> Tensor:
