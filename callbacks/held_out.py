@@ -26,7 +26,7 @@ class HeldOut(L.Callback):
     answered without seeing.
 
     Args:
-        limit: records to score; default: all of data.val.
+        limit: records to score, spread evenly over data.val; default: all of it.
         batch_size: records at a time.
         shuffled: whether the control with shuffled pictures is made.
         max_new_tokens: length of an answer at most.
