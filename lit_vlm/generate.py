@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
@@ -76,7 +77,7 @@ class Continuation(NamedTuple):
     Attributes:
         row: of the prefixes.
         ids: its tokens.
-        labels: aligned with `ids`, -100 where nothing is scored; that of the first token is never scored.
+        labels: aligned with `ids`, -100 where nothing is scored. The prefix predicts the first one.
     """
 
     row: int
@@ -103,13 +104,13 @@ def score_continuations(
     """
     cache = model.decoder.new_cache()
     mask = (prefixes.segment_ids > 0).long()
-    model.next_logits(prefixes, cache, mask, start=True)
+    first = model.next_logits(prefixes, cache, mask, start=True).float().log_softmax(-1).cpu()
     device = mask.device
     scores: list[float] = []
     for index in range(_most(-(-len(continuations) // batch_size), device)):
         chunk = continuations[index * batch_size : (index + 1) * batch_size]
         # Without a chunk of its own a rank still takes part: sharded parts run on all ranks or on none.
-        taken = chunk or [Continuation(0, [0, 0], [IGNORE, 0])]
+        taken = chunk or [Continuation(0, [0, 0], [0, 0])]
         shape = (len(taken), max(len(one.ids) for one in taken))
         ids, labels, own = torch.zeros(shape).long(), torch.full(shape, IGNORE), torch.zeros(shape).long()
         for line, one in enumerate(taken):
@@ -123,8 +124,8 @@ def score_continuations(
         whole_mask = torch.cat([mask[rows], own.to(device)], dim=1)
         nll = model.target_nll(step, model.decoder.select_cache(cache, rows), whole_mask).cpu().double()
         owner = torch.arange(len(taken)).repeat_interleave((labels[:, 1:] != IGNORE).sum(1))
-        sums = torch.zeros(len(taken), dtype=torch.float64).index_add(0, owner, nll)
-        scores += sums.tolist()[: len(chunk)]
+        of_first = F.nll_loss(first[rows.cpu()], labels[:, 0], ignore_index=IGNORE, reduction="none").double()
+        scores += of_first.index_add(0, owner, nll).tolist()[: len(chunk)]
     return scores
 
 

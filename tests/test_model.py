@@ -10,7 +10,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 from lit_vlm import projectors
 from lit_vlm.batch import Images
 from lit_vlm.checkpoints import load_published
-from lit_vlm.data import ChatML, Native, Shapes, SquareCrop
+from lit_vlm.data import ChatML, Native, Plain, Shapes, SquareCrop, Template
 from lit_vlm.data.collate import collate, collate_packed, collate_prompts
 from lit_vlm.data.encode import SampleEncoder
 from lit_vlm.decoders import HFDecoder, Lora
@@ -250,20 +250,21 @@ def test_cached_generation_equals_running_the_whole_sequence_again(model: VLM) -
         assert int(model.logits(collate([grown]))[0, -1].argmax()) == tokens[index]
 
 
+@pytest.mark.parametrize("template", [ChatML(), Plain()], ids=["chatml", "plain: the image ends the prompt"])
 @pytest.mark.parametrize("batch_size", [1, 4, 64])
-def test_scores_of_answers_that_share_a_prompt_equal_those_of_whole_sequences(model: VLM, batch_size: int) -> None:
-    samples = samples_of(model, 5)
-    starts = [next(i for i, label in enumerate(sample.labels) if label != -100) - 1 for sample in samples]
+def test_scores_of_answers_that_share_a_prompt_equal_those_of_whole_sequences(
+    model: VLM, batch_size: int, template: Template
+) -> None:
+    source = Shapes(5, text_only=False)
+    encode = SampleEncoder(spec_of(model), template, SquareCrop(), max_length=256)
+    samples = [encode(source.record(index), source.image_folder) for index in range(5)]
+    starts = [next(i for i, label in enumerate(sample.labels) if label != -100) for sample in samples]
     prefixes = [
         replace(sample, ids=sample.ids[:start], labels=sample.labels[:start])
         for sample, start in zip(samples, starts, strict=True)
     ]
-    endings = [[sample.ids[start:] for sample, start in zip(samples, starts, strict=True)][::step] for step in (1, -1)]
-    asked = [
-        Continuation(row, [samples[row].ids[starts[row]], *ending[row][1:]], [-100, *ending[row][1:]])
-        for row in range(5)
-        for ending in endings
-    ]
+    endings = [sample.ids[start:] for sample, start in zip(samples, starts, strict=True)]
+    asked = [Continuation(row, endings[other], endings[other]) for row in range(5) for other in (row, 4 - row)]
     whole = [
         replace(
             samples[one.row],

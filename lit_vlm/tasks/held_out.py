@@ -70,8 +70,8 @@ def held_out_records(module: LitVLM, data: VLMData, limit: int | None = None) ->
                 if record.messages[-1].role == "assistant":
                     # Paths are made absolute, as records of several sources are scored together.
                     absolute = _absolute(record, source.image_folder)
-                    _encode(encode, absolute)
-                    yield absolute
+                    if _first_of_last_answer(_encode(encode, absolute)) > 0:  # something must be asked
+                        yield absolute
 
     return list(islice(readable(), limit))
 
@@ -216,14 +216,13 @@ def _score_answers(
     continuations: list[Continuation] = []
     for row, record in enumerate(records):
         samples = [_encode(encode, _with_answer(record, answer)) for answer in answers[row]]
-        # The last common token comes with each answer: what it predicts is scored.
-        start = min(_first_of_last_answer(samples[0]), *(_common(samples[0].ids, s.ids) for s in samples)) - 1
+        start = min(_first_of_last_answer(samples[0]), *(_common(samples[0].ids, s.ids) for s in samples))
         prefixes.append(replace(samples[0], ids=samples[0].ids[:start], labels=samples[0].labels[:start]))
         continuations += [Continuation(row, s.ids[start:], s.labels[start:]) for s in samples]
     batch = collate_prompts(prefixes, pad_id=pad_id).to(module.device)
     with module.autocast():
         nll = score_continuations(module.vlm, batch, continuations, 2 * len(records))
-    counts = [sum(label != IGNORE for label in one.labels[1:]) for one in continuations]
+    counts = [sum(label != IGNORE for label in one.labels) for one in continuations]
     scored = iter(zip(nll, counts, strict=True))
     found = [{answer: next(scored) for answer in options} for options in answers]
     expected = [scores[record.messages[-1].text] for scores, record in zip(found, records, strict=True)]
@@ -236,8 +235,10 @@ def _score_answers(
 
 def _first_of_last_answer(sample: Sample) -> int:
     """Index of the first token of the last supervised run, which is the answer that is scored."""
-    end = max(index for index, label in enumerate(sample.labels) if label != IGNORE)
-    return next(index + 1 for index in range(end, -1, -1) if index == 0 or sample.labels[index] == IGNORE)
+    start = max(index for index, label in enumerate(sample.labels) if label != IGNORE)
+    while start and sample.labels[start - 1] != IGNORE:
+        start -= 1
+    return start
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:
