@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lit_vlm.module import LitVLM
+from lit_vlm.sharding import reshard
 from lit_vlm.stage import frozen_tensors
 
 
@@ -32,6 +33,7 @@ class FreezeGuard(L.Callback):
             RuntimeError: naming the frozen tensors that changed.
         """
         assert isinstance(pl_module, LitVLM)
+        reshard(pl_module.vlm)  # a validation may have come last
         after = frozen_tensors(pl_module.vlm)
         changed = [name for name, before in self._before.items() if not torch.equal(before, _hash(after[name]))]
         if changed:
