@@ -5,6 +5,7 @@ from callbacks.freeze_guard import FreezeGuard
 from callbacks.gradient_monitor import GradientMonitor
 from callbacks.held_out import HeldOut
 from callbacks.predictions import Predictions
+from callbacks.sources import Sources
 from callbacks.throughput import Throughput
 
-__all__ = ["Checkpoint", "FreezeGuard", "GradientMonitor", "HeldOut", "Predictions", "Throughput"]
+__all__ = ["Checkpoint", "FreezeGuard", "GradientMonitor", "HeldOut", "Predictions", "Sources", "Throughput"]

@@ -120,6 +120,7 @@ class SampleInfo(NamedTuple):
     source: str
     num_images: int
     num_supervised: int
+    num_tokens: int
 
 
 class BadSample(NamedTuple):

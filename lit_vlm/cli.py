@@ -16,6 +16,7 @@ from lit_vlm import __version__
 VERBS = {
     "run": "run the stages of a recipe, one after the other",
     "chat": "ask a trained model about pictures",
+    "data": "convert data to shards, check them, show what is in them",
     "inspect": "show one batch as the model sees it",
     "export": "write a checkpoint in a published format",
     "doctor": "report versions, devices and optional packages",

@@ -16,7 +16,7 @@ from lit_vlm.module import LitVLM
 from lit_vlm.sharding import FSDP2  # noqa: F401 - a class name for recipes
 from lit_vlm.tracking import MLflow, RunRecord
 
-DEFAULT_CALLBACKS = ("callbacks.FreezeGuard", "callbacks.GradientMonitor", "callbacks.Throughput")
+DEFAULT_CALLBACKS = ("callbacks.FreezeGuard", "callbacks.GradientMonitor", "callbacks.Sources", "callbacks.Throughput")
 
 
 class LitVLMCLI(LightningCLI):

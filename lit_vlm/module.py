@@ -57,7 +57,7 @@ class LitVLM(LightningModule):
         self.model: VLM | None = None
         self._denominators: dict[str, Tensor] = {}
         self._sums: dict[str, Tensor] = {}
-        self._held_out: dict[str, Tensor] = {}
+        self._held_out: dict[tuple[int, str], Tensor] = {}
 
     # ------------------------------------------------------------------ building
 
@@ -171,13 +171,13 @@ class LitVLM(LightningModule):
 
     # ------------------------------------------------------------------ evaluation
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add up the losses of held-out data."""
-        self._hold_out(batch)
+        self._hold_out(batch, dataloader_idx)
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add up the losses of test data."""
-        self._hold_out(batch)
+        self._hold_out(batch, dataloader_idx)
 
     def on_validation_epoch_end(self) -> None:
         """Log `val/loss` and each loss."""
@@ -187,23 +187,32 @@ class LitVLM(LightningModule):
         """Log `test/loss` and each loss."""
         self._log_held_out("test")
 
-    def _hold_out(self, batch: Batch) -> None:
+    def _hold_out(self, batch: Batch, loader: int) -> None:
         counts = batch.counts._asdict()
         for name, value in self.vlm(batch, self.stage.losses).items():
             head = self.vlm.heads[name] if name != NEXT_TOKEN else None
             count = counts[head.normaliser if isinstance(head, Head) else "supervised"]
             pair = torch.stack([value.detach(), value.new_tensor(float(count))])
-            self._held_out[name] = self._held_out.get(name, 0) + pair
+            self._held_out[loader, name] = self._held_out.get((loader, name), 0) + pair
 
     def _log_held_out(self, prefix: str) -> None:
-        means = {}
-        for name in sorted(self._held_out):
-            value, count = self.trainer.strategy.reduce(self._held_out[name], reduce_op="sum").unbind()
-            means[name] = value / count.clamp(min=1)
-        if means:
-            self.log(f"{prefix}/loss", sum(self.stage.losses[n] * v for n, v in means.items()), prog_bar=True)
-            self.log_dict({f"{prefix}/loss_{name}": value for name, value in means.items()})
+        """Mean losses over all held-out data, and of each source if there are several."""
+        sums = {
+            key: self.trainer.strategy.reduce(self._held_out[key], reduce_op="sum") for key in sorted(self._held_out)
+        }
         self._held_out = {}
+        names = sorted({name for _, name in sums})
+        means = {
+            name: _mean(torch.stack([pair for (_, other), pair in sums.items() if other == name]).sum(0))
+            for name in names
+        }
+        if not means:
+            return
+        self.log(f"{prefix}/loss", sum(self.stage.losses[n] * v for n, v in means.items()), prog_bar=True)
+        self.log_dict({f"{prefix}/loss_{name}": value for name, value in means.items()})
+        sources = self.trainer.datamodule.val_sources  # type: ignore[attr-defined]
+        if len(sources) > 1:
+            self.log_dict({f"{prefix}/loss_{n}/{sources[i].name}": _mean(pair) for (i, n), pair in sums.items()})
 
     def autocast(self) -> AbstractContextManager[None]:
         """The trainer's precision, for forward passes that Lightning does not wrap itself."""
@@ -223,3 +232,8 @@ class LitVLM(LightningModule):
         with self.autocast():
             rows = generate(self.vlm, batch, spec.stop_ids, max_new_tokens, temperature, top_p)
         return [spec.tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows[: len(batch.samples)]]
+
+
+def _mean(pair: Tensor) -> Tensor:
+    """Of a sum and a count."""
+    return pair[0] / pair[1].clamp(min=1)

@@ -9,11 +9,11 @@ from itertools import islice
 from rich.console import Console
 from rich.text import Text
 
-from lit_vlm.batch import IGNORE, BadSample, Batch
+from lit_vlm.batch import IGNORE, Batch
 from lit_vlm.build import build_on_meta
 from lit_vlm.cli import lightning_cli
-from lit_vlm.data.encode import Sample
-from lit_vlm.data.loader import BatchPlan, SourceDataset
+from lit_vlm.data.batching import Layout
+from lit_vlm.data.loader import SourceDataset, assemble
 from lit_vlm.data.spec import InputSpec
 from lit_vlm.module import LitVLM
 
@@ -28,13 +28,11 @@ def main(argv: Sequence[str]) -> None:
     spec = module.input_spec
     sources = data.val_sources if arguments.val else data.train_sources
     dataset = SourceDataset(sources, data.encoder(spec))
-    plan = BatchPlan(len(dataset), data.batch_size, 0, 1, not arguments.val, data.seed)
-    indices = next(islice(iter(plan), arguments.batch, None), None)
-    if indices is None:
+    plan = data.plan(sources, spec, 0, Layout(data.batch_size, 1), shuffle=not arguments.val)
+    places = next(islice(iter(plan), arguments.batch, None), None)
+    if places is None:
         raise ValueError(f"there are {len(plan)} batches; --batch counts from 0")
-    items = [dataset[index] for index in indices]
-    samples = [item for item in items if isinstance(item, Sample)]
-    batch = data.collator(spec)(samples, [item for item in items if isinstance(item, BadSample)])
+    batch = assemble([dataset[place] for place in places], data.collator(spec))
     show(batch, spec, Console(highlight=False))
 
 

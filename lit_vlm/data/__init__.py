@@ -1,30 +1,57 @@
-"""Data: records → sources → template → transform → pack → collate → data module."""
+"""Data: records → sources → mixture and batching → template → transform → collate → data module."""
 
+from lit_vlm.data.batching import Batching, ModalityLength, Packed, Padded
 from lit_vlm.data.datamodule import VLMData
 from lit_vlm.data.loader import BadSamples
+from lit_vlm.data.mixture import Interleaved, Mixture, Shuffled, Weighted
 from lit_vlm.data.openmoji import OpenMoji
 from lit_vlm.data.shapes import Shapes
-from lit_vlm.data.sources import Captions, ChatJsonl, LlavaJson, Source
+from lit_vlm.data.sources import (
+    Captions,
+    ChatJsonl,
+    Converted,
+    LlavaJson,
+    Mmc4,
+    Parquet,
+    Pictures,
+    Source,
+    Texts,
+    WebDataset,
+)
 from lit_vlm.data.templates import ChatML, Llama3, Plain, Template, VicunaV1
 from lit_vlm.data.transforms import ImageTransform, Native, PadSquare, Resize, SquareCrop
 
 __all__ = [
     "BadSamples",
+    "Batching",
     "Captions",
     "ChatJsonl",
     "ChatML",
+    "Converted",
     "ImageTransform",
+    "Interleaved",
     "Llama3",
     "LlavaJson",
+    "Mixture",
+    "Mmc4",
+    "ModalityLength",
     "Native",
     "OpenMoji",
+    "Packed",
     "PadSquare",
+    "Padded",
+    "Parquet",
+    "Pictures",
     "Plain",
     "Resize",
     "Shapes",
+    "Shuffled",
     "Source",
     "SquareCrop",
     "Template",
+    "Texts",
     "VLMData",
     "VicunaV1",
+    "WebDataset",
+    "Weighted",
 ]

@@ -7,26 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from lit_vlm.batch import IGNORE, BadSample, Batch, Images, SampleInfo, find_targets
+from lit_vlm.data.batching import first_fit_decreasing
 from lit_vlm.data.encode import Sample
-
-
-def first_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Pack items into bins: longest first, each into the first bin that has room.
-
-    Returns:
-        indices of the items in each bin, in order.
-    """
-    bins: list[list[int]] = []
-    room: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        place = next((b for b, free in enumerate(room) if free >= lengths[index]), None)
-        if place is None:
-            bins.append([])
-            room.append(capacity)
-            place = len(bins) - 1
-        bins[place].append(index)
-        room[place] -= lengths[index]
-    return bins
 
 
 def collate(samples: Sequence[Sample], bad: Sequence[BadSample] = (), pad_id: int = 0) -> Batch:
@@ -77,7 +59,11 @@ def make_rows(
             base = index * shape[1] + start
             for image_start, grid in zip(sample.image_starts, sample.grids, strict=True):
                 image_positions.append(torch.arange(grid.num_tokens) + base + image_start)
-            infos.append(SampleInfo(index, segment, sample.id, sample.source, len(sample.grids), sample.num_supervised))
+            infos.append(
+                SampleInfo(
+                    index, segment, sample.id, sample.source, len(sample.grids), sample.num_supervised, len(sample)
+                )
+            )
             start = end
         if not left and row:
             # Padding goes on counting, so that a row of one sample is a plain range: see `Batch.position_ids`.

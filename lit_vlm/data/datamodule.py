@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+import numpy as np
 from lightning.pytorch import LightningDataModule
 
 from lit_vlm.batch import BadSample, Batch
-from lit_vlm.data.collate import collate, collate_packed, collate_prompts
+from lit_vlm.data.batching import Batching, Integers, Layout, Measures, Padded
+from lit_vlm.data.collate import collate_prompts, make_rows
 from lit_vlm.data.encode import Sample, SampleEncoder
-from lit_vlm.data.loader import BadSamples, BatchPlan, Loader, SourceDataset
+from lit_vlm.data.loader import BadSamples, Collate, Loader, SourceDataset
+from lit_vlm.data.mixture import Mixture, Shuffled
+from lit_vlm.data.plan import BatchPlan, Ordering
+from lit_vlm.data.scan import modality_length, scan
 from lit_vlm.data.sources import Source
 from lit_vlm.data.spec import InputSpec
+from lit_vlm.data.split import split
 from lit_vlm.data.templates import Template
 from lit_vlm.data.transforms import ImageTransform
 
 if TYPE_CHECKING:
     from lit_vlm.module import LitVLM
-
-Collate = Callable[[Sequence[Sample], Sequence[BadSample]], Batch]
 
 
 class VLMData(LightningDataModule):
@@ -32,11 +36,14 @@ class VLMData(LightningDataModule):
         template: how messages are written for the decoder.
         transform: how pictures are resized for the encoder.
         val: held-out sources, for validate, test and predict too.
-        batch_size: samples per micro-batch and device. Samples per optimizer step are this × devices ×
-            trainer.accumulate_grad_batches.
-        max_length: positions per sample at most, image tokens included.
-        packing: put several samples into a row of `max_length` positions; attention and loss do not cross.
+        held_out: share of each training source that is never trained on, by a hash of the record id; it joins `val`.
+        batch_size: rows per micro-batch and device. Rows per optimizer step are this × devices ×
+            trainer.accumulate_grad_batches. A row is a sample, or, packed, up to `max_length` positions of samples.
+        max_length: positions per sample at most, image tokens included; packed, the positions of a row.
+        mixture: how much of each source an epoch takes, and in which order.
+        batching: how samples become rows: `Padded`, `ModalityLength` or `Packed`.
         too_long: whether a longer sample loses its tail (images only as a whole) or is dropped.
+        fast_jpeg: decode a JPEG at a fraction of its size where at least twice the size that is needed is left.
         num_workers: loader processes per device.
         seed: of the order of samples.
         bad_samples: what happens to samples that cannot be used.
@@ -48,10 +55,13 @@ class VLMData(LightningDataModule):
         template: Template,
         transform: ImageTransform,
         val: list[Source] | None = None,
+        held_out: float = 0.0,
         batch_size: int = 8,
         max_length: int = 2048,
-        packing: bool = False,
+        mixture: Mixture = Shuffled(),  # noqa: B008 - never changed
+        batching: Batching = Padded(),  # noqa: B008 - never changed
         too_long: Literal["truncate", "drop"] = "truncate",
+        fast_jpeg: bool = True,
         num_workers: int = 0,
         seed: int = 0,
         bad_samples: BadSamples = BadSamples(),  # noqa: B008 - frozen
@@ -59,27 +69,67 @@ class VLMData(LightningDataModule):
         super().__init__()
         if batch_size < 1 or max_length < 1:
             raise ValueError(f"data.batch_size and data.max_length are at least 1, not {batch_size} and {max_length}")
-        self.train_sources, self.val_sources = train, val or []
+        if not 0 <= held_out < 1:
+            raise ValueError(f"data.held_out is a share from 0 to below 1, not {held_out}")
+        self.given_train, self.given_val, self.held_out = train, val or [], held_out
         self.template, self.transform = template, transform
-        self.batch_size, self.max_length, self.packing, self.too_long = batch_size, max_length, packing, too_long
+        self.batch_size, self.max_length, self.too_long = batch_size, max_length, too_long
+        self.mixture, self.batching, self.fast_jpeg = mixture, batching, fast_jpeg
         self.num_workers, self.seed, self.bad_samples = num_workers, seed, bad_samples
         self._train: Loader | None = None
         self._resume: dict[str, Any] | None = None
 
+    @cached_property
+    def _split(self) -> tuple[list[Source], list[Source]]:
+        if not self.held_out:
+            return self.given_train, self.given_val
+        pairs = [split(source, self.held_out, self.num_workers) for source in self.given_train]
+        return [kept for kept, _ in pairs], [*self.given_val, *(held_out for _, held_out in pairs if len(held_out))]
+
+    @property
+    def train_sources(self) -> list[Source]:
+        """What is trained on."""
+        return self._split[0]
+
+    @property
+    def val_sources(self) -> list[Source]:
+        """What is held out."""
+        return self._split[1]
+
     def encoder(self, spec: InputSpec, prompt: bool = False) -> SampleEncoder:
         """How a record becomes a sample of this stage."""
-        return SampleEncoder(spec, self.template, self.transform, self.max_length, self.too_long, prompt)
+        return SampleEncoder(
+            spec, self.template, self.transform, self.max_length, self.too_long, prompt, self.fast_jpeg
+        )
 
-    def collator(self, spec: InputSpec) -> Collate:
-        """How samples become a training batch of this stage."""
+    def collator(self, spec: InputSpec, prompt: bool = False) -> Collate:
+        """How rows of samples become a batch of this stage."""
         pad_id = spec.tokenizer.pad_token_id
-        if self.packing:
-            return partial(_packed, capacity=self.max_length, pad_id=pad_id)
-        return partial(collate, pad_id=pad_id)
+        return partial(_collate_rows_of_prompts if prompt else make_rows, pad_id=pad_id)
+
+    def plan(
+        self, sources: Sequence[Source], spec: InputSpec, rank: int, layout: Layout, shuffle: bool, prompt: bool = False
+    ) -> BatchPlan:
+        """Which samples each batch takes."""
+        batching = Padded() if prompt else self.batching
+        ordering = Ordering(sources, self.mixture, batching, self._measures(sources, spec), self.seed)
+        return BatchPlan(ordering, layout, rank, shuffle)
+
+    def _measures(self, sources: Sequence[Source], spec: InputSpec) -> Measures:
+        def modality_lengths() -> Integers:
+            found = [scan(s, modality_length, 1, "modality length", self.num_workers, "lengths of") for s in sources]
+            return np.concatenate(found)[:, 0]
+
+        def sizes() -> Integers:
+            encode = self.encoder(spec)
+            key = encode.measure_key()
+            return np.concatenate([scan(s, encode.measure, 2, key, self.num_workers, "tokens of") for s in sources])
+
+        return Measures(modality_lengths, sizes, self.max_length)
 
     def train_dataloader(self) -> Loader:
         """Shuffled; each epoch in an order of its own."""
-        self._train = self._loader(self.train_sources, "train", shuffle=True)
+        self._train = self._loader(self.train_sources, "train")
         self._go_on()
         return self._train
 
@@ -101,11 +151,11 @@ class VLMData(LightningDataModule):
             self._train.load_state_dict(self._resume)
             self._resume = None
 
-    def val_dataloader(self) -> Loader | list[Loader]:
-        """Held-out data, in order."""
-        return self._loader(self.val_sources, "val") if self.val_sources else []
+    def val_dataloader(self) -> list[Loader]:
+        """Held-out data, in order; a loader for each source."""
+        return [self._loader([source], "val") for source in self.val_sources]
 
-    def test_dataloader(self) -> Loader | list[Loader]:
+    def test_dataloader(self) -> list[Loader]:
         """The same data as for validation."""
         return self.val_dataloader()
 
@@ -115,7 +165,7 @@ class VLMData(LightningDataModule):
             raise ValueError("lit-vlm predict answers the questions of data.val, which is empty")
         return self._loader(self.val_sources, "predict")
 
-    def _loader(self, sources: list[Source], phase: str, shuffle: bool = False) -> Loader:
+    def _loader(self, sources: list[Source], phase: Literal["train", "val", "predict"]) -> Loader:
         assert self.trainer is not None
         module = cast("LitVLM", self.trainer.lightning_module)
         spec = module.input_spec
@@ -123,14 +173,15 @@ class VLMData(LightningDataModule):
         dataset = SourceDataset(sources, self.encoder(spec, prompt))
         if not len(dataset):
             raise ValueError(f"data.{'train' if phase == 'train' else 'val'} holds no sample")
-        rank, world = self.trainer.global_rank, self.trainer.world_size
-        pad_id = spec.tokenizer.pad_token_id
+        rank = self.trainer.global_rank
+        window = self.trainer.accumulate_grad_batches if phase == "train" else 1
+        layout = Layout(self.batch_size, self.trainer.world_size, window)
         return Loader(
             dataset,
-            BatchPlan(len(dataset), self.batch_size, rank, world, shuffle, self.seed),
-            partial(collate_prompts, pad_id=pad_id) if prompt else self.collator(spec),
+            self.plan(sources, spec, rank, layout, phase == "train", prompt),
+            self.collator(spec, prompt),
             num_workers=self.num_workers,
-            window=self.trainer.accumulate_grad_batches if phase == "train" else 1,
+            window=window,
             bad_samples=self.bad_samples,
             log=Path(self.trainer.default_root_dir) / f"bad_samples{f'-rank{rank}' if rank else ''}.jsonl",
             pin_memory=module.device.type == "cuda" or self.trainer.strategy.root_device.type == "cuda",
@@ -142,5 +193,5 @@ class VLMData(LightningDataModule):
         return {f"{part}/{source.name}": source.fingerprint() for part, sources in parts.items() for source in sources}
 
 
-def _packed(samples: Sequence[Sample], bad: Sequence[BadSample], capacity: int, pad_id: int) -> Batch:
-    return collate_packed(samples, capacity, bad, pad_id)
+def _collate_rows_of_prompts(rows: Sequence[Sequence[Sample]], bad: Sequence[BadSample], pad_id: int) -> Batch:
+    return collate_prompts([sample for row in rows for sample in row], bad, pad_id)

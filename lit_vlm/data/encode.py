@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,10 +11,12 @@ from typing import Literal
 from torch import Tensor
 
 from lit_vlm.batch import IGNORE, BadSample, Grid
-from lit_vlm.data.records import Image, Record, RecordError, open_image
+from lit_vlm.data.records import Image, Record, RecordError, decode_image, image_size
+from lit_vlm.data.scan import describe
+from lit_vlm.data.sources.base import Source
 from lit_vlm.data.spec import InputSpec
 from lit_vlm.data.templates import Piece, Span, Template
-from lit_vlm.data.transforms import ImageTransform
+from lit_vlm.data.transforms import ImageTransform, Size
 
 IMAGE_SLOT = -200
 """Stands for a whole image in `encode_pieces`, before it is expanded."""
@@ -127,6 +130,7 @@ class SampleEncoder:
         max_length: positions per sample at most.
         too_long: whether a longer sample loses its tail (whole images only) or is dropped.
         prompt: write only up to the next answer, for generation.
+        fast_jpeg: decode a JPEG at a fraction of its size where that leaves at least twice what is needed.
     """
 
     spec: InputSpec
@@ -135,6 +139,7 @@ class SampleEncoder:
     max_length: int
     too_long: Literal["truncate", "drop"] = "truncate"
     prompt: bool = False
+    fast_jpeg: bool = False
 
     def __call__(self, record: Record, image_folder: Path) -> Sample:
         """Encode one record.
@@ -160,16 +165,55 @@ class SampleEncoder:
         return sample
 
     def _add_image(self, sample: Sample, image: Image, folder: Path) -> None:
-        picture = open_image(image, folder)
-        pixels = self.transform(picture, self.spec.pixels)
+        picture, size = decode_image(image, folder, self._scale if self.fast_jpeg else None)
+        pixels = self.transform(picture, self.spec.pixels, size)
         grid = self.spec.grid(pixels.shape[1], pixels.shape[2])
         sample.image_starts.append(len(sample.ids))
         sample.grids.append(grid)
         sample.images.append(pixels)
         for name, wanted in self.spec.teacher_pixels.items():
-            sample.teacher_images.setdefault(name, []).append(self.transform(picture, wanted))
+            sample.teacher_images.setdefault(name, []).append(self.transform(picture, wanted, size))
         sample.ids += [0] * grid.num_tokens
         sample.labels += [IGNORE] * grid.num_tokens
+
+    def _scale(self, size: Size) -> float:
+        """By how much a picture is shrunk for whoever wants most of it."""
+        wanted = (self.spec.pixels, *self.spec.teacher_pixels.values())
+        return max(self.transform.scale(size, pixels) for pixels in wanted)
+
+    def measure(self, record: Record, source: Source) -> tuple[int, int]:
+        """Positions and images of a sample, without decoding an image.
+
+        Positions are an upper bound: a sample that is cut at an image may come out shorter.
+
+        Raises:
+            RecordError: as encoding does, as far as it can be known without pixels.
+        """
+        pieces = self.template.render(record.messages, self.spec.tokenizer.eos_token or "")
+        ids, _ = encode_pieces(pieces, self.spec)
+        images = [piece for piece in pieces if isinstance(piece, Image)]
+        length = len(ids) - len(images) + sum(self._image_tokens(image, source) for image in images)
+        if length > self.max_length and self.too_long == "drop":
+            raise RecordError("too_long", f"{length} positions, max_length is {self.max_length}")
+        return min(length, self.max_length), len(images)
+
+    def _image_tokens(self, image: Image, source: Source) -> int:
+        fixed = self.spec.pixels.size is not None
+        return self.tokens_of((1, 1) if fixed else image_size(image, source.image_folder))
+
+    def tokens_of(self, size: Size) -> int:
+        """Visual tokens of an image of this (width, height) in pixels."""
+        width, height = self.transform.size(size, self.spec.pixels)
+        return self.spec.grid(height, width).num_tokens
+
+    def measure_key(self) -> str:
+        """What measuring depends on besides the record."""
+        tokenizer = hashlib.sha256(self.spec.tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+        sides = [self.spec.pixels.multiple * factor for factor in (1, 2, 3, 8)]
+        sides = [self.spec.pixels.size] if self.spec.pixels.size else sides
+        grids = [self.spec.grid(height, width) for height in sides for width in sides]
+        how = f"{describe(self.template)} {describe(self.transform)} {self.spec.pixels} {grids}"
+        return f"{tokenizer} {how} {self.max_length} {self.too_long}"
 
     def _fit(self, sample: Sample) -> None:
         """Cut the sample to `max_length`; an image that would be cut goes as a whole, with what follows it."""

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate, islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-import torch
 from torch.utils.data import DataLoader, Dataset
 
 from lit_vlm.batch import BadSample, Batch, Counts
 from lit_vlm.data.encode import Sample, SampleEncoder
+from lit_vlm.data.plan import BatchPlan, Place
 from lit_vlm.data.records import RecordError
 from lit_vlm.data.sources import Source
+
+Collate = Callable[[Sequence[Sequence[Sample]], Sequence[BadSample]], Batch]
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,14 @@ class BadSamples:
     max_share: float = 0.05
 
 
-class SourceDataset(Dataset[Sample | BadSample]):
+class Placed(NamedTuple):
+    """A sample and the row of the batch that it goes to."""
+
+    row: int
+    item: Sample | BadSample
+
+
+class SourceDataset(Dataset[Placed]):
     """All samples of several sources, one after the other, encoded."""
 
     def __init__(self, sources: Sequence[Source], encode: SampleEncoder) -> None:
@@ -43,56 +54,17 @@ class SourceDataset(Dataset[Sample | BadSample]):
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
-    def __getitem__(self, index: int) -> Sample | BadSample:
-        which = next(i for i, end in enumerate(self._ends) if index < end)
+    def __getitem__(self, place: Place) -> Placed:
+        which = bisect_right(self._ends, place.sample)
         source = self.sources[which]
-        local = index - (self._ends[which - 1] if which else 0)
+        local = place.sample - (self._ends[which - 1] if which else 0)
         identity = str(local)
         try:
             record = source.record(local)
             identity = record.id
-            return self.encode(record, source.image_folder)
+            return Placed(place.row, self.encode(record, source.image_folder))
         except RecordError as error:
-            return BadSample(identity, source.name, error.reason, error.detail)
-
-
-class BatchPlan:
-    """Which samples each step of an epoch takes, for one rank.
-
-    The order depends on the seed and the epoch only. A global batch is a stretch of it, dealt out to the ranks, so any
-    number of ranks sees the same global batches as long as ranks × batch size stays the same. No sample is dropped: the
-    last batch may be short, and even empty on some rank.
-    """
-
-    def __init__(self, length: int, batch_size: int, rank: int, world_size: int, shuffle: bool, seed: int) -> None:
-        self.length, self.batch_size = length, batch_size
-        self.rank, self.world_size = rank, world_size
-        self.shuffle, self.seed = shuffle, seed
-        self.epoch = 0
-        self.start = 0
-
-    @property
-    def sampler(self) -> BatchPlan:
-        """This plan: Lightning looks for `set_epoch` behind this name."""
-        return self
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order; Lightning calls this before each epoch."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        """Batches of a whole epoch."""
-        return -(-self.length // (self.batch_size * self.world_size))
-
-    def __iter__(self) -> Iterator[list[int]]:
-        """The sample indices of each batch, from `start` on."""
-        order: Sequence[int] = range(self.length)
-        if self.shuffle:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-            order = torch.randperm(self.length, generator=generator).tolist()
-        # Read now, not when the first batch is asked for: `start` holds for one epoch only.
-        firsts = [(index * self.world_size + self.rank) * self.batch_size for index in range(self.start, len(self))]
-        return (list(order[first : first + self.batch_size]) for first in firsts)
+            return Placed(place.row, BadSample(identity, source.name, error.reason, error.detail))
 
 
 class Loader:
@@ -101,7 +73,7 @@ class Loader:
     Args:
         dataset: what is read.
         plan: in which order.
-        collate: samples and bad samples → batch.
+        collate: rows of samples, and bad samples → batch.
         num_workers: loader processes.
         window: micro-batches per optimizer step; each batch carries the counts of its whole step.
         bad_samples: what happens to samples that cannot be used.
@@ -111,9 +83,9 @@ class Loader:
 
     def __init__(
         self,
-        dataset: Dataset[Sample | BadSample],
+        dataset: Dataset[Placed],
         plan: BatchPlan,
-        collate: Callable[[Sequence[Sample], Sequence[BadSample]], Batch],
+        collate: Collate,
         num_workers: int,
         window: int,
         bad_samples: BadSamples,
@@ -126,7 +98,7 @@ class Loader:
             dataset,
             batch_sampler=plan,
             num_workers=num_workers,
-            collate_fn=_Collate(collate),
+            collate_fn=partial(assemble, collate=collate),
             pin_memory=pin_memory,
             prefetch_factor=4 if num_workers else None,
         )
@@ -150,14 +122,9 @@ class Loader:
                 yield replace(batch, window=counts)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where in which epoch's plan the next batch lies."""
+        """Where in which epoch's plan the next batch lies, and what was seen of each source."""
         plan = self.batch_sampler
-        return {
-            "epoch": plan.epoch,
-            "batches": self._done,
-            "plan": {"samples": plan.length, "global_batch": plan.batch_size * plan.world_size, "seed": plan.seed},
-            "world_size": plan.world_size,
-        }
+        return {"epoch": plan.epoch, "batches": self._done, "plan": plan.identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state_dict` was taken.
@@ -165,10 +132,11 @@ class Loader:
         Raises:
             ValueError: when the plan differs, so that the order of samples could not be the same.
         """
-        mine = self.state_dict()["plan"]
-        if mine != state["plan"]:
+        mine, saved = self.batch_sampler.identity(), state["plan"]
+        if changed := [key for key in {**mine, **saved} if mine.get(key) != saved.get(key)]:
+            found = "; ".join(f"{key}: {saved.get(key)} then, {mine.get(key)} now" for key in changed)
             raise ValueError(
-                f"this run cannot go on exactly: its data plan was {state['plan']}, now it is {mine}. "
+                f"this run cannot go on exactly, as its order of samples would be another ({found}). "
                 "Resume with the same data, seed and devices × batch size, or start a new run from its weights "
                 "with model.stage.start_from"
             )
@@ -197,7 +165,7 @@ class Loader:
     def _check_share(self) -> None:
         """Stop once too many samples are unusable; judged after 100 samples, or at the end of a shorter epoch."""
         total = len(self._dropped)
-        if self.seen < min(100, self.batch_sampler.length // self.batch_sampler.world_size):
+        if self.seen < min(100, self.batch_sampler.num_samples // self.batch_sampler.layout.world_size):
             return
         if total > self.bad_samples.max_share * self.seen:
             reasons = Counter[str]()
@@ -211,12 +179,10 @@ class Loader:
             )
 
 
-@dataclass(frozen=True)
-class _Collate:
-    """Separate good samples from bad ones, in the worker."""
-
-    collate: Callable[[Sequence[Sample], Sequence[BadSample]], Batch]
-
-    def __call__(self, items: Sequence[Sample | BadSample]) -> Batch:
-        samples = [item for item in items if isinstance(item, Sample)]
-        return self.collate(samples, [item for item in items if isinstance(item, BadSample)])
+def assemble(placed: Sequence[Placed], collate: Collate) -> Batch:
+    """Samples to their rows, bad ones apart, and all into a batch; in the worker."""
+    rows: dict[int, list[Sample]] = {}
+    for row, item in placed:
+        if isinstance(item, Sample):
+            rows.setdefault(row, []).append(item)
+    return collate(list(rows.values()), [item for _, item in placed if isinstance(item, BadSample)])

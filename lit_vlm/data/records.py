@@ -6,17 +6,22 @@ The same shape as JSON is described by `record.schema.json` beside this file.
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 import numpy as np
+from PIL import ExifTags, ImageOps
 from PIL import Image as PILImage
-from PIL import ImageOps
 
 Role = Literal["system", "user", "assistant", "document"]
 ROLES: tuple[str, ...] = get_args(Role)
+MAX_PIXELS = 100_000_000
+"""Of one image: a larger one is refused before it is decoded. 100 megapixels are 300 MB in memory."""
 
 
 class RecordError(ValueError):
@@ -47,10 +52,17 @@ class Text:
 
 @dataclass(frozen=True)
 class Image:
-    """An image, as a path (relative to the source's image folder) or as encoded bytes."""
+    """An image, as a path (relative to the source's image folder) or as encoded bytes.
+
+    Attributes:
+        path: where the file is.
+        data: what is in it.
+        size: (width, height) of the upright picture in pixels, where it is known without decoding.
+    """
 
     path: str | None = None
     data: bytes | None = None
+    size: tuple[int, int] | None = None
 
 
 Part = Text | Image
@@ -136,27 +148,90 @@ def _parse_part(raw: Any, where: str) -> Part:
     )
 
 
-def open_image(image: Image, folder: Path) -> PILImage.Image:
-    """Decode an image to RGB, upright; transparent parts become white.
+def image_bytes(image: Image, folder: Path) -> bytes:
+    """The encoded content.
 
     Raises:
-        RecordError: `missing_image`, `outside_folder` or `corrupt_image`.
+        RecordError: `missing_image` or `outside_folder`.
     """
     if image.data is not None:
-        file: Path | io.BytesIO = io.BytesIO(image.data)
-    else:
-        assert image.path is not None
-        file = _inside(folder, image.path)
+        return image.data
     try:
-        with PILImage.open(file) as opened:
-            upright = _eight_bit(ImageOps.exif_transpose(opened))
-            if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
-                layer = upright.convert("RGBA")
-                canvas = PILImage.new("RGBA", layer.size, "white")
-                return PILImage.alpha_composite(canvas, layer).convert("RGB")
-            return upright.convert("RGB")
-    except (OSError, ValueError, SyntaxError, PILImage.DecompressionBombError) as error:
+        return _inside(folder, image.path or "").read_bytes()
+    except OSError as error:
+        raise RecordError("missing_image", f"{image.path}: {error}") from error
+
+
+def image_size(image: Image, folder: Path) -> tuple[int, int]:
+    """(width, height) of the upright picture, from its header; raises as `open_image` does."""
+    if image.size is not None:
+        return image.size
+    with _opened(image, folder) as opened:
+        return _upright_size(opened)
+
+
+def open_image(image: Image, folder: Path) -> PILImage.Image:
+    """Decode an image to RGB, upright; transparent parts become white, of several frames the first is taken.
+
+    Raises:
+        RecordError: `missing_image`, `outside_folder`, `corrupt_image` or `too_large`.
+    """
+    return decode_image(image, folder)[0]
+
+
+def decode_image(
+    image: Image, folder: Path, scale: Callable[[tuple[int, int]], float] | None = None
+) -> tuple[PILImage.Image, tuple[int, int]]:
+    """As `open_image`, and as much smaller as it may be.
+
+    Args:
+        image: path or bytes.
+        folder: what the path is relative to.
+        scale: by how much a picture of a given (width, height) will be shrunk. A JPEG is then decoded at 1/2, 1/4 or
+            1/8 of its size, as long as that leaves twice what is needed; it takes a fraction of the time.
+
+    Returns:
+        the picture, and (width, height) of the original, upright.
+    """
+    with _opened(image, folder) as opened:
+        size = _upright_size(opened)
+        needed = 2 * scale(size) if scale is not None else 1.0
+        if needed <= 0.5 and opened.mode in ("RGB", "L"):
+            width, height = opened.size
+            opened.draft(opened.mode, (math.ceil(width * needed), math.ceil(height * needed)))
+        upright = _eight_bit(ImageOps.exif_transpose(opened))
+        if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
+            layer = upright.convert("RGBA")
+            canvas = PILImage.new("RGBA", layer.size, "white")
+            return PILImage.alpha_composite(canvas, layer).convert("RGB"), size
+        return upright.convert("RGB"), size
+
+
+@contextmanager
+def _opened(image: Image, folder: Path) -> Iterator[PILImage.Image]:
+    """The file with its header read; what goes wrong inside becomes a `RecordError`."""
+    file: Path | io.BytesIO = io.BytesIO(image.data) if image.data is not None else _inside(folder, image.path or "")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", PILImage.DecompressionBombWarning)  # the limit below is ours
+            with PILImage.open(file) as opened:
+                if opened.width * opened.height > MAX_PIXELS:
+                    raise RecordError(
+                        "too_large",
+                        f"{image.path or 'image'}: {opened.width}×{opened.height}, over {MAX_PIXELS} pixels",
+                    )
+                yield opened
+    except PILImage.DecompressionBombError as error:
+        raise RecordError("too_large", f"{image.path or 'image'}: {error}") from error
+    except (OSError, ValueError, SyntaxError, EOFError, OverflowError, MemoryError) as error:
+        if isinstance(error, RecordError):
+            raise
         raise RecordError("corrupt_image", f"{image.path or 'image bytes'}: {error}") from error
+
+
+def _upright_size(opened: PILImage.Image) -> tuple[int, int]:
+    turned = opened.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+    return (opened.height, opened.width) if turned else opened.size
 
 
 def _inside(folder: Path, path: str) -> Path:

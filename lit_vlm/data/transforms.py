@@ -17,16 +17,44 @@ from lit_vlm.batch import PixelSpec
 BICUBIC = PILImage.Resampling.BICUBIC
 
 
+Size = tuple[int, int]
+"""(width, height) in pixels."""
+
+
 class ImageTransform(ABC):
     """RGB picture → uint8 `[3, h, w]`."""
 
     @abstractmethod
-    def resize(self, image: PILImage.Image, pixels: PixelSpec) -> PILImage.Image:
-        """The picture at the size that `pixels` asks for."""
+    def size(self, size: Size, pixels: PixelSpec) -> Size:
+        """(width, height) of the result for a picture of this size."""
 
-    def __call__(self, image: PILImage.Image, pixels: PixelSpec) -> Tensor:
-        """Resize, and hand over as a tensor."""
-        return torch.from_numpy(np.array(self.resize(image, pixels))).permute(2, 0, 1).contiguous()
+    @abstractmethod
+    def scale(self, size: Size, pixels: PixelSpec) -> float:
+        """By how much a picture of this size is shrunk: result over original, of the side that keeps most."""
+
+    @abstractmethod
+    def resize(self, image: PILImage.Image, size: Size, pixels: PixelSpec) -> PILImage.Image:
+        """The picture at this size."""
+
+    def __call__(self, image: PILImage.Image, pixels: PixelSpec, original: Size | None = None) -> Tensor:
+        """Resize, and hand over as a tensor.
+
+        Args:
+            image: the picture.
+            pixels: what the encoder wants.
+            original: (width, height) of the picture, if it was decoded at a fraction of its size.
+        """
+        resized = self.resize(image, self.size(original or image.size, pixels), pixels)
+        return torch.from_numpy(np.array(resized)).permute(2, 0, 1).contiguous()
+
+
+class _Square(ImageTransform):
+    """To a square of the encoder's size."""
+
+    def size(self, size: Size, pixels: PixelSpec) -> Size:
+        """The encoder's square, whatever the picture."""
+        side = _side(self, pixels)
+        return side, side
 
 
 def _side(transform: ImageTransform, pixels: PixelSpec) -> int:
@@ -42,28 +70,35 @@ def _middle(image: PILImage.Image, longest: int) -> PILImage.Image:
     return image.crop((left, top, left + width, top + height))
 
 
-class SquareCrop(ImageTransform):
+class SquareCrop(_Square):
     """Shorter side to the size, then the square in the middle: LLaVA-1.5 stage 1, and CLIP's own preprocessing."""
 
-    def resize(self, image: PILImage.Image, pixels: PixelSpec) -> PILImage.Image:
+    def scale(self, size: Size, pixels: PixelSpec) -> float:
+        """The shorter side decides."""
+        return _side(self, pixels) / min(size)
+
+    def resize(self, image: PILImage.Image, size: Size, pixels: PixelSpec) -> PILImage.Image:
         """Bicubic resize and centre crop."""
-        side = _side(self, pixels)
+        side = size[0]
         short = min(image.size)
         if max(image.size) > 16 * short:  # most would be resized only to be cut off
             image = _middle(image, 16 * short)
         width, height = image.size
-        size = (side, int(side * height / short)) if width <= height else (int(side * width / short), side)
-        resized = image.resize(size, BICUBIC)
-        left, top = (size[0] - side) // 2, (size[1] - side) // 2
+        full = (side, int(side * height / short)) if width <= height else (int(side * width / short), side)
+        resized = image.resize(full, BICUBIC)
+        left, top = (full[0] - side) // 2, (full[1] - side) // 2
         return resized.crop((left, top, left + side, top + side))
 
 
-class PadSquare(ImageTransform):
+class PadSquare(_Square):
     """Pad to a square with the encoder's mean colour, picture in the middle: LLaVA-1.5 stage 2, VILA-1.0."""
 
-    def resize(self, image: PILImage.Image, pixels: PixelSpec) -> PILImage.Image:
+    def scale(self, size: Size, pixels: PixelSpec) -> float:
+        """The longer side decides."""
+        return _side(self, pixels) / max(size)
+
+    def resize(self, image: PILImage.Image, size: Size, pixels: PixelSpec) -> PILImage.Image:
         """Pad, then resize (bicubic)."""
-        side = _side(self, pixels)
         width, height = image.size
         if width != height:
             longest = max(width, height)
@@ -71,16 +106,19 @@ class PadSquare(ImageTransform):
             canvas = PILImage.new("RGB", (longest, longest), fill)
             canvas.paste(image, ((longest - width) // 2, (longest - height) // 2))
             image = canvas
-        return image.resize((side, side), BICUBIC)
+        return image.resize(size, BICUBIC)
 
 
-class Resize(ImageTransform):
+class Resize(_Square):
     """Squash to a square, whatever the aspect ratio: VILA-1.5."""
 
-    def resize(self, image: PILImage.Image, pixels: PixelSpec) -> PILImage.Image:
+    def scale(self, size: Size, pixels: PixelSpec) -> float:
+        """The shorter side is shrunk least."""
+        return _side(self, pixels) / min(size)
+
+    def resize(self, image: PILImage.Image, size: Size, pixels: PixelSpec) -> PILImage.Image:
         """Bicubic resize."""
-        side = _side(self, pixels)
-        return image.resize((side, side), BICUBIC)
+        return image.resize(size, BICUBIC)
 
 
 class Native(ImageTransform):
@@ -93,12 +131,19 @@ class Native(ImageTransform):
     def __init__(self, longest: int = 672) -> None:
         self.longest = longest
 
-    def resize(self, image: PILImage.Image, pixels: PixelSpec) -> PILImage.Image:
-        """Bicubic resize; each side is rounded up to a multiple, so that nothing is cut off."""
-        width, height = image.size
-        scale = min(1.0, self.longest / max(width, height))
+    def size(self, size: Size, pixels: PixelSpec) -> Size:
+        """Each side is rounded up to a multiple, so that nothing is cut off."""
+        scale = self.scale(size, pixels)
         limit = max(pixels.multiple, self.longest // pixels.multiple * pixels.multiple)
-        size = [
-            min(limit, max(1, -(-round(side * scale) // pixels.multiple)) * pixels.multiple) for side in (width, height)
-        ]
-        return image.resize((size[0], size[1]), BICUBIC)
+        width, height = (
+            min(limit, max(1, -(-round(side * scale) // pixels.multiple)) * pixels.multiple) for side in size
+        )
+        return width, height
+
+    def scale(self, size: Size, pixels: PixelSpec) -> float:
+        """The longer side decides; nothing is enlarged."""
+        return min(1.0, self.longest / max(size))
+
+    def resize(self, image: PILImage.Image, size: Size, pixels: PixelSpec) -> PILImage.Image:
+        """Bicubic resize."""
+        return image.resize(size, BICUBIC)

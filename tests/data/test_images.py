@@ -121,7 +121,7 @@ def test_damaged_bytes_give_a_picture_or_a_record_error(form: str) -> None:
         try:
             assert open_image(Image(data=bytes(damaged)), Path("/nowhere")).mode == "RGB"
         except RecordError as error:
-            assert error.reason == "corrupt_image"  # noqa: PT017 - either outcome is right
+            assert error.reason in ("corrupt_image", "too_large")  # noqa: PT017 - either outcome is right
 
 
 def test_what_is_not_an_image_is_corrupt(tmp_path: Path) -> None:

@@ -11,36 +11,43 @@ import pytest
 from torch.utils.data import Dataset
 
 from lit_vlm.batch import BadSample, Batch, Counts
-from lit_vlm.data.collate import collate
+from lit_vlm.data.batching import Layout
+from lit_vlm.data.collate import make_rows
 from lit_vlm.data.encode import Sample, SampleEncoder
-from lit_vlm.data.loader import BadSamples, BatchPlan, Loader, SourceDataset
+from lit_vlm.data.loader import BadSamples, Loader, Placed, SourceDataset
+from lit_vlm.data.plan import BatchPlan, Place
 from lit_vlm.data.sources import ChatJsonl
 from lit_vlm.data.spec import InputSpec
 from lit_vlm.data.templates import ChatML
 from lit_vlm.data.transforms import Native
+from tests.data.made import Count, plan_over
 
 
 @dataclass
-class Numbers(Dataset[Sample | BadSample]):
+class Numbers(Dataset[Placed]):
     """Samples 0, 1, ... of growing length; those in `bad` cannot be used, those in `cut` were truncated."""
 
     length: int
     bad: frozenset[int] = frozenset()
     cut: frozenset[int] = field(default_factory=frozenset)
 
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, index: int) -> Sample | BadSample:
+    def __getitem__(self, place: Place) -> Placed:
+        index = place.sample
         if index in self.bad:
-            return BadSample(str(index), "numbers", "missing_image", f"{index}.png")
+            return Placed(place.row, BadSample(str(index), "numbers", "missing_image", f"{index}.png"))
         ids = [1 + index % 9] * (2 + index % 5)
         note = BadSample(str(index), "numbers", "truncated", "cut", dropped=False) if index in self.cut else None
-        return Sample(str(index), "numbers", ids, list(ids), note=note)
+        return Placed(place.row, Sample(str(index), "numbers", ids, list(ids), note=note))
+
+
+def make_plan(
+    length: int, batch_size: int, rank: int = 0, world: int = 1, shuffle: bool = True, seed: int = 5
+) -> BatchPlan:
+    return plan_over([Count("numbers", length)], Layout(batch_size, world), rank, shuffle, seed=seed)
 
 
 def make(
-    dataset: Dataset[Sample | BadSample],
+    dataset: Numbers,
     batch_size: int = 2,
     workers: int = 0,
     window: int = 1,
@@ -51,13 +58,16 @@ def make(
     bad_samples: BadSamples = BadSamples(),  # noqa: B008 - frozen
     log: Path | None = None,
 ) -> Loader:
-    length = len(dataset)  # type: ignore[arg-type]
-    plan = BatchPlan(length, batch_size, rank, world, shuffle, seed)
-    return Loader(dataset, plan, collate, workers, window, bad_samples, log, pin_memory=False)
+    plan = make_plan(dataset.length, batch_size, rank, world, shuffle, seed)
+    return Loader(dataset, plan, make_rows, workers, window, bad_samples, log, pin_memory=False)
 
 
 def ids(batches: Iterable[Batch]) -> list[list[str]]:
     return [[sample.id for sample in batch.samples] for batch in batches]
+
+
+def indices(plan: BatchPlan) -> list[list[int]]:
+    return [[place.sample for place in batch] for batch in plan]
 
 
 # ----- the plan -----
@@ -67,8 +77,8 @@ def ids(batches: Iterable[Batch]) -> list[list[str]]:
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("length", [1, 5, 12, 13, 24, 25])
 def test_every_sample_comes_once_per_epoch(length: int, world: int, shuffle: bool) -> None:
-    plans = [BatchPlan(length, 2, rank, world, shuffle, seed=1) for rank in range(world)]
-    batches = [list(plan) for plan in plans]
+    plans = [make_plan(length, 2, rank, world, shuffle, seed=1) for rank in range(world)]
+    batches = [indices(plan) for plan in plans]
     assert {len(own) for own in batches} == {len(plans[0])}  # every rank takes every step
     assert sorted(index for own in batches for batch in own for index in batch) == list(range(length))
     assert all(len(batch) <= 2 for own in batches for batch in own)
@@ -77,15 +87,15 @@ def test_every_sample_comes_once_per_epoch(length: int, world: int, shuffle: boo
 @pytest.mark.parametrize("world", [2, 3, 6])
 @pytest.mark.parametrize("length", [5, 24, 25, 31])
 def test_global_batches_do_not_depend_on_the_number_of_ranks(length: int, world: int) -> None:
-    alone = list(BatchPlan(length, 6, 0, 1, True, seed=3))
-    shares = [list(BatchPlan(length, 6 // world, rank, world, True, seed=3)) for rank in range(world)]
+    alone = indices(make_plan(length, 6, seed=3))
+    shares = [indices(make_plan(length, 6 // world, rank, world, seed=3)) for rank in range(world)]
     together = [[index for batch in step for index in batch] for step in zip(*shares, strict=True)]
     assert together == alone
 
 
 def test_epochs_differ_and_seeds_repeat() -> None:
     def order(seed: int, epoch: int) -> list[list[int]]:
-        plan = BatchPlan(40, 4, 0, 1, True, seed)
+        plan = make_plan(40, 4, seed=seed)
         plan.set_epoch(epoch)
         return list(plan)
 
@@ -96,9 +106,9 @@ def test_epochs_differ_and_seeds_repeat() -> None:
 
 
 def test_without_shuffle_the_order_is_that_of_the_sources() -> None:
-    plan = BatchPlan(5, 2, 0, 1, False, seed=0)
+    plan = make_plan(5, 2, shuffle=False)
     plan.set_epoch(4)
-    assert list(plan) == [[0, 1], [2, 3], [4]]
+    assert indices(plan) == [[0, 1], [2, 3], [4]]
 
 
 def test_lightning_finds_set_epoch_behind_the_sampler() -> None:
@@ -180,15 +190,15 @@ def test_resume_on_another_number_of_ranks() -> None:
 @pytest.mark.parametrize(
     ("other", "named"),
     [
-        (make(Numbers(20)), "'samples': 20"),
-        (make(Numbers(19), batch_size=3), "'global_batch': 3"),
-        (make(Numbers(19), seed=6), "'seed': 6"),
-        (make(Numbers(19), world=2), "'global_batch': 4"),
+        (make(Numbers(20)), "samples: 19 then, 20 now"),
+        (make(Numbers(19), batch_size=3), "rows per micro-batch on all devices: 2 then, 3 now"),
+        (make(Numbers(19), seed=6), "seed: 5 then, 6 now"),
+        (make(Numbers(19), world=2), "rows per micro-batch on all devices: 2 then, 4 now"),
     ],
     ids=["samples", "batch size", "seed", "ranks"],
 )
 def test_a_changed_plan_refuses_to_resume(other: Loader, named: str) -> None:
-    with pytest.raises(ValueError, match=f"its data plan was .*'samples': 19.*now it is .*{named}.*start_from"):
+    with pytest.raises(ValueError, match=f"its order of samples would be another.*{named}.*start_from"):
         other.load_state_dict(make(Numbers(19)).state_dict())
 
 
@@ -249,7 +259,7 @@ def test_the_share_counts_wherever_the_bad_samples_stand(bad: range) -> None:
 
 
 def test_a_share_below_the_limit_passes() -> None:
-    loader = make(Numbers(300, bad=frozenset(range(0, 300, 30))), batch_size=10)
+    loader = make(Numbers(300, bad=frozenset(range(0, 300, 30))), batch_size=10, shuffle=False)
     assert sum(batch.counts.samples for batch in loader) == 290
 
 
@@ -267,7 +277,7 @@ def test_sources_are_read_one_after_the_other(tmp_path: Path, bytes_spec: InputS
 
     sources = [source("one", line("a"), line("b")), source("none"), source("two", line("c"), "{", line("d"))]
     dataset = SourceDataset(sources, SampleEncoder(bytes_spec, ChatML(), Native(64), 100))
-    items = [dataset[index] for index in range(len(dataset))]
+    items = [dataset[Place(0, index)].item for index in range(len(dataset))]
     assert [(item.source, item.id) for item in items] == [
         ("one", "a"),
         ("one", "b"),
@@ -291,7 +301,7 @@ def test_a_missing_image_is_a_bad_sample_with_the_id_of_its_record(
     (tmp_path / "chat.jsonl").write_text("\n".join(lines))
     encode = SampleEncoder(bytes_spec, ChatML(), Native(64), 100)
     dataset = SourceDataset([ChatJsonl(str(tmp_path / "chat.jsonl"))], encode)
-    good, bad = dataset[0], dataset[1]
+    (_, good), (_, bad) = dataset[Place(0, 0)], dataset[Place(1, 1)]
     assert isinstance(good, Sample)
     assert len(good.images) == 1
     assert isinstance(bad, BadSample)

@@ -12,7 +12,7 @@ import jsonschema
 import pytest
 
 from lit_vlm.data.records import Image, Message, RecordError, Text, open_image, parse_record
-from lit_vlm.data.sources import Captions, ChatJsonl, LlavaJson
+from lit_vlm.data.sources import Captions, ChatJsonl, LlavaJson, Mmc4, Parquet, Pictures, Texts, WebDataset
 
 SCHEMA = json.loads(resources.files("lit_vlm.data").joinpath("record.schema.json").read_text())
 
@@ -180,7 +180,7 @@ def test_an_unknown_role_is_named(tmp_path: Path) -> None:
         source.record(0)
 
 
-@pytest.mark.parametrize("cls", [ChatJsonl, LlavaJson, Captions])
+@pytest.mark.parametrize("cls", [ChatJsonl, LlavaJson, Captions, Mmc4, Texts, Parquet, Pictures, WebDataset])
 def test_a_missing_file_is_named(cls: Any) -> None:
     with pytest.raises(ValueError, match=f"{cls.__name__}: /no/such/file.json does not exist"):
         cls("/no/such/file.json")

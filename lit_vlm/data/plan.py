@@ -1,0 +1,128 @@
+"""The plan of a loader: which samples each batch of each epoch takes, on each rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lit_vlm.data.batching import Batching, EpochPlan, Layout, Measures
+from lit_vlm.data.mixture import Mixture
+from lit_vlm.data.scan import describe
+from lit_vlm.data.sources.base import Source
+
+BATCHING_STREAM = 1 << 20
+"""Apart from the random streams of the sources."""
+
+
+class Place(NamedTuple):
+    """A sample in a batch: its row, and its index into all sources end to end."""
+
+    row: int
+    sample: int
+
+
+@dataclass(frozen=True)
+class Ordering:
+    """What decides the order of samples.
+
+    Attributes:
+        sources: one after the other.
+        mixture: how much of each an epoch takes.
+        batching: how samples become rows.
+        measures: of all samples, for the batching.
+        seed: of every random choice.
+    """
+
+    sources: Sequence[Source]
+    mixture: Mixture
+    batching: Batching
+    measures: Measures
+    seed: int
+
+
+class BatchPlan:
+    """Which samples each step of an epoch takes, for one rank.
+
+    The order depends on the seed and the epoch only. A global batch is a stretch of it, dealt out to the ranks, so any
+    number of ranks sees the same global batches as long as ranks × batch size stays the same. No sample is dropped:
+    the last batch may be short, and even empty on some rank. Every epoch has as many batches as the first, so that the
+    steps of a run are known when it starts.
+
+    Args:
+        ordering: what decides the order.
+        layout: how rows are dealt out to ranks.
+        rank: whose batches these are.
+        shuffle: off for held-out data, which is taken in order.
+    """
+
+    def __init__(self, ordering: Ordering, layout: Layout, rank: int, shuffle: bool) -> None:
+        self.ordering, self.layout, self.rank, self.shuffle = ordering, layout, rank, shuffle
+        self.epoch = 0
+        self.start = 0
+        self._current: tuple[int, EpochPlan] | None = None
+        self._batches = -(-len(self._plan(0).ends) // layout.rows)
+
+    @property
+    def sampler(self) -> BatchPlan:
+        """This plan: Lightning looks for `set_epoch` behind this name."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order; Lightning calls this before each epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        """Batches of a whole epoch."""
+        return self._batches
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of an epoch, on all ranks."""
+        return len(self._plan(self.epoch).samples)
+
+    def __iter__(self) -> Iterator[list[Place]]:
+        """The samples of each batch, from `start` on."""
+        plan = self._plan(self.epoch)
+        # Read now, not when the first batch is asked for: `start` holds for one epoch only.
+        batches = range(self.start, len(self))
+        return ([Place(row, i) for row, items in enumerate(self._rows(plan, b)) for i in items] for b in batches)
+
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for the order of samples to be the same."""
+        ordering, layout = self.ordering, self.layout
+        same = {
+            "sources": {source.name: source.fingerprint() for source in ordering.sources},
+            "mixture": describe(ordering.mixture),
+            "batching": describe(ordering.batching),
+            "seed": ordering.seed,
+            "rows per micro-batch on all devices": layout.rows,
+            "samples": self.num_samples,
+            "batches": len(self),
+        }
+        if ordering.mixture.by_rank or ordering.batching.by_rank:
+            same |= {"batch_size": layout.batch_size, "accumulate_grad_batches": layout.accumulate}
+        return same
+
+    def _rows(self, plan: EpochPlan, batch: int) -> list[list[int]]:
+        size = self.layout.batch_size
+        first = (batch * self.layout.world_size + self.rank) * size
+        rows = plan.rows(first, first + size)
+        if batch == len(self) - 1 and len(plan.ends) > (end := len(self) * self.layout.rows):
+            # A later epoch packed into a few rows more than the first: the last batch of each rank takes them.
+            rows += plan.rows(end, len(plan.ends))[self.rank :: self.layout.world_size]
+        return rows
+
+    def _plan(self, epoch: int) -> EpochPlan:
+        if self._current is None or self._current[0] != epoch:
+            ordering, layout = self.ordering, self.layout
+            if self.shuffle:
+                order = ordering.mixture.order(ordering.sources, ordering.seed, epoch, layout)
+            else:
+                order = np.arange(sum(len(source) for source in ordering.sources))
+            streams = np.random.SeedSequence((abs(ordering.seed), epoch, BATCHING_STREAM))
+            plan = ordering.batching.plan(order, ordering.measures, layout, np.random.default_rng(streams))
+            self._current = (epoch, plan)
+        return self._current[1]

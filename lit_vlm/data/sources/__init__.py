@@ -1,0 +1,22 @@
+"""Sources: files of samples, read as canonical records."""
+
+from lit_vlm.data.sources.base import Source
+from lit_vlm.data.sources.captions import Captions, Pictures
+from lit_vlm.data.sources.conversations import ChatJsonl, LlavaJson
+from lit_vlm.data.sources.converted import Converted
+from lit_vlm.data.sources.documents import Mmc4, Texts
+from lit_vlm.data.sources.tables import Parquet
+from lit_vlm.data.sources.tars import WebDataset
+
+__all__ = [
+    "Captions",
+    "ChatJsonl",
+    "Converted",
+    "LlavaJson",
+    "Mmc4",
+    "Parquet",
+    "Pictures",
+    "Source",
+    "Texts",
+    "WebDataset",
+]

@@ -1,0 +1,183 @@
+"""What a source is: a list of records."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lit_vlm.data.records import Record, RecordError
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+MARK = "<image>"
+
+
+class Source(ABC):
+    """A list of records.
+
+    Attributes:
+        name: what samples, counts and losses are reported under.
+        image_folder: what image paths are relative to.
+        chunked: whether reading near what was read last is much cheaper, so that its own order should be kept.
+    """
+
+    name: str
+    image_folder: Path
+    chunked = False
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of samples, bad ones included."""
+
+    @abstractmethod
+    def record(self, index: int) -> Record:
+        """One record; raises `RecordError` if it is malformed."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """A hash of the content, kept with the run."""
+
+    def outline(self, index: int) -> Record:
+        """The record without the bytes of its images, for a pass over all texts; raises as `record` does."""
+        return self.record(index)
+
+    def shuffled(self, generator: np.random.Generator) -> NDArray[np.int64]:
+        """All indices in random order."""
+        return generator.permutation(len(self))
+
+    def _existing(self, path: str) -> Path:
+        """A path with `~` filled in; raises ValueError if there is nothing."""
+        expanded = Path(path).expanduser()
+        if not expanded.exists():
+            raise ValueError(f"{type(self).__name__}: {expanded} does not exist")
+        return expanded
+
+
+class Lines:
+    """Many byte strings in one buffer: a list of Python objects would be copied into every loader worker."""
+
+    def __init__(self, lines: Iterable[bytes]) -> None:
+        chunks = list(lines)
+        self._buffer = np.frombuffer(b"".join(chunks), dtype=np.uint8)
+        self._ends = np.cumsum([len(chunk) for chunk in chunks], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, index: int) -> bytes:
+        start = self._ends[index - 1] if index else 0
+        return self._buffer[start : self._ends[index]].tobytes()
+
+    def fingerprint(self) -> str:
+        """SHA-256 of all content."""
+        return hashlib.sha256(self._buffer.data).hexdigest()[:16]
+
+
+class FileLines:
+    """The lines of files, left on disk: only where each begins is kept in memory. Blank lines do not count."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self.files = list(files)
+        spans = [_line_spans(file) for file in self.files]
+        self._spans = np.concatenate(spans) if spans else np.zeros((0, 2), np.int64)
+        self._ends = np.cumsum([len(span) for span in spans])
+        self._open: dict[int, Any] = {}
+
+    def __len__(self) -> int:
+        return len(self._spans)
+
+    def __getitem__(self, index: int) -> bytes:
+        which = int(np.searchsorted(self._ends, index, side="right"))
+        if which not in self._open:
+            self._open[which] = np.memmap(self.files[which], np.uint8, "r")
+        start, end = self._spans[index]
+        return self._open[which][start:end].tobytes()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_open": {}}
+
+    def fingerprint(self) -> str:
+        """SHA-256 of all files."""
+        digest = hashlib.sha256()
+        for file in self.files:
+            with file.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+        return digest.hexdigest()[:16]
+
+
+def _line_spans(file: Path, block: int = 1 << 24) -> NDArray[np.int64]:
+    """(start, end) of each line that is not blank: `[n, 2]`."""
+    size = file.stat().st_size
+    if not size:
+        return np.zeros((0, 2), np.int64)
+    content = np.memmap(file, np.uint8, "r")
+    found = [np.flatnonzero(content[at : at + block] == 10) + at for at in range(0, size, block)]
+    ends = np.concatenate([*found, [size]])
+    spans = np.stack([np.concatenate([[0], ends[:-1] + 1]), ends], axis=1)
+    # A line of at most two characters may be blank or a bare line break of Windows; longer ones are not looked at.
+    short = np.flatnonzero(spans[:, 1] - spans[:, 0] <= 2)
+    blank = [i for i in short if not content[spans[i, 0] : spans[i, 1]].tobytes().strip()]
+    return np.delete(spans, blank, axis=0)
+
+
+def list_files(path: Path, suffixes: Sequence[str]) -> list[Path]:
+    """The file itself, or the files of a folder (and those below it) that end in one of `suffixes`, by name.
+
+    Raises:
+        ValueError: when there is none.
+    """
+    if path.is_file():
+        return [path]
+    files = sorted(file for file in path.rglob("*") if file.is_file() and file.name.lower().endswith(tuple(suffixes)))
+    if not files:
+        raise ValueError(f"there is no {' or '.join(suffixes)} file in {path}")
+    return files
+
+
+class JsonLines(Source):
+    """A source whose samples are the lines of one .jsonl file, or of all in a folder.
+
+    Attributes:
+        path: the file or folder.
+    """
+
+    def __init__(self, path: str, image_folder: str | None, name: str | None, suffix: str = ".jsonl") -> None:
+        self.path = self._existing(path)
+        folder = self.path if self.path.is_dir() else self.path.parent
+        self.image_folder = Path(image_folder).expanduser() if image_folder else folder
+        self.name = name or self.path.stem
+        self._lines = FileLines(list_files(self.path, [suffix]))
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the annotations."""
+        return self._lines.fingerprint()
+
+    def json(self, index: int) -> Any:
+        """One line; raises `RecordError` if it is not JSON."""
+        return parse_json(self._lines[index], f"{self.path} entry {index}")
+
+
+def parse_json(content: bytes, where: str) -> Any:
+    """JSON; raises `RecordError` if it is none, or nested deeper than Python can read."""
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise RecordError("malformed", f"{where} is not JSON: {error}") from error
+
+
+def decode_base64(text: str, where: str) -> bytes:
+    """Bytes of an image in a record; raises `RecordError`."""
+    try:
+        return base64.b64decode(text, validate=True)
+    except ValueError as error:
+        raise RecordError("corrupt_image", f"{where} is not base64: {error}") from error

@@ -1,0 +1,110 @@
+"""Images with captions, and images alone."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+from lit_vlm.data.records import Image, Message, Record, RecordError, Text
+from lit_vlm.data.sources.base import IMAGE_SUFFIXES, Lines, Source, list_files
+
+
+class Captions(Source):
+    """Images with captions: a CSV file with columns for both, or a folder with `NAME.txt` beside `NAME.jpg`.
+
+    Args:
+        path: a .csv or .tsv file, or a folder.
+        prompt: the question that each caption answers; the template `plain` leaves it out.
+        image_folder: what image paths of a CSV file are relative to; default: its folder.
+        image_column: the CSV column with paths.
+        caption_column: the CSV column with captions.
+        name: name of the source; default: that of the file or folder.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        prompt: str = "Describe the image.",
+        image_folder: str | None = None,
+        image_column: str = "image",
+        caption_column: str = "caption",
+        name: str | None = None,
+    ) -> None:
+        self.path = self._existing(path)
+        self.prompt = prompt
+        self.name = name or self.path.stem
+        if self.path.is_dir():
+            self.image_folder = self.path
+            pairs = self._read_folder()
+        else:
+            self.image_folder = Path(image_folder).expanduser() if image_folder else self.path.parent
+            pairs = self._read_csv(image_column, caption_column)
+        self._lines = Lines(json.dumps(pair).encode() for pair in pairs)
+
+    def _read_folder(self) -> list[tuple[str, str | None]]:
+        images = sorted(file for file in self.path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+        if not images:
+            raise ValueError(f"Captions: there is no image in {self.path}; known: {', '.join(IMAGE_SUFFIXES)}")
+        pairs = []
+        for image in images:
+            text = image.with_suffix(".txt")
+            caption = text.read_text(encoding="utf-8").strip() if text.is_file() else None
+            pairs.append((str(image.relative_to(self.path)), caption))
+        return pairs
+
+    def _read_csv(self, image_column: str, caption_column: str) -> list[tuple[str, str | None]]:
+        with self.path.open(newline="", encoding="utf-8-sig") as file:
+            tabs = self.path.suffix == ".tsv"  # quotes mean nothing there
+            rows = csv.DictReader(
+                file, delimiter="\t" if tabs else ",", quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL
+            )
+            for column in (image_column, caption_column):
+                if column not in (rows.fieldnames or ()):
+                    raise ValueError(f"Captions: {self.path} has no column '{column}', only {rows.fieldnames}")
+            return [(row[image_column], row[caption_column]) for row in rows]
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def record(self, index: int) -> Record:
+        """A question with the image, and the caption as its answer."""
+        image, caption = json.loads(self._lines[index])
+        if not caption:
+            raise RecordError("malformed", f"{image} has no caption")
+        question = Message("user", (Image(path=image), Text(f"\n{self.prompt}")))
+        return Record(image, self.name, (question, Message("assistant", (Text(caption),))))
+
+    def fingerprint(self) -> str:
+        """SHA-256 of paths and captions."""
+        return self._lines.fingerprint()
+
+
+class Pictures(Source):
+    """Images alone, without text: all of a folder, and of the folders in it.
+
+    Args:
+        path: the folder.
+        name: name of the source; default: that of the folder.
+    """
+
+    def __init__(self, path: str, name: str | None = None) -> None:
+        self.path = self._existing(path)
+        if not self.path.is_dir():
+            raise ValueError(f"Pictures: {self.path} is no folder")
+        self.image_folder = self.path
+        self.name = name or self.path.stem
+        files = list_files(self.path, IMAGE_SUFFIXES)
+        self._lines = Lines(str(file.relative_to(self.path)).encode() for file in files)
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def record(self, index: int) -> Record:
+        """A document that holds one image."""
+        path = self._lines[index].decode()
+        return Record(path, self.name, (Message("document", (Image(path=path),)),))
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the paths."""
+        return self._lines.fingerprint()

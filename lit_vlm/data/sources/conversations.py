@@ -1,0 +1,128 @@
+"""Conversations in JSON: the chat form of Hugging Face, and LLaVA's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, Literal
+
+from lit_vlm.data.records import Image, Message, Record, RecordError, Role, Text, parse_record
+from lit_vlm.data.sources.base import MARK, JsonLines, Lines, Source, parse_json
+
+ImagePosition = Literal["front", "in_place"]
+
+LLAVA_ROLES: dict[str, Role] = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+}
+
+
+class ChatJsonl(JsonLines):
+    """One record per line in the chat form of Hugging Face: `messages` of `role` and `content`.
+
+    Args:
+        path: the .jsonl file, or a folder of them.
+        image_folder: what image paths are relative to; default: the folder of the file.
+        name: name of the source; default: that of the file.
+    """
+
+    def __init__(self, path: str, image_folder: str | None = None, name: str | None = None) -> None:
+        super().__init__(path, image_folder, name)
+
+    def record(self, index: int) -> Record:
+        """The record of one line."""
+        return parse_record(self.json(index), self.name, str(index))
+
+
+class LlavaJson(Source):
+    """LLaVA's form: a JSON list of `{id, image, conversations: [{from: human|gpt, value}]}`, `<image>` in the text.
+
+    `image` is a path or a list of paths, used in the order of the marks.
+
+    Args:
+        path: the .json file.
+        image_folder: what image paths are relative to; default: the folder of the file.
+        image_position: `front` moves a turn's image before its text, followed by a newline, as LLaVA-1.5 does;
+            `in_place` leaves images where their marks stand.
+        name: name of the source; default: that of the file.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        image_folder: str | None = None,
+        image_position: ImagePosition = "front",
+        name: str | None = None,
+    ) -> None:
+        self.path = self._existing(path)
+        self.image_folder = Path(image_folder).expanduser() if image_folder else self.path.parent
+        self.image_position = image_position
+        self.name = name or self.path.stem
+        try:
+            entries = json.loads(self.path.read_bytes())
+        except ValueError as error:
+            raise ValueError(f"{self.path} is not JSON: {error}") from error
+        if not isinstance(entries, list):
+            raise ValueError(f"{self.path} holds a {type(entries).__name__}; LLaVA's form is a list of samples")
+        self._lines = Lines(json.dumps(entry).encode() for entry in entries)
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def record(self, index: int) -> Record:
+        """The record of one entry."""
+        raw = parse_json(self._lines[index], f"{self.path} entry {index}")
+        images = (raw.get("image") or []) if isinstance(raw, dict) else []
+        paths = [images] if isinstance(images, str) else images
+        if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
+            raise RecordError("malformed", f"'image' is {str(images)[:80]!r}; expected a path or a list of paths")
+        return llava_record(raw, self.name, index, [Image(path=path) for path in paths], self.image_position)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the annotations."""
+        return self._lines.fingerprint()
+
+
+def llava_record(raw: Any, source: str, index: int, images: Sequence[Image], position: ImagePosition) -> Record:
+    """A record from LLaVA's `conversations`, with the images in the order of their marks.
+
+    Raises:
+        RecordError: naming the turn that is wrong.
+    """
+    turns = raw.get("conversations") if isinstance(raw, dict) else None
+    if not isinstance(turns, list) or not turns:
+        raise RecordError("malformed", f"entry {index} has no list 'conversations'")
+    marks = sum(str(turn.get("value", "")).count(MARK) for turn in turns if isinstance(turn, dict))
+    if marks != len(images):
+        raise RecordError("image_count", f"{marks} {MARK} marks in the text, {len(images)} images in 'image'")
+    remaining = iter(images)
+    messages = tuple(_llava_message(turn, i, remaining, position) for i, turn in enumerate(turns))
+    return Record(str(raw.get("id", index)), source, messages)
+
+
+def _llava_message(turn: Any, index: int, remaining: Iterator[Image], position: ImagePosition) -> Message:
+    found = turn.get("from") if isinstance(turn, dict) else turn
+    if not isinstance(turn, dict) or not isinstance(found, str) or found not in LLAVA_ROLES:
+        raise RecordError("unknown_role", f"conversations[{index}].from is {found!r}; known: {', '.join(LLAVA_ROLES)}")
+    if not isinstance(turn.get("value"), str):
+        raise RecordError("malformed", f"conversations[{index}].value is not a string")
+    pieces = turn["value"].split(MARK)
+    images = [next(remaining) for _ in pieces[1:]]
+    if images and position == "front":
+        text = "".join(pieces).strip()
+        return Message(LLAVA_ROLES[found], (*images, *([Text(f"\n{text}")] if text else [])))
+    return Message(LLAVA_ROLES[found], tuple(interleave(pieces, images)))
+
+
+def interleave(pieces: Sequence[str], images: Sequence[Image]) -> Iterator[Text | Image]:
+    """Text, image, text, ..., from the pieces between marks; empty text is left out."""
+    for piece, image in zip_longest(pieces, images):
+        if piece:
+            yield Text(piece)
+        if image is not None:
+            yield image

@@ -1,0 +1,206 @@
+"""A converted set: LitData shards of records with the encoded bytes of their images, on disk or in object storage.
+
+Layout of a set:
+
+- `index.json`, `chunk-*.bin`: LitData's; an item is `{"record": JSON, "images": bytes}`, the images end to end;
+- `records/`: the same records without the bytes, for passes over all texts; absent when the set has no image;
+- `lit_vlm.json`: the content's fingerprint, counts, statistics, and the version of this format;
+- `bad_samples.jsonl`: what the conversion left out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from litdata import StreamingDataset
+from litdata.streaming.downloader import get_downloader
+from numpy.typing import NDArray
+
+from lit_vlm.data.records import Image, Message, Part, Record, Text
+from lit_vlm.data.sources.base import Source
+from lit_vlm.pretrained import cache_dir
+
+VERSION = 1
+INFO = "lit_vlm.json"
+RECORDS = "records"
+SHUFFLED_CHUNKS = 16
+
+
+@dataclass(frozen=True)
+class SetInfo:
+    """What `lit_vlm.json` of a converted set says.
+
+    Attributes:
+        version: of the format.
+        kit: version of lit-vlm that wrote it.
+        source: class, path and fingerprint of what was converted.
+        fingerprint: a hash of all records and image bytes in order.
+        records: number of records.
+        images: number of images.
+        image_bytes: their encoded size.
+        duplicate_ids: records whose id an earlier one has.
+        chunks: records in each chunk.
+        parts: where each part that was converted at a time ends; the fingerprint is a hash of the parts' hashes.
+        bad: left-out records by reason.
+        words: sum, mean, median, 95th percentile and maximum of words per record.
+        tokens: the same of text tokens, if a tokenizer was given, with its name.
+    """
+
+    version: int
+    kit: str
+    source: dict[str, str]
+    fingerprint: str
+    records: int
+    images: int
+    image_bytes: int
+    duplicate_ids: int = 0
+    chunks: list[int] = field(default_factory=list)
+    parts: list[int] = field(default_factory=list)
+    bad: dict[str, int] = field(default_factory=dict)
+    words: dict[str, float] = field(default_factory=dict)
+    tokens: dict[str, Any] = field(default_factory=dict)
+
+    def write(self, folder: Path) -> None:
+        """Write `lit_vlm.json`; it is the last file of a conversion."""
+        scratch = folder / f"{INFO}.partial"
+        scratch.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        scratch.replace(folder / INFO)
+
+
+class Converted(Source):
+    """A set that `lit-vlm data convert` wrote.
+
+    Args:
+        path: its folder, or an address in object storage (`s3://`, `gs://`, ...), read as it is needed.
+        name: name of the source; default: that of the folder.
+        storage_options: what the storage's client needs, as LitData takes it.
+    """
+
+    def __init__(self, path: str, name: str | None = None, storage_options: dict[str, Any] | None = None) -> None:
+        self.remote = ":" in path.split("/", 1)[0]
+        self.path = path if self.remote else str(Path(path).expanduser())
+        self.storage_options = storage_options
+        self.name = name or Path(path).name
+        self.image_folder = Path()  # images are in the records
+        self.info = self._read_info()
+        self.chunked = self.remote
+        self._streams: dict[str, tuple[int, StreamingDataset]] = {}
+
+    def __len__(self) -> int:
+        return self.info.records
+
+    def record(self, index: int) -> Record:
+        """One record with the bytes of its images."""
+        item = self.item(index)
+        return decode_record(item["record"], item["images"], self.name)
+
+    def item(self, index: int) -> dict[str, bytes]:
+        """What is stored of one record."""
+        return self._stream("")[index]
+
+    def outline(self, index: int) -> Record:
+        """The record with the sizes of its images, without their bytes."""
+        item = self._stream(RECORDS if self.info.images else "")[index]
+        return decode_record(item["record"], None, self.name)
+
+    def fingerprint(self) -> str:
+        """The hash of all content, made by the conversion."""
+        return self.info.fingerprint
+
+    def shuffled(self, generator: np.random.Generator) -> NDArray[np.int64]:
+        """All indices in random order; from object storage, chunks in random order and records within groups of them.
+
+        A group is what is fetched at a time, so every chunk is fetched once in an epoch.
+        """
+        if not self.chunked:
+            return generator.permutation(len(self))
+        ends = np.cumsum(self.info.chunks)
+        order = generator.permutation(len(ends))
+        groups = [order[i : i + SHUFFLED_CHUNKS] for i in range(0, len(order), SHUFFLED_CHUNKS)]
+        members = [
+            np.concatenate([np.arange(ends[c] - self.info.chunks[c], ends[c]) for c in group]) for group in groups
+        ]
+        return np.concatenate([generator.permutation(indices) for indices in members])
+
+    def _stream(self, part: str) -> StreamingDataset:
+        """LitData's reader, one for each process: open files are not shared with forked workers."""
+        pid, stream = self._streams.get(part, (0, None))
+        if stream is None or pid != os.getpid():
+            address = f"{self.path}/{part}" if part else self.path
+            stream = StreamingDataset(address, shuffle=False, storage_options=self.storage_options)
+            stream[:0]  # after a slice LitData fetches whole chunks, not single items: neighbours are read next
+            self._streams[part] = (os.getpid(), stream)
+        return stream
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_streams": {}}
+
+    def _read_info(self) -> SetInfo:
+        file = Path(self.path) / INFO
+        if self.remote:
+            folder = cache_dir() / "sets" / hashlib.sha256(self.path.encode()).hexdigest()[:16]
+            folder.mkdir(parents=True, exist_ok=True)
+            file = folder / INFO
+            file.unlink(missing_ok=True)
+            get_downloader(self.path, str(folder), [], self.storage_options).download_file(
+                f"{self.path}/{INFO}", str(file)
+            )
+        if not file.is_file():
+            raise ValueError(
+                f"{self.path} is no converted set: it has no {INFO}. lit-vlm data convert SOURCE {self.path} makes "
+                "one; a conversion that was stopped goes on with the same command"
+            )
+        raw = json.loads(file.read_text(encoding="utf-8"))
+        if raw.get("version") != VERSION:
+            raise ValueError(
+                f"{file} is of format {raw.get('version')}; this lit-vlm reads format {VERSION}: convert again"
+            )
+        return SetInfo(**raw)
+
+
+def encode_record(record: Record, images: Sequence[tuple[bytes, tuple[int, int]]]) -> dict[str, bytes]:
+    """The item of a record.
+
+    Args:
+        record: with its images in order.
+        images: encoded bytes and (width, height) of each.
+    """
+    remaining = iter(images)
+
+    def part_to_json(part: Part) -> dict[str, Any]:
+        if isinstance(part, Text):
+            return {"type": "text", "text": part.text} | ({} if part.loss is None else {"loss": part.loss})
+        content, size = next(remaining)
+        return {"type": "image", "size": size, "bytes": len(content)}
+
+    raw = {
+        "id": record.id,
+        "messages": [{"role": m.role, "content": [part_to_json(part) for part in m.content]} for m in record.messages],
+    } | ({"options": record.options} if record.options else {})
+    content = json.dumps(raw, ensure_ascii=False, separators=(",", ":")).encode()
+    return {"record": content, "images": b"".join(image for image, _ in images)}
+
+
+def decode_record(content: bytes, images: bytes | None, source: str) -> Record:
+    """A record from its item; without image bytes, images know only their size."""
+    raw = json.loads(content)
+    start = 0
+
+    def parse(part: dict[str, Any]) -> Part:
+        nonlocal start
+        if part["type"] == "text":
+            return Text(part["text"], part.get("loss"))
+        end = start + part["bytes"]
+        image = Image(data=None if images is None else images[start:end], size=tuple(part["size"]))
+        start = end
+        return image
+
+    messages = tuple(Message(m["role"], tuple(parse(part) for part in m["content"])) for m in raw["messages"])
+    return Record(raw["id"], source, messages, tuple(raw.get("options", ())))

@@ -1,0 +1,107 @@
+"""Tar files with an image and its caption under one name, as img2dataset writes them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lit_vlm.data.records import Image, Message, Record, RecordError, Text
+from lit_vlm.data.sources.base import IMAGE_SUFFIXES, Lines, Source, list_files, parse_json
+
+
+class WebDataset(Source):
+    """Tars of img2dataset and WebDataset: `KEY.jpg` with its caption in `KEY.txt` or under a key of `KEY.json`.
+
+    Only the tars' tables of contents are read at the start; files are then read where they lie.
+
+    Args:
+        path: a .tar file, or a folder of them.
+        caption: the key of `KEY.json` that holds the caption, where there is no `KEY.txt`.
+        prompt: the question that each caption answers; the template `plain` leaves it out.
+        name: name of the source; default: that of the file or folder.
+    """
+
+    def __init__(
+        self, path: str, caption: str = "caption", prompt: str = "Describe the image.", name: str | None = None
+    ) -> None:
+        self.path = self._existing(path)
+        self.caption, self.prompt = caption, prompt
+        self.name = name or self.path.stem
+        self.files = list_files(self.path, [".tar"])
+        self.image_folder = self.path
+        self._entries = Lines(
+            json.dumps(entry).encode() for number, file in enumerate(self.files) for entry in _members(file, number)
+        )
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def record(self, index: int) -> Record:
+        """A question with the image, and the caption as its answer."""
+        entry = json.loads(self._entries[index])
+        if "bad" in entry:
+            raise RecordError(*entry["bad"])
+        image = self._read(entry, entry["image"])
+        question = Message("user", (Image(data=image), Text(f"\n{self.prompt}")))
+        return Record(entry["key"], self.name, (question, Message("assistant", (Text(self._caption(entry)),))))
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the tables of contents with the size of each file."""
+        digest = hashlib.sha256(self._entries.fingerprint().encode())
+        digest.update(repr([file.stat().st_size for file in self.files]).encode())
+        return digest.hexdigest()[:16]
+
+    def _caption(self, entry: dict[str, Any]) -> str:
+        text: Any
+        if "txt" in entry:
+            text = self._read(entry, entry["txt"]).decode("utf-8", errors="replace")
+        else:
+            found = parse_json(self._read(entry, entry["json"]), f"{entry['key']}.json") if "json" in entry else {}
+            text = found.get(self.caption) if isinstance(found, dict) else None
+        if not isinstance(text, str) or not text.strip():
+            raise RecordError("malformed", f"{entry['key']} has no caption in .txt or under '{self.caption}' in .json")
+        return text.strip()
+
+    def _read(self, entry: dict[str, Any], span: list[int]) -> bytes:
+        with self.files[entry["tar"]].open("rb") as file:
+            file.seek(span[0])
+            content = file.read(span[1])
+        if len(content) < span[1]:
+            raise RecordError("truncated_file", f"{self.files[entry['tar']]} ends inside {entry['key']}")
+        return content
+
+
+def _members(file: Path, number: int) -> Iterator[dict[str, Any]]:
+    """What stands under each key, in order; a tar that ends early gives what it has, and one bad entry."""
+    found: dict[str, dict[str, Any]] = {}
+    try:
+        with tarfile.open(file, "r:") as tar:
+            for member in tar:
+                key = member.name.rpartition("/")[2].partition(".")[0]
+                _note(member, found.setdefault(key, {"key": key, "tar": number}))
+    except tarfile.TarError as error:
+        if not found:
+            raise ValueError(f"{file} is no plain tar file ({error}); compressed tars must be unpacked") from error
+        found[f"{file.name}-end"] = {"key": f"{file.name}-end", "bad": ("truncated_file", f"{file}: {error}")}
+    for entry in found.values():
+        if {"image", "txt", "json", "bad"} & set(entry):
+            if "image" not in entry and "bad" not in entry:
+                entry["bad"] = ("missing_image", f"{entry['key']} has no image in {file.name}")
+            yield entry
+
+
+def _note(member: tarfile.TarInfo, entry: dict[str, Any]) -> None:
+    """Add a file to the entry of its key; links are refused."""
+    suffix = member.name.rpartition("/")[2].partition(".")[2].lower()
+    if member.isdir():
+        return
+    if not member.isfile():
+        entry["bad"] = ("outside_folder", f"{member.name} is a link, not a file")
+    elif f".{suffix}" in IMAGE_SUFFIXES:
+        entry["image"] = (member.offset_data, member.size)
+    elif suffix in ("txt", "json"):
+        entry[suffix] = (member.offset_data, member.size)
