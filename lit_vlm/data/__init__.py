@@ -5,6 +5,7 @@ from lit_vlm.data.datamodule import VLMData
 from lit_vlm.data.loader import BadSamples
 from lit_vlm.data.mixture import Interleaved, Mixture, Shuffled, Weighted
 from lit_vlm.data.openmoji import OpenMoji
+from lit_vlm.data.scenes import Scenes
 from lit_vlm.data.shapes import Shapes
 from lit_vlm.data.sources import (
     Captions,
@@ -44,6 +45,7 @@ __all__ = [
     "Pictures",
     "Plain",
     "Resize",
+    "Scenes",
     "Shapes",
     "Shuffled",
     "Source",

@@ -83,10 +83,10 @@ class Batching(ABC):
     """How samples become rows and batches.
 
     Attributes:
-        by_rank: whether the plan depends on how many ranks there are, not only on ranks × batch size.
+        by_step: whether the plan depends on how many micro-batches make up an optimizer step.
     """
 
-    by_rank = False
+    by_step = False
 
     @abstractmethod
     def plan(self, order: Integers, measures: Measures, layout: Layout, generator: np.random.Generator) -> EpochPlan:
@@ -118,7 +118,7 @@ class ModalityLength(Batching):
     steps of both kinds are permuted together. What is left of both kinds comes last, as one mixed step or two.
     """
 
-    by_rank = True
+    by_step = True
 
     def plan(self, order: Integers, measures: Measures, layout: Layout, generator: np.random.Generator) -> EpochPlan:
         """Steps of one modality."""

@@ -102,8 +102,10 @@ class BatchPlan:
             "samples": self.num_samples,
             "batches": len(self),
         }
-        if ordering.mixture.by_rank or ordering.batching.by_rank:
-            same |= {"batch_size": layout.batch_size, "accumulate_grad_batches": layout.accumulate}
+        if ordering.mixture.by_rank:
+            same["batch_size"] = layout.batch_size
+        if ordering.batching.by_step:
+            same["accumulate_grad_batches"] = layout.accumulate
         return same
 
     def _rows(self, plan: EpochPlan, batch: int) -> list[list[int]]:

@@ -199,12 +199,15 @@ def decode_image(
         if needed <= 0.5 and opened.mode in ("RGB", "L"):
             width, height = opened.size
             opened.draft(opened.mode, (math.ceil(width * needed), math.ceil(height * needed)))
-        upright = _eight_bit(ImageOps.exif_transpose(opened))
+        opened.load()
+        # Without a tag this would be a copy, as `convert` is below for what is RGB already.
+        turned = ImageOps.exif_transpose(opened) if ExifTags.Base.Orientation in opened.getexif() else opened
+        upright = _eight_bit(turned)
         if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
             layer = upright.convert("RGBA")
             canvas = PILImage.new("RGBA", layer.size, "white")
             return PILImage.alpha_composite(canvas, layer).convert("RGB"), size
-        return upright.convert("RGB"), size
+        return (upright if upright.mode == "RGB" else upright.convert("RGB")), size
 
 
 @contextmanager

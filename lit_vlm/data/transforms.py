@@ -9,13 +9,11 @@ from abc import ABC, abstractmethod
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image as PILImage
 from torch import Tensor
 
 from lit_vlm.batch import PixelSpec
-
-BICUBIC = PILImage.Resampling.BICUBIC
-
 
 Size = tuple[int, int]
 """(width, height) in pixels."""
@@ -33,8 +31,8 @@ class ImageTransform(ABC):
         """By how much a picture of this size is shrunk: result over original, of the side that keeps most."""
 
     @abstractmethod
-    def resize(self, image: PILImage.Image, size: Size, pixels: PixelSpec) -> PILImage.Image:
-        """The picture at this size."""
+    def resize(self, image: Tensor, size: Size, pixels: PixelSpec) -> Tensor:
+        """A uint8 picture `[3, h, w]` at this size."""
 
     def __call__(self, image: PILImage.Image, pixels: PixelSpec, original: Size | None = None) -> Tensor:
         """Resize, and hand over as a tensor.
@@ -44,8 +42,21 @@ class ImageTransform(ABC):
             pixels: what the encoder wants.
             original: (width, height) of the picture, if it was decoded at a fraction of its size.
         """
-        resized = self.resize(image, self.size(original or image.size, pixels), pixels)
-        return torch.from_numpy(np.array(resized)).permute(2, 0, 1).contiguous()
+        tensor = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        return self.resize(tensor, self.size(original or image.size, pixels), pixels).contiguous()
+
+
+def bicubic(image: Tensor, size: Size) -> Tensor:
+    """Bicubic resize with antialiasing, in integers: within a level or two of Pillow's, several times as fast.
+
+    Args:
+        image: uint8 `[3, h, w]`.
+        size: (width, height) of the result.
+    """
+    width, height = size
+    if image.shape[1:] == (height, width):
+        return image
+    return F.interpolate(image[None], (height, width), mode="bicubic", antialias=True)[0]
 
 
 class _Square(ImageTransform):
@@ -63,11 +74,11 @@ def _side(transform: ImageTransform, pixels: PixelSpec) -> int:
     return pixels.size
 
 
-def _middle(image: PILImage.Image, longest: int) -> PILImage.Image:
-    """The middle of a very long picture."""
-    width, height = min(image.width, longest), min(image.height, longest)
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    return image.crop((left, top, left + width, top + height))
+def _middle(image: Tensor, width: int, height: int) -> Tensor:
+    """The middle of a picture, of at most this size."""
+    width, height = min(image.shape[2], width), min(image.shape[1], height)
+    left, top = (image.shape[2] - width) // 2, (image.shape[1] - height) // 2
+    return image[:, top : top + height, left : left + width]
 
 
 class SquareCrop(_Square):
@@ -77,17 +88,14 @@ class SquareCrop(_Square):
         """The shorter side decides."""
         return _side(self, pixels) / min(size)
 
-    def resize(self, image: PILImage.Image, size: Size, pixels: PixelSpec) -> PILImage.Image:
+    def resize(self, image: Tensor, size: Size, pixels: PixelSpec) -> Tensor:
         """Bicubic resize and centre crop."""
-        side = size[0]
-        short = min(image.size)
-        if max(image.size) > 16 * short:  # most would be resized only to be cut off
-            image = _middle(image, 16 * short)
-        width, height = image.size
+        side, short = size[0], min(image.shape[1:])
+        if max(image.shape[1:]) > 16 * short:  # most would be resized only to be cut off
+            image = _middle(image, 16 * short, 16 * short)
+        height, width = image.shape[1:]
         full = (side, int(side * height / short)) if width <= height else (int(side * width / short), side)
-        resized = image.resize(full, BICUBIC)
-        left, top = (full[0] - side) // 2, (full[1] - side) // 2
-        return resized.crop((left, top, left + side, top + side))
+        return _middle(bicubic(image, full), side, side)
 
 
 class PadSquare(_Square):
@@ -97,16 +105,21 @@ class PadSquare(_Square):
         """The longer side decides."""
         return _side(self, pixels) / max(size)
 
-    def resize(self, image: PILImage.Image, size: Size, pixels: PixelSpec) -> PILImage.Image:
+    def resize(self, image: Tensor, size: Size, pixels: PixelSpec) -> Tensor:
         """Pad, then resize (bicubic)."""
-        width, height = image.size
+        height, width = image.shape[1:]
         if width != height:
             longest = max(width, height)
-            fill = tuple(int(channel * 255) for channel in pixels.mean)
-            canvas = PILImage.new("RGB", (longest, longest), fill)
-            canvas.paste(image, ((longest - width) // 2, (longest - height) // 2))
-            image = canvas
-        return image.resize(size, BICUBIC)
+            colour = torch.tensor([int(channel * 255) for channel in pixels.mean], dtype=torch.uint8)
+            line = colour.repeat(longest)  # rows are copied whole, which is much faster than pixel by pixel
+            canvas = torch.empty(longest, longest * 3, dtype=torch.uint8)
+            top, left = (longest - height) // 2, (longest - width) // 2
+            bottom, right = top + height, left + width
+            canvas[:top], canvas[bottom:] = line, line
+            canvas[top:bottom, : 3 * left], canvas[top:bottom, 3 * right :] = line[: 3 * left], line[3 * right :]
+            canvas[top:bottom, 3 * left : 3 * right] = image.permute(1, 2, 0).reshape(height, 3 * width)
+            image = canvas.view(longest, longest, 3).permute(2, 0, 1)
+        return bicubic(image, size)
 
 
 class Resize(_Square):
@@ -116,9 +129,9 @@ class Resize(_Square):
         """The shorter side is shrunk least."""
         return _side(self, pixels) / min(size)
 
-    def resize(self, image: PILImage.Image, size: Size, pixels: PixelSpec) -> PILImage.Image:
+    def resize(self, image: Tensor, size: Size, pixels: PixelSpec) -> Tensor:
         """Bicubic resize."""
-        return image.resize(size, BICUBIC)
+        return bicubic(image, size)
 
 
 class Native(ImageTransform):
@@ -144,6 +157,6 @@ class Native(ImageTransform):
         """The longer side decides; nothing is enlarged."""
         return min(1.0, self.longest / max(size))
 
-    def resize(self, image: PILImage.Image, size: Size, pixels: PixelSpec) -> PILImage.Image:
+    def resize(self, image: Tensor, size: Size, pixels: PixelSpec) -> Tensor:
         """Bicubic resize."""
-        return image.resize(size, BICUBIC)
+        return bicubic(image, size)

@@ -1,12 +1,12 @@
-"""`python -m tests.benchmarks [step|loss]`: print every ratio."""
+"""`python -m tests.benchmarks [step|loss|data]`: print every ratio."""
 
 from __future__ import annotations
 
 import sys
 
-from tests.benchmarks import loss, step
+from tests.benchmarks import data, loss, step
 
-ALL = {"step": step.main, "loss": loss.main}
+ALL = {"step": step.main, "loss": loss.main, "data": data.main}
 
 if __name__ == "__main__":
     names = sys.argv[1:] or list(ALL)

@@ -1,0 +1,260 @@
+"""Questions about scenes, whose answers follow from the exact geometry.
+
+A question is asked only where its answer is clear: names fit one thing only, and what is compared differs by a margin.
+What has the upper hand by nature (a small thing hides less, so it may stand in front more often) is evened out: whether
+the wider or the narrower of two things is the answer is drawn first, then a scene that has such a pair is looked for.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from lit_vlm.data.scenes.sampling import MAX_THINGS, sample_looks, sample_scene
+from lit_vlm.data.scenes.wording import PATTERNS, Attribute, Phrase, references, sentence, the
+from lit_vlm.data.scenes.world import COLOURS, SHAPES, Look, Scene, Thing
+
+QuestionKind = Literal["count", "relation", "depth", "distance", "attribute"]
+QUESTION_KINDS: tuple[QuestionKind, ...] = get_args(QuestionKind)
+Measure = Literal["column", "row", "depth", "distance"]
+
+PICTURE_MARGIN = 0.08
+"""Share of the picture's side by which two centres differ, at least, where one is left of or above the other."""
+DEPTH_MARGIN = 0.75
+"""Metres along the viewing direction between the places where two things stand, at least, where one is closer."""
+DISTANCE_MARGIN = 0.75
+"""Metres by which two distances between centres differ, at least."""
+MAX_COUNT = 5
+"""The largest answer to a question for a number."""
+CHOICES = 4
+TRIES = 200
+
+MARGINS: dict[Measure, float] = {
+    "column": PICTURE_MARGIN,
+    "row": PICTURE_MARGIN,
+    "depth": DEPTH_MARGIN,
+    "distance": DISTANCE_MARGIN,
+}
+
+
+@dataclass(frozen=True)
+class Question:
+    """A multiple-choice question about one scene.
+
+    Attributes:
+        kind: one of `QUESTION_KINDS`.
+        text: the question.
+        answer: the right option.
+        options: what to choose from, in random order; the answer is among them once.
+        statement: the answer as a sentence of its own.
+    """
+
+    kind: QuestionKind
+    text: str
+    answer: str
+    options: tuple[str, ...]
+    statement: str
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two things that differ clearly.
+
+    Attributes:
+        less: the one that is further left or up, or closer.
+        more: the other.
+        anchor: what the distance is measured from; None for the camera or the picture.
+    """
+
+    less: Thing
+    more: Thing
+    anchor: Thing | None = None
+
+
+def ask(kind: QuestionKind, seed: int | str) -> tuple[Scene, Question]:
+    """A scene and a question about it that depend on the arguments only.
+
+    Args:
+        kind: what is asked.
+        seed: another seed gives another scene.
+
+    Raises:
+        ValueError: if `kind` is unknown.
+    """
+    if kind not in QUESTION_KINDS:
+        raise ValueError(f"kind is {kind!r}; use one of {', '.join(QUESTION_KINDS)}")
+    return _ASKERS[kind](random.Random(f"question-{kind}-{seed}"), seed)
+
+
+def clear_pairs(scene: Scene, measure: Measure) -> list[Pair]:
+    """Pairs of things that have names of their own and whose measures differ by the margin.
+
+    Args:
+        scene: where they stand.
+        measure: `column` and `row` compare the centres' places in the picture, `depth` the depth of the places where
+            the things stand, `distance` the distance of the centres from that of a third thing.
+    """
+    named = [thing for thing in scene.things if references(scene, thing)]
+    anchors: list[Thing | None] = [*named] if measure == "distance" else [None]
+    pairs = []
+    for anchor in anchors:
+        values = [(_measured(scene, thing, measure, anchor), thing) for thing in named if thing is not anchor]
+        for (a, less), (b, more) in itertools.permutations(values, 2):
+            if b - a >= MARGINS[measure]:
+                pairs.append(Pair(less, more, anchor))
+    return pairs
+
+
+def _measured(scene: Scene, thing: Thing, measure: Measure, anchor: Thing | None) -> float:
+    if anchor is not None:
+        return math.dist(thing.centre, anchor.centre)
+    if measure == "depth":
+        # Of the place and not of the centre, which is closer in a tall thing: the size would hint at the answer.
+        return scene.camera.project((thing.x, 0.0, thing.z))[2]
+    return scene.camera.project(thing.centre)[0 if measure == "column" else 1]
+
+
+def _scenes(rng: random.Random, seed: int | str, draw_looks: Callable[[], list[Look]]) -> Iterator[Scene]:
+    """Scenes to look for a question in."""
+    for attempt in range(TRIES):
+        looks = draw_looks()
+        rng.shuffle(looks)  # the first ones find room most easily
+        yield sample_scene(f"{seed}-{attempt}", looks)
+    raise ValueError(f"seed: no scene of seed {seed!r} offers a clear question; use another")
+
+
+def _random_scenes(rng: random.Random, seed: int | str, least: int) -> Iterator[Scene]:
+    return _scenes(rng, seed, lambda: sample_looks(rng, rng.randint(least, MAX_THINGS)))
+
+
+def _find_pair(rng: random.Random, seed: int | str, measure: Measure, least: int) -> tuple[Scene, Pair]:
+    wider_is_less = rng.random() < 0.5
+    for scene in _random_scenes(rng, seed, least):
+        pairs = [
+            pair
+            for pair in clear_pairs(scene, measure)
+            if pair.less.radius == pair.more.radius or (pair.less.radius > pair.more.radius) == wider_is_less
+        ]
+        if pairs:
+            return scene, rng.choice(pairs)
+    raise AssertionError("unreachable: the iterator raises")
+
+
+def _shuffled(rng: random.Random, *options: str) -> tuple[str, ...]:
+    return tuple(rng.sample(options, len(options)))
+
+
+def state_relation(scene: Scene, pair: Pair, measure: Measure, rng: random.Random) -> str:
+    """A sentence about a pair, told from either side."""
+    less, more = the(scene, pair.less, rng), the(scene, pair.more, rng)
+    if pair.anchor is not None:
+        return sentence(f"{the(scene, pair.anchor, rng)} is closer to {less} than to {more}")
+    if measure == "row":
+        told = f"{less} is above {more}" if rng.random() < 0.5 else f"{more} is below {less}"
+        return sentence(f"in the picture, {told}")
+    words = {
+        "column": (("left of", "right of"),),
+        "depth": (("in front of", "behind"), ("closer to the camera than", "farther from the camera than")),
+    }[measure]
+    forth, back = rng.choice(words)
+    return sentence(f"{less} is {forth} {more}" if rng.random() < 0.5 else f"{more} is {back} {less}")
+
+
+def _ask_relation(rng: random.Random, seed: int | str) -> tuple[Scene, Question]:
+    measure: Measure = "column" if rng.random() < 0.5 else "row"
+    scene, pair = _find_pair(rng, seed, measure, 2)
+    words = ("left", "right") if measure == "column" else ("above", "below")
+    subject, other, answer = rng.choice(((pair.less, pair.more, words[0]), (pair.more, pair.less, words[1])))
+    options = _shuffled(rng, *words)
+    subject_name, other_name, choice = the(scene, subject, rng), the(scene, other, rng), " or ".join(options)
+    if measure == "column":
+        text = f"Is {subject_name} {choice} of {other_name}?"
+    else:
+        text = f"In the picture, is {subject_name} {choice} {other_name}?"
+    return scene, Question("relation", text, answer, options, state_relation(scene, pair, measure, rng))
+
+
+def _ask_depth(rng: random.Random, seed: int | str) -> tuple[Scene, Question]:
+    scene, pair = _find_pair(rng, seed, "depth", 2)
+    return scene, _which_is_closer(rng, scene, pair, "depth", "the camera")
+
+
+def _ask_distance(rng: random.Random, seed: int | str) -> tuple[Scene, Question]:
+    scene, pair = _find_pair(rng, seed, "distance", 3)
+    assert pair.anchor is not None
+    return scene, _which_is_closer(rng, scene, pair, "distance", the(scene, pair.anchor, rng))
+
+
+def _which_is_closer(
+    rng: random.Random, scene: Scene, pair: Pair, kind: Literal["depth", "distance"], target: str
+) -> Question:
+    answer = the(scene, pair.less, rng)
+    options = _shuffled(rng, answer, the(scene, pair.more, rng))
+    text = f"Which is closer to {target}, {' or '.join(options)}?"
+    return Question(kind, text, answer, options, state_relation(scene, pair, kind, rng))
+
+
+def _ask_count(rng: random.Random, seed: int | str) -> tuple[Scene, Question]:
+    # Options first, then the answer among them: no number is likelier than those it is offered with.
+    options = tuple(rng.sample(range(MAX_COUNT + 1), CHOICES))
+    wanted = rng.choice(options)
+    phrase = Phrase.of(sample_looks(rng, 1)[0], rng.choice(PATTERNS[:-1]))
+    scene = next(_scenes(rng, seed, lambda: _looks_with(rng, phrase, wanted)))
+    statement = f"there is one {phrase}" if wanted == 1 else f"there are {wanted or 'no'} {phrase.plural}"
+    text = f"How many {phrase.plural} are there?"
+    return scene, Question("count", text, str(wanted), tuple(map(str, options)), sentence(statement))
+
+
+def _looks_with(rng: random.Random, phrase: Phrase, count: int) -> list[Look]:
+    """Looks of which exactly `count` match; half of the others share a part of the phrase, so that all of it counts."""
+    total = rng.randint(max(count, 1), MAX_THINGS)
+    looks: list[Look] = []
+    while len(looks) < total:
+        look = sample_looks(rng, 1)[0]
+        taken = [part for part in (phrase.size, phrase.colour, phrase.shape) if part]
+        shared = taken if len(looks) < count else [rng.choice(taken)] if rng.random() < 0.5 else []
+        look = Look(
+            phrase.shape if phrase.shape in shared and phrase.shape else look.shape,
+            phrase.colour if phrase.colour in shared and phrase.colour else look.colour,
+            phrase.size if phrase.size in shared and phrase.size else look.size,
+        )
+        if phrase.matches(look) == (len(looks) < count):
+            looks.append(look)
+    return looks
+
+
+def _ask_attribute(rng: random.Random, seed: int | str) -> tuple[Scene, Question]:
+    attribute: Attribute = rng.choice(("colour", "shape"))
+    for scene in _random_scenes(rng, seed, 1):
+        named = [(thing, references(scene, thing, without=attribute)) for thing in scene.things]
+        named = [(thing, phrases) for thing, phrases in named if phrases]
+        if not named:
+            continue
+        thing, phrases = rng.choice(named)
+        name = f"the {rng.choice(phrases)}"
+        if attribute == "shape":
+            answer, options = thing.look.shape, _shuffled(rng, *SHAPES)
+            statement = sentence(f"{name} is a {answer}")
+            return scene, Question("attribute", f"What shape is {name}?", answer, options, statement)
+        colour = thing.look.colour
+        # Colours of other things come first: one must find the right thing, and not just a colour that is there.
+        seen = sorted({other.look.colour for other in scene.things} - {colour})
+        unseen = [other for other in COLOURS if other != colour and other not in seen]
+        others = [*rng.sample(seen, len(seen)), *rng.sample(unseen, len(unseen))][: CHOICES - 1]
+        options = _shuffled(rng, colour, *others)
+        statement = sentence(f"{name} is {colour}")
+        return scene, Question("attribute", f"What colour is {name}?", colour, options, statement)
+    raise AssertionError("unreachable: the iterator raises")
+
+
+_ASKERS: dict[QuestionKind, Callable[[random.Random, int | str], tuple[Scene, Question]]] = {
+    "count": _ask_count,
+    "relation": _ask_relation,
+    "depth": _ask_depth,
+    "distance": _ask_distance,
+    "attribute": _ask_attribute,
+}

@@ -1,0 +1,173 @@
+"""Scenes as a source of records."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import random
+from pathlib import Path
+from typing import Literal, get_args
+
+from PIL import Image as PILImage
+
+from lit_vlm.data.records import Image, Message, Part, Record, Text
+from lit_vlm.data.scenes.language import caption, text_document
+from lit_vlm.data.scenes.questions import QUESTION_KINDS, QuestionKind, ask
+from lit_vlm.data.scenes.render import MIN_SIZE, Rendering, render
+from lit_vlm.data.scenes.sampling import sample_scene
+from lit_vlm.data.scenes.world import Scene
+from lit_vlm.data.sources.base import Source
+
+Kind = Literal["captions", "questions", "text", "interleaved"]
+Split = Literal["train", "held_out"]
+VERSION = 1
+"""Goes up whenever the same arguments give other records."""
+PROMPT = "Describe the scene."
+
+
+class Scenes(Source):
+    """Pictures of coloured solids with text that follows from the geometry; needs no file.
+
+    Record i depends on the arguments and i only, and not on `count`.
+
+    Args:
+        kind: `captions`: a picture and its description. `questions`: a picture and a multiple-choice question. `text`:
+            a description without picture, and a question that it answers. `interleaved`: several pictures in one
+            document, each followed by a question of one kind with its answer, or by the answer as a sentence.
+        count: number of samples.
+        seed: another seed gives other scenes.
+        size: height and width of the pictures in pixels.
+        split: `train` or `held_out`; the two have no scene in common.
+        question_kinds: what is asked, taking turns; default: all five. Not for captions.
+        shots: pictures per record; for `interleaved` only.
+        name: what the source is reported under; default: `scenes_` and its kind.
+
+    Raises:
+        ValueError: if an argument is outside its range.
+    """
+
+    def __init__(
+        self,
+        kind: Kind,
+        count: int,
+        seed: int = 0,
+        size: int = 96,
+        split: Split = "train",
+        question_kinds: list[QuestionKind] | None = None,
+        shots: int = 4,
+        name: str | None = None,
+    ) -> None:
+        _check_choice("kind", kind, get_args(Kind))
+        _check_choice("split", split, get_args(Split))
+        for question_kind in question_kinds or ():
+            _check_choice("question_kinds", question_kind, QUESTION_KINDS)
+        _check_least("count", count, 1)
+        _check_least("size", size, MIN_SIZE)
+        _check_least("shots", shots, 1)
+        if question_kinds is not None and (kind == "captions" or not question_kinds):
+            raise ValueError(f"question_kinds is {question_kinds!r} with kind {kind!r}; leave it out")
+        self.name = name or f"scenes_{kind}"
+        self.image_folder = Path()
+        self.kind, self.count, self.seed, self.size, self.split, self.shots = kind, count, seed, size, split, shots
+        self.question_kinds = tuple(question_kinds or QUESTION_KINDS)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def record(self, index: int) -> Record:
+        """Draw one sample.
+
+        Raises:
+            IndexError: if `index` is not from 0 to `count` - 1.
+        """
+        record, scenes = self._compose(index)
+        images = iter([_encode(render(scene, self.size)) for scene in scenes])
+        messages = tuple(
+            Message(message.role, tuple(next(images) if isinstance(part, Image) else part for part in message.content))
+            for message in record.messages
+        )
+        return Record(record.id, record.source, messages, record.options)
+
+    def outline(self, index: int) -> Record:
+        """The record without the bytes of its images, which are not drawn; raises as `record` does."""
+        return self._compose(index)[0]
+
+    def maps(self, index: int) -> list[Rendering]:
+        """Pixels, depth and segmentation of a record's pictures, in their order; raises as `record` does.
+
+        Returns:
+            one rendering of `size` × `size` per picture; none for `text`.
+        """
+        return [render(scene, self.size) for scene in self._compose(index)[1]]
+
+    def fingerprint(self) -> str:
+        """A hash of the arguments, which decide everything."""
+        arguments = (self.kind, self.count, self.seed, self.size, self.split, self.question_kinds, self.shots)
+        return hashlib.sha256(f"scenes-{VERSION}-{self.name}-{arguments}".encode()).hexdigest()[:16]
+
+    def _compose(self, index: int) -> tuple[Record, list[Scene]]:
+        """A record whose images have no bytes yet, and what they show."""
+        if not 0 <= index < self.count:
+            raise IndexError(f"index is {index}; the source has {self.count} samples")
+        seed = f"{self.split}-{self.kind}-{self.seed}-{index}"
+        rng = random.Random(f"record-{seed}")
+        question_kind = self.question_kinds[index % len(self.question_kinds)]
+        if self.kind == "captions":
+            return self._caption(index, seed, rng)
+        if self.kind == "questions":
+            return self._question(index, seed, question_kind)
+        if self.kind == "text":
+            return self._text(index, seed, rng, question_kind), []
+        return self._interleaved(index, seed, rng, question_kind)
+
+    def _blank(self) -> Image:
+        return Image(size=(self.size, self.size))
+
+    def _caption(self, index: int, seed: str, rng: random.Random) -> tuple[Record, list[Scene]]:
+        scene = sample_scene(seed)
+        user = Message("user", (self._blank(), Text(f"\n{PROMPT}")))
+        answer = Message("assistant", (Text(caption(scene, rng)),))
+        return Record(f"caption-{index}", self.name, (user, answer)), [scene]
+
+    def _question(self, index: int, seed: str, kind: QuestionKind) -> tuple[Record, list[Scene]]:
+        scene, question = ask(kind, seed)
+        user = Message("user", (self._blank(), Text(f"\n{question.text}")))
+        answer = Message("assistant", (Text(question.answer),))
+        return Record(f"{kind}-{index}", self.name, (user, answer), question.options), [scene]
+
+    def _text(self, index: int, seed: str, rng: random.Random, kind: QuestionKind) -> Record:
+        description, question = text_document(kind, seed)
+        if rng.random() < 0.5:
+            text = f"{description}\nQuestion: {question.text}\nAnswer: {question.answer}"
+            return Record(f"text-{index}", self.name, (Message("document", (Text(text),)),))
+        user = Message("user", (Text(f"{description}\n{question.text}"),))
+        answer = Message("assistant", (Text(question.answer),))
+        return Record(f"text-{index}", self.name, (user, answer), question.options)
+
+    def _interleaved(self, index: int, seed: str, rng: random.Random, kind: QuestionKind) -> tuple[Record, list[Scene]]:
+        as_statements = rng.random() < 0.5
+        content: list[Part] = []
+        scenes = []
+        for shot in range(self.shots):
+            scene, question = ask(kind, f"{seed}-{shot}")
+            told = question.statement if as_statements else f"Question: {question.text}\nAnswer: {question.answer}"
+            content += [self._blank(), Text(f"\n{told}" if shot == self.shots - 1 else f"\n{told}\n\n")]
+            scenes.append(scene)
+        return Record(f"interleaved-{index}", self.name, (Message("document", tuple(content)),)), scenes
+
+
+def _check_choice(argument: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{argument}: {value!r} is unknown; use {', '.join(choices)}")
+
+
+def _check_least(argument: str, value: int, least: int) -> None:
+    if value < least:
+        raise ValueError(f"{argument} is {value}; it must be at least {least}")
+
+
+def _encode(rendering: Rendering) -> Image:
+    height, width = rendering.segmentation.shape
+    buffer = io.BytesIO()
+    PILImage.fromarray(rendering.image).save(buffer, format="PNG", compress_level=1)
+    return Image(data=buffer.getvalue(), size=(width, height))

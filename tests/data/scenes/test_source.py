@@ -1,0 +1,183 @@
+"""The source: records of every kind, and what decides them."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lit_vlm.data.records import Image, Record, Text, open_image
+from lit_vlm.data.scenes import QUESTION_KINDS, Scenes
+from lit_vlm.data.scenes.__main__ import main
+from lit_vlm.data.scenes.source import VERSION, Kind
+
+KINDS: tuple[Kind, ...] = ("captions", "questions", "text", "interleaved")
+WORDS = 85
+"""More than there are: a guard against a vocabulary that grows unnoticed."""
+
+
+def words(record: Record) -> list[str]:
+    texts = [*(message.text for message in record.messages), *record.options]
+    return [word for text in texts for word in re.findall(r"\w+|[^\w\s]", text.lower())]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_records_are_valid_and_their_images_decode(kind: Kind) -> None:
+    source = Scenes(kind, 20, size=48, shots=3)
+    assert (len(source), source.name) == (20, f"scenes_{kind}")
+    pictures = {"captions": 1, "questions": 1, "text": 0, "interleaved": 3}[kind]
+    for index in range(20):
+        record = source.record(index)
+        roles = [message.role for message in record.messages]
+        assert roles in {"text": (["document"], ["user", "assistant"]), "interleaved": (["document"],)}.get(
+            kind, (["user", "assistant"],)
+        )
+        assert record.source == source.name
+        assert len(record.images) == pictures
+        for image, maps in zip(record.images, source.maps(index), strict=True):
+            assert image.size == (48, 48)
+            assert np.array_equal(np.asarray(open_image(image, source.image_folder)), maps.image)
+        if record.options:
+            assert record.options.count(record.messages[-1].text) == 1
+
+
+def test_questions_take_turns() -> None:
+    ids = [Scenes("questions", 10, size=32).record(index).id for index in range(10)]
+    assert ids == [f"{QUESTION_KINDS[index % 5]}-{index}" for index in range(10)]
+    few = Scenes("questions", 4, size=32, question_kinds=["depth", "count"])
+    assert [few.record(index).id for index in range(4)] == ["depth-0", "count-1", "depth-2", "count-3"]
+    record = few.record(0)
+    image, text = record.messages[0].content
+    assert isinstance(image, Image)
+    assert isinstance(text, Text)
+    assert text.text.startswith("\nWhich is closer to the camera")
+
+
+def test_interleaved_documents_alternate() -> None:
+    source = Scenes("interleaved", 20, size=32, question_kinds=["distance"])
+    texts = []
+    for index in range(20):
+        (message,) = source.record(index).messages
+        assert [type(part) for part in message.content] == [Image, Text] * 4
+        assert len({part.data for part in message.content if isinstance(part, Image)}) == 4
+        texts.append(message.text)
+    assert {text.count("Question: Which is closer to the") for text in texts} == {0, 4}
+    assert all(text.count("closer to the") == 4 for text in texts)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_record_depends_on_its_index_and_the_arguments_only(kind: Kind) -> None:
+    source, longer = Scenes(kind, 5, size=32), Scenes(kind, 50, size=32)
+    records = [source.record(index) for index in (4, 0, 4)]
+    assert records[0] == records[2] == longer.record(4)
+    assert records[0] != Scenes(kind, 5, size=32, seed=1).record(4)
+    with pytest.raises(IndexError, match="index is 5; the source has 5 samples"):
+        source.record(5)
+
+
+def test_records_are_the_same_in_every_process() -> None:
+    """If this fails because the records were changed on purpose, raise `VERSION` and put the new hash here."""
+    digest = hashlib.sha256()
+    for kind in KINDS:
+        source = Scenes(kind, 30)
+        for index in range(30):
+            record = source.outline(index)
+            digest.update(repr((record.id, [message.text for message in record.messages], record.options)).encode())
+    assert (VERSION, digest.hexdigest()[:16]) == (1, "3e3fd4977be59d65")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_outlines_are_records_without_bytes(kind: Kind) -> None:
+    source = Scenes(kind, 3, size=32)
+    for index in range(3):
+        outline, record = source.outline(index), source.record(index)
+        assert (outline.id, outline.options) == (record.id, record.options)
+        assert [m.text for m in outline.messages] == [m.text for m in record.messages]
+        assert [(image.data, image.size) for image in outline.images] == [(None, image.size) for image in record.images]
+
+
+def test_held_out_scenes_are_others() -> None:
+    splits = [Scenes("questions", 300, size=32, split=split) for split in ("train", "held_out")]
+    train, held_out = ({source.record(i).images[0].data for i in range(300)} for source in splits)
+    assert len(train) == len(held_out) == 300
+    assert not train & held_out
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ids_are_unique(kind: Kind) -> None:
+    source = Scenes(kind, 200)
+    assert len({source.outline(index).id for index in range(200)}) == 200
+
+
+def test_counts_follow_from_the_text() -> None:
+    source = Scenes("text", 300, question_kinds=["count"])
+    for index in range(300):
+        text = source.record(index).messages[0].text
+        count = re.search(r"How many (.+?) are there", text)
+        answer = text.rsplit("Answer: ", 1)[-1] if "Answer: " in text else source.record(index).messages[-1].text
+        assert count
+        numbers = {"a": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6}
+        listed = re.findall(r"(a|two|three|four|five|six) ((?:small|large) \w+ \w+?)s?\b", text.split("\n")[0].lower())
+        wanted = {re.sub("s$", "", word) for word in count[1].split()} - {"thing"}
+        assert str(sum(numbers[n] for n, look in dict.fromkeys(listed) if wanted <= set(look.split()))) == answer
+
+
+def test_what_a_text_asks_for_is_stated_in_it() -> None:
+    source = Scenes("text", 100, question_kinds=["relation", "depth", "distance"])
+    for index in range(100):
+        description, question = source.record(index).messages[0].text.split("\n")[:2]
+        names = re.findall(r"the ((?:\w+ )*?(?:sphere|cube|cylinder|cone|thing))", question.lower())
+        words = {"relation": " is ", "depth": " than | in front of | behind ", "distance": " is closer to .+ than to "}
+        kind = ("relation", "depth", "distance")[index % 3]
+        facts = [fact for fact in description.split(". ")[1:] if re.search(words[kind], fact)]
+        assert len(names) == (3 if kind == "distance" else 2)
+        assert facts
+
+
+def test_the_vocabulary_is_small() -> None:
+    found: set[str] = set()
+    for kind in KINDS:
+        source = Scenes(kind, 250)
+        found.update(word for index in range(250) for word in words(source.outline(index)))
+    assert len(found) <= WORDS, sorted(found)
+
+
+def test_the_fingerprint_tells_arguments_apart() -> None:
+    base: dict[str, Any] = {"kind": "questions", "count": 5}
+    others: list[dict[str, Any]] = [
+        {"kind": "text"}, {"count": 6}, {"seed": 1}, {"size": 64}, {"split": "held_out"},
+        {"question_kinds": ["count"]}, {"shots": 2}, {"name": "mine"},
+    ]  # fmt: skip
+    prints = [Scenes(**(base | other)).fingerprint() for other in [{}, *others]]
+    assert len(set(prints)) == len(prints)
+    assert Scenes(**base).fingerprint() == prints[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({"kind": "poems"}, "kind: 'poems' is unknown; use captions, questions"),
+        ({"split": "test"}, "split: 'test' is unknown; use train, held_out"),
+        ({"question_kinds": ["size"]}, "question_kinds: 'size' is unknown; use count"),
+        ({"question_kinds": []}, "question_kinds is .* leave it out"),
+        ({"kind": "captions", "question_kinds": ["count"]}, "question_kinds is .* leave it out"),
+        ({"count": 0}, "count is 0; it must be at least 1"),
+        ({"size": 16}, "size is 16; it must be at least 32"),
+        ({"shots": 0}, "shots is 0; it must be at least 1"),
+    ],
+)
+def test_bad_arguments_are_named(arguments: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ValueError, match=expected):
+        Scenes(**({"kind": "questions", "count": 5} | arguments))
+
+
+def test_a_sheet_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "sheet.png"
+    monkeypatch.setattr(sys, "argv", ["scenes", str(out), "--count", "3"])
+    main()
+    assert open_image(Image(path="sheet.png"), tmp_path).width > 900
