@@ -15,6 +15,8 @@ from torch import Tensor
 
 IGNORE = -100
 """The label of a position that carries no loss."""
+ENCODER = "encoder"
+"""Among the names of heads: the encoder itself, where features or images are listed by who wants them."""
 
 
 class Grid(NamedTuple):
@@ -110,6 +112,14 @@ class VisualTokens:
         expected = sum(grid.num_tokens for grid in self.grids)
         assert self.features.shape[0] == expected, (self.features.shape, self.grids)
 
+    def to(self, *args: Any, **kwargs: Any) -> VisualTokens:
+        """Move the features; same arguments as `Tensor.to`."""
+        return VisualTokens(self.features.to(*args, **kwargs), self.grids)
+
+    def pin_memory(self) -> VisualTokens:
+        """Pin the features, for an asynchronous copy to a device."""
+        return VisualTokens(self.features.pin_memory(), self.grids)
+
 
 class SampleInfo(NamedTuple):
     """Where a sample sits in the batch, and what it is."""
@@ -165,6 +175,8 @@ class Batch:
         num_tokens: positions that are not padding; counted by the collator, as a count on a device would wait for it.
         samples: one entry per sample, in order.
         teacher_images: pixels as each head's teacher wants them, by the head's name; the same images in order.
+        prepared: features that were computed before training and read instead of images: of teachers by the head's
+            name, and of a frozen encoder under `encoder`.
         bad: samples that were left out or cut while this batch was made.
         window: counts over all micro-batches of the optimizer step, when the loader knows them.
     """
@@ -181,6 +193,7 @@ class Batch:
     num_tokens: int
     samples: tuple[SampleInfo, ...]
     teacher_images: dict[str, Images] = field(default_factory=dict)
+    prepared: dict[str, VisualTokens] = field(default_factory=dict)
     bad: tuple[BadSample, ...] = ()
     window: Counts | None = None
 
@@ -191,7 +204,7 @@ class Batch:
             samples=len(self.samples),
             tokens=self.num_tokens,
             supervised=len(self.targets),
-            images=len(self.images),
+            images=len(self.image_grids),
             visual_tokens=len(self.image_positions),
             positions=self.input_ids.numel(),
         )
@@ -217,6 +230,7 @@ class Batch:
             num_tokens=input_ids.numel(),
             samples=(),
             teacher_images={},
+            prepared={},
             bad=(),
         )
 
@@ -232,7 +246,7 @@ class Batch:
         changes: dict[str, Any] = {}
         for item in fields(self):
             value = getattr(self, item.name)
-            if isinstance(value, Tensor | Images):
+            if isinstance(value, Tensor | Images | VisualTokens):
                 changes[item.name] = function(value)
             elif isinstance(value, Mapping):
                 changes[item.name] = {key: function(entry) for key, entry in value.items()}

@@ -18,6 +18,7 @@ VERBS = {
     "chat": "ask a trained model about pictures",
     "data": "convert data to shards, check them, show what is in them",
     "inspect": "show one batch as the model sees it",
+    "prepare": "compute features of teachers or of a frozen encoder before training",
     "export": "write a checkpoint in a published format",
     "doctor": "report versions, devices and optional packages",
 }

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_vlm.batch import Batch, VisualTokens
+from lit_vlm.batch import ENCODER, Batch, VisualTokens
 from lit_vlm.decoders import Decoder
 from lit_vlm.embedders import Embedder
 from lit_vlm.encoders import Encoder
@@ -97,7 +97,7 @@ class VLM(nn.Module):
                 chunk = chunk_rows(self.decoder.vocab_size)
                 sums[NEXT_TOKEN] = next_token_loss(hidden, batch.targets, self.decoder.logits, params, chunk)
         for name, head in heads.items():
-            sums[name] = head(states, batch, batch.teacher_images.get(name))
+            sums[name] = head(states, batch, batch.prepared.get(name) or batch.teacher_images.get(name))
         return sums
 
     def embed(self, batch: Batch) -> Tensor:
@@ -105,11 +105,27 @@ class VLM(nn.Module):
         return self.embedder(batch, self.see(batch), self.decoder)
 
     def see(self, batch: Batch) -> VisualTokens:
-        """Visual tokens of the batch's images, `[t, d]`; of a dummy image if it has none, to keep ranks in step."""
+        """Visual tokens of the batch's images, `[t, d]`; of a dummy image if it has none, to keep ranks in step.
+
+        Raises:
+            ValueError: when features were prepared for an encoder that trains.
+        """
+        if (prepared := batch.prepared.get(ENCODER)) is not None:
+            if not self.encoder.frozen():
+                raise ValueError("data.prepared.encoder: the features of an encoder that trains change; remove it")
+            if not prepared.grids:
+                prepared = self._dummy_features(prepared.features)
+            dtype = next((p.dtype for p in self.projector.parameters()), prepared.features.dtype)
+            return self.projector(prepared.to(dtype))
         images = batch.images if len(batch.images) else self.encoder.dummy_images()
         with torch.no_grad() if self.encoder.frozen() else nullcontext():
             tokens = self.encoder(images)
         return self.projector(tokens)
+
+    def _dummy_features(self, empty: Tensor) -> VisualTokens:
+        side = self.encoder.pixels.size or self.encoder.pixels.multiple
+        grid = self.encoder.patch_grid(side, side)
+        return VisualTokens(empty.new_zeros(grid.num_tokens, self.encoder.width), (grid,))
 
     def logits(self, batch: Batch) -> Tensor:
         """Logits of every position: `[b, s, v]`. Training never needs them."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.optim import Optimizer
 
-from lit_vlm.batch import Batch, Counts
+from lit_vlm.batch import ENCODER, Batch, Counts
 from lit_vlm.build import Slots, build, build_on_meta
 from lit_vlm.data.spec import InputSpec
 from lit_vlm.decoders import Decoder
@@ -55,6 +55,7 @@ class LitVLM(LightningModule):
         self.slots = Slots(encoder, projector, embedder, decoder, heads or {})
         self.stage = stage
         self.model: VLM | None = None
+        self.encoder_digest = ""
         self._denominators: dict[str, Tensor] = {}
         self._sums: dict[str, Tensor] = {}
         self._held_out: dict[tuple[int, str], Tensor] = {}
@@ -71,18 +72,22 @@ class LitVLM(LightningModule):
                 raise ValueError(
                     "shard with lit_vlm.sharding.FSDP2: ModelParallelStrategy needs a mesh for tensor parallelism"
                 )
-            self.model = self._build() if self.global_rank == 0 else build_on_meta(self.slots)
+            self.model = self.build() if self.global_rank == 0 else build_on_meta(self.slots)
+            self.encoder_digest = strategy.broadcast(self.encoder_digest)
             self.stage.freeze(self.model, self.slots.removed_heads)
             mixed = str(self.trainer.precision) == "bf16-mixed"
             shard(self.model, strategy.shard_mesh(), torch.bfloat16 if mixed else None)
         else:
-            self.model = self._build()
+            self.model = self.build()
         self.stage.freeze(self.model, self.slots.removed_heads)
         # Modules are born in train mode, and Lightning keeps the mode it finds: frozen parts must be in eval mode.
         self.model.train()
 
-    def _build(self) -> VLM:
-        return build(self.slots, self.stage.start_from, tuple(self.stage.fresh))
+    def build(self) -> VLM:
+        """The model with its weights, on the CPU and in one piece."""
+        model = build(self.slots, self.stage.start_from, tuple(self.stage.fresh))
+        self.encoder_digest = model.encoder.digest()
+        return model
 
     @property
     def vlm(self) -> VLM:
@@ -95,13 +100,16 @@ class LitVLM(LightningModule):
     def input_spec(self) -> InputSpec:
         """What the data side must know of this model."""
         model = self.vlm
-        teachers = {name: head.teacher for name, head in model.heads.items() if isinstance(head, Head)}
+        heads = {name: head.teacher for name, head in model.heads.items() if isinstance(head, Head)}
+        teachers = {name: teacher for name, teacher in heads.items() if teacher is not None}
         return InputSpec(
             tokenizer=model.decoder.tokenizer,
             pixels=model.encoder.pixels,
             patch_grid=model.encoder.patch_grid,
             grid_map=model.projector.grid_map,
-            teacher_pixels={name: teacher.pixels for name, teacher in teachers.items() if teacher is not None},
+            teacher_pixels={name: teacher.pixels for name, teacher in teachers.items()},
+            networks={ENCODER: f"{model.encoder.identity()} weights {self.encoder_digest}"}
+            | {name: teacher.identity() for name, teacher in teachers.items()},
         )
 
     def configure_optimizers(self) -> OptimizerLRScheduler:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
@@ -33,6 +34,25 @@ class Part(nn.Module):
     def blocks(self) -> Iterable[nn.Module]:
         """The repeated blocks: the units that sharded training gathers one at a time."""
         return ()
+
+    def identity(self) -> str:
+        """Class, plain settings, and names and shapes of all weights, as text that two alike parts have in common."""
+        settings = {
+            key: value
+            for key, value in sorted(vars(self).items())
+            if not key.startswith("_") and key != "training" and isinstance(value, str | int | float | bool | None)
+        }
+        shapes = sorted((name, tuple(tensor.shape)) for name, tensor in self.state_dict().items())
+        digest = hashlib.sha256(repr(shapes).encode()).hexdigest()[:12]
+        return f"{type(self).__qualname__} {settings} {digest}"
+
+    def digest(self) -> str:
+        """A hash of all weights; not for parts that are sharded or on the meta device."""
+        hashes = [
+            (name, torch.hash_tensor(tensor).view(torch.int64).item())
+            for name, tensor in sorted(self.state_dict().items())
+        ]
+        return hashlib.sha256(repr(hashes).encode()).hexdigest()[:12]
 
     def frozen(self) -> bool:
         """Whether no parameter of this part trains."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from lit_vlm.batch import IGNORE, BadSample, Batch, Images, SampleInfo, find_targets
+from lit_vlm.batch import IGNORE, BadSample, Batch, Images, SampleInfo, VisualTokens, find_targets
 from lit_vlm.data.batching import first_fit_decreasing
 from lit_vlm.data.encode import Sample
 
@@ -28,7 +28,11 @@ def collate_prompts(samples: Sequence[Sample], bad: Sequence[BadSample] = (), pa
 
 
 def make_rows(
-    rows: Sequence[Sequence[Sample]], bad: Sequence[BadSample] = (), pad_id: int = 0, left: bool = False
+    rows: Sequence[Sequence[Sample]],
+    bad: Sequence[BadSample] = (),
+    pad_id: int = 0,
+    left: bool = False,
+    prepared: Sequence[str] = (),
 ) -> Batch:
     """Lay samples out in rows.
 
@@ -39,6 +43,7 @@ def make_rows(
         bad: samples that were left out.
         pad_id: token id at padding.
         left: pad in front instead of behind.
+        prepared: names under which features were prepared; a batch has them all, without images too.
     """
     lengths = [sum(len(sample) for sample in row) for row in rows] or [1]
     shape = (len(lengths), max(lengths))
@@ -88,5 +93,13 @@ def make_rows(
             name: Images.pack([image for sample in ordered for image in sample.teacher_images.get(name, ())])
             for name in sorted(names)
         },
+        prepared={name: _features(ordered, name) for name in prepared},
         bad=(*bad, *notes),
     )
+
+
+def _features(samples: Sequence[Sample], name: str) -> VisualTokens:
+    """What was prepared for one reader, of all images in order."""
+    pairs = [pair for sample in samples for pair in sample.features.get(name, ())]
+    features = torch.cat([features for features, _ in pairs]) if pairs else torch.empty(0, 0)
+    return VisualTokens(features, tuple(grid for _, grid in pairs))

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,12 +21,11 @@ from lit_vlm.batch import BadSample
 from lit_vlm.data.parallel import Block, blocks_of, run_blocks
 from lit_vlm.data.records import Image, RecordError, image_bytes, open_image
 from lit_vlm.data.scan import id_value
+from lit_vlm.data.shards import CHUNK_BYTES, PARTS, claim, finish_part, merge, part_folder, read_part
 from lit_vlm.data.sources.base import Source
 from lit_vlm.data.sources.converted import RECORDS, VERSION, SetInfo, encode_record
 from lit_vlm.pretrained import resolve
 
-PARTS = "parts"
-CHUNK_BYTES = 1 << 26
 BLOCK = 4096
 
 
@@ -86,8 +84,7 @@ class ConvertBlock:
         items.done()
         outlines.done()
         finished = {**stats, "digest": digest.hexdigest(), "bad": [sample._asdict() for sample in bad]}
-        (folder / "part.json.partial").write_text(json.dumps(finished), encoding="utf-8")
-        (folder / "part.json.partial").replace(folder / "part.json")
+        finish_part(folder, finished)
         return finished
 
     def _verified(self, image: Image) -> tuple[bytes, tuple[int, int]]:
@@ -129,43 +126,19 @@ def convert(
     """
     size = max(16, min(BLOCK, -(-len(source) // (8 * max(1, workers)))))
     plan = {"version": VERSION, "source": source.fingerprint(), "records": len(source), "min_side": min_side}
-    size = _claim(out, plan | {"tokenizer": tokenizer}, size)
+    size = claim(out, plan | {"tokenizer": tokenizer}, size)
     blocks = blocks_of(len(source), size)
-    missing = [block for block in blocks if not (part_folder(out, block.index) / "part.json").is_file()]
-    done = len(source) - sum(block.end - block.start for block in missing)
+    missing = [block for block in blocks if read_part(out, block.index) is None]
+    done = [block for block in blocks if block not in missing]
     work = ConvertBlock(source, out, min_side, tokenizer)
     for _ in run_blocks(missing, work, workers, f"converting {source.name}", done):
         pass
-    parts = [json.loads((part_folder(out, b.index) / "part.json").read_text(encoding="utf-8")) for b in blocks]
+    parts = [part for block in blocks if (part := read_part(out, block.index)) is not None]
     bad = [BadSample(**sample) for part in parts for sample in part["bad"]]
     with (out / "bad_samples.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(sample._asdict()) + "\n" for sample in bad)
     _check_share(bad, len(source), max_bad_share, out)
     return _finish(source, out, parts, bad, tokenizer)
-
-
-def part_folder(out: Path, index: int) -> Path:
-    """Where a block is written before the set is put together."""
-    return out / PARTS / f"{index:06d}"
-
-
-def _claim(out: Path, plan: dict[str, Any], size: int) -> int:
-    """Make the folder this conversion's, or see that it is; returns the block size that it began with."""
-    file = out / PARTS / "plan.json"
-    if file.is_file():
-        begun = json.loads(file.read_text(encoding="utf-8"))
-        size = begun.pop("block")
-        if begun != plan:
-            changed = ", ".join(f"{key} {begun.get(key)} → {plan[key]}" for key in plan if begun.get(key) != plan[key])
-            raise ValueError(
-                f"{out} holds an unfinished conversion of something else ({changed}): remove it, or name another folder"
-            )
-        return size
-    if out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} is not empty: remove it, or name another folder")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps({**plan, "block": size}), encoding="utf-8")
-    return size
 
 
 def _check_share(bad: Sequence[BadSample], total: int, share: float, out: Path) -> None:
@@ -185,9 +158,9 @@ def _finish(
     """Put the parts together; `lit_vlm.json` comes last, so that a set that has it is whole."""
     has_images = any(part["images"] for part in parts)
     folders = [part_folder(out, index) for index in range(len(parts))]
-    chunks = _merge(folders, out)
+    chunks = merge(folders, out)
     if has_images:
-        _merge([folder / RECORDS for folder in folders], out / RECORDS)
+        merge([folder / RECORDS for folder in folders], out / RECORDS)
     words, ids = _joined(parts, "words"), _joined(parts, "ids")
     tokens = {"tokenizer": tokenizer, **_statistics(_joined(parts, "tokens"))} if tokenizer else {}
     info = SetInfo(
@@ -225,32 +198,3 @@ def _statistics(values: NDArray[Any]) -> dict[str, float]:
         "p95": float(high),
         "max": int(values.max()),
     }
-
-
-def _merge(folders: Sequence[Path], out: Path) -> list[int]:
-    """One LitData set of several: chunks get a name in order and are linked, so that a stop in between does no harm.
-
-    Returns:
-        items in each chunk.
-    """
-    out.mkdir(exist_ok=True)
-    chunks: list[dict[str, Any]] = []
-    config: dict[str, Any] | None = None
-    for folder in folders:
-        for index in _indices(folder):
-            config = config or index["config"]
-            for chunk in index["chunks"]:
-                name = f"chunk-{len(chunks):06d}.bin"
-                (out / name).unlink(missing_ok=True)
-                os.link(folder / chunk["filename"], out / name)
-                chunks.append({**chunk, "filename": name})
-    scratch = out / "index.json.partial"
-    scratch.write_text(json.dumps({"chunks": chunks, "config": config}), encoding="utf-8")
-    scratch.replace(out / "index.json")
-    return [chunk["chunk_size"] for chunk in chunks]
-
-
-def _indices(folder: Path) -> Iterator[dict[str, Any]]:
-    """LitData's index of a part; there is none when it holds no item."""
-    for file in sorted(folder.glob("*.index.json")):
-        yield json.loads(file.read_text(encoding="utf-8"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -17,6 +18,7 @@ from lit_vlm.data.encode import Sample, SampleEncoder
 from lit_vlm.data.loader import BadSamples, Collate, Loader, SourceDataset
 from lit_vlm.data.mixture import Mixture, Shuffled
 from lit_vlm.data.plan import BatchPlan, Ordering
+from lit_vlm.data.prepared import Prepared
 from lit_vlm.data.scan import modality_length, scan
 from lit_vlm.data.sources import Source
 from lit_vlm.data.spec import InputSpec
@@ -44,6 +46,8 @@ class VLMData(LightningDataModule):
         batching: how samples become rows: `Padded`, `ModalityLength` or `Packed`.
         too_long: whether a longer sample loses its tail (images only as a whole) or is dropped.
         fast_jpeg: decode a JPEG at a fraction of its size where at least twice the size that is needed is left.
+        prepared: folders of features that `lit-vlm prepare targets` made, by the name of a head, or `encoder` for those
+            of a frozen encoder; null computes them online.
         num_workers: loader processes per device.
         seed: of the order of samples.
         bad_samples: what happens to samples that cannot be used.
@@ -62,6 +66,7 @@ class VLMData(LightningDataModule):
         batching: Batching = Padded(),  # noqa: B008 - never changed
         too_long: Literal["truncate", "drop"] = "truncate",
         fast_jpeg: bool = True,
+        prepared: dict[str, str | None] | None = None,
         num_workers: int = 0,
         seed: int = 0,
         bad_samples: BadSamples = BadSamples(),  # noqa: B008 - frozen
@@ -76,6 +81,7 @@ class VLMData(LightningDataModule):
         self.batch_size, self.max_length, self.too_long = batch_size, max_length, too_long
         self.mixture, self.batching, self.fast_jpeg = mixture, batching, fast_jpeg
         self.num_workers, self.seed, self.bad_samples = num_workers, seed, bad_samples
+        self.prepared = {name: Prepared(path) for name, path in (prepared or {}).items() if path is not None}
         self._train: Loader | None = None
         self._resume: dict[str, Any] | None = None
 
@@ -97,15 +103,26 @@ class VLMData(LightningDataModule):
         return self._split[1]
 
     def encoder(self, spec: InputSpec, prompt: bool = False) -> SampleEncoder:
-        """How a record becomes a sample of this stage."""
-        return SampleEncoder(
-            spec, self.template, self.transform, self.max_length, self.too_long, prompt, self.fast_jpeg
-        )
+        """How a record becomes a sample of this stage, with nothing prepared."""
+        how = (spec, self.template, self.transform, self.max_length, self.too_long, prompt, self.fast_jpeg)
+        return SampleEncoder(*how)
 
-    def collator(self, spec: InputSpec, prompt: bool = False) -> Collate:
+    def train_encoder(self, spec: InputSpec) -> SampleEncoder:
+        """The same for training, which reads what was prepared; held-out images are always seen anew."""
+        encode = self.encoder(spec)
+        for name, prepared in self.prepared.items():
+            if name not in spec.networks:
+                raise ValueError(f"data.prepared names '{name}'; this model has {', '.join(spec.networks)}")
+            fingerprints = {source.name: source.fingerprint() for source in self.given_train}
+            prepared.check(name, spec.networks[name], encode.preprocessing(), fingerprints)
+        return replace(encode, prepared=self.prepared)
+
+    def collator(self, spec: InputSpec, prompt: bool = False, prepared: Sequence[str] = ()) -> Collate:
         """How rows of samples become a batch of this stage."""
         pad_id = spec.tokenizer.pad_token_id
-        return partial(_collate_rows_of_prompts if prompt else make_rows, pad_id=pad_id)
+        if prompt:
+            return partial(_collate_rows_of_prompts, pad_id=pad_id)
+        return partial(make_rows, pad_id=pad_id, prepared=prepared)
 
     def plan(
         self, sources: Sequence[Source], spec: InputSpec, rank: int, layout: Layout, shuffle: bool, prompt: bool = False
@@ -170,7 +187,8 @@ class VLMData(LightningDataModule):
         module = cast("LitVLM", self.trainer.lightning_module)
         spec = module.input_spec
         prompt = phase == "predict"
-        dataset = SourceDataset(sources, self.encoder(spec, prompt))
+        encode = self.train_encoder(spec) if phase == "train" else self.encoder(spec, prompt)
+        dataset = SourceDataset(sources, encode)
         if not len(dataset):
             raise ValueError(f"data.{'train' if phase == 'train' else 'val'} holds no sample")
         rank = self.trainer.global_rank
@@ -179,7 +197,7 @@ class VLMData(LightningDataModule):
         return Loader(
             dataset,
             self.plan(sources, spec, rank, layout, phase == "train", prompt),
-            self.collator(spec, prompt),
+            self.collator(spec, prompt, tuple(encode.prepared)),
             num_workers=self.num_workers,
             window=window,
             bad_samples=self.bad_samples,

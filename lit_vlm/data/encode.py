@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from torch import Tensor
 
-from lit_vlm.batch import IGNORE, BadSample, Grid
+from lit_vlm.batch import ENCODER, IGNORE, BadSample, Grid
+from lit_vlm.data.prepared import Prepared
 from lit_vlm.data.records import Image, Record, RecordError, decode_image, image_size
 from lit_vlm.data.scan import describe
 from lit_vlm.data.sources.base import Source
@@ -33,6 +34,7 @@ class Sample:
         grids: layout of each image's tokens.
         images: uint8 `[3, h, w]` each.
         teacher_images: the same images as each head's teacher wants them.
+        features: what was prepared of the same images, with its layout, by the name of a head or `encoder`.
         options: answers to choose from.
         note: what was cut off, if anything.
     """
@@ -45,6 +47,7 @@ class Sample:
     grids: list[Grid] = field(default_factory=list)
     images: list[Tensor] = field(default_factory=list)
     teacher_images: dict[str, list[Tensor]] = field(default_factory=dict)
+    features: dict[str, list[tuple[Tensor, Grid]]] = field(default_factory=dict)
     options: tuple[str, ...] = ()
     note: BadSample | None = None
 
@@ -131,6 +134,7 @@ class SampleEncoder:
         too_long: whether a longer sample loses its tail (whole images only) or is dropped.
         prompt: write only up to the next answer, for generation.
         fast_jpeg: decode a JPEG at a fraction of its size where that leaves at least twice what is needed.
+        prepared: features that are read instead of computed, by the name of a head or `encoder`.
     """
 
     spec: InputSpec
@@ -140,6 +144,7 @@ class SampleEncoder:
     too_long: Literal["truncate", "drop"] = "truncate"
     prompt: bool = False
     fast_jpeg: bool = False
+    prepared: Mapping[str, Prepared] = field(default_factory=dict)
 
     def __call__(self, record: Record, image_folder: Path) -> Sample:
         """Encode one record.
@@ -165,16 +170,34 @@ class SampleEncoder:
         return sample
 
     def _add_image(self, sample: Sample, image: Image, folder: Path) -> None:
-        picture, size = decode_image(image, folder, self._scale if self.fast_jpeg else None)
-        pixels = self.transform(picture, self.spec.pixels, size)
-        grid = self.spec.grid(pixels.shape[1], pixels.shape[2])
+        for name, prepared in self.prepared.items():
+            sample.features.setdefault(name, []).append(prepared.features(image, folder))
+        for name, pixels in self.pixels(image, folder).items():
+            if name == ENCODER:
+                sample.images.append(pixels)
+                grid = self.spec.grid(pixels.shape[1], pixels.shape[2])
+            else:
+                sample.teacher_images.setdefault(name, []).append(pixels)
+        if ENCODER in self.prepared:
+            grid = self.spec.grid_map(sample.features[ENCODER][-1][1])
         sample.image_starts.append(len(sample.ids))
         sample.grids.append(grid)
-        sample.images.append(pixels)
-        for name, wanted in self.spec.teacher_pixels.items():
-            sample.teacher_images.setdefault(name, []).append(self.transform(picture, wanted, size))
         sample.ids += [0] * grid.num_tokens
         sample.labels += [IGNORE] * grid.num_tokens
+
+    def pixels(self, image: Image, folder: Path) -> dict[str, Tensor]:
+        """uint8 `[3, h, w]` of an image for the encoder and for each teacher, where no features were prepared."""
+        wanted = {ENCODER: self.spec.pixels} | self.spec.teacher_pixels
+        missing = {name: pixels for name, pixels in wanted.items() if name not in self.prepared}
+        if not missing:
+            return {}
+        picture, size = decode_image(image, folder, self._scale if self.fast_jpeg else None)
+        return {name: self.transform(picture, pixels, size) for name, pixels in missing.items()}
+
+    def preprocessing(self) -> str:
+        """How pictures are decoded and resized, as text: what prepared features depend on besides the network."""
+        wanted = [(name, self.spec.teacher_pixels[name]) for name in sorted(self.spec.teacher_pixels)]
+        return f"{describe(self.transform)} fast_jpeg={self.fast_jpeg} encoder={self.spec.pixels} teachers={wanted}"
 
     def _scale(self, size: Size) -> float:
         """By how much a picture is shrunk for whoever wants most of it."""
@@ -230,6 +253,8 @@ class SampleEncoder:
                 detail += f"; {len(sample.grids) - index} of {len(sample.grids)} images cut off"
                 for images in (sample.images, *sample.teacher_images.values()):
                     del images[index:]
+                for features in sample.features.values():
+                    del features[index:]
                 del sample.image_starts[index:], sample.grids[index:]
                 break
         del sample.ids[end:], sample.labels[end:]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,19 +40,15 @@ def _one(items: Sequence[Any]) -> Any:
     return items[0]
 
 
-def run_blocks(
-    blocks: Sequence[Block], function: Callable[[Block], Any], workers: int, title: str, done: int = 0
-) -> Iterator[Any]:
-    """The result of each block, in order.
+@contextmanager
+def progress_bar(title: str, blocks: Sequence[Block], missing: Sequence[Block]) -> Iterator[Callable[[Block], None]]:
+    """A bar over the records of blocks, which goes to the terminal only; gives a function that says that one is done.
 
     Args:
-        blocks: what is to be done.
-        function: run in a worker; it pickles, and so does its result.
-        workers: processes; 0 works in this one.
-        title: of the progress bar, which goes to the terminal only.
-        done: records that were done before.
+        title: what is being done.
+        blocks: all of them.
+        missing: those that were not done before.
     """
-    loader = DataLoader(_Work(blocks, function), batch_size=1, num_workers=min(workers, len(blocks)), collate_fn=_one)
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -61,10 +58,35 @@ def run_blocks(
         TimeRemainingColumn(),
     )
     with Progress(*columns) as progress:
-        total = done + sum(block.end - block.start for block in blocks)
-        task = progress.add_task(title, total=total, completed=done, rate="")
-        for block, result in zip(blocks, loader, strict=True):
+        total, left = (sum(block.end - block.start for block in some) for some in (blocks, missing))
+        task = progress.add_task(title, total=total, completed=total - left, rate="")
+
+        def advance(block: Block) -> None:
             progress.advance(task, block.end - block.start)
             speed = progress.tasks[task].finished_speed or progress.tasks[task].speed
             progress.update(task, rate=f"{speed:,.0f}/s" if speed else "")
+
+        yield advance
+
+
+def run_blocks(
+    blocks: Sequence[Block],
+    function: Callable[[Block], Any],
+    workers: int,
+    title: str,
+    done: Sequence[Block] = (),
+) -> Iterator[Any]:
+    """The result of each block, in order.
+
+    Args:
+        blocks: what is to be done.
+        function: run in a worker; it pickles, and so does its result.
+        workers: processes; 0 works in this one.
+        title: of the progress bar.
+        done: blocks that were done before.
+    """
+    loader = DataLoader(_Work(blocks, function), batch_size=1, num_workers=min(workers, len(blocks)), collate_fn=_one)
+    with progress_bar(title, [*done, *blocks], blocks) as advance:
+        for block, result in zip(blocks, loader, strict=True):
+            advance(block)
             yield result

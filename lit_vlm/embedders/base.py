@@ -43,7 +43,7 @@ def scatter_visual(embeds: Tensor, batch: Batch, visual: VisualTokens) -> Tensor
     Raises:
         ValueError: when encoder and collator disagree about the number of tokens.
     """
-    if not batch.images:
+    if not batch.image_grids:
         return embeds + 0 * visual.features.sum().to(embeds.dtype)
     if visual.grids != batch.image_grids:
         raise ValueError(

@@ -46,5 +46,6 @@ class Head(Part, ABC):
         Args:
             states: `[b, s, d]` for each of `taps`.
             batch: where everything is.
-            teacher_images: `Images` as the teacher wants them, of the same images in the same order, or None.
+            teacher_images: `Images` as the teacher wants them, of the same images in the same order; or the teacher's
+                features of them (`VisualTokens`), if they were prepared; or None.
         """

@@ -49,12 +49,12 @@ class FeatureDistillation(Head):
     def forward(self, states: Mapping[int, Tensor], batch: Batch, teacher_images: object) -> Tensor:
         """Sum over images of the mean distance of their tokens."""
         hidden = states[self.layer].flatten(0, 1)
-        if not batch.images:
+        if not batch.image_grids:
             return 0 * self.predictor(hidden[:1]).float().sum()
         assert self.teacher is not None
-        assert isinstance(teacher_images, Images)
+        assert isinstance(teacher_images, Images | VisualTokens)
         student = self.predictor(hidden[batch.image_positions])  # [t, width of the teacher]
-        targets = _on_grids(self.teacher(teacher_images), batch.image_grids)
+        targets = _on_grids(self.teacher.targets(teacher_images), batch.image_grids)
         distances = DISTANCES[self.distance](student, targets)
         lengths = torch.tensor([grid.num_tokens for grid in batch.image_grids], device=distances.device)
         return (distances / lengths.repeat_interleave(lengths)).sum()

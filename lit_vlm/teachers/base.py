@@ -27,6 +27,14 @@ class Teacher(ABC):
     def __call__(self, images: Images) -> VisualTokens:
         """Target features of all images, `[t, width]`, without a graph; on the device of the pixels."""
 
+    @abstractmethod
+    def identity(self) -> str:
+        """What decides its features, as text: prepared features of another teacher are refused."""
+
+    def targets(self, given: Images | VisualTokens) -> VisualTokens:
+        """Features of images, computed now or before; fp32 if they were prepared."""
+        return VisualTokens(given.features.float(), given.grids) if isinstance(given, VisualTokens) else self(given)
+
 
 class EncoderTeacher(Teacher):
     """Any encoder as a teacher.
@@ -42,6 +50,10 @@ class EncoderTeacher(Teacher):
         self.width = self.encoder.width
         self.pixels = self.encoder.pixels
         self._ready = False
+
+    def identity(self) -> str:
+        """The encoder's."""
+        return self.encoder.identity()
 
     def _prepare(self, device: torch.device) -> None:
         state = self.encoder.pretrained_state()

@@ -228,8 +228,8 @@ def fill(console: Console, count: int = 20_000) -> None:
             full = taken.sum() / (taken.size * 4 * capacity)
             apart = (taken[:, :-1].min(0) / taken[:, :-1].max(0)).min()
             console.print(
-                f"{tokens} visual tokens, rows of {capacity}: fill {full:.1%}; fewest over most tokens of 8 ranks in a step "
-                f"{apart:.1%}; plan of {count:,} samples in {seconds:.2f} s"
+                f"{tokens} visual tokens, rows of {capacity}: fill {full:.1%}; fewest over most tokens of 8 ranks "
+                f"in a step {apart:.1%}; plan of {count:,} samples in {seconds:.2f} s"
             )
 
 

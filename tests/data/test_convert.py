@@ -393,7 +393,7 @@ def test_another_source_is_not_mixed_into_an_unfinished_conversion(tmp_path: Pat
 
     with pytest.raises(KeyboardInterrupt):
         convert(Stops("n", 400), tmp_path / "out")
-    with pytest.raises(ValueError, match=r"unfinished conversion of something else \(.*records 400 → 300"):
+    with pytest.raises(ValueError, match=r"unfinished work on something else \(.*records 400 → 300"):
         convert(Count("n", 300), tmp_path / "out")
     convert(Count("n", 400), tmp_path / "out")
     with pytest.raises(ValueError, match="is not empty"):

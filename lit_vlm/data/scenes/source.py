@@ -20,7 +20,7 @@ from lit_vlm.data.sources.base import Source
 
 Kind = Literal["captions", "questions", "text", "interleaved"]
 Split = Literal["train", "held_out"]
-VERSION = 1
+VERSION = 2
 """Goes up whenever the same arguments give other records."""
 PROMPT = "Describe the scene."
 
@@ -111,7 +111,7 @@ class Scenes(Source):
             raise IndexError(f"index is {index}; the source has {self.count} samples")
         seed = f"{self.split}-{self.kind}-{self.seed}-{index}"
         rng = random.Random(f"record-{seed}")
-        question_kind = self.question_kinds[index % len(self.question_kinds)]
+        question_kind = self._kind_of(index)
         if self.kind == "captions":
             return self._caption(index, seed, rng)
         if self.kind == "questions":
@@ -119,6 +119,12 @@ class Scenes(Source):
         if self.kind == "text":
             return self._text(index, seed, rng, question_kind), []
         return self._interleaved(index, seed, rng, question_kind)
+
+    def _kind_of(self, index: int) -> QuestionKind:
+        """Kinds come once in a round, in random order: whoever takes every n-th record meets them all."""
+        turn, place = divmod(index, len(self.question_kinds))
+        rng = random.Random(f"kinds-{self.seed}-{turn}")
+        return rng.sample(self.question_kinds, len(self.question_kinds))[place]
 
     def _blank(self) -> Image:
         return Image(size=(self.size, self.size))
@@ -139,10 +145,10 @@ class Scenes(Source):
         description, question = text_document(kind, seed)
         if rng.random() < 0.5:
             text = f"{description}\nQuestion: {question.text}\nAnswer: {question.answer}"
-            return Record(f"text-{index}", self.name, (Message("document", (Text(text),)),))
+            return Record(f"text-{kind}-{index}", self.name, (Message("document", (Text(text),)),))
         user = Message("user", (Text(f"{description}\n{question.text}"),))
         answer = Message("assistant", (Text(question.answer),))
-        return Record(f"text-{index}", self.name, (user, answer), question.options)
+        return Record(f"text-{kind}-{index}", self.name, (user, answer), question.options)
 
     def _interleaved(self, index: int, seed: str, rng: random.Random, kind: QuestionKind) -> tuple[Record, list[Scene]]:
         as_statements = rng.random() < 0.5
@@ -153,7 +159,7 @@ class Scenes(Source):
             told = question.statement if as_statements else f"Question: {question.text}\nAnswer: {question.answer}"
             content += [self._blank(), Text(f"\n{told}" if shot == self.shots - 1 else f"\n{told}\n\n")]
             scenes.append(scene)
-        return Record(f"interleaved-{index}", self.name, (Message("document", tuple(content)),)), scenes
+        return Record(f"interleaved-{kind}-{index}", self.name, (Message("document", tuple(content)),)), scenes
 
 
 def _check_choice(argument: str, value: str, choices: tuple[str, ...]) -> None:

@@ -1,0 +1,81 @@
+"""`lit-vlm prepare targets`: features of teachers or of a frozen encoder, computed once before training."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.multiprocessing as mp
+from rich.console import Console
+
+from lit_vlm.batch import ENCODER
+from lit_vlm.cli import lightning_cli
+from lit_vlm.data.datamodule import VLMData
+from lit_vlm.module import LitVLM
+from lit_vlm.prepare import Settings, begin, finish, write_parts
+
+
+def main(argv: Sequence[str]) -> None:
+    """Prepare the features of one network over the training data of a stage."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if arguments.what != "targets":
+        parser.error(f"there is nothing called '{arguments.what}' to prepare; write: lit-vlm prepare targets")
+    module, data = _open(rest)
+    teachers = [name for name in module.input_spec.networks if name != ENCODER]
+    of = arguments.of or (teachers[0] if len(teachers) == 1 else None)
+    if of is None:
+        raise ValueError(f"name what to prepare with --of: {', '.join([*teachers, ENCODER])}")
+    devices = torch.cuda.device_count() or 1
+    begin(module, data, of, arguments.out, arguments.dtype)
+    if devices > 1:
+        mp.spawn(_work, (rest, of, arguments, devices), nprocs=devices)  # type: ignore[attr-defined]
+    else:
+        _work(0, rest, of, arguments, devices)
+    info = finish(module, data, of, arguments.out, arguments.dtype)
+    console = Console(highlight=False)
+    size = sum(file.stat().st_size for file in arguments.out.glob("chunk-*.bin"))
+    console.print(
+        f"{arguments.out}: features of {info.images:,} images, {info.width} wide, {size / 2**20:,.1f} MiB as "
+        f"{info.dtype}, relative error {info.error:.2e}\nread them with --data.prepared.{of} {arguments.out}",
+        soft_wrap=True,
+    )
+
+
+def _open(config: Sequence[str]) -> tuple[LitVLM, VLMData]:
+    cli = lightning_cli([*config, "--trainer.logger", "false"], run=False)
+    cli.model.model = cli.model.build().eval()
+    return cli.model, cli.datamodule
+
+
+def _work(rank: int, config: Sequence[str], of: str, arguments: argparse.Namespace, devices: int) -> None:
+    module, data = _open(config)
+    device = f"cuda:{rank}" if torch.cuda.is_available() else "cpu"
+    module.vlm.encoder.to(device)
+    settings = Settings(arguments.dtype, arguments.batch_size, arguments.workers, device, rank, devices)
+    write_parts(module, data, of, arguments.out, settings)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lit-vlm prepare targets",
+        description="Compute the features of a head's teacher, or of the frozen encoder, for all images that a stage "
+        "trains on, and write them as a LitData set. Work that was stopped goes on with the same command.",
+        epilog="All other flags are those of lit-vlm fit: --config FILE (several), --data.transform Resize, ... "
+        "Training reads the set with --data.prepared.NAME OUT.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("what", metavar="targets")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the new set")
+    parser.add_argument("--of", help="name of the head, or encoder (default: the only head with a teacher)")
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "int8"),
+        default="bfloat16",
+        help="int8 has a scale for each channel of an image; the error is reported (bfloat16)",
+    )
+    parser.add_argument("--batch-size", type=int, default=32, help="records at a time (32)")
+    parser.add_argument("--workers", type=int, default=0, help="loader processes per device (0)")
+    return parser
