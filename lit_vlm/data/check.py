@@ -42,8 +42,13 @@ class _CheckBlock:
             return
         if sum(len(image.data or b"") for image in record.images) != len(item["images"]):
             yield "its images and their sizes in bytes do not agree"
-        if [image.size for image in self.source.outline(index).images] != [image.size for image in record.images]:
-            yield f"differs from its entry in {RECORDS}/"
+        try:
+            same = self.source.outline(index) == decode_record(item["record"], None, self.source.name)
+        except Exception as error:
+            yield f"its entry in {RECORDS}/ cannot be read: {type(error).__name__}: {error}"
+        else:
+            if not same:
+                yield f"differs from its entry in {RECORDS}/"
         for number, image in enumerate(record.images if self.decode else ()):
             try:
                 size = open_image(Image(data=image.data), Path()).size
@@ -84,7 +89,7 @@ def check_set(path: str, decode: bool, workers: int = 0) -> list[str]:
 
 
 def _missing_files(source: Converted) -> Iterator[str]:
-    """Chunks that LitData's indices name and that are not there, or are of another size; for a set on disk."""
+    """Chunks that LitData's indices name and that are not there; for a set on disk."""
     if source.remote:
         return
     for folder in (Path(source.path), Path(source.path) / RECORDS):

@@ -20,7 +20,7 @@ import lit_vlm
 from lit_vlm.batch import BadSample
 from lit_vlm.data.parallel import Block, blocks_of, run_blocks
 from lit_vlm.data.records import Image, RecordError, image_bytes, open_image
-from lit_vlm.data.scan import id_value
+from lit_vlm.data.scan import describe, id_value
 from lit_vlm.data.shards import CHUNK_BYTES, PARTS, claim, finish_part, merge, part_folder, read_part
 from lit_vlm.data.sources.base import Source
 from lit_vlm.data.sources.converted import RECORDS, VERSION, SetInfo, encode_record
@@ -124,8 +124,18 @@ def convert(
         TooManyBad: the finished parts stay, so that a larger share goes on from there.
         ValueError: when `out` holds something else.
     """
+    if tokenizer is not None:
+        AutoTokenizer.from_pretrained(resolve(tokenizer))  # a wrong name is told before anything is written
+    if (inside := getattr(source, "path", None)) is not None and out.resolve().is_relative_to(Path(inside).resolve()):
+        raise ValueError(f"{out} lies inside the source {inside}, which would then read it: name another folder")
     size = max(16, min(BLOCK, -(-len(source) // (8 * max(1, workers)))))
-    plan = {"version": VERSION, "source": source.fingerprint(), "records": len(source), "min_side": min_side}
+    plan = {
+        "version": VERSION,
+        "source": source.fingerprint(),
+        "records": len(source),
+        "reader": describe(source),
+        "min_side": min_side,
+    }
     size = claim(out, plan | {"tokenizer": tokenizer}, size)
     blocks = blocks_of(len(source), size)
     missing = [block for block in blocks if read_part(out, block.index) is None]

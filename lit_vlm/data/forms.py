@@ -11,7 +11,7 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from lit_vlm.data.sources import Captions, ChatJsonl, LlavaJson, Mmc4, Parquet, Pictures, Source, Texts, WebDataset
-from lit_vlm.data.sources.base import IMAGE_SUFFIXES
+from lit_vlm.data.sources.base import IMAGE_SUFFIXES, list_files
 
 FORMS: dict[str, type[Source]] = {
     form.__name__: form for form in (LlavaJson, ChatJsonl, Parquet, WebDataset, Mmc4, Texts, Captions, Pictures)
@@ -58,7 +58,7 @@ def recognise(path: Path) -> str:
             if suffix in suffixes:
                 return form
         if ".jsonl" in suffixes:
-            return _by_line(next(iter(sorted(path.rglob("*.jsonl")))))
+            return _by_line(list_files(path, [".jsonl"])[0])
         if suffixes & set(IMAGE_SUFFIXES):
             return "Captions" if ".txt" in suffixes else "Pictures"
         raise ValueError(f"{path} holds none of .tar, .parquet, .jsonl or images: name its form with --form")
@@ -83,7 +83,7 @@ def _by_line(path: Path) -> str:
         for line in file:
             try:
                 first: Any = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
             keys = set(first) if isinstance(first, dict) else set()
             if {"text_list", "image_info"} <= keys:

@@ -132,6 +132,7 @@ class Loader:
         Raises:
             ValueError: when the plan differs, so that the order of samples could not be the same.
         """
+        self.batch_sampler.epoch = state["epoch"]
         mine, saved = self.batch_sampler.identity(), state["plan"]
         if changed := [key for key in {**mine, **saved} if mine.get(key) != saved.get(key)]:
             found = "; ".join(f"{key}: {saved.get(key)} then, {mine.get(key)} now" for key in changed)
@@ -140,7 +141,6 @@ class Loader:
                 "Resume with the same data, seed and devices × batch size, or start a new run from its weights "
                 "with model.stage.start_from"
             )
-        self.batch_sampler.epoch = state["epoch"]
         self.batch_sampler.start = state["batches"] if state["batches"] < len(self) else 0
         self._done = self.batch_sampler.start
 

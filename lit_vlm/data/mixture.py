@@ -81,14 +81,18 @@ class Weighted(Mixture):
             ValueError: for weights of unknown or missing sources, or when the caps leave too little.
         """
         sizes = np.array([len(source) for source in sources], np.float64)
+        if not self.temperature > 0 or (self.samples is not None and self.samples < 1):
+            raise ValueError(
+                f"Weighted: temperature is above 0 and samples at least 1, not {self.temperature} and {self.samples}"
+            )
         if self.weights is None:
             shares = np.where(sizes > 0, sizes, 0) ** (1 / self.temperature)
         else:
             weights = _by_name(self.weights, sources, "data.mixture.weights")
             if missing := [source.name for source in sources if source.name not in weights]:
                 raise ValueError(f"data.mixture.weights lacks {', '.join(missing)} (0 leaves a source out)")
-            shares = np.array([weights[source.name] for source in sources], np.float64)
-        if (shares < 0).any() or not shares.sum():
+            shares = np.where(sizes > 0, [weights[source.name] for source in sources], 0.0)
+        if not (shares >= 0).all() or not shares.sum():
             raise ValueError(f"data.mixture.weights are {self.weights}; weights are not negative, and one is above 0")
         total = self.samples or int(sizes.sum())
         caps = np.full(len(sizes), np.inf) if self.max_passes is None else np.floor(sizes * self.max_passes)
@@ -110,6 +114,12 @@ class Interleaved(Mixture):
         """The ranks' orders, batch by batch."""
         size, world = layout.batch_size, layout.world_size
         usable = [len(source) // (world * size) * size for source in sources]
+        for source, count in zip(sources, usable, strict=True):
+            if len(source) and not count:
+                raise ValueError(
+                    f"Interleaved takes whole batches of each source on each rank, and '{source.name}' has "
+                    f"{len(source)} samples for {world} × {size}: use fewer rows, or data.mixture Shuffled"
+                )
         total = sum(usable)
         places = _even_places(usable)
         starts = np.cumsum([0, *(len(source) for source in sources)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -47,9 +48,9 @@ class BatchPlan:
     """Which samples each step of an epoch takes, for one rank.
 
     The order depends on the seed and the epoch only. A global batch is a stretch of it, dealt out to the ranks, so any
-    number of ranks sees the same global batches as long as ranks × batch size stays the same. No sample is dropped:
-    the last batch may be short, and even empty on some rank. Every epoch has as many batches as the first, so that the
-    steps of a run are known when it starts.
+    number of ranks sees the same global batches as long as ranks × batch size stays the same. No sample of the order is
+    dropped: the last batch may be short, and even empty on some rank. Every epoch has as many batches as the first, so
+    that the steps of a run are known when it starts.
 
     Args:
         ordering: what decides the order.
@@ -94,19 +95,29 @@ class BatchPlan:
         """What must be the same for the order of samples to be the same."""
         ordering, layout = self.ordering, self.layout
         same = {
-            "sources": {source.name: source.fingerprint() for source in ordering.sources},
+            "sources": [[source.name, source.fingerprint()] for source in ordering.sources],
             "mixture": describe(ordering.mixture),
             "batching": describe(ordering.batching),
             "seed": ordering.seed,
             "rows per micro-batch on all devices": layout.rows,
             "samples": self.num_samples,
             "batches": len(self),
+            "order": self._order_digest(),
         }
         if ordering.mixture.by_rank:
             same["batch_size"] = layout.batch_size
         if ordering.batching.by_step:
             same["accumulate_grad_batches"] = layout.accumulate
         return same
+
+    def _order_digest(self) -> str:
+        """A hash of this epoch's rows; of its steps, where a batching deals a step out by the number of ranks."""
+        plan = self._plan(self.epoch)
+        samples = plan.samples
+        if self.ordering.batching.by_step:
+            step = self.layout.rows * self.layout.accumulate
+            samples = np.concatenate([np.sort(samples[i : i + step]) for i in range(0, max(1, len(samples)), step)])
+        return hashlib.sha256(samples.tobytes() + plan.ends.tobytes()).hexdigest()[:16]
 
     def _rows(self, plan: EpochPlan, batch: int) -> list[list[int]]:
         size = self.layout.batch_size

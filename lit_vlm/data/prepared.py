@@ -18,7 +18,7 @@ from litdata import StreamingDataset
 from torch import Tensor
 
 from lit_vlm.batch import Grid
-from lit_vlm.data.records import Image, image_bytes
+from lit_vlm.data.records import Image, RecordError, image_bytes
 
 VERSION = 1
 INFO = "prepared.json"
@@ -143,14 +143,12 @@ class Prepared:
         """Features `[t, width]` of an image, and their layout.
 
         Raises:
-            ValueError: when the image is not in the set.
+            RecordError: `missing_features` when the image is not in the set: it could not be read when that was made.
         """
         key = image_key(image_bytes(image, folder))
         row = int(np.searchsorted(self._keys[0], key))
         if row == self._keys.shape[1] or self._keys[0, row] != key:
-            raise ValueError(
-                f"data.prepared.{self.info.what}: {self.path} has no features of {image.path or 'an image'}"
-            )
+            raise RecordError("missing_features", f"{self.path} has no features of {image.path or 'an image'}")
         return unpack_features(self._items()[int(self._keys[1, row])], self.info.dtype)
 
     def _items(self) -> StreamingDataset:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import math
+import struct
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,11 +16,21 @@ from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 import numpy as np
-from PIL import ExifTags, ImageOps
+from PIL import ExifTags
 from PIL import Image as PILImage
 
 Role = Literal["system", "user", "assistant", "document"]
 ROLES: tuple[str, ...] = get_args(Role)
+TURNS = {
+    2: PILImage.Transpose.FLIP_LEFT_RIGHT,
+    3: PILImage.Transpose.ROTATE_180,
+    4: PILImage.Transpose.FLIP_TOP_BOTTOM,
+    5: PILImage.Transpose.TRANSPOSE,
+    6: PILImage.Transpose.ROTATE_270,
+    7: PILImage.Transpose.TRANSVERSE,
+    8: PILImage.Transpose.ROTATE_90,
+}
+"""How a picture is turned upright, by the orientation that its EXIF tag names."""
 MAX_PIXELS = 100_000_000
 """Of one image: a larger one is refused before it is decoded. 100 megapixels are 300 MB in memory."""
 
@@ -96,6 +107,13 @@ class Record:
     source: str
     messages: tuple[Message, ...]
     options: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse text that no file and no tokenizer takes."""
+        try:
+            "".join([self.id, *self.options, *(message.text for message in self.messages)]).encode()
+        except UnicodeEncodeError as error:
+            raise RecordError("malformed", f"its text holds half a character: {error}") from error
 
     @property
     def images(self) -> list[Image]:
@@ -200,8 +218,8 @@ def decode_image(
             width, height = opened.size
             opened.draft(opened.mode, (math.ceil(width * needed), math.ceil(height * needed)))
         opened.load()
-        # Without a tag this would be a copy, as `convert` is below for what is RGB already.
-        turned = ImageOps.exif_transpose(opened) if ExifTags.Base.Orientation in opened.getexif() else opened
+        turn = TURNS.get(opened.getexif().get(ExifTags.Base.Orientation, 1))
+        turned = opened.transpose(turn) if turn is not None else opened
         upright = _eight_bit(turned)
         if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
             layer = upright.convert("RGBA")
@@ -226,7 +244,7 @@ def _opened(image: Image, folder: Path) -> Iterator[PILImage.Image]:
                 yield opened
     except PILImage.DecompressionBombError as error:
         raise RecordError("too_large", f"{image.path or 'image'}: {error}") from error
-    except (OSError, ValueError, SyntaxError, EOFError, OverflowError, MemoryError) as error:
+    except (OSError, ValueError, SyntaxError, EOFError, OverflowError, MemoryError, struct.error) as error:
         if isinstance(error, RecordError):
             raise
         raise RecordError("corrupt_image", f"{image.path or 'image bytes'}: {error}") from error

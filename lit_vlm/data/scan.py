@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 from numpy.typing import NDArray
 
 from lit_vlm.data.parallel import Block, blocks_of, run_blocks
@@ -58,32 +61,30 @@ def scan(
     """
     identity = f"{describe(source)} {source.fingerprint()} {key}"
     file = cache_dir() / "scans" / f"{hashlib.sha256(identity.encode()).hexdigest()[:24]}.npy"
-    if file.is_file():
-        found = np.load(file)
-        if found.shape == (len(source), columns):
-            return found
-    parts = list(
-        run_blocks(
-            blocks_of(len(source), BLOCK),
-            _ScanBlock(source, measure, columns),
-            workers if len(source) > BLOCK else 0,
-            f"{title} {source.name}",
-        )
-    )
-    found = np.concatenate(parts) if parts else np.zeros((0, columns), np.int64)
     file.parent.mkdir(parents=True, exist_ok=True)
-    scratch = file.with_suffix(f".{id(found)}.partial.npy")
-    np.save(scratch, found)
-    scratch.replace(file)
+    # Of the processes of a machine the first one measures, the others wait for it.
+    with FileLock(file.with_suffix(".lock")):
+        if file.is_file():
+            found = np.load(file)
+            if found.shape == (len(source), columns):
+                return found
+        work = _ScanBlock(source, measure, columns)
+        processes = workers if len(source) > BLOCK else 0
+        parts = list(run_blocks(blocks_of(len(source), BLOCK), work, processes, f"{title} {source.name}"))
+        found = np.concatenate(parts) if parts else np.zeros((0, columns), np.int64)
+        scratch = file.with_suffix(f".{os.getpid()}.partial.npy")
+        np.save(scratch, found)
+        scratch.replace(file)
     return found
 
 
 def describe(thing: Any) -> str:
     """Class and plain settings of an object, as a string that is the same for the same settings."""
+    plain = (str, int, float, bool, tuple, list, dict, Path, type(None), Source)
     settings = {
-        key: value
+        key: describe(value) if isinstance(value, Source) else value
         for key, value in vars(thing).items()
-        if not key.startswith("_") and isinstance(value, str | int | float | bool | tuple | list | dict | None)
+        if not key.startswith("_") and isinstance(value, plain)
     }
     return f"{type(thing).__module__}.{type(thing).__qualname__} {json.dumps(settings, sort_keys=True, default=str)}"
 

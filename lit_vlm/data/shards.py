@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ def claim(out: Path, plan: dict[str, Any], block: int) -> int:
         begun = json.loads(file.read_text(encoding="utf-8"))
         block = begun.pop("block")
         if begun != plan:
-            changed = ", ".join(f"{key} {begun.get(key)} → {plan[key]}" for key in plan if begun.get(key) != plan[key])
+            changed = "; ".join(f"{key} {begun.get(key)} → {plan[key]}" for key in plan if begun.get(key) != plan[key])
             raise ValueError(
                 f"{out} holds unfinished work on something else ({changed}): remove it, or name another folder"
             )
@@ -57,7 +58,9 @@ def claim(out: Path, plan: dict[str, Any], block: int) -> int:
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty: remove it, or name another folder")
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps({**plan, "block": block}), encoding="utf-8")
+    scratch = file.with_suffix(".partial")
+    scratch.write_text(json.dumps({**plan, "block": block}), encoding="utf-8")
+    scratch.replace(file)
     return block
 
 
@@ -76,7 +79,10 @@ def merge(folders: Sequence[Path], out: Path) -> list[int]:
             for chunk in index["chunks"]:
                 name = f"chunk-{len(chunks):06d}.bin"
                 (out / name).unlink(missing_ok=True)
-                os.link(folder / chunk["filename"], out / name)
+                try:
+                    os.link(folder / chunk["filename"], out / name)
+                except OSError:  # not every file system has links
+                    shutil.copyfile(folder / chunk["filename"], out / name)
                 chunks.append({**chunk, "filename": name})
     scratch = out / "index.json.partial"
     scratch.write_text(json.dumps({"chunks": chunks, "config": config}), encoding="utf-8")

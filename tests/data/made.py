@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +19,13 @@ class Count(Source):
 
     def __init__(self, name: str, count: int) -> None:
         self.name, self.count, self.image_folder = name, count, Path()
+        self._on_record: Callable[[int], None] = lambda index: None
 
     def __len__(self) -> int:
         return self.count
 
     def record(self, index: int) -> Record:
+        self._on_record(index)
         turns = (Message("user", (Text(f"{index}?"),)), Message("assistant", (Text(f"{self.name} {index}"),)))
         return Record(f"{self.name}-{index}", self.name, turns)
 

@@ -20,12 +20,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image as PILImage
+from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from lit_vlm.cli import main
 from lit_vlm.data.check import check_set
 from lit_vlm.data.convert import TooManyBad, convert
 from lit_vlm.data.forms import open_source, recognise
-from lit_vlm.data.records import Image, Record, Text
+from lit_vlm.data.records import Image, Record, RecordError, Text, open_image
 from lit_vlm.data.sources import Converted, LlavaJson, Source
 from tests.data.made import Count
 
@@ -353,11 +354,9 @@ def test_a_killed_conversion_goes_on_and_ends_the_same(tmp_path: Path) -> None:
         "from pathlib import Path\n"
         "from lit_vlm.data.convert import convert\n"
         "from tests.data.made import Count\n"
-        "class Slow(Count):\n"
-        "    def record(self, index):\n"
-        "        time.sleep(0.01)\n"
-        "        return super().record(index)\n"
-        "convert(Slow('n', 400), Path(sys.argv[1]))\n"
+        "source = Count('n', 400)\n"
+        "source._on_record = lambda index: time.sleep(0.01)\n"
+        "convert(source, Path(sys.argv[1]))\n"
     )
     root = Path(__file__).parents[2]
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "out")], cwd=root, env=os.environ)
@@ -373,26 +372,23 @@ def test_a_killed_conversion_goes_on_and_ends_the_same(tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "lit_vlm.json").exists()
     seen: list[int] = []
 
-    class Watched(Count):
-        def record(self, index: int) -> Record:
-            seen.append(index)
-            return super().record(index)
-
-    info = convert(Watched("n", 400), tmp_path / "out")
+    watched = Count("n", 400)
+    watched._on_record = seen.append
+    info = convert(watched, tmp_path / "out")
     assert len(seen) < 400
     assert info.fingerprint == convert(Count("n", 400), tmp_path / "whole").fingerprint
     assert check_set(str(tmp_path / "out"), decode=False) == []
 
 
 def test_another_source_is_not_mixed_into_an_unfinished_conversion(tmp_path: Path) -> None:
-    class Stops(Count):
-        def record(self, index: int) -> Record:
-            if index == 300:
-                raise KeyboardInterrupt
-            return super().record(index)
+    def stop(index: int) -> None:
+        if index == 300:
+            raise KeyboardInterrupt
 
+    stopped = Count("n", 400)
+    stopped._on_record = stop
     with pytest.raises(KeyboardInterrupt):
-        convert(Stops("n", 400), tmp_path / "out")
+        convert(stopped, tmp_path / "out")
     with pytest.raises(ValueError, match=r"unfinished work on something else \(.*records 400 → 300"):
         convert(Count("n", 300), tmp_path / "out")
     convert(Count("n", 400), tmp_path / "out")
@@ -407,6 +403,9 @@ def test_check_says_what_is_wrong(tmp_path: Path) -> None:
     place = content.rindex(b"answer 4")
     content[place : place + 8] = b"ANSWER 4"
     chunk.write_bytes(content)
+    assert check_set(str(tmp_path / "out"), decode=False) == ["record 4: differs from its entry in records/"]
+    other = tmp_path / "out" / "records" / chunk.name
+    other.write_bytes(other.read_bytes().replace(b"answer 4", b"ANSWER 4"))
     assert ["content has changed" in problem for problem in check_set(str(tmp_path / "out"), decode=False)] == [True]
     chunk.unlink()
     assert check_set(str(tmp_path / "out"), decode=False) == [f"{chunk} is missing"]
@@ -442,3 +441,89 @@ def test_tokens_are_counted_on_request(tmp_path: Path) -> None:
     info = convert(source, tmp_path / "out", tokenizer=tokenizer)
     assert info.tokens["sum"] > info.words["sum"] > 0
     assert info.tokens["tokenizer"] == tokenizer
+
+
+# ----- what an attack on the readers found -----
+
+
+def test_a_reader_with_other_settings_does_not_go_on(tmp_path: Path) -> None:
+    path = write_llava(tmp_path)
+    wrong = open_source(str(path), settings=["image_folder=/nowhere"])
+    with pytest.raises(TooManyBad, match="6 of 7"):
+        convert(wrong, tmp_path / "out")
+    with pytest.raises(ValueError, match="reader"):
+        convert(open_source(str(path)), tmp_path / "out")
+
+
+def test_a_set_is_not_written_into_its_source(tmp_path: Path) -> None:
+    source = open_source(str(write_unpaired(tmp_path)))
+    with pytest.raises(ValueError, match="lies inside the source"):
+        convert(source, tmp_path / "pictures" / "out")
+
+
+def tar_of(path: Path, *names: str) -> bytes:
+    with tarfile.open(path, "w") as tar:
+        for name in names:
+            add(tar, name, picture() if name.lower().endswith(("jpg", "png")) else name.encode())
+    return path.read_bytes()
+
+
+def test_no_member_of_a_tar_is_lost_without_a_word(tmp_path: Path) -> None:
+    tar_of(tmp_path / "a.tar", "a/1.jpg", "a/1.txt", "b/1.JPG", "b/1.txt", "1.5.jpg", "1.5.txt")
+    source = open_source(str(tmp_path / "a.tar"))
+    assert [source.record(i).id for i in range(len(source))] == ["a/1", "b/1", "1.5"]
+    tar_of(tmp_path / "b.tar", "1.jpg", "1.txt", "1.jpg", "1.txt")
+    with pytest.raises(TooManyBad, match="malformed 1"):
+        convert(open_source(str(tmp_path / "b.tar")), tmp_path / "b")
+
+
+@pytest.mark.parametrize("kind", ["damaged header", "cut at a member", "two in one"])
+def test_a_tar_that_cannot_be_read_to_its_end_says_so(kind: str, tmp_path: Path) -> None:
+    content = bytearray(tar_of(tmp_path / "a.tar", "1.jpg", "1.txt", "2.jpg", "2.txt"))
+    if kind == "damaged header":
+        content[content.index(b"2.jpg") + 3] ^= 1
+    elif kind == "cut at a member":
+        content = content[: content.index(b"2.jpg")]
+    else:
+        content += tar_of(tmp_path / "b.tar", "3.jpg", "3.txt")
+    (tmp_path / "a.tar").write_bytes(content)
+    info = convert(open_source(str(tmp_path / "a.tar")), tmp_path / "out", max_bad_share=0.9)
+    assert info.records == (2 if kind == "two in one" else 1)
+    assert info.bad == {"truncated_file": 1}
+
+
+def test_an_unclosed_quote_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('image,caption\na.png,one\nb.png,"two\nc.png,three\n')
+    with pytest.raises(ValueError, match=r"a\.csv, line \d"):
+        open_source(str(tmp_path / "a.csv"))
+
+
+def test_parquet_keeps_options_and_misses_images(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "<image>?"}, {"role": "assistant", "content": "b"}]
+    row: dict[str, Any] = {"messages": turns, "image": picture(), "images": [], "options": ["a", "b"]}
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "a.parquet")
+    record = open_source(str(tmp_path / "a.parquet")).record(0)
+    assert record.options == ("a", "b")
+    assert len(record.images) == 1
+    rows = [{"caption": "x", "image": None}, {"caption": "y", "image": picture()}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "b.parquet")
+    with pytest.raises(RecordError, match="missing_image"):
+        open_source(str(tmp_path / "b.parquet")).record(0)
+    pq.write_table(pa.Table.from_pylist([{"text": "a page"}]), tmp_path / "c.parquet")
+    assert open_source(str(tmp_path / "c.parquet")).record(0).messages[0].role == "document"
+
+
+def test_half_a_character_is_a_malformed_record(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "ok"}\n{"text": "cut \\ud83d"}\n')
+    info = convert(open_source(str(tmp_path / "a.jsonl")), tmp_path / "out", max_bad_share=0.9)
+    assert (info.records, info.bad) == (1, {"malformed": 1})
+
+
+def test_odd_exif_tags_do_no_harm(tmp_path: Path) -> None:
+    tags = ImageFileDirectory_v2()
+    tags[0x0112], tags[0x011A] = 6, "seventy-two"
+    tags.tagtype[0x011A] = 2  # a resolution as text
+    buffer = io.BytesIO()
+    exif = b"Exif\x00\x00II*\x00\x08\x00\x00\x00" + tags.tobytes(8)
+    PILImage.new("RGB", (12, 20)).save(buffer, "JPEG", exif=exif)
+    assert open_image(Image(data=buffer.getvalue()), tmp_path).size == (20, 12)

@@ -49,20 +49,26 @@ class Captions(Source):
         pairs = []
         for image in images:
             text = image.with_suffix(".txt")
-            caption = text.read_text(encoding="utf-8").strip() if text.is_file() else None
+            caption = _read_caption(text) if text.is_file() else None
             pairs.append((str(image.relative_to(self.path)), caption))
         return pairs
 
     def _read_csv(self, image_column: str, caption_column: str) -> list[tuple[str, str | None]]:
         with self.path.open(newline="", encoding="utf-8-sig") as file:
-            tabs = self.path.suffix == ".tsv"  # quotes mean nothing there
+            tabs = self.path.suffix.lower() == ".tsv"  # quotes mean nothing there
             rows = csv.DictReader(
-                file, delimiter="\t" if tabs else ",", quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL
+                file,
+                delimiter="\t" if tabs else ",",
+                quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL,
+                strict=True,
             )
-            for column in (image_column, caption_column):
-                if column not in (rows.fieldnames or ()):
-                    raise ValueError(f"Captions: {self.path} has no column '{column}', only {rows.fieldnames}")
-            return [(row[image_column], row[caption_column]) for row in rows]
+            try:
+                for column in (image_column, caption_column):
+                    if column not in (rows.fieldnames or ()):
+                        raise ValueError(f"Captions: {self.path} has no column '{column}', only {rows.fieldnames}")
+                return [(row[image_column], row[caption_column]) for row in rows]
+            except (csv.Error, UnicodeDecodeError) as error:
+                raise ValueError(f"Captions: {self.path}, line {rows.line_num + 1}: {error}") from error
 
     def __len__(self) -> int:
         return len(self._lines)
@@ -70,14 +76,21 @@ class Captions(Source):
     def record(self, index: int) -> Record:
         """A question with the image, and the caption as its answer."""
         image, caption = json.loads(self._lines[index])
-        if not caption:
-            raise RecordError("malformed", f"{image} has no caption")
+        if not image or not caption:
+            raise RecordError("malformed", f"{image or f'row {index}'} has no {'caption' if image else 'image'}")
         question = Message("user", (Image(path=image), Text(f"\n{self.prompt}")))
         return Record(image, self.name, (question, Message("assistant", (Text(caption),))))
 
     def fingerprint(self) -> str:
         """SHA-256 of paths and captions."""
         return self._lines.fingerprint()
+
+
+def _read_caption(file: Path) -> str | None:
+    try:
+        return file.read_text(encoding="utf-8").strip()
+    except UnicodeDecodeError:
+        return None  # and so the record is malformed, not the whole source
 
 
 class Pictures(Source):

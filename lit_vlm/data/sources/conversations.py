@@ -65,7 +65,7 @@ class LlavaJson(Source):
         self.name = name or self.path.stem
         try:
             entries = json.loads(self.path.read_bytes())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{self.path} is not JSON: {error}") from error
         if not isinstance(entries, list):
             raise ValueError(f"{self.path} holds a {type(entries).__name__}; LLaVA's form is a list of samples")
@@ -102,7 +102,7 @@ def llava_record(raw: Any, source: str, index: int, images: Sequence[Image], pos
         raise RecordError("image_count", f"{marks} {MARK} marks in the text, {len(images)} images in 'image'")
     remaining = iter(images)
     messages = tuple(_llava_message(turn, i, remaining, position) for i, turn in enumerate(turns))
-    return Record(str(raw.get("id", index)), source, messages)
+    return Record(str(index if raw.get("id") is None else raw["id"]), source, messages)
 
 
 def _llava_message(turn: Any, index: int, remaining: Iterator[Image], position: ImagePosition) -> Message:

@@ -78,7 +78,7 @@ class Texts(JsonLines):
     """
 
     def __init__(self, path: str, name: str | None = None) -> None:
-        self.plain = Path(path).suffix == ".txt"
+        self.plain = Path(path).suffix.lower() == ".txt"
         super().__init__(path, None, name)
 
     def record(self, index: int) -> Record:

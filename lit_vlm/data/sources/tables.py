@@ -54,7 +54,10 @@ class Parquet(Source):
 
     def record(self, index: int) -> Record:
         """One row; a group of rows is read at a time, so reading in order is much faster than jumping about."""
-        row = self._row(index)
+        try:
+            row = self._row(index)
+        except (OSError, ValueError) as error:
+            raise RecordError("malformed", f"row {index} cannot be read: {error}") from error
         images = _images(row)
         identity = next((str(row[key]) for key in ("id", "idx", "question_id") if row.get(key) is not None), str(index))
         if row.get("messages"):
@@ -69,6 +72,10 @@ class Parquet(Source):
                 "malformed",
                 f"row {index} has none of messages, conversations, question, caption, text; columns: {sorted(row)}",
             )
+        if not images and row.get("caption"):
+            raise RecordError("missing_image", f"row {index} has a caption and no image")
+        if not images:
+            return Record(identity, self.name, (Message("document", (Text(caption),)),))
         question = Message("user", (*images, Text(f"\n{self.prompt}")))
         return Record(identity, self.name, (question, Message("assistant", (Text(caption),))))
 
@@ -93,7 +100,7 @@ class Parquet(Source):
 
 
 def _images(row: dict[str, Any]) -> list[Image]:
-    found = row.get("images") if row.get("images") is not None else row.get("image")
+    found = row.get("images") or row.get("image")
     values = found if isinstance(found, list) else [] if found is None else [found]
     return [_image(value, number) for number, value in enumerate(values)]
 
@@ -110,6 +117,8 @@ def _image(value: Any, number: int) -> Image:
 
 def _chat(row: dict[str, Any], source: str, identity: str, images: list[Image]) -> Record:
     """Chat form whose marks or image parts stand for the images of the row."""
+    if not isinstance(row["messages"], list):
+        raise RecordError("malformed", f"'messages' is a {type(row['messages']).__name__}; expected a list")
     turns = [_marks_to_parts(turn) for turn in row["messages"]]
     # Parquet fills every part with every key, so parts that name no image file are told apart by their type.
     parts = [part for turn in turns for part in turn["content"] if part.get("type") == "image"]
@@ -117,12 +126,12 @@ def _chat(row: dict[str, Any], source: str, identity: str, images: list[Image]) 
         raise RecordError("image_count", f"{len(parts)} image parts or marks, {len(images)} images in the row")
     for number, part in enumerate(parts):
         part["image"] = str(number)
-    record = parse_record({"id": identity, "messages": turns}, source, identity)
+    record = parse_record({"id": identity, "messages": turns, "options": row.get("options") or []}, source, identity)
     messages = tuple(
         Message(m.role, tuple(images[int(str(p.path))] if isinstance(p, Image) else p for p in m.content))
         for m in record.messages
     )
-    return Record(record.id, source, messages)
+    return Record(record.id, source, messages, record.options)
 
 
 def _marks_to_parts(turn: Any) -> dict[str, Any]:

@@ -78,30 +78,43 @@ class WebDataset(Source):
 def _members(file: Path, number: int) -> Iterator[dict[str, Any]]:
     """What stands under each key, in order; a tar that ends early gives what it has, and one bad entry."""
     found: dict[str, dict[str, Any]] = {}
+    problem = None
     try:
         with tarfile.open(file, "r:") as tar:
             for member in tar:
-                key = member.name.rpartition("/")[2].partition(".")[0]
-                _note(member, found.setdefault(key, {"key": key, "tar": number}))
+                _note(member, found, number)
+            problem = _unread(file, tar.offset)
     except tarfile.TarError as error:
         if not found:
             raise ValueError(f"{file} is no plain tar file ({error}); compressed tars must be unpacked") from error
-        found[f"{file.name}-end"] = {"key": f"{file.name}-end", "bad": ("truncated_file", f"{file}: {error}")}
+        problem = str(error)
     for entry in found.values():
-        if {"image", "txt", "json", "bad"} & set(entry):
-            if "image" not in entry and "bad" not in entry:
-                entry["bad"] = ("missing_image", f"{entry['key']} has no image in {file.name}")
-            yield entry
+        if "image" not in entry and "bad" not in entry:
+            entry["bad"] = ("missing_image", f"{entry['key']} has no image in {file.name}")
+        yield entry
+    if problem is not None:
+        yield {"key": f"{file.name}-end", "tar": number, "bad": ("truncated_file", f"{file}: {problem}")}
 
 
-def _note(member: tarfile.TarInfo, entry: dict[str, Any]) -> None:
-    """Add a file to the entry of its key; links are refused."""
-    suffix = member.name.rpartition("/")[2].partition(".")[2].lower()
-    if member.isdir():
+def _note(member: tarfile.TarInfo, found: dict[str, dict[str, Any]], number: int) -> None:
+    """Add an image, caption or JSON file to the entry of its key; links and second files of a kind are refused."""
+    key, _, ending = member.name.rpartition(".")
+    kind = "image" if f".{ending.lower()}" in IMAGE_SUFFIXES else ending.lower()
+    if member.isdir() or kind not in ("image", "txt", "json"):
         return
+    entry = found.setdefault(key, {"key": key, "tar": number})
     if not member.isfile():
         entry["bad"] = ("outside_folder", f"{member.name} is a link, not a file")
-    elif f".{suffix}" in IMAGE_SUFFIXES:
-        entry["image"] = (member.offset_data, member.size)
-    elif suffix in ("txt", "json"):
-        entry[suffix] = (member.offset_data, member.size)
+    elif kind in entry:
+        entry["bad"] = ("malformed", f"{member.name}: there is more than one {kind} under this key")
+    entry[kind] = (member.offset_data, member.size)
+
+
+def _unread(file: Path, end: int) -> str | None:
+    """What is wrong behind the last member: the reader stops without a word at a damaged header."""
+    with file.open("rb") as stream:
+        stream.seek(end)
+        rest = stream.read(1 << 16)
+    if len(rest) < 512:
+        return "the file ends without the mark of its end"
+    return "there is data behind what could be read" if rest.strip(b"\0") else None
