@@ -51,9 +51,9 @@ class Sources(L.Callback):
 
     def _gather(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         keys = [(name, kind) for name in _sizes(trainer) for kind in KINDS]
-        counts = torch.tensor([self._new[key] for key in keys], dtype=torch.float64)
-        # Numbers above 2²⁴ would be rounded in fp32, which is what some devices add up in.
-        summed = trainer.strategy.reduce(counts.long().to(module.device), reduce_op="sum")
+        # Integers: numbers above 2²⁴ would be rounded in fp32, which is what some devices add up in.
+        counts = torch.tensor([self._new[key] for key in keys], dtype=torch.int64, device=module.device)
+        summed = trainer.strategy.reduce(counts, reduce_op="sum")
         self.seen.update(dict(zip(keys, summed.tolist(), strict=True)))
         self._new.clear()
 

@@ -220,18 +220,15 @@ def first_fit_decreasing(
     bins: list[list[int]] = []
     room = np.zeros(len(lengths), np.int64)
     places = np.zeros(len(lengths), np.int64)
-    limit = max_images if images is not None and max_images is not None else None
+    counts = images if images is not None and max_images is not None else [0] * len(lengths)
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        fits = room[: len(bins)] >= lengths[index]
-        if limit is not None and images is not None:
-            fits &= places[: len(bins)] >= images[index]
+        fits = (room[: len(bins)] >= lengths[index]) & (places[: len(bins)] >= counts[index])
         place = int(fits.argmax()) if len(bins) else 0
         if not len(bins) or not fits[place]:
             place = len(bins)
             bins.append([])
-            room[place], places[place] = capacity, limit or 0
+            room[place], places[place] = capacity, max_images or 0
         bins[place].append(index)
         room[place] -= lengths[index]
-        if limit is not None and images is not None:
-            places[place] -= images[index]
+        places[place] -= counts[index]
     return bins

@@ -122,7 +122,7 @@ class Loader:
                 yield replace(batch, window=counts)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where in which epoch's plan the next batch lies, and what was seen of each source."""
+        """Where in which epoch's plan the next batch lies, and what decides its order."""
         plan = self.batch_sampler
         return {"epoch": plan.epoch, "batches": self._done, "plan": plan.identity()}
 

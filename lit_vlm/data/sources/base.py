@@ -105,11 +105,16 @@ class FileLines:
 
     def fingerprint(self) -> str:
         """SHA-256 of all files."""
-        digest = hashlib.sha256()
-        for file in self.files:
-            with file.open("rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
-        return digest.hexdigest()[:16]
+        return hash_files(self.files)
+
+
+def hash_files(files: Sequence[Path]) -> str:
+    """SHA-256 of the contents of files, one after the other."""
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()[:16]
 
 
 def _line_spans(file: Path, block: int = 1 << 24) -> NDArray[np.int64]:
@@ -148,12 +153,12 @@ class JsonLines(Source):
         path: the file or folder.
     """
 
-    def __init__(self, path: str, image_folder: str | None, name: str | None, suffix: str = ".jsonl") -> None:
+    def __init__(self, path: str, image_folder: str | None, name: str | None) -> None:
         self.path = self._existing(path)
         folder = self.path if self.path.is_dir() else self.path.parent
         self.image_folder = Path(image_folder).expanduser() if image_folder else folder
         self.name = name or self.path.stem
-        self._lines = FileLines(list_files(self.path, [suffix]))
+        self._lines = FileLines(list_files(self.path, [".jsonl"]))
 
     def __len__(self) -> int:
         return len(self._lines)

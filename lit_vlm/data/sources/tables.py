@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import string
 from bisect import bisect_right
 from itertools import accumulate
@@ -11,7 +10,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from lit_vlm.data.records import Image, Message, Record, RecordError, Text, parse_record
-from lit_vlm.data.sources.base import Source, list_files
+from lit_vlm.data.sources.base import MARK, Source, hash_files, list_files
 from lit_vlm.data.sources.conversations import llava_record
 
 
@@ -81,11 +80,7 @@ class Parquet(Source):
 
     def fingerprint(self) -> str:
         """SHA-256 of all files."""
-        digest = hashlib.sha256()
-        for file in self.files:
-            with file.open("rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
-        return digest.hexdigest()[:16]
+        return hash_files(self.files)
 
     def _row(self, index: int) -> dict[str, Any]:
         which = bisect_right(self._ends, index)
@@ -146,7 +141,7 @@ def _marks_to_parts(turn: Any) -> dict[str, Any]:
     if not isinstance(content, str):
         raise RecordError("malformed", "'messages' is a list of {role, content}")
     parts = []
-    for number, piece in enumerate(content.split("<image>")):
+    for number, piece in enumerate(content.split(MARK)):
         parts += [{"type": "image"}] if number else []
         parts += [{"type": "text", "text": piece}] if piece else []
     return {"role": turn.get("role"), "content": parts}
