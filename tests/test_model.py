@@ -11,7 +11,7 @@ from lit_vlm import projectors
 from lit_vlm.batch import Images
 from lit_vlm.checkpoints import load_published
 from lit_vlm.data import ChatML, Native, Plain, Shapes, SquareCrop, Template
-from lit_vlm.data.collate import collate, collate_packed, collate_prompts
+from lit_vlm.data.collate import collate, collate_prompts
 from lit_vlm.data.encode import SampleEncoder
 from lit_vlm.decoders import HFDecoder, Lora
 from lit_vlm.encoders import LinearPatches, TimmEncoder
@@ -19,7 +19,18 @@ from lit_vlm.generate import Continuation, generate, score_continuations
 from lit_vlm.heads import FeatureDistillation
 from lit_vlm.model import VLM
 from lit_vlm.teachers import EncoderTeacher
-from tests.tiny import CLIP, LLAMA, batch_of, gradients, samples_of, spec_of, tiny_decoder, tiny_slots, tiny_vlm
+from tests.tiny import (
+    CLIP,
+    LLAMA,
+    batch_of,
+    collate_packed,
+    gradients,
+    samples_of,
+    spec_of,
+    tiny_decoder,
+    tiny_slots,
+    tiny_vlm,
+)
 
 NEXT_TOKEN = {"next_token": 1.0}
 PROJECTORS = [name for name in projectors.__all__ if name not in ("Identity", "Projector", "PerceiverLayer")]

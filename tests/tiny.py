@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lit_vlm.batch import Batch
+from lit_vlm.batch import BadSample, Batch
 from lit_vlm.build import Slots, build
 from lit_vlm.data import ChatML, Shapes, SquareCrop
-from lit_vlm.data.collate import collate, collate_packed
+from lit_vlm.data.batching import first_fit_decreasing
+from lit_vlm.data.collate import collate, make_rows
 from lit_vlm.data.encode import Sample, SampleEncoder
 from lit_vlm.data.spec import InputSpec
 from lit_vlm.decoders import HFDecoder, Lora
@@ -77,6 +79,12 @@ def batch_of(model: VLM, count: int = 6, packed: bool = False, text_only: bool =
     """A batch of drawn shapes, padded or packed."""
     samples = samples_of(model, count, text_only)
     return collate_packed(samples, capacity=256) if packed else collate(samples)
+
+
+def collate_packed(samples: Sequence[Sample], capacity: int, bad: Sequence[BadSample] = (), pad_id: int = 0) -> Batch:
+    """Several samples per row of at most `capacity` positions, as a plan would pack them."""
+    rows = first_fit_decreasing([len(sample) for sample in samples], capacity)
+    return make_rows([[samples[i] for i in row] for row in rows], bad, pad_id)
 
 
 def gradients(model: VLM) -> dict[str, torch.Tensor]:

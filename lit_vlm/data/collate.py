@@ -7,19 +7,12 @@ from collections.abc import Sequence
 import torch
 
 from lit_vlm.batch import IGNORE, BadSample, Batch, Images, SampleInfo, VisualTokens, find_targets
-from lit_vlm.data.batching import first_fit_decreasing
 from lit_vlm.data.encode import Sample
 
 
 def collate(samples: Sequence[Sample], bad: Sequence[BadSample] = (), pad_id: int = 0) -> Batch:
     """One sample per row, padded on the right."""
     return make_rows([[sample] for sample in samples], bad, pad_id)
-
-
-def collate_packed(samples: Sequence[Sample], capacity: int, bad: Sequence[BadSample] = (), pad_id: int = 0) -> Batch:
-    """Several samples per row of at most `capacity` positions; attention and loss do not cross between them."""
-    rows = first_fit_decreasing([len(sample) for sample in samples], capacity)
-    return make_rows([[samples[i] for i in row] for row in rows], bad, pad_id)
 
 
 def collate_prompts(samples: Sequence[Sample], bad: Sequence[BadSample] = (), pad_id: int = 0) -> Batch:

@@ -17,9 +17,10 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from lit_vlm.batch import IGNORE, Batch
 from lit_vlm.checkpoints import load_published
-from lit_vlm.data.collate import collate, collate_packed
+from lit_vlm.data.collate import collate
 from lit_vlm.data.encode import Sample
 from lit_vlm.model import VLM
+from tests.tiny import collate_packed
 
 IMAGE_TOKEN = 31999
 CONFIG = {

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from lit_vlm.batch import IGNORE, BadSample, Batch, Grid, PixelSpec, find_targets
 from lit_vlm.data.batching import first_fit_decreasing
-from lit_vlm.data.collate import collate, collate_packed, collate_prompts
+from lit_vlm.data.collate import collate, collate_prompts
 from lit_vlm.data.encode import Sample, SampleEncoder
 from lit_vlm.data.records import Image, Message, Record, RecordError, Text
 from lit_vlm.data.spec import InputSpec
 from lit_vlm.data.templates import ChatML
 from lit_vlm.data.transforms import Native
+from tests.tiny import collate_packed
 
 MakeSample = Callable[..., Sample]
 PAD = 77
