@@ -45,6 +45,10 @@ class Shuffled(Mixture):
 
     passes: dict[str, float] | None = None
 
+    def __post_init__(self) -> None:
+        if bad := {name: passes for name, passes in (self.passes or {}).items() if passes < 0}:
+            raise ValueError(f"Shuffled: passes are 0 or more, not {bad}")
+
     def order(self, sources: Sequence[Source], seed: int, epoch: int, layout: Layout) -> Order:
         """A permutation of all samples."""
         passes = _by_name(self.passes, sources, "data.mixture.passes")

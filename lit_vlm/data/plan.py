@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -64,6 +65,7 @@ class BatchPlan:
         self.epoch = 0
         self.start = 0
         self._current: tuple[int, EpochPlan] | None = None
+        self._digest: tuple[int, str] | None = None
         self._batches = -(-len(self._plan(0).ends) // layout.rows)
 
     @property
@@ -92,7 +94,12 @@ class BatchPlan:
         return ([Place(row, i) for row, items in enumerate(self._rows(plan, b)) for i in items] for b in batches)
 
     def identity(self) -> dict[str, Any]:
-        """What must be the same for the order of samples to be the same."""
+        """What must be the same for the order of samples to be the same; written with every checkpoint."""
+        return self._settings | {"samples": self.num_samples, "order": self._order_digest()}
+
+    @cached_property
+    def _settings(self) -> dict[str, Any]:
+        """What does not change while training goes on; fingerprints read whole files."""
         ordering, layout = self.ordering, self.layout
         same = {
             "sources": [[source.name, source.fingerprint()] for source in ordering.sources],
@@ -100,9 +107,7 @@ class BatchPlan:
             "batching": describe(ordering.batching),
             "seed": ordering.seed,
             "rows per micro-batch on all devices": layout.rows,
-            "samples": self.num_samples,
             "batches": len(self),
-            "order": self._order_digest(),
         }
         if ordering.mixture.by_rank:
             same["batch_size"] = layout.batch_size
@@ -112,12 +117,15 @@ class BatchPlan:
 
     def _order_digest(self) -> str:
         """A hash of this epoch's rows; of its steps, where a batching deals a step out by the number of ranks."""
+        if self._digest is not None and self._digest[0] == self.epoch:
+            return self._digest[1]
         plan = self._plan(self.epoch)
         samples = plan.samples
         if self.ordering.batching.by_step:
             step = self.layout.rows * self.layout.accumulate
             samples = np.concatenate([np.sort(samples[i : i + step]) for i in range(0, max(1, len(samples)), step)])
-        return hashlib.sha256(samples.tobytes() + plan.ends.tobytes()).hexdigest()[:16]
+        self._digest = (self.epoch, hashlib.sha256(samples.tobytes() + plan.ends.tobytes()).hexdigest()[:16])
+        return self._digest[1]
 
     def _rows(self, plan: EpochPlan, batch: int) -> list[list[int]]:
         size = self.layout.batch_size

@@ -114,10 +114,8 @@ def run(
         name = f"trace-{'resumed' if resume else 'new'}-{trainer.global_rank}.json"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(json.dumps(module.seen))
-        # Steps since the last logged one are brought together when a checkpoint is written, or here.
-        counts = {
-            source: sources.seen[source, "samples"] + sources._new[source, "samples"] for source in ("shapes", "a", "b")
-        }
+        # Brought together, and what this rank counted since: the next logged step or checkpoint would add it.
+        counts = [{s: found[s, "samples"] for s in ("shapes", "a", "b")} for found in (sources.seen, sources._new)]
         (folder / name.replace("trace", "counts")).write_text(json.dumps(counts))
     return module.seen
 
