@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -61,13 +61,16 @@ def build_on_meta(slots: Slots) -> VLM:
         return slots.assemble(lambda _name, factory: factory())
 
 
-def build(slots: Slots, start_from: str | None = None, fresh: tuple[str, ...] = ()) -> VLM:
+def build(
+    slots: Slots, start_from: str | None = None, fresh: tuple[str, ...] = (), only: Collection[str] | None = None
+) -> VLM:
     """The model with its weights, on the CPU.
 
     Args:
         slots: the factories.
         start_from: weights that an earlier stage left; they take the place of pretrained ones.
         fresh: slots that do not take part in `start_from`.
+        only: parts that are wanted, such as `encoder` or `heads.NAME`; the others stay without weights. Default: all.
 
     Raises:
         ValueError: where weights do not fit a slot.
@@ -78,6 +81,8 @@ def build(slots: Slots, start_from: str | None = None, fresh: tuple[str, ...] = 
         slot = name.split(".")[0]
         with meta_parameters():
             part = factory()
+        if only is not None and name not in only:
+            return part
         state: StateDict | None
         if start_from and slot not in fresh:
             if name not in saved and part.state_dict():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -56,6 +56,7 @@ class LitVLM(LightningModule):
         self.stage = stage
         self.model: VLM | None = None
         self.encoder_digest = ""
+        self._spec: tuple[VLM, InputSpec] | None = None
         self._denominators: dict[str, Tensor] = {}
         self._sums: dict[str, Tensor] = {}
         self._held_out: dict[tuple[int, str], Tensor] = {}
@@ -83,10 +84,11 @@ class LitVLM(LightningModule):
         # Modules are born in train mode, and Lightning keeps the mode it finds: frozen parts must be in eval mode.
         self.model.train()
 
-    def build(self) -> VLM:
-        """The model with its weights, on the CPU and in one piece."""
-        model = build(self.slots, self.stage.start_from, tuple(self.stage.fresh))
-        self.encoder_digest = model.encoder.digest()
+    def build(self, only: Collection[str] | None = None) -> VLM:
+        """The model with its weights, on the CPU and in one piece; or with those of some parts, as in `build.build`."""
+        model = build(self.slots, self.stage.start_from, tuple(self.stage.fresh), only)
+        if only is None or ENCODER in only:
+            self.encoder_digest = model.encoder.digest()
         return model
 
     @property
@@ -98,8 +100,12 @@ class LitVLM(LightningModule):
 
     @property
     def input_spec(self) -> InputSpec:
-        """What the data side must know of this model."""
-        model = self.vlm
+        """What the data side must know of this model; made once per model."""
+        if self._spec is None or self._spec[0] is not self.vlm:
+            self._spec = (self.vlm, self._make_input_spec(self.vlm))
+        return self._spec[1]
+
+    def _make_input_spec(self, model: VLM) -> InputSpec:
         heads = {name: head.teacher for name, head in model.heads.items() if isinstance(head, Head)}
         teachers = {name: teacher for name, teacher in heads.items() if teacher is not None}
         return InputSpec(

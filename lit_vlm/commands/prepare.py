@@ -11,6 +11,7 @@ import torch.multiprocessing as mp
 from rich.console import Console
 
 from lit_vlm.batch import ENCODER
+from lit_vlm.build import build_on_meta
 from lit_vlm.cli import lightning_cli
 from lit_vlm.data.datamodule import VLMData
 from lit_vlm.module import LitVLM
@@ -23,17 +24,13 @@ def main(argv: Sequence[str]) -> None:
     arguments, rest = parser.parse_known_args(argv)
     if arguments.what != "targets":
         parser.error(f"there is nothing called '{arguments.what}' to prepare; write: lit-vlm prepare targets")
-    module, data = _open(rest)
-    teachers = [name for name in module.input_spec.networks if name != ENCODER]
-    of = arguments.of or (teachers[0] if len(teachers) == 1 else None)
-    if of is None:
-        raise ValueError(f"name what to prepare with --of: {', '.join([*teachers, ENCODER])}")
+    module, data, of = _open(rest, arguments.of)
     devices = torch.cuda.device_count() or 1
     begin(module, data, of, arguments.out, arguments.dtype)
     if devices > 1:
         mp.spawn(_work, (rest, of, arguments, devices), nprocs=devices)  # type: ignore[attr-defined]
     else:
-        _work(0, rest, of, arguments, devices)
+        _write(module, data, of, arguments, 0, devices)
     info = finish(module, data, of, arguments.out, arguments.dtype)
     console = Console(highlight=False)
     size = sum(file.stat().st_size for file in arguments.out.glob("chunk-*.bin"))
@@ -44,16 +41,28 @@ def main(argv: Sequence[str]) -> None:
     )
 
 
-def _open(config: Sequence[str]) -> tuple[LitVLM, VLMData]:
+def _open(config: Sequence[str], of: str | None) -> tuple[LitVLM, VLMData, str]:
+    """The stage with the weights of nothing but the network in question, its data, and the network's name."""
     cli = lightning_cli([*config, "--trainer.logger", "false"], run=False)
-    cli.model.model = cli.model.build().eval()
-    return cli.model, cli.datamodule
+    module: LitVLM = cli.model
+    module.model = build_on_meta(module.slots)
+    teachers = [name for name in module.input_spec.networks if name != ENCODER]
+    of = of or (teachers[0] if len(teachers) == 1 else None)
+    if of is None:
+        raise ValueError(f"name what to prepare with --of: {', '.join([*teachers, ENCODER])}")
+    module.model = module.build(only=(ENCODER if of == ENCODER else f"heads.{of}",)).eval()
+    return module, cli.datamodule, of
 
 
 def _work(rank: int, config: Sequence[str], of: str, arguments: argparse.Namespace, devices: int) -> None:
-    module, data = _open(config)
+    module, data, _ = _open(config, of)
+    _write(module, data, of, arguments, rank, devices)
+
+
+def _write(module: LitVLM, data: VLMData, of: str, arguments: argparse.Namespace, rank: int, devices: int) -> None:
     device = f"cuda:{rank}" if torch.cuda.is_available() else "cpu"
-    module.vlm.encoder.to(device)
+    if of == ENCODER:
+        module.vlm.encoder.to(device)
     settings = Settings(arguments.dtype, arguments.batch_size, arguments.workers, device, rank, devices)
     write_parts(module, data, of, arguments.out, settings)
 
