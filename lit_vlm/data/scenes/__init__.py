@@ -1,11 +1,12 @@
 """Scenes: drawn pictures of coloured solids with exact depth, segmentation, captions, questions and answers."""
 
 from lit_vlm.data.scenes.language import caption as caption
-from lit_vlm.data.scenes.language import text_document as text_document
+from lit_vlm.data.scenes.language import describe_for as describe_for
 from lit_vlm.data.scenes.questions import QUESTION_KINDS as QUESTION_KINDS
 from lit_vlm.data.scenes.questions import Question as Question
 from lit_vlm.data.scenes.questions import QuestionKind as QuestionKind
 from lit_vlm.data.scenes.questions import ask as ask
+from lit_vlm.data.scenes.questions import ask_about as ask_about
 from lit_vlm.data.scenes.render import Rendering as Rendering
 from lit_vlm.data.scenes.render import render as render
 from lit_vlm.data.scenes.sampling import sample_looks as sample_looks

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 from lit_vlm.data.scenes.questions import (
     DEPTH_MARGIN,
     PICTURE_MARGIN,
     Measure,
     Question,
-    QuestionKind,
-    ask,
     clear_pairs,
     state_relation,
 )
@@ -33,23 +32,19 @@ def caption(scene: Scene, rng: random.Random) -> str:
     return " ".join(sentences)
 
 
-def text_document(kind: QuestionKind, seed: int | str) -> tuple[str, Question]:
-    """A description of a scene that is never drawn, and a question that the description answers.
+def describe_for(scene: Scene, questions: Sequence[Question], rng: random.Random) -> str:
+    """A description that answers the questions, so that they need no picture.
 
     Args:
-        kind: what is asked.
-        seed: another seed gives another scene.
-
-    Raises:
-        ValueError: if `kind` is unknown.
+        scene: what to describe.
+        questions: about this scene.
+        rng: draws the wording, and more that nobody asked for.
     """
-    scene, question = ask(kind, seed)
-    rng = random.Random(f"document-{kind}-{seed}")
     facts = [relate(scene, rng) for _ in range(rng.randint(0, MAX_RELATIONS))]
-    if kind in ("relation", "depth", "distance"):  # numbers and attributes follow from the list of things
-        facts.append(question.statement)
+    # Numbers and attributes follow from the list of things.
+    facts += [question.statement for question in questions if question.kind in ("relation", "depth", "distance")]
     rng.shuffle(facts)
-    return " ".join([_list(scene, rng), *dict.fromkeys(fact for fact in facts if fact)]), question
+    return " ".join([_list(scene, rng), *dict.fromkeys(fact for fact in facts if fact)])
 
 
 def relate(scene: Scene, rng: random.Random) -> str | None:

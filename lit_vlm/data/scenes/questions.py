@@ -75,19 +75,50 @@ class Pair:
     anchor: Thing | None = None
 
 
-def ask(kind: QuestionKind, seed: int | str) -> tuple[Scene, Question]:
+def ask(kind: QuestionKind, seed: int | str, max_things: int = MAX_THINGS) -> tuple[Scene, Question]:
     """A scene and a question about it that depend on the arguments only.
 
     Args:
         kind: what is asked.
         seed: another seed gives another scene.
+        max_things: the most that a scene holds, 3 to 6.
 
     Raises:
         ValueError: if `kind` is unknown.
     """
     if kind not in QUESTION_KINDS:
         raise ValueError(f"kind is {kind!r}; use one of {', '.join(QUESTION_KINDS)}")
-    return _ASKERS[kind](random.Random(f"question-{kind}-{seed}"), seed)
+    return _ASKERS[kind](random.Random(f"question-{kind}-{seed}"), seed, max_things)
+
+
+def ask_about(scene: Scene, kind: QuestionKind, rng: random.Random) -> Question | None:
+    """A question about a scene that was not looked for, or None if nothing of this kind is clear in it.
+
+    Answers are less balanced than those of `ask`: where a pair is compared, small things are the closer ones more
+    often, and small numbers are likelier than large ones. So it is for training, and `ask` for scores.
+
+    Args:
+        scene: what to ask about.
+        kind: what is asked.
+        rng: draws the things and the wording.
+    """
+    if kind == "count":
+        look = rng.choice(scene.things).look if rng.random() < 0.7 else sample_looks(rng, 1)[0]
+        phrase = Phrase.of(look, rng.choice(PATTERNS[:-1]))
+        number = sum(phrase.matches(thing.look) for thing in scene.things)
+        largest = max(CHOICES - 1, min(MAX_COUNT, len(scene.things)))
+        if number > largest:
+            return None
+        others = rng.sample([other for other in range(largest + 1) if other != number], CHOICES - 1)
+        return _count(phrase, number, tuple(rng.sample([number, *others], CHOICES)))
+    if kind == "attribute":
+        return _attribute(rng, scene, rng.choice(("colour", "shape")))
+    measure: Measure = rng.choice(("column", "row")) if kind == "relation" else kind
+    pairs = clear_pairs(scene, measure)
+    if not pairs:
+        return None
+    pair = rng.choice(pairs)
+    return _relation(rng, scene, pair, measure) if kind == "relation" else _which_is_closer(rng, scene, pair, kind)
 
 
 def clear_pairs(scene: Scene, measure: Measure) -> list[Pair]:
@@ -127,13 +158,13 @@ def _scenes(rng: random.Random, seed: int | str, draw_looks: Callable[[], list[L
     raise ValueError(f"seed: no scene of seed {seed!r} offers a clear question; use another")
 
 
-def _random_scenes(rng: random.Random, seed: int | str, least: int) -> Iterator[Scene]:
-    return _scenes(rng, seed, lambda: sample_looks(rng, rng.randint(least, MAX_THINGS)))
+def _random_scenes(rng: random.Random, seed: int | str, least: int, most: int) -> Iterator[Scene]:
+    return _scenes(rng, seed, lambda: sample_looks(rng, rng.randint(least, most)))
 
 
-def _find_pair(rng: random.Random, seed: int | str, measure: Measure, least: int) -> tuple[Scene, Pair]:
+def _find_pair(rng: random.Random, seed: int | str, measure: Measure, least: int, most: int) -> tuple[Scene, Pair]:
     wider_is_less = rng.random() < 0.5
-    for scene in _random_scenes(rng, seed, least):
+    for scene in _random_scenes(rng, seed, least, most):
         pairs = [
             pair
             for pair in clear_pairs(scene, measure)
@@ -164,9 +195,13 @@ def state_relation(scene: Scene, pair: Pair, measure: Measure, rng: random.Rando
     return sentence(f"{less} is {forth} {more}" if rng.random() < 0.5 else f"{more} is {back} {less}")
 
 
-def _ask_relation(rng: random.Random, seed: int | str) -> tuple[Scene, Question]:
+def _ask_relation(rng: random.Random, seed: int | str, most: int) -> tuple[Scene, Question]:
     measure: Measure = "column" if rng.random() < 0.5 else "row"
-    scene, pair = _find_pair(rng, seed, measure, 2)
+    scene, pair = _find_pair(rng, seed, measure, 2, most)
+    return scene, _relation(rng, scene, pair, measure)
+
+
+def _relation(rng: random.Random, scene: Scene, pair: Pair, measure: Measure) -> Question:
     words = ("left", "right") if measure == "column" else ("above", "below")
     subject, other, answer = rng.choice(((pair.less, pair.more, words[0]), (pair.more, pair.less, words[1])))
     options = _shuffled(rng, *words)
@@ -175,43 +210,44 @@ def _ask_relation(rng: random.Random, seed: int | str) -> tuple[Scene, Question]
         text = f"Is {subject_name} {choice} of {other_name}?"
     else:
         text = f"In the picture, is {subject_name} {choice} {other_name}?"
-    return scene, Question("relation", text, answer, options, state_relation(scene, pair, measure, rng))
+    return Question("relation", text, answer, options, state_relation(scene, pair, measure, rng))
 
 
-def _ask_depth(rng: random.Random, seed: int | str) -> tuple[Scene, Question]:
-    scene, pair = _find_pair(rng, seed, "depth", 2)
-    return scene, _which_is_closer(rng, scene, pair, "depth", "the camera")
+def _ask_depth(rng: random.Random, seed: int | str, most: int) -> tuple[Scene, Question]:
+    scene, pair = _find_pair(rng, seed, "depth", 2, most)
+    return scene, _which_is_closer(rng, scene, pair, "depth")
 
 
-def _ask_distance(rng: random.Random, seed: int | str) -> tuple[Scene, Question]:
-    scene, pair = _find_pair(rng, seed, "distance", 3)
-    assert pair.anchor is not None
-    return scene, _which_is_closer(rng, scene, pair, "distance", the(scene, pair.anchor, rng))
+def _ask_distance(rng: random.Random, seed: int | str, most: int) -> tuple[Scene, Question]:
+    scene, pair = _find_pair(rng, seed, "distance", 3, most)
+    return scene, _which_is_closer(rng, scene, pair, "distance")
 
 
-def _which_is_closer(
-    rng: random.Random, scene: Scene, pair: Pair, kind: Literal["depth", "distance"], target: str
-) -> Question:
+def _which_is_closer(rng: random.Random, scene: Scene, pair: Pair, kind: Literal["depth", "distance"]) -> Question:
+    target = the(scene, pair.anchor, rng) if pair.anchor is not None else "the camera"
     answer = the(scene, pair.less, rng)
     options = _shuffled(rng, answer, the(scene, pair.more, rng))
     text = f"Which is closer to {target}, {' or '.join(options)}?"
     return Question(kind, text, answer, options, state_relation(scene, pair, kind, rng))
 
 
-def _ask_count(rng: random.Random, seed: int | str) -> tuple[Scene, Question]:
+def _ask_count(rng: random.Random, seed: int | str, most: int) -> tuple[Scene, Question]:
     # Options first, then the answer among them: no number is likelier than those it is offered with.
-    options = tuple(rng.sample(range(MAX_COUNT + 1), CHOICES))
+    options = tuple(rng.sample(range(min(MAX_COUNT, most) + 1), CHOICES))
     wanted = rng.choice(options)
     phrase = Phrase.of(sample_looks(rng, 1)[0], rng.choice(PATTERNS[:-1]))
-    scene = next(_scenes(rng, seed, lambda: _looks_with(rng, phrase, wanted)))
-    statement = f"there is one {phrase}" if wanted == 1 else f"there are {wanted or 'no'} {phrase.plural}"
+    return next(_scenes(rng, seed, lambda: _looks_with(rng, phrase, wanted, most))), _count(phrase, wanted, options)
+
+
+def _count(phrase: Phrase, number: int, options: tuple[int, ...]) -> Question:
+    statement = f"there is one {phrase}" if number == 1 else f"there are {number or 'no'} {phrase.plural}"
     text = f"How many {phrase.plural} are there?"
-    return scene, Question("count", text, str(wanted), tuple(map(str, options)), sentence(statement))
+    return Question("count", text, str(number), tuple(map(str, options)), sentence(statement))
 
 
-def _looks_with(rng: random.Random, phrase: Phrase, count: int) -> list[Look]:
+def _looks_with(rng: random.Random, phrase: Phrase, count: int, most: int) -> list[Look]:
     """Looks of which exactly `count` match; half of the others share a part of the phrase, so that all of it counts."""
-    total = rng.randint(max(count, 1), MAX_THINGS)
+    total = rng.randint(max(count, 1), most)
     looks: list[Look] = []
     while len(looks) < total:
         look = sample_looks(rng, 1)[0]
@@ -227,31 +263,36 @@ def _looks_with(rng: random.Random, phrase: Phrase, count: int) -> list[Look]:
     return looks
 
 
-def _ask_attribute(rng: random.Random, seed: int | str) -> tuple[Scene, Question]:
+def _ask_attribute(rng: random.Random, seed: int | str, most: int) -> tuple[Scene, Question]:
     attribute: Attribute = rng.choice(("colour", "shape"))
-    for scene in _random_scenes(rng, seed, 1):
-        named = [(thing, references(scene, thing, without=attribute)) for thing in scene.things]
-        named = [(thing, phrases) for thing, phrases in named if phrases]
-        if not named:
-            continue
-        thing, phrases = rng.choice(named)
-        name = f"the {rng.choice(phrases)}"
-        if attribute == "shape":
-            answer, options = thing.look.shape, _shuffled(rng, *SHAPES)
-            statement = sentence(f"{name} is a {answer}")
-            return scene, Question("attribute", f"What shape is {name}?", answer, options, statement)
-        colour = thing.look.colour
-        # Colours of other things come first: one must find the right thing, and not just a colour that is there.
-        seen = sorted({other.look.colour for other in scene.things} - {colour})
-        unseen = [other for other in COLOURS if other != colour and other not in seen]
-        others = [*rng.sample(seen, len(seen)), *rng.sample(unseen, len(unseen))][: CHOICES - 1]
-        options = _shuffled(rng, colour, *others)
-        statement = sentence(f"{name} is {colour}")
-        return scene, Question("attribute", f"What colour is {name}?", colour, options, statement)
+    for scene in _random_scenes(rng, seed, 1, most):
+        if question := _attribute(rng, scene, attribute):
+            return scene, question
     raise AssertionError("unreachable: the iterator raises")
 
 
-_ASKERS: dict[QuestionKind, Callable[[random.Random, int | str], tuple[Scene, Question]]] = {
+def _attribute(rng: random.Random, scene: Scene, attribute: Attribute) -> Question | None:
+    named = [(thing, references(scene, thing, without=attribute)) for thing in scene.things]
+    named = [(thing, phrases) for thing, phrases in named if phrases]
+    if not named:
+        return None
+    thing, phrases = rng.choice(named)
+    name = f"the {rng.choice(phrases)}"
+    if attribute == "shape":
+        answer, options = thing.look.shape, _shuffled(rng, *SHAPES)
+        statement = sentence(f"{name} is a {answer}")
+        return Question("attribute", f"What shape is {name}?", answer, options, statement)
+    colour = thing.look.colour
+    # Colours of other things come first: one must find the right thing, and not just a colour that is there.
+    seen = sorted({other.look.colour for other in scene.things} - {colour})
+    unseen = [other for other in COLOURS if other != colour and other not in seen]
+    others = [*rng.sample(seen, len(seen)), *rng.sample(unseen, len(unseen))][: CHOICES - 1]
+    options = _shuffled(rng, colour, *others)
+    statement = sentence(f"{name} is {colour}")
+    return Question("attribute", f"What colour is {name}?", colour, options, statement)
+
+
+_ASKERS: dict[QuestionKind, Callable[[random.Random, int | str, int], tuple[Scene, Question]]] = {
     "count": _ask_count,
     "relation": _ask_relation,
     "depth": _ask_depth,

@@ -41,7 +41,7 @@ def sample_looks(rng: random.Random, count: int) -> list[Look]:
     return [Look(rng.choice(SHAPES), rng.choice(COLOURS), rng.choice(SIZES)) for _ in range(count)]
 
 
-def sample_scene(seed: int | str, looks: Sequence[Look] | None = None) -> Scene:
+def sample_scene(seed: int | str, looks: Sequence[Look] | None = None, max_things: int = MAX_THINGS) -> Scene:
     """A scene that depends on its arguments only, on every machine.
 
     Things do not intersect, lie wholly in the picture, and may hide parts of each other, though at least
@@ -49,14 +49,15 @@ def sample_scene(seed: int | str, looks: Sequence[Look] | None = None) -> Scene:
 
     Args:
         seed: another seed gives another scene.
-        looks: what to place, 1 to 6 things; default: 1 to 6 random ones.
+        looks: what to place, 1 to 6 things; default: 1 to `max_things` random ones.
+        max_things: see `looks`.
 
     Raises:
         ValueError: if there are no looks, or more than 6.
     """
     rng = random.Random(f"scene-{seed}")
     if looks is None:
-        looks = sample_looks(rng, rng.randint(1, MAX_THINGS))
+        looks = sample_looks(rng, rng.randint(1, max_things))
     if not 1 <= len(looks) <= MAX_THINGS:
         raise ValueError(f"looks has {len(looks)} entries; a scene holds 1 to {MAX_THINGS} things")
     for _ in range(TRIES_PER_SCENE):

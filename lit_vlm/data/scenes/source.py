@@ -11,18 +11,20 @@ from typing import Literal, get_args
 from PIL import Image as PILImage
 
 from lit_vlm.data.records import Image, Message, Part, Record, Text
-from lit_vlm.data.scenes.language import caption, text_document
-from lit_vlm.data.scenes.questions import QUESTION_KINDS, QuestionKind, ask
+from lit_vlm.data.scenes.language import caption, describe_for
+from lit_vlm.data.scenes.questions import QUESTION_KINDS, Question, QuestionKind, ask, ask_about
 from lit_vlm.data.scenes.render import MIN_SIZE, Rendering, render
-from lit_vlm.data.scenes.sampling import sample_scene
+from lit_vlm.data.scenes.sampling import MAX_THINGS, sample_scene
 from lit_vlm.data.scenes.world import Scene
 from lit_vlm.data.sources.base import Source
 
 Kind = Literal["captions", "questions", "text", "interleaved"]
 Split = Literal["train", "held_out"]
-VERSION = 2
+VERSION = 3
 """Goes up whenever the same arguments give other records."""
 PROMPT = "Describe the scene."
+LEAST_THINGS = 3
+"""Questions about distance compare two things seen from a third."""
 
 
 class Scenes(Source):
@@ -40,6 +42,10 @@ class Scenes(Source):
         split: `train` or `held_out`; the two have no scene in common.
         question_kinds: what is asked, taking turns; default: all five. Not for captions.
         shots: pictures per record; for `interleaved` only.
+        turns: questions per record, one after the other; for `questions` and `text`. The first is of the kind whose
+            turn it is, the others are of random kinds, and fewer where a scene offers no more. Options belong to the
+            last one.
+        max_things: the most that a scene holds, 3 to 6: fewer are easier to tell apart.
         name: what the source is reported under; default: `scenes_` and its kind.
 
     Raises:
@@ -55,6 +61,8 @@ class Scenes(Source):
         split: Split = "train",
         question_kinds: list[QuestionKind] | None = None,
         shots: int = 4,
+        turns: int = 1,
+        max_things: int = MAX_THINGS,
         name: str | None = None,
     ) -> None:
         _check_choice("kind", kind, get_args(Kind))
@@ -64,11 +72,17 @@ class Scenes(Source):
         _check_least("count", count, 1)
         _check_least("size", size, MIN_SIZE)
         _check_least("shots", shots, 1)
+        _check_least("turns", turns, 1)
+        if not LEAST_THINGS <= max_things <= MAX_THINGS:
+            raise ValueError(f"max_things is {max_things}; it must be from {LEAST_THINGS} to {MAX_THINGS}")
+        if turns > 1 and kind not in ("questions", "text"):
+            raise ValueError(f"turns is {turns} with kind {kind!r}; only questions and text take turns")
         if question_kinds is not None and (kind == "captions" or not question_kinds):
             raise ValueError(f"question_kinds is {question_kinds!r} with kind {kind!r}; leave it out")
         self.name = name or f"scenes_{kind}"
         self.image_folder = Path()
         self.kind, self.count, self.seed, self.size, self.split, self.shots = kind, count, seed, size, split, shots
+        self.turns, self.max_things = turns, max_things
         self.question_kinds = tuple(question_kinds or QUESTION_KINDS)
 
     def __len__(self) -> int:
@@ -102,8 +116,8 @@ class Scenes(Source):
 
     def fingerprint(self) -> str:
         """A hash of the arguments, which decide everything."""
-        arguments = (self.kind, self.count, self.seed, self.size, self.split, self.question_kinds, self.shots)
-        return hashlib.sha256(f"scenes-{VERSION}-{self.name}-{arguments}".encode()).hexdigest()[:16]
+        arguments = {name: value for name, value in sorted(vars(self).items()) if name != "image_folder"}
+        return hashlib.sha256(f"scenes-{VERSION}-{arguments}".encode()).hexdigest()[:16]
 
     def _compose(self, index: int) -> tuple[Record, list[Scene]]:
         """A record whose images have no bytes yet, and what they show."""
@@ -115,7 +129,7 @@ class Scenes(Source):
         if self.kind == "captions":
             return self._caption(index, seed, rng)
         if self.kind == "questions":
-            return self._question(index, seed, question_kind)
+            return self._question(index, seed, rng, question_kind)
         if self.kind == "text":
             return self._text(index, seed, rng, question_kind), []
         return self._interleaved(index, seed, rng, question_kind)
@@ -130,36 +144,57 @@ class Scenes(Source):
         return Image(size=(self.size, self.size))
 
     def _caption(self, index: int, seed: str, rng: random.Random) -> tuple[Record, list[Scene]]:
-        scene = sample_scene(seed)
+        scene = sample_scene(seed, max_things=self.max_things)
         user = Message("user", (self._blank(), Text(f"\n{PROMPT}")))
         answer = Message("assistant", (Text(caption(scene, rng)),))
         return Record(f"caption-{index}", self.name, (user, answer)), [scene]
 
-    def _question(self, index: int, seed: str, kind: QuestionKind) -> tuple[Record, list[Scene]]:
-        scene, question = ask(kind, seed)
-        user = Message("user", (self._blank(), Text(f"\n{question.text}")))
-        answer = Message("assistant", (Text(question.answer),))
-        return Record(f"{kind}-{index}", self.name, (user, answer), question.options), [scene]
+    def _ask(self, seed: str, kind: QuestionKind, rng: random.Random) -> tuple[Scene, list[Question]]:
+        """A scene and up to `turns` different questions about it."""
+        scene, first = ask(kind, seed, self.max_things)
+        questions = {first.text: first}
+        for _ in range(self.turns - 1):
+            further = ask_about(scene, rng.choice(self.question_kinds), rng)
+            if further is not None:
+                questions.setdefault(further.text, further)
+        return scene, list(questions.values())
+
+    def _question(self, index: int, seed: str, rng: random.Random, kind: QuestionKind) -> tuple[Record, list[Scene]]:
+        scene, questions = self._ask(seed, kind, rng)
+        messages = _dialogue((self._blank(), Text(f"\n{questions[0].text}")), questions)
+        return Record(f"{kind}-{index}", self.name, messages, questions[-1].options), [scene]
 
     def _text(self, index: int, seed: str, rng: random.Random, kind: QuestionKind) -> Record:
-        description, question = text_document(kind, seed)
+        scene, questions = self._ask(seed, kind, rng)
+        description = describe_for(scene, questions, rng)
+        name = f"text-{kind}-{index}"
         if rng.random() < 0.5:
-            text = f"{description}\nQuestion: {question.text}\nAnswer: {question.answer}"
-            return Record(f"text-{kind}-{index}", self.name, (Message("document", (Text(text),)),))
-        user = Message("user", (Text(f"{description}\n{question.text}"),))
-        answer = Message("assistant", (Text(question.answer),))
-        return Record(f"text-{kind}-{index}", self.name, (user, answer), question.options)
+            asked = [f"Question: {question.text}\nAnswer: {question.answer}" for question in questions]
+            return Record(name, self.name, (Message("document", (Text("\n".join([description, *asked])),)),))
+        messages = _dialogue((Text(f"{description}\n{questions[0].text}"),), questions)
+        return Record(name, self.name, messages, questions[-1].options)
 
     def _interleaved(self, index: int, seed: str, rng: random.Random, kind: QuestionKind) -> tuple[Record, list[Scene]]:
         as_statements = rng.random() < 0.5
         content: list[Part] = []
         scenes = []
         for shot in range(self.shots):
-            scene, question = ask(kind, f"{seed}-{shot}")
+            scene, question = ask(kind, f"{seed}-{shot}", self.max_things)
             told = question.statement if as_statements else f"Question: {question.text}\nAnswer: {question.answer}"
             content += [self._blank(), Text(f"\n{told}" if shot == self.shots - 1 else f"\n{told}\n\n")]
             scenes.append(scene)
         return Record(f"interleaved-{kind}-{index}", self.name, (Message("document", tuple(content)),)), scenes
+
+
+def _dialogue(opening: tuple[Part, ...], questions: list[Question]) -> tuple[Message, ...]:
+    """Questions and answers in turn; the first question is part of the opening."""
+    asked = [opening, *((Text(question.text),) for question in questions[1:])]
+    turns = zip(asked, questions, strict=True)
+    return tuple(
+        message
+        for content, question in turns
+        for message in (Message("user", content), Message("assistant", (Text(question.answer),)))
+    )
 
 
 def _check_choice(argument: str, value: str, choices: tuple[str, ...]) -> None:

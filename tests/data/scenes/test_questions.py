@@ -10,7 +10,17 @@ from functools import cache
 
 import pytest
 
-from lit_vlm.data.scenes import QUESTION_KINDS, Question, QuestionKind, Scene, Thing, ask, caption, sample_scene
+from lit_vlm.data.scenes import (
+    QUESTION_KINDS,
+    Question,
+    QuestionKind,
+    Scene,
+    Thing,
+    ask,
+    ask_about,
+    caption,
+    sample_scene,
+)
 from lit_vlm.data.scenes.questions import DEPTH_MARGIN, DISTANCE_MARGIN, PICTURE_MARGIN
 from lit_vlm.data.scenes.wording import NUMBERS
 from lit_vlm.data.scenes.world import HALF_VIEW
@@ -19,8 +29,17 @@ COUNT = 1200
 
 
 @cache
-def asked(kind: QuestionKind) -> list[tuple[Scene, Question]]:
-    return [ask(kind, seed) for seed in range(COUNT)]
+def asked(kind: QuestionKind, max_things: int = 6) -> list[tuple[Scene, Question]]:
+    return [ask(kind, seed, max_things) for seed in range(COUNT)]
+
+
+@cache
+def all_asked(kind: QuestionKind) -> list[tuple[Scene, Question]]:
+    """Those that a scene was looked for, of scenes with few things too, and those about scenes that are given."""
+    scenes = [(sample_scene(f"given-{seed}"), random.Random(seed)) for seed in range(COUNT // 4)]
+    given = [(scene, question) for scene, rng in scenes if (question := ask_about(scene, kind, rng))]
+    assert len(given) > COUNT // 8
+    return [*asked(kind), *asked(kind, 3), *given]
 
 
 def fitting(scene: Scene, name: str) -> list[Thing]:
@@ -49,7 +68,7 @@ def place(scene: Scene, thing: Thing) -> tuple[float, float]:
 
 @pytest.mark.parametrize("kind", QUESTION_KINDS)
 def test_the_answer_is_among_the_options_once(kind: QuestionKind) -> None:
-    for _, question in asked(kind):
+    for _, question in all_asked(kind):
         assert question.kind == kind
         assert question.options.count(question.answer) == 1
         assert len(set(question.options)) == len(question.options) == (4 if kind in ("count", "attribute") else 2)
@@ -58,18 +77,18 @@ def test_the_answer_is_among_the_options_once(kind: QuestionKind) -> None:
 
 
 def test_counts() -> None:
-    for scene, question in asked("count"):
+    for scene, question in all_asked("count"):
         match = re.fullmatch(r"How many (.+) are there\?", question.text)
         assert match
         assert len(fitting(scene, match[1])) == int(question.answer)
-    assert {question.answer for _, question in asked("count")} == set("012345")
+    assert {question.answer for _, question in all_asked("count")} == set("012345")
 
 
 def test_relations() -> None:
     pattern = (
         r"(?:In the picture, is|Is) (the .+) (left|right|above|below) or (left|right|above|below) (?:of )?(the .+)\?"
     )
-    for scene, question in asked("relation"):
+    for scene, question in all_asked("relation"):
         match = re.fullmatch(pattern, question.text)
         assert match
         (column, row), (other_column, other_row) = (place(scene, named(scene, match[i])) for i in (1, 4))
@@ -81,7 +100,7 @@ def test_relations() -> None:
 
 
 def test_depths() -> None:
-    for scene, question in asked("depth"):
+    for scene, question in all_asked("depth"):
         options = [named(scene, option) for option in question.options]
         assert question.text == f"Which is closer to the camera, {' or '.join(question.options)}?"
         grounds = [in_camera(scene, thing.x, 0.0, thing.z)[2] for thing in options]
@@ -93,7 +112,7 @@ def test_depths() -> None:
 
 
 def test_distances() -> None:
-    for scene, question in asked("distance"):
+    for scene, question in all_asked("distance"):
         match = re.fullmatch(r"Which is closer to (the .+), the .+ or the .+\?", question.text)
         assert match
         anchor = named(scene, match[1]).centre
@@ -104,18 +123,19 @@ def test_distances() -> None:
 
 
 def test_attributes() -> None:
-    for scene, question in asked("attribute"):
+    for scene, question in all_asked("attribute"):
         match = re.fullmatch(r"What (colour|shape) is (the .+)\?", question.text)
         assert match
         assert getattr(named(scene, match[2]).look, match[1]) == question.answer
 
 
+@pytest.mark.parametrize("max_things", [3, 6])
 @pytest.mark.parametrize("kind", QUESTION_KINDS)
-def test_neither_place_nor_words_of_an_option_give_the_answer_away(kind: QuestionKind) -> None:
+def test_neither_place_nor_words_of_an_option_give_the_answer_away(kind: QuestionKind, max_things: int) -> None:
     places: Counter[int] = Counter()
     offered: Counter[str] = Counter()
     right: Counter[str] = Counter()
-    for _, question in asked(kind):
+    for _, question in asked(kind, max_things):
         places[question.options.index(question.answer)] += 1
         words = [set(option.split()) for option in question.options]
         for index, option in enumerate(words):
@@ -133,6 +153,10 @@ def test_neither_place_nor_words_of_an_option_give_the_answer_away(kind: Questio
 def test_a_seed_decides_everything(kind: QuestionKind) -> None:
     assert ask(kind, "a") == ask(kind, "a")
     assert ask(kind, "a") != ask(kind, "b")
+
+
+def test_scenes_hold_no_more_things_than_asked_for() -> None:
+    assert {len(scene.things) for kind in QUESTION_KINDS for scene, _ in asked(kind, 3)} == {1, 2, 3}
 
 
 def test_unknown_kinds_are_named() -> None:
@@ -163,7 +187,7 @@ def holds(scene: Scene, told: str) -> bool:
 
 @pytest.mark.parametrize("kind", ["relation", "depth", "distance"])
 def test_statements_of_questions_are_true(kind: QuestionKind) -> None:
-    for scene, question in asked(kind):
+    for scene, question in all_asked(kind):
         assert holds(scene, question.statement), question.statement
 
 

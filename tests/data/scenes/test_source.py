@@ -58,6 +58,25 @@ def test_questions_take_turns() -> None:
     assert text.text.startswith("\nWhich is closer to the camera")
 
 
+@pytest.mark.parametrize("kind", ["questions", "text"])
+def test_several_questions_about_one_scene(kind: Kind) -> None:
+    source, single = Scenes(kind, 40, size=32, turns=4), Scenes(kind, 40, size=32)
+    lengths = set()
+    for index in range(40):
+        record, first = source.outline(index), single.outline(index)
+        if record.messages[0].role == "document":
+            continue
+        lengths.add(len(record.messages))
+        assert [message.role for message in record.messages] == ["user", "assistant"] * (len(record.messages) // 2)
+        questions = [message.text.strip().split("\n")[-1] for message in record.messages[::2]]
+        assert len(set(questions)) == len(questions)
+        assert questions[0] == first.messages[0].text.strip().split("\n")[-1]
+        assert record.messages[1].text == first.messages[1].text
+        assert record.options.count(record.messages[-1].text) == 1
+    assert lengths <= {2, 4, 6, 8}
+    assert max(lengths) == 8
+
+
 def test_interleaved_documents_alternate() -> None:
     source = Scenes("interleaved", 20, size=32, question_kinds=["distance"])
     texts = []
@@ -152,7 +171,7 @@ def test_the_fingerprint_tells_arguments_apart() -> None:
     base: dict[str, Any] = {"kind": "questions", "count": 5}
     others: list[dict[str, Any]] = [
         {"kind": "text"}, {"count": 6}, {"seed": 1}, {"size": 64}, {"split": "held_out"},
-        {"question_kinds": ["count"]}, {"shots": 2}, {"name": "mine"},
+        {"question_kinds": ["count"]}, {"shots": 2}, {"name": "mine"}, {"turns": 2}, {"max_things": 3},
     ]  # fmt: skip
     prints = [Scenes(**(base | other)).fingerprint() for other in [{}, *others]]
     assert len(set(prints)) == len(prints)
@@ -170,6 +189,10 @@ def test_the_fingerprint_tells_arguments_apart() -> None:
         ({"count": 0}, "count is 0; it must be at least 1"),
         ({"size": 16}, "size is 16; it must be at least 32"),
         ({"shots": 0}, "shots is 0; it must be at least 1"),
+        ({"turns": 0}, "turns is 0; it must be at least 1"),
+        ({"kind": "captions", "turns": 2}, "turns is 2 with kind 'captions'; only questions and text take turns"),
+        ({"max_things": 2}, "max_things is 2; it must be from 3 to 6"),
+        ({"max_things": 7}, "max_things is 7; it must be from 3 to 6"),
     ],
 )
 def test_bad_arguments_are_named(arguments: dict[str, Any], expected: str) -> None:
