@@ -70,8 +70,14 @@ class HeldOut(L.Callback):
             found = _load(trainer) | {when: asdict(scores)}
             (Path(trainer.default_root_dir) / FILE).write_text(json.dumps(found, indent=2))
             for logger in trainer.loggers:
-                metrics = {f"held_out/{when}_{key}": float(value) for key, value in asdict(scores).items()}
+                metrics = _metrics(f"held_out/{when}", scores)
+                for source, part in scores.by_source.items():
+                    metrics |= _metrics(f"held_out/{source}/{when}", part)
                 logger.log_metrics(metrics, step=trainer.global_step)
+
+
+def _metrics(prefix: str, scores: HeldOutScores) -> dict[str, float]:
+    return {f"{prefix}_{key}": float(value) for key, value in asdict(scores).items() if key != "by_source"}
 
 
 def _line(scores: HeldOutScores) -> str:

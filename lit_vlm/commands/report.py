@@ -44,6 +44,8 @@ def report(folder: Path, stages: Sequence[str], next_steps: Sequence[str], conso
     console.rule("done")
     if rows:
         console.print(_table(rows))
+        if rows[-1][1].get("by_source"):
+            console.print(_table_by_source(rows))
     for picture in pictures[-1:]:
         console.print(f"held-out pictures and answers: {picture}", soft_wrap=True)
     found_checkpoints = checkpoints_in(folder / stages[-1])
@@ -65,4 +67,20 @@ def _table(rows: Sequence[tuple[str, dict[str, Any]]]) -> Table:
         table.add_row(label, *(form.format(scores[key]) for _, key, form in COLUMNS))
     table.add_section()
     table.add_row("chance", "", "", "", f"{last['choice_chance']:.1%}", style="dim")
+    return table
+
+
+def _table_by_source(rows: Sequence[tuple[str, dict[str, Any]]]) -> Table:
+    last = rows[-1][1]["by_source"]
+    table = Table(title="multiple choice by source; exact match where there are no answers to choose from")
+    table.add_column("")
+    for source in last:
+        table.add_column(source, justify="right")
+    for label, scores in rows:
+        found = [scores["by_source"][source] for source in last]
+        table.add_row(label, *(f"{s['choice_accuracy' if s['num_choices'] else 'exact_match']:.1%}" for s in found))
+    table.add_section()
+    chance = [f"{s['choice_chance']:.1%}" if s["num_choices"] else "" for s in last.values()]
+    table.add_row("chance", *chance, style="dim")
+    table.add_row("questions", *(f"{s['num_records']}" for s in last.values()), style="dim")
     return table

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -45,6 +45,7 @@ class HeldOutScores:
         choice_chance: what guessing would give, 1 / options on average.
         num_records: records that were scored.
         num_choices: those of them with options.
+        by_source: the same for each source, where there are several.
     """
 
     loss: float
@@ -54,6 +55,7 @@ class HeldOutScores:
     choice_chance: float
     num_records: int
     num_choices: int
+    by_source: dict[str, HeldOutScores] = field(default_factory=dict)
 
 
 def held_out_records(module: LitVLM, data: VLMData, limit: int | None = None) -> list[Record]:
@@ -125,7 +127,7 @@ def evaluate_held_out(
         max_new_tokens: length of an answer at most.
 
     Returns:
-        the scores over all ranks.
+        the scores over all ranks, of each source too.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     # Ranks run the same number of batches, or the sharded parts would wait for each other: the last may be repeated.
@@ -134,28 +136,26 @@ def evaluate_held_out(
     padding = [records[0]] * (per_rank - len(mine))
     was_training = module.vlm.training
     module.vlm.eval()
-    totals = torch.zeros(7, dtype=torch.float64)
+    sources = sorted({record.source for record in records})
+    totals = torch.zeros(len(sources), len(_Sums._fields), dtype=torch.float64)
     try:
         for start in range(0, per_rank, batch_size):
             chunk = (mine + padding)[start : start + batch_size]
-            totals += _score_batch(module, data, chunk, max_new_tokens, len(mine) - start)
+            found = _score_batch(module, data, chunk, max_new_tokens)
+            # What only keeps ranks in step is scored and not counted.
+            for record, sums in zip(chunk[: max(0, len(mine) - start)], found, strict=False):
+                totals[sources.index(record.source)] += torch.tensor(sums, dtype=torch.float64)
     finally:
         module.vlm.train(was_training)
     if world > 1:
         moved = totals.to(module.device, torch.float32)
         dist.all_reduce(moved)
         totals = moved.cpu().double()
-    nll, tokens, exact, f1, count, right, choices = totals.tolist()
-    chance = [1 / len(record.options) for record in records if record.options]
-    return HeldOutScores(
-        loss=nll / max(1, tokens),
-        exact_match=exact / max(1, count),
-        token_f1=f1 / max(1, count),
-        choice_accuracy=right / max(1, choices),
-        choice_chance=sum(chance) / max(1, len(chance)),
-        num_records=int(count),
-        num_choices=int(choices),
-    )
+    scores = _means(_Sums(*totals.sum(0).tolist()))
+    if len(sources) == 1:
+        return scores
+    rows = zip(sources, totals.tolist(), strict=True)
+    return replace(scores, by_source={source: _means(_Sums(*row)) for source, row in rows})
 
 
 @torch.no_grad()
@@ -172,27 +172,52 @@ def answer_records(module: LitVLM, data: VLMData, records: Sequence[Record], max
     ]
 
 
-def _score_batch(
-    module: LitVLM, data: VLMData, records: Sequence[Record], max_new_tokens: int, num_own: int
-) -> torch.Tensor:
-    """Sums over the first `num_own` records; the rest only keeps ranks in step."""
+class _Sums(NamedTuple):
+    """What the scores of one or several records are made of."""
+
+    nll: float
+    tokens: float
+    exact: float
+    f1: float
+    records: float
+    right: float
+    chance: float
+    choices: float
+
+
+def _means(sums: _Sums) -> HeldOutScores:
+    return HeldOutScores(
+        loss=sums.nll / max(1, sums.tokens),
+        exact_match=sums.exact / max(1, sums.records),
+        token_f1=sums.f1 / max(1, sums.records),
+        choice_accuracy=sums.right / max(1, sums.choices),
+        choice_chance=sums.chance / max(1, sums.choices),
+        num_records=int(sums.records),
+        num_choices=int(sums.choices),
+    )
+
+
+def _score_batch(module: LitVLM, data: VLMData, records: Sequence[Record], max_new_tokens: int) -> list[_Sums]:
+    """What each record adds."""
     spec = module.input_spec
-    pad_id = spec.tokenizer.pad_token_id
-    own = records[: max(0, num_own)]
-    prompts = _collate_prompts(module, data, records)
-    given = module.answer(prompts, max_new_tokens)
-    expected = [record.messages[-1].text for record in records]
-    nll, chosen = _score_answers(module, data.encoder(spec), records, pad_id)
-    sums = torch.zeros(7, dtype=torch.float64)
-    sums[0] = sum(value for value, _ in nll[: len(own)])
-    sums[1] = sum(tokens for _, tokens in nll[: len(own)])
-    sums[2] = sum(exact_match(a, b) for a, b in zip(given[: len(own)], expected, strict=False))
-    sums[3] = sum(token_f1(a, b) for a, b in zip(given[: len(own)], expected, strict=False))
-    sums[4] = len(own)
-    judged = [(choice, record) for choice, record in zip(chosen, own, strict=False) if record.options]
-    sums[5] = sum(choice == record.messages[-1].text for choice, record in judged)
-    sums[6] = len(judged)
-    return sums
+    given = module.answer(_collate_prompts(module, data, records), max_new_tokens)
+    scored = _score_answers(module, data.encoder(spec), records, spec.tokenizer.pad_token_id)
+    found = []
+    for record, answer, (nll, tokens), chosen in zip(records, given, *scored, strict=True):
+        expected, num_options = record.messages[-1].text, len(record.options)
+        found.append(
+            _Sums(
+                nll=nll,
+                tokens=tokens,
+                exact=exact_match(answer, expected),
+                f1=token_f1(answer, expected),
+                records=1,
+                right=num_options > 0 and chosen == expected,
+                chance=1 / num_options if num_options else 0,
+                choices=num_options > 0,
+            )
+        )
+    return found
 
 
 def _collate_prompts(module: LitVLM, data: VLMData, records: Sequence[Record]) -> Batch:
