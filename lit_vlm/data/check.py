@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from lit_vlm.data.parallel import Block, run_blocks
 from lit_vlm.data.records import Image, RecordError, open_image
+from lit_vlm.data.shards import read_json
 from lit_vlm.data.sources.converted import RECORDS, Converted, decode_record
 
 
@@ -98,7 +98,11 @@ def _missing_files(source: Converted) -> Iterator[str]:
             if folder.name != RECORDS or source.info.images:
                 yield f"{index} is missing"
             continue
-        chunks = json.loads(index.read_text(encoding="utf-8"))["chunks"]
+        try:
+            chunks = read_json(index)["chunks"]
+        except (ValueError, KeyError, TypeError) as error:
+            yield str(error) if isinstance(error, ValueError) else f"{index} is damaged: it lists no chunks"
+            continue
         count = sum(chunk["chunk_size"] for chunk in chunks)
         if count != source.info.records:
             yield f"{index} counts {count} records, {source.info.records} were converted"

@@ -158,7 +158,7 @@ def _check_share(bad: Sequence[BadSample], total: int, share: float, out: Path) 
         raise TooManyBad(
             f"{len(bad)} of {total} records cannot be used ({reasons or 'the source is empty'}), more than "
             f"--max-bad-share {share}. {last}All are listed in {out / 'bad_samples.jsonl'}. "
-            "The same command with a larger share finishes at once"
+            + ("" if len(bad) == total else "The same command with a larger share finishes at once")
         )
 
 

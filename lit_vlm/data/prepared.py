@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lit_vlm.batch import Grid
 from lit_vlm.data.records import Image, RecordError, image_bytes
+from lit_vlm.data.shards import read_info
 
 VERSION = 1
 INFO = "prepared.json"
@@ -109,10 +110,7 @@ class Prepared:
                 f"{self.path} holds no prepared features: it has no {INFO}. lit-vlm prepare targets makes them; work "
                 "that was stopped goes on with the same command"
             )
-        raw: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        if raw.get("version") != VERSION:
-            raise ValueError(f"{file} is of format {raw.get('version')}; this lit-vlm reads format {VERSION}")
-        self.info = PreparedInfo(**raw)
+        self.info = read_info(file, PreparedInfo, VERSION)
         self._keys = np.load(self.path / KEYS, mmap_mode="r")
         self._stream: tuple[int, StreamingDataset] | None = None
 

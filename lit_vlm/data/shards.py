@@ -7,10 +7,47 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
 
 PARTS = "parts"
 CHUNK_BYTES = 1 << 26
+
+
+T = TypeVar("T")
+
+
+def read_json(file: Path) -> Any:
+    """A JSON file of a set.
+
+    Raises:
+        ValueError: naming the file, when it is damaged.
+    """
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is damaged ({error}): make the set again, or take the file from a copy") from error
+
+
+def read_info(file: Path, kind: type[T], version: int) -> T:
+    """What describes a set: a dataclass with the format's version.
+
+    Raises:
+        ValueError: naming the file, when it is damaged or of another format.
+    """
+    raw = read_json(file)
+    if not isinstance(raw, dict):
+        raise ValueError(f"{file} is damaged: it holds a {type(raw).__name__}, not an object")
+    if raw.get("version") != version:
+        raise ValueError(
+            f"{file} is of format {raw.get('version')}; this lit-vlm reads format {version}: make it again"
+        )
+    try:
+        return TypeAdapter(kind).validate_json(json.dumps(raw), strict=True)
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:3])
+        raise ValueError(f"{file} is damaged: {problems}") from error
 
 
 def part_folder(out: Path, index: int) -> Path:
@@ -28,7 +65,7 @@ def finish_part(folder: Path, facts: dict[str, Any]) -> None:
 def read_part(out: Path, index: int) -> dict[str, Any] | None:
     """What `finish_part` said; None while the part is not whole."""
     file = part_folder(out, index) / "part.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    return read_json(file) if file.is_file() else None
 
 
 def claim(out: Path, plan: dict[str, Any], block: int) -> int:
@@ -47,7 +84,7 @@ def claim(out: Path, plan: dict[str, Any], block: int) -> int:
     """
     file = out / PARTS / "plan.json"
     if file.is_file():
-        begun = json.loads(file.read_text(encoding="utf-8"))
+        begun = read_json(file)
         block = begun.pop("block")
         if begun != plan:
             changed = "; ".join(f"{key} {begun.get(key)} → {plan[key]}" for key in plan if begun.get(key) != plan[key])
@@ -93,4 +130,4 @@ def merge(folders: Sequence[Path], out: Path) -> list[int]:
 def _indices(folder: Path) -> Iterator[dict[str, Any]]:
     """LitData's index of a part; there is none when it holds no item."""
     for file in sorted(folder.glob("*.index.json")):
-        yield json.loads(file.read_text(encoding="utf-8"))
+        yield read_json(file)

@@ -413,6 +413,37 @@ def test_check_says_what_is_wrong(tmp_path: Path) -> None:
         check_set(str(tmp_path), decode=False)
 
 
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda text: text[:40], r"lit_vlm\.json is damaged \("),
+        (lambda text: "[]", r"lit_vlm\.json is damaged: it holds a list"),
+        (
+            lambda text: text.replace('"version": 1', '"version": 7'),
+            r"lit_vlm\.json is of format 7; this lit-vlm reads format 1",
+        ),
+        (lambda text: text.replace('"records": 7', '"records": "7"'), r"lit_vlm\.json is damaged: records: "),
+        (lambda text: text.replace('"records"', '"recordings"'), r"lit_vlm\.json is damaged: records: Field required"),
+    ],
+)
+def test_a_damaged_description_is_named(change: Callable[[str], str], expected: str, tmp_path: Path) -> None:
+    convert(open_source(str(write_llava(tmp_path))), tmp_path / "out")
+    info = tmp_path / "out" / "lit_vlm.json"
+    text = info.read_text()
+    info.write_text(change(text))
+    assert info.read_text() != text
+    with pytest.raises(ValueError, match=expected):
+        Converted(str(tmp_path / "out"))
+
+
+def test_a_damaged_index_is_named(tmp_path: Path) -> None:
+    convert(open_source(str(write_llava(tmp_path))), tmp_path / "out")
+    index = tmp_path / "out" / "index.json"
+    index.write_text(index.read_text()[:30])
+    (problem,) = check_set(str(tmp_path / "out"), decode=False)
+    assert problem.startswith(f"{index} is damaged (")
+
+
 def test_a_set_in_object_storage_reads_as_the_one_on_disk(tmp_path: Path) -> None:
     convert(open_source(str(write_llava(tmp_path))), tmp_path / "out")
     near, far = Converted(str(tmp_path / "out")), Converted(f"local:{tmp_path / 'out'}")

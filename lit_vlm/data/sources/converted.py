@@ -24,6 +24,7 @@ from litdata.streaming.downloader import get_downloader
 from numpy.typing import NDArray
 
 from lit_vlm.data.records import Image, Message, Part, Record, Text
+from lit_vlm.data.shards import read_info
 from lit_vlm.data.sources.base import Source
 from lit_vlm.pretrained import cache_dir
 
@@ -157,12 +158,7 @@ class Converted(Source):
                 f"{self.path} is no converted set: it has no {INFO}. lit-vlm data convert SOURCE {self.path} makes "
                 "one; a conversion that was stopped goes on with the same command"
             )
-        raw = json.loads(file.read_text(encoding="utf-8"))
-        if raw.get("version") != VERSION:
-            raise ValueError(
-                f"{file} is of format {raw.get('version')}; this lit-vlm reads format {VERSION}: convert again"
-            )
-        return SetInfo(**raw)
+        return read_info(file, SetInfo, VERSION)
 
 
 def encode_record(record: Record, images: Sequence[tuple[bytes, tuple[int, int]]]) -> dict[str, bytes]:
