@@ -120,7 +120,7 @@ class LitVLM(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The stage's optimizer and schedule."""
-        optimizer = self.stage.optimizer(self.vlm)
+        optimizer = self.stage.make_optimizer(self.vlm)
         scheduler = self.stage.scheduler(optimizer, int(self.trainer.estimated_stepping_batches))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

@@ -9,11 +9,12 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
 from lit_vlm.model import NEXT_TOKEN, VLM
+from lit_vlm.optim import MuonAdamW
 
 SLOTS = ("encoder", "projector", "embedder", "decoder", "heads")
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
@@ -42,7 +43,9 @@ class Stage:
         fresh: slots that do not take their weights from `start_from`.
         schedule: learning rate after the warm-up: cosine to 0, linear to 0, or constant.
         warmup_ratio: share of all steps over which the learning rate rises from 0.
-        weight_decay: AdamW's, on matrices; never on biases and norms.
+        optimizer: adamw, or muon for the matrices of hidden layers and adamw for all else: about half the steps in
+            short runs of small models; not with sharded parameters.
+        weight_decay: on matrices; never on biases and norms.
         betas: AdamW's running averages.
         eps: AdamW's.
     """
@@ -54,6 +57,7 @@ class Stage:
     fresh: list[str] = field(default_factory=list)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_ratio: float = 0.03
+    optimizer: Literal["adamw", "muon"] = "adamw"
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -101,11 +105,13 @@ class Stage:
         for name in idle:
             model.heads[name].requires_grad_(False)
 
-    def optimizer(self, model: VLM) -> AdamW:
-        """AdamW with one learning rate per slot, over what `freeze` left trainable."""
+    def make_optimizer(self, model: VLM) -> Optimizer:
+        """The optimizer with one learning rate per slot, over what `freeze` left trainable."""
         groups = list(self._groups(model))
         if not groups:
             raise ValueError("model.stage.train names no slot, so there is nothing to train")
+        if self.optimizer == "muon":
+            return MuonAdamW(_split_for_muon(groups, model), self.betas, self.eps)
         return AdamW(groups, betas=self.betas, eps=self.eps, fused=True)
 
     def _groups(self, model: VLM) -> Iterator[dict[str, Any]]:
@@ -140,6 +146,17 @@ class Stage:
             names = ", ".join(type(part).__name__ for part in parts)
             rows.append(SlotCount(slot, names, trained, total - trained, self.train.get(slot) if trained else None))
         return rows
+
+
+def _split_for_muon(groups: list[dict[str, Any]], model: VLM) -> Iterator[dict[str, Any]]:
+    """Hidden matrices apart from word tables, output layers, and what is no matrix."""
+    words = {id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
+    words |= {id(p) for p in model.decoder.head_parameters()}
+    for group in groups:
+        for muon in (True, False):
+            members = [p for p in group["params"] if (p.ndim == 2 and id(p) not in words) == muon]
+            if members:
+                yield group | {"params": members, "muon": muon}
 
 
 def frozen_tensors(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -190,7 +190,7 @@ def test_every_stage_at_every_scale_parses_and_builds(
     cli = lightning_cli([*words, "--trainer.logger", "false", "--trainer.accelerator", "cpu"], run=False)
     model = build_on_meta(cli.model.slots)
     cli.model.stage.freeze(model)
-    assert cli.model.stage.optimizer(model).param_groups
+    assert cli.model.stage.make_optimizer(model).param_groups
     assert all(parameter.is_meta for parameter in model.parameters())
 
 

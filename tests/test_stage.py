@@ -33,7 +33,7 @@ def test_gradients_reach_exactly_the_slot_that_trains(slot: str) -> None:
     assert {name.split(".")[0] for name in gradients(model)} == {slot}
     trained = [p for part in model.slots()[slot] for p in part.parameters()]
     assert all(p.grad is not None for p in trained)
-    optimizer = stage.optimizer(model)
+    optimizer = stage.make_optimizer(model)
     assert {id(p) for group in optimizer.param_groups for p in group["params"]} == {id(p) for p in trained}
     modes = {name: parts[0].training for name, parts in model.slots().items()}
     assert modes == {name: name == slot for name in modes}
@@ -43,7 +43,7 @@ def test_learning_rates_and_weight_decay_by_slot() -> None:
     model = tiny_vlm()
     stage = Stage(train={"projector": 1e-3, "decoder": 2e-5}, weight_decay=0.1)
     stage.freeze(model)
-    groups = stage.optimizer(model).param_groups
+    groups = stage.make_optimizer(model).param_groups
     assert {(group["slot"], group["lr"]) for group in groups} == {("projector", 1e-3), ("decoder", 2e-5)}
     for group in groups:
         assert {p.ndim > 1 for p in group["params"]} == {group["weight_decay"] > 0}
@@ -53,7 +53,7 @@ def test_tied_weights_are_counted_and_stepped_once() -> None:
     model = tiny_vlm(decoder=tiny_decoder(tie_word_embeddings=True))
     stage = Stage(train={"decoder": 1e-3})
     stage.freeze(model)
-    members = [id(p) for group in stage.optimizer(model).param_groups for p in group["params"]]
+    members = [id(p) for group in stage.make_optimizer(model).param_groups for p in group["params"]]
     assert len(members) == len(set(members))
     table = model.decoder.lm.get_input_embeddings().weight
     assert model.decoder.lm.get_output_embeddings().weight is table
@@ -65,7 +65,7 @@ def test_schedules_warm_up_and_end_where_they_should(schedule: str, last: float)
     model = tiny_vlm()
     stage = Stage(train={"projector": 1.0}, schedule=schedule, warmup_ratio=0.1)
     stage.freeze(model)
-    optimizer = stage.optimizer(model)
+    optimizer = stage.make_optimizer(model)
     scheduler = stage.scheduler(optimizer, total_steps=100)
     rates = []
     for _ in range(101):
@@ -92,7 +92,7 @@ def test_schedules_warm_up_and_end_where_they_should(schedule: str, last: float)
             r"names \['depth'\]; this model has \['next_token'\]",
         ),
         (lambda: Stage(losses={"next_token": 0.0}).freeze(tiny_vlm()), "no loss with a weight other than 0"),
-        (lambda: Stage().optimizer(_frozen()), "names no slot, so there is nothing to train"),
+        (lambda: Stage().make_optimizer(_frozen()), "names no slot, so there is nothing to train"),
     ],
 )
 def test_mistakes_in_a_stage_are_named(stage, message: str) -> None:

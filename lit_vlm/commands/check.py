@@ -44,7 +44,7 @@ def _check(words: Sequence[str]) -> str | None:
             cli = lightning_cli(flags, run=False)
         model = build_on_meta(cli.model.slots)
         cli.model.stage.freeze(model, cli.model.slots.removed_heads)
-        cli.model.stage.optimizer(model)
+        cli.model.stage.make_optimizer(model)
         for source in (*cli.datamodule.train_sources, *cli.datamodule.val_sources):
             if not len(source):
                 return f"the source '{source.name}' is empty"
