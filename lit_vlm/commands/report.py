@@ -36,7 +36,8 @@ def report(folder: Path, stages: Sequence[str], next_steps: Sequence[str], conso
         if not file.exists():
             continue
         found = json.loads(file.read_text())
-        rows += [("before training", found["before"])] if "before" in found else []
+        first = "before training" if stage == stages[0] else f"before {stage}"
+        rows += [(first, found["before"])] if "before" in found else []
         rows += [(f"after {stage}", found["after"])] if "after" in found else []
         pictures += [picture for picture in [folder / stage / "answers.png"] if picture.exists()]
         if stage == stages[-1] and "shuffled" in found:

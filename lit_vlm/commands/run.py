@@ -128,7 +128,7 @@ def _new_run(arguments: argparse.Namespace, flags: list[str]) -> tuple[Path, Run
     recipe = find_recipe(arguments.recipe)
     scale = arguments.scale or recipe.scale
     stages = arguments.stages.split(",") if arguments.stages else list(recipe.stages)
-    state = RunState(arguments.recipe, scale, arguments.strategy or recipe.strategy, stages, flags)
+    state = RunState(arguments.recipe, scale, arguments.strategy or recipe.strategy_for(scale), stages, flags)
     for stage in stages:
         recipe.configs(stage, scale, state.strategy)
     job = os.environ.get("TORCHELASTIC_RUN_ID") or os.environ.get("SLURM_JOB_ID") or time.strftime("%Y%m%d-%H%M%S")

@@ -84,7 +84,7 @@ class HFDecoder(Decoder):
 
     def _load_config(self, config: dict[str, Any] | None) -> PretrainedConfig:
         if self.name is not None:
-            loaded = AutoConfig.from_pretrained(resolve(self.name))
+            loaded = AutoConfig.from_pretrained(resolve(self.name, weights=False))
             return getattr(loaded, "text_config", loaded)
         settings = dict(config or {})
         if self.tokenizer_source is not None:

@@ -29,7 +29,7 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerFast:
     """
     if source == "bytes":
         return byte_tokenizer()
-    tokenizer = AutoTokenizer.from_pretrained(resolve(source))
+    tokenizer = AutoTokenizer.from_pretrained(resolve(source, weights=False))
     if not tokenizer.is_fast:
         raise ValueError(f"the tokenizer of {source} has no fast version, and labels need its character offsets")
     if tokenizer.pad_token is None:
