@@ -51,7 +51,7 @@ def test_configuration_and_tokenizer_come_without_training(tmp_path: Path) -> No
     folder = mini.made("scenes-decoder", tmp_path, weights=False)
     assert not list(folder.glob("*.safetensors"))
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    assert len(tokenizer) == json.loads((folder / "config.json").read_text())["vocab_size"]
+    assert 256 < len(tokenizer) <= json.loads((folder / "config.json").read_text())["vocab_size"]
     text = Scenes("text", 1, turns=3).outline(0).messages[0].text
     assert tokenizer.decode(tokenizer(text).input_ids) == text
     words = [word.strip(".,?") for word in text.split()]
@@ -65,7 +65,7 @@ def test_answers_weigh_most(cache: Path) -> None:
     assert "Question" not in answers
     assert "USER" not in answers
     assert "things" not in answers
-    assert {float(value) for value in weights.unique()} == {pytest.approx(mini.REST), 1.0}
+    assert weights.unique().tolist() == pytest.approx([mini.REST, 1.0])
 
 
 def test_cell_targets() -> None:

@@ -64,7 +64,7 @@ def test_several_questions_about_one_scene(kind: Kind) -> None:
     lengths = set()
     for index in range(40):
         record, first = source.outline(index), single.outline(index)
-        if record.messages[0].role == "document":
+        if "document" in (record.messages[0].role, first.messages[0].role):
             continue
         lengths.add(len(record.messages))
         assert [message.role for message in record.messages] == ["user", "assistant"] * (len(record.messages) // 2)
@@ -107,7 +107,7 @@ def test_records_are_the_same_in_every_process() -> None:
         for index in range(30):
             record = source.outline(index)
             digest.update(repr((record.id, [message.text for message in record.messages], record.options)).encode())
-    assert (VERSION, digest.hexdigest()[:16]) == (2, "62890dcdc2b006ed")
+    assert (VERSION, digest.hexdigest()[:16]) == (3, "60bc9f3e69943542")
 
 
 @pytest.mark.parametrize("kind", KINDS)
