@@ -36,6 +36,38 @@ class Grid(NamedTuple):
         return self.prefix + self.rows * (self.cols + self.row_end)
 
 
+class Patches(NamedTuple):
+    """Where the p patches of n images are among their visual tokens: row by row, without prefix and row-end tokens.
+
+    Attributes:
+        image: `[p]`, which image.
+        row: `[p]`, which row of that image's grid.
+        col: `[p]`, which column.
+        position: `[p]`, index into the t visual tokens.
+        starts: `[n]`, index of each image's first token.
+    """
+
+    image: Tensor
+    row: Tensor
+    col: Tensor
+    position: Tensor
+    starts: Tensor
+
+
+def index_patches(grids: Sequence[Grid]) -> Patches:
+    """Find the patches of all images at once; int64 on the CPU, from plain integers, so it never waits for a device."""
+    rows, cols, prefix, row_end = torch.tensor(grids).view(-1, 4).unbind(1)
+    starts = _exclusive_sum(prefix + rows * (cols + row_end))
+    image = torch.arange(len(grids)).repeat_interleave(rows * cols)
+    within = torch.arange(len(image)) - _exclusive_sum(rows * cols)[image]
+    row, col = within // cols[image], within % cols[image]
+    return Patches(image, row, col, starts[image] + prefix[image] + row * (cols + row_end)[image] + col, starts)
+
+
+def _exclusive_sum(lengths: Tensor) -> Tensor:
+    return lengths.cumsum(0) - lengths
+
+
 @dataclass(frozen=True)
 class PixelSpec:
     """What an encoder wants of an image; the data side hands it to the image transform.

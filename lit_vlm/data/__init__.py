@@ -20,9 +20,19 @@ from lit_vlm.data.sources import (
     WebDataset,
 )
 from lit_vlm.data.templates import ChatML, Llama3, Plain, Template, VicunaV1
-from lit_vlm.data.transforms import ImageTransform, Native, PadSquare, Resize, SquareCrop
+from lit_vlm.data.transforms import (
+    AreaLimit,
+    AspectGrid,
+    ImageTransform,
+    Native,
+    PadSquare,
+    Resize,
+    SquareCrop,
+)
 
 __all__ = [
+    "AreaLimit",
+    "AspectGrid",
     "BadSamples",
     "Batching",
     "Captions",

@@ -5,6 +5,7 @@ Normalisation is not done here: pixels travel as uint8 and the encoder normalise
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 
 import numpy as np
@@ -81,6 +82,21 @@ def _middle(image: Tensor, width: int, height: int) -> Tensor:
     return image[:, top : top + height, left : left + width]
 
 
+def _on_square(image: Tensor, side: int, left: int, top: int, pixels: PixelSpec) -> Tensor:
+    """A picture on a square of the encoder's mean colour."""
+    height, width = image.shape[1:]
+    if height == width == side:
+        return image
+    colour = torch.tensor([int(channel * 255) for channel in pixels.mean], dtype=torch.uint8)
+    line = colour.repeat(side)  # rows are copied whole, which is much faster than pixel by pixel
+    canvas = torch.empty(side, side * 3, dtype=torch.uint8)
+    bottom, right = top + height, left + width
+    canvas[:top], canvas[bottom:] = line, line
+    canvas[top:bottom, : 3 * left], canvas[top:bottom, 3 * right :] = line[: 3 * left], line[3 * right :]
+    canvas[top:bottom, 3 * left : 3 * right] = image.permute(1, 2, 0).reshape(height, 3 * width)
+    return canvas.view(side, side, 3).permute(2, 0, 1)
+
+
 class SquareCrop(_Square):
     """Shorter side to the size, then the square in the middle: LLaVA-1.5 stage 1, and CLIP's own preprocessing."""
 
@@ -108,18 +124,8 @@ class PadSquare(_Square):
     def resize(self, image: Tensor, size: Size, pixels: PixelSpec) -> Tensor:
         """Pad, then resize (bicubic)."""
         height, width = image.shape[1:]
-        if width != height:
-            longest = max(width, height)
-            colour = torch.tensor([int(channel * 255) for channel in pixels.mean], dtype=torch.uint8)
-            line = colour.repeat(longest)  # rows are copied whole, which is much faster than pixel by pixel
-            canvas = torch.empty(longest, longest * 3, dtype=torch.uint8)
-            top, left = (longest - height) // 2, (longest - width) // 2
-            bottom, right = top + height, left + width
-            canvas[:top], canvas[bottom:] = line, line
-            canvas[top:bottom, : 3 * left], canvas[top:bottom, 3 * right :] = line[: 3 * left], line[3 * right :]
-            canvas[top:bottom, 3 * left : 3 * right] = image.permute(1, 2, 0).reshape(height, 3 * width)
-            image = canvas.view(longest, longest, 3).permute(2, 0, 1)
-        return bicubic(image, size)
+        side = max(width, height)
+        return bicubic(_on_square(image, side, (side - width) // 2, (side - height) // 2, pixels), size)
 
 
 class Resize(_Square):
@@ -156,6 +162,93 @@ class Native(ImageTransform):
     def scale(self, size: Size, pixels: PixelSpec) -> float:
         """The longer side decides; nothing is enlarged."""
         return min(1.0, self.longest / max(size))
+
+    def resize(self, image: Tensor, size: Size, pixels: PixelSpec) -> Tensor:
+        """Bicubic resize."""
+        return bicubic(image, size)
+
+
+class AspectGrid(ImageTransform):
+    """The longer side to `longest`, the shorter one rounded up to whole cells: EVE.
+
+    Encoders of one size, such as EVE's teacher, get the same cells at their own scale, in the middle of a square of
+    their mean colour. Small pictures are enlarged; the aspect ratio is bent by less than a cell, and nothing is cut.
+
+    Args:
+        longest: longer side in pixels: 672, or 1344 for high resolution.
+        cells: cells along the longer side; the teacher's patches per side.
+    """
+
+    def __init__(self, longest: int = 672, cells: int = 24) -> None:
+        if cells < 1 or longest % cells:
+            raise ValueError(f"data.transform: longest {longest} does not divide into {cells} cells")
+        self.longest, self.cells = longest, cells
+
+    def _cells(self, size: Size) -> tuple[int, int]:
+        """Cells across and down."""
+        width, height = size
+        if width > height:
+            return self.cells, -(-self.cells * height // width)
+        return -(-self.cells * width // height), self.cells
+
+    def _cell(self, pixels: PixelSpec) -> int:
+        """Pixels per cell."""
+        side = pixels.size or self.longest
+        cell, rest = divmod(side, self.cells)
+        if rest or cell % pixels.multiple:
+            raise ValueError(
+                f"data.transform: {side} pixels in {self.cells} cells are {side / self.cells:g} pixels per cell; it "
+                f"must be a multiple of the {pixels.multiple} that this encoder or teacher needs"
+            )
+        return cell
+
+    def size(self, size: Size, pixels: PixelSpec) -> Size:
+        """Whole cells; the full square for encoders of one size."""
+        cell = self._cell(pixels)
+        across, down = (self.cells, self.cells) if pixels.size else self._cells(size)
+        return across * cell, down * cell
+
+    def scale(self, size: Size, pixels: PixelSpec) -> float:
+        """The shorter side is rounded up, so it may keep more."""
+        across, down = self._cells(size)
+        cell = self._cell(pixels)
+        return max(across * cell / size[0], down * cell / size[1])
+
+    def __call__(self, image: PILImage.Image, pixels: PixelSpec, original: Size | None = None) -> Tensor:
+        """Resize to whole cells; on a square for encoders of one size."""
+        cell = self._cell(pixels)
+        across, down = self._cells(original or image.size)
+        tensor = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        tensor = self.resize(tensor, (across * cell, down * cell), pixels)
+        if pixels.size:
+            left, top = (self.cells - across) // 2 * cell, (self.cells - down) // 2 * cell
+            tensor = _on_square(tensor, pixels.size, left, top, pixels)
+        return tensor.contiguous()
+
+    def resize(self, image: Tensor, size: Size, pixels: PixelSpec) -> Tensor:
+        """Bicubic resize."""
+        return bicubic(image, size)
+
+
+class AreaLimit(ImageTransform):
+    """A picture larger than a square of `side` is shrunk to its area; sides become the nearest multiple: EVEv2.
+
+    Args:
+        side: pixels; 800, or 1600 for high resolution.
+    """
+
+    def __init__(self, side: int = 800) -> None:
+        self.side = side
+
+    def size(self, size: Size, pixels: PixelSpec) -> Size:
+        """Each side is at least one multiple."""
+        scale, multiple = self.scale(size, pixels), pixels.multiple
+        width, height = (max(round(side * scale / multiple), 1) * multiple for side in size)
+        return width, height
+
+    def scale(self, size: Size, pixels: PixelSpec) -> float:
+        """Nothing is enlarged, but for rounding."""
+        return min(1.0, self.side / math.sqrt(size[0] * size[1]))
 
     def resize(self, image: Tensor, size: Size, pixels: PixelSpec) -> Tensor:
         """Bicubic resize."""

@@ -1,5 +1,6 @@
 """Teachers: frozen networks whose features are the targets of heads."""
 
 from lit_vlm.teachers.base import EncoderTeacher, Teacher
+from lit_vlm.teachers.hf import HFVision
 
-__all__ = ["EncoderTeacher", "Teacher"]
+__all__ = ["EncoderTeacher", "HFVision", "Teacher"]

@@ -6,6 +6,7 @@ import io
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,9 @@ from PIL import Image as PILImage
 
 from lit_vlm.batch import PixelSpec
 from lit_vlm.data.records import Image, RecordError, open_image
-from lit_vlm.data.transforms import ImageTransform, Native, PadSquare, Resize, SquareCrop
+from lit_vlm.data.transforms import AreaLimit, AspectGrid, ImageTransform, Native, PadSquare, Resize, SquareCrop
+from lit_vlm.encoders import PatchGrid
+from tests.tiny import ROOT
 
 SQUARE = PixelSpec(28, 7, (0.48, 0.45, 0.4))
 ANY = PixelSpec(None, 8, (0.5, 0.5, 0.5))
@@ -260,3 +263,63 @@ def test_native_never_enlarges_beyond_the_next_multiple() -> None:
 def test_square_transforms_refuse_an_encoder_of_any_size(transform: ImageTransform) -> None:
     with pytest.raises(ValueError, match=f"{type(transform).__name__} needs an encoder of one size.*use Native"):
         transform(PILImage.new("RGB", (8, 8)), ANY)
+
+
+# ----- AspectGrid, AreaLimit -----
+
+CLIP_336 = PixelSpec(336, 14, (0.48145466, 0.4578275, 0.40821073))
+EVE = PixelSpec(None, 28, CLIP_336.mean)
+GEOMETRY = torch.load(ROOT / "tests" / "fixtures" / "eve.pt", weights_only=True)["geometry"]
+
+
+@pytest.mark.parametrize("row", GEOMETRY, ids=lambda row: f"{row['cfg']}-{row['W']}x{row['H']}")
+def test_aspect_grid_gives_the_published_geometry(row: dict[str, Any]) -> None:
+    transform = AspectGrid(int(row["cfg"]))
+    width, height = transform.size((row["W"], row["H"]), EVE)
+    left, top, pasted_width, pasted_height = row["box_xywh"]
+    assert (width, height) == (pasted_width, pasted_height)
+    grid = PatchGrid(28, prefix=1, row_end=1)(height, width)
+    assert (grid.rows, grid.cols, grid.num_tokens) == (row["rows"], row["cols"], row["n_tokens"])
+    # Where the teacher finds the picture on its square: the same place at its scale.
+    picture = PILImage.new("RGB", (row["W"], row["H"]), (255, 255, 255))
+    square = transform(picture, CLIP_336)
+    inside = (square == 255).all(0)
+    scale = int(row["cfg"]) // 336
+    rows, cols = inside.any(1).nonzero().flatten().tolist(), inside.any(0).nonzero().flatten().tolist()
+    assert (cols[0], rows[0]) == (left // scale, top // scale)
+    assert (len(cols), len(rows)) == (pasted_width // scale, pasted_height // scale)
+    assert square.shape == (3, 336, 336)
+    assert square[:, ~inside].unique(dim=1).flatten().tolist() in ([], [122, 116, 104])
+
+
+def test_aspect_grid_keeps_the_original_geometry_of_a_reduced_jpeg() -> None:
+    reduced = PILImage.new("RGB", (167, 83))
+    assert (
+        AspectGrid(672)(reduced, EVE, (1333, 667)).shape == AspectGrid(672)(PILImage.new("RGB", (1333, 667)), EVE).shape
+    )
+    assert AspectGrid(672).scale((1333, 667), EVE) == pytest.approx(13 * 28 / 667)
+
+
+def test_aspect_grid_names_sizes_that_do_not_fit() -> None:
+    with pytest.raises(ValueError, match="longest 100 does not divide into 24 cells"):
+        AspectGrid(100)
+    with pytest.raises(ValueError, match="336 pixels in 12 cells.*multiple of the 56"):
+        AspectGrid(336, 12).size((10, 10), PixelSpec(None, 56, EVE.mean))
+    with pytest.raises(ValueError, match="336 pixels in 10 cells are 33.6"):
+        AspectGrid(560, 10).size((10, 10), CLIP_336)
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ((640, 480), (640, 480)),
+        ((1600, 1200), (928, 704)),
+        ((10, 3), (32, 32)),
+        ((4000, 20), (4000, 32)),
+        ((48, 80), (64, 64)),
+    ],
+)
+def test_area_limit_shrinks_to_the_area_and_rounds(size: tuple[int, int], expected: tuple[int, int]) -> None:
+    pixels = PixelSpec(None, 32, EVE.mean)
+    _, height, width = AreaLimit(800)(PILImage.new("RGB", size), pixels).shape
+    assert (width, height) == expected

@@ -1,0 +1,57 @@
+"""What encoders without a vision transformer share: windows of 2 × 2 patches, and tokens that mark images and rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lit_vlm.batch import Grid, Images, Patches
+
+
+def pixel_windows(images: Images, patch: int) -> Tensor:
+    """Cut all images into windows of 2 × 2 patches, image by image and row by row.
+
+    The loop is over the distinct sizes of a batch; nothing is padded.
+
+    Args:
+        images: with sides that are multiples of 2 · `patch`.
+        patch: pixels per patch side.
+
+    Returns:
+        uint8 `[windows, 4, 3, patch, patch]`; the patches of a window row by row.
+    """
+    parts, owners = [], []
+    for indices, pixels in images.groups():
+        m, _, height, width = pixels.shape
+        rows, cols = height // (2 * patch), width // (2 * patch)
+        cut = pixels.view(m, 3, rows, 2, patch, cols, 2, patch).permute(0, 2, 5, 3, 6, 1, 4, 7)
+        parts.append(cut.reshape(m * rows * cols, 4, 3, patch, patch))
+        owners.append(torch.tensor(indices).repeat_interleave(rows * cols))
+    if len(parts) == 1:
+        return parts[0]
+    order = torch.cat(owners).argsort(stable=True)
+    return torch.cat(parts)[order.to(images.pixels.device)]
+
+
+def lay_out(features: Tensor, cls: Tensor | None, row_end: Tensor, patches: Patches, grids: Sequence[Grid]) -> Tensor:
+    """Put patches, the token in front of each image, and the token behind each row in their order.
+
+    Args:
+        features: `[p, d_e]`, the patches of all images.
+        cls: `[n, d_e]`, or None where the grids have no prefix.
+        row_end: `[d_e]`, the same behind every row.
+        patches: of the grids.
+        grids: with one row-end token.
+
+    Returns:
+        `[t, d_e]`.
+    """
+    device = features.device
+    total = sum(grid.num_tokens for grid in grids)
+    tokens = row_end.to(features.dtype).expand(total, -1)
+    tokens = tokens.index_copy(0, patches.position.to(device), features)
+    if cls is None:
+        return tokens
+    return tokens.index_copy(0, patches.starts.to(device), cls.to(features.dtype))

@@ -1,0 +1,164 @@
+"""EVE's patch aligning layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from lit_vlm.batch import Batch, Grid, Images, Patches, VisualTokens, index_patches
+from lit_vlm.heads.base import Head
+from lit_vlm.losses import cosine_distance
+from lit_vlm.teachers.base import Teacher
+
+
+class PatchAlignment(Head):
+    """Pull what the decoder knows of each patch towards the features of a frozen vision model (EVE, section 3.2).
+
+    Several layers are read at the patches, CLS and row ends left out. Per patch, the last of them looks at the others
+    by cross-attention over layers (CA3; the scale is width^-½ although there are several heads, as published), and the
+    result is compared with the teacher's feature of the same place. The loss is one minus the cosine, averaged over the
+    patches of an image, then over images.
+
+    Where an image has more tokens per side than the teacher (a high resolution), states are averaged over windows.
+
+    Args:
+        width: width of the decoder.
+        num_layers: blocks of the decoder.
+        teacher: gives the targets, on a square with the picture in the middle; see `data.AspectGrid`.
+        every: read the last layer and every so many below it, down to the input vectors; null reads the last alone.
+        num_heads: attention heads.
+        target: the teacher's patch of the same place, or the `next` one in reading order.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        num_layers: int,
+        teacher: Callable[[], Teacher],
+        every: int | None = 4,
+        num_heads: int = 8,
+        target: Literal["same", "next"] = "same",
+    ) -> None:
+        super().__init__(width, num_layers)
+        self.teacher = teacher()
+        out = self.teacher.width
+        if out % num_heads:
+            raise ValueError(f"num_heads {num_heads} does not divide the teacher's width {out}")
+        if every is not None and every < 1:
+            raise ValueError(f"every is {every}; it must be at least 1, or null for the last layer alone")
+        self.layers = tuple(range(num_layers, -1, -every)) if every else (num_layers,)
+        self.taps = tuple(sorted(self.layers))
+        self.num_heads, self.target, self.every = num_heads, target, every
+        self.input_layer = nn.Linear(width, out)
+        if len(self.layers) > 1:
+            self.norm_layer = nn.ModuleList(
+                nn.Sequential(nn.LayerNorm(width), nn.Linear(width, out, bias=False)) for _ in self.layers
+            )
+            self.output_layer = nn.Linear(out, out)
+
+    def forward(self, states: Mapping[int, Tensor], batch: Batch, teacher_images: object) -> Tensor:
+        """Sum over images of the mean distance of their patches."""
+        hidden = [states[layer].flatten(0, 1) for layer in self.layers]
+        if not batch.image_grids:
+            return 0 * self.student([state[:1] for state in hidden]).float().sum()
+        assert self.teacher is not None
+        assert isinstance(teacher_images, Images | VisualTokens)
+        teacher = self.teacher.targets(teacher_images)
+        patches = index_patches(batch.image_grids)
+        ratio = _pool_ratio(batch.image_grids, teacher.grids)
+        positions = batch.image_positions[patches.position.to(batch.image_positions.device)]
+        if ratio > 1:
+            patches, order = _windows(patches, batch.image_grids, ratio)
+            positions = positions[order.to(positions.device)]
+        at_patches = [state[positions] for state in hidden]
+        student = self.student([state.mean(1) if ratio > 1 else state for state in at_patches])
+        targets = teacher.features[
+            _teacher_positions(patches, batch.image_grids, teacher.grids, ratio).to(student.device)
+        ]
+        return self._loss(student, targets, patches.image)
+
+    def student(self, states: Sequence[Tensor]) -> Tensor:
+        """What is compared with the teacher.
+
+        Args:
+            states: `[p, d]` of each of `layers`, the last layer first.
+
+        Returns:
+            `[p, width of the teacher]`.
+        """
+        student: Tensor = self.input_layer(states[0])
+        if len(self.layers) == 1:
+            return student
+        read = [norm(state) for norm, state in zip(self.norm_layer, states, strict=True)]
+        query, others = self._split(read[0]), self._split(torch.stack(read[1:], dim=1))
+        # [p, heads, 1, c] · [p, heads, layers, c]
+        query, others = query.unsqueeze(2), others.transpose(1, 2)
+        weights = (query @ others.transpose(2, 3) * student.shape[-1] ** -0.5).softmax(-1).to(others.dtype)
+        return student + self.output_layer((weights @ others).flatten(1))
+
+    def _split(self, states: Tensor) -> Tensor:
+        return states.unflatten(-1, (self.num_heads, -1))
+
+    def _loss(self, student: Tensor, targets: Tensor, image: Tensor) -> Tensor:
+        """Mean over the patches of each image, summed over images."""
+        if self.target == "next":
+            # The last patch of an image has no next one.
+            pairs = (image[1:] == image[:-1]).nonzero().squeeze(1)
+            student, targets, image = (
+                student[pairs.to(student.device)],
+                targets[(pairs + 1).to(student.device)],
+                image[pairs],
+            )
+        counts = image.bincount()[image].to(student.device)
+        return (cosine_distance(student, targets) / counts).sum()
+
+
+def _pool_ratio(grids: Sequence[Grid], teacher: Sequence[Grid]) -> int:
+    """Tokens per patch of the teacher, along a side; the same for all images.
+
+    Raises:
+        ValueError: where the grids do not fit.
+    """
+    ratios = {max(own.rows, own.cols) / max(other.rows, other.cols) for own, other in zip(grids, teacher, strict=True)}
+    ratio = max(1, round(next(iter(ratios))))
+    fits = all(own.rows % ratio == 0 == own.cols % ratio for own in grids)
+    if ratios != {ratio} or not fits or any(other.rows != other.cols for other in teacher):
+        shapes = sorted({((o.rows, o.cols), (t.rows, t.cols)) for o, t in zip(grids, teacher, strict=True)})[:4]
+        raise ValueError(
+            "heads: PatchAlignment needs images whose longer side has a whole multiple of the teacher's patches; "
+            f"(rows, cols) of image and teacher: {shapes}. Set data.transform AspectGrid with cells = the teacher's "
+            "patches per side and longest = cells · the encoder's pixels per token, or a multiple"
+        )
+    return ratio
+
+
+def _windows(patches: Patches, grids: Sequence[Grid], ratio: int) -> tuple[Patches, Tensor]:
+    """Windows of ratio × ratio patches in place of patches, and the patches of each: `[windows, ratio²]`."""
+    cols = torch.tensor([grid.cols for grid in grids])[patches.image]
+    # Numbers that grow along an image's windows and from image to image: its start is at least the windows before it.
+    window = patches.starts[patches.image] + (patches.row // ratio) * (cols // ratio) + patches.col // ratio
+    order = window.argsort(stable=True).view(-1, ratio * ratio)
+    chosen = order[:, 0]
+    pooled = Patches(
+        patches.image[chosen],
+        patches.row[chosen] // ratio,
+        patches.col[chosen] // ratio,
+        patches.position[chosen],
+        patches.starts,
+    )
+    return pooled, order
+
+
+def _teacher_positions(patches: Patches, grids: Sequence[Grid], teacher: Sequence[Grid], ratio: int) -> Tensor:
+    """Index of each patch's counterpart among the teacher's tokens; the picture is in the middle of the square."""
+    own = torch.tensor([(grid.rows, grid.cols) for grid in grids]) // ratio
+    other = torch.tensor(teacher)
+    rows, cols, prefix, row_end = other.unbind(1)
+    top, left = (rows - own[:, 0]) // 2, (cols - own[:, 1]) // 2
+    lengths = prefix + rows * (cols + row_end)
+    start = lengths.cumsum(0) - lengths + prefix
+    i = patches.image
+    return start[i] + (patches.row + top[i]) * (cols + row_end)[i] + patches.col + left[i]
