@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_vlm.batch import ENCODER, Batch, VisualTokens
-from lit_vlm.decoders import Decoder
+from lit_vlm.decoders import Decoder, DecoderOutput
 from lit_vlm.embedders import Embedder
 from lit_vlm.encoders import Encoder
 from lit_vlm.heads import Head
@@ -89,7 +89,7 @@ class VLM(nn.Module):
         states: dict[int, Tensor] = {}
         embeds = self.embed(batch)
         if next_token or taps:
-            output = self.decoder(embeds, batch.position_ids, taps)
+            output = self.decoder(embeds, batch.position_ids, taps, visual=batch.image_positions)
             states = output.taps
             if next_token:
                 params = [p for p in self.decoder.head_parameters() if p.requires_grad]
@@ -129,7 +129,7 @@ class VLM(nn.Module):
 
     def logits(self, batch: Batch) -> Tensor:
         """Logits of every position: `[b, s, v]`. Training never needs them."""
-        output = self.decoder(self.embed(batch), batch.position_ids)
+        output = self.decoder(self.embed(batch), batch.position_ids, visual=batch.image_positions)
         return self.decoder.logits(output.hidden)
 
     def target_nll(self, batch: Batch, cache: Any = None, attention_mask: Tensor | None = None) -> Tensor:
@@ -140,7 +140,7 @@ class VLM(nn.Module):
         with torch.no_grad():
             visual = self.see(batch) if cache is None else None
             embeds = self.embedder(batch, visual, self.decoder)
-            output = self.decoder(embeds, batch.position_ids, cache=cache, attention_mask=attention_mask)
+            output = self._continue(embeds, batch, cache, attention_mask)
             hidden = output.hidden.flatten(0, 1)
         chunk = chunk_rows(self.decoder.vocab_size)
         return token_nll(hidden[batch.target_positions], batch.targets, self.decoder.logits, chunk)
@@ -156,5 +156,10 @@ class VLM(nn.Module):
         """
         visual = self.see(batch) if start else None
         embeds = self.embedder(batch, visual, self.decoder)
-        output = self.decoder(embeds, batch.position_ids, cache=cache, attention_mask=attention_mask)
+        output = self._continue(embeds, batch, cache, attention_mask)
         return self.decoder.logits(output.hidden[:, -1])
+
+    def _continue(self, embeds: Tensor, batch: Batch, cache: Any, attention_mask: Tensor | None) -> DecoderOutput:
+        return self.decoder(
+            embeds, batch.position_ids, cache=cache, attention_mask=attention_mask, visual=batch.image_positions
+        )

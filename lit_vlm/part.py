@@ -27,8 +27,17 @@ class Part(nn.Module):
         """Rename the keys of weights that an earlier stage saved, where this part wraps its modules differently."""
         return state
 
-    def trainable_parameters(self) -> Iterable[nn.Parameter]:
-        """The parameters that train when a stage trains this slot."""
+    def trainable_parameters(self, only: str | None = None) -> Iterable[nn.Parameter]:
+        """The parameters that train when a stage trains this slot.
+
+        Args:
+            only: a group of them that the part has a name for; default: all.
+
+        Raises:
+            ValueError: for a group that the part does not have.
+        """
+        if only is not None:
+            raise ValueError(f"model.stage.only names '{only}', and {type(self).__name__} has no such group")
         return self.parameters()
 
     def blocks(self) -> Iterable[nn.Module]:

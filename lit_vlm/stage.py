@@ -38,8 +38,10 @@ class Stage:
         name: what the stage is called in paths and in MLflow.
         train: slot → peak learning rate (encoder, projector, embedder, decoder, heads). A slot that is not named, or
             named with null, is frozen.
+        only: slot → a group of its parameters, where the part has a name for it; the others stay frozen.
         losses: loss → weight: `next_token`, or the name of a head. 0 turns it off and skips its work.
-        start_from: weights that an earlier stage left: a checkpoint, or the folder of its run.
+        start_from: weights that an earlier stage left: a checkpoint, or the folder of its run. Or published ones, as
+            `FAMILY:FOLDER` or `FAMILY:HUB_NAME` (eve, eve_v2, llava-hf), such as `eve:BAAI/EVE-7B-Pretrain-v1.0`.
         fresh: slots that do not take their weights from `start_from`.
         schedule: learning rate after the warm-up: cosine to 0, linear to 0, or constant.
         warmup_ratio: share of all steps over which the learning rate rises from 0.
@@ -52,6 +54,7 @@ class Stage:
 
     name: str = "stage"
     train: dict[str, float | None] = field(default_factory=dict)
+    only: dict[str, str | None] = field(default_factory=dict)
     losses: dict[str, float] = field(default_factory=lambda: {NEXT_TOKEN: 1.0})
     start_from: str | None = None
     fresh: list[str] = field(default_factory=list)
@@ -63,7 +66,7 @@ class Stage:
     eps: float = 1e-8
 
     def __post_init__(self) -> None:
-        for key, names in (("train", self.train), ("fresh", self.fresh)):
+        for key, names in (("train", self.train), ("only", self.only), ("fresh", self.fresh)):
             for name in names:
                 if name not in SLOTS:
                     raise ValueError(f"model.stage.{key} names '{name}', which is no slot; slots: {', '.join(SLOTS)}")
@@ -88,7 +91,7 @@ class Stage:
         for slot, lr in self.train.items():
             if lr is None:
                 continue
-            parameters = [p for part in slots.get(slot, ()) for p in part.trainable_parameters()]
+            parameters = [p for part in slots.get(slot, ()) for p in part.trainable_parameters(self.only.get(slot))]
             if not parameters and not (slot == "heads" and removed):
                 raise ValueError(
                     f"model.stage.train names '{slot}', but this model has nothing to train there: "

@@ -59,6 +59,7 @@ class Decoder(Part, ABC):
         taps: Sequence[int] = (),
         cache: Any = None,
         attention_mask: Tensor | None = None,
+        visual: Tensor | None = None,
     ) -> DecoderOutput:
         """Run the blocks.
 
@@ -68,6 +69,7 @@ class Decoder(Part, ABC):
             taps: layers whose states are wanted; no other state is kept.
             cache: from `new_cache`, while decoding; then s counts the new positions only.
             attention_mask: `[b, past + s]`, 0 for padding; only with a cache.
+            visual: `[t]`, index into b·s of the image tokens, for decoders that treat them otherwise.
         """
 
     @abstractmethod

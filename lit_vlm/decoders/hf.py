@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
@@ -136,9 +136,11 @@ class HFDecoder(Decoder):
                 adapted[key] = state[plain]
         return adapted
 
-    def trainable_parameters(self) -> list[nn.Parameter]:
+    def trainable_parameters(self, only: str | None = None) -> Iterable[nn.Parameter]:
         """All parameters, or only those of the adapters."""
-        return [p for name, p in self.named_parameters() if self.lora is None or ".lora_" in name]
+        if only is not None or self.lora is None:
+            return super().trainable_parameters(only)
+        return [p for name, p in self.named_parameters() if ".lora_" in name]
 
     def merge_adapters(self) -> None:
         """Add adapters into the weights they adapt and remove them; without adapters, nothing."""
@@ -169,8 +171,9 @@ class HFDecoder(Decoder):
         taps: Sequence[int] = (),
         cache: Any = None,
         attention_mask: Tensor | None = None,
+        visual: Tensor | None = None,
     ) -> DecoderOutput:
-        """Run the blocks; see `Decoder.forward`.
+        """Run the blocks; see `Decoder.forward`. Image tokens are treated as all others.
 
         transformers keeps segments apart by itself where positions restart and no mask is given. Its flash attention
         does so for a single row, so there the rows are joined into one.

@@ -1,0 +1,170 @@
+"""EVEv2's decoder: image tokens have weights of their own in every block."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_vlm.decoders.base import DecoderOutput
+from lit_vlm.decoders.hf import Attention, HFDecoder
+from lit_vlm.part import StateDict
+
+TEXT, VISION = "text", "vision"
+BRANCH = re.compile(rf"\.(?:{TEXT}|{VISION})\.")
+
+
+class _Permute(torch.autograd.Function):
+    """Rows in another order; backward is a gather too, instead of an addition row by row."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(order, inverse)
+        return rows.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        order, inverse = ctx.saved_tensors
+        return _Permute.apply(grads[0], inverse, order), None, None
+
+
+class Routing:
+    """Which positions of the current batch are image tokens; one object that all branches of a decoder share.
+
+    Attributes:
+        order: `[b·s]`, text positions and then image positions; None sends everything through the text branch.
+        inverse: `[b·s]`, back again.
+        num_text: where image positions begin.
+    """
+
+    def __init__(self) -> None:
+        self.order: Tensor | None = None
+        self.inverse: Tensor | None = None
+        self.num_text = 0
+
+    def set(self, shape: torch.Size, visual: Tensor | None) -> None:
+        """Begin a batch of `shape` `[b, s, d]`; it stays until the next one, as blocks may be recomputed."""
+        self.order = self.inverse = None
+        if visual is not None:
+            mark = torch.zeros(shape[0] * shape[1], dtype=torch.uint8, device=visual.device)
+            self.order = mark.index_fill(0, visual, 1).argsort(stable=True)
+            self.inverse = self.order.argsort()
+            self.num_text = len(mark) - len(visual)
+
+
+class Routed(nn.Module):
+    """A module and its copy for image tokens; each token goes through one of them.
+
+    Between a norm and the projections behind it the rows stay sorted by branch, so that these only take slices.
+
+    Args:
+        module: the text branch; the vision branch starts as its copy.
+        routing: shared with all others.
+        sort: whether rows arrive in the order of the sequence; otherwise they are sorted already.
+        restore: whether rows are handed on in the order of the sequence.
+    """
+
+    def __init__(self, module: nn.Module, routing: Routing, sort: bool, restore: bool) -> None:
+        super().__init__()
+        self.text = module
+        self.vision = copy.deepcopy(module)
+        self._routing, self._sort, self._restore = routing, sort, restore
+
+    def forward(self, states: Tensor) -> Tensor:
+        """`[b, s, d]` → `[b, s, d']`."""
+        order, inverse = self._routing.order, self._routing.inverse
+        if order is None or inverse is None:
+            return self.text(states)
+        rows = states.flatten(0, 1)
+        if self._sort:
+            rows = _Permute.apply(rows, order, inverse)
+        # A branch without rows still runs: its gradients are zeros then, on every rank.
+        text, vision = rows.tensor_split([self._routing.num_text])
+        rows = torch.cat([self.text(text), self.vision(vision)])
+        if self._restore:
+            rows = _Permute.apply(rows, inverse, order)
+        return rows.unflatten(0, states.shape[:2])
+
+
+class DivideAndConquer(HFDecoder):
+    """A causal language model whose blocks have a second set of weights for image tokens (EVEv2, section 3.1).
+
+    Projections, norms and MLP are split; attention is one over all tokens, and word table, final norm and output layer
+    are shared. Each token pays for one branch. Weights of a plain decoder start both branches.
+
+    A stage can train the copies alone: `only: {decoder: vision}`.
+
+    Args:
+        name: hub name, local folder, or `package:NAME` for a package that carries a GGUF file. Or null, with `config`.
+        config: a model configuration with `model_type`, for random weights; `vocab_size` defaults to the tokenizer's.
+        tokenizer: source of the tokenizer; default: `name`. `bytes` needs no file.
+        recompute: recompute blocks in the backward pass (gradient checkpointing): less memory, a third more compute.
+        attention: which implementation; all of them keep the segments of a packed row apart.
+    """
+
+    def __init__(
+        self,
+        name: str | None = None,
+        config: dict[str, Any] | None = None,
+        tokenizer: str | None = None,
+        recompute: bool = False,
+        attention: Attention = "sdpa",
+    ) -> None:
+        super().__init__(name, config, tokenizer, recompute=recompute, attention=attention)
+        self._routing = Routing()
+        for block in self.blocks():
+            self._split(block)
+
+    def _split(self, block: Any) -> None:
+        wanted = {
+            "input_layernorm": (True, False),
+            "self_attn.q_proj": (False, True),
+            "self_attn.k_proj": (False, True),
+            "self_attn.v_proj": (False, True),
+            "self_attn.o_proj": (True, True),
+            "post_attention_layernorm": (True, False),
+            "mlp": (False, True),
+        }
+        covered = tuple(f"{name}." for name in wanted)
+        modules = dict(block.named_modules())
+        other = [name for name, _ in block.named_parameters() if not name.startswith(covered)]
+        if other or not modules.keys() >= wanted.keys():
+            raise ValueError(
+                f"DivideAndConquer splits blocks such as those of Llama and Qwen2, of {', '.join(wanted)}; "
+                f"{type(block).__name__} has {', '.join(other) or 'other ones'}"
+            )
+        for name, (sort, restore) in wanted.items():
+            block.set_submodule(name, Routed(modules[name], self._routing, sort, restore))
+
+    def adapt_state(self, state: StateDict) -> StateDict:
+        """Weights of a plain decoder for both branches."""
+        if any(BRANCH.search(key) for key in state):
+            return state
+        plain = {key: BRANCH.sub(".", key, count=1) for key in self.state_dict()}
+        # Cloned, as the branches part ways from here.
+        return {key: state[name].clone() for key, name in plain.items() if name in state}
+
+    def trainable_parameters(self, only: str | None = None) -> Iterable[nn.Parameter]:
+        """All parameters, or only the `vision` branches."""
+        if only is None:
+            return self.parameters()
+        if only != VISION:
+            return super().trainable_parameters(only)
+        return [p for module in self.modules() if isinstance(module, Routed) for p in module.vision.parameters()]
+
+    def forward(
+        self,
+        embeds: Tensor,
+        position_ids: Tensor,
+        taps: Sequence[int] = (),
+        cache: Any = None,
+        attention_mask: Tensor | None = None,
+        visual: Tensor | None = None,
+    ) -> DecoderOutput:
+        """Run the blocks; see `Decoder.forward`."""
+        self._routing.set(embeds.shape, visual)
+        return super().forward(embeds, position_ids, taps, cache, attention_mask, visual)
