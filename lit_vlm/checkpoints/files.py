@@ -84,7 +84,17 @@ def read_state(source: str | Path) -> dict[str, Tensor]:
 
 
 def read_slots(source: str | Path) -> dict[str, dict[str, Tensor]]:
-    """The weights of a checkpoint by slot: encoder, projector, embedder, decoder, `heads.NAME`."""
+    """The weights of a checkpoint by slot: encoder, projector, embedder, decoder, `heads.NAME`.
+
+    Args:
+        source: a checkpoint, the folder of a run, or published weights as `FAMILY:FOLDER` or `FAMILY:HUB_NAME`.
+    """
+    family, colon, published = str(source).partition(":")
+    if colon and "/" not in family:
+        # Imported when asked for: published formats build models, and building one reads checkpoint files.
+        from lit_vlm.checkpoints.published import read_published
+
+        return read_published(family, published)
     slots: dict[str, dict[str, Tensor]] = {}
     for key, value in read_state(source).items():
         slot, rest = key.split(".", 1)

@@ -17,11 +17,9 @@ from transformers import (
 )
 from transformers.models.llava.image_processing_llava import LlavaImageProcessor
 
-from lit_vlm.batch import Batch, Images
+from lit_vlm.checkpoints.layout import TOLERANCE, probe
 from lit_vlm.checkpoints.safetensors import read_folder
 from lit_vlm.data import ImageTransform, PadSquare, SquareCrop
-from lit_vlm.data.collate import collate
-from lit_vlm.data.encode import Sample
 from lit_vlm.decoders import HFDecoder
 from lit_vlm.embedders import Splice
 from lit_vlm.encoders import HFEncoder
@@ -37,7 +35,6 @@ DROPPED = {
     "rotary_emb.inv_freq": "a buffer that older versions saved",
     "post_layernorm": "the final norm of the vision model, which the feature layer does not reach",
 }
-TOLERANCE = 1e-5
 
 
 def load(source: str | Path | Mapping[str, Tensor], config: Mapping[str, Any] | None = None) -> VLM:
@@ -71,15 +68,32 @@ def _architecture(config: LlavaConfig, tokenizer: str | None) -> VLM:
         return VLM(encoder, projector, Splice(decoder.width, decoder.vocab_size), decoder)
 
 
-def _assign(model: VLM, state: Mapping[str, Tensor]) -> None:
+def read(source: str) -> dict[str, dict[str, Tensor]]:
+    """Weights of a folder or hub repository by slot.
+
+    Raises:
+        ValueError: for a key that belongs nowhere.
+    """
+    folder = resolve(source)
+    config = LlavaConfig.from_pretrained(folder)
+    layer, depth = config.vision_feature_layer, config.vision_config.num_hidden_layers
+    return _slots(read_folder(folder), layer if layer >= 0 else depth + 1 + layer)
+
+
+def _slots(state: Mapping[str, Tensor], kept: int) -> dict[str, dict[str, Tensor]]:
+    """Weights by slot, of a model that keeps so many blocks of the vision model."""
     slots: dict[str, dict[str, Tensor]] = {"encoder": {}, "projector": {}, "decoder": {}}
-    kept = len(model.encoder.blocks())  # type: ignore[arg-type]
     for key, value in state.items():
         place = _place(key, kept)
         if place is not None:
             slots[place[0]][place[1]] = value
     if "lm.lm_head.weight" not in slots["decoder"]:
         slots["decoder"]["lm.lm_head.weight"] = slots["decoder"]["lm.model.embed_tokens.weight"]
+    return slots
+
+
+def _assign(model: VLM, state: Mapping[str, Tensor]) -> None:
+    slots = _slots(state, len(model.encoder.blocks()))  # type: ignore[arg-type]
     load_state(model.encoder, slots["encoder"], "encoder")
     load_state(model.projector, slots["projector"], "projector")
     load_state(model.decoder, slots["decoder"], "decoder")
@@ -229,23 +243,12 @@ def _image_processor(encoder: HFEncoder, transform: ImageTransform | None) -> An
 def _compare(model: VLM, out: Path, image_id: int) -> float:
     """Largest difference of the logits between the model and what was written, on a random picture and text."""
     loaded = LlavaForConditionalGeneration.from_pretrained(out, dtype=torch.float32).eval()
-    batch, pixels = _probe(model)
+    batch = probe(model)
+    _, images = next(batch.images.groups())
+    pixels = model.encoder.normalise(images, torch.float32)
     ids = batch.input_ids.clone()
     ids.view(-1)[batch.image_positions] = image_id
     with torch.no_grad():
         ours = model.logits(batch)
         theirs = loaded(input_ids=ids, pixel_values=pixels).logits[..., : ours.shape[-1]]
     return float((ours - theirs).abs().max())
-
-
-def _probe(model: VLM) -> tuple[Batch, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    side = model.encoder.pixels.size
-    assert side is not None
-    image = torch.randint(0, 256, (3, side, side), generator=generator, dtype=torch.uint8)
-    grid = model.projector.grid_map(model.encoder.patch_grid(side, side))
-    text = torch.randint(1, model.decoder.vocab_size, (12,), generator=generator).tolist()
-    ids = [*text[:4], *[0] * grid.num_tokens, *text[4:]]
-    sample = Sample("probe", "probe", ids, ids, image_starts=[4], grids=[grid], images=[image])
-    pixels = model.encoder.normalise(Images.pack([image]).pixels.view(1, 3, side, side), torch.float32)
-    return collate([sample]), pixels

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from lit_vlm.checkpoints import llava_hf
+from lit_vlm.checkpoints import eve, eve_v2, llava_hf
 from lit_vlm.model import VLM
 
-FAMILIES = {"llava-hf": llava_hf}
+FAMILIES = {"eve": eve, "eve_v2": eve_v2, "llava-hf": llava_hf}
 
 
 def load_published(
@@ -20,13 +20,30 @@ def load_published(
     """A model from weights under published names.
 
     Args:
-        family: `llava-hf`.
+        family: `eve`, `eve_v2` or `llava-hf`.
         source: a folder (or hub name) with config and weights, or a state dict under published names.
         config: the published configuration; needed with a state dict.
 
     Raises:
         ValueError: for a key that fits nowhere, or a weight of the model that no key gives.
     """
-    if family not in FAMILIES:
-        raise ValueError(f"there is no family '{family}'; families: {', '.join(FAMILIES)}")
-    return FAMILIES[family].load(source, config)
+    return _family(family).load(source, config)
+
+
+def read_published(family: str, source: str) -> dict[str, dict[str, Tensor]]:
+    """Published weights by slot: encoder, projector, decoder, and `heads.NAME` for heads that were published too.
+
+    Args:
+        family: as above.
+        source: a folder or hub name with config and weights.
+
+    Raises:
+        ValueError: for an unknown family, or a key that fits nowhere.
+    """
+    return _family(family).read(source)
+
+
+def _family(name: str) -> Any:
+    if name not in FAMILIES:
+        raise ValueError(f"there is no family '{name}'; families: {', '.join(FAMILIES)}")
+    return FAMILIES[name]

@@ -18,18 +18,26 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("checkpoint", help="a checkpoint, or the folder of a run")
     parser.add_argument("out", type=Path, help="a folder that is new or empty")
     parser.add_argument(
-        "--format", default="llava-hf", choices=["llava-hf"], help="llava-hf: LlavaForConditionalGeneration"
+        "--format",
+        default="llava-hf",
+        choices=["eve", "eve_v2", "llava-hf"],
+        help="llava-hf (default): LlavaForConditionalGeneration; eve, eve_v2: the names of EVE's own code",
     )
     arguments = parser.parse_args(argv)
     from transformers.utils.logging import disable_progress_bar
 
-    from lit_vlm.checkpoints import llava_hf
+    from lit_vlm.checkpoints import eve, eve_v2, llava_hf
     from lit_vlm.checkpoints.run import load_run
 
     disable_progress_bar()
     run = load_run(arguments.checkpoint)
-    difference = llava_hf.export(run.module.vlm, arguments.out, run.transform)
+    model, out = run.module.vlm, arguments.out
+    if arguments.format == "llava-hf":
+        difference = llava_hf.export(model, out, run.transform)
+    else:
+        difference = {"eve": eve, "eve_v2": eve_v2}[arguments.format].export(model, out)
+    reader = "transformers" if arguments.format == "llava-hf" else "load_published"
     Console(highlight=False).print(
-        f"wrote {arguments.out}: read back by transformers, its logits differ by at most {difference:.1e}",
+        f"wrote {out}: read back by {reader}, its logits differ by at most {difference:.1e}",
         soft_wrap=True,
     )

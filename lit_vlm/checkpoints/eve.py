@@ -1,0 +1,109 @@
+"""EVE's published weights (`EVELlamaForCausalLM`): patch embedding layer, projector, decoder, patch aligning layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lit_vlm.checkpoints.layout import Layout, Names, Slots, export_folder, load_folder
+from lit_vlm.checkpoints.safetensors import read_folder
+from lit_vlm.decoders import HFDecoder
+from lit_vlm.embedders import Splice
+from lit_vlm.encoders import EvePatchEmbedding
+from lit_vlm.heads import PatchAlignment
+from lit_vlm.model import VLM
+from lit_vlm.part import meta_parameters
+from lit_vlm.pretrained import resolve
+from lit_vlm.projectors import MLP
+
+HEAD = "heads.align"
+NAMES = Names(
+    family="eve",
+    # The order counts: `vision_tower` begins `vision_tower_compressor` too.
+    dropped={
+        "rotary_emb.inv_freq": "a buffer that older versions saved",
+        "model.vision_tower_compressor.clip_layer.": "the teacher again",
+        "model.vision_clip.": "the teacher, a frozen copy of the public CLIP, which is read from its own files",
+    },
+    slots={
+        "model.vision_tower_compressor.": (HEAD, ""),
+        "model.vision_tower.": ("encoder", ""),
+        "model.mm_projector.": ("projector", "layers."),
+        "lm_head.": ("decoder", "lm.lm_head."),
+        "model.": ("decoder", "lm.model."),
+    },
+)
+
+
+def read(source: str) -> Slots:
+    """Weights of a folder or hub repository by slot; PAL is `heads.align`.
+
+    Raises:
+        ValueError: for a key that belongs nowhere.
+    """
+    return NAMES.slots_of(read_folder(resolve(source)))
+
+
+def load(source: str | Path | Mapping[str, Tensor], config: Mapping[str, Any] | None = None) -> VLM:
+    """Build the model that the configuration describes and load all weights; see `load_published`.
+
+    PAL is left out, as only training needs it: name the weights in `model.stage.start_from` for that.
+    """
+    return load_folder(source, config, NAMES, _architecture)
+
+
+def _architecture(layout: Layout) -> VLM:
+    weight = layout.slots["encoder"]["patch_embedding.weight"]
+    with meta_parameters():
+        encoder = EvePatchEmbedding(
+            width=weight.shape[0],
+            patch=weight.shape[-1],
+            local_attention="local_attention.proj.weight" in layout.slots["encoder"],
+            global_attention="class_embedding" in layout.slots["encoder"],
+        )
+        decoder = HFDecoder(config=layout.decoder_config("llama"), tokenizer=layout.tokenizer)
+        projector = MLP(encoder.width, decoder.width, depth=2)
+        return VLM(encoder, projector, Splice(decoder.width, decoder.vocab_size), decoder)
+
+
+def export(model: VLM, out: Path) -> float:
+    """Write the model under published names, read it back, and compare logits.
+
+    The teacher is not written: EVE's own code reads it from its files too.
+
+    Args:
+        model: EvePatchEmbedding, MLP of depth 2, Splice and HFDecoder; adapters are merged.
+        out: a folder that is new or empty.
+
+    Returns:
+        the largest difference of the logits on a random picture and text, in fp32.
+
+    Raises:
+        ValueError: when the model has no such form, or the check fails.
+    """
+    encoder, projector, decoder = model.encoder, model.projector, model.decoder
+    if (
+        not isinstance(encoder, EvePatchEmbedding)
+        or not isinstance(projector, MLP)
+        or len(projector.layers) != 3
+        or not isinstance(model.embedder, Splice)
+        or type(decoder) is not HFDecoder
+    ):
+        parts = [type(part).__name__ for part in (encoder, projector, model.embedder, decoder)]
+        raise ValueError(f"eve is EvePatchEmbedding, MLP of depth 2, Splice and HFDecoder; this model is {parts}")
+    decoder.merge_adapters()
+    head = next((name for name, part in model.heads.items() if isinstance(part, PatchAlignment)), None)
+    config = decoder.config.to_dict() | {
+        "model_type": "eve",
+        "architectures": ["EVELlamaForCausalLM"],
+        "mm_hidden_size": encoder.width,
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_vision_select_layer": -2,
+        "mm_vision_select_feature": "patch",
+        "use_mm_proj": True,
+        "requires_cliploss": head is not None,
+    }
+    return export_folder(model, out, config, NAMES, {f"heads.{head}": HEAD}, load)

@@ -1,0 +1,195 @@
+"""What published formats of our own loaders share: names of keys, folders in, folders out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download, save_torch_state_dict
+from torch import Tensor
+
+from lit_vlm.batch import Batch
+from lit_vlm.checkpoints.safetensors import read_folder
+from lit_vlm.data.collate import collate
+from lit_vlm.data.encode import Sample
+from lit_vlm.model import VLM
+from lit_vlm.part import load_state
+from lit_vlm.pretrained import resolve
+
+Slots = dict[str, dict[str, Tensor]]
+TOLERANCE = 1e-5
+
+
+def _same(name: str) -> str:
+    return name
+
+
+@dataclass(frozen=True)
+class Names:
+    """How a family names its weights.
+
+    Attributes:
+        family: for messages.
+        dropped: part of a key → why such keys are left out.
+        slots: beginning of a published key → (slot, what stands there in that slot's own names); the first that fits.
+        rename: what else changes, from published to own names.
+        restore: the way back.
+    """
+
+    family: str
+    dropped: Mapping[str, str]
+    slots: Mapping[str, tuple[str, str]]
+    rename: Callable[[str], str] = _same
+    restore: Callable[[str], str] = _same
+
+    def slots_of(self, state: Mapping[str, Tensor]) -> Slots:
+        """Weights by slot, under its own names.
+
+        Raises:
+            ValueError: for a key that belongs nowhere.
+        """
+        slots: Slots = {}
+        for key, value in state.items():
+            if any(part in key for part in self.dropped):
+                continue
+            for begin, (slot, own) in self.slots.items():
+                if key.startswith(begin):
+                    slots.setdefault(slot, {})[self.rename(own + key.removeprefix(begin))] = value
+                    break
+            else:
+                raise ValueError(f"'{key}' is no key of the family {self.family}")
+        return slots
+
+    def published(self, slot: str, name: str) -> str:
+        """The published key of a weight."""
+        for begin, (other, own) in self.slots.items():
+            if slot == other and name.startswith(own):
+                return begin + self.restore(name.removeprefix(own))
+        raise ValueError(f"the family {self.family} has no name for {slot}.{name}")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A published model before it is built.
+
+    Attributes:
+        config: what its config.json says.
+        slots: its weights.
+        tokenizer: its folder or hub name, or None for a bare state dict.
+    """
+
+    config: Mapping[str, Any]
+    slots: Slots
+    tokenizer: str | None
+
+    def decoder_config(self, model_type: str) -> dict[str, Any]:
+        """The configuration under the name that transformers knows the decoder by."""
+        return {key: value for key, value in self.config.items() if key != "architectures"} | {"model_type": model_type}
+
+
+def load_folder(
+    source: str | Path | Mapping[str, Tensor],
+    config: Mapping[str, Any] | None,
+    names: Names,
+    architecture: Callable[[Layout], VLM],
+) -> VLM:
+    """Build a model and load its weights; heads are left out.
+
+    Raises:
+        ValueError: where weights and model do not fit, naming the slot and the keys.
+    """
+    if isinstance(source, Mapping):
+        if config is None:
+            raise ValueError("a state dict says nothing of heads and layers: pass config as well")
+        layout = Layout(config, names.slots_of(source), None)
+    else:
+        folder = resolve(str(source))
+        layout = Layout(config or _read_config(folder), names.slots_of(read_folder(folder)), folder)
+    _fill_tied_head(layout)
+    for slot in ("encoder", "decoder"):
+        if slot not in layout.slots:
+            raise ValueError(f"{source if not isinstance(source, Mapping) else 'the state dict'} has no {slot} weights")
+    model = architecture(layout)
+    for slot in ("encoder", "projector", "decoder"):
+        load_state(getattr(model, slot), layout.slots.get(slot, {}), slot)
+    return model.eval()
+
+
+def _read_config(folder: str) -> dict[str, Any]:
+    path = Path(folder) / "config.json"
+    if not Path(folder).is_dir():
+        path = Path(hf_hub_download(folder, "config.json"))
+    if not path.is_file():
+        raise ValueError(f"{folder} has no config.json")
+    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return config
+
+
+def _fill_tied_head(layout: Layout) -> None:
+    decoder = layout.slots.get("decoder", {})
+    if layout.config.get("tie_word_embeddings") and "lm.lm_head.weight" not in decoder:
+        decoder["lm.lm_head.weight"] = decoder["lm.model.embed_tokens.weight"]
+
+
+def export_folder(
+    model: VLM,
+    out: Path,
+    config: Mapping[str, Any],
+    names: Names,
+    heads: Mapping[str, str],
+    load: Callable[[Path], VLM],
+) -> float:
+    """Write weights, configuration and tokenizer, read them back, and compare logits.
+
+    Args:
+        model: what to write.
+        out: a folder that is new or empty.
+        config: what config.json shall say.
+        names: of the family.
+        heads: own slot → the family's slot, of heads that are written too.
+        load: the family's `load`.
+
+    Returns:
+        the largest difference of the logits on a random picture and text, in fp32.
+
+    Raises:
+        ValueError: when the folder is not empty, or the logits differ.
+    """
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} is not empty")
+    out.mkdir(parents=True, exist_ok=True)
+    model.float().eval()
+    state: dict[str, Tensor] = {}
+    for key, value in model.state_dict().items():
+        slot, name = key.split(".", 1)
+        if slot == "heads":
+            slot, name = f"heads.{name.split('.', 1)[0]}", name.split(".", 1)[1]
+            if slot not in heads:
+                continue
+        state[names.published(heads.get(slot, slot), name)] = value.detach().contiguous()
+    if config.get("tie_word_embeddings"):
+        state.pop("lm_head.weight", None)
+    save_torch_state_dict(state, out)
+    (out / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n", encoding="utf-8")
+    model.decoder.tokenizer.save_pretrained(out)
+    batch = probe(model)
+    with torch.no_grad():
+        difference = float((model.logits(batch) - load(out).logits(batch)).abs().max())
+    if not difference <= TOLERANCE:
+        raise ValueError(f"the exported model's logits differ by {difference:.2e}, more than {TOLERANCE:g}: {out}")
+    return difference
+
+
+def probe(model: VLM) -> Batch:
+    """A random picture in the middle of random text."""
+    generator = torch.Generator().manual_seed(0)
+    side = model.encoder.pixels.size or 3 * model.encoder.pixels.multiple
+    image = torch.randint(0, 256, (3, side, side), generator=generator, dtype=torch.uint8)
+    grid = model.projector.grid_map(model.encoder.patch_grid(side, side))
+    text = torch.randint(1, model.decoder.vocab_size, (12,), generator=generator).tolist()
+    ids = [*text[:4], *[0] * grid.num_tokens, *text[4:]]
+    return collate([Sample("probe", "probe", ids, ids, image_starts=[4], grids=[grid], images=[image])])
