@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ class Recipe:
         scale: the scale that is used when none is named.
         strategy: the strategy that is used when none is named.
         strategies: the same for some scales.
+        starts: stage → the stage whose weights it starts from, where that is not the one before it.
+        skip: scale → stages that are left out there unless they are asked for.
         next: commands to try when it has run.
     """
 
@@ -33,6 +35,8 @@ class Recipe:
     scale: str | None = None
     strategy: str = "single"
     strategies: Mapping[str, str] = field(default_factory=dict)
+    starts: Mapping[str, str] = field(default_factory=dict)
+    skip: Mapping[str, Sequence[str]] = field(default_factory=dict)
     next: tuple[str, ...] = ()
     about: str = field(default="", compare=False)
 
@@ -49,6 +53,16 @@ class Recipe:
     def strategy_for(self, scale: str | None) -> str:
         """The strategy of a scale when none is named."""
         return self.strategies.get(scale or "", self.strategy)
+
+    def stages_for(self, scale: str | None) -> list[str]:
+        """The stages that are run at a scale when none are named."""
+        return [stage for stage in self.stages if stage not in self.skip.get(scale or "", ())]
+
+    def start_of(self, stage: str, stages: Sequence[str]) -> str | None:
+        """The stage among those that are run whose weights this one starts from; None for the first."""
+        before = stages[: stages.index(stage)]
+        named = self.starts.get(stage)
+        return named if named in before else before[-1] if before else None
 
     def configs(self, stage: str, scale: str | None, strategy: str) -> list[Path]:
         """The config files of one stage: system, stage, scale, strategy; later ones win.
@@ -102,7 +116,7 @@ def shipped_recipes() -> list[str]:
 def _read(folder: Path) -> Recipe:
     file = folder / "recipe.yaml"
     raw: Any = yaml.safe_load(file.read_text(encoding="utf-8"))
-    known = {"about", "stages", "scale", "strategy", "strategies", "next"}
+    known = {"about", "stages", "scale", "strategy", "strategies", "starts", "skip", "next"}
     if not isinstance(raw, dict) or not isinstance(raw.get("stages"), list) or not raw["stages"]:
         raise ValueError(f"{file} needs a list 'stages'")
     if unknown := set(raw) - known:
@@ -113,6 +127,17 @@ def _read(folder: Path) -> Recipe:
         scale=raw.get("scale"),
         strategy=raw.get("strategy", "single"),
         strategies=raw.get("strategies") or {},
+        starts=_starts(file, raw),
+        skip=raw.get("skip") or {},
         next=tuple(raw.get("next", ())),
         about=raw.get("about", ""),
     )
+
+
+def _starts(file: Path, raw: Mapping[str, Any]) -> dict[str, str]:
+    starts = dict(raw.get("starts") or {})
+    for stage, other in starts.items():
+        order = [str(name) for name in raw["stages"]]
+        if stage not in order or other not in order[: order.index(stage)]:
+            raise ValueError(f"{file}: starts says '{stage}: {other}'; both must be stages, the second an earlier one")
+    return starts

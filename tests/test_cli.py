@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from lit_vlm.build import build_on_meta
 from lit_vlm.checkpoints.files import checkpoints_in, read_state
 from lit_vlm.cli import lightning_cli, main
 from lit_vlm.recipe import SHIPPED, find_recipe, shipped_recipes
-from tests.tiny import ROOT
+from tests.runs import environment, lit_vlm, tiny_fit
 
 STRATEGIES = sorted(path.stem for path in (SHIPPED / "strategies").glob("*.yaml"))
 ONE_NODE = ["--trainer.num_nodes", "1"]
@@ -29,34 +28,6 @@ RUNS = [
     for scale in (find_recipe(name).scales or [None])
     for stage in find_recipe(name).stages
 ]
-
-
-def environment(folder: Path) -> dict[str, str]:
-    return os.environ | {
-        "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db",
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-    }
-
-
-def lit_vlm(folder: Path, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    result = subprocess.run(
-        [sys.executable, "-m", "lit_vlm.cli", *arguments],
-        cwd=folder,
-        env=environment(folder),
-        capture_output=True,
-        text=True,
-    )
-    assert not check or result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
-    return result
-
-
-def tiny_fit(folder: Path, out: str, stage: str, *flags: str, strategy: str = "single") -> dict[str, torch.Tensor]:
-    configs = ["model.yaml", f"{stage}.yaml", "scales/tiny.yaml", f"../strategies/{strategy}.yaml"]
-    words = [word for name in configs for word in ("--config", str(SHIPPED / "llava15" / name))]
-    lit_vlm(folder, "fit", *words, "--trainer.default_root_dir", out, "--trainer.accelerator", "cpu",
-            "--trainer.precision", "32-true", "--trainer.max_steps", "4", *flags)  # fmt: skip
-    return read_state(folder / out)
 
 
 @pytest.fixture(scope="module")

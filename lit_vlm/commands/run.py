@@ -127,7 +127,7 @@ def _new_run(arguments: argparse.Namespace, flags: list[str]) -> tuple[Path, Run
         raise ValueError(f"name a recipe, as the first argument: {', '.join(shipped_recipes())}")
     recipe = find_recipe(arguments.recipe)
     scale = arguments.scale or recipe.scale
-    stages = arguments.stages.split(",") if arguments.stages else list(recipe.stages)
+    stages = arguments.stages.split(",") if arguments.stages else recipe.stages_for(scale)
     state = RunState(arguments.recipe, scale, arguments.strategy or recipe.strategy_for(scale), stages, flags)
     for stage in stages:
         recipe.configs(stage, scale, state.strategy)
@@ -156,11 +156,11 @@ def _command(recipe: Recipe, state: RunState, stage: str, folder: Path) -> list[
     words = ["fit"]
     for config in recipe.configs(stage, state.scale, state.strategy):
         words += ["--config", os.path.relpath(config)]
-    index = state.stages.index(stage)
+    start = recipe.start_of(stage, state.stages)
     words += ["--trainer.default_root_dir", str(folder / stage)]
     words += state.flags
-    if index > 0:  # behind the flags: a start_from among them is that of the first stage
-        words += ["--model.stage.start_from", str(folder / state.stages[index - 1])]
+    if start:  # behind the flags: a start_from among them is that of the first stage
+        words += ["--model.stage.start_from", str(folder / start)]
     return words
 
 

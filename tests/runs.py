@@ -1,0 +1,47 @@
+"""Runs through the command line, shared by the tests."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from lit_vlm.checkpoints.files import read_state
+from lit_vlm.recipe import SHIPPED
+from tests.tiny import ROOT
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """Of a process whose runs are tracked in `folder`."""
+    return os.environ | {
+        "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db",
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+def lit_vlm(folder: Path, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a process of its own."""
+    result = subprocess.run(
+        [sys.executable, "-m", "lit_vlm.cli", *arguments],
+        cwd=folder,
+        env=environment(folder),
+        capture_output=True,
+        text=True,
+    )
+    assert not check or result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
+    return result
+
+
+def tiny_fit(
+    folder: Path, out: str, stage: str, *flags: str, strategy: str = "single", recipe: str = "llava15"
+) -> dict[str, torch.Tensor]:
+    """The weights that a stage leaves after four steps in fp32."""
+    configs = ["model.yaml", f"{stage}.yaml", "scales/tiny.yaml", f"../strategies/{strategy}.yaml"]
+    words = [word for name in configs for word in ("--config", str(SHIPPED / recipe / name))]
+    lit_vlm(folder, "fit", *words, "--trainer.default_root_dir", out, "--trainer.accelerator", "cpu",
+            "--trainer.precision", "32-true", "--trainer.max_steps", "4", *flags)  # fmt: skip
+    return read_state(folder / out)
