@@ -56,7 +56,7 @@ class Patches(NamedTuple):
 
 def index_patches(grids: Sequence[Grid]) -> Patches:
     """Find the patches of all images at once; int64 on the CPU, from plain integers, so it never waits for a device."""
-    rows, cols, prefix, row_end = torch.tensor(grids).view(-1, 4).unbind(1)
+    rows, cols, prefix, row_end = torch.tensor(grids, dtype=torch.long).reshape(-1, 4).unbind(1)
     starts = _exclusive_sum(prefix + rows * (cols + row_end))
     image = torch.arange(len(grids)).repeat_interleave(rows * cols)
     within = torch.arange(len(image)) - _exclusive_sum(rows * cols)[image]

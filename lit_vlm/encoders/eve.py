@@ -37,8 +37,9 @@ class CrossAttention(nn.Module):
     def forward(self, query: Tensor, vectors: Tensor, mask: Tensor | None = None) -> Tensor:
         """`[n, c]`, `[n, m, c]` → `[n, c]`; `mask` `[n, m]` is False for vectors that do not count."""
         n, width = query.shape
-        keys, values = self.kv[1].weight.view(2, self.num_heads, -1, width)  # each [heads, c / heads, c]
-        vectors = self.kv[0](vectors)
+        norm, linear = self.kv
+        keys, values = linear.get_parameter("weight").view(2, self.num_heads, -1, width)  # each [heads, c / heads, c]
+        vectors = norm(vectors)
         folded = torch.einsum("nhd,hdc->nhc", self.q(query).view(n, self.num_heads, -1), keys)
         scores = folded @ vectors.transpose(1, 2) * width**-0.5  # [n, heads, m]
         if mask is not None:

@@ -38,6 +38,8 @@ class EveV2PatchEmbedding(Encoder):
     def forward(self, images: Images) -> VisualTokens:
         """Tokens `[t, d_e]`: per image CLS, then row by row, each row closed by the row-end token."""
         first, act, second = self.patch_embedding
+        assert isinstance(first, nn.Conv2d)
+        assert isinstance(second, nn.Conv2d)
         grids = tuple(self.patch_grid(*size) for size in images.sizes)
         windows = self.normalise(pixel_windows(images, self.patch), first.weight.dtype)
         # Strides equal kernels, so both convolutions are linear maps of windows, whatever the images' sizes.
