@@ -30,9 +30,8 @@ from lit_vlm.data.scenes import Scene, Scenes, render, sample_scene
 from lit_vlm.data.scenes.world import COLOURS, SHAPES, SIZES
 from lit_vlm.data.templates import Span, VicunaV1
 
-VERSION = 1
-"""Goes up whenever the parts come out otherwise."""
-PARTS = ("scenes-decoder", "scenes-encoder")
+PARTS = {"scenes-decoder": 2, "scenes-encoder": 1}
+"""Each with a number that goes up whenever it comes out otherwise."""
 DECODER = LlamaConfig(
     vocab_size=600,
     hidden_size=256,
@@ -71,7 +70,7 @@ def made(name: str, cache: Path, weights: bool = True) -> Path:
     """
     if name not in PARTS:
         raise ValueError(f"there is no part 'made:{name}'; there are {', '.join(f'made:{part}' for part in PARTS)}")
-    target = cache / f"{name}-{VERSION}"
+    target = cache / f"{name}-{PARTS[name]}"
     target.mkdir(exist_ok=True)
     wanted = target / ("config.json" if name == "scenes-decoder" and not weights else "model.safetensors")
     with FileLock(cache / f"{name}.lock"):
@@ -91,8 +90,8 @@ def made(name: str, cache: Path, weights: bool = True) -> Path:
 def _texts(count: int, seed: int) -> Iterator[str]:
     """Documents, conversations and captions about scenes that nobody draws."""
     template = VicunaV1(system="")
-    texts = Scenes("text", count, seed=seed, turns=TURNS, max_things=MAX_THINGS)
-    captions = Scenes("captions", count, seed=seed, max_things=MAX_THINGS)
+    texts = Scenes("text", count, seed=seed, turns=TURNS, max_things=MAX_THINGS, wording="plain")
+    captions = Scenes("captions", count, seed=seed, max_things=MAX_THINGS, wording="plain")
     for index in range(count):
         pieces = template.render(texts.outline(index).messages, "</s>")
         yield "".join(piece.text for piece in pieces if isinstance(piece, Span))

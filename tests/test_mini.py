@@ -25,7 +25,7 @@ from tests.tiny import ROOT
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache with both parts after two steps."""
     folder = tmp_path_factory.mktemp("cache")
-    decoder, encoder = (folder / f"{name}-{mini.VERSION}" for name in mini.PARTS)
+    decoder, encoder = (folder / f"{name}-{version}" for name, version in mini.PARTS.items())
     decoder.mkdir()
     encoder.mkdir()
     mini.train_decoder(decoder, steps=2, rows=2, documents=20)
@@ -59,7 +59,7 @@ def test_configuration_and_tokenizer_come_without_training(tmp_path: Path) -> No
 
 
 def test_answers_weigh_most(cache: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(cache / f"scenes-decoder-{mini.VERSION}")
+    tokenizer = AutoTokenizer.from_pretrained(cache / f"scenes-decoder-{mini.PARTS['scenes-decoder']}")
     ids, weights = mini._tokens(tokenizer, 12, 64)
     answers = tokenizer.decode(ids[weights == 1.0])
     assert "Question" not in answers

@@ -11,12 +11,12 @@ import itertools
 import math
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from lit_vlm.data.scenes.sampling import MAX_THINGS, sample_looks, sample_scene
 from lit_vlm.data.scenes.wording import PATTERNS, Attribute, Phrase, references, sentence, the
-from lit_vlm.data.scenes.world import COLOURS, SHAPES, Look, Scene, Thing
+from lit_vlm.data.scenes.world import COLOURS, SHAPES, Look, Scene, Thing, Wording
 
 QuestionKind = Literal["count", "relation", "depth", "distance", "attribute"]
 QUESTION_KINDS: tuple[QuestionKind, ...] = get_args(QuestionKind)
@@ -39,6 +39,8 @@ MARGINS: dict[Measure, float] = {
     "depth": DEPTH_MARGIN,
     "distance": DISTANCE_MARGIN,
 }
+PLAIN_MARGINS: dict[Measure, float] = MARGINS | {"column": 0.15, "row": 0.15, "distance": 2.0}
+"""In plain wording: what small models can learn to tell apart in minutes."""
 
 
 @dataclass(frozen=True)
@@ -75,20 +77,23 @@ class Pair:
     anchor: Thing | None = None
 
 
-def ask(kind: QuestionKind, seed: int | str, max_things: int = MAX_THINGS) -> tuple[Scene, Question]:
+def ask(
+    kind: QuestionKind, seed: int | str, max_things: int = MAX_THINGS, wording: Wording = "varied"
+) -> tuple[Scene, Question]:
     """A scene and a question about it that depend on the arguments only.
 
     Args:
         kind: what is asked.
         seed: another seed gives another scene.
         max_things: the most that a scene holds, 3 to 6.
+        wording: see `Scene`.
 
     Raises:
         ValueError: if `kind` is unknown.
     """
     if kind not in QUESTION_KINDS:
         raise ValueError(f"kind is {kind!r}; use one of {', '.join(QUESTION_KINDS)}")
-    return _ASKERS[kind](random.Random(f"question-{kind}-{seed}"), seed, max_things)
+    return _ASKERS[kind](random.Random(f"question-{kind}-{seed}"), seed, max_things, wording)
 
 
 def ask_about(scene: Scene, kind: QuestionKind, rng: random.Random) -> Question | None:
@@ -131,11 +136,12 @@ def clear_pairs(scene: Scene, measure: Measure) -> list[Pair]:
     """
     named = [thing for thing in scene.things if references(scene, thing)]
     anchors: list[Thing | None] = [*named] if measure == "distance" else [None]
+    margin = (MARGINS if scene.wording == "varied" else PLAIN_MARGINS)[measure]
     pairs = []
     for anchor in anchors:
         values = [(_measured(scene, thing, measure, anchor), thing) for thing in named if thing is not anchor]
         for (a, less), (b, more) in itertools.permutations(values, 2):
-            if b - a >= MARGINS[measure]:
+            if b - a >= margin:
                 pairs.append(Pair(less, more, anchor))
     return pairs
 
@@ -149,22 +155,26 @@ def _measured(scene: Scene, thing: Thing, measure: Measure, anchor: Thing | None
     return scene.camera.project(thing.centre)[0 if measure == "column" else 1]
 
 
-def _scenes(rng: random.Random, seed: int | str, draw_looks: Callable[[], list[Look]]) -> Iterator[Scene]:
+def _scenes(
+    rng: random.Random, seed: int | str, draw_looks: Callable[[], list[Look]], wording: Wording
+) -> Iterator[Scene]:
     """Scenes to look for a question in."""
     for attempt in range(TRIES):
         looks = draw_looks()
         rng.shuffle(looks)  # the first ones find room most easily
-        yield sample_scene(f"{seed}-{attempt}", looks)
+        yield replace(sample_scene(f"{seed}-{attempt}", looks), wording=wording)
     raise ValueError(f"seed: no scene of seed {seed!r} offers a clear question; use another")
 
 
-def _random_scenes(rng: random.Random, seed: int | str, least: int, most: int) -> Iterator[Scene]:
-    return _scenes(rng, seed, lambda: sample_looks(rng, rng.randint(least, most)))
+def _random_scenes(rng: random.Random, seed: int | str, least: int, most: int, wording: Wording) -> Iterator[Scene]:
+    return _scenes(rng, seed, lambda: sample_looks(rng, rng.randint(least, most)), wording)
 
 
-def _find_pair(rng: random.Random, seed: int | str, measure: Measure, least: int, most: int) -> tuple[Scene, Pair]:
+def _find_pair(
+    rng: random.Random, seed: int | str, measure: Measure, least: int, most: int, wording: Wording
+) -> tuple[Scene, Pair]:
     wider_is_less = rng.random() < 0.5
-    for scene in _random_scenes(rng, seed, least, most):
+    for scene in _random_scenes(rng, seed, least, most, wording):
         pairs = [
             pair
             for pair in clear_pairs(scene, measure)
@@ -195,13 +205,15 @@ def state_relation(scene: Scene, pair: Pair, measure: Measure, rng: random.Rando
     return sentence(f"{less} is {forth} {more}" if rng.random() < 0.5 else f"{more} is {back} {less}")
 
 
-def _ask_relation(rng: random.Random, seed: int | str, most: int) -> tuple[Scene, Question]:
+def _ask_relation(rng: random.Random, seed: int | str, most: int, wording: Wording) -> tuple[Scene, Question]:
     measure: Measure = "column" if rng.random() < 0.5 else "row"
-    scene, pair = _find_pair(rng, seed, measure, 2, most)
+    scene, pair = _find_pair(rng, seed, measure, 2, most, wording)
     return scene, _relation(rng, scene, pair, measure)
 
 
 def _relation(rng: random.Random, scene: Scene, pair: Pair, measure: Measure) -> Question:
+    if scene.wording == "plain":
+        return _which_is_further(rng, scene, pair, measure)
     words = ("left", "right") if measure == "column" else ("above", "below")
     subject, other, answer = rng.choice(((pair.less, pair.more, words[0]), (pair.more, pair.less, words[1])))
     options = _shuffled(rng, *words)
@@ -213,13 +225,22 @@ def _relation(rng: random.Random, scene: Scene, pair: Pair, measure: Measure) ->
     return Question("relation", text, answer, options, state_relation(scene, pair, measure, rng))
 
 
-def _ask_depth(rng: random.Random, seed: int | str, most: int) -> tuple[Scene, Question]:
-    scene, pair = _find_pair(rng, seed, "depth", 2, most)
+def _which_is_further(rng: random.Random, scene: Scene, pair: Pair, measure: Measure) -> Question:
+    ways = ("left", "right") if measure == "column" else ("up", "down")
+    chosen, other, way = rng.choice(((pair.less, pair.more, ways[0]), (pair.more, pair.less, ways[1])))
+    answer = the(scene, chosen, rng)
+    options = _shuffled(rng, answer, the(scene, other, rng))
+    text = f"In the picture, which is further {way}, {' or '.join(options)}?"
+    return Question("relation", text, answer, options, state_relation(scene, pair, measure, rng))
+
+
+def _ask_depth(rng: random.Random, seed: int | str, most: int, wording: Wording) -> tuple[Scene, Question]:
+    scene, pair = _find_pair(rng, seed, "depth", 2, most, wording)
     return scene, _which_is_closer(rng, scene, pair, "depth")
 
 
-def _ask_distance(rng: random.Random, seed: int | str, most: int) -> tuple[Scene, Question]:
-    scene, pair = _find_pair(rng, seed, "distance", 3, most)
+def _ask_distance(rng: random.Random, seed: int | str, most: int, wording: Wording) -> tuple[Scene, Question]:
+    scene, pair = _find_pair(rng, seed, "distance", 3, most, wording)
     return scene, _which_is_closer(rng, scene, pair, "distance")
 
 
@@ -231,12 +252,16 @@ def _which_is_closer(rng: random.Random, scene: Scene, pair: Pair, kind: Literal
     return Question(kind, text, answer, options, state_relation(scene, pair, kind, rng))
 
 
-def _ask_count(rng: random.Random, seed: int | str, most: int) -> tuple[Scene, Question]:
+def _ask_count(rng: random.Random, seed: int | str, most: int, wording: Wording) -> tuple[Scene, Question]:
     # Options first, then the answer among them: no number is likelier than those it is offered with.
     options = tuple(rng.sample(range(min(MAX_COUNT, most) + 1), CHOICES))
     wanted = rng.choice(options)
     phrase = Phrase.of(sample_looks(rng, 1)[0], rng.choice(PATTERNS[:-1]))
-    return next(_scenes(rng, seed, lambda: _looks_with(rng, phrase, wanted, most))), _count(phrase, wanted, options)
+
+    def looks() -> list[Look]:
+        return _looks_with(rng, phrase, wanted, most)
+
+    return next(_scenes(rng, seed, looks, wording)), _count(phrase, wanted, options)
 
 
 def _count(phrase: Phrase, number: int, options: tuple[int, ...]) -> Question:
@@ -263,9 +288,9 @@ def _looks_with(rng: random.Random, phrase: Phrase, count: int, most: int) -> li
     return looks
 
 
-def _ask_attribute(rng: random.Random, seed: int | str, most: int) -> tuple[Scene, Question]:
+def _ask_attribute(rng: random.Random, seed: int | str, most: int, wording: Wording) -> tuple[Scene, Question]:
     attribute: Attribute = rng.choice(("colour", "shape"))
-    for scene in _random_scenes(rng, seed, 1, most):
+    for scene in _random_scenes(rng, seed, 1, most, wording):
         if question := _attribute(rng, scene, attribute):
             return scene, question
     raise AssertionError("unreachable: the iterator raises")
@@ -292,7 +317,7 @@ def _attribute(rng: random.Random, scene: Scene, attribute: Attribute) -> Questi
     return Question("attribute", f"What colour is {name}?", colour, options, statement)
 
 
-_ASKERS: dict[QuestionKind, Callable[[random.Random, int | str, int], tuple[Scene, Question]]] = {
+_ASKERS: dict[QuestionKind, Callable[[random.Random, int | str, int, Wording], tuple[Scene, Question]]] = {
     "count": _ask_count,
     "relation": _ask_relation,
     "depth": _ask_depth,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -15,7 +16,7 @@ from lit_vlm.data.scenes.language import caption, describe_for
 from lit_vlm.data.scenes.questions import QUESTION_KINDS, Question, QuestionKind, ask, ask_about
 from lit_vlm.data.scenes.render import MIN_SIZE, Rendering, render
 from lit_vlm.data.scenes.sampling import MAX_THINGS, sample_scene
-from lit_vlm.data.scenes.world import Scene
+from lit_vlm.data.scenes.world import Scene, Wording
 from lit_vlm.data.sources.base import Source
 
 Kind = Literal["captions", "questions", "text", "interleaved"]
@@ -46,6 +47,8 @@ class Scenes(Source):
             turn it is, the others are of random kinds, and fewer where a scene offers no more. Options belong to the
             last one.
         max_things: the most that a scene holds, 3 to 6: fewer are easier to tell apart.
+        wording: `varied`, or `plain`, which small models learn sooner: things go by their full names, relations are
+            asked for as "which is further left", and places and distances differ more.
         name: what the source is reported under; default: `scenes_` and its kind.
 
     Raises:
@@ -63,10 +66,12 @@ class Scenes(Source):
         shots: int = 4,
         turns: int = 1,
         max_things: int = MAX_THINGS,
+        wording: Wording = "varied",
         name: str | None = None,
     ) -> None:
         _check_choice("kind", kind, get_args(Kind))
         _check_choice("split", split, get_args(Split))
+        _check_choice("wording", wording, get_args(Wording))
         for question_kind in question_kinds or ():
             _check_choice("question_kinds", question_kind, QUESTION_KINDS)
         _check_least("count", count, 1)
@@ -82,7 +87,7 @@ class Scenes(Source):
         self.name = name or f"scenes_{kind}"
         self.image_folder = Path()
         self.kind, self.count, self.seed, self.size, self.split, self.shots = kind, count, seed, size, split, shots
-        self.turns, self.max_things = turns, max_things
+        self.turns, self.max_things, self.wording = turns, max_things, wording
         self.question_kinds = tuple(question_kinds or QUESTION_KINDS)
 
     def __len__(self) -> int:
@@ -144,14 +149,14 @@ class Scenes(Source):
         return Image(size=(self.size, self.size))
 
     def _caption(self, index: int, seed: str, rng: random.Random) -> tuple[Record, list[Scene]]:
-        scene = sample_scene(seed, max_things=self.max_things)
+        scene = replace(sample_scene(seed, max_things=self.max_things), wording=self.wording)
         user = Message("user", (self._blank(), Text(f"\n{PROMPT}")))
         answer = Message("assistant", (Text(caption(scene, rng)),))
         return Record(f"caption-{index}", self.name, (user, answer)), [scene]
 
     def _ask(self, seed: str, kind: QuestionKind, rng: random.Random) -> tuple[Scene, list[Question]]:
         """A scene and up to `turns` different questions about it."""
-        scene, first = ask(kind, seed, self.max_things)
+        scene, first = ask(kind, seed, self.max_things, self.wording)
         questions = {first.text: first}
         for _ in range(self.turns - 1):
             further = ask_about(scene, rng.choice(self.question_kinds), rng)
@@ -179,7 +184,7 @@ class Scenes(Source):
         content: list[Part] = []
         scenes = []
         for shot in range(self.shots):
-            scene, question = ask(kind, f"{seed}-{shot}", self.max_things)
+            scene, question = ask(kind, f"{seed}-{shot}", self.max_things, self.wording)
             told = question.statement if as_statements else f"Question: {question.text}\nAnswer: {question.answer}"
             content += [self._blank(), Text(f"\n{told}" if shot == self.shots - 1 else f"\n{told}\n\n")]
             scenes.append(scene)

@@ -67,7 +67,8 @@ def references(scene: Scene, thing: Thing, without: Attribute | None = None) -> 
         thing: one of the scene's things.
         without: an attribute that the name may not tell.
     """
-    phrases = [Phrase.of(thing.look, pattern) for pattern in PATTERNS if without not in pattern]
+    patterns = PATTERNS if scene.wording == "varied" else [[part for part in ATTRIBUTES if part != without]]
+    phrases = [Phrase.of(thing.look, pattern) for pattern in patterns if without not in pattern]
     return [phrase for phrase in phrases if sum(phrase.matches(other.look) for other in scene.things) == 1]
 
 

@@ -13,6 +13,7 @@ from typing import Literal, get_args
 Shape = Literal["sphere", "cube", "cylinder", "cone"]
 Colour = Literal["red", "green", "blue", "yellow", "purple", "cyan", "white", "black"]
 Size = Literal["small", "large"]
+Wording = Literal["varied", "plain"]
 Vector = tuple[float, float, float]
 """A point or direction (x, y, z), or a colour (red, green, blue)."""
 
@@ -126,6 +127,9 @@ class Scene:
         light: unit vector towards the light, which is far away.
         ground: colour of the ground, 0 to 255.
         backdrop: colour of what is behind it.
+        wording: how it is spoken of. `varied`: things go by any name that fits them alone, and relations are told by a
+            word such as "left". `plain`: things go by all that is known of them, relations are told by naming one of
+            two, and differences of place and distance are larger.
     """
 
     things: tuple[Thing, ...]
@@ -133,3 +137,4 @@ class Scene:
     light: Vector
     ground: Vector
     backdrop: Vector
+    wording: Wording = "varied"

@@ -6,6 +6,7 @@ import math
 import random
 import re
 from collections import Counter
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -127,6 +128,33 @@ def test_attributes() -> None:
         match = re.fullmatch(r"What (colour|shape) is (the .+)\?", question.text)
         assert match
         assert getattr(named(scene, match[2]).look, match[1]) == question.answer
+
+
+@pytest.mark.parametrize("kind", ["relation", "depth", "distance", "attribute"])
+def test_plain_wording_gives_full_names_and_right_answers(kind: QuestionKind) -> None:
+    given = [(sample_scene(f"given-{seed}"), random.Random(seed)) for seed in range(200)]
+    plain = [(replace(scene, wording="plain"), rng) for scene, rng in given]
+    cases = [ask(kind, seed, 3, "plain") for seed in range(400)]
+    cases += [(scene, question) for scene, rng in plain if (question := ask_about(scene, kind, rng))]
+    ways = {"left": (0, min), "right": (0, max), "up": (1, min), "down": (1, max)}
+    for scene, question in cases:
+        names = re.findall(r"the ((?:small |large )?(?:[a-z]+ )?[a-z]+)(?=,| or |\?)", question.text)
+        names = [name for name in names if name not in ("camera", "picture")]
+        assert names
+        assert all(len(name.split()) == (2 if kind == "attribute" else 3) or "thing" in name for name in names)
+        if kind == "relation":
+            match = re.fullmatch(r"In the picture, which is further (\w+), (the .+) or (the .+)\?", question.text)
+            assert match
+            assert (match[2], match[3]) == question.options
+            axis, best = ways[match[1]]
+            values = [place(scene, named(scene, option))[axis] for option in question.options]
+            assert abs(values[0] - values[1]) >= 0.15 - 1e-9
+            assert question.options.index(question.answer) == values.index(best(values))
+        if kind == "distance":
+            anchor = named(scene, question.text.split("closer to ")[1].split(",")[0]).centre
+            distances = [math.dist(anchor, named(scene, option).centre) for option in question.options]
+            assert abs(distances[0] - distances[1]) >= 2.0 - 1e-9
+            assert question.options.index(question.answer) == distances.index(min(distances))
 
 
 @pytest.mark.parametrize("max_things", [3, 6])
