@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from lit_vlm.checkpoints.layout import Layout, Names, Slots, export_folder, load_folder
+from lit_vlm.checkpoints.layout import Layout, Names, SlotStates, export_folder, load_folder
 from lit_vlm.checkpoints.safetensors import read_folder
+from lit_vlm.data import AspectGrid, ImageTransform
 from lit_vlm.decoders import HFDecoder
 from lit_vlm.embedders import Splice
 from lit_vlm.encoders import EvePatchEmbedding
@@ -22,12 +23,12 @@ from lit_vlm.projectors import MLP
 HEAD = "heads.align"
 NAMES = Names(
     family="eve",
-    # The order counts: `vision_tower` begins `vision_tower_compressor` too.
     dropped={
         "rotary_emb.inv_freq": "a buffer that older versions saved",
         "model.vision_tower_compressor.clip_layer.": "the teacher again",
         "model.vision_clip.": "the teacher, a frozen copy of the public CLIP, which is read from its own files",
     },
+    # The more special ones first: the decoder's names begin like all others.
     slots={
         "model.vision_tower_compressor.": (HEAD, ""),
         "model.vision_tower.": ("encoder", ""),
@@ -38,7 +39,7 @@ NAMES = Names(
 )
 
 
-def read(source: str) -> Slots:
+def read(source: str) -> SlotStates:
     """Weights of a folder or hub repository by slot; PAL is `heads.align`.
 
     Raises:
@@ -69,7 +70,7 @@ def _architecture(layout: Layout) -> VLM:
         return VLM(encoder, projector, Splice(decoder.width, decoder.vocab_size), decoder)
 
 
-def export(model: VLM, out: Path) -> float:
+def export(model: VLM, out: Path, transform: ImageTransform | None = None) -> float:
     """Write the model under published names, read it back, and compare logits.
 
     The teacher is not written: EVE's own code reads it from its files too.
@@ -77,6 +78,7 @@ def export(model: VLM, out: Path) -> float:
     Args:
         model: EvePatchEmbedding, MLP of depth 2, Splice and HFDecoder; adapters are merged.
         out: a folder that is new or empty.
+        transform: how pictures were resized; the name of EVE's preprocessor says the longer side of `AspectGrid`.
 
     Returns:
         the largest difference of the logits on a random picture and text, in fp32.
@@ -106,4 +108,6 @@ def export(model: VLM, out: Path) -> float:
         "use_mm_proj": True,
         "requires_cliploss": head is not None,
     }
+    if isinstance(transform, AspectGrid):
+        config["mm_vision_tower"] = f"openai/eve-patch{encoder.patch}-anypixel-{transform.longest}"
     return export_folder(model, out, config, NAMES, {f"heads.{head}": HEAD}, load)

@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from lit_vlm.checkpoints.layout import Layout, Names, Slots, export_folder, load_folder
+from lit_vlm.checkpoints.layout import Layout, Names, SlotStates, export_folder, load_folder
 from lit_vlm.checkpoints.safetensors import read_folder
+from lit_vlm.data import ImageTransform
 from lit_vlm.decoders import DivideAndConquer
 from lit_vlm.embedders import Splice
 from lit_vlm.encoders import EveV2PatchEmbedding
@@ -46,7 +47,7 @@ NAMES = Names(
 )
 
 
-def read(source: str) -> Slots:
+def read(source: str) -> SlotStates:
     """Weights of a folder or hub repository by slot.
 
     Raises:
@@ -70,12 +71,13 @@ def _architecture(layout: Layout) -> VLM:
         return VLM(encoder, projector, Splice(decoder.width, decoder.vocab_size), decoder)
 
 
-def export(model: VLM, out: Path) -> float:
+def export(model: VLM, out: Path, transform: ImageTransform | None = None) -> float:
     """Write the model under published names, read it back, and compare logits.
 
     Args:
         model: EveV2PatchEmbedding, Identity, Splice and DivideAndConquer.
         out: a folder that is new or empty.
+        transform: not written, as EVEv2's configuration says nothing of it.
 
     Returns:
         the largest difference of the logits on a random picture and text, in fp32.

@@ -90,7 +90,7 @@ def read_slots(source: str | Path) -> dict[str, dict[str, Tensor]]:
         source: a checkpoint, the folder of a run, or published weights as `FAMILY:FOLDER` or `FAMILY:HUB_NAME`.
     """
     family, colon, published = str(source).partition(":")
-    if colon and "/" not in family:
+    if colon and "/" not in family and not Path(source).exists():
         # Imported when asked for: published formats build models, and building one reads checkpoint files.
         from lit_vlm.checkpoints.published import read_published
 

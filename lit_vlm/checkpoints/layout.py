@@ -20,7 +20,7 @@ from lit_vlm.model import VLM
 from lit_vlm.part import load_state
 from lit_vlm.pretrained import resolve
 
-Slots = dict[str, dict[str, Tensor]]
+SlotStates = dict[str, dict[str, Tensor]]
 TOLERANCE = 1e-5
 
 
@@ -46,13 +46,13 @@ class Names:
     rename: Callable[[str], str] = _same
     restore: Callable[[str], str] = _same
 
-    def slots_of(self, state: Mapping[str, Tensor]) -> Slots:
+    def slots_of(self, state: Mapping[str, Tensor]) -> SlotStates:
         """Weights by slot, under its own names.
 
         Raises:
             ValueError: for a key that belongs nowhere.
         """
-        slots: Slots = {}
+        slots: SlotStates = {}
         for key, value in state.items():
             if any(part in key for part in self.dropped):
                 continue
@@ -83,7 +83,7 @@ class Layout:
     """
 
     config: Mapping[str, Any]
-    slots: Slots
+    slots: SlotStates
     tokenizer: str | None
 
     def decoder_config(self, model_type: str) -> dict[str, Any]:

@@ -52,14 +52,18 @@ def load(source: str | Path | Mapping[str, Tensor], config: Mapping[str, Any] | 
     return model.eval()
 
 
-def _architecture(config: LlavaConfig, tokenizer: str | None) -> VLM:
+def _feature_layer(config: LlavaConfig) -> int:
     if not isinstance(config.vision_feature_layer, int):
         raise ValueError(f"one vision_feature_layer is supported, this config has {config.vision_feature_layer}")
+    return config.vision_feature_layer
+
+
+def _architecture(config: LlavaConfig, tokenizer: str | None) -> VLM:
     has_cls = config.vision_config.model_type == "clip_vision_model"
     with meta_parameters():
         encoder = HFEncoder(
             config=config.vision_config.to_dict(),
-            layer=config.vision_feature_layer,
+            layer=_feature_layer(config),
             cls=has_cls and config.vision_feature_select_strategy == "full",
         )
         text = config.text_config.to_dict() | {"tie_word_embeddings": config.tie_word_embeddings}
@@ -76,7 +80,7 @@ def read(source: str) -> dict[str, dict[str, Tensor]]:
     """
     folder = resolve(source)
     config = LlavaConfig.from_pretrained(folder)
-    layer, depth = config.vision_feature_layer, config.vision_config.num_hidden_layers
+    layer, depth = _feature_layer(config), config.vision_config.num_hidden_layers
     return _slots(read_folder(folder), layer if layer >= 0 else depth + 1 + layer)
 
 

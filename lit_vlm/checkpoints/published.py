@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from lit_vlm.checkpoints import eve, eve_v2, llava_hf
+from lit_vlm.data import ImageTransform
 from lit_vlm.model import VLM
 
 FAMILIES = {"eve": eve, "eve_v2": eve_v2, "llava-hf": llava_hf}
@@ -41,6 +42,25 @@ def read_published(family: str, source: str) -> dict[str, dict[str, Tensor]]:
         ValueError: for an unknown family, or a key that fits nowhere.
     """
     return _family(family).read(source)
+
+
+def export_published(family: str, model: VLM, out: Path, transform: ImageTransform | None) -> float:
+    """Write a model under published names, read it back, and compare logits.
+
+    Args:
+        family: as above.
+        model: of that family's form.
+        out: a folder that is new or empty.
+        transform: how pictures were resized.
+
+    Returns:
+        the largest difference of the logits on a random picture and text, in fp32.
+
+    Raises:
+        ValueError: for an unknown family, a model of another form, or logits that differ.
+    """
+    difference: float = _family(family).export(model, out, transform)
+    return difference
 
 
 def _family(name: str) -> Any:

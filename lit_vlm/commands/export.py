@@ -26,18 +26,13 @@ def main(argv: Sequence[str]) -> None:
     arguments = parser.parse_args(argv)
     from transformers.utils.logging import disable_progress_bar
 
-    from lit_vlm.checkpoints import eve, eve_v2, llava_hf
+    from lit_vlm.checkpoints.published import export_published
     from lit_vlm.checkpoints.run import load_run
 
     disable_progress_bar()
     run = load_run(arguments.checkpoint)
-    model, out = run.module.vlm, arguments.out
-    if arguments.format == "llava-hf":
-        difference = llava_hf.export(model, out, run.transform)
-    else:
-        difference = {"eve": eve, "eve_v2": eve_v2}[arguments.format].export(model, out)
-    reader = "transformers" if arguments.format == "llava-hf" else "load_published"
+    difference = export_published(arguments.format, run.module.vlm, arguments.out, run.transform)
     Console(highlight=False).print(
-        f"wrote {out}: read back by {reader}, its logits differ by at most {difference:.1e}",
+        f"wrote {arguments.out}: read back, its logits differ by at most {difference:.1e}",
         soft_wrap=True,
     )

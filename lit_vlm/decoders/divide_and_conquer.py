@@ -166,5 +166,7 @@ class DivideAndConquer(HFDecoder):
         visual: Tensor | None = None,
     ) -> DecoderOutput:
         """Run the blocks; see `Decoder.forward`."""
-        self._routing.set(embeds.shape, visual)
+        # While decoding there are no image tokens; in training even an empty branch needs its gradients.
+        idle = visual is None or not (len(visual) or torch.is_grad_enabled())
+        self._routing.set(embeds.shape, None if idle else visual)
         return super().forward(embeds, position_ids, taps, cache, attention_mask, visual)

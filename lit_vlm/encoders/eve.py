@@ -111,8 +111,8 @@ class EvePatchEmbedding(Encoder):
         lengths = patches.image.bincount(minlength=n)
         longest = int(lengths.max())
         within = torch.arange(len(patches.image)) - (lengths.cumsum(0) - lengths)[patches.image]
-        places = (patches.image * longest + within).to(features.device)
-        mask = (torch.arange(longest) < lengths[:, None]).to(features.device)
+        places = (patches.image * longest + within).to(features.device, non_blocking=True)
+        mask = (torch.arange(longest) < lengths[:, None]).to(features.device, non_blocking=True)
         padded = features.new_zeros(n * longest, self.width).index_copy(0, places, features)
         query = self.class_embedding.expand(n, -1)
         return self.global_attention(query, padded.view(n, longest, self.width), mask)

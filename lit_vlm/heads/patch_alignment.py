@@ -69,14 +69,14 @@ class PatchAlignment(Head):
         teacher = self.teacher.targets(teacher_images)
         patches = index_patches(batch.image_grids)
         ratio = _pool_ratio(batch.image_grids, teacher.grids)
-        positions = batch.image_positions[patches.position.to(batch.image_positions.device)]
+        positions = batch.image_positions[patches.position.to(batch.image_positions.device, non_blocking=True)]
         if ratio > 1:
             patches, order = _windows(patches, batch.image_grids, ratio)
-            positions = positions[order.to(positions.device)]
+            positions = positions[order.to(positions.device, non_blocking=True)]
         at_patches = [state[positions] for state in hidden]
         student = self.student([state.mean(1) if ratio > 1 else state for state in at_patches])
         targets = teacher.features[
-            _teacher_positions(patches, batch.image_grids, teacher.grids, ratio).to(student.device)
+            _teacher_positions(patches, batch.image_grids, teacher.grids, ratio).to(student.device, non_blocking=True)
         ]
         return self._loss(student, targets, patches.image)
 
@@ -107,12 +107,9 @@ class PatchAlignment(Head):
         if self.target == "next":
             # The last patch of an image has no next one.
             pairs = (image[1:] == image[:-1]).nonzero().squeeze(1)
-            student, targets, image = (
-                student[pairs.to(student.device)],
-                targets[(pairs + 1).to(student.device)],
-                image[pairs],
-            )
-        counts = image.bincount()[image].to(student.device)
+            image, pairs = image[pairs], pairs.to(student.device, non_blocking=True)
+            student, targets = student[pairs], targets[pairs + 1]
+        counts = image.bincount()[image].to(student.device, non_blocking=True)
         return (cosine_distance(student, targets) / counts).sum()
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from lit_vlm.checkpoints import llava_hf, load_published
+from lit_vlm.checkpoints import llava_hf, load_published, read_slots
 from lit_vlm.data import SquareCrop
 from lit_vlm.decoders import Lora
 from lit_vlm.encoders import HFEncoder
@@ -66,6 +66,10 @@ def test_what_a_stage_trained_comes_back_from_the_exported_folder(tmp_path: Path
     before = model.logits(batch)
     assert llava_hf.export(model, tmp_path / "out", SquareCrop()) <= 1e-5
     again = load_published("llava-hf", tmp_path / "out")
+    slots = read_slots(f"llava-hf:{tmp_path / 'out'}")
+    found = {f"{slot}.{key}": value for slot, state in slots.items() for key, value in state.items()}
+    assert found.keys() == again.state_dict().keys()
+    assert all(torch.equal(value, found[key]) for key, value in again.state_dict().items())
     size = before.shape[-1]
     torch.testing.assert_close(again.logits(batch)[..., :size], before, atol=1e-4, rtol=1e-4)
     assert {"model.safetensors", "tokenizer.json", "processor_config.json"} <= {
