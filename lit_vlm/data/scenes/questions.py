@@ -225,13 +225,18 @@ def _relation(rng: random.Random, scene: Scene, pair: Pair, measure: Measure) ->
     return Question("relation", text, answer, options, state_relation(scene, pair, measure, rng))
 
 
+def _one_of_two(rng: random.Random, scene: Scene, answer: Thing, other: Thing) -> tuple[str, tuple[str, ...]]:
+    """What the answer is called, and both options."""
+    named = the(scene, answer, rng)
+    return named, _shuffled(rng, named, the(scene, other, rng))
+
+
 def _which_is_further(rng: random.Random, scene: Scene, pair: Pair, measure: Measure) -> Question:
     ways = ("left", "right") if measure == "column" else ("up", "down")
-    chosen, other, way = rng.choice(((pair.less, pair.more, ways[0]), (pair.more, pair.less, ways[1])))
-    answer = the(scene, chosen, rng)
-    options = _shuffled(rng, answer, the(scene, other, rng))
+    answer, other, way = rng.choice(((pair.less, pair.more, ways[0]), (pair.more, pair.less, ways[1])))
+    named, options = _one_of_two(rng, scene, answer, other)
     text = f"In the picture, which is further {way}, {' or '.join(options)}?"
-    return Question("relation", text, answer, options, state_relation(scene, pair, measure, rng))
+    return Question("relation", text, named, options, state_relation(scene, pair, measure, rng))
 
 
 def _ask_depth(rng: random.Random, seed: int | str, most: int, wording: Wording) -> tuple[Scene, Question]:
@@ -246,8 +251,7 @@ def _ask_distance(rng: random.Random, seed: int | str, most: int, wording: Wordi
 
 def _which_is_closer(rng: random.Random, scene: Scene, pair: Pair, kind: Literal["depth", "distance"]) -> Question:
     target = the(scene, pair.anchor, rng) if pair.anchor is not None else "the camera"
-    answer = the(scene, pair.less, rng)
-    options = _shuffled(rng, answer, the(scene, pair.more, rng))
+    answer, options = _one_of_two(rng, scene, pair.less, pair.more)
     text = f"Which is closer to {target}, {' or '.join(options)}?"
     return Question(kind, text, answer, options, state_relation(scene, pair, kind, rng))
 
