@@ -15,6 +15,7 @@ from lit_vlm import __version__
 
 VERBS = {
     "run": "run the stages of a recipe, one after the other",
+    "compare": "show what finished runs reached, side by side",
     "chat": "ask a trained model about pictures",
     "data": "convert data to shards, check them, show what is in them",
     "inspect": "show one batch as the model sees it",

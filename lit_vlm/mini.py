@@ -30,7 +30,7 @@ from lit_vlm.data.scenes import Scene, Scenes, render, sample_scene
 from lit_vlm.data.scenes.world import COLOURS, SHAPES, SIZES
 from lit_vlm.data.templates import Span, VicunaV1
 
-PARTS = {"scenes-decoder": 2, "scenes-encoder": 1}
+PARTS = {"scenes-decoder": 3, "scenes-encoder": 1}
 """Each with a number that goes up whenever it comes out otherwise."""
 DECODER = LlamaConfig(
     vocab_size=600,

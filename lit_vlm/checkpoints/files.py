@@ -28,10 +28,11 @@ def is_complete(path: Path) -> bool:
 def checkpoints_in(folder: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
     found = [path for path in (folder / "checkpoints").glob(f"*{SUFFIX}") if is_complete(path)]
-    return sorted(found, key=lambda path: (_step(path), path.stat().st_mtime))
+    return sorted(found, key=lambda path: (step_of(path), path.stat().st_mtime))
 
 
-def _step(path: Path) -> int:
+def step_of(path: Path) -> int:
+    """Optimizer steps of the stage when a checkpoint was written, from its name; -1 if it does not tell."""
     match = re.search(r"step=(\d+)", path.name)
     return int(match.group(1)) if match else -1
 

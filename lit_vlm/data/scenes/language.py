@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from typing import get_args
 
 from lit_vlm.data.scenes.questions import (
     DEPTH_MARGIN,
@@ -27,7 +28,8 @@ def caption(scene: Scene, rng: random.Random) -> str:
         scene: what to describe.
         rng: draws the wording.
     """
-    relations = [relate(scene, rng) for _ in range(rng.randint(0, MAX_RELATIONS))]
+    fewest = 0 if scene.wording == "varied" else MAX_RELATIONS
+    relations = [relate(scene, rng) for _ in range(rng.randint(fewest, MAX_RELATIONS))]
     sentences = [_opening(scene, rng), *dict.fromkeys(relation for relation in relations if relation)]
     return " ".join(sentences)
 
@@ -49,8 +51,9 @@ def describe_for(scene: Scene, questions: Sequence[Question], rng: random.Random
 
 def relate(scene: Scene, rng: random.Random) -> str | None:
     """A sentence about where things stand, or None if this scene offers none of the kind that was drawn."""
-    measure: Measure = rng.choice(("column", "depth"))
-    if rng.random() < 0.3:
+    plain = scene.wording == "plain"
+    measure: Measure = rng.choice(get_args(Measure) if plain else ("column", "depth"))
+    if not plain and rng.random() < 0.3:
         return _outermost(scene, measure, rng)
     pairs = clear_pairs(scene, measure)
     return state_relation(scene, rng.choice(pairs), measure, rng) if pairs else None
@@ -58,7 +61,7 @@ def relate(scene: Scene, rng: random.Random) -> str | None:
 
 def _opening(scene: Scene, rng: random.Random) -> str:
     """A list of all things; with luck two of them are set in relation to each other within it."""
-    if rng.random() < 0.4:
+    if scene.wording == "varied" and rng.random() < 0.4:
         measure: Measure = rng.choice(("column", "depth"))
         pairs = [pair for pair in clear_pairs(scene, measure) if _looks_alone(scene, pair.less, pair.more)]
         if pairs:

@@ -41,6 +41,11 @@ MARGINS: dict[Measure, float] = {
 }
 PLAIN_MARGINS: dict[Measure, float] = MARGINS | {"column": 0.15, "row": 0.15, "distance": 2.0}
 """In plain wording: what small models can learn to tell apart in minutes."""
+_PLAIN_WORDS: dict[Measure, str] = {
+    "column": "further left",
+    "row": "further up",
+    "depth": "closer to the camera",
+}
 
 
 @dataclass(frozen=True)
@@ -190,10 +195,12 @@ def _shuffled(rng: random.Random, *options: str) -> tuple[str, ...]:
 
 
 def state_relation(scene: Scene, pair: Pair, measure: Measure, rng: random.Random) -> str:
-    """A sentence about a pair, told from either side."""
+    """A sentence about a pair: in varied wording told from either side, in plain wording as questions put it."""
     less, more = the(scene, pair.less, rng), the(scene, pair.more, rng)
     if pair.anchor is not None:
         return sentence(f"{the(scene, pair.anchor, rng)} is closer to {less} than to {more}")
+    if scene.wording == "plain":
+        return sentence(f"{less} is {_PLAIN_WORDS[measure]} than {more}")
     if measure == "row":
         told = f"{less} is above {more}" if rng.random() < 0.5 else f"{more} is below {less}"
         return sentence(f"in the picture, {told}")
@@ -232,11 +239,9 @@ def _one_of_two(rng: random.Random, scene: Scene, answer: Thing, other: Thing) -
 
 
 def _which_is_further(rng: random.Random, scene: Scene, pair: Pair, measure: Measure) -> Question:
-    ways = ("left", "right") if measure == "column" else ("up", "down")
-    answer, other, way = rng.choice(((pair.less, pair.more, ways[0]), (pair.more, pair.less, ways[1])))
-    named, options = _one_of_two(rng, scene, answer, other)
-    text = f"In the picture, which is further {way}, {' or '.join(options)}?"
-    return Question("relation", text, named, options, state_relation(scene, pair, measure, rng))
+    answer, options = _one_of_two(rng, scene, pair.less, pair.more)
+    text = f"Which is {_PLAIN_WORDS[measure]}, {' or '.join(options)}?"
+    return Question("relation", text, answer, options, state_relation(scene, pair, measure, rng))
 
 
 def _ask_depth(rng: random.Random, seed: int | str, most: int, wording: Wording) -> tuple[Scene, Question]:

@@ -21,7 +21,7 @@ from lit_vlm.data.sources.base import Source
 
 Kind = Literal["captions", "questions", "text", "interleaved"]
 Split = Literal["train", "held_out"]
-VERSION = 3
+VERSION = 4
 """Goes up whenever the same arguments give other records."""
 PROMPT = "Describe the scene."
 LEAST_THINGS = 3

@@ -128,8 +128,8 @@ class Scene:
         ground: colour of the ground, 0 to 255.
         backdrop: colour of what is behind it.
         wording: how it is spoken of. `varied`: things go by any name that fits them alone, and relations are told by a
-            word such as "left". `plain`: things go by all that is known of them, relations are told by naming one of
-            two, and differences of place and distance are larger.
+            word such as "left". `plain`: things go by all that is known of them, of two opposites (left and right, up
+            and down, closer and farther) only the first is spoken of, and differences of place and distance are larger.
     """
 
     things: tuple[Thing, ...]

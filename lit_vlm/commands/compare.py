@@ -1,0 +1,129 @@
+"""`lit-vlm compare`: what finished runs reached, those that differ in the seed alone taken together."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from lit_vlm.checkpoints.files import checkpoints_in, step_of
+from lit_vlm.commands.run import RunState
+
+SEED_FLAG, DEFAULT_SEED = "--seed_everything", "0"
+LOSS, ALL = "loss", "all"
+
+
+@dataclass(frozen=True)
+class Finished:
+    """One run.
+
+    Attributes:
+        settings: command line without what names the run or draws its numbers: equal for runs to be taken together.
+        seed: of `--seed_everything`.
+        steps: optimizer steps of all stages.
+        scores: of its last stage, by column: `loss`, `all`, and the source of each kind of question.
+        chance: the same for guessing, where there are answers to choose from.
+    """
+
+    settings: tuple[str, ...]
+    seed: str
+    steps: int
+    scores: dict[str, float]
+    chance: dict[str, float]
+
+
+def main(argv: Sequence[str]) -> None:
+    """Read the runs and print a table."""
+    parser = argparse.ArgumentParser(
+        prog="lit-vlm compare",
+        description="Held-out scores at the end of runs, side by side: the share of right choices, or of exact answers "
+        "where there are none to choose from. Runs that differ in --seed_everything alone are one row: mean ± standard "
+        "deviation over them. Rows are named by the flags that not all have in common.",
+    )
+    parser.add_argument("runs", nargs="+", type=Path, help="folders of `lit-vlm run`, of any recipes")
+    groups: dict[tuple[str, ...], list[Finished]] = {}
+    for folder in dict.fromkeys(parser.parse_args(argv).runs):
+        run = read_run(folder)
+        groups.setdefault(run.settings, []).append(run)
+    Console().print(_table(groups))
+
+
+def read_run(folder: Path) -> Finished:
+    """What a run reached.
+
+    Raises:
+        ValueError: when the folder is not that of a run, or the run has not been scored to its end.
+    """
+    state = RunState.load(folder)
+    if missing := [stage for stage in state.stages if stage not in state.done]:
+        raise ValueError(f"{folder} has not ended: {', '.join(missing)} to go; lit-vlm run --resume --out {folder}")
+    file = folder / state.stages[-1] / "held_out.json"
+    found = json.loads(file.read_text()) if file.is_file() else {}
+    if "after" not in found:
+        raise ValueError(f"{file} holds no scores: the last stage of the run needs callbacks.HeldOut")
+    seed, flags = _without_seed(state.flags)
+    settings = [state.recipe, f"--scale {state.scale}", f"--stages {','.join(state.stages)}", *flags]
+    scores, chance = _scores(found["after"])
+    steps = sum(step_of(checkpoints_in(folder / stage)[-1]) for stage in state.stages)
+    return Finished(tuple(settings), seed, steps, scores, chance)
+
+
+def _without_seed(flags: Sequence[str]) -> tuple[str, list[str]]:
+    """The seed, and the other flags with their values, sorted: order means nothing."""
+    rest: list[str] = []
+    seed, index = DEFAULT_SEED, 0
+    while index < len(flags):
+        name, _, value = flags[index].partition("=")
+        index += 1
+        if not value and index < len(flags) and not flags[index].startswith("--"):
+            value = flags[index]
+            index += 1
+        if name == SEED_FLAG:
+            seed = value
+        else:
+            rest.append(f"{name} {shlex.quote(value)}" if value else name)
+    return seed, sorted(rest)
+
+
+def _scores(after: dict[str, Any]) -> tuple[dict[str, float], dict[str, float]]:
+    scores, chance = {LOSS: after["loss"]}, {}
+    for name, part in {ALL: after, **after["by_source"]}.items():
+        scores[name] = part["choice_accuracy" if part["num_choices"] else "exact_match"]
+        if part["num_choices"]:
+            chance[name] = part["choice_chance"]
+    return scores, chance
+
+
+def _table(groups: dict[tuple[str, ...], list[Finished]]) -> Table:
+    columns = list(dict.fromkeys(name for runs in groups.values() for run in runs for name in run.scores))
+    chance = {name: share for runs in groups.values() for run in runs for name, share in run.chance.items()}
+    common = set.intersection(*(set(settings) for settings in groups))
+    shared = ", ".join(part for part in next(iter(groups)) if part in common)
+    table = Table(title="held out, at the end of each run" + (f" ({shared})" if shared else ""))
+    table.add_column("")
+    for column in ("seeds", "steps", *columns):
+        table.add_column(column, justify="right")
+    for settings, runs in groups.items():
+        own = " ".join(part for part in settings if part not in common) or "(no other flag)"
+        steps = "/".join(map(str, sorted({run.steps for run in runs})))
+        cells = [_spread([run.scores[name] for run in runs if name in run.scores], name == LOSS) for name in columns]
+        table.add_row(own, " ".join(sorted(run.seed for run in runs)), steps, *cells)
+    table.add_section()
+    table.add_row("chance", "", "", *(f"{chance[name]:.1%}" if name in chance else "" for name in columns), style="dim")
+    return table
+
+
+def _spread(values: Sequence[float], plain: bool) -> str:
+    if not values:
+        return ""
+    scale, digits = (1, 3) if plain else (100, 1)
+    mean = f"{scale * statistics.fmean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {scale * statistics.stdev(values):.{digits}f}"
