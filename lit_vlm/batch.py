@@ -185,6 +185,11 @@ class Counts(NamedTuple):
     visual_tokens: int = 0
     positions: int = 0
 
+    @property
+    def text_tokens(self) -> int:
+        """Tokens that are not an image's."""
+        return self.tokens - self.visual_tokens
+
     def __add__(self, other: Counts) -> Counts:  # type: ignore[override]
         return Counts(*(a + b for a, b in zip(self, other, strict=True)))
 

@@ -99,7 +99,11 @@ def build(
         load_state(part, state, name)
         return part
 
-    return slots.assemble(make)
+    model = slots.assemble(make)
+    anew = start_from is None or "embedder" in fresh
+    if anew and (only is None or {"embedder", "decoder"} <= set(only)):
+        model.embedder.adopt(model.decoder)
+    return model
 
 
 @contextmanager

@@ -44,7 +44,7 @@ def generate(
         warpers.append(TemperatureLogitsWarper(temperature))
         if top_p < 1:
             warpers.append(TopPLogitsWarper(top_p))
-    cache = model.decoder.new_cache()
+    cache = model.new_cache()
     mask = (batch.segment_ids > 0).long()
     positions = batch.position_ids[:, -1:]
     stops = torch.tensor(sorted(stop_ids), device=mask.device)
@@ -102,7 +102,7 @@ def score_continuations(
     Returns:
         summed negative log-likelihood of the labels of each continuation, in nats.
     """
-    cache = model.decoder.new_cache()
+    cache = model.new_cache()
     mask = (prefixes.segment_ids > 0).long()
     first = model.next_logits(prefixes, cache, mask, start=True).float().log_softmax(-1).cpu()
     device = mask.device
@@ -122,7 +122,7 @@ def score_continuations(
         # Which places are scored is found on the CPU, as in the collator.
         step = prefixes.text_only(ids, positions, labels).to(device)
         whole_mask = torch.cat([mask[rows], own.to(device)], dim=1)
-        nll = model.target_nll(step, model.decoder.select_cache(cache, rows), whole_mask).cpu().double()
+        nll = model.target_nll(step, model.select_cache(cache, rows), whole_mask).cpu().double()
         owner = torch.arange(len(taken)).repeat_interleave((labels[:, 1:] != IGNORE).sum(1))
         of_first = F.nll_loss(first[rows.cpu()], labels[:, 0], ignore_index=IGNORE, reduction="none").double()
         scores += of_first.index_add(0, owner, nll).tolist()[: len(chunk)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +13,20 @@ from lit_vlm.batch import ENCODER, Batch, VisualTokens
 from lit_vlm.decoders import Decoder, DecoderOutput
 from lit_vlm.embedders import Embedder
 from lit_vlm.encoders import Encoder
-from lit_vlm.heads import Head
+from lit_vlm.heads import WORDS, Head
 from lit_vlm.losses import chunk_rows, next_token_loss, token_nll
 from lit_vlm.part import Part
 from lit_vlm.projectors import Projector
+from lit_vlm.projectors.base import GridMap, InTurn
 
 NEXT_TOKEN = "next_token"
+
+
+class DecodingCache(NamedTuple):
+    """What embedder and decoder each remember of the positions so far."""
+
+    embedder: Any
+    decoder: Any
 
 
 class VLM(nn.Module):
@@ -52,6 +60,11 @@ class VLM(nn.Module):
         self.decoder = decoder
         self.heads = nn.ModuleDict(dict(heads or {}))
 
+    @property
+    def grid_map(self) -> GridMap:
+        """From the layout of an image's tokens after the encoder to that in the decoder's sequence; it pickles."""
+        return InTurn(self.projector.grid_map, self.embedder.grid_map)
+
     def slots(self) -> dict[str, list[Part]]:
         """The parts of each slot, by the names that a stage uses."""
         parts: dict[str, list[Part]] = {
@@ -83,12 +96,13 @@ class VLM(nn.Module):
             loss → fp32 scalar, unweighted, summed over what it counts: supervised tokens, or the head's normaliser.
         """
         heads = {name: head for name, head in self.heads.items() if losses.get(name) and isinstance(head, Head)}
-        taps = tuple(sorted({layer for head in heads.values() for layer in head.taps}))
+        wanted = {layer for head in heads.values() for layer in head.taps}
+        taps = tuple(sorted(wanted - {WORDS}))
         next_token = bool(losses.get(NEXT_TOKEN))
         sums: dict[str, Tensor] = {}
-        states: dict[int, Tensor] = {}
         embeds = self.embed(batch)
-        if next_token or taps:
+        states = {0: embeds}
+        if next_token or any(taps):
             output = self.decoder(embeds, batch.position_ids, taps, visual=batch.image_positions)
             states = output.taps
             if next_token:
@@ -96,6 +110,8 @@ class VLM(nn.Module):
                 hidden = output.hidden.flatten(0, 1)[batch.target_positions]
                 chunk = chunk_rows(self.decoder.vocab_size)
                 sums[NEXT_TOKEN] = next_token_loss(hidden, batch.targets, self.decoder.logits, params, chunk)
+        if WORDS in wanted:
+            states[WORDS] = self.embedder.words(batch.input_ids, self.decoder).detach()
         for name, head in heads.items():
             sums[name] = head(states, batch, batch.prepared.get(name) or batch.teacher_images.get(name))
         return sums
@@ -132,34 +148,48 @@ class VLM(nn.Module):
         output = self.decoder(self.embed(batch), batch.position_ids, visual=batch.image_positions)
         return self.decoder.logits(output.hidden)
 
-    def target_nll(self, batch: Batch, cache: Any = None, attention_mask: Tensor | None = None) -> Tensor:
+    def target_nll(
+        self, batch: Batch, cache: DecodingCache | None = None, attention_mask: Tensor | None = None
+    ) -> Tensor:
         """Negative log-likelihood of each supervised token, in nats: fp32 `[k]`, without a graph.
 
         With a cache and a mask (as in `next_logits`) the batch holds text that continues what the cache has seen.
         """
         with torch.no_grad():
             visual = self.see(batch) if cache is None else None
-            embeds = self.embedder(batch, visual, self.decoder)
-            output = self._continue(embeds, batch, cache, attention_mask)
+            output = self._continue(batch, visual, cache, attention_mask)
             hidden = output.hidden.flatten(0, 1)
         chunk = chunk_rows(self.decoder.vocab_size)
         return token_nll(hidden[batch.target_positions], batch.targets, self.decoder.logits, chunk)
 
-    def next_logits(self, batch: Batch, cache: Any, attention_mask: Tensor, start: bool) -> Tensor:
+    def next_logits(self, batch: Batch, cache: DecodingCache, attention_mask: Tensor, start: bool) -> Tensor:
         """Logits after the last position of each row: `[b, v]`; `cache` takes up the batch's positions.
 
         Args:
             batch: left-padded prompts, or the tokens that continue them.
-            cache: from `Decoder.new_cache`.
+            cache: from `new_cache`.
             attention_mask: `[b, past + s]`, 0 for padding.
             start: whether this is the prompt, whose images are to be seen.
         """
         visual = self.see(batch) if start else None
-        embeds = self.embedder(batch, visual, self.decoder)
-        output = self._continue(embeds, batch, cache, attention_mask)
+        output = self._continue(batch, visual, cache, attention_mask)
         return self.decoder.logits(output.hidden[:, -1])
 
-    def _continue(self, embeds: Tensor, batch: Batch, cache: Any, attention_mask: Tensor | None) -> DecoderOutput:
+    def new_cache(self) -> DecodingCache:
+        """What decoding remembers; empty."""
+        return DecodingCache(self.embedder.new_cache(), self.decoder.new_cache())
+
+    def select_cache(self, cache: DecodingCache, rows: Tensor) -> DecodingCache:
+        """A new cache that holds these rows `[b']` of another, which stays as it is; a row may be taken repeatedly."""
+        return DecodingCache(
+            self.embedder.select_cache(cache.embedder, rows), self.decoder.select_cache(cache.decoder, rows)
+        )
+
+    def _continue(
+        self, batch: Batch, visual: VisualTokens | None, cache: DecodingCache | None, attention_mask: Tensor | None
+    ) -> DecoderOutput:
+        own, of_decoder = (cache.embedder, cache.decoder) if cache is not None else (None, None)
+        embeds = self.embedder(batch, visual, self.decoder, own, attention_mask)
         return self.decoder(
-            embeds, batch.position_ids, cache=cache, attention_mask=attention_mask, visual=batch.image_positions
+            embeds, batch.position_ids, cache=of_decoder, attention_mask=attention_mask, visual=batch.image_positions
         )

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from lit_vlm.batch import ENCODER, Batch, Counts
 from lit_vlm.build import Slots, build, build_on_meta
 from lit_vlm.data.spec import InputSpec
-from lit_vlm.decoders import Decoder
+from lit_vlm.decoders import AbsentDecoder, Decoder
 from lit_vlm.embedders import Embedder
 from lit_vlm.encoders import Encoder
 from lit_vlm.generate import generate
@@ -75,11 +75,13 @@ class LitVLM(LightningModule):
                 )
             self.model = self.build() if self.global_rank == 0 else build_on_meta(self.slots)
             self.encoder_digest = strategy.broadcast(self.encoder_digest)
+            self._leave_out(self.model)
             self.stage.freeze(self.model, self.slots.removed_heads)
             mixed = str(self.trainer.precision) == "bf16-mixed"
             shard(self.model, strategy.shard_mesh(), torch.bfloat16 if mixed else None)
         else:
             self.model = self.build()
+            self._leave_out(self.model)
         self.stage.freeze(self.model, self.slots.removed_heads)
         # Modules are born in train mode, and Lightning keeps the mode it finds: frozen parts must be in eval mode.
         self.model.train()
@@ -90,6 +92,11 @@ class LitVLM(LightningModule):
         if only is None or ENCODER in only:
             self.encoder_digest = model.encoder.digest()
         return model
+
+    def _leave_out(self, model: VLM) -> None:
+        """Let go of the decoder where the stage does without it; the embedder has taken what it needs by now."""
+        if self.stage.leave_out:
+            model.decoder = AbsentDecoder(model.decoder)
 
     @property
     def vlm(self) -> VLM:
@@ -106,17 +113,21 @@ class LitVLM(LightningModule):
         return self._spec[1]
 
     def _make_input_spec(self, model: VLM) -> InputSpec:
-        heads = {name: head.teacher for name, head in model.heads.items() if isinstance(head, Head)}
-        teachers = {name: teacher for name, teacher in heads.items() if teacher is not None}
+        used = {name: head for name, head in model.heads.items() if isinstance(head, Head) and self._uses(name)}
+        teachers = {name: head.teacher for name, head in used.items() if head.teacher is not None}
         return InputSpec(
             tokenizer=model.decoder.tokenizer,
             pixels=model.encoder.pixels,
             patch_grid=model.encoder.patch_grid,
-            grid_map=model.projector.grid_map,
+            grid_map=model.grid_map,
             teacher_pixels={name: teacher.pixels for name, teacher in teachers.items()},
             networks={ENCODER: f"{model.encoder.identity()} weights {self.encoder_digest}"}
             | {name: teacher.identity() for name, teacher in teachers.items()},
         )
+
+    def _uses(self, loss: str) -> bool:
+        """Whether the stage gives a loss any weight."""
+        return bool(self.stage.losses.get(loss))
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The stage's optimizer and schedule."""
@@ -150,9 +161,9 @@ class LitVLM(LightningModule):
         """What a loss is divided by: counted over all micro-batches of this step and all ranks, at least 1."""
         if not self._denominators:
             window = batch.window or batch.counts
-            counts = torch.tensor(window, dtype=torch.float32, device=self.device)
+            counts = torch.tensor([*window, window.text_tokens], dtype=torch.float32, device=self.device)
             counts = self.trainer.strategy.reduce(counts, reduce_op="sum").clamp(min=1)
-            self._denominators = dict(zip(Counts._fields, counts.unbind(), strict=True))
+            self._denominators = dict(zip((*Counts._fields, "text_tokens"), counts.unbind(), strict=True))
         head = self.vlm.heads[name] if name != NEXT_TOKEN else None
         return self._denominators[head.normaliser if isinstance(head, Head) else "supervised"]
 
@@ -202,10 +213,10 @@ class LitVLM(LightningModule):
         self._log_held_out("test")
 
     def _hold_out(self, batch: Batch, loader: int) -> None:
-        counts = batch.counts._asdict()
+        counts = batch.counts
         for name, value in self.vlm(batch, self.stage.losses).items():
             head = self.vlm.heads[name] if name != NEXT_TOKEN else None
-            count = counts[head.normaliser if isinstance(head, Head) else "supervised"]
+            count = getattr(counts, head.normaliser if isinstance(head, Head) else "supervised")
             pair = torch.stack([value.detach(), value.new_tensor(float(count))])
             self._held_out[loader, name] = self._held_out.get((loader, name), 0) + pair
 

@@ -13,6 +13,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
+from lit_vlm.heads import Head
 from lit_vlm.model import NEXT_TOKEN, VLM
 from lit_vlm.optim import MuonAdamW
 
@@ -41,8 +42,11 @@ class Stage:
         only: slot → a group of its parameters, where the part has a name for it; the others stay frozen.
         losses: loss → weight: `next_token`, or the name of a head. 0 turns it off and skips its work.
         start_from: weights that an earlier stage left: a checkpoint, or the folder of its run. Or published ones, as
-            `FAMILY:FOLDER` or `FAMILY:HUB_NAME` (eve, eve_v2, llava-hf), such as `eve:BAAI/EVE-7B-Pretrain-v1.0`.
+            `FAMILY:FOLDER` or `FAMILY:HUB_NAME` (eve, eve_v2, hovle, hovle_hd, llava-hf), such as
+            `eve:BAAI/EVE-7B-Pretrain-v1.0`.
         fresh: slots that do not take their weights from `start_from`.
+        leave_out: slots that this stage does without, `decoder` at most: where no loss reads it, its weights are
+            neither kept on the device nor saved. A later stage takes them anew, with `fresh: [decoder]`.
         schedule: learning rate after the warm-up: cosine to 0, linear to 0, or constant.
         warmup_ratio: share of all steps over which the learning rate rises from 0.
         optimizer: adamw, or muon for the matrices of hidden layers and adamw for all else: about half the steps in
@@ -58,6 +62,7 @@ class Stage:
     losses: dict[str, float] = field(default_factory=lambda: {NEXT_TOKEN: 1.0})
     start_from: str | None = None
     fresh: list[str] = field(default_factory=list)
+    leave_out: list[Literal["decoder"]] = field(default_factory=list)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_ratio: float = 0.03
     optimizer: Literal["adamw", "muon"] = "adamw"
@@ -104,9 +109,19 @@ class Stage:
             raise ValueError(f"model.stage.losses names {sorted(unknown)}; this model has {sorted(known)}")
         if not any(self.losses.values()):
             raise ValueError("model.stage.losses has no loss with a weight other than 0")
+        if "decoder" in self.leave_out:
+            self._check_decoder_idle(model)
         idle = [name for name in model.heads if not self.losses.get(name)]
         for name in idle:
             model.heads[name].requires_grad_(False)
+
+    def _check_decoder_idle(self, model: VLM) -> None:
+        heads = {name: head for name, head in model.heads.items() if isinstance(head, Head) and self.losses.get(name)}
+        reading = [name for name, head in heads.items() if any(layer > 0 for layer in head.taps)]
+        if self.losses.get(NEXT_TOKEN):
+            reading.append(NEXT_TOKEN)
+        if reading:
+            raise ValueError(f"model.stage.leave_out names the decoder, which these losses run: {', '.join(reading)}")
 
     def make_optimizer(self, model: VLM) -> Optimizer:
         """The optimizer with one learning rate per slot, over what `freeze` left trainable."""

@@ -65,7 +65,7 @@ def tiny_decoder(lora: Lora | None = None, **changes: Any) -> partial[HFDecoder]
 
 def spec_of(model: VLM) -> InputSpec:
     """What the data side must know."""
-    return InputSpec(model.decoder.tokenizer, model.encoder.pixels, model.encoder.patch_grid, model.projector.grid_map)
+    return InputSpec(model.decoder.tokenizer, model.encoder.pixels, model.encoder.patch_grid, model.grid_map)
 
 
 def samples_of(model: VLM, count: int = 6, text_only: bool = True, prompt: bool = False) -> list[Sample]:

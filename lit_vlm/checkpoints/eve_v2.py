@@ -53,7 +53,7 @@ def read(source: str) -> SlotStates:
     Raises:
         ValueError: for a key that belongs nowhere.
     """
-    return NAMES.slots_of(read_folder(resolve(source)))
+    return NAMES.slots_of(read_folder(resolve(source)), {})
 
 
 def load(source: str | Path | Mapping[str, Tensor], config: Mapping[str, Any] | None = None) -> VLM:

@@ -24,8 +24,15 @@ SlotStates = dict[str, dict[str, Tensor]]
 TOLERANCE = 1e-5
 
 
+Rearrange = Callable[[Mapping[str, Tensor], Mapping[str, Any]], Mapping[str, Tensor]]
+
+
 def _same(name: str) -> str:
     return name
+
+
+def _as_it_is(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> Mapping[str, Tensor]:
+    return state
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,8 @@ class Names:
         slots: beginning of a published key → (slot, what stands there in that slot's own names); the first that fits.
         rename: what else changes, from published to own names.
         restore: the way back.
+        split: what changes in the published weights themselves, before names: several in one matrix, taken apart.
+        join: the way back, after names.
     """
 
     family: str
@@ -45,15 +54,17 @@ class Names:
     slots: Mapping[str, tuple[str, str]]
     rename: Callable[[str], str] = _same
     restore: Callable[[str], str] = _same
+    split: Rearrange = _as_it_is
+    join: Rearrange = _as_it_is
 
-    def slots_of(self, state: Mapping[str, Tensor]) -> SlotStates:
-        """Weights by slot, under its own names.
+    def slots_of(self, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> SlotStates:
+        """Weights by slot, under its own names; `config` is the published one.
 
         Raises:
             ValueError: for a key that belongs nowhere.
         """
         slots: SlotStates = {}
-        for key, value in state.items():
+        for key, value in self.split(state, config).items():
             if any(part in key for part in self.dropped):
                 continue
             for begin, (slot, own) in self.slots.items():
@@ -105,21 +116,27 @@ def load_folder(
     if isinstance(source, Mapping):
         if config is None:
             raise ValueError("a state dict says nothing of heads and layers: pass config as well")
-        layout = Layout(config, names.slots_of(source), None)
+        layout = Layout(config, names.slots_of(source, config), None)
     else:
         folder = resolve(str(source))
-        layout = Layout(config or _read_config(folder), names.slots_of(read_folder(folder)), folder)
+        config = config or read_config(folder)
+        layout = Layout(config, names.slots_of(read_folder(folder), config), folder)
     _fill_tied_head(layout)
     for slot in ("encoder", "decoder"):
         if slot not in layout.slots:
             raise ValueError(f"{source if not isinstance(source, Mapping) else 'the state dict'} has no {slot} weights")
     model = architecture(layout)
-    for slot in ("encoder", "projector", "decoder"):
+    for slot in ("encoder", "projector", "embedder", "decoder"):
         load_state(getattr(model, slot), layout.slots.get(slot, {}), slot)
     return model.eval()
 
 
-def _read_config(folder: str) -> dict[str, Any]:
+def read_config(folder: str) -> dict[str, Any]:
+    """The published configuration of a folder or hub repository.
+
+    Raises:
+        ValueError: when a folder has none.
+    """
     path = Path(folder) / "config.json"
     if not Path(folder).is_dir():
         path = Path(hf_hub_download(folder, "config.json"))
@@ -173,7 +190,7 @@ def export_folder(
         state[names.published(heads.get(slot, slot), name)] = value.detach().contiguous()
     if config.get("tie_word_embeddings"):
         state.pop("lm_head.weight", None)
-    save_torch_state_dict(state, out)
+    save_torch_state_dict(dict(names.join(state, config)), out)
     (out / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n", encoding="utf-8")
     model.decoder.tokenizer.save_pretrained(out)
     batch = probe(model)
@@ -189,7 +206,7 @@ def probe(model: VLM) -> Batch:
     generator = torch.Generator().manual_seed(0)
     side = model.encoder.pixels.size or 3 * model.encoder.pixels.multiple
     image = torch.randint(0, 256, (3, side, side), generator=generator, dtype=torch.uint8)
-    grid = model.projector.grid_map(model.encoder.patch_grid(side, side))
+    grid = model.grid_map(model.encoder.patch_grid(side, side))
     text = torch.randint(1, model.decoder.vocab_size, (12,), generator=generator).tolist()
     ids = [*text[:4], *[0] * grid.num_tokens, *text[4:]]
     return collate([Sample("probe", "probe", ids, ids, image_starts=[4], grids=[grid], images=[image])])

@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
-from lit_vlm.checkpoints import eve, eve_v2, llava_hf
+from lit_vlm.checkpoints import eve, eve_v2, hovle, llava_hf
 from lit_vlm.data import ImageTransform
 from lit_vlm.model import VLM
 
-FAMILIES = {"eve": eve, "eve_v2": eve_v2, "llava-hf": llava_hf}
+FAMILIES = {"eve": eve, "eve_v2": eve_v2, "hovle": hovle.BASE, "hovle_hd": hovle.HD, "llava-hf": llava_hf}
 
 
 def load_published(
@@ -21,7 +21,7 @@ def load_published(
     """A model from weights under published names.
 
     Args:
-        family: `eve`, `eve_v2` or `llava-hf`.
+        family: `eve`, `eve_v2`, `hovle`, `hovle_hd` or `llava-hf`.
         source: a folder (or hub name) with config and weights, or a state dict under published names.
         config: the published configuration; needed with a state dict.
 

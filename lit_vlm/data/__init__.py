@@ -15,11 +15,14 @@ from lit_vlm.data.sources import (
     Mmc4,
     Parquet,
     Pictures,
+    RandomWords,
     Source,
     Texts,
+    Unpaired,
     WebDataset,
 )
 from lit_vlm.data.templates import ChatML, Llama3, Plain, Template, VicunaV1
+from lit_vlm.data.tiles import Tiles
 from lit_vlm.data.transforms import (
     AreaLimit,
     AspectGrid,
@@ -54,6 +57,7 @@ __all__ = [
     "Parquet",
     "Pictures",
     "Plain",
+    "RandomWords",
     "Resize",
     "Scenes",
     "Shapes",
@@ -62,6 +66,8 @@ __all__ = [
     "SquareCrop",
     "Template",
     "Texts",
+    "Tiles",
+    "Unpaired",
     "VLMData",
     "VicunaV1",
     "WebDataset",

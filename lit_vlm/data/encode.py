@@ -221,7 +221,7 @@ class SampleEncoder:
         return min(length, self.max_length), len(images)
 
     def _image_tokens(self, image: Image, source: Source) -> int:
-        fixed = self.spec.pixels.size is not None
+        fixed = self.transform.fixed(self.spec.pixels)
         return self.tokens_of((1, 1) if fixed else image_size(image, source.image_folder))
 
     def tokens_of(self, size: Size) -> int:

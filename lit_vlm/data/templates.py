@@ -30,12 +30,14 @@ class Template(ABC):
 
     Args:
         system: system text where a record has none; "" writes none, null takes the template's own.
+        image_marks: text in front of each image and behind it, such as `[<img>, </img>]` (InternVL, HoVLE).
     """
 
     default_system = ""
 
-    def __init__(self, system: str | None = None) -> None:
+    def __init__(self, system: str | None = None, image_marks: tuple[str, str] | None = None) -> None:
         self.system = self.default_system if system is None else system
+        self.image_marks = image_marks
 
     def render(self, messages: Sequence[Message], eos: str) -> list[Piece]:
         """The whole conversation, for training.
@@ -48,9 +50,18 @@ class Template(ABC):
             RecordError: for an order of roles that the template cannot write.
         """
         if any(message.role == "document" for message in messages):
-            return list(_document(messages, eos))
+            return list(self._marked(_document(messages, eos)))
         system, turns = _split_system(messages)
-        return list(self._turns(self.system if system is None else system, turns, eos))
+        return list(self._marked(self._turns(self.system if system is None else system, turns, eos)))
+
+    def _marked(self, pieces: Iterator[Piece]) -> Iterator[Piece]:
+        for piece in pieces:
+            if self.image_marks is None or isinstance(piece, Span):
+                yield piece
+            else:
+                yield Span(self.image_marks[0])
+                yield piece
+                yield Span(self.image_marks[1])
 
     def prompt(self, messages: Sequence[Message], eos: str) -> list[Piece]:
         """The conversation up to where the assistant's next answer begins, for generation.
@@ -99,10 +110,11 @@ class Plain(Template):
     Args:
         system: unused by this template.
         end: what closes the caption; a newline in the published recipes, and no end-of-sequence token.
+        image_marks: see `Template`.
     """
 
-    def __init__(self, system: str | None = None, end: str = "\n") -> None:
-        super().__init__(system)
+    def __init__(self, system: str | None = None, end: str = "\n", image_marks: tuple[str, str] | None = None) -> None:
+        super().__init__(system, image_marks)
         self.end = end
 
     def _turns(self, system: str, turns: Sequence[Message], eos: str) -> Iterator[Piece]:

@@ -27,6 +27,10 @@ class ImageTransform(ABC):
     def size(self, size: Size, pixels: PixelSpec) -> Size:
         """(width, height) of the result for a picture of this size."""
 
+    def fixed(self, pixels: PixelSpec) -> bool:
+        """Whether the size of the result is the same for all pictures."""
+        return pixels.size is not None
+
     @abstractmethod
     def scale(self, size: Size, pixels: PixelSpec) -> float:
         """By how much a picture of this size is shrunk: result over original, of the side that keeps most."""
@@ -65,11 +69,16 @@ class _Square(ImageTransform):
 
     def size(self, size: Size, pixels: PixelSpec) -> Size:
         """The encoder's square, whatever the picture."""
-        side = _side(self, pixels)
+        side = side_of(self, pixels)
         return side, side
 
 
-def _side(transform: ImageTransform, pixels: PixelSpec) -> int:
+def side_of(transform: ImageTransform, pixels: PixelSpec) -> int:
+    """Side of the square that the encoder wants.
+
+    Raises:
+        ValueError: when it takes any size.
+    """
     if pixels.size is None:
         raise ValueError(f"{type(transform).__name__} needs an encoder of one size; this one takes any: use Native")
     return pixels.size
@@ -102,7 +111,7 @@ class SquareCrop(_Square):
 
     def scale(self, size: Size, pixels: PixelSpec) -> float:
         """The shorter side decides."""
-        return _side(self, pixels) / min(size)
+        return side_of(self, pixels) / min(size)
 
     def resize(self, image: Tensor, size: Size, pixels: PixelSpec) -> Tensor:
         """Bicubic resize and centre crop."""
@@ -119,7 +128,7 @@ class PadSquare(_Square):
 
     def scale(self, size: Size, pixels: PixelSpec) -> float:
         """The longer side decides."""
-        return _side(self, pixels) / max(size)
+        return side_of(self, pixels) / max(size)
 
     def resize(self, image: Tensor, size: Size, pixels: PixelSpec) -> Tensor:
         """Pad, then resize (bicubic)."""
@@ -133,7 +142,7 @@ class Resize(_Square):
 
     def scale(self, size: Size, pixels: PixelSpec) -> float:
         """The shorter side is shrunk least."""
-        return _side(self, pixels) / min(size)
+        return side_of(self, pixels) / min(size)
 
     def resize(self, image: Tensor, size: Size, pixels: PixelSpec) -> Tensor:
         """Bicubic resize."""

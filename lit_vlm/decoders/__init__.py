@@ -1,7 +1,8 @@
 """Decoders: causal language models."""
 
+from lit_vlm.decoders.absent import AbsentDecoder
 from lit_vlm.decoders.base import Decoder, DecoderOutput
 from lit_vlm.decoders.divide_and_conquer import DivideAndConquer
 from lit_vlm.decoders.hf import HFDecoder, Lora
 
-__all__ = ["Decoder", "DecoderOutput", "DivideAndConquer", "HFDecoder", "Lora"]
+__all__ = ["AbsentDecoder", "Decoder", "DecoderOutput", "DivideAndConquer", "HFDecoder", "Lora"]

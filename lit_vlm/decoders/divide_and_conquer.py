@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from lit_vlm.decoders.base import DecoderOutput
 from lit_vlm.decoders.hf import Attention, HFDecoder
 from lit_vlm.part import StateDict
 
-TEXT, VISION = "text", "vision"
+TEXT, VISION, VISION_AND_ATTENTION = "text", "vision", "vision_and_attention"
 BRANCH = re.compile(rf"\.(?:{TEXT}|{VISION})\.")
 
 
@@ -96,7 +96,7 @@ class DivideAndConquer(HFDecoder):
     Projections, norms and MLP are split; attention is one over all tokens, and word table, final norm and output layer
     are shared. Each token pays for one branch. Weights of a plain decoder start both branches.
 
-    A stage can train the copies alone: `only: {decoder: vision}`.
+    A stage can train the copies alone, `only: {decoder: vision}`, or with all of the attention, `vision_and_attention`.
 
     Args:
         name: hub name, local folder, or `package:NAME` for a package that carries a GGUF file. Or null, with `config`.
@@ -104,6 +104,7 @@ class DivideAndConquer(HFDecoder):
         tokenizer: source of the tokenizer; default: `name`. `bytes` needs no file.
         recompute: recompute blocks in the backward pass (gradient checkpointing): less memory, a third more compute.
         attention: which implementation; all of them keep the segments of a packed row apart.
+        split: `all` of a block, or its `mlp` alone: the visual experts of Mono-InternVL (arXiv 2410.08202).
     """
 
     def __init__(
@@ -113,8 +114,10 @@ class DivideAndConquer(HFDecoder):
         tokenizer: str | None = None,
         recompute: bool = False,
         attention: Attention = "sdpa",
+        split: Literal["all", "mlp"] = "all",
     ) -> None:
         super().__init__(name, config, tokenizer, recompute=recompute, attention=attention)
+        self.split = split
         self._routing = Routing()
         for block in self.blocks():
             self._split(block)
@@ -127,7 +130,7 @@ class DivideAndConquer(HFDecoder):
             "self_attn.v_proj": (False, True),
             "self_attn.o_proj": (True, True),
             "post_attention_layernorm": (True, False),
-            "mlp": (False, True),
+            "mlp": (self.split == "mlp", True),
         }
         covered = tuple(f"{name}." for name in wanted)
         modules = dict(block.named_modules())
@@ -138,6 +141,8 @@ class DivideAndConquer(HFDecoder):
                 f"{type(block).__name__} has {', '.join(other) or 'other ones'}"
             )
         for name, (sort, restore) in wanted.items():
+            if self.split == "mlp" and name != "mlp":
+                continue
             block.set_submodule(name, Routed(modules[name], self._routing, sort, restore))
 
     def adapt_state(self, state: StateDict) -> StateDict:
@@ -149,12 +154,13 @@ class DivideAndConquer(HFDecoder):
         return {key: state[name].clone() for key, name in plain.items() if name in state}
 
     def trainable_parameters(self, only: str | None = None) -> Iterable[nn.Parameter]:
-        """All parameters, or only the `vision` branches."""
+        """All parameters, the `vision` branches, or `vision_and_attention`."""
         if only is None:
             return self.parameters()
-        if only != VISION:
+        if only not in (VISION, VISION_AND_ATTENTION):
             return super().trainable_parameters(only)
-        return [p for module in self.modules() if isinstance(module, Routed) for p in module.vision.parameters()]
+        attention = ".self_attn." if only == VISION_AND_ATTENTION else ".vision."
+        return [p for name, p in self.named_parameters() if ".vision." in name or attention in name]
 
     def forward(
         self,

@@ -16,12 +16,15 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PretrainedConfig
 
+from lit_vlm.checkpoints.safetensors import read_folder
+from lit_vlm.decoders import internlm2
 from lit_vlm.decoders.base import Decoder, DecoderOutput
-from lit_vlm.decoders.tokenizers import load_tokenizer
 from lit_vlm.part import StateDict
 from lit_vlm.pretrained import resolve
+from lit_vlm.tokenizers import load_tokenizer
 
 Attention = Literal["sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3"]
+INTERNLM2 = "internlm2"
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -43,7 +46,7 @@ class Lora:
 
 
 class HFDecoder(Decoder):
-    """A causal language model of transformers.
+    """A causal language model of transformers; InternLM2, which it lacks, is taken for the Llama that it is.
 
     Args:
         name: hub name, local folder, or `package:NAME` for a package that carries a GGUF file. Or null, with `config`.
@@ -84,7 +87,11 @@ class HFDecoder(Decoder):
 
     def _load_config(self, config: dict[str, Any] | None) -> PretrainedConfig:
         if self.name is not None:
-            loaded = AutoConfig.from_pretrained(resolve(self.name, weights=False))
+            source = resolve(self.name, weights=False)
+            found, _ = PretrainedConfig.get_config_dict(source)
+            if found.get("model_type") == INTERNLM2:
+                return AutoConfig.for_model(**internlm2.as_llama(found))
+            loaded = AutoConfig.from_pretrained(source)
             return getattr(loaded, "text_config", loaded)
         settings = dict(config or {})
         if self.tokenizer_source is not None:
@@ -116,10 +123,15 @@ class HFDecoder(Decoder):
         """The published weights, and new adapters that change nothing yet."""
         if self.name is None:
             return None
-        full = AutoModelForCausalLM.from_pretrained(
-            resolve(self.name), config=self.config, dtype=torch.get_default_dtype()
-        )
-        return self.adapt_state({f"lm.{key}": value for key, value in full.state_dict().items()})
+        source = resolve(self.name)
+        found, _ = PretrainedConfig.get_config_dict(source)
+        if found.get("model_type") == INTERNLM2:
+            state = internlm2.state_as_llama(read_folder(source), found)
+        else:
+            state = AutoModelForCausalLM.from_pretrained(
+                source, config=self.config, dtype=torch.get_default_dtype()
+            ).state_dict()
+        return self.adapt_state({f"lm.{key}": value for key, value in state.items()})
 
     def adapt_state(self, state: StateDict) -> StateDict:
         """Weights of a decoder without adapters, under the names of this one with new adapters."""
@@ -173,29 +185,15 @@ class HFDecoder(Decoder):
         attention_mask: Tensor | None = None,
         visual: Tensor | None = None,
     ) -> DecoderOutput:
-        """Run the blocks; see `Decoder.forward`. Image tokens are treated as all others.
-
-        transformers keeps segments apart by itself where positions restart and no mask is given. Its flash attention
-        does so for a single row, so there the rows are joined into one.
-        """
-        shape = embeds.shape
-        if self.attention.startswith("flash") and cache is None:
-            embeds, position_ids = embeds.reshape(1, -1, shape[-1]), position_ids.reshape(1, -1)
+        """Run the blocks; see `Decoder.forward`. Image tokens are treated as all others."""
         states: dict[int, Tensor] = {}
         with ExitStack() as hooks:
             for layer in taps:
                 self._tap(layer, embeds, states, hooks)
-            output = self.base(
-                inputs_embeds=embeds,
-                position_ids=position_ids,
-                attention_mask=attention_mask,
-                past_key_values=cache,
-                use_cache=cache is not None,
-            )
-        hidden = output.last_hidden_state
+            hidden = run_blocks(self.base, self.attention, embeds, position_ids, cache, attention_mask)
         if self.num_layers in taps:
             states[self.num_layers] = hidden
-        return DecoderOutput(hidden.view(shape), {layer: states[layer].view(shape) for layer in taps})
+        return DecoderOutput(hidden, {layer: states[layer].view(embeds.shape) for layer in taps})
 
     def _tap(self, layer: int, embeds: Tensor, states: dict[int, Tensor], hooks: ExitStack) -> None:
         if not 0 <= layer <= self.num_layers:
@@ -235,6 +233,27 @@ class HFDecoder(Decoder):
         selected = copy.deepcopy(cache)
         selected.batch_select_indices(rows)
         return selected
+
+
+def run_blocks(
+    stack: Any, attention: str, embeds: Tensor, position_ids: Tensor, cache: Any, attention_mask: Tensor | None
+) -> Tensor:
+    """The last states `[b, s, d]` of a transformers model without head; arguments as in `Decoder.forward`.
+
+    transformers keeps segments apart by itself where positions restart and no mask is given. Its flash attention does
+    so for a single row, so there the rows are joined into one.
+    """
+    shape = embeds.shape
+    if attention.startswith("flash") and cache is None:
+        embeds, position_ids = embeds.reshape(1, -1, shape[-1]), position_ids.reshape(1, -1)
+    output = stack(
+        inputs_embeds=embeds,
+        position_ids=position_ids,
+        attention_mask=attention_mask,
+        past_key_values=cache,
+        use_cache=cache is not None,
+    )
+    return output.last_hidden_state.view(shape)
 
 
 def _peft_config(lora: Lora) -> LoraConfig:

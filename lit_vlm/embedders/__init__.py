@@ -1,6 +1,7 @@
 """Embedders: text ids and visual tokens → decoder inputs."""
 
 from lit_vlm.embedders.base import Embedder
+from lit_vlm.embedders.holistic import Holistic
 from lit_vlm.embedders.splice import Splice
 
-__all__ = ["Embedder", "Splice"]
+__all__ = ["Embedder", "Holistic", "Splice"]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 from torch import Tensor
 
 from lit_vlm.batch import Batch, VisualTokens
 from lit_vlm.decoders.base import Decoder
 from lit_vlm.part import Part
+from lit_vlm.projectors.base import GridMap, same_grid
 
 
 class Embedder(Part, ABC):
@@ -17,38 +19,79 @@ class Embedder(Part, ABC):
     Args:
         width: width of the decoder.
         vocab_size: rows of the decoder's word table.
+
+    Attributes:
+        grid_map: from the layout of an image's tokens after the projector to that in the decoder's sequence. It is
+            called in loader workers, as `Projector.grid_map`.
     """
+
+    grid_map: GridMap
 
     def __init__(self, width: int, vocab_size: int) -> None:
         super().__init__()
         self.width, self.vocab_size = width, vocab_size
+        self.grid_map = same_grid
 
     @abstractmethod
-    def forward(self, batch: Batch, visual: VisualTokens | None, decoder: Decoder) -> Tensor:
+    def forward(
+        self,
+        batch: Batch,
+        visual: VisualTokens | None,
+        decoder: Decoder,
+        cache: Any = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
         """Input vectors `[b, s, d]`.
 
         Args:
             batch: ids and the positions of the images.
             visual: features `[t, d]` in the order of the batch's images; None while decoding continues.
             decoder: whose word table may be read.
+            cache: from `new_cache`, while decoding; then s counts the new positions only.
+            attention_mask: `[b, past + s]`, 0 for padding; only with a cache.
         """
 
+    @abstractmethod
+    def words(self, input_ids: Tensor, decoder: Decoder) -> Tensor:
+        """Word vectors, before images and text meet: `[b, s]` → `[b, s, d]`."""
 
-def scatter_visual(embeds: Tensor, batch: Batch, visual: VisualTokens) -> Tensor:
+    def adopt(self, decoder: Decoder) -> None:
+        """Take what starts as the decoder's own weights; called once, when the embedder starts anew."""
+
+    def new_cache(self) -> Any:
+        """What it must remember while decoding; None if nothing."""
+        return None
+
+    def select_cache(self, cache: Any, rows: Tensor) -> Any:
+        """These rows `[b']` of a cache, as a copy."""
+        return cache
+
+
+def scatter_visual(embeds: Tensor, positions: Tensor, visual: VisualTokens) -> Tensor:
     """Put the visual tokens on their positions: `[b, s, d]`.
 
     In a batch without images `visual` is the dummy's. Its tokens are added with weight zero, so that encoder and
     projector take part in forward and backward on every rank.
 
-    Raises:
-        ValueError: when encoder and collator disagree about the number of tokens.
+    Args:
+        embeds: `[b, s, d]`.
+        positions: `[t]`, index into b·s of each visual token; empty in a batch without images.
+        visual: of the same images in the same order.
     """
-    if not batch.image_grids:
+    if not len(positions):
         return embeds + 0 * visual.features.sum().to(embeds.dtype)
-    if visual.grids != batch.image_grids:
+    flat = embeds.flatten(0, 1).index_copy(0, positions, visual.features.to(embeds.dtype))
+    return flat.view_as(embeds)
+
+
+def check_grids(batch: Batch, visual: VisualTokens, grid_map: GridMap = same_grid) -> None:
+    """See that model and collator agree about the number of tokens.
+
+    Raises:
+        ValueError: when they do not.
+    """
+    if batch.image_grids and tuple(grid_map(grid) for grid in visual.grids) != batch.image_grids:
         raise ValueError(
             f"encoder and projector gave {visual.features.shape[0]} visual tokens {visual.grids[:3]}, the batch has "
             f"{len(batch.image_positions)} image positions {batch.image_grids[:3]}: a part's grid is not what it does"
         )
-    flat = embeds.flatten(0, 1).index_copy(0, batch.image_positions, visual.features.to(embeds.dtype))
-    return flat.view_as(embeds)

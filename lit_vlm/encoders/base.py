@@ -13,6 +13,8 @@ from lit_vlm.part import Part
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5)
 
 
@@ -60,19 +62,28 @@ class Encoder(Part, ABC):
         """uint8 `[n, 3, h, w]` → normalised, in `dtype`; computed in fp32 on the device."""
         return ((pixels.float() / 255 - self.pixel_mean) / self.pixel_std).to(dtype)
 
-    def stacked(self, images: Images) -> Tensor:
-        """All images as uint8 `[n, 3, h, w]`, for encoders of one size.
+    def tiles(self, images: Images) -> Tensor:
+        """All images as uint8 `[m, 3, size, size]`, for encoders of one size; those of several tiles are taken apart.
 
         Raises:
-            ValueError: when the sizes differ.
+            ValueError: when an image is neither of that size nor a column of tiles.
         """
-        if len(set(images.sizes)) > 1:
+        side = self.pixels.size
+        assert side is not None
+        wrong = {size for size in images.sizes if size[1] != side or size[0] % side}
+        if wrong or (self.patch_grid.prefix and any(height != side for height, _ in images.sizes)):
             raise ValueError(
-                f"{type(self).__name__} takes images of one size, found {sorted(set(images.sizes))}; "
-                "use a square transform: data.transform SquareCrop, PadSquare or Resize"
+                f"{type(self).__name__} takes images of {side} × {side} pixels, found {sorted(wrong or images.sizes)}; "
+                "use a square transform (data.transform SquareCrop, PadSquare or Resize), or Tiles without a CLS token"
             )
-        _, pixels = next(images.groups())
-        return pixels
+        parts: list[Tensor | None] = [None] * len(images)
+        for indices, pixels in images.groups():
+            cut = pixels.unflatten(2, (-1, side)).transpose(1, 2)  # [n, tiles, 3, size, size]
+            if len(indices) == len(images):
+                return cut.flatten(0, 1)
+            for index, tiles in zip(indices, cut, strict=True):
+                parts[index] = tiles
+        return torch.cat([part for part in parts if part is not None])
 
     def dummy_images(self) -> Images:
         """One smallest image, for a batch without images: every rank must run every sharded part."""

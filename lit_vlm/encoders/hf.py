@@ -1,4 +1,4 @@
-"""Vision transformers of the transformers library: CLIP, SigLIP, DINOv2."""
+"""Vision transformers of the transformers library: CLIP, SigLIP, DINOv2, InternViT."""
 
 from __future__ import annotations
 
@@ -6,24 +6,28 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, PretrainedConfig
+from transformers import AutoConfig, AutoModel, InternVLForConditionalGeneration, PretrainedConfig
 
 from lit_vlm.batch import Images, PixelSpec, VisualTokens
-from lit_vlm.encoders.base import CLIP_MEAN, CLIP_STD, HALF, Encoder, PatchGrid
+from lit_vlm.encoders.base import CLIP_MEAN, CLIP_STD, HALF, IMAGENET_MEAN, IMAGENET_STD, Encoder, PatchGrid
 from lit_vlm.part import StateDict
 from lit_vlm.pretrained import resolve
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+INTERN_VIT = "internvl_vision"
 # model_type → (tokens before the patches, mean, std, the norm after the last block)
 FAMILIES = {
     "clip_vision_model": (1, CLIP_MEAN, CLIP_STD, "post_layernorm"),
     "siglip_vision_model": (0, HALF, HALF, "post_layernorm"),
     "dinov2": (1, IMAGENET_MEAN, IMAGENET_STD, "layernorm"),
+    INTERN_VIT: (1, IMAGENET_MEAN, IMAGENET_STD, "layernorm"),
 }
 
 
 class HFEncoder(Encoder):
-    """CLIP, SigLIP or DINOv2, read after a chosen block, before any final norm.
+    """CLIP, SigLIP, DINOv2 or InternViT, read after a chosen block, before any final norm.
+
+    A picture of several tiles, one below the other as `data.Tiles` lays them out, gives the tokens of each tile in
+    turn; so it must go without the CLS token.
 
     Blocks after that one are not built, and neither are the final norm and the pooling head: they would cost time and
     memory and never get a gradient (LLaVA-1.5 reads layer −2: the output of block 23 of 24).
@@ -60,15 +64,25 @@ class HFEncoder(Encoder):
         setattr(self.backbone, norm, nn.Identity())
         self.skip = prefix - int(cls)
         self.width = self.config.hidden_size
-        self.patch_grid = PatchGrid(self.config.patch_size, prefix=int(cls))
-        self.pixels = PixelSpec(self.config.image_size, self.config.patch_size, mean)
+        size, patch = (value if isinstance(value, int) else value[0] for value in _sizes(self.config))
+        self.patch_grid = PatchGrid(patch, prefix=int(cls))
+        self.pixels = PixelSpec(size, patch, mean)
         self._set_normalisation(mean, std)
 
     def pretrained_state(self) -> StateDict | None:
         """Weights of the kept blocks."""
         if self.name is None:
             return None
-        full = type(self.backbone).from_pretrained(resolve(self.name), config=self.config, dtype=torch.float32)
+        source = resolve(self.name)
+        if self.config.model_type == INTERN_VIT:
+            # Published only as a part of InternVL, whose class knows where in it.
+            full = InternVLForConditionalGeneration.from_pretrained(source, dtype=torch.float32).model.vision_tower
+        else:
+            full, info = type(self.backbone).from_pretrained(
+                source, config=self.config, dtype=torch.float32, output_loading_info=True
+            )
+            if missing := sorted(set(info["missing_keys"]) & self.backbone.state_dict().keys()):
+                raise ValueError(f"{self.name} has no weights for {', '.join(missing[:4])} of {type(full).__name__}")
         state = full.state_dict()
         return {f"backbone.{key}": state[key] for key in self.backbone.state_dict()}
 
@@ -79,10 +93,14 @@ class HFEncoder(Encoder):
 
     def forward(self, images: Images) -> VisualTokens:
         """Features `[t, d_e]`, row by row, after the CLS token where it is kept."""
-        pixels = self.normalise(self.stacked(images), next(self.backbone.parameters()).dtype)
+        pixels = self.normalise(self.tiles(images), next(self.backbone.parameters()).dtype)
         features = self.backbone(pixels).last_hidden_state[:, self.skip :]  # [n, tokens, d_e]
         grids = tuple(self.patch_grid(*size) for size in images.sizes)
         return VisualTokens(features.reshape(-1, self.width), grids)
+
+
+def _sizes(config: PretrainedConfig) -> tuple[int | list[int], int | list[int]]:
+    return config.image_size, config.patch_size
 
 
 def _vision_config(name: str | None, config: dict[str, Any] | None) -> PretrainedConfig:

@@ -70,7 +70,7 @@ class TimmEncoder(Encoder):
 
     def forward(self, images: Images) -> VisualTokens:
         """Features `[t, d_e]`, row by row."""
-        pixels = self.stacked(images)
+        pixels = self.tiles(images)
         dtype = next(self.backbone.parameters()).dtype
         # Channels last: convolutions are about 1.6 times faster on a CPU, and so on tensor cores.
         x = self.normalise(pixels, dtype).contiguous(memory_format=torch.channels_last)

@@ -12,7 +12,9 @@ from lit_vlm.batch import Batch
 from lit_vlm.part import Part
 from lit_vlm.teachers.base import Teacher
 
-Normaliser = Literal["samples", "tokens", "supervised", "images", "visual_tokens"]
+Normaliser = Literal["samples", "tokens", "supervised", "images", "visual_tokens", "text_tokens"]
+WORDS = -1
+"""Among the taps of a head: word vectors `[b, s, d]` of the ids, before images and text meet; without a graph."""
 
 
 class Head(Part, ABC):
@@ -23,8 +25,8 @@ class Head(Part, ABC):
         num_layers: blocks of the decoder.
 
     Attributes:
-        taps: the layers whose states `forward` reads, numbered as in `DecoderOutput`; () for a head that needs none,
-            and then the decoder does not run for it.
+        taps: the layers whose states `forward` reads, numbered as in `DecoderOutput`, and `WORDS`. For a head that
+            reads no layer above 0 the decoder does not run.
         normaliser: which count of the global batch the summed loss is divided by.
         teacher: whose images the loader prepares, or None.
     """

@@ -1,8 +1,18 @@
 """Projectors: encoder width → decoder width, maybe fewer tokens."""
 
 from lit_vlm.projectors.base import Projector
-from lit_vlm.projectors.downsample import Downsample, Downsample3x3
+from lit_vlm.projectors.downsample import Downsample, Downsample3x3, PatchMerge
 from lit_vlm.projectors.mlp import MLP, Identity, Linear
 from lit_vlm.projectors.resampler import PerceiverLayer, Resampler
 
-__all__ = ["MLP", "Downsample", "Downsample3x3", "Identity", "Linear", "PerceiverLayer", "Projector", "Resampler"]
+__all__ = [
+    "MLP",
+    "Downsample",
+    "Downsample3x3",
+    "Identity",
+    "Linear",
+    "PatchMerge",
+    "PerceiverLayer",
+    "Projector",
+    "Resampler",
+]

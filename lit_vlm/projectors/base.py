@@ -4,11 +4,24 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from lit_vlm.batch import Grid, VisualTokens
 from lit_vlm.part import Part
 
 GridMap = Callable[[Grid], Grid]
+
+
+@dataclass(frozen=True)
+class InTurn:
+    """One map after the other."""
+
+    first: GridMap
+    then: GridMap
+
+    def __call__(self, grid: Grid) -> Grid:
+        """The layout after both."""
+        return self.then(self.first(grid))
 
 
 def same_grid(grid: Grid) -> Grid:

@@ -108,6 +108,20 @@ class Downsample(Projector):
         return VisualTokens(self.layers(fold(tokens, 2, self.token_order)), grids)
 
 
+class PatchMerge(Projector):
+    """2×2 fold, Linear, GELU, Linear, without a norm: HoVLE, section 3."""
+
+    def __init__(self, in_width: int, out_width: int) -> None:
+        super().__init__(in_width, out_width)
+        self.grid_map = Fold(2)
+        self.layers = nn.Sequential(nn.Linear(4 * in_width, out_width), nn.GELU(), nn.Linear(out_width, out_width))
+
+    def forward(self, tokens: VisualTokens) -> VisualTokens:
+        """`[t, in_width]` → `[t / 4, out_width]`."""
+        grids = tuple(self.grid_map(grid) for grid in tokens.grids)
+        return VisualTokens(self.layers(fold(tokens, 2)), grids)
+
+
 class Downsample3x3(Projector):
     """3×3 fold and a three-layer MLP: `mlp_downsample_3x3_fix` of NVILA-Lite, a ninth of the tokens."""
 

@@ -38,9 +38,9 @@ from lit_vlm.data.plan import BatchPlan, Ordering
 from lit_vlm.data.records import Message, Record, Text
 from lit_vlm.data.scan import scan
 from lit_vlm.data.spec import InputSpec
-from lit_vlm.decoders.tokenizers import load_tokenizer
 from lit_vlm.encoders import PatchGrid
 from lit_vlm.projectors.base import same_grid
+from lit_vlm.tokenizers import load_tokenizer
 
 TOKENIZER = Path(__file__).parents[1] / "fixtures" / "tiny_llama"
 SIDE, PATCH, CAPACITY, WORKERS, ROUNDS = 336, 14, 2048, 2, 5

@@ -41,7 +41,7 @@ ROUNDS = 5
 def samples(lengths: list[int], model: VLM, density: float = 0.2) -> list[Sample]:
     """One picture and text each; the last `density` of the text is the answer, as in LLaVA's instruction data."""
     rng = random.Random(0)
-    grid = model.projector.grid_map(model.encoder.patch_grid(112, 112))
+    grid = model.grid_map(model.encoder.patch_grid(112, 112))
     made = []
     for index, length in enumerate(lengths):
         text = [rng.randrange(3, 31000) for _ in range(length)]

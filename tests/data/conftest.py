@@ -15,9 +15,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from lit_vlm.batch import IGNORE, Grid, PixelSpec
 from lit_vlm.data.encode import Sample
 from lit_vlm.data.spec import InputSpec
-from lit_vlm.decoders.tokenizers import byte_tokenizer
 from lit_vlm.encoders import PatchGrid
 from lit_vlm.projectors.base import same_grid
+from lit_vlm.tokenizers import byte_tokenizer
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 

@@ -28,9 +28,9 @@ from lit_vlm.data import (
 )
 from lit_vlm.data.spec import InputSpec
 from lit_vlm.data.transforms import Resize
-from lit_vlm.decoders.tokenizers import byte_tokenizer
 from lit_vlm.encoders import PatchGrid
 from lit_vlm.projectors.base import same_grid
+from lit_vlm.tokenizers import byte_tokenizer
 from tests.data.made import Count
 
 MIXTURES: dict[str, Mixture] = {

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lit_vlm.batch import Grid, Images
@@ -30,7 +31,7 @@ SIZES = {
     "image_size": 28,
     "patch_size": 7,
 }
-FAMILIES = ["clip_vision_model", "siglip_vision_model", "dinov2"]
+FAMILIES = ["clip_vision_model", "siglip_vision_model", "dinov2", "internvl_vision"]
 
 
 def reference_encoder(layer: int, cls: bool) -> HFEncoder:
@@ -46,6 +47,15 @@ def tiny(model_type: str, folder: Path) -> transformers.PreTrainedModel:
     model = transformers.AutoModel.from_config(config).eval()
     for parameter in model.parameters():  # so that a norm left out or applied twice is seen
         parameter.data += 0.1 * torch.randn_like(parameter)
+    if model_type == "internvl_vision":  # published only inside of InternVL
+        text = {"model_type": "qwen2", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
+                "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 40}  # fmt: skip
+        whole = transformers.InternVLForConditionalGeneration(
+            transformers.InternVLConfig(vision_config=config.to_dict(), text_config=text, image_token_id=3)
+        )
+        whole.model.vision_tower.load_state_dict(model.state_dict())
+        whole.save_pretrained(folder)
+        return model
     model.save_pretrained(folder)
     return model
 
@@ -197,7 +207,7 @@ def test_siglip_has_no_cls_token() -> None:
 
 
 def test_an_unknown_family_is_refused() -> None:
-    with pytest.raises(ValueError, match="knows clip_vision_model, siglip_vision_model, dinov2; 'vit' is not one"):
+    with pytest.raises(ValueError, match="knows clip_vision_model, siglip_vision_model, dinov2, .*; 'vit' is not one"):
         HFEncoder(config={"model_type": "vit", **SIZES})
 
 
@@ -214,9 +224,7 @@ def test_a_missing_folder_is_named() -> None:
 
 def test_mixed_sizes_are_refused_with_the_transforms_to_use() -> None:
     mixed = Images.pack([torch.zeros(3, 28, 28, dtype=torch.uint8), torch.zeros(3, 28, 35, dtype=torch.uint8)])
-    with pytest.raises(
-        ValueError, match=r"one size, found \[\(28, 28\), \(28, 35\)\].*SquareCrop, PadSquare or Resize"
-    ):
+    with pytest.raises(ValueError, match=r"28 × 28 pixels, found \[\(28, 35\)\].*SquareCrop, PadSquare or Resize"):
         HFEncoder(config=CLIP)(mixed)
 
 
@@ -224,3 +232,28 @@ def test_the_config_of_the_caller_is_not_changed() -> None:
     config = dict(CLIP)
     HFEncoder(config=config)
     assert config == CLIP
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_tiles_below_each_other_are_images_of_their_own(model_type: str) -> None:
+    encoder = HFEncoder(config={"model_type": model_type, **SIZES}, layer=-1).eval()
+    one, two, three = (torch.randint(0, 256, (3, 28, 28), dtype=torch.uint8) for _ in range(3))
+    alone = encoder(Images.pack([one, two, three, one]))
+    columns = encoder(Images.pack([one, torch.cat([two, three], dim=1), one]))
+    torch.testing.assert_close(columns.features, alone.features)
+    assert columns.grids == (Grid(4, 4), Grid(8, 4), Grid(4, 4))
+
+
+def test_tiles_with_a_class_token_are_refused() -> None:
+    encoder = HFEncoder(config={"model_type": "dinov2", **SIZES}, cls=True)
+    with pytest.raises(ValueError, match="Tiles without a CLS token"):
+        encoder(Images.pack([torch.zeros(3, 56, 28, dtype=torch.uint8)]))
+
+
+def test_weights_that_are_not_there_are_an_error(tmp_path: Path) -> None:
+    tiny("dinov2", tmp_path / "whole").save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    state.pop("embeddings.cls_token")
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"has no weights for embeddings\.cls_token"):
+        HFEncoder(name=str(tmp_path)).pretrained_state()

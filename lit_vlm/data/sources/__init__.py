@@ -7,6 +7,7 @@ from lit_vlm.data.sources.converted import Converted
 from lit_vlm.data.sources.documents import Mmc4, Texts
 from lit_vlm.data.sources.tables import Parquet
 from lit_vlm.data.sources.tars import WebDataset
+from lit_vlm.data.sources.unpaired import RandomWords, Unpaired
 
 __all__ = [
     "Captions",
@@ -16,7 +17,9 @@ __all__ = [
     "Mmc4",
     "Parquet",
     "Pictures",
+    "RandomWords",
     "Source",
     "Texts",
+    "Unpaired",
     "WebDataset",
 ]

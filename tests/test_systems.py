@@ -1,4 +1,4 @@
-"""EVE and EVEv2: every stage runs, and sharded training with text in between gives the weights of one process."""
+"""Every stage of every system runs, and sharded training with text in between gives the weights of one process."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lit_vlm.cli import main
 from lit_vlm.recipe import find_recipe
 from tests.runs import tiny_fit
 
-RECIPES = ("eve", "eve_v2")
+RECIPES = ("eve", "eve_v2", "hovle", "hovle_hd", "mono_internvl")
 
 
 @pytest.mark.filterwarnings("ignore:LightningCLI.s args parameter")
@@ -31,17 +31,21 @@ def test_all_stages_run_one_after_the_other(name: str, tmp_path: Path, monkeypat
         assert all(value.isfinite().all() for value in state.values())
         if start:
             before = read_state(start)
-            assert before.keys() == state.keys()
-            assert any(not torch.equal(before[key], value) for key, value in state.items())
+            assert before.keys() <= state.keys()  # a stage may do without a slot
+            assert any(not torch.equal(value, state[key]) for key, value in before.items())
 
 
-@pytest.mark.parametrize(("name", "stage"), [("eve", "2_pretrain"), ("eve_v2", "2_1a_vision")])
+STAGES = [("eve", "2_pretrain"), ("eve_v2", "2_1a_vision"), ("hovle", "1_distill"), ("hovle_hd", "3_sft")]
+
+
+@pytest.mark.parametrize(("name", "stage"), STAGES)
 def test_two_sharded_processes_with_text_in_between_give_the_weights_of_one(
     name: str, stage: str, tmp_path: Path
 ) -> None:
     # Batches of one: some steps have a picture on one rank only, some on none.
     flags = ["--trainer.logger", "false", "--trainer.limit_val_batches", "0", "--model.stage.train.encoder", "1e-3"]
-    flags += ["--model.stage.train.decoder", "1e-3"]
+    if stage != "1_distill":
+        flags += ["--model.stage.train.decoder", "1e-3"]
     whole = tiny_fit(tmp_path, "whole", stage, *flags, "--data.batch_size", "2", recipe=name)
     flags += ["--data.batch_size", "1", "--trainer.devices", "2"]
     sharded = tiny_fit(tmp_path, "sharded", stage, *flags, strategy="fsdp", recipe=name)

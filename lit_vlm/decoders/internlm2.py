@@ -1,0 +1,108 @@
+"""InternLM2 as a Llama: the blocks are the same, but for names and for query, key and value in one matrix."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FUSED = "attention.wqkv.weight"
+LAYER = {
+    "attention.wq.": "self_attn.q_proj.",
+    "attention.wk.": "self_attn.k_proj.",
+    "attention.wv.": "self_attn.v_proj.",
+    "attention.wo.": "self_attn.o_proj.",
+    "feed_forward.w1.": "mlp.gate_proj.",
+    "feed_forward.w3.": "mlp.up_proj.",
+    "feed_forward.w2.": "mlp.down_proj.",
+    "attention_norm.": "input_layernorm.",
+    "ffn_norm.": "post_attention_layernorm.",
+}
+TOP = {"output.": "lm_head.", "model.tok_embeddings.": "model.embed_tokens."}
+KEPT = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "tie_word_embeddings",
+)
+
+
+def as_llama(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration, under Llama's names."""
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.get("rope_theta", 10000.0)}
+    if scaling := config.get("rope_scaling"):
+        rope |= {"rope_type": scaling["type"], "factor": scaling["factor"]}
+    chosen = {key: config[key] for key in KEPT if key in config}
+    return {"model_type": "llama", "tie_word_embeddings": False} | chosen | {"rope_parameters": rope}
+
+
+def to_llama(name: str) -> str:
+    """A key of a block under Llama's name."""
+    return _renamed(name, LAYER)
+
+
+def from_llama(name: str) -> str:
+    """The way back."""
+    return _renamed(name, {own: theirs for theirs, own in LAYER.items()})
+
+
+def _renamed(name: str, names: Mapping[str, str]) -> str:
+    for old, new in names.items():
+        name = re.sub(rf"(^|\.)(\d+\.){re.escape(old)}", rf"\g<1>\g<2>{new}", name)
+    return name
+
+
+def state_as_llama(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """All weights of a published InternLM2, for `LlamaForCausalLM`."""
+    renamed = {}
+    for key, value in split_qkv(state, config).items():
+        for theirs, own in TOP.items():
+            key = own + key.removeprefix(theirs) if key.startswith(theirs) else key
+        renamed[to_llama(key)] = value
+    return renamed
+
+
+def split_qkv(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Fused projections apart: rows stand group by group, the queries of a group before its key and its value."""
+    groups, queries = _groups(config)
+    split: dict[str, Tensor] = {}
+    for key, value in state.items():
+        if not key.endswith(FUSED):
+            split[key] = value
+            continue
+        rows = value.unflatten(0, (groups, queries + 2, -1))
+        at = key.removesuffix("wqkv.weight")
+        split[f"{at}wq.weight"] = rows[:, :queries].flatten(0, 2)
+        split[f"{at}wk.weight"] = rows[:, queries].flatten(0, 1)
+        split[f"{at}wv.weight"] = rows[:, queries + 1].flatten(0, 1)
+    return split
+
+
+def fuse_qkv(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The way back."""
+    groups, queries = _groups(config)
+    fused = {key: value for key, value in state.items() if not re.search(r"attention\.w[qkv]\.weight$", key)}
+    for key in state:
+        if key.endswith("attention.wq.weight"):
+            at = key.removesuffix("wq.weight")
+            q = state[key].unflatten(0, (groups, queries, -1))
+            k, v = (state[f"{at}{name}.weight"].unflatten(0, (groups, 1, -1)) for name in ("wk", "wv"))
+            fused[f"{at}wqkv.weight"] = torch.cat([q, k, v], dim=1).flatten(0, 2).contiguous()
+    return fused
+
+
+def _groups(config: Mapping[str, Any]) -> tuple[int, int]:
+    """Key-value heads, and query heads for each."""
+    heads, groups = int(config["num_attention_heads"]), int(config["num_key_value_heads"])
+    return groups, heads // groups

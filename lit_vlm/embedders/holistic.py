@@ -1,0 +1,221 @@
+"""HoVLE's holistic embedding: image and text pass causal layers of their own before the decoder."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, LlamaConfig, LlamaModel
+
+from lit_vlm.batch import Batch, Grid, VisualTokens
+from lit_vlm.decoders.base import Decoder
+from lit_vlm.decoders.hf import Attention, HFDecoder, run_blocks
+from lit_vlm.embedders.base import Embedder, check_grids, scatter_visual
+from lit_vlm.embedders.own_sequence import OwnSequence, refine, see_whole_images
+from lit_vlm.projectors.downsample import Fold, PatchMerge
+
+LAYERS = "layers"
+
+
+@dataclass
+class HolisticCache:
+    """What the layers remember while decoding.
+
+    Attributes:
+        past: keys and values.
+        mask: `[b, past]`, 0 for padding, in the layers' own sequence.
+        ahead: `[b, 1]`, how many more positions that sequence has than the decoder's.
+    """
+
+    past: DynamicCache
+    mask: Tensor | None = None
+    ahead: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class WholeFold(Fold):
+    """A fold that leaves nothing over: the layers count on the same number of patches in each token."""
+
+    def __call__(self, grid: Grid) -> Grid:
+        """The folded grid."""
+        if grid.rows % self.side or grid.cols % self.side:
+            raise ValueError(
+                f"embedder.merge {self.side} needs images of even patch grids, not {grid.rows} × {grid.cols}"
+            )
+        return super().__call__(grid)
+
+
+class Holistic(Embedder):
+    """A word table and N causal Llama layers over image and text; no norm behind them (HoVLE, section 3).
+
+    What they give takes the place of the decoder's word vectors, so the decoder's own word table is never read.
+
+    With `merge` 2 (HoVLE-HD) the layers see every patch, and the projector gives patches too; behind the layers each
+    2 × 2 patches become one token of the decoder. Otherwise patches are merged before, by `projectors.PatchMerge`.
+
+    A stage can leave the word table as it is: `only: {embedder: layers}`.
+
+    Args:
+        width: width of the decoder.
+        vocab_size: rows of the word table.
+        num_layers: N.
+        num_heads: query heads.
+        num_kv_heads: key-value heads.
+        ffn_width: inner width of the SwiGLU.
+        rope_theta: base of the rotary frequencies.
+        rope_scaling: as transformers takes it, such as `{rope_type: dynamic, factor: 2.0}`.
+        max_positions: the longest sequence that the rotary frequencies are meant for.
+        norm_eps: of the RMSNorms.
+        merge: patches per side that become one token behind the layers: 1 or 2.
+        start: weights of the layers: `decoder` copies the decoder's first N, `random` draws new ones. The word table
+            is always a copy of the decoder's.
+        image_attention: `causal` as published, or `bidirectional` within each image.
+        recompute: recompute layers in the backward pass: less memory, a third more compute.
+        attention: which implementation; all of them keep the segments of a packed row apart.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        vocab_size: int,
+        num_layers: int = 8,
+        num_heads: int = 16,
+        num_kv_heads: int = 8,
+        ffn_width: int = 8192,
+        rope_theta: float = 10000.0,
+        rope_scaling: dict[str, Any] | None = None,
+        max_positions: int = 4096,
+        norm_eps: float = 1e-5,
+        merge: Literal[1, 2] = 1,
+        start: Literal["decoder", "random"] = "decoder",
+        image_attention: Literal["causal", "bidirectional"] = "causal",
+        recompute: bool = False,
+        attention: Attention = "sdpa",
+    ) -> None:
+        super().__init__(width, vocab_size)
+        if width % num_heads or num_heads % num_kv_heads:
+            raise ValueError(
+                f"embedder: num_heads {num_heads} must divide the width {width}, and num_kv_heads {num_kv_heads} them"
+            )
+        if image_attention == "bidirectional" and attention not in ("sdpa", "eager"):
+            raise ValueError(f"embedder: image_attention bidirectional needs attention sdpa or eager, not {attention}")
+        self.start, self.image_attention, self.merge, self.attention = start, image_attention, merge, attention
+        self.config = LlamaConfig(
+            vocab_size=vocab_size,
+            hidden_size=width,
+            num_hidden_layers=num_layers,
+            num_attention_heads=num_heads,
+            num_key_value_heads=num_kv_heads,
+            intermediate_size=ffn_width,
+            rope_parameters={"rope_type": "default"} | (rope_scaling or {}) | {"rope_theta": rope_theta},
+            max_position_embeddings=max_positions,
+            rms_norm_eps=norm_eps,
+            attn_implementation=attention,
+        )
+        self.stack = LlamaModel(self.config)
+        self.stack.norm = nn.Identity()
+        if recompute:
+            self.stack.activation_checkpointing_enable({"use_reentrant": False})
+        self.merger = PatchMerge(width, width) if merge > 1 else None
+        if merge > 1:
+            self.grid_map = WholeFold(merge)
+
+    def blocks(self) -> list[nn.Module]:
+        """The layers."""
+        return list(self.stack.layers)
+
+    def trainable_parameters(self, only: str | None = None) -> Iterable[nn.Parameter]:
+        """All parameters, or all but the word table: `layers`."""
+        if only != LAYERS:
+            return super().trainable_parameters(only)
+        return [p for name, p in self.named_parameters() if not name.startswith("stack.embed_tokens.")]
+
+    def adopt(self, decoder: Decoder) -> None:
+        """Copy the decoder's word table, and with `start: decoder` its first layers.
+
+        Raises:
+            ValueError: when the decoder's layers have other shapes, or are fewer.
+        """
+        if not isinstance(decoder, HFDecoder):
+            raise ValueError(f"embedder Holistic starts from an HFDecoder, not from {type(decoder).__name__}")
+        with torch.no_grad():
+            self.stack.embed_tokens.weight.copy_(decoder.lm.get_input_embeddings().weight)
+        if self.start == "random":
+            return
+        own = self.stack.layers.state_dict()
+        theirs = decoder.base.layers.state_dict()
+        if wrong := [key for key, value in own.items() if key not in theirs or theirs[key].shape != value.shape]:
+            found = tuple(theirs[wrong[0]].shape) if wrong[0] in theirs else "nothing"
+            raise ValueError(
+                f"embedder.start is decoder, but {wrong[0]} is {tuple(own[wrong[0]].shape)} here and {found} in the "
+                "decoder: set num_layers, num_heads, num_kv_heads and ffn_width to the decoder's, or start: random"
+            )
+        self.stack.layers.load_state_dict({key: theirs[key] for key in own})
+
+    def words(self, input_ids: Tensor, decoder: Decoder) -> Tensor:
+        """Vectors of its own word table: `[b, s]` → `[b, s, d]`."""
+        return self.stack.embed_tokens(input_ids)
+
+    def forward(
+        self,
+        batch: Batch,
+        visual: VisualTokens | None,
+        decoder: Decoder,
+        cache: HolisticCache | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Input vectors `[b, s, d]`; see `Embedder.forward`."""
+        if visual is not None:
+            check_grids(batch, visual, self.grid_map)
+        if self.merge > 1 and batch.image_grids:
+            own = refine(batch, self.merge**2, right=cache is not None)
+        else:
+            own = OwnSequence.same(batch)
+        embeds = self.words(own.input_ids, decoder)
+        if visual is not None:
+            embeds = scatter_visual(embeds, own.image_positions, visual)
+        hidden = self._layers(embeds, own, None if visual is None else visual.grids, cache, attention_mask)
+        if self.merger is None or visual is None:
+            return hidden
+        patches = hidden.flatten(0, 1)[own.image_positions] if batch.image_grids else visual.features
+        merged = self.merger(VisualTokens(patches.to(hidden.dtype), visual.grids))
+        if own.places is not None:
+            hidden = hidden.gather(1, own.places[..., None].expand(-1, -1, self.width))
+        return scatter_visual(hidden, batch.image_positions, merged)
+
+    def _layers(
+        self,
+        embeds: Tensor,
+        own: OwnSequence,
+        grids: tuple[Grid, ...] | None,
+        cache: HolisticCache | None,
+        attention_mask: Tensor | None,
+    ) -> Tensor:
+        positions, mask = own.position_ids, None
+        if cache is not None:
+            assert attention_mask is not None
+            new = own.mask(attention_mask)
+            mask = new if cache.mask is None else torch.cat([cache.mask, new], dim=1)
+            positions = positions if cache.ahead is None else positions + cache.ahead
+            cache.mask, cache.ahead = mask, own.ahead if cache.ahead is None else cache.ahead
+        if self.image_attention == "bidirectional" and grids is not None and len(own.image_positions):
+            mask = see_whole_images(own, grids, mask)
+            if self.attention == "eager":
+                mask = torch.zeros_like(mask, dtype=embeds.dtype).masked_fill(~mask, torch.finfo(embeds.dtype).min)
+        past = None if cache is None else cache.past
+        return run_blocks(self.stack, self.attention, embeds, positions, past, mask)
+
+    def new_cache(self) -> HolisticCache:
+        """An empty cache of its layers."""
+        return HolisticCache(DynamicCache(config=self.config))
+
+    def select_cache(self, cache: HolisticCache, rows: Tensor) -> HolisticCache:
+        """These rows `[b']` of a cache, as a copy."""
+        past = copy.deepcopy(cache.past)
+        past.batch_select_indices(rows)
+        mask, ahead = (None if value is None else value[rows] for value in (cache.mask, cache.ahead))
+        return HolisticCache(past, mask, ahead)
