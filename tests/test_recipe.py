@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from lit_vlm.commands.run import flags_for
 from lit_vlm.recipe import find_recipe
 
 
@@ -33,3 +34,10 @@ def test_a_scale_leaves_stages_out(tmp_path: Path) -> None:
 def test_a_start_that_is_no_earlier_stage_names_the_file(tmp_path: Path, starts: str) -> None:
     with pytest.raises(ValueError, match=r"recipe.yaml: starts says .*; both must be stages"):
         find_recipe(written(tmp_path, f"starts: {starts}"))
+
+
+def test_a_flag_can_be_meant_for_one_stage() -> None:
+    flags = ["--data.seed", "1", "--2_sft.data.batch_size=4", "--1_align.trainer.max_steps", "7", "--model.x", "-1"]
+    stages = ("1_align", "2_sft")
+    assert flags_for("1_align", flags, stages) == ["--data.seed", "1", "--trainer.max_steps", "7", "--model.x", "-1"]
+    assert flags_for("2_sft", flags, stages) == ["--data.seed", "1", "--data.batch_size=4", "--model.x", "-1"]

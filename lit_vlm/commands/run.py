@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -101,10 +101,11 @@ def _is_first() -> bool:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lit-vlm run",
-        usage="lit-vlm run RECIPE [options] [flags for every stage]\n       lit-vlm run --resume [--out DIR]",
+        usage="lit-vlm run RECIPE [options] [flags for every stage, or for one]\n       lit-vlm run --resume [--out DIR]",
         description="Run the stages of a recipe in order, each from the weights that the one before left. "
         f"RECIPE is a folder, or one of: {', '.join(shipped_recipes())}.",
-        epilog="Any other flag goes to every stage as it is, e.g. --model.projector Resampler --trainer.max_steps 100.",
+        epilog="Any other flag goes to every stage as it is, e.g. --model.projector Resampler --trainer.max_steps 100, "
+        "or to one stage, if it begins with its name: --1_align.trainer.max_steps 100.",
         allow_abbrev=False,
     )
     parser.add_argument("--strategy", help="how it is sharded: single, ddp, fsdp, hsdp (default: the recipe's)")
@@ -158,10 +159,24 @@ def _command(recipe: Recipe, state: RunState, stage: str, folder: Path) -> list[
         words += ["--config", os.path.relpath(config)]
     start = recipe.start_of(stage, state.stages)
     words += ["--trainer.default_root_dir", str(folder / stage)]
-    words += state.flags
+    words += flags_for(stage, state.flags, recipe.stages)
     if start:  # behind the flags: a start_from among them is that of the first stage
         words += ["--model.stage.start_from", str(folder / start)]
     return words
+
+
+def flags_for(stage: str, flags: Sequence[str], stages: Collection[str]) -> list[str]:
+    """The flags of one stage: those for all, and those that begin with its name, without it."""
+    chosen: list[str] = []
+    mine = True
+    for flag in flags:
+        if flag.startswith("--"):
+            first, _, rest = flag[2:].partition(".")
+            mine = first not in stages or first == stage
+            flag = f"--{rest}" if first in stages else flag
+        if mine:
+            chosen.append(flag)
+    return chosen
 
 
 def _run(recipe: Recipe, state: RunState, folder: Path, console: Console) -> None:
