@@ -127,7 +127,7 @@ def test_keys_that_fit_nowhere_or_are_missing_are_named() -> None:
     del state["model.mm_projector.2.bias"]
     with pytest.raises(ValueError, match=r"slot 'projector' \(MLP\): missing: layers.2.bias"):
         load_published("eve", state, CONFIG)
-    with pytest.raises(ValueError, match="there is no family 'adam'; families: eve, eve_v2, llava-hf"):
+    with pytest.raises(ValueError, match="there is no family 'adam'; families: eve, eve_v2, hovle, hovle_hd, llava-hf"):
         build(tiny_slots(), start_from="adam:somewhere")
 
 
