@@ -1,12 +1,12 @@
-"""`python -m tests.benchmarks [step|loss|data|eve]`: print every ratio."""
+"""`python -m tests.benchmarks [step|loss|data|eve|hovle]`: print every ratio."""
 
 from __future__ import annotations
 
 import sys
 
-from tests.benchmarks import data, eve, loss, step
+from tests.benchmarks import data, eve, hovle, loss, step
 
-ALL = {"step": step.main, "loss": loss.main, "data": data.main, "eve": eve.main}
+ALL = {"step": step.main, "loss": loss.main, "data": data.main, "eve": eve.main, "hovle": hovle.main}
 
 if __name__ == "__main__":
     names = sys.argv[1:] or list(ALL)

@@ -51,7 +51,7 @@ def test_a_key_that_fits_nowhere_or_is_missing_is_an_error(state) -> None:
     name = "model.multi_modal_projector.linear_2.bias"
     with pytest.raises(ValueError, match=r"slot 'projector' \(MLP\): missing: layers.2.bias"):
         load_published("llava-hf", {key: value for key, value in state.items() if key != name}, CONFIG)
-    with pytest.raises(ValueError, match="there is no family 'nothing'; families: eve, eve_v2, hovle, hovle_hd, llava-hf"):
+    with pytest.raises(ValueError, match="there is no family 'nothing'; families: .*llava-hf"):
         load_published("nothing", state)
     with pytest.raises(ValueError, match="pass config as well"):
         load_published("llava-hf", state)
