@@ -101,7 +101,7 @@ def _is_first() -> bool:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lit-vlm run",
-        usage="lit-vlm run RECIPE [options] [flags for all stages, or for one]\n       lit-vlm run --resume [--out DIR]",
+        usage="lit-vlm run RECIPE [options] [flags for all stages or one]\n       lit-vlm run --resume [--out DIR]",
         description="Run the stages of a recipe in order, each from the weights that the one before left. "
         f"RECIPE is a folder, or one of: {', '.join(shipped_recipes())}.",
         epilog="Any other flag goes to every stage as it is, e.g. --model.projector Resampler --trainer.max_steps 100, "
