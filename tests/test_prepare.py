@@ -162,3 +162,20 @@ def test_a_stopped_preparation_goes_on(
     a, b = (json.loads((tmp_path / name / "prepared.json").read_text()) for name in ("out", "whole"))
     assert a == b
     assert losses(*first_batch(config, "--data.prepared.distil", str(tmp_path / "out")))
+
+
+def test_the_first_stage_of_hovle_needs_no_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    convert(Shapes(12, text_only=False), tmp_path / "set")
+    pictures = {"class_path": "lit_vlm.data.Converted", "init_args": {"path": str(tmp_path / "set")}}
+    texts = {"class_path": "lit_vlm.data.Shapes", "init_args": {"count": 9, "seed": 4}}
+    source = {"class_path": "lit_vlm.data.Unpaired", "init_args": {"pictures": pictures, "texts": texts}}
+    files = find_recipe("hovle").configs("1_distill", "tiny", "single")
+    flags = [word for path in files for word in ("--config", str(path))]
+    flags += ["--data.train", json.dumps([source]), "--data.val", "null"]
+    flags += ["--trainer.accelerator", "cpu", "--trainer.logger", "false"]
+    online = losses(*first_batch(flags))
+    out = prepare(flags, tmp_path / "out")
+    monkeypatch.setattr(EncoderTeacher, "__call__", None)  # nobody may ask it now
+    module, batch = first_batch([*flags, "--data.prepared.image", str(out)])
+    assert not batch.teacher_images
+    assert losses(module, batch) == pytest.approx(online, rel=1e-2)  # features are kept in bf16
