@@ -147,7 +147,8 @@ class Holistic(Embedder):
         if self.start == "random":
             return
         own = self.stack.layers.state_dict()
-        theirs = decoder.base.layers.state_dict()
+        # Adapters, if there are any, start as no change.
+        theirs = {key.replace(".base_layer.", "."): value for key, value in decoder.base.layers.state_dict().items()}
         if wrong := [key for key, value in own.items() if key not in theirs or theirs[key].shape != value.shape]:
             found = tuple(theirs[wrong[0]].shape) if wrong[0] in theirs else "nothing"
             raise ValueError(

@@ -16,12 +16,13 @@ from lit_vlm.checkpoints import load_published
 from lit_vlm.checkpoints.hovle import fuse_qkv, split_qkv
 from lit_vlm.data.collate import collate, collate_prompts, make_rows
 from lit_vlm.data.encode import Sample
+from lit_vlm.decoders import Lora
 from lit_vlm.embedders import Holistic
 from lit_vlm.encoders import ConvPatches
-from lit_vlm.generate import generate
+from lit_vlm.generate import Continuation, generate, score_continuations
 from lit_vlm.model import VLM
 from lit_vlm.projectors import Identity, PatchMerge
-from tests.tiny import ROOT, tiny_slots
+from tests.tiny import ROOT, tiny_decoder, tiny_slots
 
 FIXTURE = torch.load(ROOT / "tests" / "fixtures" / "hovle.pt", weights_only=True)
 TOY, PRE, FULL = FIXTURE["toy_config"], FIXTURE["pre"], FIXTURE["full_pre"]
@@ -173,6 +174,23 @@ def test_cached_generation_gives_what_the_whole_sequence_gives(form: str, count:
 
 
 @pytest.mark.parametrize("form", FORMS)
+def test_answers_are_scored_on_the_cache_as_in_the_whole_sequence(form: str) -> None:
+    model = model_of(form)
+    samples = samples_for(model)
+    answers = [[5, 6, 7], [8], [9, 10]]
+    asked = [(row, answer) for row in (4, 1, 0) for answer in answers]
+    found = score_continuations(
+        model, collate_prompts(samples), [Continuation(row, answer, answer) for row, answer in asked], batch_size=4
+    )
+    for (row, answer), score in zip(asked, found, strict=True):
+        sample = samples[row]
+        ids = [*sample.ids, *answer]
+        whole = Sample("", "", ids, ids, sample.image_starts, sample.grids, sample.images)
+        logits = model.logits(collate([whole]))[0, -len(answer) - 1 : -1]
+        assert score == pytest.approx(F.cross_entropy(logits, torch.tensor(answer), reduction="sum").item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_gradients_reach_every_part_without_images_too(form: str) -> None:
     model = model_of(form)
     for text_only in (False, True):
@@ -200,6 +218,9 @@ def test_the_embedding_starts_from_the_decoder() -> None:
     assert torch.equal(model.embedder.stack.embed_tokens.weight, table)  # type: ignore[union-attr]
     for own, theirs in zip(model.embedder.blocks(), model.decoder.blocks(), strict=False):
         assert all(torch.equal(value, theirs.state_dict()[key]) for key, value in own.state_dict().items())
+    adapted = build(tiny_slots(embedder=partial(Holistic, **SIZES), decoder=tiny_decoder(Lora(rank=2))))
+    for own, theirs in zip(adapted.embedder.blocks(), model.decoder.blocks(), strict=False):
+        assert own.state_dict().keys() == theirs.state_dict().keys()
     random = model_of("hovle", start="random", num_layers=5)
     assert torch.equal(random.embedder.stack.embed_tokens.weight, table)  # type: ignore[union-attr]
     with pytest.raises(ValueError, match="set num_layers"):
