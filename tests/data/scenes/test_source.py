@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import re
 import sys
 from pathlib import Path
@@ -15,8 +16,10 @@ from lit_vlm.data.records import Image, Record, Text, open_image
 from lit_vlm.data.scenes import QUESTION_KINDS, Scenes
 from lit_vlm.data.scenes.__main__ import main
 from lit_vlm.data.scenes.source import VERSION, Kind
+from lit_vlm.data.scenes.world import Wording
 
 KINDS: tuple[Kind, ...] = ("captions", "questions", "text", "interleaved")
+WORDINGS: tuple[Wording, ...] = ("varied", "plain")
 WORDS = 85
 """More than there are: a guard against a vocabulary that grows unnoticed."""
 
@@ -102,12 +105,12 @@ def test_a_record_depends_on_its_index_and_the_arguments_only(kind: Kind) -> Non
 def test_records_are_the_same_in_every_process() -> None:
     """If this fails because the records were changed on purpose, raise `VERSION` and put the new hash here."""
     digest = hashlib.sha256()
-    for kind in KINDS:
-        source = Scenes(kind, 30)
+    for kind, wording in itertools.product(KINDS, WORDINGS):
+        source = Scenes(kind, 30, wording=wording)
         for index in range(30):
             record = source.outline(index)
             digest.update(repr((record.id, [message.text for message in record.messages], record.options)).encode())
-    assert (VERSION, digest.hexdigest()[:16]) == (3, "60bc9f3e69943542")
+    assert (VERSION, digest.hexdigest()[:16]) == (4, "42ccced9c42e77f5")
 
 
 @pytest.mark.parametrize("kind", KINDS)
