@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,22 +22,24 @@ ENCODER = "encoder"
 class Grid(NamedTuple):
     """How the visual tokens of one image are laid out.
 
-    The order is: `prefix` tokens, then for each of `rows` rows its `cols` patches and `row_end` closing tokens.
+    The order is: `prefix` tokens, then for each of `rows` rows its `cols` patches and `row_end` closing tokens, then
+    `suffix` tokens.
     """
 
     rows: int
     cols: int
     prefix: int = 0
     row_end: int = 0
+    suffix: int = 0
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the image: prefix + rows · (cols + row_end)."""
-        return self.prefix + self.rows * (self.cols + self.row_end)
+        """Tokens of the image: prefix + rows · (cols + row_end) + suffix."""
+        return self.prefix + self.rows * (self.cols + self.row_end) + self.suffix
 
 
 class Patches(NamedTuple):
-    """Where the p patches of n images are among their visual tokens: row by row, without prefix and row-end tokens.
+    """Where the p patches of n images are among their visual tokens: row by row, without the tokens around them.
 
     Attributes:
         image: `[p]`, which image.
@@ -56,12 +58,33 @@ class Patches(NamedTuple):
 
 def index_patches(grids: Sequence[Grid]) -> Patches:
     """Find the patches of all images at once; int64 on the CPU, from plain integers, so it never waits for a device."""
-    rows, cols, prefix, row_end = torch.tensor(grids, dtype=torch.long).reshape(-1, 4).unbind(1)
-    starts = _exclusive_sum(prefix + rows * (cols + row_end))
+    rows, cols, prefix, row_end, suffix = torch.tensor(grids, dtype=torch.long).reshape(-1, 5).unbind(1)
+    starts = _exclusive_sum(prefix + rows * (cols + row_end) + suffix)
     image = torch.arange(len(grids)).repeat_interleave(rows * cols)
     within = torch.arange(len(image)) - _exclusive_sum(rows * cols)[image]
     row, col = within // cols[image], within % cols[image]
     return Patches(image, row, col, starts[image] + prefix[image] + row * (cols + row_end)[image] + col, starts)
+
+
+def index_suffixes(grids: Sequence[Grid]) -> tuple[Tensor, Tensor]:
+    """Find the suffix tokens of all images; on the CPU, from plain integers, as `index_patches`.
+
+    Returns:
+        index of all other tokens `[t']` among the t visual tokens, and of each image's suffix `[n, suffix]`.
+
+    Raises:
+        ValueError: when images have suffixes of different length.
+    """
+    lengths = torch.tensor([grid.num_tokens for grid in grids], dtype=torch.long)
+    suffixes = {grid.suffix for grid in grids} or {0}
+    if len(suffixes) > 1:
+        raise ValueError(f"images of one batch have {sorted(suffixes)} tokens after their patches")
+    suffix = suffixes.pop()
+    ends = lengths.cumsum(0)
+    within = ends[:, None] - suffix + torch.arange(suffix)
+    others = torch.ones(int(lengths.sum()), dtype=torch.bool)
+    others[within.flatten()] = False
+    return others.nonzero().squeeze(1), within
 
 
 def _exclusive_sum(lengths: Tensor) -> Tensor:
@@ -76,11 +99,14 @@ class PixelSpec:
         size: side of the square in pixels, or None for any size.
         multiple: sides must be a multiple of this many pixels.
         mean: the colour that counts as zero, 0 to 1: what padding is filled with.
+        resize: how a teacher wants its square made, whatever `data.transform` does for the encoder: `squash` the
+            picture, or `crop` its middle. None: as the encoder's.
     """
 
     size: int | None
     multiple: int
     mean: tuple[float, float, float]
+    resize: Literal["squash", "crop"] | None = None
 
 
 @dataclass

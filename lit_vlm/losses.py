@@ -6,14 +6,17 @@ all accumulated micro-batches), so that data parallelism and gradient accumulati
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 Head = Callable[[Tensor], Tensor]
+MOST_SCALE = 100.0
+"""Of the cosines in a contrastive loss: the smallest temperature is a hundredth, as in CLIP."""
 CHUNK_BYTES = 128 * 2**20
 
 
@@ -102,3 +105,72 @@ def cosine_distance(student: Tensor, teacher: Tensor) -> Tensor:
 def smooth_l1_distance(student: Tensor, teacher: Tensor) -> Tensor:
     """Smooth L1 (β 1), averaged over channels, in fp32: `[t, d]`, `[t, d]` → `[t]`."""
     return F.smooth_l1_loss(student.float(), teacher.float(), reduction="none").mean(dim=-1)
+
+
+def contrastive_loss(predictions: Tensor, targets: Tensor, log_scale: Tensor) -> Tensor:
+    """How badly each prediction tells its own target from those of all images of all ranks: one direction only.
+
+    A prediction and a target are one vector each, however many features an image has (OLA-VLM, InfoNCE). Of the other
+    ranks' targets one rank's are in memory at a time, and none is kept for the backward pass: memory does not grow with
+    the number of ranks. Ranks may have different numbers of images, also none; all of them must call it.
+
+    Args:
+        predictions: `[layers, n, q, w]`.
+        targets: `[n, q, w]`, without a graph.
+        log_scale: logarithm of what cosines are multiplied by, at most log 100.
+
+    Returns:
+        cross-entropy of each prediction, in nats: fp32 `[layers · n]`.
+    """
+    scale = log_scale.float().exp().clamp(max=MOST_SCALE)
+    unit = F.normalize(predictions.flatten(2), dim=-1).flatten(0, 1)
+    own = F.normalize(targets.to(unit.dtype).flatten(1), dim=-1)
+    loss: Tensor = _GatheredInfoNCE.apply(unit, own, scale)
+    return loss
+
+
+class _GatheredInfoNCE(torch.autograd.Function):
+    """Softmax over targets that come by one rank after the other, with its gradient taken on the way."""
+
+    @staticmethod
+    def forward(ctx: Any, predictions: Tensor, targets: Tensor, scale: Tensor) -> Tensor:
+        with torch.autocast(predictions.device.type, enabled=False):
+            p = predictions.float()
+            most = p.new_full((len(p),), -torch.inf)
+            total, weighted, mean = torch.zeros_like(most), torch.zeros_like(most), torch.zeros_like(p)
+            for shard in _of_each_rank(targets):
+                others = shard.float()
+                z = scale * (p @ others.T)
+                highest = torch.maximum(most, z.amax(1))
+                kept, shares = (most - highest).exp(), (z - highest[:, None]).exp()
+                most, total = highest, total * kept + shares.sum(1)
+                weighted = weighted * kept + (shares * z).sum(1)
+                if any(ctx.needs_input_grad):
+                    mean = mean.mul_(kept[:, None]).addmm_(shares, others)
+            own = targets.float().repeat(len(p) // max(1, len(targets)), 1)
+            positive = scale * (p * own).sum(1)
+            if any(ctx.needs_input_grad):
+                grad = (mean.div_(total[:, None]) - own).mul_(scale).to(predictions.dtype)
+                ctx.save_for_backward(grad, (weighted / total - positive) / scale)
+            return most + total.log() - positive
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, Tensor]:
+        (upstream,) = grad_outputs
+        grad, of_scale = ctx.saved_tensors
+        return upstream[:, None].to(grad.dtype) * grad, None, (upstream * of_scale).sum()
+
+
+def _of_each_rank(own: Tensor) -> Iterator[Tensor]:
+    """Rows `[n, f]` of each rank that has any, in order; n may differ."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        yield from [own] if len(own) else []
+        return
+    counts = torch.zeros(dist.get_world_size(), dtype=torch.long, device=own.device)
+    counts[dist.get_rank()] = len(own)
+    dist.all_reduce(counts)
+    for rank, count in enumerate(counts.tolist()):
+        if count:
+            rows = own.contiguous() if rank == dist.get_rank() else own.new_empty(count, own.shape[1])
+            dist.broadcast(rows, src=rank)
+            yield rows

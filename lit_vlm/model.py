@@ -13,7 +13,7 @@ from lit_vlm.batch import ENCODER, Batch, VisualTokens
 from lit_vlm.decoders import Decoder, DecoderOutput
 from lit_vlm.embedders import Embedder
 from lit_vlm.encoders import Encoder
-from lit_vlm.heads import WORDS, Head
+from lit_vlm.heads import WORDS, Head, Tap
 from lit_vlm.losses import chunk_rows, next_token_loss, token_nll
 from lit_vlm.part import Part
 from lit_vlm.projectors import Projector
@@ -59,6 +59,11 @@ class VLM(nn.Module):
         self.embedder = embedder
         self.decoder = decoder
         self.heads = nn.ModuleDict(dict(heads or {}))
+        for name, head in (heads or {}).items():
+            try:
+                head.connect(embedder)
+            except ValueError as error:
+                raise ValueError(f"heads.{name}: {error}") from error
 
     @property
     def grid_map(self) -> GridMap:
@@ -97,14 +102,14 @@ class VLM(nn.Module):
         """
         heads = {name: head for name, head in self.heads.items() if losses.get(name) and isinstance(head, Head)}
         wanted = {layer for head in heads.values() for layer in head.taps}
-        taps = tuple(sorted(wanted - {WORDS}))
+        taps = tuple(sorted(tap for tap in wanted if isinstance(tap, int) and tap != WORDS))
         next_token = bool(losses.get(NEXT_TOKEN))
         sums: dict[str, Tensor] = {}
         embeds = self.embed(batch)
-        states = {0: embeds}
+        states: dict[Tap, Tensor] = {0: embeds}
         if next_token or any(taps):
             output = self.decoder(embeds, batch.position_ids, taps, visual=batch.image_positions)
-            states = output.taps
+            states = dict(output.taps)
             if next_token:
                 params = [p for p in self.decoder.head_parameters() if p.requires_grad]
                 hidden = output.hidden.flatten(0, 1)[batch.target_positions]
@@ -112,6 +117,7 @@ class VLM(nn.Module):
                 sums[NEXT_TOKEN] = next_token_loss(hidden, batch.targets, self.decoder.logits, params, chunk)
         if WORDS in wanted:
             states[WORDS] = self.embedder.words(batch.input_ids, self.decoder).detach()
+        states |= {tap: self.embedder.task_parameters(tap) for tap in wanted if isinstance(tap, str)}
         for name, head in heads.items():
             sums[name] = head(states, batch, batch.prepared.get(name) or batch.teacher_images.get(name))
         return sums

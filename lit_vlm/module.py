@@ -115,12 +115,15 @@ class LitVLM(LightningModule):
     def _make_input_spec(self, model: VLM) -> InputSpec:
         used = {name: head for name, head in model.heads.items() if isinstance(head, Head) and self._uses(name)}
         teachers = {name: head.teacher for name, head in used.items() if head.teacher is not None}
+        known = {name: teacher.known for name, teacher in teachers.items() if teacher.known is not None}
+        teachers = {name: teacher for name, teacher in teachers.items() if name not in known}
         return InputSpec(
             tokenizer=model.decoder.tokenizer,
             pixels=model.encoder.pixels,
             patch_grid=model.encoder.patch_grid,
             grid_map=model.grid_map,
             teacher_pixels={name: teacher.pixels for name, teacher in teachers.items()},
+            known=known,
             networks={ENCODER: f"{model.encoder.identity()} weights {self.encoder_digest}"}
             | {name: teacher.identity() for name, teacher in teachers.items()},
         )

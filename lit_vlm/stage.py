@@ -42,7 +42,7 @@ class Stage:
         only: slot → a group of its parameters, where the part has a name for it; the others stay frozen.
         losses: loss → weight: `next_token`, or the name of a head. 0 turns it off and skips its work.
         start_from: weights that an earlier stage left: a checkpoint, or the folder of its run. Or published ones, as
-            `FAMILY:FOLDER` or `FAMILY:HUB_NAME` (eve, eve_v2, hovle, hovle_hd, llava-hf), such as
+            `FAMILY:FOLDER` or `FAMILY:HUB_NAME` (eve, eve_v2, hovle, hovle_hd, llava-hf, ola_vlm), such as
             `eve:BAAI/EVE-7B-Pretrain-v1.0`.
         fresh: slots that do not take their weights from `start_from`.
         leave_out: slots that this stage does without, `decoder` at most: where no loss reads it, its weights are
@@ -117,7 +117,7 @@ class Stage:
 
     def _check_decoder_idle(self, model: VLM) -> None:
         heads = {name: head for name, head in model.heads.items() if isinstance(head, Head) and self.losses.get(name)}
-        reading = [name for name, head in heads.items() if any(layer > 0 for layer in head.taps)]
+        reading = [name for name, head in heads.items() if any(isinstance(tap, int) and tap > 0 for tap in head.taps)]
         if self.losses.get(NEXT_TOKEN):
             reading.append(NEXT_TOKEN)
         if reading:

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_vlm.losses import chunk_rows, cosine_distance, next_token_loss, smooth_l1_distance, token_nll
+from lit_vlm.losses import (
+    chunk_rows,
+    contrastive_loss,
+    cosine_distance,
+    next_token_loss,
+    smooth_l1_distance,
+    token_nll,
+)
 
 ROWS, WIDTH, VOCAB = 23, 8, 31
 
@@ -146,3 +155,70 @@ def test_distances_by_hand() -> None:
     torch.testing.assert_close(cosine_distance(student, teacher), torch.tensor([0.0, 1.0, 2.0]))
     torch.testing.assert_close(smooth_l1_distance(student, teacher), torch.tensor([0.25, 1.5, 0.75]))
     assert cosine_distance(student.bfloat16(), teacher.bfloat16()).dtype == torch.float32
+
+
+def make_pairs(counts: list[int], layers: int = 2) -> list[tuple[Tensor, Tensor]]:
+    """Predictions `[layers, n, q, w]` and targets `[n, q, w]` of each rank."""
+    generator = torch.Generator().manual_seed(0)
+    return [
+        (torch.randn(layers, n, 3, 5, generator=generator), torch.randn(n, 3, 5, generator=generator)) for n in counts
+    ]
+
+
+def plain_contrastive(predictions: Tensor, targets: Tensor, log_scale: Tensor) -> Tensor:
+    """Cross-entropy over the cosines of the whole batch."""
+    own = torch.arange(len(targets))
+    vectors = F.normalize(targets.flatten(1))
+    losses = [
+        F.cross_entropy(F.normalize(one.flatten(1)) @ vectors.T * log_scale.exp(), own, reduction="none")
+        for one in predictions
+    ]
+    return torch.cat(losses)
+
+
+def test_the_contrastive_loss_is_cross_entropy_over_cosines() -> None:
+    ((predictions, targets),) = make_pairs([6])
+    predictions.requires_grad_()
+    scale = torch.tensor(2.0, requires_grad=True)
+    loss, expected = (of(predictions, targets, scale) for of in (contrastive_loss, plain_contrastive))
+    torch.testing.assert_close(loss, expected)
+    weights = torch.linspace(0.5, 2, len(loss))
+    wanted = gradients((expected * weights).sum(), predictions, scale)
+    for own, reference in zip(gradients((loss * weights).sum(), predictions, scale), wanted, strict=True):
+        torch.testing.assert_close(own, reference)
+
+
+def _one_rank(rank: int, counts: list[int], folder: str) -> None:
+    """A process of the test below: its own part of the loss, and the gradients of it."""
+    store = f"file://{folder}/store"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=len(counts))
+    predictions, targets = make_pairs(counts)[rank]
+    for dtype in (torch.float32, torch.bfloat16):
+        given = predictions.detach().to(dtype, copy=True).requires_grad_()
+        scale = torch.tensor(2.0, requires_grad=True)
+        loss = contrastive_loss(given, targets, scale)
+        loss.sum().backward()
+        result = {"loss": loss.detach(), "predictions": given.grad, "scale": scale.grad}
+        torch.save(result, f"{folder}/{dtype}-{rank}.pt".replace("torch.", ""))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("counts", [[3, 3], [4, 1], [0, 3]])
+def test_gathered_over_processes_it_is_that_of_the_whole_batch(counts: list[int], tmp_path: Path) -> None:
+    torch.multiprocessing.start_processes(_one_rank, (counts, str(tmp_path)), nprocs=2, start_method="spawn")
+    pairs = make_pairs(counts)
+    predictions = torch.cat([one for one, _ in pairs], dim=1).requires_grad_()
+    targets = torch.cat([one for _, one in pairs])
+    scale = torch.tensor(2.0, requires_grad=True)
+    losses = plain_contrastive(predictions, targets, scale)
+    losses.sum().backward()
+    assert predictions.grad is not None
+    for dtype, tolerance in (("float32", 1e-5), ("bfloat16", 3e-2)):
+        found = [torch.load(tmp_path / f"{dtype}-{rank}.pt", weights_only=True) for rank in range(2)]
+        own = torch.cat([one["loss"].view(2, -1) for one in found], dim=1)
+        close = {"atol": tolerance, "rtol": tolerance}
+        torch.testing.assert_close(own, losses.detach().view(2, -1), **close)
+        grads = torch.cat([one["predictions"].float() for one in found], dim=1)
+        torch.testing.assert_close(grads, predictions.grad, **close)
+        total = sum((one["scale"] for one in found), torch.zeros(()))
+        torch.testing.assert_close(total, scale.grad, atol=5 * tolerance, rtol=tolerance)

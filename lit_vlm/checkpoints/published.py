@@ -8,11 +8,18 @@ from typing import Any
 
 from torch import Tensor
 
-from lit_vlm.checkpoints import eve, eve_v2, hovle, llava_hf
+from lit_vlm.checkpoints import eve, eve_v2, hovle, llava_hf, ola_vlm
 from lit_vlm.data import ImageTransform
 from lit_vlm.model import VLM
 
-FAMILIES = {"eve": eve, "eve_v2": eve_v2, "hovle": hovle.BASE, "hovle_hd": hovle.HD, "llava-hf": llava_hf}
+FAMILIES = {
+    "eve": eve,
+    "eve_v2": eve_v2,
+    "hovle": hovle.BASE,
+    "hovle_hd": hovle.HD,
+    "llava-hf": llava_hf,
+    "ola_vlm": ola_vlm,
+}
 
 
 def load_published(
@@ -21,7 +28,7 @@ def load_published(
     """A model from weights under published names.
 
     Args:
-        family: `eve`, `eve_v2`, `hovle`, `hovle_hd` or `llava-hf`.
+        family: `eve`, `eve_v2`, `hovle`, `hovle_hd`, `llava-hf` or `ola_vlm`.
         source: a folder (or hub name) with config and weights, or a state dict under published names.
         config: the published configuration; needed with a state dict.
 

@@ -21,7 +21,7 @@ from lit_vlm.data.sources import (
     Unpaired,
     WebDataset,
 )
-from lit_vlm.data.templates import ChatML, Llama3, Plain, Template, VicunaV1
+from lit_vlm.data.templates import ChatML, Llama3, Phi3, Plain, Template, VicunaV1
 from lit_vlm.data.tiles import Tiles
 from lit_vlm.data.transforms import (
     AreaLimit,
@@ -55,6 +55,7 @@ __all__ = [
     "PadSquare",
     "Padded",
     "Parquet",
+    "Phi3",
     "Pictures",
     "Plain",
     "RandomWords",

@@ -197,7 +197,7 @@ class VLMData(LightningDataModule):
         return Loader(
             dataset,
             self.plan(sources, spec, rank, layout, phase == "train", prompt),
-            self.collator(spec, prompt, tuple(encode.prepared)),
+            self.collator(spec, prompt, (*encode.prepared, *spec.known)),
             num_workers=self.num_workers,
             window=window,
             bad_samples=self.bad_samples,

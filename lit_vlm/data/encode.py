@@ -8,16 +8,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import torch
 from torch import Tensor
 
-from lit_vlm.batch import ENCODER, IGNORE, BadSample, Grid
+from lit_vlm.batch import ENCODER, IGNORE, BadSample, Grid, PixelSpec
 from lit_vlm.data.prepared import Prepared
 from lit_vlm.data.records import Image, Record, RecordError, decode_image, image_size
 from lit_vlm.data.scan import describe
 from lit_vlm.data.sources.base import Source
 from lit_vlm.data.spec import InputSpec
 from lit_vlm.data.templates import Piece, Span, Template
-from lit_vlm.data.transforms import ImageTransform, Size
+from lit_vlm.data.transforms import ImageTransform, Size, transform_for
 
 IMAGE_SLOT = -200
 """Stands for a whole image in `encode_pieces`, before it is expanded."""
@@ -122,6 +123,16 @@ def _encode_chunk(spans: list[Span], spec: InputSpec) -> tuple[list[int], list[i
     ]
 
 
+def _known(image: Image, name: str) -> tuple[Tensor, Grid]:
+    """A map that the picture carries, as features `[t, width]` and their layout."""
+    if image.maps is None or name not in image.maps:
+        raise RecordError(
+            "no_map", f"the picture carries no map '{name}', only {sorted(image.maps or ())}; see Scenes(maps=...)"
+        )
+    rows, cols, width = image.maps[name].shape
+    return torch.from_numpy(image.maps[name]).view(-1, width), Grid(rows, cols)
+
+
 @dataclass(frozen=True)
 class SampleEncoder:
     """Record → `Sample`, in a loader worker.
@@ -172,6 +183,8 @@ class SampleEncoder:
     def _add_image(self, sample: Sample, image: Image, folder: Path) -> None:
         for name, prepared in self.prepared.items():
             sample.features.setdefault(name, []).append(prepared.features(image, folder))
+        for name, wanted in self.spec.known.items():
+            sample.features.setdefault(name, []).append(_known(image, wanted))
         for name, pixels in self.pixels(image, folder).items():
             if name == ENCODER:
                 sample.images.append(pixels)
@@ -192,7 +205,11 @@ class SampleEncoder:
         if not missing:
             return {}
         picture, size = decode_image(image, folder, self._scale if self.fast_jpeg else None)
-        return {name: self.transform(picture, pixels, size) for name, pixels in missing.items()}
+        return {name: self._transform(name, pixels)(picture, pixels, size) for name, pixels in missing.items()}
+
+    def _transform(self, name: str, pixels: PixelSpec) -> ImageTransform:
+        """The encoder takes pictures as the recipe says, a teacher may ask for its own way."""
+        return self.transform if name == ENCODER else transform_for(pixels, self.transform)
 
     def preprocessing(self) -> str:
         """How pictures are decoded and resized, as text: what prepared features depend on besides the network."""
@@ -201,8 +218,8 @@ class SampleEncoder:
 
     def _scale(self, size: Size) -> float:
         """By how much a picture is shrunk for whoever wants most of it."""
-        wanted = (self.spec.pixels, *self.spec.teacher_pixels.values())
-        return max(self.transform.scale(size, pixels) for pixels in wanted)
+        wanted = {ENCODER: self.spec.pixels} | self.spec.teacher_pixels
+        return max(self._transform(name, pixels).scale(size, pixels) for name, pixels in wanted.items())
 
     def measure(self, record: Record, source: Source) -> tuple[int, int]:
         """Positions and images of a sample, without decoding an image.

@@ -11,11 +11,12 @@ import struct
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import ExifTags
 from PIL import Image as PILImage
 
@@ -69,11 +70,14 @@ class Image:
         path: where the file is.
         data: what is in it.
         size: (width, height) of the upright picture in pixels, where it is known without decoding.
+        maps: what else is known of the picture, float32 `[rows, cols, width]` by name: exact targets of drawn scenes.
+            Only a source in memory hands them on; converted sets do not hold them.
     """
 
     path: str | None = None
     data: bytes | None = None
     size: tuple[int, int] | None = None
+    maps: Mapping[str, NDArray[np.float32]] | None = field(default=None, compare=False, repr=False)
 
 
 Part = Text | Image

@@ -22,6 +22,7 @@ class InputSpec:
         patch_grid: (height, width) of an image in pixels → layout after the encoder.
         grid_map: that → layout in the sequence, after the projector.
         teacher_pixels: what the teacher of each head wants of an image, by the head's name.
+        known: map that a picture must carry (`records.Image.maps`) in place of a teacher's features, by head.
         networks: identity of each network whose features may be prepared: teachers by the head's name, and `encoder`.
     """
 
@@ -30,6 +31,7 @@ class InputSpec:
     patch_grid: Callable[[int, int], Grid]
     grid_map: Callable[[Grid], Grid]
     teacher_pixels: dict[str, PixelSpec] = field(default_factory=dict)
+    known: dict[str, str] = field(default_factory=dict)
     networks: dict[str, str] = field(default_factory=dict)
 
     def grid(self, height: int, width: int) -> Grid:

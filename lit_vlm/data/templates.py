@@ -183,3 +183,9 @@ class Llama3(_Headed):
     r"""`<|start_header_id|>role<|end_header_id|>\n\n ... <|eot_id|>`: Llama-3 Instruct."""
 
     header, close, after = "<|start_header_id|>{}<|end_header_id|>\n\n", "<|eot_id|>", ""
+
+
+class Phi3(_Headed):
+    r"""`<|role|>\n ... <|end|>\n`: Phi-3 Instruct."""
+
+    header, close, after = "<|{}|>\n", "<|end|>", "\n"

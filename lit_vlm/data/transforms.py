@@ -149,6 +149,15 @@ class Resize(_Square):
         return bicubic(image, size)
 
 
+OWN = {"squash": Resize(), "crop": SquareCrop()}
+"""What a teacher may ask for with `PixelSpec.resize`."""
+
+
+def transform_for(pixels: PixelSpec, transform: ImageTransform) -> ImageTransform:
+    """How a picture is resized for one reader: as the teacher asks, or as the recipe says."""
+    return transform if pixels.resize is None else OWN[pixels.resize]
+
+
 class Native(ImageTransform):
     """Keep the aspect ratio: the longer side at most `longest`, both sides a multiple of the encoder's patch.
 

@@ -23,14 +23,17 @@ class Embedder(Part, ABC):
     Attributes:
         grid_map: from the layout of an image's tokens after the projector to that in the decoder's sequence. It is
             called in loader workers, as `Projector.grid_map`.
+        task_tokens: where each group of task tokens is among those that the embedder puts behind an image.
     """
 
     grid_map: GridMap
+    task_tokens: dict[str, range]
 
     def __init__(self, width: int, vocab_size: int) -> None:
         super().__init__()
         self.width, self.vocab_size = width, vocab_size
         self.grid_map = same_grid
+        self.task_tokens = {}
 
     @abstractmethod
     def forward(
@@ -54,6 +57,10 @@ class Embedder(Part, ABC):
     @abstractmethod
     def words(self, input_ids: Tensor, decoder: Decoder) -> Tensor:
         """Word vectors, before images and text meet: `[b, s]` → `[b, s, d]`."""
+
+    def task_parameters(self, name: str) -> Tensor:
+        """Parameters of a group of `task_tokens`, `[q, d]`."""
+        raise ValueError(f"{type(self).__name__} has no task tokens '{name}'")
 
     def adopt(self, decoder: Decoder) -> None:
         """Take what starts as the decoder's own weights; called once, when the embedder starts anew."""

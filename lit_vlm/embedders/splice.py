@@ -1,18 +1,81 @@
-"""Splice: the decoder's own word vectors, with visual tokens on the image positions."""
+"""Splice: the decoder's own word vectors, with visual tokens on the image positions, and task tokens behind them."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from lit_vlm.batch import Batch, VisualTokens
+from lit_vlm.batch import Batch, Grid, VisualTokens, index_suffixes
 from lit_vlm.decoders.base import Decoder
 from lit_vlm.embedders.base import Embedder, check_grids, scatter_visual
 
 
+@dataclass(frozen=True)
+class WithSuffix:
+    """The layout of an image that some tokens of the embedder's own follow."""
+
+    suffix: int
+
+    def __call__(self, grid: Grid) -> Grid:
+        """The longer layout."""
+        if grid.suffix:
+            raise ValueError("embedder Splice: task tokens need images that end with their patches")
+        return grid._replace(suffix=self.suffix)
+
+
 class Splice(Embedder):
-    """The decoder's word vectors, with each image's tokens on its positions (LLaVA, VILA, EVE)."""
+    """The decoder's word vectors, with each image's tokens on its positions (LLaVA, VILA, EVE).
+
+    With task tokens (OLA-VLM, section 3) every image is followed by learned vectors, in named groups that heads read.
+    A group may have more parameters than tokens: then each token is the mean of as many consecutive ones.
+
+    Args:
+        width: width of the decoder.
+        vocab_size: rows of the decoder's word table.
+        task_tokens: group → tokens after each image, in the order of the sequence.
+        pooled_from: group → its parameters, where they are more than its tokens.
+        token_std: standard deviation of new parameters; 1, as published, is far above that of word vectors.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        vocab_size: int,
+        task_tokens: dict[str, int] | None = None,
+        pooled_from: dict[str, int] | None = None,
+        token_std: float = 1.0,
+    ) -> None:
+        super().__init__(width, vocab_size)
+        counts = task_tokens or {}
+        self._pooled(counts, pooled_from or {})
+        start = 0
+        for name, count in counts.items():
+            self.task_tokens[name] = range(start, start + count)
+            start += count
+        self.tasks = nn.ParameterDict(
+            {
+                name: nn.Parameter(torch.randn((pooled_from or {}).get(name, count), width) * token_std)
+                for name, count in counts.items()
+            }
+        )
+        if start:
+            self.grid_map = WithSuffix(start)
+
+    def _pooled(self, counts: Mapping[str, int], parameters: Mapping[str, int]) -> None:
+        """Check the numbers."""
+        for name, count in counts.items():
+            if count < 1:
+                raise ValueError(f"embedder.task_tokens.{name} is {count}: leave a group without tokens out")
+            if parameters.get(name, count) % count:
+                raise ValueError(
+                    f"embedder.pooled_from.{name} {parameters[name]} is no multiple of its {count} task_tokens"
+                )
+        if unknown := parameters.keys() - counts.keys():
+            raise ValueError(f"embedder.pooled_from names {sorted(unknown)}, of which task_tokens has none")
 
     def forward(
         self,
@@ -26,8 +89,26 @@ class Splice(Embedder):
         embeds = self.words(batch.input_ids, decoder)
         if visual is None:
             return embeds
-        check_grids(batch, visual)
-        return scatter_visual(embeds, batch.image_positions, visual)
+        check_grids(batch, visual, self.grid_map)
+        if not self.tasks:
+            return scatter_visual(embeds, batch.image_positions, visual)
+        tokens = self._task_vectors().to(embeds.dtype)
+        if not batch.image_grids:
+            return scatter_visual(embeds, batch.image_positions, visual) + 0 * tokens.sum()
+        others, suffixes = (index.to(embeds.device, non_blocking=True) for index in index_suffixes(batch.image_grids))
+        embeds = scatter_visual(embeds, batch.image_positions[others], visual)
+        places = batch.image_positions[suffixes.flatten()]
+        return embeds.flatten(0, 1).index_copy(0, places, tokens.repeat(len(suffixes), 1)).view_as(embeds)
+
+    def _task_vectors(self) -> Tensor:
+        """What follows each image: `[suffix, d]`."""
+        return torch.cat(
+            [self.tasks[name].unflatten(0, (len(place), -1)).mean(1) for name, place in self.task_tokens.items()]
+        )
+
+    def task_parameters(self, name: str) -> Tensor:
+        """Parameters of a group of task tokens, before pooling: `[q, d]`."""
+        return self.tasks[name]
 
     def words(self, input_ids: Tensor, decoder: Decoder) -> Tensor:
         """The decoder's word vectors: `[b, s]` → `[b, s, d]`."""

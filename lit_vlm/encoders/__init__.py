@@ -1,20 +1,28 @@
 """Encoders: pixels → visual tokens."""
 
 from lit_vlm.encoders.base import Encoder, PatchGrid
+from lit_vlm.encoders.clip_embedding import CLIPEmbedding
 from lit_vlm.encoders.conv_patches import ConvPatches
+from lit_vlm.encoders.depth_anything import DepthAnything
+from lit_vlm.encoders.ensemble import Ensemble
 from lit_vlm.encoders.eve import EvePatchEmbedding
 from lit_vlm.encoders.eve_v2 import EveV2PatchEmbedding
 from lit_vlm.encoders.hf import HFEncoder
 from lit_vlm.encoders.linear import LinearPatches
+from lit_vlm.encoders.oneformer import OneFormerSwin
 from lit_vlm.encoders.timm import TimmEncoder
 
 __all__ = [
+    "CLIPEmbedding",
     "ConvPatches",
+    "DepthAnything",
     "Encoder",
+    "Ensemble",
     "EvePatchEmbedding",
     "EveV2PatchEmbedding",
     "HFEncoder",
     "LinearPatches",
+    "OneFormerSwin",
     "PatchGrid",
     "TimmEncoder",
 ]

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, InternVLForConditionalGeneration, PretrainedConfig
+from transformers import AutoConfig, AutoModel, InternVLForConditionalGeneration, PretrainedConfig, PreTrainedModel
 
 from lit_vlm.batch import Images, PixelSpec, VisualTokens
 from lit_vlm.encoders.base import CLIP_MEAN, CLIP_STD, HALF, IMAGENET_MEAN, IMAGENET_STD, Encoder, PatchGrid
@@ -77,14 +77,8 @@ class HFEncoder(Encoder):
         if self.config.model_type == INTERN_VIT:
             # Published only as a part of InternVL, whose class knows where in it.
             full = InternVLForConditionalGeneration.from_pretrained(source, dtype=torch.float32).model.vision_tower
-        else:
-            full, info = type(self.backbone).from_pretrained(
-                source, config=self.config, dtype=torch.float32, output_loading_info=True
-            )
-            if missing := sorted(set(info["missing_keys"]) & self.backbone.state_dict().keys()):
-                raise ValueError(f"{self.name} has no weights for {', '.join(missing[:4])} of {type(full).__name__}")
-        state = full.state_dict()
-        return {f"backbone.{key}": state[key] for key in self.backbone.state_dict()}
+            return {f"backbone.{key}": full.state_dict()[key] for key in self.backbone.state_dict()}
+        return pretrained_backbone(type(self.backbone), source, self.backbone, config=self.config)
 
     def blocks(self) -> list[nn.Module]:
         """Transformer blocks."""
@@ -99,13 +93,53 @@ class HFEncoder(Encoder):
         return VisualTokens(features.reshape(-1, self.width), grids)
 
 
+def pretrained_backbone(
+    whole: type[PreTrainedModel],
+    source: str,
+    backbone: nn.Module,
+    prefix: str = "",
+    config: PretrainedConfig | None = None,
+    subfolder: str = "",
+) -> StateDict:
+    """Weights of `backbone`, which is a part of a published model, under the keys of an encoder that holds it.
+
+    Args:
+        whole: class of the published model.
+        source: its folder or hub name.
+        backbone: what is to be filled.
+        prefix: where it is in the whole.
+        config: of the whole; default: as published.
+        subfolder: where the model is in its repository.
+
+    Raises:
+        ValueError: when the files do not hold all of its weights.
+    """
+    full, info = whole.from_pretrained(
+        source, config=config, dtype=torch.float32, subfolder=subfolder, output_loading_info=True
+    )
+    wanted = {f"{prefix}{key}": key for key in backbone.state_dict()}
+    state = full.state_dict()
+    if missing := sorted((set(info["missing_keys"]) & wanted.keys()) | (wanted.keys() - state.keys())):
+        raise ValueError(f"{source} has no weights for {', '.join(missing[:4])} of {whole.__name__}")
+    return {f"backbone.{own}": state[key] for key, own in wanted.items()}
+
+
 def _sizes(config: PretrainedConfig) -> tuple[int | list[int], int | list[int]]:
     return config.image_size, config.patch_size
 
 
-def _vision_config(name: str | None, config: dict[str, Any] | None) -> PretrainedConfig:
+def check_one_source(encoder: str, name: str | None, config: dict[str, Any] | None) -> None:
+    """See that exactly one of the two says what to build.
+
+    Raises:
+        ValueError: when it is both or neither.
+    """
     if (name is None) == (config is None):
-        raise ValueError("give HFEncoder either a name or a config, not both and not neither")
+        raise ValueError(f"give {encoder} either a name or a config (with name: null), not both and not neither")
+
+
+def _vision_config(name: str | None, config: dict[str, Any] | None) -> PretrainedConfig:
+    check_one_source("HFEncoder", name, config)
     if name is not None:
         loaded = AutoConfig.from_pretrained(resolve(name))
     else:

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_vlm.batch import Batch, Grid, Images, VisualTokens
-from lit_vlm.heads.base import Head
+from lit_vlm.batch import Batch, Grid, Images, VisualTokens, index_suffixes
+from lit_vlm.heads.base import Head, Tap
 from lit_vlm.losses import cosine_distance, smooth_l1_distance
 from lit_vlm.teachers.base import Teacher
 
@@ -46,17 +46,21 @@ class FeatureDistillation(Head):
         self.distance = distance
         self.predictor = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, self.teacher.width))
 
-    def forward(self, states: Mapping[int, Tensor], batch: Batch, teacher_images: object) -> Tensor:
+    def forward(self, states: Mapping[Tap, Tensor], batch: Batch, teacher_images: object) -> Tensor:
         """Sum over images of the mean distance of their tokens."""
         hidden = states[self.layer].flatten(0, 1)
         if not batch.image_grids:
             return 0 * self.predictor(hidden[:1]).float().sum()
         assert self.teacher is not None
         assert isinstance(teacher_images, Images | VisualTokens)
-        student = self.predictor(hidden[batch.image_positions])  # [t, width of the teacher]
-        targets = _on_grids(self.teacher.targets(teacher_images), batch.image_grids)
+        positions, grids = batch.image_positions, batch.image_grids
+        if grids[0].suffix:  # task tokens show no part of the image
+            positions = positions[index_suffixes(grids)[0].to(positions.device, non_blocking=True)]
+            grids = tuple(grid._replace(suffix=0) for grid in grids)
+        student = self.predictor(hidden[positions])  # [t, width of the teacher]
+        targets = _on_grids(self.teacher.targets(teacher_images), grids)
         distances = DISTANCES[self.distance](student, targets)
-        lengths = torch.tensor([grid.num_tokens for grid in batch.image_grids], device=distances.device)
+        lengths = torch.tensor([grid.num_tokens for grid in grids], device=distances.device)
         return (distances / lengths.repeat_interleave(lengths)).sum()
 
 
@@ -68,7 +72,7 @@ def _on_grids(tokens: VisualTokens, grids: tuple[Grid, ...]) -> Tensor:
     for features, own, grid in zip(
         tokens.features.split([g.num_tokens for g in tokens.grids]), tokens.grids, grids, strict=True
     ):
-        if own.prefix or own.row_end or grid.prefix or grid.row_end:
+        if own.num_tokens != own.rows * own.cols or grid.num_tokens != grid.rows * grid.cols:
             raise ValueError(
                 "FeatureDistillation needs plain patch grids, without CLS or row-end tokens, on both sides"
             )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_vlm.batch import Batch, Grid, Images, VisualTokens
-from lit_vlm.heads.base import WORDS, Head
+from lit_vlm.heads.base import WORDS, Head, Tap
 from lit_vlm.heads.feature_distillation import DISTANCES
 from lit_vlm.projectors.downsample import fold
 from lit_vlm.teachers.base import Teacher
@@ -56,7 +56,7 @@ class HolisticDistillation(Head):
             raise ValueError(f"predictor is none, but targets are {target} wide and the decoder is {width}: use linear")
         self.predictor = nn.Linear(width, target) if predictor == "linear" else nn.Identity()
 
-    def forward(self, states: Mapping[int, Tensor], batch: Batch, teacher_images: object) -> Tensor:
+    def forward(self, states: Mapping[Tap, Tensor], batch: Batch, teacher_images: object) -> Tensor:
         """Sum over image tokens of their distances."""
         hidden = states[0].flatten(0, 1)
         if not batch.image_grids:
@@ -68,7 +68,7 @@ class HolisticDistillation(Head):
 
     def _targets(self, teacher: VisualTokens, grids: tuple[Grid, ...]) -> Tensor:
         """The teacher's features for each image token: `[t, d']`."""
-        expected = tuple(Grid(grid.rows * self.ratio, grid.cols * self.ratio) for grid in grids)
+        expected = tuple(grid._replace(rows=grid.rows * self.ratio, cols=grid.cols * self.ratio) for grid in grids)
         if teacher.grids != expected:
             raise ValueError(
                 f"the teacher of HolisticDistillation gives {teacher.grids[0]} where the image has {grids[0]}: with "
@@ -99,7 +99,7 @@ class WordDistillation(Head):
         super().__init__(width, num_layers)
         self.distance = distance
 
-    def forward(self, states: Mapping[int, Tensor], batch: Batch, teacher_images: object) -> Tensor:
+    def forward(self, states: Mapping[Tap, Tensor], batch: Batch, teacher_images: object) -> Tensor:
         """Sum over text tokens of their distances."""
         text = (batch.segment_ids > 0).flatten().float()
         text = text.index_fill(0, batch.image_positions, 0.0)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_vlm.batch import Batch, Grid, Images, Patches, VisualTokens, index_patches
-from lit_vlm.heads.base import Head
+from lit_vlm.heads.base import Head, Tap
 from lit_vlm.losses import cosine_distance
 from lit_vlm.teachers.base import Teacher
 
@@ -59,7 +59,7 @@ class PatchAlignment(Head):
             )
             self.output_layer = nn.Linear(out, out)
 
-    def forward(self, states: Mapping[int, Tensor], batch: Batch, teacher_images: object) -> Tensor:
+    def forward(self, states: Mapping[Tap, Tensor], batch: Batch, teacher_images: object) -> Tensor:
         """Sum over images of the mean distance of their patches."""
         hidden = [states[layer].flatten(0, 1) for layer in self.layers]
         if not batch.image_grids:
@@ -153,9 +153,9 @@ def _teacher_positions(patches: Patches, grids: Sequence[Grid], teacher: Sequenc
     """Index of each patch's counterpart among the teacher's tokens; the picture is in the middle of the square."""
     own = torch.tensor([(grid.rows, grid.cols) for grid in grids]) // ratio
     other = torch.tensor(teacher)
-    rows, cols, prefix, row_end = other.unbind(1)
+    rows, cols, prefix, row_end, suffix = other.unbind(1)
     top, left = (rows - own[:, 0]) // 2, (cols - own[:, 1]) // 2
-    lengths = prefix + rows * (cols + row_end)
+    lengths = prefix + rows * (cols + row_end) + suffix
     start = lengths.cumsum(0) - lengths + prefix
     i = patches.image
     return start[i] + (patches.row + top[i]) * (cols + row_end)[i] + patches.col + left[i]

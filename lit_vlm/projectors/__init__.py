@@ -3,6 +3,7 @@
 from lit_vlm.projectors.base import Projector
 from lit_vlm.projectors.downsample import Downsample, Downsample3x3, PatchMerge
 from lit_vlm.projectors.mlp import MLP, Identity, Linear
+from lit_vlm.projectors.per_encoder import PerEncoder
 from lit_vlm.projectors.resampler import PerceiverLayer, Resampler
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "Identity",
     "Linear",
     "PatchMerge",
+    "PerEncoder",
     "PerceiverLayer",
     "Projector",
     "Resampler",

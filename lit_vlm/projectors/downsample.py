@@ -26,8 +26,8 @@ class Fold:
 
     def __call__(self, grid: Grid) -> Grid:
         """The folded grid; in column order the tokens read column by column, so rows and columns swap."""
-        if grid.prefix or grid.row_end:
-            raise ValueError("a folding projector takes patches only: no CLS token and no row-end tokens")
+        if grid.prefix or grid.row_end or grid.suffix:
+            raise ValueError("a folding projector takes patches only: no CLS token, row-end or further tokens")
         rows, cols = -(-grid.rows // self.side), -(-grid.cols // self.side)
         return Grid(cols, rows) if self.token_order == "col" else Grid(rows, cols)
 

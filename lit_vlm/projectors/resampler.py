@@ -42,23 +42,32 @@ class PerceiverLayer(nn.Module):
             nn.Linear(int(width * ffn_ratio), width, bias=False),
         )
 
-    def forward(self, tokens: Tensor, queries: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Update the queries.
+    def forward(
+        self, tokens: Tensor, queries: Tensor, mask: Tensor | None = None, rows: Tensor | None = None
+    ) -> Tensor:
+        """Update the queries. Keys and values are computed once per row, and what all readers share is computed once.
 
         Args:
-            tokens: `[n, p, d]`.
-            queries: `[n, q, d]`.
-            mask: bool `[n, p]`, False for tokens that are padding.
+            tokens: `[b, p, d]`.
+            queries: `[n, q, d]`, or `[1, q, d]` that all n readers share.
+            mask: bool `[n, p]`, False for tokens that are not to be read.
+            rows: `[n]`, the row of `tokens` that each reader reads; default: n = b, each its own.
 
         Returns:
             `[n, q, d]`.
         """
         queries_in = self.norm_queries(queries)
-        context = torch.cat([self.norm_tokens(tokens), queries_in], dim=1)  # [n, p + q, d]
-        k, v = (self._heads(x) for x in self.to_kv(context).chunk(2, dim=-1))
+        keys, values = (self._heads(x) for x in self.to_kv(self.norm_tokens(tokens)).chunk(2, dim=-1))
+        own_keys, own_values = (self._heads(x) for x in self.to_kv(queries_in).chunk(2, dim=-1))
+        if rows is not None:
+            keys, values = keys[rows], values[rows]
+        n = keys.shape[0]
+        k = torch.cat([keys, own_keys.expand(n, -1, -1, -1)], dim=2)  # [n, heads, p + q, head_dim]
+        v = torch.cat([values, own_values.expand(n, -1, -1, -1)], dim=2)
         if mask is not None:
             mask = F.pad(mask, (0, queries.shape[1]), value=True)[:, None, None]  # [n, 1, 1, p + q]
-        out = F.scaled_dot_product_attention(self._heads(self.to_q(queries_in)), k, v, attn_mask=mask)
+        q = self._heads(self.to_q(queries_in)).expand(n, -1, -1, -1)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         queries = queries + self.to_out(out.transpose(1, 2).flatten(2))
         return queries + self.ffn(queries)
 

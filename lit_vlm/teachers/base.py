@@ -18,10 +18,12 @@ class Teacher(ABC):
     Attributes:
         width: features per token.
         pixels: what it wants of an image; the loader's workers prepare its images.
+        known: the map of a picture that takes the place of its features, so that it never sees an image; or None.
     """
 
     width: int
     pixels: PixelSpec
+    known: str | None = None
 
     @abstractmethod
     def __call__(self, images: Images) -> VisualTokens:

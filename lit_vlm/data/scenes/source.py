@@ -13,6 +13,7 @@ from PIL import Image as PILImage
 
 from lit_vlm.data.records import Image, Message, Part, Record, Text
 from lit_vlm.data.scenes.language import caption, describe_for
+from lit_vlm.data.scenes.maps import DETAIL, cell_maps
 from lit_vlm.data.scenes.questions import QUESTION_KINDS, Question, QuestionKind, ask, ask_about
 from lit_vlm.data.scenes.render import MIN_SIZE, Rendering, render
 from lit_vlm.data.scenes.sampling import MAX_THINGS, sample_scene
@@ -49,6 +50,8 @@ class Scenes(Source):
         max_things: the most that a scene holds, 3 to 6: fewer are easier to tell apart.
         wording: `varied`, or `plain`, which small models learn sooner: things go by their full names, relations are
             asked for as "which is further left", and places and distances differ more.
+        maps: cells per side of the exact maps of depth and segmentation that each picture carries, for
+            `teachers.KnownMap`; default: none.
         name: what the source is reported under; default: `scenes_` and its kind.
 
     Raises:
@@ -67,6 +70,7 @@ class Scenes(Source):
         turns: int = 1,
         max_things: int = MAX_THINGS,
         wording: Wording = "varied",
+        maps: int | None = None,
         name: str | None = None,
     ) -> None:
         _check_choice("kind", kind, get_args(Kind))
@@ -88,6 +92,9 @@ class Scenes(Source):
         self.image_folder = Path()
         self.kind, self.count, self.seed, self.size, self.split, self.shots = kind, count, seed, size, split, shots
         self.turns, self.max_things, self.wording = turns, max_things, wording
+        self.cells = maps
+        if maps is not None and (maps < 1 or size % (maps * DETAIL)):
+            raise ValueError(f"maps is {maps}; pictures of {size} pixels must divide into 4 · {maps} squares a side")
         self.question_kinds = tuple(question_kinds or QUESTION_KINDS)
 
     def __len__(self) -> int:
@@ -100,12 +107,17 @@ class Scenes(Source):
             IndexError: if `index` is not from 0 to `count` - 1.
         """
         record, scenes = self._compose(index)
-        images = iter([_encode(render(scene, self.size)) for scene in scenes])
+        images = iter([self._draw(scene) for scene in scenes])
         messages = tuple(
             Message(message.role, tuple(next(images) if isinstance(part, Image) else part for part in message.content))
             for message in record.messages
         )
         return Record(record.id, record.source, messages, record.options)
+
+    def _draw(self, scene: Scene) -> Image:
+        rendering = render(scene, self.size)
+        image = _encode(rendering)
+        return image if self.cells is None else replace(image, maps=cell_maps(scene, rendering, self.cells))
 
     def outline(self, index: int) -> Record:
         """The record without the bytes of its images, which are not drawn; raises as `record` does."""
@@ -121,7 +133,8 @@ class Scenes(Source):
 
     def fingerprint(self) -> str:
         """A hash of the arguments, which decide everything."""
-        arguments = {name: value for name, value in sorted(vars(self).items()) if name != "image_folder"}
+        # Maps add to a picture and change nothing of it.
+        arguments = {name: value for name, value in sorted(vars(self).items()) if name not in ("image_folder", "cells")}
         return hashlib.sha256(f"scenes-{VERSION}-{arguments}".encode()).hexdigest()[:16]
 
     def _compose(self, index: int) -> tuple[Record, list[Scene]]:

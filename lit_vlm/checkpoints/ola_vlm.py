@@ -1,0 +1,230 @@
+"""OLA-VLM's published weights: `ola_llama` and `ola_phi3` after pre-training, `llava_llama` and `llava_phi3` later."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from lit_vlm.checkpoints.layout import Layout, Names, SlotStates, export_folder, load_folder
+from lit_vlm.checkpoints.safetensors import read_folder
+from lit_vlm.data import ImageTransform, PadSquare
+from lit_vlm.decoders import HFDecoder
+from lit_vlm.embedders import Splice
+from lit_vlm.encoders import Encoder, HFEncoder, TimmEncoder
+from lit_vlm.heads import EmbeddingDistillation
+from lit_vlm.heads.perceiver import Perceiver
+from lit_vlm.model import VLM
+from lit_vlm.part import meta_parameters
+from lit_vlm.pretrained import resolve
+from lit_vlm.projectors import MLP
+
+TASKS = ("gen", "depth", "seg")
+PREDICTOR = (
+    (r"^layers\.(\d+)\.0\.norm1\.", r"layers.\1.norm_tokens."),
+    (r"^layers\.(\d+)\.0\.norm2\.", r"layers.\1.norm_queries."),
+    (r"^layers\.(\d+)\.0\.(to_\w+)\.", r"layers.\1.\2."),
+    (r"^layers\.(\d+)\.1\.", r"layers.\1.ffn."),
+)
+WAY_BACK = (
+    (r"^layers\.(\d+)\.norm_tokens\.", r"layers.\1.0.norm1."),
+    (r"^layers\.(\d+)\.norm_queries\.", r"layers.\1.0.norm2."),
+    (r"^layers\.(\d+)\.(to_\w+)\.", r"layers.\1.0.\2."),
+    (r"^layers\.(\d+)\.ffn\.", r"layers.\1.1."),
+)
+DROPPED = {
+    "rotary_emb.inv_freq": "a buffer that older versions saved",
+    "da_v2_head.": "the teacher's own depth head, which only draws pictures",
+    "embeddings.position_ids": "a buffer that older versions saved",
+}
+CLIP = ("clip_vision_model", 336, 14)
+
+
+def own_predictor_key(key: str) -> str:
+    """Our name of a weight of a predictor."""
+    return _rename(key, PREDICTOR)
+
+
+def _rename(key: str, rules: tuple[tuple[str, str], ...]) -> str:
+    for pattern, replacement in rules:
+        key, found = re.subn(pattern, replacement, key)
+        if found:
+            break
+    return key
+
+
+def _to_own(key: str) -> str:
+    if key.startswith("predictors."):
+        _, index, rest = key.split(".", 2)
+        return f"predictors.{index}.{own_predictor_key(rest.removeprefix('projector.'))}"
+    return re.sub(r"^backbone\.(stem|stages)\.(\d+)\.", r"backbone.\1_\2.", key)
+
+
+def _to_published(key: str) -> str:
+    if match := re.match(r"^(\d+)\.((?:proj_|norm_|layers|latents).*)$", key):  # behind `predictors.`
+        return f"{match[1]}.projector.{_rename(match[2], WAY_BACK)}"
+    return re.sub(r"^(stem|stages)_(\d+)\.", r"\1.\2.", key)
+
+
+def _names(convolutional: bool) -> Names:
+    """The two encoders are published under one prefix, CLIP's with one level more."""
+    # The more special ones first: the decoder's names begin like all others.
+    slots = {
+        "model.vision_tower.vision_tower.vision_model.": ("encoder", "backbone."),
+        "model.vision_tower.vision_tower.": ("encoder", "backbone."),
+        "model.mm_projector.": ("projector", "layers."),
+        **{f"model.special_{task}_tokens": ("embedder", f"tasks.{task}") for task in TASKS},
+        **{f"image_{task}_heads.": (f"heads.{task}", "predictors.") for task in TASKS},
+        **{f"{task}_logit_scale": (f"heads.{task}", "logit_scale") for task in TASKS},
+        "lm_head.": ("decoder", "lm.lm_head."),
+        "model.": ("decoder", "lm.model."),
+    }
+    if convolutional:
+        del slots["model.vision_tower.vision_tower.vision_model."]
+    return Names("ola_vlm", DROPPED, slots, _to_own, _to_published, split=_split)
+
+
+def _split(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> Mapping[str, Tensor]:
+    """Of a whole CLIP, with its final norm, the last block goes too: the layer before it is read."""
+    prefix = "model.vision_tower.vision_tower.vision_model."
+    norm = f"{prefix}post_layernorm."
+    if not any(key.startswith(norm) for key in state):
+        return state
+    numbers = [int(m[1]) for key in state if (m := re.match(rf"{re.escape(prefix)}encoder\.layers\.(\d+)\.", key))]
+    unused = (norm, f"{prefix}encoder.layers.{max(numbers)}.")
+    return {key: value for key, value in state.items() if not key.startswith(unused)}
+
+
+NAMES = _names(convolutional=False)
+
+
+def read(source: str) -> SlotStates:
+    """Weights of a folder or hub repository by slot; predictors are `heads.gen`, `heads.depth` and `heads.seg`.
+
+    Raises:
+        ValueError: for a key that belongs nowhere.
+    """
+    return NAMES.slots_of(read_folder(resolve(source)), {})
+
+
+def load(source: str | Path | Mapping[str, Tensor], config: Mapping[str, Any] | None = None) -> VLM:
+    """Build the model that the configuration describes and load all weights; see `load_published`.
+
+    Predictors are left out, as only training needs them: name the weights in `model.stage.start_from` for that.
+    """
+    return load_folder(source, config, NAMES, _architecture)
+
+
+def _architecture(layout: Layout) -> VLM:
+    model_type = str(layout.config.get("model_type", ""))
+    llama = "phi3" not in model_type
+    counts = int(layout.config.get("num_task_tokens") or 0)
+    parameters = {key.removeprefix("tasks."): len(value) for key, value in layout.slots.get("embedder", {}).items()}
+    order = [task for task in str(layout.config.get("aux_mode") or "gen-depth-seg").split("-") if task in parameters]
+    with meta_parameters():
+        decoder = HFDecoder(config=layout.decoder_config("llama" if llama else "phi3"), tokenizer=layout.tokenizer)
+        encoder = _encoder(layout)
+        embedder = Splice(
+            decoder.width,
+            decoder.vocab_size,
+            task_tokens=dict.fromkeys(order, counts) or None,
+            pooled_from={task: parameters[task] for task in order} or None,
+        )
+        return VLM(encoder, MLP(encoder.width, decoder.width, depth=2), embedder, decoder)
+
+
+def _encoder(layout: Layout) -> Encoder:
+    """The encoder that the weights are of; `vision_config` may give CLIP's configuration, otherwise it is CLIP-L/14."""
+    name = str(layout.config.get("mm_vision_tower") or "")
+    if any(key.startswith("backbone.stages_") for key in layout.slots["encoder"]):
+        match = re.search(r"-res(\d+)$", name)
+        timm_name = str(layout.config.get("timm_name") or "convnext_xxlarge.clip_laion2b_soup")
+        return TimmEncoder(timm_name, None, image_size=int(match[1]) if match else 768)
+    kept = len({key.split(".")[3] for key in layout.slots["encoder"] if key.startswith("backbone.encoder.layers.")})
+    given = layout.config.get("vision_config") or {
+        "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+        "image_size": CLIP[1], "patch_size": CLIP[2],
+    }  # fmt: skip
+    return HFEncoder(config={**given, "model_type": CLIP[0]}, layer=kept)
+
+
+def _is_ola(model: VLM) -> bool:
+    projector = model.projector
+    return (
+        isinstance(model.encoder, HFEncoder | TimmEncoder)
+        and isinstance(projector, MLP)
+        and len(projector.layers) == 3
+        and isinstance(model.embedder, Splice)
+        and set(model.embedder.task_tokens) <= set(TASKS)
+        and type(model.decoder) is HFDecoder
+    )
+
+
+def export(model: VLM, out: Path, transform: ImageTransform | None = None) -> float:
+    """Write the model under published names, read it back, and compare logits.
+
+    Predictors are written if the model has any, as in files after pre-training; blocks of CLIP after the layer that is
+    read are not.
+
+    Args:
+        model: HFEncoder or TimmEncoder, MLP of depth 2, Splice and HFDecoder; adapters are merged.
+        out: a folder that is new or empty.
+        transform: how pictures were resized.
+
+    Returns:
+        the largest difference of the logits on a random picture and text, in fp32.
+
+    Raises:
+        ValueError: when the model has no such form, or the check fails.
+    """
+    if not _is_ola(model):
+        parts = [type(part).__name__ for part in (model.encoder, model.projector, model.embedder, model.decoder)]
+        raise ValueError(
+            f"ola_vlm is HFEncoder or TimmEncoder, MLP of depth 2, Splice with task tokens among {', '.join(TASKS)} "
+            f"and HFDecoder; this model is {parts} with {list(model.embedder.task_tokens)}"
+        )
+    encoder, decoder = model.encoder, model.decoder
+    assert isinstance(decoder, HFDecoder)
+    decoder.merge_adapters()
+    heads = {name: head for name, head in model.heads.items() if isinstance(head, EmbeddingDistillation)}
+    places = {f"heads.{name}": f"heads.{head.tokens or name}" for name, head in heads.items()}
+    form = "phi3" if decoder.config.model_type == "phi3" else "llama"
+    config = decoder.config.to_dict() | {
+        "model_type": f"{'ola' if heads else 'llava'}_{form}",
+        "aux_mode": "-".join(model.embedder.task_tokens),
+        "num_task_tokens": next((len(place) for place in model.embedder.task_tokens.values()), 0),
+        "task_token_format": "expand_emb",
+        "mm_hidden_size": encoder.width,
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_vision_select_layer": -2,
+        "mm_vision_select_feature": "patch",
+        "image_aspect_ratio": "pad" if isinstance(transform, PadSquare) else "square",
+    }
+    convolutional = isinstance(encoder, TimmEncoder)
+    if isinstance(encoder, TimmEncoder):
+        config |= {"mm_vision_tower": f"{encoder.name}-res{encoder.pixels.size}", "timm_name": encoder.name}
+    elif isinstance(encoder, HFEncoder):
+        config |= {"mm_vision_tower": encoder.name, "vision_config": encoder.config.to_dict()}
+    for name, head in heads.items():
+        config[f"image_{head.tokens or name}"] = _head_config(head)
+    return export_folder(model, out, config, _names(convolutional), places, partial(load, config=None))
+
+
+def _head_config(head: EmbeddingDistillation) -> dict[str, Any]:
+    first = head.predictors[0]
+    assert isinstance(first, Perceiver)
+    layer = first.layers[0]
+    assert isinstance(layer.to_q, nn.Linear)
+    return {
+        "depth": len(first.layers),
+        "num_heads": layer.num_heads,
+        "dim_head": layer.to_q.out_features // int(str(layer.num_heads)),
+        "num_tokens": first.num_queries,
+        "output_dim": first.proj_out.out_features,
+        "ff_mult": 1,
+        "layer_indices": "-".join(str(index) for index in head.layers),
+    }

@@ -1,0 +1,57 @@
+"""CLIP's embedding of a whole image."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+from lit_vlm.batch import Grid, Images, PixelSpec, VisualTokens
+from lit_vlm.encoders.base import CLIP_MEAN, CLIP_STD, Encoder, PatchGrid
+from lit_vlm.encoders.hf import check_one_source, pretrained_backbone
+from lit_vlm.part import StateDict
+from lit_vlm.pretrained import resolve
+
+
+class CLIPEmbedding(Encoder):
+    """One token per image: the projected CLS token of a CLIP vision model; the generation target of OLA-VLM.
+
+    That of Stable unCLIP, which pictures are generated from, is CLIP ViT-H/14.
+
+    Args:
+        name: hub name or local folder. Or null, with `config`.
+        config: of a CLIP vision model with `projection_dim`, for random weights.
+        subfolder: where the model is in its repository.
+    """
+
+    def __init__(
+        self,
+        name: str | None = "stabilityai/stable-diffusion-2-1-unclip",
+        config: dict[str, Any] | None = None,
+        subfolder: str = "image_encoder",
+    ) -> None:
+        super().__init__()
+        check_one_source("CLIPEmbedding", name, config)
+        self.name, self.subfolder = name, subfolder
+        if name is None:
+            found = CLIPVisionConfig(**(config or {}))
+        else:
+            found = CLIPVisionConfig.from_pretrained(resolve(name), subfolder=subfolder)
+        self.backbone = CLIPVisionModelWithProjection(found)
+        self.width = found.projection_dim
+        self.patch_grid = PatchGrid(found.image_size)
+        self.pixels = PixelSpec(found.image_size, found.image_size, CLIP_MEAN, "crop")
+        self._set_normalisation(CLIP_MEAN, CLIP_STD)
+
+    def pretrained_state(self) -> StateDict | None:
+        """Weights of the vision model and its projection."""
+        if self.name is None:
+            return None
+        return pretrained_backbone(
+            CLIPVisionModelWithProjection, resolve(self.name), self.backbone, subfolder=self.subfolder
+        )
+
+    def forward(self, images: Images) -> VisualTokens:
+        """Embeddings `[n, d_e]`, not normalised."""
+        pixels = self.normalise(self.tiles(images), next(self.backbone.parameters()).dtype)
+        return VisualTokens(self.backbone(pixels).image_embeds, (Grid(1, 1),) * len(images))

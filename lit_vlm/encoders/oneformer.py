@@ -1,0 +1,75 @@
+"""The Swin backbone of OneFormer, whose features know what is where."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from transformers import OneFormerConfig, OneFormerModel, SwinBackbone, SwinConfig
+
+from lit_vlm.batch import Grid, Images, PixelSpec, VisualTokens
+from lit_vlm.encoders.base import IMAGENET_MEAN, IMAGENET_STD, Encoder, PatchGrid
+from lit_vlm.encoders.hf import check_one_source, pretrained_backbone
+from lit_vlm.part import StateDict
+from lit_vlm.pretrained import resolve
+
+STRIDE = 32
+
+
+class OneFormerSwin(Encoder):
+    """The last feature map of OneFormer's Swin backbone; the segmentation target of OLA-VLM.
+
+    Args:
+        name: hub name or local folder. Or null, with `config`.
+        config: of a Swin backbone, for random weights.
+        image_size: side of the square in pixels; 768 gives 24 × 24 features.
+        input_size: side that the network sees: pictures are resized again, and the map is brought back. 800, as
+            OneFormer's processor does in OLA-VLM's code; null: `image_size`.
+    """
+
+    def __init__(
+        self,
+        name: str | None = "shi-labs/oneformer_coco_swin_large",
+        config: dict[str, Any] | None = None,
+        image_size: int = 768,
+        input_size: int | None = 800,
+    ) -> None:
+        super().__init__()
+        check_one_source("OneFormerSwin", name, config)
+        if image_size % STRIDE:
+            raise ValueError(f"image_size {image_size} is no multiple of the stride {STRIDE}")
+        self.name, self.input_size = name, input_size
+        found = SwinConfig(**(config or {})) if name is None else _backbone_config(name)
+        found.set_output_features_output_indices(out_features=["stage4"], out_indices=None)
+        self.backbone = SwinBackbone(found)
+        self.width = self.backbone.num_features[-1]
+        self.patch_grid = PatchGrid(STRIDE)
+        self.pixels = PixelSpec(image_size, STRIDE, IMAGENET_MEAN, "squash")
+        self._set_normalisation(IMAGENET_MEAN, IMAGENET_STD)
+
+    def pretrained_state(self) -> StateDict | None:
+        """Weights of the backbone."""
+        if self.name is None:
+            return None
+        return pretrained_backbone(OneFormerModel, resolve(self.name), self.backbone, "pixel_level_module.encoder.")
+
+    def forward(self, images: Images) -> VisualTokens:
+        """Features `[t, d_e]`, row by row."""
+        pixels = self.tiles(images)
+        side = self.patch_grid(*pixels.shape[2:]).rows
+        if self.input_size and self.input_size != pixels.shape[2]:
+            size = (self.input_size, self.input_size)
+            resized = F.interpolate(pixels.float(), size, mode="bilinear", antialias=True, align_corners=False)
+            pixels = resized.round().to(pixels.dtype)
+        (features,) = self.backbone(self.normalise(pixels, next(self.backbone.parameters()).dtype)).feature_maps
+        if features.shape[2:] != (side, side):
+            features = F.interpolate(features.float(), (side, side), mode="bilinear", align_corners=False)
+        flat = features.flatten(2).transpose(1, 2).reshape(-1, self.width)
+        return VisualTokens(flat, (Grid(side, side),) * len(images))
+
+
+def _backbone_config(name: str) -> SwinConfig:
+    config = OneFormerConfig.from_pretrained(resolve(name)).backbone_config
+    if not isinstance(config, SwinConfig):
+        raise ValueError(f"{name} has no Swin backbone")
+    return config

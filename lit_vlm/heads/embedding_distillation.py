@@ -1,0 +1,182 @@
+"""OLA-VLM's auxiliary losses: what a teacher sees in an image must be readable from the decoder's layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from lit_vlm.batch import Batch, Images, VisualTokens, index_suffixes
+from lit_vlm.embedders.base import Embedder
+from lit_vlm.heads.base import Head, Tap
+from lit_vlm.heads.perceiver import Perceiver
+from lit_vlm.losses import contrastive_loss, smooth_l1_distance
+from lit_vlm.teachers.base import Teacher
+
+Queries = Literal["parameters", "states", "own"]
+Text = Literal["all", "before", "none"]
+
+
+class EmbeddingDistillation(Head):
+    """Small predictors, one per layer, read the decoder's states and are compared with a teacher (OLA-VLM, section 3).
+
+    An image's predictor reads its own tokens, the task tokens behind it that belong to this head, and the text of its
+    sample; never another sample, padding, other images or the task tokens of other heads. The loss of an image is the
+    mean smooth L1 plus a contrastive term that picks the image's target among those of all images of all ranks, summed
+    over layers. Samples without images take no part.
+
+    Args:
+        width: width of the decoder.
+        num_layers: blocks of the decoder.
+        teacher: gives the targets, equally many for each image.
+        layers: which decoder layers are read, one predictor each.
+        num_targets: the teacher's features per image; 1 for a whole-image embedding.
+        tokens: the group of the embedder's task tokens that is this head's, or null for none.
+        queries: what the predictors ask with: the group's `parameters`, its `states` in the layer that is read (one
+            query, their mean), or latents of their `own`.
+        inner_width: of the predictors; null: the decoder's.
+        text: what is read of the sample's text: `all`, as published, which in training includes answers; only what
+            stands `before` the image, as system prompts do; or `none`.
+        read_padding: also read the padding of a row, as the published code does; then a loss depends on how long the
+            other rows are.
+        contrastive: weight of the contrastive term; 0 leaves it out.
+        num_heads: attention heads of a predictor.
+        head_dim: width of such a head.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        num_layers: int,
+        teacher: Callable[[], Teacher],
+        layers: list[int],
+        num_targets: int = 576,
+        tokens: str | None = None,
+        queries: Queries = "parameters",
+        inner_width: int | None = None,
+        text: Text = "all",
+        read_padding: bool = False,
+        contrastive: float = 0.3,
+        num_heads: int = 4,
+        head_dim: int = 32,
+    ) -> None:
+        super().__init__(width, num_layers)
+        if not layers or not all(1 <= layer <= num_layers for layer in layers):
+            raise ValueError(f"layers {layers}: choose from 1 to {num_layers}, the blocks of this decoder")
+        if (tokens is None) != (queries == "own"):
+            raise ValueError(
+                f"queries {queries} with tokens {tokens}: `own` goes without task tokens, the others need a group"
+            )
+        if read_padding and text != "all":
+            raise ValueError("read_padding goes with text: all")
+        self.teacher = teacher()
+        self.layers, self.num_targets, self.tokens, self.queries = list(layers), num_targets, tokens, queries
+        self.text, self.read_padding, self.contrastive = text, read_padding, contrastive
+        self.taps = (*sorted(set(layers)), *([tokens] if tokens and queries == "parameters" else []))
+        self.predictors = nn.ModuleList(
+            Perceiver(
+                width,
+                self.teacher.width,
+                num_targets,
+                inner_width or width,
+                own_queries=queries == "own",
+                num_heads=num_heads,
+                head_dim=head_dim,
+            )
+            for _ in layers
+        )
+        # exp of it divides the cosines; 2 is the published start. It is shared by the layers.
+        self.logit_scale = nn.Parameter(torch.tensor(2.0)) if contrastive else None
+        self._places = range(0)
+
+    def connect(self, embedder: Embedder) -> None:
+        """Find its group among the embedder's task tokens."""
+        if self.tokens is None:
+            return
+        if self.tokens not in embedder.task_tokens:
+            raise ValueError(
+                f"it reads the task tokens '{self.tokens}', model.embedder has {list(embedder.task_tokens) or 'none'}: "
+                "set model.embedder.task_tokens, or tokens: null and queries: own"
+            )
+        self._places = embedder.task_tokens[self.tokens]
+
+    def forward(self, states: Mapping[Tap, Tensor], batch: Batch, teacher_images: object) -> Tensor:
+        """Sum over images of their losses."""
+        if not batch.image_grids:
+            return self._nothing(states)
+        assert self.teacher is not None
+        assert isinstance(teacher_images, Images | VisualTokens)
+        targets = self._targets(self.teacher.targets(teacher_images))
+        predictions = self.predict(states, batch)
+        flat = targets.flatten(0, 1)
+        distances = [smooth_l1_distance(of_layer.flatten(0, 1), flat).sum() for of_layer in predictions]
+        loss = torch.stack(distances).sum() / self.num_targets
+        if self.logit_scale is not None:
+            loss = loss + self.contrastive * contrastive_loss(predictions, targets, self.logit_scale).sum()
+        return loss
+
+    def predict(self, states: Mapping[Tap, Tensor], batch: Batch) -> Tensor:
+        """What each layer says of each image: `[layers, n, num_targets, width of the teacher]`."""
+        rows, mask, places = self._reading(batch)
+        outputs = []
+        for layer, predictor in zip(self.layers, self.predictors, strict=True):
+            hidden = states[layer]
+            queries = None
+            if self.queries == "parameters":
+                assert self.tokens is not None
+                queries = states[self.tokens][None].to(hidden.dtype)
+            elif self.queries == "states":
+                queries = hidden.flatten(0, 1)[places].mean(1, keepdim=True)
+            outputs.append(predictor(hidden, queries, rows, mask))
+        return torch.stack(outputs)
+
+    def _reading(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """For each image its row `[n]`, what it reads of it `[n, s]`, and its task tokens `[n, c]`, index into b·s."""
+        positions, grids, (b, s) = batch.image_positions, batch.image_grids, batch.input_ids.shape
+        device, n = positions.device, len(grids)
+        lengths = torch.tensor([grid.num_tokens for grid in grids])
+        starts = lengths.cumsum(0) - lengths
+        others, suffixes = index_suffixes(grids)
+        image = torch.arange(n).repeat_interleave(lengths)  # of each visual token
+        # A token belongs to an image, to the text (−1), or to task tokens of another head (−2).
+        owner = torch.full((len(image),), -2)
+        own = suffixes[:, self._places.start : self._places.stop]
+        owner[others] = image[others]
+        owner[own] = torch.arange(n)[:, None].expand_as(own)
+        owner, starts, own = (x.to(device, non_blocking=True) for x in (owner, starts, own))
+        owner = torch.full((b * s,), -1, device=device).index_copy(0, positions, owner).view(b, s)
+        first = positions[starts]
+        rows = first // s
+        segments = batch.segment_ids[rows]
+        number = torch.arange(n, device=device)[:, None]
+        mask = owner[rows] == number
+        if self.text != "none":
+            same = segments == segments.gather(1, (first % s)[:, None])
+            if self.read_padding:
+                same = same | (segments == 0)
+            if self.text == "before":
+                same = same & (torch.arange(s, device=device) < (first % s)[:, None])
+            mask = mask | (same & (owner[rows] == -1))
+        return rows, mask, positions[own]
+
+    def _targets(self, features: VisualTokens) -> Tensor:
+        """`[n, num_targets, width of the teacher]`."""
+        wrong = {grid.num_tokens for grid in features.grids} - {self.num_targets}
+        if wrong:
+            raise ValueError(
+                f"EmbeddingDistillation: the teacher gives {sorted(wrong)} features of an image, num_targets is "
+                f"{self.num_targets}; set it to the teacher's number, or the teacher's to it"
+            )
+        return features.features.view(len(features.grids), self.num_targets, -1)
+
+    def _nothing(self, states: Mapping[Tap, Tensor]) -> Tensor:
+        """Zero, by way of every parameter; and the other ranks still need this one to see their targets."""
+        total = sum((parameter.float().sum() for parameter in self.parameters()), torch.zeros(()))
+        total = sum((state[..., :1].float().sum() for state in states.values()), total)
+        if self.logit_scale is not None:
+            assert self.teacher is not None
+            empty = states[self.layers[0]].new_zeros(len(self.layers), 0, self.num_targets, self.teacher.width)
+            total = total + contrastive_loss(empty, empty[0], self.logit_scale).sum()
+        return 0 * total

@@ -1,0 +1,34 @@
+"""Targets that come with the picture."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from lit_vlm.batch import Images, PixelSpec, VisualTokens
+from lit_vlm.data.scenes.maps import WIDTHS
+from lit_vlm.teachers.base import Teacher
+
+
+class KnownMap(Teacher):
+    """Exact maps of drawn scenes in place of a network's features: what a perfect teacher would say.
+
+    Args:
+        name: `depth` or `segmentation`, as `data.Scenes` hands them out with `maps`.
+    """
+
+    def __init__(self, name: Literal["depth", "segmentation"]) -> None:
+        self.known = name
+        self.width = WIDTHS[name]
+        self.pixels = PixelSpec(None, 1, (0.5, 0.5, 0.5))
+
+    def __call__(self, images: Images) -> VisualTokens:
+        """Nothing to compute from.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(f"KnownMap reads the map '{self.known}' of a picture and computes nothing from pixels")
+
+    def identity(self) -> str:
+        """The name of the map."""
+        return f"KnownMap {self.known}"
