@@ -117,12 +117,12 @@ def contrastive_loss(predictions: Tensor, targets: Tensor, log_scale: Tensor) ->
     Args:
         predictions: `[layers, n, q, w]`.
         targets: `[n, q, w]`, without a graph.
-        log_scale: logarithm of what cosines are multiplied by, at most log 100.
+        log_scale: logarithm of what cosines are multiplied by, at most log 100; one number.
 
     Returns:
         cross-entropy of each prediction, in nats: fp32 `[layers · n]`.
     """
-    scale = log_scale.float().exp().clamp(max=MOST_SCALE)
+    scale = log_scale.float().exp().clamp(max=MOST_SCALE).reshape(())
     unit = F.normalize(predictions.flatten(2), dim=-1).flatten(0, 1)
     own = F.normalize(targets.to(unit.dtype).flatten(1), dim=-1)
     loss: Tensor = _GatheredInfoNCE.apply(unit, own, scale)

@@ -12,7 +12,16 @@ from lit_vlm.cli import main
 from lit_vlm.recipe import find_recipe
 from tests.runs import tiny_fit
 
-RECIPES = ("eve", "eve_v2", "hovle", "hovle_hd", "mono_internvl")
+RECIPES = (
+    "eve",
+    "eve_v2",
+    "hovle",
+    "hovle_hd",
+    "mono_internvl",
+    "multi_encoder_feature",
+    "multi_encoder_token",
+    "ola_vlm",
+)
 
 
 @pytest.mark.filterwarnings("ignore:LightningCLI.s args parameter")
@@ -35,7 +44,13 @@ def test_all_stages_run_one_after_the_other(name: str, tmp_path: Path, monkeypat
             assert any(not torch.equal(value, state[key]) for key, value in before.items())
 
 
-STAGES = [("eve", "2_pretrain"), ("eve_v2", "2_1a_vision"), ("hovle", "1_distill"), ("hovle_hd", "3_sft")]
+STAGES = [
+    ("eve", "2_pretrain"),
+    ("eve_v2", "2_1a_vision"),
+    ("hovle", "1_distill"),
+    ("hovle_hd", "3_sft"),
+    ("ola_vlm", "1_pretrain"),
+]
 
 
 @pytest.mark.parametrize(("name", "stage"), STAGES)

@@ -41,6 +41,7 @@ DROPPED = {
     "da_v2_head.": "the teacher's own depth head, which only draws pictures",
     "embeddings.position_ids": "a buffer that older versions saved",
 }
+SCALE = "_logit_scale"
 CLIP = ("clip_vision_model", 336, 14)
 
 
@@ -79,17 +80,18 @@ def _names(convolutional: bool) -> Names:
         "model.mm_projector.": ("projector", "layers."),
         **{f"model.special_{task}_tokens": ("embedder", f"tasks.{task}") for task in TASKS},
         **{f"image_{task}_heads.": (f"heads.{task}", "predictors.") for task in TASKS},
-        **{f"{task}_logit_scale": (f"heads.{task}", "logit_scale") for task in TASKS},
+        **{f"{task}{SCALE}": (f"heads.{task}", "logit_scale") for task in TASKS},
         "lm_head.": ("decoder", "lm.lm_head."),
         "model.": ("decoder", "lm.model."),
     }
     if convolutional:
         del slots["model.vision_tower.vision_tower.vision_model."]
-    return Names("ola_vlm", DROPPED, slots, _to_own, _to_published, split=_split)
+    return Names("ola_vlm", DROPPED, slots, _to_own, _to_published, _split, _join)
 
 
 def _split(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> Mapping[str, Tensor]:
-    """Of a whole CLIP, with its final norm, the last block goes too: the layer before it is read."""
+    """Scales as vectors; of a whole CLIP, with its final norm, the last block goes too: the layer before it is read."""
+    state = {key: value.view(1) if key.endswith(SCALE) else value for key, value in state.items()}
     prefix = "model.vision_tower.vision_tower.vision_model."
     norm = f"{prefix}post_layernorm."
     if not any(key.startswith(norm) for key in state):
@@ -97,6 +99,11 @@ def _split(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> Mapping[st
     numbers = [int(m[1]) for key in state if (m := re.match(rf"{re.escape(prefix)}encoder\.layers\.(\d+)\.", key))]
     unused = (norm, f"{prefix}encoder.layers.{max(numbers)}.")
     return {key: value for key, value in state.items() if not key.startswith(unused)}
+
+
+def _join(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> Mapping[str, Tensor]:
+    """Scales as the single numbers that they are in published files."""
+    return {key: value.view(()) if key.endswith(SCALE) else value for key, value in state.items()}
 
 
 NAMES = _names(convolutional=False)

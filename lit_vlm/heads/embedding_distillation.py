@@ -87,8 +87,9 @@ class EmbeddingDistillation(Head):
             )
             for _ in layers
         )
-        # exp of it divides the cosines; 2 is the published start. It is shared by the layers.
-        self.logit_scale = nn.Parameter(torch.tensor(2.0)) if contrastive else None
+        # exp of it multiplies the cosines; 2 is the published start. Layers share it. One number in a vector,
+        # as sharding takes no scalars.
+        self.logit_scale = nn.Parameter(torch.tensor([2.0])) if contrastive else None
         self._places = range(0)
 
     def connect(self, embedder: Embedder) -> None:

@@ -104,6 +104,7 @@ def test_what_is_exported_is_read_back(form: str, heads: bool, convolutional: bo
     assert f"model.vision_tower.vision_tower.{tower}" in keys
     assert ("image_gen_heads.1.projector.layers.0.0.to_kv.weight" in keys) == heads
     assert ("gen_logit_scale" in keys) == heads
+    assert not heads or load_file(tmp_path / "out" / "model.safetensors")["gen_logit_scale"].shape == ()
     loaded = load_published("ola_vlm", tmp_path / "out")
     assert list(loaded.embedder.task_tokens) == ["gen", "depth", "seg"]
     for name, value in loaded.state_dict().items():
