@@ -49,8 +49,8 @@ class Stage:
             neither kept on the device nor saved. A later stage takes them anew, with `fresh: [decoder]`.
         schedule: learning rate after the warm-up: cosine to 0, linear to 0, or constant.
         warmup_ratio: share of all steps over which the learning rate rises from 0.
-        optimizer: adamw, or muon for the matrices of hidden layers and adamw for all else: about half the steps in
-            short runs of small models; not with sharded parameters.
+        optimizer: adamw, or muon for matrices and adamw for all else: about half the steps in short runs of small
+            models; not with sharded parameters.
         weight_decay: on matrices; never on biases and norms.
         betas: AdamW's running averages.
         eps: AdamW's.
@@ -129,7 +129,7 @@ class Stage:
         if not groups:
             raise ValueError("model.stage.train names no slot, so there is nothing to train")
         if self.optimizer == "muon":
-            return MuonAdamW(_split_for_muon(groups, model), self.betas, self.eps)
+            return MuonAdamW(_split_for_muon(groups), self.betas, self.eps)
         return AdamW(groups, betas=self.betas, eps=self.eps, fused=True)
 
     def _groups(self, model: VLM) -> Iterator[dict[str, Any]]:
@@ -166,13 +166,11 @@ class Stage:
         return rows
 
 
-def _split_for_muon(groups: list[dict[str, Any]], model: VLM) -> Iterator[dict[str, Any]]:
-    """Hidden matrices apart from word tables, output layers, and what is no matrix."""
-    words = {id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
-    words |= {id(p) for p in model.decoder.head_parameters()}
+def _split_for_muon(groups: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Matrices, word tables among them, apart from all else."""
     for group in groups:
         for muon in (True, False):
-            members = [p for p in group["params"] if (p.ndim == 2 and id(p) not in words) == muon]
+            members = [p for p in group["params"] if (p.ndim == 2) == muon]
             if members:
                 yield group | {"params": members, "muon": muon}
 

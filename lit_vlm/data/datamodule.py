@@ -103,7 +103,9 @@ class VLMData(LightningDataModule):
         return self._split[1]
 
     def encoder(self, spec: InputSpec, prompt: bool = False) -> SampleEncoder:
-        """How a record becomes a sample of this stage, with nothing prepared."""
+        """How a record becomes a sample of this stage, with nothing prepared; a prompt needs no teacher."""
+        if prompt:
+            spec = replace(spec, teacher_pixels={}, known={})
         how = (spec, self.template, self.transform, self.max_length, self.too_long, prompt, self.fast_jpeg)
         return SampleEncoder(*how)
 

@@ -23,7 +23,8 @@ class EmbeddingDistillation(Head):
     """Small predictors, one per layer, read the decoder's states and are compared with a teacher (OLA-VLM, section 3).
 
     An image's predictor reads its own tokens, the task tokens behind it that belong to this head, and the text of its
-    sample; never another sample, padding, other images or the task tokens of other heads. The loss of an image is the
+    sample; never another sample, padding, other images or the task tokens of other heads. A head without a group of its
+    own reads all of them. The loss of an image is the
     mean smooth L1 plus a contrastive term that picks the image's target among those of all images of all ranks, summed
     over layers. Samples without images take no part.
 
@@ -95,6 +96,7 @@ class EmbeddingDistillation(Head):
     def connect(self, embedder: Embedder) -> None:
         """Find its group among the embedder's task tokens."""
         if self.tokens is None:
+            self._places = range(sum(len(place) for place in embedder.task_tokens.values()))
             return
         if self.tokens not in embedder.task_tokens:
             raise ValueError(

@@ -2,6 +2,6 @@
 
 from lit_vlm.teachers.base import EncoderTeacher, Teacher
 from lit_vlm.teachers.hf import HFVision
-from lit_vlm.teachers.known_map import KnownMap
+from lit_vlm.teachers.known_map import KnownMap, MapName
 
-__all__ = ["EncoderTeacher", "HFVision", "KnownMap", "Teacher"]
+__all__ = ["EncoderTeacher", "HFVision", "KnownMap", "MapName", "Teacher"]

@@ -8,6 +8,8 @@ from lit_vlm.batch import Images, PixelSpec, VisualTokens
 from lit_vlm.data.scenes.maps import WIDTHS
 from lit_vlm.teachers.base import Teacher
 
+MapName = Literal["depth", "segmentation"]
+
 
 class KnownMap(Teacher):
     """Exact maps of drawn scenes in place of a network's features: what a perfect teacher would say.
@@ -16,7 +18,7 @@ class KnownMap(Teacher):
         name: `depth` or `segmentation`, as `data.Scenes` hands them out with `maps`.
     """
 
-    def __init__(self, name: Literal["depth", "segmentation"]) -> None:
+    def __init__(self, name: MapName) -> None:
         self.known = name
         self.width = WIDTHS[name]
         self.pixels = PixelSpec(None, 1, (0.5, 0.5, 0.5))

@@ -200,7 +200,7 @@ def read_by_hand(model: VLM, batch: Batch, states: dict[Any, Tensor]) -> Tensor:
     for positions in starts:
         tokens = positions.tolist()
         patches, tasks = tokens[: -sum(TOKENS.values())], tokens[-sum(TOKENS.values()) :]
-        group = dict(zip(TOKENS, (tasks[:2], tasks[2:5], tasks[5:]), strict=True)).get(head.tokens or "", [])
+        group = dict(zip(TOKENS, (tasks[:2], tasks[2:5], tasks[5:]), strict=True)).get(head.tokens or "", tasks)
         row = tokens[0] // length
         text = [
             p for p in range(row * length, (row + 1) * length) if flat_ids[p] == flat_ids[tokens[0]] and p not in images

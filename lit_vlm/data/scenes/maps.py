@@ -14,6 +14,8 @@ LOG_DEPTH = (1.8, 0.5)
 """About the mean and standard deviation of log depth in metres; targets are near 0 and 1."""
 WIDTHS = {"depth": DETAIL**2, "segmentation": 1 + len(SHAPES) + len(COLOURS) + len(SIZES)}
 """Numbers per cell of each map."""
+SHAPE_SHARES = slice(0, 1 + len(SHAPES))
+"""Among the shares of a cell: background and shapes, which add up to 1."""
 
 
 def cell_maps(scene: Scene, rendering: Rendering, cells: int) -> dict[str, Floats]:

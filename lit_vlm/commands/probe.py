@@ -1,0 +1,136 @@
+"""`lit-vlm probe`: what can be read from each layer of trained models."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from lit_vlm.probe import ProbeResult, ProbeSettings, draw, probe
+from lit_vlm.teachers import KnownMap, MapName, Teacher
+
+KNOWN: dict[str, MapName] = {"depth": "depth", "seg": "segmentation"}
+"""Targets that generated scenes hold."""
+
+
+def main(argv: Sequence[str]) -> None:
+    """Probe each checkpoint, print a table, draw the curves, and log them."""
+    arguments = _parser().parse_args(argv)
+    if arguments.steps < 1 or arguments.held_out < 1 or arguments.batch_size < 1:
+        raise ValueError("--steps, --held-out and --batch-size must be at least 1")
+    from transformers.utils.logging import disable_progress_bar
+
+    from lit_vlm.checkpoints.run import load_run
+    from lit_vlm.data import Pictures, Scenes, Source
+    from lit_vlm.data.split import split
+    from lit_vlm.heads import Head
+
+    disable_progress_bar()
+    console = Console(highlight=False)
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    runs = {str(path): load_run(path, device) for path in dict.fromkeys(arguments.checkpoints)}
+    heads = [
+        run.module.vlm.heads[arguments.target] for run in runs.values() if arguments.target in run.module.vlm.heads
+    ]
+    teachers = [head.teacher for head in heads if isinstance(head, Head) and head.teacher is not None]
+    teacher: Teacher
+    if teachers and not (arguments.images and teachers[0].known):
+        teacher = teachers[0]
+    elif arguments.target in KNOWN and not arguments.images:
+        teacher = KnownMap(KNOWN[arguments.target])
+    else:
+        raise ValueError(
+            f"--target {arguments.target}: none of these runs has a head of that name whose teacher sees pictures, and "
+            f"exact maps of {', '.join(KNOWN)} come with generated scenes only (leave out --images)"
+        )
+    settings = ProbeSettings(arguments.steps, arguments.batch_size, arguments.lr, arguments.held_out, arguments.seed)
+    train: Source
+    held_out: Source
+    if arguments.images:
+        train, held_out = split(Pictures(arguments.images), 0.1, arguments.workers)
+    else:
+        scenes = {"size": arguments.size, "max_things": 3, "maps": arguments.cells}
+        train = Scenes("captions", settings.steps * settings.batch_size, **scenes)
+        held_out = Scenes("captions", settings.held_out, split="held_out", **scenes)
+    results: dict[str, ProbeResult] = {}
+    for label, run in runs.items():
+        with Progress(console=console) as progress:
+            task = progress.add_task(f"probing {label}", total=settings.steps)
+            for found in probe(run, teacher, train, held_out, settings, arguments.workers):
+                if isinstance(found, ProbeResult):
+                    results[label] = found
+                else:
+                    progress.update(task, completed=found)
+    out = arguments.out
+    out.mkdir(parents=True, exist_ok=True)
+    saved = {"target": arguments.target, "teacher": teacher.identity(), "settings": asdict(settings)}
+    saved |= {"results": {label: asdict(result) for label, result in results.items()}}
+    (out / "probe.json").write_text(json.dumps(saved, indent=1) + "\n", encoding="utf-8")
+    draw(results, f"what is known of {arguments.target}", out / "probe.png")
+    console.print(_table(results, arguments.target))
+    if not arguments.no_mlflow:
+        _log(results, arguments, saved)
+    console.print(f"curves: {out / 'probe.png'}   figures: {out / 'probe.json'}", soft_wrap=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lit-vlm probe",
+        description="Train one small resampler per decoder layer on the frozen states of each model, towards a "
+        "teacher's features, and show how well they can be read: the cosine, and for exact maps the share of right "
+        "depth orders or the mIoU. The teacher is that of the head of this name in the recipe of one of the runs, "
+        "otherwise exact maps.",
+    )
+    parser.add_argument("checkpoints", nargs="+", type=Path, help="checkpoints, or folders of runs, to be compared")
+    parser.add_argument("--target", required=True, help="depth, seg, gen, or another head of the recipe")
+    parser.add_argument("--images", type=Path, help="a folder of pictures (default: generated scenes)")
+    parser.add_argument("--size", type=int, default=96, help="pixels of a scene's side (96)")
+    parser.add_argument("--cells", type=int, default=6, help="cells per side of exact maps (6)")
+    parser.add_argument("--steps", type=int, default=300, help="steps of training (300)")
+    parser.add_argument("--batch-size", type=int, default=16, help="pictures per step (16)")
+    parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (1e-3)")
+    parser.add_argument("--held-out", type=int, default=256, help="scenes to measure on (256)")
+    parser.add_argument("--seed", type=int, default=0, help="of the probes and the order of pictures (0)")
+    parser.add_argument("--workers", type=int, default=0, help="loader processes (0)")
+    parser.add_argument("--out", type=Path, default=Path("probe"), help="folder of the results (probe)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    parser.add_argument("--no-mlflow", action="store_true", help="log nothing to MLflow")
+    return parser
+
+
+def _table(results: Mapping[str, ProbeResult], target: str) -> Table:
+    table = Table(title=f"what is known of {target}, by decoder layer")
+    table.add_column("")
+    first = next(iter(results.values()))
+    for layer in range(1, len(first.cosine) + 1):
+        table.add_column(str(layer), justify="right")
+    for label, result in results.items():
+        table.add_row(f"{label}: cosine", *(f"{value:.3f}" for value in result.cosine))
+        if result.score:
+            table.add_row(f"{label}: {result.score_name}", *(f"{value:.1%}" for value in result.score))
+    return table
+
+
+def _log(results: Mapping[str, ProbeResult], arguments: argparse.Namespace, saved: dict[str, object]) -> None:
+    """A run of MLflow for each model; layers are the steps of its curves."""
+    import mlflow
+
+    from lit_vlm.tracking import default_uri
+
+    mlflow.set_tracking_uri(default_uri())
+    mlflow.set_experiment("lit-vlm")
+    for label, result in results.items():
+        with mlflow.start_run(run_name=f"probe {arguments.target}"):
+            mlflow.log_params({"checkpoint": label, "target": arguments.target, "teacher": str(saved["teacher"])[:500]})
+            for layer, value in enumerate(result.cosine, 1):
+                mlflow.log_metric("probe/cosine", value, step=layer)
+            for layer, value in enumerate(result.score, 1):
+                mlflow.log_metric("probe/score", value, step=layer)
+            mlflow.log_artifact(str(arguments.out / "probe.png"))
