@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from lit_vlm.heads import Head
+from lit_vlm.model import VLM
 from lit_vlm.probe import ProbeResult, ProbeSettings, draw, probe
 from lit_vlm.teachers import KnownMap, MapName, Teacher
 
@@ -30,26 +32,12 @@ def main(argv: Sequence[str]) -> None:
     from lit_vlm.checkpoints.run import load_run
     from lit_vlm.data import Pictures, Scenes, Source
     from lit_vlm.data.split import split
-    from lit_vlm.heads import Head
 
     disable_progress_bar()
     console = Console(highlight=False)
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     runs = {str(path): load_run(path, device) for path in dict.fromkeys(arguments.checkpoints)}
-    heads = [
-        run.module.vlm.heads[arguments.target] for run in runs.values() if arguments.target in run.module.vlm.heads
-    ]
-    teachers = [head.teacher for head in heads if isinstance(head, Head) and head.teacher is not None]
-    teacher: Teacher
-    if teachers and not (arguments.images and teachers[0].known):
-        teacher = teachers[0]
-    elif arguments.target in KNOWN and not arguments.images:
-        teacher = KnownMap(KNOWN[arguments.target])
-    else:
-        raise ValueError(
-            f"--target {arguments.target}: none of these runs has a head of that name whose teacher sees pictures, and "
-            f"exact maps of {', '.join(KNOWN)} come with generated scenes only (leave out --images)"
-        )
+    teacher = _teacher(arguments, [run.module.vlm for run in runs.values()])
     settings = ProbeSettings(arguments.steps, arguments.batch_size, arguments.lr, arguments.held_out, arguments.seed)
     train: Source
     held_out: Source
@@ -80,6 +68,22 @@ def main(argv: Sequence[str]) -> None:
     console.print(f"curves: {out / 'probe.png'}   figures: {out / 'probe.json'}", soft_wrap=True)
 
 
+def _teacher(arguments: argparse.Namespace, models: Sequence[VLM]) -> Teacher:
+    """That of the first model's head of this name, or exact maps."""
+    target, pictures = arguments.target, arguments.images is not None
+    if not arguments.exact:
+        for model in models:
+            head = dict(model.heads.items()).get(target)
+            if isinstance(head, Head) and head.teacher is not None and not (pictures and head.teacher.known):
+                return head.teacher
+    if target in KNOWN and not pictures:
+        return KnownMap(KNOWN[target])
+    raise ValueError(
+        f"--target {target}: none of these runs has a head of that name whose teacher sees pictures, and exact maps of "
+        f"{', '.join(KNOWN)} come with generated scenes only"
+    )
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lit-vlm probe",
@@ -91,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("checkpoints", nargs="+", type=Path, help="checkpoints, or folders of runs, to be compared")
     parser.add_argument("--target", required=True, help="depth, seg, gen, or another head of the recipe")
     parser.add_argument("--images", type=Path, help="a folder of pictures (default: generated scenes)")
+    parser.add_argument("--exact", action="store_true", help="take the exact maps of scenes, for depth and seg")
     parser.add_argument("--size", type=int, default=96, help="pixels of a scene's side (96)")
     parser.add_argument("--cells", type=int, default=6, help="cells per side of exact maps (6)")
     parser.add_argument("--steps", type=int, default=300, help="steps of training (300)")

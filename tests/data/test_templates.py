@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from collections.abc import Sequence
@@ -15,12 +16,12 @@ from lit_vlm.data.encode import IMAGE_SLOT, encode_pieces
 from lit_vlm.data.records import Image, Message, Part, RecordError, Text
 from lit_vlm.data.sources import LlavaJson
 from lit_vlm.data.spec import InputSpec
-from lit_vlm.data.templates import VICUNA_SYSTEM, ChatML, Llama3, Piece, Plain, Span, Template, VicunaV1
+from lit_vlm.data.templates import VICUNA_SYSTEM, ChatML, Llama3, Phi3, Piece, Plain, Span, Template, VicunaV1
 
 VILA: dict[str, Any] = json.loads((Path(__file__).parents[1] / "fixtures" / "vila_text.json").read_text())
 MARK = "<image>"
 EOS = "</s>"
-TEMPLATES: list[Template] = [Plain(), VicunaV1(), ChatML(), Llama3()]
+TEMPLATES: list[Template] = [Plain(), VicunaV1(), ChatML(), Llama3(), Phi3()]
 
 
 def parts_of(text: str) -> tuple[Part, ...]:
@@ -248,7 +249,7 @@ def test_vicuna_spans() -> None:
     assert supervised_of(pieces) == [" a cat</s>", " yes</s>"]
 
 
-@pytest.mark.parametrize("template", [VicunaV1(), ChatML(), Llama3()], ids=lambda t: type(t).__name__)
+@pytest.mark.parametrize("template", [VicunaV1(), ChatML(), Llama3(), Phi3()], ids=lambda t: type(t).__name__)
 def test_an_answer_without_loss_has_no_supervised_mark(template: Template) -> None:
     turns = [
         TURNS[1],
@@ -261,7 +262,7 @@ def test_an_answer_without_loss_has_no_supervised_mark(template: Template) -> No
     assert "dog" not in only
 
 
-@pytest.mark.parametrize("template", [VicunaV1(), ChatML(), Llama3()], ids=lambda t: type(t).__name__)
+@pytest.mark.parametrize("template", [VicunaV1(), ChatML(), Llama3(), Phi3()], ids=lambda t: type(t).__name__)
 def test_a_question_with_loss_is_supervised(template: Template) -> None:
     turns = [Message("user", (Text("what "), Text("is it?", loss=True))), TURNS[2]]
     assert supervised_of(template.render(turns, EOS))[0] == "is it?"
@@ -332,7 +333,7 @@ def closed(template: Template, answer: str, eos: str) -> str:
         return f"{answer}\n"
     if isinstance(template, VicunaV1):
         return f" {answer}{eos}"
-    return answer + {ChatML: "<|im_end|>", Llama3: "<|eot_id|>"}[type(template)]  # type: ignore[index]
+    return answer + {ChatML: "<|im_end|>", Llama3: "<|eot_id|>", Phi3: "<|end|>"}[type(template)]  # type: ignore[index]
 
 
 @pytest.mark.parametrize("template", TEMPLATES, ids=lambda t: type(t).__name__)
@@ -394,3 +395,18 @@ def test_the_first_id_never_carries_a_loss(llama_spec: InputSpec) -> None:
     document = [Message("document", (Text("the cat"),))]
     for pieces in (Plain().render(document, EOS), VicunaV1().render(TURNS, EOS), Plain().render(TURNS[1:3], EOS)):
         assert encode_pieces(pieces, llama_spec)[1][0] == IGNORE
+
+
+@pytest.mark.parametrize(
+    ("template", "length", "digest"),
+    [
+        (Llama3(system=VICUNA_SYSTEM), 327, "52f225697495df56"),
+        (Phi3(system="You are a helpful AI assistant."), 98, "898af7c463e7d872"),
+    ],
+    ids=["llama3", "phi3"],
+)
+def test_olas_prompts_are_the_published_ones_to_the_letter(template: Template, length: int, digest: str) -> None:
+    turns = [Message("user", (Text("<image>\nQ"),)), Message("assistant", (Text("A"),))]
+    text = "".join(piece.text for piece in template.render(turns, "") if isinstance(piece, Span)).rstrip("\n")
+    assert len(text) == length
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == digest

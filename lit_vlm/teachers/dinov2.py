@@ -1,0 +1,43 @@
+"""DINOv2 as a target, on a grid of any size: also an example of how little a new target takes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch.nn.functional as F
+
+from lit_vlm.batch import Grid, Images, VisualTokens
+from lit_vlm.encoders import HFEncoder
+from lit_vlm.teachers.base import EncoderTeacher
+
+
+class DINOv2(EncoderTeacher):
+    """Patch features of DINOv2's last block, pooled to `side` × `side` targets of the whole picture, squashed.
+
+    Args:
+        name: hub name or local folder. Or null, with `config`.
+        config: of a DINOv2 model, for random weights.
+        side: targets per side.
+    """
+
+    def __init__(
+        self, name: str | None = "facebook/dinov2-large", config: dict[str, Any] | None = None, side: int = 24
+    ) -> None:
+        super().__init__(partial(HFEncoder, name=name, config=config, layer=-1))
+        self.side = side
+        self.pixels = replace(self.pixels, resize="squash")
+
+    def identity(self) -> str:
+        """The encoder's, and the grid."""
+        return f"{super().identity()} {self.side}"
+
+    def __call__(self, images: Images) -> VisualTokens:
+        """Features `[n · side², width]`."""
+        tokens = super().__call__(images)
+        maps = tokens.features.float().view(len(images), *tokens.grids[0][:2], self.width).permute(0, 3, 1, 2)
+        pooled = F.interpolate(maps, (self.side, self.side), mode="bilinear", antialias=True, align_corners=False)
+        return VisualTokens(
+            pooled.flatten(2).transpose(1, 2).flatten(0, 1), (Grid(self.side, self.side),) * len(images)
+        )

@@ -1,0 +1,126 @@
+"""Task tokens: where they are, what they hold, and that decoding sees them."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+
+from lit_vlm.batch import Batch, Grid, index_patches, index_suffixes
+from lit_vlm.build import build
+from lit_vlm.data.collate import collate, collate_prompts
+from lit_vlm.data.encode import Sample
+from lit_vlm.embedders import Splice
+from lit_vlm.generate import generate
+from lit_vlm.heads import FeatureDistillation
+from lit_vlm.model import VLM
+from lit_vlm.teachers import HFVision
+from tests.heads.test_embedding_distillation import PACKED, PADDED, batch_with
+from tests.tiny import CLIP, tiny_slots, tiny_vlm
+
+TASKS = partial(Splice, task_tokens={"seg": 1, "depth": 2}, pooled_from={"depth": 6})
+
+
+def model_with_tasks() -> VLM:
+    """A tiny model whose images are followed by three task tokens."""
+    return tiny_vlm(embedder=TASKS)
+
+
+@pytest.mark.parametrize("shapes", [PADDED, PACKED], ids=["padded", "packed"])
+def test_every_image_is_followed_by_its_task_tokens_in_order(shapes: list[list[list[int]]]) -> None:
+    model = model_with_tasks()
+    batch = batch_with(model, shapes)
+    embeds = model.embed(batch).flatten(0, 1)
+    seg, depth = model.embedder.task_parameters("seg"), model.embedder.task_parameters("depth")
+    expected = torch.cat([seg, torch.stack([depth[:3].mean(0), depth[3:].mean(0)])])
+    visual = model.see(batch)
+    lengths = [grid.num_tokens for grid in batch.image_grids]
+    assert lengths == [19] * 4
+    for positions, features in zip(batch.image_positions.split(lengths), visual.features.split(16), strict=True):
+        torch.testing.assert_close(embeds[positions[:16]], features)
+        torch.testing.assert_close(embeds[positions[16:]], expected)
+    words = model.decoder.embed(batch.input_ids).flatten(0, 1)
+    text = [i for i in range(len(words)) if i not in set(batch.image_positions.tolist())]
+    torch.testing.assert_close(embeds[text], words[text])
+
+
+def test_generation_with_a_cache_continues_as_the_whole_sequence_would() -> None:
+    model = model_with_tasks()
+    samples = [
+        Sample("", "", row.ids, row.ids, row.image_starts, row.grids, row.images)
+        for row in (_sample(model, [3, 4]), _sample(model, [2, 1, 7]), _sample(model, [5]))
+    ]
+    rows = generate(model, collate_prompts(samples), stop_ids=[-1], max_new_tokens=4)
+    for sample, row in zip(samples, rows, strict=True):
+        ids = list(sample.ids)
+        for token in row:
+            given = Sample("", "", ids, ids, sample.image_starts, sample.grids, sample.images)
+            assert int(model.logits(collate([given]))[0, -1].argmax()) == token
+            ids.append(token)
+
+
+def _sample(model: VLM, lengths: list[int]) -> Sample:
+    batch: Batch = batch_with(model, [[lengths]])
+    count = len(lengths) - 1
+    pixels = list(batch.images.pixels.view(count, 3, 28, 28)) if count else []
+    starts = batch.image_positions.view(count, -1)[:, 0].tolist() if count else []
+    return Sample(
+        "", "", batch.input_ids[0].tolist(), batch.input_ids[0].tolist(), starts, list(batch.image_grids), pixels
+    )
+
+
+def test_only_task_tokens_are_weights_of_the_embedder() -> None:
+    with_tasks, without = model_with_tasks(), tiny_vlm()
+    assert set(with_tasks.embedder.state_dict()) == {"tasks.seg", "tasks.depth"}
+    assert not without.embedder.state_dict()
+
+
+def test_the_start_of_task_tokens_has_the_standard_deviation_that_was_asked_for() -> None:
+    splice = Splice(512, 10, {"a": 64}, token_std=0.02)
+    assert splice.task_parameters("a").std().item() == pytest.approx(0.02, rel=0.05)
+    assert Splice(512, 10, {"a": 64}).task_parameters("a").std().item() == pytest.approx(1.0, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"task_tokens": {"a": 0}}, "task_tokens.a is 0: leave a group without tokens out"),
+        ({"task_tokens": {"a": 4}, "pooled_from": {"a": 6}}, "pooled_from.a 6 is no multiple of its 4 task_tokens"),
+        ({"pooled_from": {"a": 6}}, "pooled_from names \\['a'\\], of which task_tokens has none"),
+    ],
+)
+def test_numbers_that_do_not_fit_say_so(arguments: dict[str, dict[str, int]], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Splice(8, 10, **arguments)
+
+
+def test_other_heads_take_no_task_token_for_a_patch() -> None:
+    teacher = partial(HFVision, None, CLIP, -2)
+    heads = {"feature": partial(FeatureDistillation, teacher=teacher)}
+    losses = []
+    for embedder in (Splice, TASKS):
+        model = build(tiny_slots(embedder=embedder, heads=heads)).eval()
+        batch = batch_with(model, PADDED)
+        batch.teacher_images = {"feature": batch.images}
+        losses.append(model(batch, {"feature": 1.0})["feature"])
+    assert all(loss.isfinite() for loss in losses)
+    # Causal attention: patches of a first image come before any task token, so they are read as without them.
+    model = build(tiny_slots(embedder=TASKS, heads=heads)).eval()
+    plain = build(tiny_slots(heads=heads)).eval()
+    single = []
+    for one in (model, plain):
+        batch = batch_with(one, [[[3, 4]]])
+        batch.teacher_images = {"feature": batch.images}
+        single.append(one(batch, {"feature": 1.0})["feature"])
+    torch.testing.assert_close(single[0], single[1])
+
+
+def test_suffixes_are_found_behind_patches_of_any_layout() -> None:
+    grids = [Grid(2, 2, 1, 1, 3), Grid(1, 3, suffix=3)]
+    others, suffixes = index_suffixes(grids)
+    assert others.tolist() == [*range(7), 10, 11, 12]
+    assert suffixes.tolist() == [[7, 8, 9], [13, 14, 15]]
+    assert index_patches(grids).position.tolist() == [1, 2, 4, 5, 10, 11, 12]
+    with pytest.raises(ValueError, match="images of one batch have \\[0, 3\\] tokens after their patches"):
+        index_suffixes([Grid(1, 1), Grid(1, 1, suffix=3)])
