@@ -1,12 +1,12 @@
-"""`python -m tests.benchmarks [step|loss|data|eve|hovle]`: print every ratio."""
+"""`python -m tests.benchmarks [step|loss|data|eve|hovle|ola]`: print every ratio."""
 
 from __future__ import annotations
 
 import sys
 
-from tests.benchmarks import data, eve, hovle, loss, step
+from tests.benchmarks import data, eve, hovle, loss, ola, step
 
-ALL = {"step": step.main, "loss": loss.main, "data": data.main, "eve": eve.main, "hovle": hovle.main}
+ALL = {"step": step.main, "loss": loss.main, "data": data.main, "eve": eve.main, "hovle": hovle.main, "ola": ola.main}
 
 if __name__ == "__main__":
     names = sys.argv[1:] or list(ALL)
