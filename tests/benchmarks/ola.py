@@ -1,4 +1,4 @@
-"""OLA-VLM's pre-training: teachers in the step or prepared, in batches or one picture at a time; memory of the contrast.
+"""OLA-VLM's pre-training: teachers in the step or prepared, batched or one picture at a time; memory of the contrast.
 
 Runs alternate, and the ratio of each pair is taken, as the speed of a shared machine changes from minute to minute.
 """
@@ -40,8 +40,10 @@ CLIP = {
     "model_type": "clip_vision_model", "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6,
     "num_attention_heads": 4, "image_size": 168, "patch_size": 14,
 }  # fmt: skip
-DINO = {"hidden_size": 256, "num_hidden_layers": 8, "num_attention_heads": 4, "image_size": 168, "out_indices": [2, 4, 6, 8],
-        "patch_size": 14}  # fmt: skip
+DINO = {
+    "hidden_size": 256, "num_hidden_layers": 8, "num_attention_heads": 4, "image_size": 168, "patch_size": 14,
+    "out_indices": [2, 4, 6, 8],
+}  # fmt: skip
 SWIN = {"embed_dim": 32, "depths": [1, 1, 2, 1], "num_heads": [1, 2, 4, 8], "window_size": 6, "image_size": 384}
 LOSSES = {"next_token": 1.0, "depth": 0.5, "seg": 0.5, "gen": 0.5}
 TARGETS = 884_736
