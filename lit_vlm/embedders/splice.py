@@ -51,7 +51,7 @@ class Splice(Embedder):
     ) -> None:
         super().__init__(width, vocab_size)
         counts = task_tokens or {}
-        self._pooled(counts, pooled_from or {})
+        self._check_counts(counts, pooled_from or {})
         start = 0
         for name, count in counts.items():
             self.task_tokens[name] = range(start, start + count)
@@ -65,8 +65,8 @@ class Splice(Embedder):
         if start:
             self.grid_map = WithSuffix(start)
 
-    def _pooled(self, counts: Mapping[str, int], parameters: Mapping[str, int]) -> None:
-        """Check the numbers."""
+    def _check_counts(self, counts: Mapping[str, int], parameters: Mapping[str, int]) -> None:
+        """Raises ValueError for numbers that do not fit."""
         for name, count in counts.items():
             if count < 1:
                 raise ValueError(f"embedder.task_tokens.{name} is {count}: leave a group without tokens out")
