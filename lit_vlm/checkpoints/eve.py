@@ -92,10 +92,13 @@ def export(model: VLM, out: Path, transform: ImageTransform | None = None) -> fl
         or not isinstance(projector, MLP)
         or len(projector.layers) != 3
         or not isinstance(model.embedder, Splice)
+        or model.embedder.task_tokens
         or type(decoder) is not HFDecoder
     ):
         parts = [type(part).__name__ for part in (encoder, projector, model.embedder, decoder)]
-        raise ValueError(f"eve is EvePatchEmbedding, MLP of depth 2, Splice and HFDecoder; this model is {parts}")
+        raise ValueError(
+            f"eve is EvePatchEmbedding, MLP of depth 2, Splice without task tokens and HFDecoder; this model is {parts}"
+        )
     decoder.merge_adapters()
     head = next((name for name, part in model.heads.items() if isinstance(part, PatchAlignment)), None)
     config = decoder.config.to_dict() | {

@@ -90,10 +90,13 @@ def export(model: VLM, out: Path, transform: ImageTransform | None = None) -> fl
         not isinstance(encoder, EveV2PatchEmbedding)
         or not isinstance(model.projector, Identity)
         or not isinstance(model.embedder, Splice)
+        or model.embedder.task_tokens
         or not isinstance(decoder, DivideAndConquer)
     ):
         parts = [type(part).__name__ for part in (encoder, model.projector, model.embedder, decoder)]
-        raise ValueError(f"eve_v2 is EveV2PatchEmbedding, Identity, Splice and DivideAndConquer; this model is {parts}")
+        raise ValueError(
+            f"eve_v2 is EveV2PatchEmbedding, Identity, Splice without task tokens and DivideAndConquer; this model is {parts}"
+        )
     config = decoder.config.to_dict() | {
         "model_type": "eve",
         "architectures": ["EVEQwen2ForCausalLM"],

@@ -156,11 +156,12 @@ def export(model: VLM, out: Path, transform: ImageTransform | None = None) -> fl
         or not isinstance(projector, MLP)
         or len(projector.layers) != 3
         or not isinstance(model.embedder, Splice)
+        or model.embedder.task_tokens
         or not isinstance(decoder, HFDecoder)
     ):
         parts = [type(part).__name__ for part in (encoder, projector, model.embedder, decoder)]
         raise ValueError(
-            f"llava-hf is HFEncoder, MLP of depth 2, Splice and HFDecoder; this model is {', '.join(parts)}"
+            f"llava-hf is HFEncoder, MLP of depth 2, Splice without task tokens and HFDecoder; this model is {', '.join(parts)}"
         )
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty")

@@ -131,6 +131,8 @@ def _architecture(layout: Layout) -> VLM:
     llama = "phi3" not in model_type
     counts = int(layout.config.get("num_task_tokens") or 0)
     parameters = {key.removeprefix("tasks."): len(value) for key, value in layout.slots.get("embedder", {}).items()}
+    if parameters and not counts:
+        raise ValueError("the weights hold task tokens, and the configuration does not say how many: num_task_tokens")
     order = [task for task in str(layout.config.get("aux_mode") or "gen-depth-seg").split("-") if task in parameters]
     with meta_parameters():
         decoder = HFDecoder(config=layout.decoder_config("llama" if llama else "phi3"), tokenizer=layout.tokenizer)
