@@ -95,7 +95,8 @@ def export(model: VLM, out: Path, transform: ImageTransform | None = None) -> fl
     ):
         parts = [type(part).__name__ for part in (encoder, model.projector, model.embedder, decoder)]
         raise ValueError(
-            f"eve_v2 is EveV2PatchEmbedding, Identity, Splice without task tokens and DivideAndConquer; this model is {parts}"
+            "eve_v2 is EveV2PatchEmbedding, Identity, Splice without task tokens and DivideAndConquer; this model is "
+            f"{parts}"
         )
     config = decoder.config.to_dict() | {
         "model_type": "eve",

@@ -161,7 +161,8 @@ def export(model: VLM, out: Path, transform: ImageTransform | None = None) -> fl
     ):
         parts = [type(part).__name__ for part in (encoder, projector, model.embedder, decoder)]
         raise ValueError(
-            f"llava-hf is HFEncoder, MLP of depth 2, Splice without task tokens and HFDecoder; this model is {', '.join(parts)}"
+            "llava-hf is HFEncoder, MLP of depth 2, Splice without task tokens and HFDecoder; this model is "
+            f"{', '.join(parts)}"
         )
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty")
