@@ -179,3 +179,20 @@ def test_the_first_stage_of_hovle_needs_no_teacher(tmp_path: Path, monkeypatch: 
     module, batch = first_batch([*flags, "--data.prepared.image", str(out)])
     assert not batch.teacher_images
     assert losses(module, batch) == pytest.approx(online, rel=1e-2)  # features are kept in bf16
+
+
+def test_all_targets_of_ola_are_prepared_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    convert(Shapes(12, text_only=False), tmp_path / "set")
+    pictures = {"class_path": "lit_vlm.data.Converted", "init_args": {"path": str(tmp_path / "set")}}
+    files = find_recipe("ola_vlm").configs("1_pretrain", "tiny", "single")
+    flags = [word for path in files for word in ("--config", str(path))]
+    flags += ["--data.train", json.dumps([pictures]), "--data.val", "null"]
+    flags += ["--trainer.accelerator", "cpu", "--trainer.logger", "false"]
+    online = losses(*first_batch(flags))
+    assert online.keys() == {"next_token", "depth", "seg", "gen"}
+    for name in ("depth", "seg", "gen"):
+        flags += [f"--data.prepared.{name}", str(prepare(flags, tmp_path / name, "--of", name))]
+    monkeypatch.setattr(EncoderTeacher, "__call__", None)  # nobody may ask them now
+    module, batch = first_batch(flags)
+    assert not batch.teacher_images
+    assert losses(module, batch) == pytest.approx(online, rel=2e-2)  # features are kept in bf16
