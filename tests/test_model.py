@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -14,10 +15,11 @@ from lit_vlm.data import ChatML, Native, Plain, Shapes, SquareCrop, Template
 from lit_vlm.data.collate import collate, collate_prompts
 from lit_vlm.data.encode import SampleEncoder
 from lit_vlm.decoders import HFDecoder, Lora
-from lit_vlm.encoders import LinearPatches, TimmEncoder
+from lit_vlm.encoders import Ensemble, HFEncoder, LinearPatches, TimmEncoder
 from lit_vlm.generate import Continuation, generate, score_continuations
 from lit_vlm.heads import FeatureDistillation
 from lit_vlm.model import VLM
+from lit_vlm.projectors import PerEncoder
 from lit_vlm.teachers import EncoderTeacher
 from tests.tiny import (
     CLIP,
@@ -178,7 +180,14 @@ def test_recomputed_blocks_give_the_same_gradients_frozen_or_not() -> None:
 
 @pytest.mark.parametrize("name", PROJECTORS)
 def test_every_projector_trains_in_a_model(name: str) -> None:
-    model = tiny_vlm(projector=getattr(projectors, name))
+    slots: dict[str, Any] = {"projector": getattr(projectors, name)}
+    if name == "PerEncoder":
+        clip = partial(HFEncoder, config=CLIP)
+        slots = {
+            "encoder": partial(Ensemble, [clip, clip], "tokens", 4),
+            "projector": partial(PerEncoder, widths=[32, 32]),
+        }
+    model = tiny_vlm(**slots)
     model.requires_grad_(True)
     batch = batch_of(model)
     model(batch, NEXT_TOKEN)["next_token"].backward()

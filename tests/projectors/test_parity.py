@@ -14,7 +14,7 @@ from torch import Tensor
 import lit_vlm.projectors as slot
 from lit_vlm.batch import Grid, VisualTokens
 from lit_vlm.part import load_state
-from lit_vlm.projectors import MLP, Downsample, Downsample3x3, Identity, Linear, Projector, Resampler
+from lit_vlm.projectors import MLP, Downsample, Downsample3x3, Identity, Linear, PerEncoder, Projector, Resampler
 from lit_vlm.projectors.downsample import Fold, TokenOrder, fold
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "vila_projectors.pt"
@@ -32,7 +32,14 @@ MIXED = (Grid(4, 4), Grid(5, 5), Grid(3, 7), Grid(1, 1), Grid(4, 4), Grid(6, 2))
 
 def build(cls: type[Projector]) -> Projector:
     torch.manual_seed(0)
+    if cls is PerEncoder:
+        return PerEncoder(WIDTH, 10, widths=[WIDTH, 4, WIDTH])
     return cls(WIDTH, WIDTH if cls is Identity else 10)
+
+
+def grids_for(cls: type[Projector], *grids: Grid) -> tuple[Grid, ...]:
+    """With two tokens of each further encoder behind the patches, where a projector is made for them."""
+    return tuple(grid._replace(suffix=4) for grid in grids) if cls is PerEncoder else grids
 
 
 def tokens_of(*grids: Grid) -> VisualTokens:
@@ -146,11 +153,12 @@ def test_fold_of_a_grid_that_is_not_square_equals_a_plain_loop(grid: Grid, token
 
 @pytest.mark.parametrize("cls", PROJECTORS, ids=lambda cls: cls.__name__)
 def test_a_mix_of_sizes_equals_one_image_at_a_time(cls: type[Projector]) -> None:
-    projector, tokens = build(cls), tokens_of(*MIXED)
+    projector, grids = build(cls), grids_for(cls, *MIXED)
+    tokens = tokens_of(*grids)
     with torch.no_grad():
         together = projector(tokens)
-        parts = tokens.features.split([grid.num_tokens for grid in MIXED])
-        alone = [projector(VisualTokens(part, (grid,))) for part, grid in zip(parts, MIXED, strict=True)]
+        parts = tokens.features.split([grid.num_tokens for grid in grids])
+        alone = [projector(VisualTokens(part, (grid,))) for part, grid in zip(parts, grids, strict=True)]
     torch.testing.assert_close(together.features, torch.cat([result.features for result in alone]))
     assert together.grids == tuple(result.grids[0] for result in alone)
 
@@ -167,7 +175,7 @@ def test_a_mix_of_sizes_in_column_order_equals_one_image_at_a_time() -> None:
 @pytest.mark.parametrize("cls", PROJECTORS, ids=lambda cls: cls.__name__)
 @pytest.mark.parametrize("grid", [Grid(4, 4), Grid(5, 5), Grid(3, 8), Grid(1, 1), Grid(2, 9)], ids=str)
 def test_grid_map_promises_what_forward_returns(cls: type[Projector], grid: Grid) -> None:
-    projector = build(cls)
+    projector, (grid,) = build(cls), grids_for(cls, grid)
     with torch.no_grad():
         result = projector(tokens_of(grid, grid))
     promised = projector.grid_map(grid)
@@ -184,14 +192,14 @@ def test_grid_map_pickles(cls: type[Projector]) -> None:
 @pytest.mark.parametrize("cls", [cls for cls in PROJECTORS if cls is not Identity], ids=lambda cls: cls.__name__)
 def test_gradients_reach_every_parameter(cls: type[Projector]) -> None:
     projector = build(cls)
-    projector(tokens_of(*MIXED)).features.square().sum().backward()
+    projector(tokens_of(*grids_for(cls, *MIXED))).features.square().sum().backward()
     without = [name for name, p in projector.named_parameters() if p.grad is None or not p.grad.any()]
     assert not without
 
 
 @pytest.mark.parametrize("cls", PROJECTORS, ids=lambda cls: cls.__name__)
 def test_gradients_of_a_mix_reach_every_token(cls: type[Projector]) -> None:
-    tokens = tokens_of(*MIXED)
+    tokens = tokens_of(*grids_for(cls, *MIXED))
     tokens.features.requires_grad_()
     build(cls)(tokens).features.square().sum().backward()
     assert tokens.features.grad is not None
