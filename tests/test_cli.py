@@ -213,7 +213,7 @@ def test_flags_append_callbacks_and_change_learning_rates(tmp_path: Path, monkey
     ("arguments", "message"),
     [
         (["run", "nothing"], "there is no recipe 'nothing'; recipes: "),
-        (["run", "llava15", "--scale", "huge"], "has no scale 'huge'; scales: 7b, mini, tiny"),
+        (["run", "llava15", "--scale", "huge"], "has no scale 'huge'; scales: 7b, 8b, 8b_convnext, mini, tiny"),
         (["run", "llava15", "--stages", "3_x"], "has no stage '3_x'; stages: 1_align, 2_sft"),
         (
             ["run", "llava15", "--strategy", "magic"],
