@@ -26,8 +26,8 @@ from lit_vlm.teachers import Teacher
 
 NAME, OTHER = "probe", "segmentation"
 PROMPT = "\nDescribe the image in two lines."
-DEPTH_MARGIN = 0.2
-"""Standard deviations of log depth: cells that differ by less are no pair."""
+DEPTH_MARGIN = 0.5
+"""Ranges of depth: cells that differ by less are no pair."""
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ def _measure(model: VLM, probes: EmbeddingDistillation, teacher: Teacher, batche
         cosines.append(F.cosine_similarity(found.flatten(2), targets.flatten(1)[None], dim=-1))
         if teacher.known == "depth":
             things = batch.prepared[OTHER].features.view(*targets.shape[:2], -1)[..., 0] < 0.5
-            counts.append(_right_orders(found.mean(-1), targets.mean(-1), things))
+            counts.append(_right_orders(_depth(found), _depth(targets), things))
         elif teacher.known:
             counts.append(_overlaps(found[..., SHAPE_SHARES].argmax(-1), targets[..., SHAPE_SHARES].argmax(-1)))
     if not cosines:
@@ -195,6 +195,13 @@ def _measure(model: VLM, probes: EmbeddingDistillation, teacher: Teacher, batche
         both = torch.stack(counts).sum(0).double()  # [layers, classes, 2]: right and all
         score = (both[..., 0] / both[..., 1].clamp(min=1)).mean(1).tolist()
     return ProbeResult(torch.cat(cosines, dim=1).mean(1).tolist(), score, score_name)
+
+
+def _depth(shares: Tensor) -> Tensor:
+    """Mean range of depth of each cell, from shares `[..., ranges]` that may be a little below zero."""
+    shares = shares.clamp(min=0)
+    ranges = torch.arange(shares.shape[-1], device=shares.device)
+    return (shares * ranges).sum(-1) / shares.sum(-1).clamp(min=1e-6)
 
 
 def _right_orders(found: Tensor, targets: Tensor, things: Tensor) -> Tensor:

@@ -8,11 +8,11 @@ from lit_vlm.data.scenes.render import Rendering
 from lit_vlm.data.scenes.surfaces import Floats
 from lit_vlm.data.scenes.world import COLOURS, SHAPES, SIZES, Scene
 
-DETAIL = 4
-"""Depths per side of a cell."""
-LOG_DEPTH = (1.8, 0.5)
-"""About the mean and standard deviation of log depth in metres; targets are near 0 and 1."""
-WIDTHS = {"depth": DETAIL**2, "segmentation": 1 + len(SHAPES) + len(COLOURS) + len(SIZES)}
+DEPTHS = 16
+"""Ranges of depth, equally wide in log depth."""
+NEAREST, FARTHEST = 2.0, 14.0
+"""Metres: what is nearer or farther counts to the first or last range."""
+WIDTHS = {"depth": DEPTHS, "segmentation": 1 + len(SHAPES) + len(COLOURS) + len(SIZES)}
 """Numbers per cell of each map."""
 SHAPE_SHARES = slice(0, 1 + len(SHAPES))
 """Among the shares of a cell: background and shapes, which add up to 1."""
@@ -21,18 +21,20 @@ SHAPE_SHARES = slice(0, 1 + len(SHAPES))
 def cell_maps(scene: Scene, rendering: Rendering, cells: int) -> dict[str, Floats]:
     """Maps of a picture, `[cells, cells, width]` each.
 
-    - `depth`: log depth, standardised, of 4 × 4 squares in each cell, row by row.
+    - `depth`: which share of a cell lies in each of 16 ranges of log depth. A share for each range, and not the depth
+      itself, because predictors end in a norm over channels, which would take a cell's mean depth away.
     - `segmentation`: which share of a cell is background, then each shape, each colour and each size.
 
     Args:
         scene: what the picture shows.
-        rendering: the picture, whose side is a multiple of 4 · `cells`.
+        rendering: the picture, whose side is a multiple of `cells`.
         cells: per side.
     """
     size = len(rendering.depth)
-    side = size // (cells * DETAIL)
-    depth = (np.log(rendering.depth) - LOG_DEPTH[0]) / LOG_DEPTH[1]
-    depth = depth.reshape(cells, DETAIL, side, cells, DETAIL, side).mean((2, 5)).transpose(0, 2, 1, 3)
+    cell = size // cells
+    place = np.log(rendering.depth / NEAREST) / np.log(FARTHEST / NEAREST)
+    ranges = np.eye(DEPTHS, dtype=np.float32)[np.clip((place * DEPTHS).astype(int), 0, DEPTHS - 1)]
+    depth = ranges.reshape(cells, cell, cells, cell, DEPTHS).mean((1, 3))
     kinds = np.zeros((len(scene.things) + 1, WIDTHS["segmentation"]), np.float32)
     kinds[0, 0] = 1
     for index, thing in enumerate(scene.things, 1):
@@ -41,9 +43,8 @@ def cell_maps(scene: Scene, rendering: Rendering, cells: int) -> dict[str, Float
         colour = 1 + len(SHAPES) + COLOURS.index(look.colour)
         kinds[index, [shape, colour, 1 + len(SHAPES) + len(COLOURS) + SIZES.index(look.size)]] = 1
     shares = kinds[rendering.segmentation]
-    cell = size // cells
     shares = shares.reshape(cells, cell, cells, cell, -1).mean((1, 3))
     return {
-        "depth": np.ascontiguousarray(depth.reshape(cells, cells, -1), np.float32),
+        "depth": depth.astype(np.float32),
         "segmentation": shares.astype(np.float32),
     }

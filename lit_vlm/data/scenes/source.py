@@ -13,7 +13,7 @@ from PIL import Image as PILImage
 
 from lit_vlm.data.records import Image, Message, Part, Record, Text
 from lit_vlm.data.scenes.language import caption, describe_for
-from lit_vlm.data.scenes.maps import DETAIL, cell_maps
+from lit_vlm.data.scenes.maps import cell_maps
 from lit_vlm.data.scenes.questions import QUESTION_KINDS, Question, QuestionKind, ask, ask_about
 from lit_vlm.data.scenes.render import MIN_SIZE, Rendering, render
 from lit_vlm.data.scenes.sampling import MAX_THINGS, sample_scene
@@ -93,8 +93,8 @@ class Scenes(Source):
         self.kind, self.count, self.seed, self.size, self.split, self.shots = kind, count, seed, size, split, shots
         self.turns, self.max_things, self.wording = turns, max_things, wording
         self.cells = maps
-        if maps is not None and (maps < 1 or size % (maps * DETAIL)):
-            raise ValueError(f"maps is {maps}; pictures of {size} pixels must divide into 4 · {maps} squares a side")
+        if maps is not None and (maps < 1 or size % maps):
+            raise ValueError(f"maps is {maps}; pictures of {size} pixels must divide into {maps} cells a side")
         self.question_kinds = tuple(question_kinds or QUESTION_KINDS)
 
     def __len__(self) -> int:

@@ -14,7 +14,7 @@ from lit_vlm.data import Resize, Scenes, VicunaV1
 from lit_vlm.data.collate import make_rows
 from lit_vlm.data.encode import SampleEncoder
 from lit_vlm.data.records import RecordError
-from lit_vlm.data.scenes.maps import DETAIL, LOG_DEPTH, WIDTHS
+from lit_vlm.data.scenes.maps import DEPTHS, FARTHEST, NEAREST, WIDTHS
 from lit_vlm.data.spec import InputSpec
 from lit_vlm.heads import EmbeddingDistillation
 from lit_vlm.teachers import KnownMap
@@ -33,12 +33,12 @@ def test_cells_hold_depth_and_what_stands_there() -> None:
         depth, seg = image.maps["depth"], image.maps["segmentation"]
         assert depth.shape == (CELLS, CELLS, WIDTHS["depth"])
         assert seg.shape == (CELLS, CELLS, WIDTHS["segmentation"])
-        whole = (np.log(rendering.depth) - LOG_DEPTH[0]) / LOG_DEPTH[1]
         side = 96 // CELLS
+        edges = np.geomspace(NEAREST, FARTHEST, DEPTHS + 1)[1:-1]
         for row, col in ((0, 0), (3, 2), (5, 5)):
-            cell = whole[row * side : (row + 1) * side, col * side : (col + 1) * side]
-            squares = cell.reshape(DETAIL, side // DETAIL, DETAIL, side // DETAIL).mean((1, 3))
-            np.testing.assert_allclose(depth[row, col], squares.flatten(), rtol=1e-4, atol=1e-5)
+            cell = rendering.depth[row * side : (row + 1) * side, col * side : (col + 1) * side]
+            counts = np.bincount(np.digitize(cell.flatten(), edges), minlength=DEPTHS)
+            np.testing.assert_allclose(depth[row, col], counts / side**2, atol=0.005)
             part = rendering.segmentation[row * side : (row + 1) * side, col * side : (col + 1) * side]
             assert seg[row, col, 0] == pytest.approx((part == 0).mean(), abs=1e-6)
         np.testing.assert_allclose(seg[..., :5].sum(-1), 1, rtol=1e-5)
