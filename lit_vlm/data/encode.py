@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -59,6 +59,13 @@ class Sample:
     def num_supervised(self) -> int:
         """Positions with a loss; the first one has none, as nothing precedes it."""
         return sum(label != IGNORE for label in self.labels[1:])
+
+
+def documents_of(record: Record) -> list[Record]:
+    """A record of several documents as one record for each; any other as it is."""
+    if len(record.messages) < 2 or any(message.role != "document" for message in record.messages):
+        return [record]
+    return [replace(record, id=f"{record.id}/{n}", messages=(one,)) for n, one in enumerate(record.messages)]
 
 
 def encode_pieces(pieces: Sequence[Piece], spec: InputSpec) -> tuple[list[int], list[int]]:
@@ -157,8 +164,16 @@ class SampleEncoder:
     fast_jpeg: bool = False
     prepared: Mapping[str, Prepared] = field(default_factory=dict)
 
+    def sequences(self, record: Record, image_folder: Path) -> list[Sample]:
+        """The samples of a record: one, or of a record of several documents one for each.
+
+        Raises:
+            RecordError: with the reason why it cannot be used.
+        """
+        return [self(part, image_folder) for part in documents_of(record)]
+
     def __call__(self, record: Record, image_folder: Path) -> Sample:
-        """Encode one record.
+        """Encode one record that is a single sequence.
 
         Raises:
             RecordError: with the reason why it cannot be used.
@@ -229,6 +244,10 @@ class SampleEncoder:
         Raises:
             RecordError: as encoding does, as far as it can be known without pixels.
         """
+        parts = documents_of(record)
+        if len(parts) > 1:
+            sizes = [self.measure(part, source) for part in parts]
+            return sum(length for length, _ in sizes), sum(images for _, images in sizes)
         pieces = self.template.render(record.messages, self.spec.tokenizer.eos_token or "")
         ids, _ = encode_pieces(pieces, self.spec)
         images = [piece for piece in pieces if isinstance(piece, Image)]

@@ -37,10 +37,10 @@ class BadSamples:
 
 
 class Placed(NamedTuple):
-    """A sample and the row of the batch that it goes to."""
+    """The samples of a record, and the row of the batch that they go to."""
 
     row: int
-    item: Sample | BadSample
+    items: list[Sample] | BadSample
 
 
 class SourceDataset(Dataset[Placed]):
@@ -62,7 +62,7 @@ class SourceDataset(Dataset[Placed]):
         try:
             record = source.record(local)
             identity = record.id
-            return Placed(place.row, self.encode(record, source.image_folder))
+            return Placed(place.row, self.encode.sequences(record, source.image_folder))
         except RecordError as error:
             return Placed(place.row, BadSample(identity, source.name, error.reason, error.detail))
 
@@ -182,7 +182,7 @@ class Loader:
 def assemble(placed: Sequence[Placed], collate: Collate) -> Batch:
     """Samples to their rows, bad ones apart, and all into a batch; in the worker."""
     rows: dict[int, list[Sample]] = {}
-    for row, item in placed:
-        if isinstance(item, Sample):
-            rows.setdefault(row, []).append(item)
-    return collate(list(rows.values()), [item for _, item in placed if isinstance(item, BadSample)])
+    for row, items in placed:
+        if not isinstance(items, BadSample):
+            rows.setdefault(row, []).extend(items)
+    return collate(list(rows.values()), [items for _, items in placed if isinstance(items, BadSample)])

@@ -109,21 +109,32 @@ class Plain(Template):
 
     Args:
         system: unused by this template.
-        end: what closes the caption; a newline in the published recipes, and no end-of-sequence token.
+        end: what closes the caption; a newline in the published recipes, and no end-of-sequence token. Null writes that
+            token (VILA's earlier code).
+        after_image: what stands between image and caption, without loss; nothing in the published recipes.
         image_marks: see `Template`.
     """
 
-    def __init__(self, system: str | None = None, end: str = "\n", image_marks: tuple[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        system: str | None = None,
+        end: str | None = "\n",
+        after_image: str = "",
+        image_marks: tuple[str, str] | None = None,
+    ) -> None:
         super().__init__(system, image_marks)
-        self.end = end
+        self.end, self.after_image = end, after_image
 
     def _turns(self, system: str, turns: Sequence[Message], eos: str) -> Iterator[Piece]:
         if [turn.role for turn in turns] != ["user", "assistant"]:
             raise RecordError("role_order", "template Plain takes one question and one answer")
-        yield from (part for part in turns[0].content if isinstance(part, Image))
+        images = [part for part in turns[0].content if isinstance(part, Image)]
+        yield from images
+        if images and self.after_image:
+            yield Span(self.after_image)
         if turns[1].content:
             yield from _content(turns[1], supervised=True)
-            yield Span(self.end, True)
+            yield Span(eos if self.end is None else self.end, True)
 
 
 class VicunaV1(Template):

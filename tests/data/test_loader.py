@@ -37,7 +37,7 @@ class Numbers(Dataset[Placed]):
             return Placed(place.row, BadSample(str(index), "numbers", "missing_image", f"{index}.png"))
         ids = [1 + index % 9] * (2 + index % 5)
         note = BadSample(str(index), "numbers", "truncated", "cut", dropped=False) if index in self.cut else None
-        return Placed(place.row, Sample(str(index), "numbers", ids, list(ids), note=note))
+        return Placed(place.row, [Sample(str(index), "numbers", ids, list(ids), note=note)])
 
 
 def make_plan(

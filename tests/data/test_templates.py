@@ -14,7 +14,7 @@ import pytest
 from lit_vlm.batch import IGNORE
 from lit_vlm.data.encode import IMAGE_SLOT, encode_pieces
 from lit_vlm.data.records import Image, Message, Part, RecordError, Text
-from lit_vlm.data.sources import LlavaJson
+from lit_vlm.data.sources import LlavaJson, Mmc4
 from lit_vlm.data.spec import InputSpec
 from lit_vlm.data.templates import VICUNA_SYSTEM, ChatML, Llama3, Phi3, Piece, Plain, Span, Template, VicunaV1
 
@@ -142,32 +142,20 @@ def test_coyo_matches_vila(index: int, llama_spec: InputSpec) -> None:
     assert_matches(case, Plain().render([document], EOS), llama_spec)
 
 
-def mmc4_document(sentences: Sequence[str], matched: Sequence[int], all_text: bool) -> Message:
-    """A document as VILA builds one of MMC4: the first six images, each in front of the sentence it matches.
-
-    With `all_text`, sentences are joined by a space and all of them are supervised. Without, the literal `<unk>` joins
-    them, and only a sentence right after an image is supervised.
-    """
-    parts: list[Part] = []
-    kept = list(enumerate(matched[:6]))
-    for index, sentence in enumerate(sentences):
-        images = [Image(path=f"{number}.png") for number, match in kept if match == index]
-        text = sentence.replace(MARK, "<IMAGE>")
-        last = index == len(sentences) - 1
-        if all_text:
-            glued = images or not parts  # no space on either side of an image
-            parts += [*images, Text(text if glued else f" {text}")]
-        else:
-            parts += [*images, Text(text, loss=bool(images))]
-            parts += [] if last else [Text("<unk>", loss=False)]
-    return Message("document", tuple(parts))
-
-
 @pytest.mark.parametrize("name", ["three_images", "eight_images_keep_first_six", "pairs_mode"])
-def test_mmc4_matches_vila(name: str, llama_spec: InputSpec) -> None:
+def test_mmc4_matches_vila(name: str, llama_spec: InputSpec, tmp_path: Path) -> None:
     case = VILA[f"mmc4/{name}"]
-    document = mmc4_document(case["sentences"], case["matched_text_index"], all_text=not case["pairs_mode"])
-    assert_matches(case, Plain().render([document], EOS), llama_spec)
+    infos = [
+        {"image_name": f"{i}.png", "matched_text_index": match} for i, match in enumerate(case["matched_text_index"])
+    ]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text_list": case["sentences"], "image_info": infos}))
+    # "pairs mode" is the paper-era loss: the sentence after an image, with padding tokens between sentences.
+    settings: dict[str, Any] = {"loss": "after_image", "joint": "<unk>"} if case["pairs_mode"] else {}
+    document = Mmc4(str(tmp_path / "a.jsonl"), max_images=6, **settings).record(0)
+    assert_matches(case, Plain().render(document.messages, EOS), llama_spec)
+    order = [int(str(image.path)[:-4]) for image in document.images]
+    reds = [10 + 20 * number for number in order]
+    assert sorted(reds) == sorted(case["image_red_0_255"])
 
 
 @pytest.mark.parametrize("template", TEMPLATES, ids=lambda t: type(t).__name__)

@@ -5,6 +5,7 @@ from lit_vlm.data.sources.captions import Captions, Pictures
 from lit_vlm.data.sources.conversations import ChatJsonl, LlavaJson
 from lit_vlm.data.sources.converted import Converted
 from lit_vlm.data.sources.documents import Mmc4, Texts
+from lit_vlm.data.sources.grouped import Grouped
 from lit_vlm.data.sources.tables import Parquet
 from lit_vlm.data.sources.tars import WebDataset
 from lit_vlm.data.sources.unpaired import RandomWords, Unpaired
@@ -13,6 +14,7 @@ __all__ = [
     "Captions",
     "ChatJsonl",
     "Converted",
+    "Grouped",
     "LlavaJson",
     "Mmc4",
     "Parquet",

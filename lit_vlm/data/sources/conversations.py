@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
@@ -49,6 +50,7 @@ class LlavaJson(Source):
         image_folder: what image paths are relative to; default: the folder of the file.
         image_position: `front` moves a turn's image before its text, followed by a newline, as LLaVA-1.5 does;
             `in_place` leaves images where their marks stand.
+        system: system text of conversations that have none; "" for none at all; default: the template's.
         name: name of the source; default: that of the file.
     """
 
@@ -57,11 +59,12 @@ class LlavaJson(Source):
         path: str,
         image_folder: str | None = None,
         image_position: ImagePosition = "front",
+        system: str | None = None,
         name: str | None = None,
     ) -> None:
         self.path = self._existing(path)
         self.image_folder = Path(image_folder).expanduser() if image_folder else self.path.parent
-        self.image_position = image_position
+        self.image_position, self.system = image_position, system
         self.name = name or self.path.stem
         try:
             entries = json.loads(self.path.read_bytes())
@@ -81,11 +84,19 @@ class LlavaJson(Source):
         paths = [images] if isinstance(images, str) else images
         if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
             raise RecordError("malformed", f"'image' is {str(images)[:80]!r}; expected a path or a list of paths")
-        return llava_record(raw, self.name, index, [Image(path=path) for path in paths], self.image_position)
+        record = llava_record(raw, self.name, index, [Image(path=path) for path in paths], self.image_position)
+        return with_system(record, self.system)
 
     def fingerprint(self) -> str:
         """SHA-256 of the annotations."""
         return self._lines.fingerprint()
+
+
+def with_system(record: Record, system: str | None) -> Record:
+    """The record with a system text, where it has none of its own."""
+    if system is None or record.messages[0].role == "system":
+        return record
+    return replace(record, messages=(Message("system", (Text(system),)), *record.messages))
 
 
 def llava_record(raw: Any, source: str, index: int, images: Sequence[Image], position: ImagePosition) -> Record:

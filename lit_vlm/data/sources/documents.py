@@ -2,47 +2,123 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 from lit_vlm.data.records import Image, Message, Part, Record, RecordError, Text
-from lit_vlm.data.sources.base import JsonLines, decode_base64
+from lit_vlm.data.sources.base import MARK, JsonLines, decode_base64
+from lit_vlm.data.sources.conversations import with_system
 
 
 class Mmc4(JsonLines):
     """MMC4's form: one document per line, with `text_list` and `image_info`.
 
-    An image stands before the sentence that `matched_text_index` names. It is a file `image_name` of the image folder,
-    or `image_base64` in the record. Sentences are joined by a space.
+    An image stands before the sentence that `matched_text_index` names, two of one sentence in the order of
+    `image_info`. It is a file `image_name` of the image folder, or `image_base64` in the record. Sentences are joined
+    by a space, without one beside an image; a literal `<image>` in a sentence is written `<IMAGE>`.
+
+    The ablations are those of VILA (section 3.2 and table 3).
 
     Args:
         path: the .jsonl file, or a folder of them.
         image_folder: where the images are; default: the folder of the file.
+        max_images: images of a document at most: the first of `image_info` (VILA: 6); default: all.
+        items: `documents`: one record per document, images in place. `images_first`: the same text with all images in
+            front of it. `pairs`: one record for each image, with the sentence it belongs to.
+        loss: `all_text` supervises all text, `after_image` only sentences that directly follow an image (VILA's
+            released and its earlier code).
+        joint: what stands between sentences; a space is left out beside an image. With `after_image` the reference
+            writes Llama's `<unk>`, which it takes out again after tokenising.
         name: name of the source; default: that of the file.
     """
 
-    def __init__(self, path: str, image_folder: str | None = None, name: str | None = None) -> None:
+    def __init__(
+        self,
+        path: str,
+        image_folder: str | None = None,
+        max_images: int | None = None,
+        items: Literal["documents", "images_first", "pairs"] = "documents",
+        loss: Literal["all_text", "after_image"] = "all_text",
+        joint: str = " ",
+        name: str | None = None,
+    ) -> None:
         super().__init__(path, image_folder, name)
+        if max_images is not None and max_images < 1:
+            raise ValueError(f"Mmc4: max_images is at least 1, not {max_images}")
+        if loss == "after_image" and items != "documents":
+            raise ValueError(f"Mmc4: loss after_image is for items documents, not for {items}")
+        self.max_images, self.items, self.loss, self.joint = max_images, items, loss, joint
+        self._pairs = self._find_pairs() if items == "pairs" else None
+
+    def __len__(self) -> int:
+        return super().__len__() if self._pairs is None else len(self._pairs)
 
     def record(self, index: int) -> Record:
-        """One document."""
-        raw = self.json(index)
+        """One document, or one pair."""
+        line, number = (index, None) if self._pairs is None else self._pairs[index].tolist()
+        sentences, images = self._read(line)
+        identity = f"{self.name}-{line}"
+        if number is not None:
+            if number < 0:
+                raise RecordError("malformed", f"line {line} is no document of MMC4")
+            place, image = images[number]
+            content: tuple[Part, ...] = (image, Text(sentences[place].strip()))
+            return Record(f"{identity}-{number}", self.name, (Message("document", content),))
+        matched: dict[int, list[Image]] = {}
+        for place, image in images:
+            matched.setdefault(place, []).append(image)
+        matched = dict(sorted(matched.items()))
+        parts = self._parts(sentences, matched)
+        return Record(identity, self.name, (Message("document", _merged(parts)),))
+
+    def fingerprint(self) -> str:
+        """Of the files, and of what is made of them."""
+        made = (self.max_images, self.items, self.loss, self.joint)
+        plain = (None, "documents", "all_text", " ")
+        files = super().fingerprint()
+        return files if made == plain else hashlib.sha256(f"{files} {made}".encode()).hexdigest()[:16]
+
+    def _read(self, line: int) -> tuple[list[str], list[tuple[int, Image]]]:
+        """Sentences, and the kept images with the sentence that each belongs to."""
+        raw = self.json(line)
         sentences, infos = (raw.get("text_list"), raw.get("image_info")) if isinstance(raw, dict) else (None, None)
         if not isinstance(sentences, list) or not all(isinstance(sentence, str) for sentence in sentences):
-            raise RecordError("malformed", f"line {index} has no list of strings 'text_list'")
+            raise RecordError("malformed", f"line {line} has no list of strings 'text_list'")
         if not isinstance(infos, list):
-            raise RecordError("malformed", f"line {index} has no list 'image_info'")
-        images: dict[int, list[Image]] = {}
-        for number, info in enumerate(infos):
-            place, image = _mmc4_image(info, f"image_info[{number}]", len(sentences))
-            images.setdefault(place, []).append(image)
-        parts: list[Part] = []
+            raise RecordError("malformed", f"line {line} has no list 'image_info'")
+        kept = infos[: self.max_images]
+        images = [_mmc4_image(info, f"image_info[{number}]", len(sentences)) for number, info in enumerate(kept)]
+        return [sentence.replace(MARK, "<IMAGE>") for sentence in sentences], images
+
+    def _parts(self, sentences: list[str], matched: dict[int, list[Image]]) -> list[Part]:
+        supervised_all, space = self.loss == "all_text", self.joint.isspace()
+        in_place = {} if self.items == "images_first" else matched
+        parts: list[Part] = [] if in_place else [image for images in matched.values() for image in images]
         for number, sentence in enumerate(sentences):
-            if number and number not in images:
-                parts.append(Text(" "))
-            parts += images.get(number, [])
-            parts.append(Text(sentence))
-        return Record(f"{self.name}-{index}", self.name, (Message("document", _merged(parts)),))
+            if number and not (space and number in in_place):
+                parts.append(Text(self.joint, loss=None if supervised_all else False))
+            parts += in_place.get(number, [])
+            text = sentence.lstrip(" ") if number in in_place else sentence
+            text = text.rstrip(" ") if number + 1 in in_place else text
+            parts.append(Text(text, loss=None if supervised_all else number in matched))
+        return parts
+
+    def _find_pairs(self) -> NDArray[np.int64]:
+        """Line and image of each pair: `[n, 2]`; a line that cannot be read is a pair with the image -1."""
+        found: list[tuple[int, int]] = []
+        for line in range(super().__len__()):
+            try:
+                raw = self.json(line)
+                infos = raw.get("image_info") if isinstance(raw, dict) else None
+                count = len(infos[: self.max_images]) if isinstance(infos, list) else -1
+            except RecordError:
+                count = -1
+            found += [(line, number) for number in range(count)] if count >= 0 else [(line, -1)]
+        return np.array(found, np.int64).reshape(-1, 2)
 
 
 def _mmc4_image(info: Any, where: str, num_sentences: int) -> tuple[int, Image]:
@@ -57,11 +133,12 @@ def _mmc4_image(info: Any, where: str, num_sentences: int) -> tuple[int, Image]:
 
 
 def _merged(parts: list[Part]) -> tuple[Part, ...]:
-    """Neighbouring texts joined, empty ones left out."""
+    """Neighbouring texts of the same supervision joined, empty ones left out."""
     merged: list[Part] = []
     for part in parts:
-        if isinstance(part, Text) and merged and isinstance(merged[-1], Text):
-            merged[-1] = Text(merged[-1].text + part.text)
+        last = merged[-1] if merged else None
+        if isinstance(part, Text) and isinstance(last, Text) and last.loss == part.loss:
+            merged[-1] = Text(last.text + part.text, part.loss)
         elif isinstance(part, Image) or part.text:
             merged.append(part)
     return tuple(merged)
@@ -74,10 +151,12 @@ class Texts(JsonLines):
 
     Args:
         path: the .jsonl or .txt file, or a folder of .jsonl files.
+        system: system text of questions; "" for none at all; default: the template's.
         name: name of the source; default: that of the file.
     """
 
-    def __init__(self, path: str, name: str | None = None) -> None:
+    def __init__(self, path: str, system: str | None = None, name: str | None = None) -> None:
+        self.system = system
         self.plain = Path(path).suffix.lower() == ".txt"
         super().__init__(path, None, name)
 
@@ -97,5 +176,5 @@ class Texts(JsonLines):
             return Record(identity, self.name, (Message("document", (Text(raw["text"]),)),))
         if isinstance(raw, dict) and isinstance(raw.get("inputs"), str) and isinstance(raw.get("targets"), str):
             question, answer = Message("user", (Text(raw["inputs"]),)), Message("assistant", (Text(raw["targets"]),))
-            return Record(identity, self.name, (question, answer))
+            return with_system(Record(identity, self.name, (question, answer)), self.system)
         raise RecordError("malformed", f"line {index} has neither 'text' nor 'inputs' and 'targets'")

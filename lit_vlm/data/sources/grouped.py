@@ -1,0 +1,68 @@
+"""Several records of a source as one."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lit_vlm.data.records import Message, Record
+from lit_vlm.data.sources.base import Source
+
+
+class Grouped(Source):
+    """Consecutive captions of a source, drawn together and each a sequence of its own: VILA takes COYO four at a time.
+
+    So an index of captions has about as many pictures as one of interleaved documents. Each answer becomes a document:
+    its pictures, its text and the end of the sequence, without question and template (VILA, release 1.0). The
+    sequences of a group stand in one row and do not see each other. What is left at the end of the source is not used.
+
+    Args:
+        source: of captions: a question about pictures and an answer, or documents.
+        size: records of a group.
+        name: name of the source; default: that of what is grouped.
+    """
+
+    def __init__(self, source: Source, size: int = 4, name: str | None = None) -> None:
+        if size < 1 or len(source) < size:
+            raise ValueError(f"Grouped: size is {size}, and the source {source.name} has {len(source)} samples")
+        self.source, self.size, self.name = source, size, name or source.name
+        self.image_folder = source.image_folder
+        self.chunked = source.chunked
+
+    def __len__(self) -> int:
+        return len(self.source) // self.size
+
+    def record(self, index: int) -> Record:
+        """The documents of one group; raises as the source does, for any of them."""
+        return self._join(index, [self.source.record(i) for i in self._members(index)])
+
+    def outline(self, index: int) -> Record:
+        """The same without the bytes of images."""
+        return self._join(index, [self.source.outline(i) for i in self._members(index)])
+
+    def shuffled(self, generator: np.random.Generator) -> NDArray[np.int64]:
+        """Groups in the order in which the source likes to be read."""
+        if not self.chunked:
+            return generator.permutation(len(self))
+        groups = self.source.shuffled(generator) // self.size
+        _, first = np.unique(groups[groups < len(self)], return_index=True)
+        return groups[groups < len(self)][np.sort(first)]
+
+    def fingerprint(self) -> str:
+        """Of the source and the size."""
+        return hashlib.sha256(f"{self.source.fingerprint()} {self.size}".encode()).hexdigest()[:16]
+
+    def _members(self, index: int) -> range:
+        return range(index * self.size, (index + 1) * self.size)
+
+    def _join(self, index: int, records: list[Record]) -> Record:
+        documents = tuple(_document(record) for record in records)
+        return replace(records[0], id=f"{self.name}-{index}", source=self.name, messages=documents, options=())
+
+
+def _document(record: Record) -> Message:
+    answer = record.messages[-1].content
+    return Message("document", (*(image for image in record.images if image not in answer), *answer))
