@@ -1,5 +1,33 @@
 """Metrics that torchmetrics lacks."""
 
+from lit_vlm.metrics.captions import Cider
+from lit_vlm.metrics.choice import YesNoF1, chosen_letter, yes_or_no
 from lit_vlm.metrics.text import exact_match, normalise_answer, token_f1
+from lit_vlm.metrics.vqa import (
+    ANLS,
+    Accuracy,
+    RelaxedAccuracy,
+    VQAAccuracy,
+    anls,
+    normalise_vqa,
+    relaxed_match,
+    vqa_accuracy,
+)
 
-__all__ = ["exact_match", "normalise_answer", "token_f1"]
+__all__ = [
+    "ANLS",
+    "Accuracy",
+    "Cider",
+    "RelaxedAccuracy",
+    "VQAAccuracy",
+    "YesNoF1",
+    "anls",
+    "chosen_letter",
+    "exact_match",
+    "normalise_answer",
+    "normalise_vqa",
+    "relaxed_match",
+    "token_f1",
+    "vqa_accuracy",
+    "yes_or_no",
+]
