@@ -10,9 +10,11 @@ from lit_vlm.encoders.eve_v2 import EveV2PatchEmbedding
 from lit_vlm.encoders.hf import HFEncoder
 from lit_vlm.encoders.linear import LinearPatches
 from lit_vlm.encoders.oneformer import OneFormerSwin
+from lit_vlm.encoders.s2 import S2
 from lit_vlm.encoders.timm import TimmEncoder
 
 __all__ = [
+    "S2",
     "CLIPEmbedding",
     "ConvPatches",
     "DepthAnything",

@@ -108,6 +108,20 @@ class Downsample(Projector):
         return VisualTokens(self.layers(fold(tokens, 2, self.token_order)), grids)
 
 
+class DownsampleLinear(Projector):
+    """2×2 fold and one linear layer, a quarter of the tokens: VILA, table 7, row "downsample" (`dssqlinear`)."""
+
+    def __init__(self, in_width: int, out_width: int) -> None:
+        super().__init__(in_width, out_width)
+        self.grid_map = Fold(2)
+        self.linear = nn.Linear(4 * in_width, out_width)
+
+    def forward(self, tokens: VisualTokens) -> VisualTokens:
+        """`[t, in_width]` → `[t', out_width]`."""
+        grids = tuple(self.grid_map(grid) for grid in tokens.grids)
+        return VisualTokens(self.linear(fold(tokens, 2)), grids)
+
+
 class PatchMerge(Projector):
     """2×2 fold, Linear, GELU, Linear, without a norm: HoVLE, section 3."""
 

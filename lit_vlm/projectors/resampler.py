@@ -116,7 +116,7 @@ class Resampler(Projector):
 
     def forward(self, tokens: VisualTokens) -> VisualTokens:
         """`[t, in_width]` → `[n · num_queries, out_width]`."""
-        padded, mask = _pad_images(tokens)
+        padded, mask = pad_images(tokens)
         queries = self.queries.to(padded.dtype).expand(padded.shape[0], -1, -1)
         for layer in self.layers:
             queries = layer(padded, queries, mask)
@@ -124,7 +124,7 @@ class Resampler(Projector):
         return VisualTokens(self.out(queries).flatten(0, 1), grids)
 
 
-def _pad_images(tokens: VisualTokens) -> tuple[Tensor, Tensor | None]:
+def pad_images(tokens: VisualTokens) -> tuple[Tensor, Tensor | None]:
     """Tokens as `[n, p, d_e]`, and a bool mask `[n, p]` when the images differ in size."""
     lengths = [grid.num_tokens for grid in tokens.grids]
     if len(set(lengths)) == 1:

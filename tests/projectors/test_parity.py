@@ -14,7 +14,17 @@ from torch import Tensor
 import lit_vlm.projectors as slot
 from lit_vlm.batch import Grid, VisualTokens
 from lit_vlm.part import load_state
-from lit_vlm.projectors import MLP, Downsample, Downsample3x3, Identity, Linear, PerEncoder, Projector, Resampler
+from lit_vlm.projectors import (
+    MLP,
+    Downsample,
+    Downsample3x3,
+    Identity,
+    Linear,
+    PerEncoder,
+    Projector,
+    Resampler,
+    Transformer,
+)
 from lit_vlm.projectors.downsample import Fold, TokenOrder, fold
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "vila_projectors.pt"
@@ -243,3 +253,16 @@ def test_resampler_gives_the_same_number_of_tokens_for_any_image() -> None:
 def test_state_of_another_projector_is_refused_with_names() -> None:
     with pytest.raises(ValueError, match=r"slot 'projector' \(MLP\).*missing: layers\.4\.bias.*model\.stage\.fresh"):
         load_state(MLP(6, 10, depth=3), MLP(6, 10).state_dict(), "projector")
+
+
+def test_a_transformer_sees_the_whole_image_and_nothing_else() -> None:
+    projector = build(Transformer).eval()
+    mixed = tokens_of(Grid(4, 4), Grid(3, 5))
+    together = projector(mixed).features
+    for part, features, grid in zip(together.split([16, 15]), mixed.features.split([16, 15]), mixed.grids, strict=True):
+        torch.testing.assert_close(part, projector(VisualTokens(features, (grid,))).features, atol=1e-5, rtol=1e-4)
+    changed = mixed.features.clone()
+    changed[15] += 1  # the last token of the first image
+    found = projector(VisualTokens(changed, mixed.grids)).features
+    assert not torch.allclose(found[0], together[0], atol=1e-4)
+    torch.testing.assert_close(found[16:], together[16:])

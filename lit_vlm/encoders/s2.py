@@ -1,0 +1,83 @@
+"""S2: one encoder looks at a picture at several sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lit_vlm.batch import Images, PixelSpec, VisualTokens
+from lit_vlm.encoders.base import Encoder, PatchGrid
+from lit_vlm.part import StateDict
+
+
+class S2(Encoder):
+    """Features of several scales side by side, on the grid of the smallest (Shi et al. 2024; VILA1.5-3b-s2).
+
+    The picture comes at the largest scale. For each scale it is resized, cut into squares of the encoder's size, each
+    square is encoded, and the map that they make up is averaged down to the encoder's own grid.
+
+    VILA's released code computed this without gradients, so its vision tower did not train although its script asked
+    for it; leave `encoder` out of `model.stage.train` for that.
+
+    Args:
+        encoder: of one picture size, patches only.
+        scales: sides in pixels, multiples of the encoder's size, rising; default: once and twice its size.
+    """
+
+    def __init__(self, encoder: Callable[[], Encoder], scales: list[int] | None = None) -> None:
+        super().__init__()
+        inner = encoder()
+        side = inner.pixels.size
+        if side is None or inner.patch_grid.prefix or inner.patch_grid.row_end:
+            raise ValueError("S2 needs an encoder of one picture size that gives patches only, without CLS token")
+        self.inner = inner
+        self.scales = scales or [side, 2 * side]
+        if self.scales != sorted(set(self.scales)) or any(scale < side or scale % side for scale in self.scales):
+            raise ValueError(f"S2: scales {self.scales} must rise and be multiples of the encoder's {side} pixels")
+        self.side = side
+        self.width = inner.width * len(self.scales)
+        largest = self.scales[-1]
+        # Tokens are laid out as those of a picture at the smallest scale.
+        self.patch_grid = PatchGrid(inner.patch_grid.patch * largest // side)
+        self.pixels = PixelSpec(largest, inner.pixels.multiple, inner.pixels.mean)
+        self.register_buffer("pixel_mean", inner.pixel_mean, persistent=False)
+        self.register_buffer("pixel_std", inner.pixel_std, persistent=False)
+
+    def pretrained_state(self) -> StateDict | None:
+        """Weights of the encoder."""
+        state = self.inner.pretrained_state()
+        return None if state is None else {f"inner.{key}": value for key, value in state.items()}
+
+    def blocks(self) -> list[nn.Module]:
+        """The encoder's blocks."""
+        return list(self.inner.blocks())
+
+    def forward(self, images: Images) -> VisualTokens:
+        """Features `[t, d_e · scales]`, those of the smallest scale first."""
+        pixels = self.tiles(images).float()  # [n, 3, largest, largest]
+        with torch.no_grad() if self.inner.frozen() else nullcontext():
+            maps = [self._at(pixels, scale) for scale in self.scales]
+        features = torch.cat(maps, dim=-1)  # [n, rows, cols, width]
+        grids = tuple(self.patch_grid(*size) for size in images.sizes)
+        return VisualTokens(features.flatten(0, 2), grids)
+
+    def _at(self, pixels: Tensor, scale: int) -> Tensor:
+        """The map of one scale: `[n, rows, cols, d_e]`."""
+        if scale != self.scales[-1]:
+            # Left as floats: the same as resizing what is normalised, as the reference does, overshoots included.
+            pixels = F.interpolate(pixels, (scale, scale), mode="bicubic")
+        cut = scale // self.side
+        tiles = pixels.unflatten(2, (cut, self.side)).unflatten(4, (cut, self.side))  # [n, 3, cut, side, cut, side]
+        tiles = tiles.permute(0, 2, 4, 1, 3, 5).reshape(-1, 3, self.side, self.side)
+        tokens = self.inner(Images(tiles.flatten(), ((self.side, self.side),) * len(tiles)))
+        grid = tokens.grids[0]
+        x = tokens.features.view(-1, cut, cut, grid.rows, grid.cols, self.inner.width)
+        x = x.permute(0, 1, 3, 2, 4, 5).flatten(3, 4).flatten(1, 2)  # [n, cut · rows, cut · cols, d_e]
+        if cut == 1:
+            return x
+        pooled = F.interpolate(x.permute(0, 3, 1, 2).float(), (grid.rows, grid.cols), mode="area")
+        return pooled.permute(0, 2, 3, 1).to(x.dtype)
