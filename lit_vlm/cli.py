@@ -17,6 +17,7 @@ VERBS = {
     "run": "run the stages of a recipe, one after the other",
     "compare": "show what finished runs reached, side by side",
     "probe": "find out what can be read from a decoder's layers about depth, objects or whole pictures",
+    "evaluate": "score a checkpoint on benchmarks, with or without demonstrations",
     "chat": "ask a trained model about pictures",
     "data": "convert data to shards, check them, show what is in them",
     "inspect": "show one batch as the model sees it",

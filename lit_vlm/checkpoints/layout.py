@@ -122,9 +122,14 @@ def load_folder(
         config = config or read_config(folder)
         layout = Layout(config, names.slots_of(read_folder(folder), config), folder)
     _fill_tied_head(layout)
+    return load_layout(layout, architecture)
+
+
+def load_layout(layout: Layout, architecture: Callable[[Layout], VLM]) -> VLM:
+    """Build a model and load the weights of its slots; raises as `load_folder` does."""
     for slot in ("encoder", "decoder"):
         if slot not in layout.slots:
-            raise ValueError(f"{source if not isinstance(source, Mapping) else 'the state dict'} has no {slot} weights")
+            raise ValueError(f"{layout.tokenizer or 'the state dict'} has no {slot} weights")
     model = architecture(layout)
     for slot in ("encoder", "projector", "embedder", "decoder"):
         load_state(getattr(model, slot), layout.slots.get(slot, {}), slot)
@@ -176,10 +181,31 @@ def export_folder(
     Raises:
         ValueError: when the folder is not empty, or the logits differ.
     """
+    new_folder(out)
+    model.float().eval()
+    state = published_state(model, names, heads)
+    if config.get("tie_word_embeddings"):
+        state.pop("lm_head.weight", None)
+    save_torch_state_dict(dict(names.join(state, config)), out)
+    write_config(out, config)
+    model.decoder.tokenizer.save_pretrained(out)
+    return check_written(model, out, load)
+
+
+def new_folder(out: Path) -> None:
+    """Make a folder; raises ValueError if it is there and holds anything."""
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty")
     out.mkdir(parents=True, exist_ok=True)
-    model.float().eval()
+
+
+def write_config(folder: Path, config: Mapping[str, Any]) -> None:
+    """Write config.json."""
+    (folder / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n", encoding="utf-8")
+
+
+def published_state(model: VLM, names: Names, heads: Mapping[str, str]) -> dict[str, Tensor]:
+    """All weights under published names; of heads only those that `heads` names."""
     state: dict[str, Tensor] = {}
     for key, value in model.state_dict().items():
         slot, name = key.split(".", 1)
@@ -188,11 +214,11 @@ def export_folder(
             if slot not in heads:
                 continue
         state[names.published(heads.get(slot, slot), name)] = value.detach().contiguous()
-    if config.get("tie_word_embeddings"):
-        state.pop("lm_head.weight", None)
-    save_torch_state_dict(dict(names.join(state, config)), out)
-    (out / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n", encoding="utf-8")
-    model.decoder.tokenizer.save_pretrained(out)
+    return state
+
+
+def check_written(model: VLM, out: Path, load: Callable[[Path], VLM]) -> float:
+    """The largest difference of the logits between a model and what was written of it; raises if it is too large."""
     batch = probe(model)
     with torch.no_grad():
         difference = float((model.logits(batch) - load(out).logits(batch)).abs().max())

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lit_vlm.checkpoints import eve, eve_v2, hovle, llava_hf, ola_vlm
+from lit_vlm.checkpoints import eve, eve_v2, hovle, llava_hf, ola_vlm, vila
 from lit_vlm.data import ImageTransform
 from lit_vlm.model import VLM
 
@@ -19,6 +19,7 @@ FAMILIES = {
     "hovle_hd": hovle.HD,
     "llava-hf": llava_hf,
     "ola_vlm": ola_vlm,
+    "vila": vila,
 }
 
 
@@ -28,7 +29,7 @@ def load_published(
     """A model from weights under published names.
 
     Args:
-        family: `eve`, `eve_v2`, `hovle`, `hovle_hd`, `llava-hf` or `ola_vlm`.
+        family: `eve`, `eve_v2`, `hovle`, `hovle_hd`, `llava-hf`, `ola_vlm` or `vila`.
         source: a folder (or hub name) with config and weights, or a state dict under published names.
         config: the published configuration; needed with a state dict.
 

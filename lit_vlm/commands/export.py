@@ -11,6 +11,8 @@ from rich.console import Console
 
 def main(argv: Sequence[str]) -> None:
     """Write, read back, compare, and only then say that it worked."""
+    from lit_vlm.checkpoints.published import FAMILIES, export_published
+
     parser = argparse.ArgumentParser(
         prog="lit-vlm export",
         description="Write a checkpoint in a published format, read it back, and compare logits before success.",
@@ -20,13 +22,13 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--format",
         default="llava-hf",
-        choices=["eve", "eve_v2", "llava-hf"],
-        help="llava-hf (default): LlavaForConditionalGeneration; eve, eve_v2: the names of EVE's own code",
+        choices=sorted(FAMILIES),
+        help="llava-hf (default): LlavaForConditionalGeneration of transformers; the others: the names of each "
+        "system's own code",
     )
     arguments = parser.parse_args(argv)
     from transformers.utils.logging import disable_progress_bar
 
-    from lit_vlm.checkpoints.published import export_published
     from lit_vlm.checkpoints.run import load_run
 
     disable_progress_bar()

@@ -201,7 +201,7 @@ def _score_batch(module: LitVLM, data: VLMData, records: Sequence[Record], max_n
     """What each record adds."""
     spec = module.input_spec
     given = module.answer(_collate_prompts(module, data, records), max_new_tokens)
-    scored = _score_answers(module, data.encoder(spec), records, spec.tokenizer.pad_token_id)
+    scored = score_answers(module, data.encoder(spec), records, spec.tokenizer.pad_token_id)
     found = []
     for record, answer, (nll, tokens), chosen in zip(records, given, *scored, strict=True):
         expected, num_options = record.messages[-1].text, len(record.options)
@@ -232,10 +232,20 @@ def _encode(encode: SampleEncoder, record: Record) -> Sample:
     return encode(record, Path("/"))
 
 
-def _score_answers(
+def score_answers(
     module: LitVLM, encode: SampleEncoder, records: Sequence[Record], pad_id: int
 ) -> tuple[list[tuple[float, int]], list[str]]:
-    """(nll, tokens) of each record's expected answer, and the likeliest of its options ("" without options)."""
+    """How likely expected answers are, and which options are likeliest; images are given by absolute paths.
+
+    Args:
+        module: with its model built, in eval mode.
+        encode: for training, not for prompts.
+        records: each ends with the expected answer.
+        pad_id: token id at padding.
+
+    Returns:
+        (nll, tokens) of each record's expected answer, and the likeliest of its options ("" without options).
+    """
     answers = [list(dict.fromkeys((record.messages[-1].text, *record.options))) for record in records]
     prefixes: list[Sample] = []
     continuations: list[Continuation] = []

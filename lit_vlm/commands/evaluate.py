@@ -1,0 +1,157 @@
+"""`lit-vlm evaluate`: benchmarks in their official files."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import get_args
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+
+from lit_vlm.tasks import TASKS, Evaluated, Reader, Settings, Shots, Task, run_task
+from lit_vlm.tasks.base import Choosing
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run each task at each number of demonstrations, and print a table."""
+    arguments = _parser().parse_args(argv)
+    shots = _shots(arguments.shots)
+    if arguments.batch_size < 1 or (arguments.limit is not None and arguments.limit < 1):
+        raise ValueError("--batch-size and --limit must be at least 1")
+    # Files are looked for before a model is built.
+    tasks = [_task(name, arguments.data) for name in dict.fromkeys(arguments.task)]
+    from transformers.utils.logging import disable_progress_bar
+
+    from lit_vlm.checkpoints.run import load_run
+
+    disable_progress_bar()
+    device = _join_processes(arguments.device)
+    main_process = not dist.is_initialized() or dist.get_rank() == 0
+    console = Console(highlight=False, quiet=not main_process)
+    run = load_run(arguments.checkpoint, device)
+    reader = Reader(run.module, run.template, run.transform, arguments.max_length or run.max_length)
+    results: dict[tuple[str, int], Evaluated] = {}
+    for task in tasks:
+        for count in shots:
+            prompt = Shots(count, arguments.text_shots, seed=arguments.seed, system=arguments.system)
+            settings = Settings(
+                prompt, arguments.choose, arguments.think, arguments.limit, arguments.batch_size, arguments.workers,
+                arguments.max_new_tokens,
+            )  # fmt: skip
+            out = arguments.out / task.name / f"{count}-shot"
+            with console.status(f"{task.name}, {count} shots: {len(task.examples):,} examples"):
+                result = run_task(reader, task, settings, out, str(Path(arguments.checkpoint).resolve()))
+            results[task.name, count] = result
+            console.print(f"{task.name}, {count} shots: {_line(result)}   {out}", soft_wrap=True)
+    console.print(_table(results, shots))
+    if main_process and not arguments.no_mlflow:
+        _log(results, arguments.checkpoint)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _parser() -> argparse.ArgumentParser:
+    tasks = "\n".join(f"  {name:14} {task.about}\n{'':17}{task.files}" for name, task in TASKS.items())
+    parser = argparse.ArgumentParser(
+        prog="lit-vlm evaluate",
+        description="Score a checkpoint on benchmarks in their official file formats, from local folders. Answers,\n"
+        "prompts and settings are saved beside the scores; a run that was cut off goes on where it stopped.\n"
+        "On several devices: torchrun --nproc-per-node N -m lit_vlm.cli evaluate ...",
+        epilog=f"tasks, and the files in --data/TASK:\n{tasks}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("checkpoint", help="a checkpoint, or the folder of a run")
+    parser.add_argument(
+        "--task", action="append", required=True, metavar="TASK", help="one of those below; may be given several times"
+    )
+    parser.add_argument(
+        "--data", type=Path, default=Path("benchmarks"), help="folder with one folder per task (default: benchmarks)"
+    )
+    parser.add_argument("--shots", default="0", help="demonstrations with pictures, e.g. 0,4 (default: 0)")
+    parser.add_argument(
+        "--text-shots", type=int, default=0, help='demonstrations without pictures; VILA\'s "0-shot" has 2 (default: 0)'
+    )
+    parser.add_argument("--system", help='system text; "" for none (default: that of the run)')
+    parser.add_argument(
+        "--choose",
+        choices=get_args(Choosing),
+        help="of several options: write the letter, or take the likeliest letter or option (default: the task's way)",
+    )
+    parser.add_argument("--think", action="store_true", help="let the model write steps before its answer")
+    parser.add_argument("--limit", type=int, help="so many examples, drawn by the seed (default: all)")
+    parser.add_argument("--seed", type=int, default=42, help="of demonstrations and --limit (default: 42)")
+    parser.add_argument("--batch-size", type=int, default=16, help="examples at a time; no score depends on it (16)")
+    parser.add_argument("--workers", type=int, default=2, help="processes that decode pictures (2)")
+    parser.add_argument("--max-length", type=int, help="positions of a prompt at most (default: that of the run)")
+    parser.add_argument("--max-new-tokens", type=int, help="length of an answer at most (default: the task's)")
+    parser.add_argument("--out", type=Path, default=Path("evaluation"), help="folder of the results (evaluation)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    parser.add_argument("--no-mlflow", action="store_true", help="log nothing to MLflow")
+    return parser
+
+
+def _shots(text: str) -> list[int]:
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() for part in parts):
+        raise ValueError(f"--shots {text!r}: write numbers from 0 on, separated by commas")
+    return [int(part) for part in parts]
+
+
+def _task(name: str, data: Path) -> Task:
+    if name not in TASKS:
+        raise ValueError(f"there is no task '{name}'; tasks: {', '.join(TASKS)}")
+    task = TASKS[name](str(data / name if TASKS[name].needs_files else "."))
+    assert task.examples  # read now: a missing file is named before minutes of work
+    return task
+
+
+def _join_processes(device: str | None) -> str:
+    """Join the other processes that torchrun started, and choose the device."""
+    gpu = torch.cuda.is_available()
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return device or ("cuda" if gpu else "cpu")
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if gpu and device != "cpu" else "gloo")
+    return device or (f"cuda:{os.environ['LOCAL_RANK']}" if gpu else "cpu")
+
+
+def _line(result: Evaluated) -> str:
+    text = f"{result.main} {result.scores[result.main]:.2f} ({result.count:,} examples)"
+    if result.left_out:
+        text += f", left out and counted as wrong: {result.left_out}"
+    return text
+
+
+def _table(results: dict[tuple[str, int], Evaluated], shots: Sequence[int]) -> Table:
+    table = Table()
+    table.add_column("task")
+    table.add_column("score")
+    for count in shots:
+        table.add_column(f"{count} shots", justify="right")
+    for name in dict.fromkeys(task for task, _ in results):
+        main_score = results[name, shots[0]].main
+        for score in results[name, shots[0]].scores:
+            values = [f"{results[name, count].scores.get(score, float('nan')):.2f}" for count in shots]
+            table.add_row(name if score == main_score else "", score, *values)
+    return table
+
+
+def _log(results: dict[tuple[str, int], Evaluated], checkpoint: str) -> None:
+    """One run of MLflow with all scores."""
+    import mlflow
+
+    from lit_vlm.tracking import default_uri
+
+    mlflow.set_tracking_uri(default_uri())
+    mlflow.set_experiment("lit-vlm")
+    with mlflow.start_run(run_name="evaluate"):
+        mlflow.log_param("checkpoint", checkpoint)
+        for (task, count), result in results.items():
+            for score, value in result.scores.items():
+                name = "".join(letter if letter.isalnum() or letter in "_-./ " else "_" for letter in score)
+                mlflow.log_metric(f"{task}/{count}-shot/{name}", value)

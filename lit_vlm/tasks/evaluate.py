@@ -1,0 +1,345 @@
+"""Running a task: prompts, batched answers, scores, and files that say how they came about."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader, Dataset
+
+from lit_vlm import __version__
+from lit_vlm.batch import IGNORE
+from lit_vlm.data.collate import collate_prompts
+from lit_vlm.data.encode import Sample, SampleEncoder
+from lit_vlm.data.records import Record, RecordError
+from lit_vlm.data.scan import describe
+from lit_vlm.data.templates import Span, Template
+from lit_vlm.data.transforms import ImageTransform
+from lit_vlm.generate import Continuation, score_continuations
+from lit_vlm.tasks.base import Choosing, Example, Outcome, Task
+from lit_vlm.tasks.held_out import score_answers
+from lit_vlm.tasks.prompts import Prompts, Shots, document, in_order
+
+if TYPE_CHECKING:
+    from lit_vlm.module import LitVLM
+
+ANSWERS, SCORES = "answers.jsonl", "scores.json"
+LONGEST_THOUGHT = 256
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a task is run; saved beside its scores.
+
+    Attributes:
+        prompt: what stands in front of a question.
+        choosing: how one of several options is chosen; None leaves it to the task.
+        think: the model first writes steps, then the answer.
+        limit: examples, drawn by the seed; None takes all.
+        batch_size: examples at a time; scores do not depend on it.
+        workers: processes that decode pictures.
+        max_new_tokens: length of an answer at most; None leaves it to the task.
+    """
+
+    prompt: Shots = field(default_factory=Shots)
+    choosing: Choosing | None = None
+    think: bool = False
+    limit: int | None = None
+    batch_size: int = 16
+    workers: int = 0
+    max_new_tokens: int | None = None
+
+    def decisive(self) -> dict[str, Any]:
+        """Those that answers depend on."""
+        return {key: value for key, value in asdict(self).items() if key not in ("batch_size", "workers", "limit")}
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """A task's result.
+
+    Attributes:
+        scores: by name, in the unit that papers print.
+        main: name of the one that stands for the task.
+        count: examples.
+        left_out: examples that could not be asked, by reason; they count as wrong.
+    """
+
+    scores: dict[str, float]
+    main: str
+    count: int
+    left_out: dict[str, int]
+
+
+@dataclass
+class Reader:
+    """How a model's prompts are written.
+
+    Attributes:
+        module: with its model built.
+        template: of the run.
+        transform: of the run.
+        max_length: of the run.
+    """
+
+    module: LitVLM
+    template: Template
+    transform: ImageTransform
+    max_length: int
+
+    def encoder(self, prompt: bool) -> SampleEncoder:
+        """What makes samples: of prompts, or with their answers."""
+        spec = self.module.input_spec
+        # A document may be cut, a question may not.
+        too_long: Literal["truncate", "drop"] = "drop" if prompt else "truncate"
+        return SampleEncoder(spec, self.template, self.transform, self.max_length, too_long, prompt=prompt)
+
+    def written(self, record: Record) -> str:
+        """The prompt as text, with `<image>` for each image."""
+        eos = self.module.input_spec.tokenizer.eos_token or ""
+        pieces = self.template.prompt(record.messages, eos)
+        return "".join(piece.text if isinstance(piece, Span) else "<image>" for piece in pieces)
+
+
+class _Encoded(Dataset[tuple[int, Sample | None, str]]):
+    """Prompts, encoded in loader processes."""
+
+    def __init__(self, records: Sequence[Record], encode: SampleEncoder) -> None:
+        self.records, self.encode = records, encode
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> tuple[int, Sample | None, str]:
+        try:
+            return index, self.encode(self.records[index], Path("/")), ""
+        except RecordError as error:
+            return index, None, error.reason
+
+
+def run_task(
+    reader: Reader, task: Task, settings: Settings, out: Path | None = None, checkpoint: str = ""
+) -> Evaluated:
+    """Ask every example, score the answers, and write both.
+
+    With `out`, a run that was cut off goes on: answers that are there are not asked for again. All processes of a
+    distributed run must call this together; they share the examples.
+
+    Args:
+        reader: the model and how its prompts are written.
+        task: what is asked.
+        settings: how.
+        out: folder for answers.jsonl and scores.json.
+        checkpoint: what is evaluated, for the files.
+
+    Raises:
+        ValueError: where `out` holds answers of another checkpoint, task or setting.
+    """
+    examples = in_order(task.examples, settings.limit, settings.prompt.seed)
+    prompts = Prompts(task, settings.prompt, settings.choosing)
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    how = _how(reader, task, settings, checkpoint)
+    done = _read_answers(out, how) if out is not None else {}
+    if dist.is_initialized():
+        dist.barrier()  # nobody writes before all have read
+    left = [example for example in examples if example.id not in done]
+    mine = left[rank::world]
+    asked = _ask(reader, prompts, mine, settings, -(-len(left) // world), out is not None)
+    file = None
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        file = (out / f"answers.{rank}.partial.jsonl").open("a", encoding="utf-8")
+    found: list[dict[str, Any]] = []
+    was_training = reader.module.vlm.training
+    reader.module.vlm.eval()
+    try:
+        for line in asked:
+            found.append(line)
+            if file is not None:
+                file.write(json.dumps({"how": how} | line, ensure_ascii=False) + "\n")
+                file.flush()
+    finally:
+        reader.module.vlm.train(was_training)
+        if file is not None:
+            file.close()
+    lines = done | {line["id"]: line for part in _gathered(found) for line in part}
+    outcomes = [_outcome(example, lines[example.id]) for example in examples]
+    reasons = [lines[example.id]["left_out"] for example in examples if lines[example.id]["left_out"]]
+    left_out = {reason: reasons.count(reason) for reason in sorted(set(reasons))}
+    result = Evaluated(task.score(outcomes), task.main, len(examples), left_out)
+    if out is not None and rank == 0:
+        _write(out, result, task, settings, checkpoint, how, [lines[example.id] for example in examples])
+    if dist.is_initialized():
+        dist.barrier()
+    return result
+
+
+def _how(reader: Reader, task: Task, settings: Settings, checkpoint: str) -> str:
+    text = json.dumps(
+        [
+            checkpoint, task.name, str(task.folder.resolve()), settings.decisive(), describe(reader.template),
+            describe(reader.transform), reader.max_length,
+        ]
+    )  # fmt: skip
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _ask(
+    reader: Reader, prompts: Prompts, examples: Sequence[Example], settings: Settings, length: int, written: bool
+) -> Iterator[dict[str, Any]]:
+    """A line for each example; all ranks run `length` examples, as sharded parts run on all ranks or on none."""
+    if not length:
+        return
+    padding = list(examples[:1]) or prompts.task.examples[:1]
+    padded = [*examples, *[padding[0]] * (length - len(examples))]
+    task = prompts.task
+    thoughts = settings.think and not task.perplexity
+    records = [
+        document(example, task.name) if task.perplexity else prompts.record(example, think=thoughts)
+        for example in padded
+    ]
+    loader = DataLoader(
+        _Encoded(records, reader.encoder(prompt=not task.perplexity)),
+        batch_size=settings.batch_size,
+        num_workers=settings.workers,
+        collate_fn=list,
+    )
+    for batch in loader:
+        usable = [(index, sample) for index, sample, _ in batch if sample is not None]
+        # A rank whose whole batch is unusable still takes part in the others' steps.
+        lines = _answers(reader, prompts, settings, padded, records, usable) if usable or dist.is_initialized() else {}
+        for index, sample, reason in batch:
+            if index >= len(examples):
+                continue
+            line = {"id": padded[index].id, "answer": "", "nll": 0.0, "tokens": 0, "left_out": reason}
+            if sample is not None:
+                line |= lines[index]
+            if written and not task.perplexity:
+                line["prompt"] = reader.written(records[index])
+            line["references"] = list(padded[index].references)
+            yield line
+
+
+def _answers(
+    reader: Reader,
+    prompts: Prompts,
+    settings: Settings,
+    examples: Sequence[Example],
+    records: Sequence[Record],
+    usable: Sequence[tuple[int, Sample]],
+) -> dict[int, dict[str, Any]]:
+    """What the model says, by index."""
+    module, task = reader.module, prompts.task
+    pad_id = module.input_spec.tokenizer.pad_token_id
+    indices = [index for index, _ in usable]
+    if task.perplexity:
+        return dict(zip(indices, _likelihoods(module, [sample for _, sample in usable], pad_id), strict=True))
+    wanted = [records[index] for index in indices]
+    extra: list[dict[str, Any]] = [{} for _ in indices]
+    batch = collate_prompts([sample for _, sample in usable], pad_id=pad_id).to(module.device)
+    limit = settings.max_new_tokens or task.max_new_tokens
+    if settings.think:
+        thoughts = module.answer(batch, LONGEST_THOUGHT)
+        extra = [{"thought": thought} for thought in thoughts]
+        wanted = [
+            prompts.record(examples[index], think=True, thought=thought)
+            for index, thought in zip(indices, thoughts, strict=True)
+        ]
+        encode = reader.encoder(prompt=True)
+        batch = collate_prompts([encode(record, Path("/")) for record in wanted], pad_id=pad_id).to(module.device)
+    if wanted and wanted[0].options:
+        (scored, chosen) = score_answers(module, reader.encoder(prompt=False), wanted, pad_id)
+        letters = [_letter(examples[index], option, prompts) for index, option in zip(indices, chosen, strict=True)]
+        found = [
+            {"answer": letter, "nll": nll, "tokens": tokens}
+            for letter, (nll, tokens) in zip(letters, scored, strict=True)
+        ]
+    else:
+        found = [{"answer": answer} for answer in module.answer(batch, limit)]
+    return {index: more | line for index, more, line in zip(indices, extra, found, strict=True)}
+
+
+def _letter(example: Example, option: str, prompts: Prompts) -> str:
+    """The likeliest option as its letter."""
+    if prompts.choosing == "letter":
+        return option
+    return replace(example, references=(option,)).letter
+
+
+def _likelihoods(module: LitVLM, samples: Sequence[Sample], pad_id: int) -> list[dict[str, Any]]:
+    """Summed negative log-likelihood of each document after its first token."""
+    prefixes = [replace(sample, ids=sample.ids[:1], labels=[IGNORE]) for sample in samples]
+    rest = [Continuation(row, sample.ids[1:], sample.labels[1:]) for row, sample in enumerate(samples)]
+    batch = collate_prompts(prefixes, pad_id=pad_id).to(module.device)
+    with module.autocast():
+        nll = score_continuations(module.vlm, batch, rest, len(samples))
+    counts = [sum(label != IGNORE for label in one.labels) for one in rest]
+    return [{"nll": value, "tokens": count} for value, count in zip(nll, counts, strict=True)]
+
+
+def _outcome(example: Example, line: dict[str, Any]) -> Outcome:
+    return Outcome(example, line["answer"], line["nll"], line["tokens"])
+
+
+def _gathered(found: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """The lines of all ranks."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [found]
+    parts: list[list[dict[str, Any]]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(parts, found)
+    return parts
+
+
+def _read_answers(out: Path, how: str) -> dict[str, dict[str, Any]]:
+    """Answers of an earlier run into the same folder; a last line that was cut off is not counted."""
+    done: dict[str, dict[str, Any]] = {}
+    for file in sorted(out.glob("answers*.jsonl")):
+        for text in file.read_text(encoding="utf-8").splitlines():
+            try:
+                line = json.loads(text)
+            except ValueError:
+                continue
+            if line.pop("how", None) != how:
+                raise ValueError(
+                    f"{file} holds answers of another checkpoint, task or setting: choose another --out, or remove it"
+                )
+            done[line["id"]] = line
+    return done
+
+
+def _write(
+    out: Path,
+    result: Evaluated,
+    task: Task,
+    settings: Settings,
+    checkpoint: str,
+    how: str,
+    lines: Sequence[dict[str, Any]],
+) -> None:
+    """All answers in the order of the task, and the scores; partial files go."""
+    scratch = out / f"{ANSWERS}.{os.getpid()}"
+    with scratch.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps({"how": how} | line, ensure_ascii=False) + "\n" for line in lines)
+    scratch.replace(out / ANSWERS)
+    for part in out.glob("answers.*.partial.jsonl"):
+        part.unlink()
+    saved = {
+        "task": task.name,
+        "scores": result.scores,
+        "main": result.main,
+        "count": result.count,
+        "left_out": result.left_out,
+        "checkpoint": checkpoint,
+        "folder": str(task.folder),
+        "settings": asdict(settings),
+        "lit_vlm": __version__,
+        "torch": torch.__version__,
+    }
+    (out / SCORES).write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
