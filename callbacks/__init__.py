@@ -1,6 +1,7 @@
 """Lightning callbacks that a recipe names."""
 
 from callbacks.checkpoint import Checkpoint
+from callbacks.evaluate import Evaluate
 from callbacks.freeze_guard import FreezeGuard
 from callbacks.gradient_monitor import GradientMonitor
 from callbacks.held_out import HeldOut
@@ -8,4 +9,4 @@ from callbacks.predictions import Predictions
 from callbacks.sources import Sources
 from callbacks.throughput import Throughput
 
-__all__ = ["Checkpoint", "FreezeGuard", "GradientMonitor", "HeldOut", "Predictions", "Sources", "Throughput"]
+__all__ = ["Checkpoint", "Evaluate", "FreezeGuard", "GradientMonitor", "HeldOut", "Predictions", "Sources", "Throughput"]

@@ -30,15 +30,15 @@ from lit_vlm.data.scenes import Scene, Scenes, render, sample_scene
 from lit_vlm.data.scenes.world import COLOURS, SHAPES, SIZES
 from lit_vlm.data.templates import Span, VicunaV1
 
-PARTS = {"scenes-decoder": 3, "scenes-encoder": 1}
+PARTS = {"scenes-decoder": 4, "scenes-encoder": 1}
 """Each with a number that goes up whenever it comes out otherwise."""
 DECODER = LlamaConfig(
     vocab_size=600,
-    hidden_size=256,
-    intermediate_size=704,
-    num_hidden_layers=4,
-    num_attention_heads=8,
-    num_key_value_heads=8,
+    hidden_size=192,
+    intermediate_size=576,
+    num_hidden_layers=6,
+    num_attention_heads=6,
+    num_key_value_heads=6,
     max_position_embeddings=2048,
     tie_word_embeddings=False,
     bos_token_id=1,

@@ -5,12 +5,16 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
-from lit_vlm.data.records import Image, Message, Part, Record, Text
+from lit_vlm.data.records import Image, Message, Part, Record, RecordError, Text
+from lit_vlm.data.sources import ChatJsonl
+from lit_vlm.data.sources.base import MARK
+from lit_vlm.data.sources.conversations import interleave
 
 
 def main(argv: Sequence[str]) -> None:
@@ -28,17 +32,46 @@ def main(argv: Sequence[str]) -> None:
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     run = load_run(arguments.checkpoint, device)
     images = [Image(path=str(path.resolve())) for path in arguments.image]
-    messages: list[Message] = []
+    messages = _demonstrations(arguments.demos) if arguments.demos else []
     for prompt in [arguments.prompt] if arguments.prompt else _typed(console):
-        text = Text(f"\n{prompt}" if images and arguments.newline else prompt)
-        content: tuple[Part, ...] = (*images, text)
+        messages.append(Message("user", _content(prompt, images, arguments.newline)))
         images = []  # a conversation shows its pictures once
-        messages.append(Message("user", content))
         record = Record("chat", "chat", tuple(messages))
         batch = run.prompts([record], Path("/"))
         (answer,) = run.module.answer(batch, arguments.max_new_tokens, arguments.temperature, arguments.top_p)
         console.print(answer, markup=False)
         messages.append(Message("assistant", (Text(answer),)))
+
+
+def _content(prompt: str, images: Sequence[Image], newline: bool) -> tuple[Part, ...]:
+    """Pictures where the prompt says `<image>`, or else in front of it."""
+    pieces = prompt.split(MARK)
+    if len(pieces) == 1:
+        return (*images, Text(f"\n{prompt}" if images and newline else prompt))
+    if len(pieces) - 1 != len(images):
+        raise ValueError(f"the prompt has {len(pieces) - 1} {MARK} marks, and there are {len(images)} pictures left")
+    return tuple(interleave(pieces, images))
+
+
+def _demonstrations(file: Path) -> list[Message]:
+    """Solved turns from a file in chat form, one conversation per line; raises ValueError naming the line."""
+    source = ChatJsonl(str(file))
+    messages: list[Message] = []
+    for index in range(len(source)):
+        try:
+            record = source.record(index)
+        except RecordError as error:
+            raise ValueError(f"--demos {file} line {index + 1}: {error}") from error
+        if [message.role for message in record.messages] != ["user", "assistant"] * (len(record.messages) // 2):
+            raise ValueError(f"--demos {file} line {index + 1}: its turns must be user, assistant, user, assistant ...")
+        messages += [replace(message, content=tuple(_absolute(p, source) for p in message.content)) for message in record.messages]
+    return messages
+
+
+def _absolute(part: Part, source: ChatJsonl) -> Part:
+    if isinstance(part, Text) or part.path is None:
+        return part
+    return Image(path=str((source.image_folder / part.path).resolve()))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -47,7 +80,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("checkpoint", help="a checkpoint, or the folder of a run")
     parser.add_argument("--image", type=Path, action="append", default=[], help="a picture; may be given several times")
-    parser.add_argument("--prompt", help="one question; the answer is printed and that is all")
+    parser.add_argument(
+        "--prompt",
+        help="one question; the answer is printed and that is all. <image> in it says where a picture stands; without, "
+        "all stand in front",
+    )
+    parser.add_argument(
+        "--demos",
+        type=Path,
+        metavar="FILE",
+        help="solved examples to learn from: a .jsonl in chat form, a conversation of user and assistant per line, with "
+        "pictures relative to the file",
+    )
     parser.add_argument("--max-new-tokens", type=int, default=64, help="length of an answer at most (default: 64)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default: 0)")
     parser.add_argument(

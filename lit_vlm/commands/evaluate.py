@@ -34,6 +34,8 @@ def main(argv: Sequence[str]) -> None:
     main_process = not dist.is_initialized() or dist.get_rank() == 0
     console = Console(highlight=False, quiet=not main_process)
     run = load_run(arguments.checkpoint, device)
+    dtype = arguments.dtype or ("float32" if device == "cpu" else "bfloat16")
+    run.module.vlm.to(getattr(torch, dtype))
     reader = Reader(run.module, run.template, run.transform, arguments.max_length or run.max_length)
     results: dict[tuple[str, int], Evaluated] = {}
     for task in tasks:
@@ -41,7 +43,7 @@ def main(argv: Sequence[str]) -> None:
             prompt = Shots(count, arguments.text_shots, seed=arguments.seed, system=arguments.system)
             settings = Settings(
                 prompt, arguments.choose, arguments.think, arguments.limit, arguments.batch_size, arguments.workers,
-                arguments.max_new_tokens,
+                arguments.max_new_tokens, dtype,
             )  # fmt: skip
             out = arguments.out / task.name / f"{count}-shot"
             with console.status(f"{task.name}, {count} shots: {len(task.examples):,} examples"):
@@ -91,6 +93,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-new-tokens", type=int, help="length of an answer at most (default: the task's)")
     parser.add_argument("--out", type=Path, default=Path("evaluation"), help="folder of the results (evaluation)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16"], help="of weights (default: float32 on a CPU, bfloat16 on a GPU)"
+    )
     parser.add_argument("--no-mlflow", action="store_true", help="log nothing to MLflow")
     return parser
 

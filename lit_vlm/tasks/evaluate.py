@@ -46,6 +46,7 @@ class Settings:
         batch_size: examples at a time; scores do not depend on it.
         workers: processes that decode pictures.
         max_new_tokens: length of an answer at most; None leaves it to the task.
+        dtype: of the weights, for the record.
     """
 
     prompt: Shots = field(default_factory=Shots)
@@ -55,6 +56,7 @@ class Settings:
     batch_size: int = 16
     workers: int = 0
     max_new_tokens: int | None = None
+    dtype: str = ""
 
     def decisive(self) -> dict[str, Any]:
         """Those that answers depend on."""
@@ -96,7 +98,7 @@ class Reader:
 
     def encoder(self, prompt: bool) -> SampleEncoder:
         """What makes samples: of prompts, or with their answers."""
-        spec = self.module.input_spec
+        spec = replace(self.module.input_spec, teacher_pixels={}, known={})
         # A document may be cut, a question may not.
         too_long: Literal["truncate", "drop"] = "drop" if prompt else "truncate"
         return SampleEncoder(spec, self.template, self.transform, self.max_length, too_long, prompt=prompt)

@@ -1,0 +1,79 @@
+"""A benchmark on a schedule, while a stage trains."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+
+from lit_vlm.data import VLMData
+from lit_vlm.module import LitVLM
+from lit_vlm.tasks import TASKS, Reader, Settings, Shots, Task, run_task
+
+
+class Evaluate(L.Callback):
+    """Runs a task every so many optimizer steps and at the end; scores go to the loggers as `task/NAME/SCORE`.
+
+    Answers and scores are written to tasks/NAME/STEP/ of the run.
+
+    Args:
+        task: name of a task, as `lit-vlm evaluate --help` lists them.
+        folder: its files; not needed for generated scenes.
+        every_n_steps: optimizer steps between runs; None runs it at the end only.
+        limit: examples; default: all.
+        shots: demonstrations with pictures.
+        batch_size: examples at a time.
+    """
+
+    def __init__(
+        self,
+        task: str,
+        folder: str = ".",
+        every_n_steps: int | None = None,
+        limit: int | None = None,
+        shots: int = 0,
+        batch_size: int = 16,
+    ) -> None:
+        if task not in TASKS:
+            raise ValueError(f"callbacks.Evaluate: there is no task '{task}'; tasks: {', '.join(TASKS)}")
+        if every_n_steps is not None and every_n_steps < 1:
+            raise ValueError(f"callbacks.Evaluate: every_n_steps is at least 1, not {every_n_steps}")
+        self.task: Task = TASKS[task](folder)
+        self.every_n_steps = every_n_steps
+        self.settings = Settings(Shots(shots), limit=limit, batch_size=batch_size)
+        self._last = -1
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Read the files now, so that a missing one does not stop a run in its middle."""
+        assert self.task.examples
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Run it where the schedule says so; a step of several micro-batches is one step."""
+        step = trainer.global_step
+        if self.every_n_steps is not None and step and step % self.every_n_steps == 0 and step != self._last:
+            self._run(trainer, pl_module)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Run it on what was reached."""
+        if trainer.global_step != self._last:
+            self._run(trainer, pl_module)
+
+    def _run(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        data = getattr(trainer, "datamodule", None)
+        assert isinstance(module, LitVLM)
+        assert isinstance(data, VLMData)
+        self._last = trainer.global_step
+        start = time.perf_counter()
+        out = Path(trainer.default_root_dir) / "tasks" / self.task.name / str(trainer.global_step)
+        reader = Reader(module, data.template, data.transform, data.max_length)
+        result = run_task(reader, self.task, self.settings, out, f"step {trainer.global_step}")
+        if trainer.is_global_zero:
+            main = f"{result.main} {result.scores[result.main]:.2f}"
+            trainer.print(f"{self.task.name}, step {self._last}: {main} ({time.perf_counter() - start:.0f} s)")
+            scores = {f"task/{self.task.name}/{name}": value for name, value in result.scores.items()}
+            for logger in trainer.loggers:
+                logger.log_metrics(scores, step=trainer.global_step)
