@@ -9,4 +9,13 @@ from callbacks.predictions import Predictions
 from callbacks.sources import Sources
 from callbacks.throughput import Throughput
 
-__all__ = ["Checkpoint", "Evaluate", "FreezeGuard", "GradientMonitor", "HeldOut", "Predictions", "Sources", "Throughput"]
+__all__ = [
+    "Checkpoint",
+    "Evaluate",
+    "FreezeGuard",
+    "GradientMonitor",
+    "HeldOut",
+    "Predictions",
+    "Sources",
+    "Throughput",
+]

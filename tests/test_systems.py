@@ -21,6 +21,9 @@ RECIPES = (
     "multi_encoder_feature",
     "multi_encoder_token",
     "ola_vlm",
+    "vila",
+    "vila15",
+    "vila_paper",
 )
 
 
@@ -50,6 +53,7 @@ STAGES = [
     ("hovle", "1_distill"),
     ("hovle_hd", "3_sft"),
     ("ola_vlm", "1_pretrain"),
+    ("vila", "1_pretrain"),
 ]
 
 
@@ -61,6 +65,8 @@ def test_two_sharded_processes_with_text_in_between_give_the_weights_of_one(
     flags = ["--trainer.logger", "false", "--trainer.limit_val_batches", "0", "--model.stage.train.encoder", "1e-3"]
     if stage != "1_distill":
         flags += ["--model.stage.train.decoder", "1e-3"]
+    if name == "vila":
+        flags += ["--data.mixture", "Shuffled"]  # its own mixture gives each rank other samples
     whole = tiny_fit(tmp_path, "whole", stage, *flags, "--data.batch_size", "2", recipe=name)
     flags += ["--data.batch_size", "1", "--trainer.devices", "2"]
     sharded = tiny_fit(tmp_path, "sharded", stage, *flags, strategy="fsdp", recipe=name)

@@ -64,7 +64,10 @@ def _demonstrations(file: Path) -> list[Message]:
             raise ValueError(f"--demos {file} line {index + 1}: {error}") from error
         if [message.role for message in record.messages] != ["user", "assistant"] * (len(record.messages) // 2):
             raise ValueError(f"--demos {file} line {index + 1}: its turns must be user, assistant, user, assistant ...")
-        messages += [replace(message, content=tuple(_absolute(p, source) for p in message.content)) for message in record.messages]
+        messages += [
+            replace(message, content=tuple(_absolute(p, source) for p in message.content))
+            for message in record.messages
+        ]
     return messages
 
 
@@ -89,8 +92,8 @@ def _parser() -> argparse.ArgumentParser:
         "--demos",
         type=Path,
         metavar="FILE",
-        help="solved examples to learn from: a .jsonl in chat form, a conversation of user and assistant per line, with "
-        "pictures relative to the file",
+        help="solved examples to learn from: a .jsonl in chat form, a conversation of user and assistant per line, "
+        "with pictures relative to the file",
     )
     parser.add_argument("--max-new-tokens", type=int, default=64, help="length of an answer at most (default: 64)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default: 0)")

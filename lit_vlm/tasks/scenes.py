@@ -43,7 +43,7 @@ class SceneQuestions(MultipleChoice):
             source = Scenes(
                 self.source, 4 * count, 1000, split=split, question_kinds=[kind], max_things=3, wording="plain"
             )
-            asked = (_example(source.record(index), kind) for index in range(len(source)))
+            asked = (_example(source.record(index), kind, split) for index in range(len(source)))
             found += list(islice((example for example in asked if example is not None), count))
         return found
 
@@ -72,9 +72,9 @@ class SceneText(SceneQuestions):
     source = "text"
 
 
-def _example(record: Record, kind: str) -> Example | None:
+def _example(record: Record, kind: str, split: str) -> Example | None:
     """A question with its options; None for a record without."""
     if not record.options:
         return None
     question, answer = record.messages[0].text.strip(), record.messages[-1].text
-    return Example(f"{kind}-{record.id}", tuple(record.images), question, (answer,), record.options, kind)
+    return Example(f"{split}-{record.id}", tuple(record.images), question, (answer,), record.options, kind)

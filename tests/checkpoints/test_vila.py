@@ -25,7 +25,9 @@ SIGLIP = CLIP | {"model_type": "siglip_vision_model", "num_hidden_layers": 4}
 LLM = LLAMA | {"vocab_size": 300}
 PROJECTORS: dict[str, tuple[int, dict[str, tuple[int, ...]]]] = {
     "linear": (1, {"layers.weight": (64, 32), "layers.bias": (64,)}),
-    "mlp2x_gelu": (1, {"layers.0.weight": (64, 32), "layers.0.bias": (64,), "layers.2.weight": (64, 64), "layers.2.bias": (64,)}),
+    "mlp2x_gelu": (1, {
+        "layers.0.weight": (64, 32), "layers.0.bias": (64,), "layers.2.weight": (64, 64), "layers.2.bias": (64,),
+    }),
     "mlp_downsample": (4, {
         "layers.1.weight": (128,), "layers.1.bias": (128,), "layers.2.weight": (64, 128), "layers.2.bias": (64,),
         "layers.4.weight": (64, 64), "layers.4.bias": (64,),
@@ -43,7 +45,9 @@ def vision(config: dict[str, Any]) -> dict[str, Tensor]:
     cls = SiglipVisionConfig if config["model_type"].startswith("siglip") else CLIPVisionConfig
     model = AutoModel.from_config(cls(**{k: v for k, v in config.items() if k != "model_type"}))
     # Files are from before transformers 5, which leaves this prefix out.
-    return {key if key.startswith("vision_model.") else f"vision_model.{key}": v for key, v in model.state_dict().items()}
+    return {
+        key if key.startswith("vision_model.") else f"vision_model.{key}": v for key, v in model.state_dict().items()
+    }
 
 
 def llm() -> dict[str, Tensor]:
@@ -149,7 +153,12 @@ def test_what_fits_nowhere_is_missing_or_unknown_is_an_error(tmp_path: Path) -> 
 def test_exported_folders_come_back(encoder: Any, projector: Any, tmp_path: Path) -> None:
     model = tiny_vlm(encoder=encoder, projector=projector)
     assert export_published("vila", model, tmp_path / "out", Resize()) <= 1e-5
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"config.json", "llm", "vision_tower", "mm_projector"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "config.json",
+        "llm",
+        "vision_tower",
+        "mm_projector",
+    }
     again = load_published("vila", tmp_path / "out")
     for name, value in model.state_dict().items():
         assert torch.equal(value, again.state_dict()[name])
