@@ -44,6 +44,7 @@ class Scenes(Source):
         split: `train` or `held_out`; the two have no scene in common.
         question_kinds: what is asked, taking turns; default: all five. Not for captions.
         shots: pictures per record; for `interleaved` only.
+        images_first: all pictures in front of the text; for `interleaved` only. An ablation of VILA.
         turns: questions per record, one after the other; for `questions` and `text`. The first is of the kind whose
             turn it is, the others are of random kinds, and fewer where a scene offers no more. Options belong to the
             last one.
@@ -67,6 +68,7 @@ class Scenes(Source):
         split: Split = "train",
         question_kinds: list[QuestionKind] | None = None,
         shots: int = 4,
+        images_first: bool = False,
         turns: int = 1,
         max_things: int = MAX_THINGS,
         wording: Wording = "varied",
@@ -91,6 +93,9 @@ class Scenes(Source):
         self.name = name or f"scenes_{kind}"
         self.image_folder = Path()
         self.kind, self.count, self.seed, self.size, self.split, self.shots = kind, count, seed, size, split, shots
+        if images_first and kind != "interleaved":
+            raise ValueError(f"images_first is for kind interleaved, not for {kind!r}")
+        self.images_first = images_first
         self.turns, self.max_things, self.wording = turns, max_things, wording
         self.cells = maps
         if maps is not None and (maps < 1 or size % maps):
@@ -135,6 +140,8 @@ class Scenes(Source):
         """A hash of the arguments, which decide everything."""
         # Maps add to a picture and change nothing of it.
         arguments = {name: value for name, value in sorted(vars(self).items()) if name not in ("image_folder", "cells")}
+        if not self.images_first:
+            del arguments["images_first"]  # came later: sets without it are the same as before
         return hashlib.sha256(f"scenes-{VERSION}-{arguments}".encode()).hexdigest()[:16]
 
     def _compose(self, index: int) -> tuple[Record, list[Scene]]:
@@ -201,6 +208,8 @@ class Scenes(Source):
             told = question.statement if as_statements else f"Question: {question.text}\nAnswer: {question.answer}"
             content += [self._blank(), Text(f"\n{told}" if shot == self.shots - 1 else f"\n{told}\n\n")]
             scenes.append(scene)
+        if self.images_first:
+            content.sort(key=lambda part: isinstance(part, Text))
         return Record(f"interleaved-{kind}-{index}", self.name, (Message("document", tuple(content)),)), scenes
 
 

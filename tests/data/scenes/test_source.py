@@ -208,3 +208,14 @@ def test_a_sheet_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(sys, "argv", ["scenes", str(out), "--count", "3"])
     main()
     assert open_image(Image(path="sheet.png"), tmp_path).width > 900
+
+
+def test_images_first_is_the_same_document_with_its_pictures_in_front() -> None:
+    plain, front = (Scenes("interleaved", 4, shots=3, images_first=first) for first in (False, True))
+    for index in range(4):
+        content, moved = (source.record(index).messages[0].content for source in (plain, front))
+        assert [isinstance(part, Image) for part in moved] == [True] * 3 + [False] * 3
+        assert list(moved) == [p for p in content if isinstance(p, Image)] + [p for p in content if isinstance(p, Text)]
+    assert plain.fingerprint() != front.fingerprint()
+    with pytest.raises(ValueError, match="images_first is for kind interleaved"):
+        Scenes("captions", 4, images_first=True)
