@@ -1,0 +1,134 @@
+"""A checkpoint as a model of lmms-eval: `lmms-eval --model lit_vlm --model_args checkpoint=RUN --tasks ...`.
+
+Needs the extra `lmms-eval`, which is not imported by anything else. lmms-eval finds this module by its entry point.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lmms_eval.api.instance import Instance
+from lmms_eval.api.model import lmms
+from lmms_eval.models.registry_v2 import ModelManifest
+from PIL import Image as PILImage
+from rich.progress import track
+
+from lit_vlm.checkpoints.run import load_run
+from lit_vlm.data.collate import collate_prompts
+from lit_vlm.data.encode import SampleEncoder
+from lit_vlm.data.records import Image, Message, Record, Text
+from lit_vlm.data.sources.base import MARK
+from lit_vlm.data.sources.conversations import interleave
+from lit_vlm.tasks.held_out import score_answers
+
+MANIFEST = ModelManifest(model_id="lit_vlm", simple_class_path="lit_vlm.lmms_eval.LmmsEvalModel")
+
+
+class LmmsEvalModel(lmms):
+    """Answers lmms-eval's requests with the template and the image transform that the run was trained with.
+
+    Args:
+        checkpoint: a checkpoint, or the folder of a run.
+        device: where the model runs; default: a GPU if there is one.
+        batch_size: requests at a time.
+        max_length: positions of a prompt at most; default: that of the run.
+    """
+
+    is_simple = True
+
+    def __init__(
+        self,
+        checkpoint: str,
+        device: str | None = None,
+        batch_size: int | str = 1,
+        max_length: int | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.run = load_run(checkpoint, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.rows = int(batch_size)
+        self.max_length = int(max_length or self.run.max_length)
+
+    def generate_until(self, requests: Sequence[Instance]) -> list[str]:
+        """Greedy answers, or drawn ones where a task sets a temperature; cut at its stop texts."""
+        answers: list[str] = []
+        for start in track(range(0, len(requests), self.rows), description="answering"):
+            chunk = requests[start : start + self.rows]
+            # A task may set other lengths for single requests: these are asked alone.
+            settings = [dict(request.args[1]) for request in chunk]
+            groups = [chunk] if all(one == settings[0] for one in settings) else [[request] for request in chunk]
+            for group in groups:
+                answers += self._generate(group)
+        return answers
+
+    def _generate(self, requests: Sequence[Instance]) -> list[str]:
+        settings = dict(requests[0].args[1])
+        samples = [self._encoder(True)(self._record(*self._asked(request)), Path("/")) for request in requests]
+        pad_id = self.run.module.input_spec.tokenizer.pad_token_id
+        batch = collate_prompts(samples, pad_id=pad_id).to(self.run.module.device)
+        temperature = float(settings.get("temperature") or 0) if settings.get("do_sample", True) else 0.0
+        given = self.run.module.answer(
+            batch, int(settings.get("max_new_tokens", 64)), temperature, float(settings.get("top_p") or 1)
+        )
+        until = settings.get("until") or []
+        stops = [until] if isinstance(until, str) else list(until)
+        return [_cut(answer, stops) for answer in given]
+
+    def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
+        """Log-likelihood of each continuation as an answer. Whether it is the greedy one is found by generating it."""
+        found = []
+        pad_id = self.run.module.input_spec.tokenizer.pad_token_id
+        for request in track(requests, description="scoring"):
+            context, target, visual, index, task, split = request.args
+            document = self.task_dict[task][split][index]
+            answer = target if isinstance(target, str) else target(document)
+            record = self._record(context, visual(document), answer.strip())
+            ((nll, tokens),), _ = score_answers(self.run.module, self._encoder(False), [record], pad_id)
+            batch = collate_prompts([self._encoder(True)(record, Path("/"))], pad_id=pad_id)
+            (given,) = self.run.module.answer(batch.to(self.run.module.device), tokens)
+            found.append((-nll, given.strip() == answer.strip()))
+        return found
+
+    def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[str]:
+        """Not supported; raises NotImplementedError."""
+        raise NotImplementedError("lit_vlm answers single rounds only; tasks of several rounds are not supported")
+
+    def _encoder(self, prompt: bool) -> SampleEncoder:
+        run = self.run
+        return SampleEncoder(
+            run.module.input_spec, run.template, run.transform, self.max_length, too_long="drop", prompt=prompt
+        )
+
+    def _asked(self, request: Instance) -> tuple[str, list[Any]]:
+        context, _, visual, index, task, split = request.args
+        return context, list(visual(self.task_dict[task][split][index]) or [])
+
+    def _record(self, context: str, visuals: Sequence[Any], answer: str = " ") -> Record:
+        images = [_image(visual) for visual in visuals]
+        pieces = context.split(MARK)
+        if len(pieces) - 1 == len(images) and images:
+            content = tuple(interleave(pieces, images))
+        else:
+            content = (*images, Text(f"\n{context.replace(MARK, '')}" if images else context))
+        return Record("lmms", "lmms", (Message("user", content), Message("assistant", (Text(answer),))))
+
+
+def _image(visual: Any) -> Image:
+    """A picture that lmms-eval hands over; raises ValueError for video and sound."""
+    if isinstance(visual, str):
+        return Image(path=str(Path(visual).resolve()))
+    if not isinstance(visual, PILImage.Image):
+        raise ValueError(f"lit_vlm takes pictures; this task gives {type(visual).__name__}")
+    buffer = io.BytesIO()
+    visual.convert("RGB").save(buffer, format="PNG")
+    return Image(data=buffer.getvalue(), size=visual.size)
+
+
+def _cut(answer: str, stops: Sequence[str]) -> str:
+    for stop in stops:
+        if stop:
+            answer = answer.split(stop, 1)[0]
+    return answer.strip()
