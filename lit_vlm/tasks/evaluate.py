@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 ANSWERS, SCORES = "answers.jsonl", "scores.json"
 LONGEST_THOUGHT = 256
+LONGEST_ANSWER = 512
 
 
 @dataclass(frozen=True)
@@ -96,12 +97,12 @@ class Reader:
     transform: ImageTransform
     max_length: int
 
-    def encoder(self, prompt: bool) -> SampleEncoder:
-        """What makes samples: of prompts, or with their answers."""
+    def encoder(self, what: Literal["prompt", "answer", "document"]) -> SampleEncoder:
+        """What makes samples. A question that is too long is refused, a document is cut; answers come on top."""
         spec = replace(self.module.input_spec, teacher_pixels={}, known={})
-        # A document may be cut, a question may not.
-        too_long: Literal["truncate", "drop"] = "drop" if prompt else "truncate"
-        return SampleEncoder(spec, self.template, self.transform, self.max_length, too_long, prompt=prompt)
+        length = self.max_length + (LONGEST_ANSWER if what == "answer" else 0)
+        too_long: Literal["truncate", "drop"] = "truncate" if what == "document" else "drop"
+        return SampleEncoder(spec, self.template, self.transform, length, too_long, prompt=what == "prompt")
 
     def written(self, record: Record) -> str:
         """The prompt as text, with `<image>` for each image."""
@@ -208,64 +209,83 @@ def _ask(
         for example in padded
     ]
     loader = DataLoader(
-        _Encoded(records, reader.encoder(prompt=not task.perplexity)),
+        _Encoded(records, reader.encoder("document" if task.perplexity else "prompt")),
         batch_size=settings.batch_size,
         num_workers=settings.workers,
         collate_fn=list,
     )
     for batch in loader:
-        usable = [(index, sample) for index, sample, _ in batch if sample is not None]
-        # A rank whose whole batch is unusable still takes part in the others' steps.
-        lines = _answers(reader, prompts, settings, padded, records, usable) if usable or dist.is_initialized() else {}
+        asked = [_Asked(padded[index], records[index], sample) for index, sample, _ in batch if sample is not None]
+        if not asked and dist.is_initialized():
+            asked = [_stand_in(reader, prompts, padded[batch[0][0]])]  # the other ranks' steps need this one's
+        found = iter(_answers(reader, prompts, settings, asked) if asked else [])
         for index, sample, reason in batch:
-            if index >= len(examples):
-                continue
             line = {"id": padded[index].id, "answer": "", "nll": 0.0, "tokens": 0, "left_out": reason}
             if sample is not None:
-                line |= lines[index]
+                line |= next(found)
             if written and not task.perplexity:
                 line["prompt"] = reader.written(records[index])
             line["references"] = list(padded[index].references)
-            yield line
+            if index < len(examples):  # the others only keep ranks in step
+                yield line
 
 
-def _answers(
-    reader: Reader,
-    prompts: Prompts,
-    settings: Settings,
-    examples: Sequence[Example],
-    records: Sequence[Record],
-    usable: Sequence[tuple[int, Sample]],
-) -> dict[int, dict[str, Any]]:
-    """What the model says, by index."""
+class _Asked(NamedTuple):
+    """A question on its way to the model."""
+
+    example: Example
+    record: Record
+    sample: Sample
+
+
+def _stand_in(reader: Reader, prompts: Prompts, example: Example) -> _Asked:
+    """A question of the same form that can always be asked: without pictures and demonstrations."""
+    plain = replace(example, images=(), question="?")
+    if prompts.task.perplexity:
+        record = document(plain, prompts.task.name)
+        return _Asked(plain, record, reader.encoder("document")(record, Path("/")))
+    record = Prompts(prompts.task, Shots(), prompts.choosing).record(plain)
+    return _Asked(plain, record, reader.encoder("prompt")(record, Path("/")))
+
+
+def _answers(reader: Reader, prompts: Prompts, settings: Settings, asked: Sequence[_Asked]) -> list[dict[str, Any]]:
+    """What the model says to each."""
     module, task = reader.module, prompts.task
     pad_id = module.input_spec.tokenizer.pad_token_id
-    indices = [index for index, _ in usable]
     if task.perplexity:
-        return dict(zip(indices, _likelihoods(module, [sample for _, sample in usable], pad_id), strict=True))
-    wanted = [records[index] for index in indices]
-    extra: list[dict[str, Any]] = [{} for _ in indices]
-    batch = collate_prompts([sample for _, sample in usable], pad_id=pad_id).to(module.device)
-    limit = settings.max_new_tokens or task.max_new_tokens
+        return _likelihoods(module, [one.sample for one in asked], pad_id)
+    batch = collate_prompts([one.sample for one in asked], pad_id=pad_id).to(module.device)
+    records = [one.record for one in asked]
+    extra: list[dict[str, Any]] = [{} for _ in asked]
     if settings.think:
         thoughts = module.answer(batch, LONGEST_THOUGHT)
-        extra = [{"thought": thought} for thought in thoughts]
-        wanted = [
-            prompts.record(examples[index], think=True, thought=thought)
-            for index, thought in zip(indices, thoughts, strict=True)
+        pairs = [
+            _concluding(reader, prompts, one.example, thought) for one, thought in zip(asked, thoughts, strict=True)
         ]
-        encode = reader.encoder(prompt=True)
-        batch = collate_prompts([encode(record, Path("/")) for record in wanted], pad_id=pad_id).to(module.device)
-    if wanted and wanted[0].options:
-        (scored, chosen) = score_answers(module, reader.encoder(prompt=False), wanted, pad_id)
-        letters = [_letter(examples[index], option, prompts) for index, option in zip(indices, chosen, strict=True)]
+        records = [record for record, _ in pairs]
+        batch = collate_prompts([sample for _, sample in pairs], pad_id=pad_id).to(module.device)
+        extra = [{"thought": thought} for thought in thoughts]
+    if records[0].options:
+        scored, chosen = score_answers(module, reader.encoder("answer"), records, pad_id)
         found = [
-            {"answer": letter, "nll": nll, "tokens": tokens}
-            for letter, (nll, tokens) in zip(letters, scored, strict=True)
+            {"answer": _letter(one.example, option, prompts), "nll": nll, "tokens": tokens}
+            for one, option, (nll, tokens) in zip(asked, chosen, scored, strict=True)
         ]
     else:
-        found = [{"answer": answer} for answer in module.answer(batch, limit)]
-    return {index: more | line for index, more, line in zip(indices, extra, found, strict=True)}
+        given = module.answer(batch, settings.max_new_tokens or task.max_new_tokens)
+        found = [{"answer": answer} for answer in given]
+    return [more | line for more, line in zip(extra, found, strict=True)]
+
+
+def _concluding(reader: Reader, prompts: Prompts, example: Example, thought: str) -> tuple[Record, Sample]:
+    """The question for the answer behind the steps; steps that leave no room for it are left out."""
+    encode = reader.encoder("prompt")
+    record = prompts.record(example, think=True, thought=thought)
+    try:
+        return record, encode(record, Path("/"))
+    except RecordError:
+        record = prompts.record(example)
+        return record, encode(record, Path("/"))
 
 
 def _letter(example: Example, option: str, prompts: Prompts) -> str:

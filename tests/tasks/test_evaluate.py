@@ -126,7 +126,7 @@ def test_a_run_goes_on_where_it_stopped(reader: Reader, tmp_path: Path) -> None:
 def test_an_example_that_cannot_be_asked_counts_as_wrong_and_is_named(reader: Reader, tmp_path: Path) -> None:
     task = scenes()
     broken = task.examples[0].__class__(**(vars(task.examples[0]) | {"images": (Image(path="nothing.png"),)}))
-    task.examples = [broken, *task.examples[1:]]
+    task.examples = [broken, *task.examples[1:]]  # type: ignore[misc]
     result = run_task(reader, task, Settings(batch_size=3), tmp_path / "out")
     assert result.left_out == {"missing_image": 1}
     assert result.count == 10
