@@ -5,63 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.utils.data import DataLoader, Dataset
 
 from lit_vlm import __version__
-from lit_vlm.batch import IGNORE
-from lit_vlm.data.collate import collate_prompts
-from lit_vlm.data.encode import Sample, SampleEncoder
-from lit_vlm.data.records import Record, RecordError
 from lit_vlm.data.scan import describe
-from lit_vlm.data.templates import Span, Template
-from lit_vlm.data.transforms import ImageTransform
-from lit_vlm.generate import Continuation, score_continuations
-from lit_vlm.tasks.base import Choosing, Example, Outcome, Task
-from lit_vlm.tasks.held_out import score_answers
-from lit_vlm.tasks.prompts import Prompts, Shots, document, in_order
-
-if TYPE_CHECKING:
-    from lit_vlm.module import LitVLM
+from lit_vlm.tasks.ask import Reader, Settings, ask
+from lit_vlm.tasks.base import Example, Outcome, Task
+from lit_vlm.tasks.prompts import Prompts, in_order
 
 ANSWERS, SCORES = "answers.jsonl", "scores.json"
-LONGEST_THOUGHT = 256
-LONGEST_ANSWER = 512
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How a task is run; saved beside its scores.
-
-    Attributes:
-        prompt: what stands in front of a question.
-        choosing: how one of several options is chosen; None leaves it to the task.
-        think: the model first writes steps, then the answer.
-        limit: examples, drawn by the seed; None takes all.
-        batch_size: examples at a time; scores do not depend on it.
-        workers: processes that decode pictures.
-        max_new_tokens: length of an answer at most; None leaves it to the task.
-        dtype: of the weights, for the record.
-    """
-
-    prompt: Shots = field(default_factory=Shots)
-    choosing: Choosing | None = None
-    think: bool = False
-    limit: int | None = None
-    batch_size: int = 16
-    workers: int = 0
-    max_new_tokens: int | None = None
-    dtype: str = ""
-
-    def decisive(self) -> dict[str, Any]:
-        """Those that answers depend on."""
-        return {key: value for key, value in asdict(self).items() if key not in ("batch_size", "workers", "limit")}
 
 
 @dataclass(frozen=True)
@@ -79,52 +37,6 @@ class Evaluated:
     main: str
     count: int
     left_out: dict[str, int]
-
-
-@dataclass
-class Reader:
-    """How a model's prompts are written.
-
-    Attributes:
-        module: with its model built.
-        template: of the run.
-        transform: of the run.
-        max_length: of the run.
-    """
-
-    module: LitVLM
-    template: Template
-    transform: ImageTransform
-    max_length: int
-
-    def encoder(self, what: Literal["prompt", "answer", "document"]) -> SampleEncoder:
-        """What makes samples. A question that is too long is refused, a document is cut; answers come on top."""
-        spec = replace(self.module.input_spec, teacher_pixels={}, known={})
-        length = self.max_length + (LONGEST_ANSWER if what == "answer" else 0)
-        too_long: Literal["truncate", "drop"] = "truncate" if what == "document" else "drop"
-        return SampleEncoder(spec, self.template, self.transform, length, too_long, prompt=what == "prompt")
-
-    def written(self, record: Record) -> str:
-        """The prompt as text, with `<image>` for each image."""
-        eos = self.module.input_spec.tokenizer.eos_token or ""
-        pieces = self.template.prompt(record.messages, eos)
-        return "".join(piece.text if isinstance(piece, Span) else "<image>" for piece in pieces)
-
-
-class _Encoded(Dataset[tuple[int, Sample | None, str]]):
-    """Prompts, encoded in loader processes."""
-
-    def __init__(self, records: Sequence[Record], encode: SampleEncoder) -> None:
-        self.records, self.encode = records, encode
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __getitem__(self, index: int) -> tuple[int, Sample | None, str]:
-        try:
-            return index, self.encode(self.records[index], Path("/")), ""
-        except RecordError as error:
-            return index, None, error.reason
 
 
 def run_task(
@@ -154,7 +66,7 @@ def run_task(
         dist.barrier()  # nobody writes before all have read
     left = [example for example in examples if example.id not in done]
     mine = left[rank::world]
-    asked = _ask(reader, prompts, mine, settings, -(-len(left) // world), out is not None)
+    asked = ask(reader, prompts, mine, settings, -(-len(left) // world), out is not None)
     file = None
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
@@ -192,118 +104,6 @@ def _how(reader: Reader, task: Task, settings: Settings, checkpoint: str) -> str
         ]
     )  # fmt: skip
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _ask(
-    reader: Reader, prompts: Prompts, examples: Sequence[Example], settings: Settings, length: int, written: bool
-) -> Iterator[dict[str, Any]]:
-    """A line for each example; all ranks run `length` examples, as sharded parts run on all ranks or on none."""
-    if not length:
-        return
-    padding = list(examples[:1]) or prompts.task.examples[:1]
-    padded = [*examples, *[padding[0]] * (length - len(examples))]
-    task = prompts.task
-    thoughts = settings.think and not task.perplexity
-    records = [
-        document(example, task.name) if task.perplexity else prompts.record(example, think=thoughts)
-        for example in padded
-    ]
-    loader = DataLoader(
-        _Encoded(records, reader.encoder("document" if task.perplexity else "prompt")),
-        batch_size=settings.batch_size,
-        num_workers=settings.workers,
-        collate_fn=list,
-    )
-    for batch in loader:
-        asked = [_Asked(padded[index], records[index], sample) for index, sample, _ in batch if sample is not None]
-        if not asked and dist.is_initialized():
-            asked = [_stand_in(reader, prompts, padded[batch[0][0]])]  # the other ranks' steps need this one's
-        found = iter(_answers(reader, prompts, settings, asked) if asked else [])
-        for index, sample, reason in batch:
-            line = {"id": padded[index].id, "answer": "", "nll": 0.0, "tokens": 0, "left_out": reason}
-            if sample is not None:
-                line |= next(found)
-            if written and not task.perplexity:
-                line["prompt"] = reader.written(records[index])
-            line["references"] = list(padded[index].references)
-            if index < len(examples):  # the others only keep ranks in step
-                yield line
-
-
-class _Asked(NamedTuple):
-    """A question on its way to the model."""
-
-    example: Example
-    record: Record
-    sample: Sample
-
-
-def _stand_in(reader: Reader, prompts: Prompts, example: Example) -> _Asked:
-    """A question of the same form that can always be asked: without pictures and demonstrations."""
-    plain = replace(example, images=(), question="?")
-    if prompts.task.perplexity:
-        record = document(plain, prompts.task.name)
-        return _Asked(plain, record, reader.encoder("document")(record, Path("/")))
-    record = Prompts(prompts.task, Shots(), prompts.choosing).record(plain)
-    return _Asked(plain, record, reader.encoder("prompt")(record, Path("/")))
-
-
-def _answers(reader: Reader, prompts: Prompts, settings: Settings, asked: Sequence[_Asked]) -> list[dict[str, Any]]:
-    """What the model says to each."""
-    module, task = reader.module, prompts.task
-    pad_id = module.input_spec.tokenizer.pad_token_id
-    if task.perplexity:
-        return _likelihoods(module, [one.sample for one in asked], pad_id)
-    batch = collate_prompts([one.sample for one in asked], pad_id=pad_id).to(module.device)
-    records = [one.record for one in asked]
-    extra: list[dict[str, Any]] = [{} for _ in asked]
-    if settings.think:
-        thoughts = module.answer(batch, LONGEST_THOUGHT)
-        pairs = [
-            _concluding(reader, prompts, one.example, thought) for one, thought in zip(asked, thoughts, strict=True)
-        ]
-        records = [record for record, _ in pairs]
-        batch = collate_prompts([sample for _, sample in pairs], pad_id=pad_id).to(module.device)
-        extra = [{"thought": thought} for thought in thoughts]
-    if records[0].options:
-        scored, chosen = score_answers(module, reader.encoder("answer"), records, pad_id)
-        found = [
-            {"answer": _letter(one.example, option, prompts), "nll": nll, "tokens": tokens}
-            for one, option, (nll, tokens) in zip(asked, chosen, scored, strict=True)
-        ]
-    else:
-        given = module.answer(batch, settings.max_new_tokens or task.max_new_tokens)
-        found = [{"answer": answer} for answer in given]
-    return [more | line for more, line in zip(extra, found, strict=True)]
-
-
-def _concluding(reader: Reader, prompts: Prompts, example: Example, thought: str) -> tuple[Record, Sample]:
-    """The question for the answer behind the steps; steps that leave no room for it are left out."""
-    encode = reader.encoder("prompt")
-    record = prompts.record(example, think=True, thought=thought)
-    try:
-        return record, encode(record, Path("/"))
-    except RecordError:
-        record = prompts.record(example)
-        return record, encode(record, Path("/"))
-
-
-def _letter(example: Example, option: str, prompts: Prompts) -> str:
-    """The likeliest option as its letter."""
-    if prompts.choosing == "letter":
-        return option
-    return replace(example, references=(option,)).letter
-
-
-def _likelihoods(module: LitVLM, samples: Sequence[Sample], pad_id: int) -> list[dict[str, Any]]:
-    """Summed negative log-likelihood of each document after its first token."""
-    prefixes = [replace(sample, ids=sample.ids[:1], labels=[IGNORE]) for sample in samples]
-    rest = [Continuation(row, sample.ids[1:], sample.labels[1:]) for row, sample in enumerate(samples)]
-    batch = collate_prompts(prefixes, pad_id=pad_id).to(module.device)
-    with module.autocast():
-        nll = score_continuations(module.vlm, batch, rest, len(samples))
-    counts = [sum(label != IGNORE for label in one.labels) for one in rest]
-    return [{"nll": value, "tokens": count} for value, count in zip(nll, counts, strict=True)]
 
 
 def _outcome(example: Example, line: dict[str, Any]) -> Outcome:
