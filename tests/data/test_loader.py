@@ -277,7 +277,8 @@ def test_sources_are_read_one_after_the_other(tmp_path: Path, bytes_spec: InputS
 
     sources = [source("one", line("a"), line("b")), source("none"), source("two", line("c"), "{", line("d"))]
     dataset = SourceDataset(sources, SampleEncoder(bytes_spec, ChatML(), Native(64), 100))
-    items = [dataset[Place(0, index)].item for index in range(len(dataset))]
+    found = [dataset[Place(0, index)].items for index in range(len(dataset))]
+    items = [one if isinstance(one, BadSample) else one[0] for one in found]
     assert [(item.source, item.id) for item in items] == [
         ("one", "a"),
         ("one", "b"),
@@ -301,8 +302,9 @@ def test_a_missing_image_is_a_bad_sample_with_the_id_of_its_record(
     (tmp_path / "chat.jsonl").write_text("\n".join(lines))
     encode = SampleEncoder(bytes_spec, ChatML(), Native(64), 100)
     dataset = SourceDataset([ChatJsonl(str(tmp_path / "chat.jsonl"))], encode)
-    (_, good), (_, bad) = dataset[Place(0, 0)], dataset[Place(1, 1)]
-    assert isinstance(good, Sample)
+    (_, read), (_, bad) = dataset[Place(0, 0)], dataset[Place(1, 1)]
+    assert isinstance(read, list)
+    (good,) = read
     assert len(good.images) == 1
     assert isinstance(bad, BadSample)
     assert bad[:3] == ("b", "chat", "missing_image")
