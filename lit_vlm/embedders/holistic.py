@@ -149,6 +149,12 @@ class Holistic(Embedder):
         own = self.stack.layers.state_dict()
         # Adapters, if there are any, start as no change.
         theirs = {key.replace(".base_layer.", "."): value for key, value in decoder.base.layers.state_dict().items()}
+        extra = sorted(key for key in theirs if key.startswith("0.") and key not in own and ".lora_" not in key)
+        if extra or getattr(decoder.config, "hidden_act", "silu") != "silu":
+            raise ValueError(
+                f"embedder.start is decoder, but the layers of a '{decoder.config.model_type}' are not Llama's "
+                f"({extra[0] if extra else decoder.config.hidden_act}): take another decoder, or start: random"
+            )
         if wrong := [key for key, value in own.items() if key not in theirs or theirs[key].shape != value.shape]:
             found = tuple(theirs[wrong[0]].shape) if wrong[0] in theirs else "nothing"
             raise ValueError(

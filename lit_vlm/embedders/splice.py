@@ -70,7 +70,7 @@ class Splice(Embedder):
         for name, count in counts.items():
             if count < 1:
                 raise ValueError(f"embedder.task_tokens.{name} is {count}: leave a group without tokens out")
-            if parameters.get(name, count) % count:
+            if parameters.get(name, count) < 1 or parameters.get(name, count) % count:
                 raise ValueError(
                     f"embedder.pooled_from.{name} {parameters[name]} is no multiple of its {count} task_tokens"
                 )

@@ -27,6 +27,10 @@ class ConvPatches(Encoder):
         self, width: int = 2048, image_size: int = 448, patch: int = 14, trained_size: int | None = None
     ) -> None:
         super().__init__()
+        if image_size % patch or (trained_size or image_size) % patch:
+            raise ValueError(
+                f"ConvPatches: image_size {image_size} and trained_size must be multiples of patch {patch}"
+            )
         self.width, self.patch = width, patch
         self.side, self.trained_side = image_size // patch, (trained_size or image_size) // patch
         self.patch_grid = PatchGrid(patch)

@@ -96,7 +96,6 @@ class EmbeddingDistillation(Head):
     def connect(self, embedder: Embedder) -> None:
         """Find its group among the embedder's task tokens."""
         if self.tokens is None:
-            self._places = range(sum(len(place) for place in embedder.task_tokens.values()))
             return
         if self.tokens not in embedder.task_tokens:
             raise ValueError(
@@ -145,7 +144,8 @@ class EmbeddingDistillation(Head):
         image = torch.arange(n).repeat_interleave(lengths)  # of each visual token
         # A token belongs to an image, to the text (−1), or to task tokens of another head (−2).
         owner = torch.full((len(image),), -2)
-        own = suffixes[:, self._places.start : self._places.stop]
+        # Without a group of its own a head reads all of them, and what encoders put behind the patches.
+        own = suffixes if self.tokens is None else suffixes[:, self._places.start : self._places.stop]
         owner[others] = image[others]
         owner[own] = torch.arange(n)[:, None].expand_as(own)
         owner, starts, own = (x.to(device, non_blocking=True) for x in (owner, starts, own))

@@ -16,13 +16,13 @@ from lit_vlm.checkpoints import load_published
 from lit_vlm.checkpoints.hovle import fuse_qkv, split_qkv
 from lit_vlm.data.collate import collate, collate_prompts, make_rows
 from lit_vlm.data.encode import Sample
-from lit_vlm.decoders import Lora
+from lit_vlm.decoders import HFDecoder, Lora
 from lit_vlm.embedders import Holistic
 from lit_vlm.encoders import ConvPatches
 from lit_vlm.generate import Continuation, generate, score_continuations
 from lit_vlm.model import VLM
 from lit_vlm.projectors import Identity, PatchMerge
-from tests.tiny import ROOT, tiny_decoder, tiny_slots
+from tests.tiny import LLAMA, ROOT, tiny_decoder, tiny_slots, tiny_vlm
 
 FIXTURE = torch.load(ROOT / "tests" / "fixtures" / "hovle.pt", weights_only=True)
 TOY, PRE, FULL = FIXTURE["toy_config"], FIXTURE["pre"], FIXTURE["full_pre"]
@@ -240,3 +240,14 @@ def test_positions_are_resampled_for_other_tiles() -> None:
     assert (table.diff(dim=0) > 0).all()
     assert (table.diff(dim=1) > 0).all()
     torch.testing.assert_close(table.mean(), torch.tensor(7.5), rtol=0, atol=1e-3)
+
+
+def test_layers_of_another_family_are_not_taken_for_llamas() -> None:
+    qwen = {**LLAMA, "model_type": "qwen2"}
+    with pytest.raises(ValueError, match=r"layers of a 'qwen2' are not Llama's \(0.self_attn.k_proj.bias\)"):
+        tiny_vlm(
+            encoder=partial(ConvPatches, 64, 28, 7),
+            projector=PatchMerge,
+            embedder=partial(Holistic, num_layers=1, num_heads=4, num_kv_heads=2, ffn_width=128),
+            decoder=partial(HFDecoder, config=qwen, tokenizer="bytes"),
+        )

@@ -124,3 +124,8 @@ def test_suffixes_are_found_behind_patches_of_any_layout() -> None:
     assert index_patches(grids).position.tolist() == [1, 2, 4, 5, 10, 11, 12]
     with pytest.raises(ValueError, match="images of one batch have \\[0, 3\\] tokens after their patches"):
         index_suffixes([Grid(1, 1), Grid(1, 1, suffix=3)])
+
+
+def test_a_group_pooled_from_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="pooled_from.a 0 is no multiple"):
+        Splice(8, 16, {"a": 2}, {"a": 0})
