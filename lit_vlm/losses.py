@@ -17,6 +17,7 @@ from torch import Tensor
 Head = Callable[[Tensor], Tensor]
 MOST_SCALE = 100.0
 """Of the cosines in a contrastive loss: the smallest temperature is a hundredth, as in CLIP."""
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 CHUNK_BYTES = 128 * 2**20
 
 
@@ -166,11 +167,13 @@ def _of_each_rank(own: Tensor) -> Iterator[Tensor]:
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         yield from [own] if len(own) else []
         return
-    counts = torch.zeros(dist.get_world_size(), dtype=torch.long, device=own.device)
-    counts[dist.get_rank()] = len(own)
-    dist.all_reduce(counts)
-    for rank, count in enumerate(counts.tolist()):
+    # With the type: a rank without images made its empty rows of states, whose type may be another than predictions'.
+    sent = torch.zeros(dist.get_world_size(), 2, dtype=torch.long, device=own.device)
+    sent[dist.get_rank(), 0], sent[dist.get_rank(), 1] = len(own), FLOATS.index(own.dtype)
+    dist.all_reduce(sent)
+    for rank, (count, kind) in enumerate(sent.tolist()):
         if count:
-            rows = own.contiguous() if rank == dist.get_rank() else own.new_empty(count, own.shape[1])
+            mine = rank == dist.get_rank()
+            rows = own.contiguous() if mine else own.new_empty(count, own.shape[1], dtype=FLOATS[kind])
             dist.broadcast(rows, src=rank)
             yield rows

@@ -109,10 +109,11 @@ def probe(
     def join(samples: Sequence[Sample | None]) -> Batch:
         return make_rows([[sample] for sample in samples if sample is not None], prepared=names)
 
-    first = next(iter(DataLoader(_Pictures(train, encode), settings.batch_size, collate_fn=join))).to(device)
-    if not first.image_grids:
+    shown = DataLoader(_Pictures(train, encode), settings.batch_size, collate_fn=join)
+    first = next((batch for batch in shown if batch.image_grids), None)
+    if first is None:
         raise ValueError(f"lit-vlm probe: no picture of {train.name} can be read")
-    targets = _targets(teacher, first)
+    targets = _targets(teacher, first.to(device))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         probes = _probes(model, teacher, targets.grids[0].num_tokens).to(device)

@@ -253,6 +253,17 @@ def test_dry_run_names_what_is_missing(
     assert "llava_v1_5_mix665k.json does not exist" in shown
     main(["run", "llava15", "--dry-run", "--scale", "tiny", "--strategy", "single"])
     assert capsys.readouterr().out.count("ready") == 2
+    for start, message in (
+        ("runs/gone", "there is no complete checkpoint in runs/gone/checkpoints"),
+        ("llava:gone", "there is no family 'llava'"),
+        ("eve:./gone", "there are no weights at gone"),
+    ):
+        tiny = ["run", "llava15", "--dry-run", "--scale", "tiny", "--strategy", "single"]
+        with pytest.raises(SystemExit):
+            main([*tiny, "--model.stage.start_from", start])
+        shown = " ".join(capsys.readouterr().out.split())
+        assert message in shown
+        assert shown.count("ready") == 1
     assert not list(tmp_path.iterdir())
 
 

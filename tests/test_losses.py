@@ -194,7 +194,9 @@ def _one_rank(rank: int, counts: list[int], folder: str) -> None:
     torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=len(counts))
     predictions, targets = make_pairs(counts)[rank]
     for dtype in (torch.float32, torch.bfloat16):
-        given = predictions.detach().to(dtype, copy=True).requires_grad_()
+        # Without images a rank knows nothing of the type that the others' predictions have.
+        own = dtype if counts[rank] else torch.float32
+        given = predictions.detach().to(own, copy=True).requires_grad_()
         scale = torch.tensor(2.0, requires_grad=True)
         loss = contrastive_loss(given, targets, scale)
         loss.sum().backward()

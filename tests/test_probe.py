@@ -8,6 +8,7 @@ from pathlib import Path
 import mlflow
 import pytest
 import torch
+from PIL import Image as PILImage
 
 from lit_vlm.cli import main
 from lit_vlm.probe import _overlaps, _right_orders
@@ -60,6 +61,17 @@ def test_from_a_run_to_curves_a_table_and_mlflow(
     assert len(found) == 1
     history = mlflow.MlflowClient().get_metric_history(found[0].info.run_id, "probe/cosine")
     assert [metric.step for metric in history] == [1, 2, 3, 4]
+
+
+def test_files_that_are_no_pictures_are_passed_over(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "pictures").mkdir()
+    for number in range(8):
+        (tmp_path / "pictures" / f"a{number}.png").write_bytes(b"no picture")
+    for number in range(24):
+        PILImage.new("RGB", (40, 40), (10 * number, 90, 200)).save(tmp_path / "pictures" / f"b{number}.png")
+    flags = ["--steps", "2", "--batch-size", "4", "--target", "gen", "--images", str(tmp_path / "pictures")]
+    main(["probe", str(run), *flags, "--no-mlflow", "--out", str(tmp_path / "out")])
+    assert "by decoder layer" in capsys.readouterr().out
 
 
 def test_what_cannot_be_probed_says_so(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

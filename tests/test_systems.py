@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lit_vlm.checkpoints.files import read_state
+from lit_vlm.checkpoints.run import load_run
 from lit_vlm.cli import main
 from lit_vlm.recipe import find_recipe
 from tests.runs import tiny_fit
@@ -45,6 +46,9 @@ def test_all_stages_run_one_after_the_other(name: str, tmp_path: Path, monkeypat
             before = read_state(start)
             assert before.keys() <= state.keys()  # a stage may do without a slot
             assert any(not torch.equal(value, state[key]) for key, value in before.items())
+    if name == "hovle":
+        with pytest.raises(ValueError, match=r"1_distill is of a stage that trains without its decoder"):
+            load_run("1_distill")
 
 
 STAGES = [

@@ -13,6 +13,8 @@ from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlan
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
+from lit_vlm.pretrained import resolve
+
 SUFFIX = ".ckpt"
 PREFIX = "model."
 """The model's attribute name in the LightningModule, in front of every key of a checkpoint."""
@@ -84,18 +86,40 @@ def read_state(source: str | Path) -> dict[str, Tensor]:
     return {key.removeprefix(PREFIX): value for key, value in state.items()}
 
 
+def _published(source: str | Path) -> tuple[str, str] | None:
+    """Family and place of `FAMILY:PLACE`; None for a path."""
+    family, colon, place = str(source).partition(":")
+    return (family, place) if colon and "/" not in family and not Path(source).exists() else None
+
+
+def find_start(source: str | Path) -> None:
+    """Look whether `read_slots` could begin: a complete checkpoint is there, or a known family and its folder.
+
+    Raises:
+        ValueError: saying what is missing.
+    """
+    if not (found := _published(source)):
+        find_checkpoint(source)
+        return
+    from lit_vlm.checkpoints.published import FAMILIES
+
+    family, place = found
+    if family not in FAMILIES:
+        raise ValueError(f"model.stage.start_from: there is no family '{family}'; families: {', '.join(FAMILIES)}")
+    resolve(place)
+
+
 def read_slots(source: str | Path) -> dict[str, dict[str, Tensor]]:
     """The weights of a checkpoint by slot: encoder, projector, embedder, decoder, `heads.NAME`.
 
     Args:
         source: a checkpoint, the folder of a run, or published weights as `FAMILY:FOLDER` or `FAMILY:HUB_NAME`.
     """
-    family, colon, published = str(source).partition(":")
-    if colon and "/" not in family and not Path(source).exists():
+    if found := _published(source):
         # Imported when asked for: published formats build models, and building one reads checkpoint files.
         from lit_vlm.checkpoints.published import read_published
 
-        return read_published(family, published)
+        return read_published(*found)
     slots: dict[str, dict[str, Tensor]] = {}
     for key, value in read_state(source).items():
         slot, rest = key.split(".", 1)

@@ -169,6 +169,7 @@ def _is_ola(model: VLM) -> bool:
         and len(projector.layers) == 3
         and isinstance(model.embedder, Splice)
         and set(model.embedder.task_tokens) <= set(TASKS)
+        and len({len(places) for places in model.embedder.task_tokens.values()}) <= 1
         and type(model.decoder) is HFDecoder
     )
 
@@ -193,8 +194,9 @@ def export(model: VLM, out: Path, transform: ImageTransform | None = None) -> fl
     if not _is_ola(model):
         parts = [type(part).__name__ for part in (model.encoder, model.projector, model.embedder, model.decoder)]
         raise ValueError(
-            f"ola_vlm is HFEncoder or TimmEncoder, MLP of depth 2, Splice with task tokens among {', '.join(TASKS)} "
-            f"and HFDecoder; this model is {parts} with {list(model.embedder.task_tokens)}"
+            f"ola_vlm is HFEncoder or TimmEncoder, MLP of depth 2, Splice with task tokens among {', '.join(TASKS)}, "
+            f"equally many of each, and HFDecoder; this model is {parts} with "
+            f"{ {name: len(places) for name, places in model.embedder.task_tokens.items()} }"
         )
     encoder, decoder = model.encoder, model.decoder
     assert isinstance(decoder, HFDecoder)
@@ -219,11 +221,14 @@ def export(model: VLM, out: Path, transform: ImageTransform | None = None) -> fl
     elif isinstance(encoder, HFEncoder):
         config |= {"mm_vision_tower": encoder.name, "vision_config": encoder.config.to_dict()}
     for name, head in heads.items():
-        config[f"image_{head.tokens or name}"] = _head_config(head)
+        config[f"image_{head.tokens or name}"] = _head_config(head, head.tokens or name)
+        config |= {"pass_text_to_aux": head.text != "none", "use_contrastive": head.contrastive > 0}
+        config |= {"contrastive_loss_weight": head.contrastive}
     return export_folder(model, out, config, _names(convolutional), places, partial(load, config=None))
 
 
-def _head_config(head: EmbeddingDistillation) -> dict[str, Any]:
+def _head_config(head: EmbeddingDistillation, task: str) -> dict[str, Any]:
+    """As published, layers counted from 1; weights of losses are a stage's, not the model's, so they are absent."""
     first = head.predictors[0]
     assert isinstance(first, Perceiver)
     layer = first.layers[0]
@@ -235,5 +240,6 @@ def _head_config(head: EmbeddingDistillation) -> dict[str, Any]:
         "num_tokens": first.num_queries,
         "output_dim": first.proj_out.out_features,
         "ff_mult": 1,
-        "layer_indices": "-".join(str(index) for index in head.layers),
+        f"{'img' if task == 'gen' else task}_layer_indices": "-".join(str(index) for index in head.layers),
+        **({"use_intermediate_depth": False} if task == "depth" else {}),
     }

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,10 @@ def load_published(
         config: the published configuration; needed with a state dict.
 
     Raises:
-        ValueError: for a key that fits nowhere, or a weight of the model that no key gives.
+        ValueError: for a key that fits nowhere, a weight of the model that no key gives, or a setting that is absent.
     """
-    return _family(family).load(source, config)
+    with _complete(family, source):
+        return _family(family).load(source, config)
 
 
 def read_published(family: str, source: str) -> dict[str, dict[str, Tensor]]:
@@ -49,7 +51,8 @@ def read_published(family: str, source: str) -> dict[str, dict[str, Tensor]]:
     Raises:
         ValueError: for an unknown family, or a key that fits nowhere.
     """
-    return _family(family).read(source)
+    with _complete(family, source):
+        return _family(family).read(source)
 
 
 def export_published(family: str, model: VLM, out: Path, transform: ImageTransform | None) -> float:
@@ -69,6 +72,18 @@ def export_published(family: str, model: VLM, out: Path, transform: ImageTransfo
     """
     difference: float = _family(family).export(model, out, transform)
     return difference
+
+
+@contextmanager
+def _complete(family: str, source: object) -> Iterator[None]:
+    """Name the setting or weight that a family needs and does not find."""
+    try:
+        yield
+    except KeyError as error:
+        where = source if isinstance(source, str | Path) else "the state dict"
+        raise ValueError(
+            f"{where}: neither config.json nor the weights have {error}, which the family {family} needs"
+        ) from error
 
 
 def _family(name: str) -> Any:

@@ -54,10 +54,15 @@ def load_run(source: str | Path, device: str | torch.device = "cpu") -> LoadedRu
         device: where to put it.
 
     Raises:
-        ValueError: when there is no complete checkpoint or no config.yaml.
+        ValueError: when there is no complete checkpoint or no config.yaml, or the stage left parts out.
     """
     checkpoint = find_checkpoint(source)
     config = yaml.safe_load((run_folder(checkpoint) / "config.yaml").read_text(encoding="utf-8"))
+    if left_out := (config["model"].get("stage") or {}).get("leave_out"):
+        raise ValueError(
+            f"{source} is of a stage that trains without its {', '.join(left_out)} (model.stage.leave_out), so it is "
+            "no whole model: name the folder of a later stage"
+        )
     parser = ArgumentParser(parser_mode="omegaconf")
     parser.add_class_arguments(LitVLM, "model")
     parser.add_argument("--template", type=Template)

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from rich.console import Console
 
 from lit_vlm.build import build_on_meta
+from lit_vlm.checkpoints.files import find_start
 from lit_vlm.cli import lightning_cli
 
 
@@ -26,7 +27,7 @@ def check_recipe(commands: Mapping[str, Sequence[str]], console: Console) -> boo
     ok = True
     for stage, words in commands.items():
         console.print(f"[bold]{stage}[/]  lit-vlm {shlex.join(words)}", soft_wrap=True, highlight=False)
-        problem = _check(words)
+        problem = _check(words, list(commands).index(stage) > 0)
         if problem:
             ok = False
             console.print(f"  [red]missing or wrong[/]: {problem}", soft_wrap=True, highlight=False)
@@ -35,13 +36,15 @@ def check_recipe(commands: Mapping[str, Sequence[str]], console: Console) -> boo
     return ok
 
 
-def _check(words: Sequence[str]) -> str | None:
-    """What keeps a stage from starting, or None. The weights of an earlier stage need not be there yet."""
+def _check(words: Sequence[str], later: bool) -> str | None:
+    """What keeps a stage from starting, or None. A later one starts from weights that need not be there yet."""
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
-            flags = [*_without(words[1:], "--model.stage.start_from"), "--trainer.logger", "false"]
-            cli = lightning_cli(flags, run=False)
+            flags = _without(words[1:], "--model.stage.start_from") if later else words[1:]
+            cli = lightning_cli([*flags, "--trainer.logger", "false"], run=False)
+        if not later and cli.model.stage.start_from:
+            find_start(cli.model.stage.start_from)
         model = build_on_meta(cli.model.slots)
         cli.model.stage.freeze(model, cli.model.slots.removed_heads)
         cli.model.stage.make_optimizer(model)

@@ -9,10 +9,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+import yaml
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from lit_vlm.checkpoints.files import find_checkpoint, run_folder
 from lit_vlm.heads import Head
 from lit_vlm.model import VLM
 from lit_vlm.probe import ProbeResult, ProbeSettings, draw, probe
@@ -36,8 +38,7 @@ def main(argv: Sequence[str]) -> None:
     disable_progress_bar()
     console = Console(highlight=False)
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    runs = {str(path): load_run(path, device) for path in dict.fromkeys(arguments.checkpoints)}
-    teacher = _teacher(arguments, [run.module.vlm for run in runs.values()])
+    labels = [str(path) for path in dict.fromkeys(arguments.checkpoints)]
     settings = ProbeSettings(arguments.steps, arguments.batch_size, arguments.lr, arguments.held_out, arguments.seed)
     train: Source
     held_out: Source
@@ -47,15 +48,22 @@ def main(argv: Sequence[str]) -> None:
         scenes = {"size": arguments.size, "max_things": 3, "maps": arguments.cells}
         train = Scenes("captions", settings.steps * settings.batch_size, **scenes)
         held_out = Scenes("captions", settings.held_out, split="held_out", **scenes)
-    results: dict[str, ProbeResult] = {}
-    for label, run in runs.items():
+    found_by: dict[str, ProbeResult] = {}
+    teacher: Teacher | None = None
+    # Those that can give a teacher first: one model is in memory at a time.
+    for label in sorted(labels, key=lambda label: not _has_head(label, arguments.target)):
+        run = load_run(label, device)
+        teacher = teacher or _teacher(arguments, run.module.vlm)
         with Progress(console=console) as progress:
             task = progress.add_task(f"probing {label}", total=settings.steps)
             for found in probe(run, teacher, train, held_out, settings, arguments.workers):
                 if isinstance(found, ProbeResult):
-                    results[label] = found
+                    found_by[label] = found
                 else:
                     progress.update(task, completed=found)
+        del run
+    assert teacher is not None
+    results = {label: found_by[label] for label in labels}
     out = arguments.out
     out.mkdir(parents=True, exist_ok=True)
     saved = {"target": arguments.target, "teacher": teacher.identity(), "settings": asdict(settings)}
@@ -68,14 +76,19 @@ def main(argv: Sequence[str]) -> None:
     console.print(f"curves: {out / 'probe.png'}   figures: {out / 'probe.json'}", soft_wrap=True)
 
 
-def _teacher(arguments: argparse.Namespace, models: Sequence[VLM]) -> Teacher:
-    """That of the first model's head of this name, or exact maps."""
+def _has_head(source: str, name: str) -> bool:
+    """Whether the run's config has a head of this name."""
+    config = yaml.safe_load((run_folder(find_checkpoint(source)) / "config.yaml").read_text(encoding="utf-8"))
+    return bool((config["model"].get("heads") or {}).get(name))
+
+
+def _teacher(arguments: argparse.Namespace, model: VLM) -> Teacher:
+    """That of the model's head of this name, or exact maps."""
     target, pictures = arguments.target, arguments.images is not None
-    if not arguments.exact:
-        for model in models:
-            head = dict(model.heads.items()).get(target)
-            if isinstance(head, Head) and head.teacher is not None and not (pictures and head.teacher.known):
-                return head.teacher
+    head = dict(model.heads.items()).get(target)
+    teacher = head.teacher if isinstance(head, Head) and not arguments.exact else None
+    if teacher is not None and not (pictures and teacher.known):
+        return teacher
     if target in KNOWN and not pictures:
         return KnownMap(KNOWN[target])
     raise ValueError(

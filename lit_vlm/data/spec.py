@@ -35,8 +35,23 @@ class InputSpec:
     networks: dict[str, str] = field(default_factory=dict)
 
     def grid(self, height: int, width: int) -> Grid:
-        """Layout in the sequence of an image of this size in pixels."""
-        return self.grid_map(self.patch_grid(height, width))
+        """Layout in the sequence of an image of this size in pixels.
+
+        Raises:
+            ValueError: for a picture of several tiles whose tokens would mix two of them.
+        """
+        grid = self.grid_map(self.patch_grid(height, width))
+        side = self.pixels.size
+        if side and width == side and height > side:
+            one = self.grid_map(self.patch_grid(side, side))
+            if grid.num_tokens != height // side * one.num_tokens:
+                patches = self.patch_grid(side, side)
+                raise ValueError(
+                    f"data.transform makes tiles of {patches.rows} × {patches.cols} patches, and the projector or the "
+                    "embedder would merge patches of two tiles: set the encoder's image_size to an even number of "
+                    "patches, or take a projector that does not merge"
+                )
+        return grid
 
     @cached_property
     def bos_id(self) -> int | None:

@@ -50,6 +50,10 @@ class Encoder(Part, ABC):
     pixel_mean: Tensor
     pixel_std: Tensor
 
+    def identity(self) -> str:
+        """As of any part, and what it wants of a picture."""
+        return f"{super().identity()} {self.pixels}"
+
     @abstractmethod
     def forward(self, images: Images) -> VisualTokens:
         """Features of all images, end to end: `[t, d_e]`."""

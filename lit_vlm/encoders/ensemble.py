@@ -76,6 +76,10 @@ class Ensemble(Encoder):
         """The encoders."""
         return [member for member in self.members if isinstance(member, Encoder)]
 
+    def identity(self) -> str:
+        """Its own settings, and each member's."""
+        return " + ".join([super().identity(), *(member.identity() for member in self.parts)])
+
     def pretrained_state(self) -> StateDict | None:
         """Weights of all members; None if none of them has any."""
         states = [member.pretrained_state() for member in self.parts]

@@ -92,6 +92,16 @@ def test_what_the_model_does_not_have_is_refused(changes: dict[str, Any], messag
         load_published("hovle", FULL["state_dict"], config)
 
 
+def test_a_setting_that_is_absent_is_named() -> None:
+    short = {key: value for key, value in TOY.items() if key != "num_key_value_heads"}
+    for config, message in (
+        ({"embedding_config": short, "llm_config": FULL["llm_config"]}, "have 'num_key_value_heads', which"),
+        ({"llm_config": FULL["llm_config"]}, "have 'embedding_config', which"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_published("hovle", FULL["state_dict"], config)
+
+
 def test_a_key_that_belongs_nowhere_is_named() -> None:
     config = {"embedding_config": TOY, "llm_config": FULL["llm_config"]}
     with pytest.raises(ValueError, match=r"'vision_model\.x' is no key of the family hovle"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from pathlib import Path
 
@@ -105,6 +106,11 @@ def test_what_is_exported_is_read_back(form: str, heads: bool, convolutional: bo
     assert ("image_gen_heads.1.projector.layers.0.0.to_kv.weight" in keys) == heads
     assert ("gen_logit_scale" in keys) == heads
     assert not heads or load_file(tmp_path / "out" / "model.safetensors")["gen_logit_scale"].shape == ()
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    places = {"img": "image_gen", "depth": "image_depth", "seg": "image_seg"}
+    for short, name in places.items() if heads else ():
+        assert set(config[name][f"{short}_layer_indices"].split("-")) <= {"1", "2", "3", "4"}
+    assert (config.get("image_depth", {}).get("use_intermediate_depth") is False) == heads
     loaded = load_published("ola_vlm", tmp_path / "out")
     assert list(loaded.embedder.task_tokens) == ["gen", "depth", "seg"]
     for name, value in loaded.state_dict().items():

@@ -9,7 +9,11 @@ from PIL import Image as PILImage
 
 from lit_vlm.batch import PixelSpec
 from lit_vlm.data import Tiles
+from lit_vlm.data.spec import InputSpec
 from lit_vlm.data.transforms import bicubic
+from lit_vlm.encoders.base import PatchGrid
+from lit_vlm.projectors.base import same_grid
+from lit_vlm.projectors.downsample import Fold
 
 PIXELS = PixelSpec(size=448, multiple=14, mean=(0.5, 0.5, 0.5))
 SMALL = PixelSpec(size=28, multiple=7, mean=(0.5, 0.5, 0.5))
@@ -59,3 +63,13 @@ def test_one_tile_has_no_copy_and_copies_can_be_left_out() -> None:
         Tiles(max_tiles=2, min_tiles=3)
     with pytest.raises(ValueError, match="needs an encoder of one size"):
         Tiles().size((500, 500), PixelSpec(None, 14, (0.5, 0.5, 0.5)))
+
+
+def test_tiles_whose_patches_would_be_merged_with_the_next_tile_s_are_refused() -> None:
+    pixels = PixelSpec(size=28, multiple=4, mean=(0.5, 0.5, 0.5))
+    odd = InputSpec(None, pixels, PatchGrid(4), Fold(2))
+    assert odd.grid(28, 28).num_tokens == 16
+    with pytest.raises(ValueError, match=r"tiles of 7 × 7 patches, and the projector .* would merge"):
+        odd.grid(84, 28)
+    assert InputSpec(None, pixels, PatchGrid(4), same_grid).grid(84, 28).num_tokens == 3 * 49
+    assert InputSpec(None, pixels, PatchGrid(7), Fold(2)).grid(84, 28).num_tokens == 3 * 4

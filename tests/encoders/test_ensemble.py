@@ -10,9 +10,9 @@ import torch.nn.functional as F
 
 from lit_vlm.batch import Grid, Images, VisualTokens
 from lit_vlm.build import build
-from lit_vlm.encoders import Ensemble, HFEncoder
+from lit_vlm.encoders import Ensemble, HFEncoder, OneFormerSwin
 from lit_vlm.projectors import MLP, PerEncoder
-from tests.encoders.test_teachers import MADE
+from tests.encoders.test_teachers import MADE, SWIN
 from tests.tiny import CLIP, batch_of, tiny_slots
 
 FIRST = partial(HFEncoder, config=CLIP)
@@ -79,3 +79,18 @@ def test_what_does_not_fit_says_so() -> None:
         PerEncoder(32, 16, [32, 24])(VisualTokens(torch.zeros(4, 32), (Grid(2, 2),)))
     with pytest.raises(ValueError, match="16 tokens of an encoder do not divide into summary 3"):
         Ensemble([FIRST, MADE["depth"]], "tokens", 3)(pictures())
+
+
+def test_members_and_their_picture_sizes_are_part_of_its_identity() -> None:
+    plain = Ensemble(MEMBERS).identity()
+    assert plain == Ensemble(MEMBERS).identity()
+    larger = partial(HFEncoder, config=CLIP | {"image_size": 56})
+    assert plain != Ensemble([FIRST, *MEMBERS[2:]]).identity()
+    assert FIRST().identity() != larger().identity()
+    # The same weights on other pictures.
+    seg = partial(OneFormerSwin, None, SWIN, input_size=None)
+    assert seg(image_size=64).identity() != seg(image_size=96).identity()
+    assert (
+        Ensemble([FIRST, partial(seg, image_size=64)]).identity()
+        != Ensemble([FIRST, partial(seg, image_size=96)]).identity()
+    )
