@@ -6,12 +6,16 @@ import argparse
 import json
 import shlex
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count, product
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Any
 
+from rich import box
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from lit_vlm.checkpoints.files import checkpoints_in, step_of
@@ -45,15 +49,15 @@ def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="lit-vlm compare",
         description="Held-out scores at the end of runs, side by side: the share of right choices, or of exact answers "
-        "where there are none to choose from. Runs that differ in --seed_everything alone are one row: mean ± standard "
-        "deviation over them. Rows are named by the flags that not all have in common.",
+        "where there are none to choose from. Runs that differ in --seed_everything alone are one column: mean ± "
+        "standard deviation over them. Below the table stand the flags that not all have in common.",
     )
     parser.add_argument("runs", nargs="+", type=Path, help="folders of `lit-vlm run`, of any recipes")
     groups: dict[tuple[str, ...], list[Finished]] = {}
     for folder in dict.fromkeys(parser.parse_args(argv).runs):
         run = read_run(folder)
         groups.setdefault(run.settings, []).append(run)
-    Console().print(_table(groups))
+    _print(groups, Console(highlight=False, markup=False))
 
 
 def read_run(folder: Path) -> Finished:
@@ -102,23 +106,39 @@ def _scores(after: dict[str, Any]) -> tuple[dict[str, float], dict[str, float]]:
     return scores, chance
 
 
-def _table(groups: dict[tuple[str, ...], list[Finished]]) -> Table:
-    columns = list(dict.fromkeys(name for runs in groups.values() for run in runs for name in run.scores))
+def _print(groups: dict[tuple[str, ...], list[Finished]], console: Console) -> None:
+    """A column for each setting, which has room in a terminal, and below what the settings are."""
+    rows = list(dict.fromkeys(name for runs in groups.values() for run in runs for name in run.scores))
     chance = {name: share for runs in groups.values() for run in runs for name, share in run.chance.items()}
     common = set.intersection(*(set(settings) for settings in groups))
-    shared = ", ".join(part for part in next(iter(groups)) if part in common)
-    table = Table(title="held out, at the end of each run" + (f" ({shared})" if shared else ""))
-    table.add_column("")
-    for column in ("seeds", "steps", *columns):
-        table.add_column(column, justify="right")
-    for settings, runs in groups.items():
-        own = " ".join(part for part in settings if part not in common) or "(no other flag)"
-        steps = "/".join(map(str, sorted({run.steps for run in runs})))
-        cells = [_spread([run.scores[name] for run in runs if name in run.scores], name == LOSS) for name in columns]
-        table.add_row(own, " ".join(sorted(run.seed for run in runs)), steps, *cells)
+    letters = dict(zip(groups, _letters(), strict=False))
+    table = Table(title="held out, at the end of each run", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("", no_wrap=True)
+    for letter in letters.values():
+        table.add_column(letter, justify="right", no_wrap=True)
+    table.add_column("chance", justify="right", no_wrap=True, style="dim")
+    table.add_row("seeds", *(" ".join(sorted(run.seed for run in runs)) for runs in groups.values()))
+    table.add_row("steps", *("/".join(map(str, sorted({run.steps for run in runs}))) for runs in groups.values()))
     table.add_section()
-    table.add_row("chance", "", "", *(f"{chance[name]:.1%}" if name in chance else "" for name in columns), style="dim")
-    return table
+    for name in rows:
+        cells = [
+            _spread([run.scores[name] for run in runs if name in run.scores], name == LOSS) for runs in groups.values()
+        ]
+        table.add_row(name, *cells, f"{chance[name]:.1%}" if name in chance else "")
+    wanted = Measurement.get(console, console.options.update(max_width=10_000), table).maximum
+    console.width = max(console.width, wanted)  # a number that is cut would be a wrong one
+    console.print(table)
+    if common:
+        console.print("all: " + " ".join(part for part in next(iter(groups)) if part in common), soft_wrap=True)
+    for settings, letter in letters.items():
+        own = " ".join(part for part in settings if part not in common) or "(no other flag)"
+        console.print(f"{letter}: {own}", soft_wrap=True)
+
+
+def _letters() -> Iterator[str]:
+    """A, B, ..., Z, AA, AB, ..."""
+    for length in count(1):
+        yield from map("".join, product(ascii_uppercase, repeat=length))
 
 
 def _spread(values: Sequence[float], plain: bool) -> str:

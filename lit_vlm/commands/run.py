@@ -64,7 +64,7 @@ class RunState:
         """
         file = folder / STATE_FILE
         if not file.is_file():
-            raise ValueError(f"{folder} has no {STATE_FILE}, so it is not a run that could be resumed")
+            raise ValueError(f"{folder} has no {STATE_FILE}, so it is not the folder of a `lit-vlm run`")
         return RunState(**json.loads(file.read_text()))
 
 
