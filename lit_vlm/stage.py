@@ -104,6 +104,8 @@ class Stage:
                 )
             for parameter in parameters:
                 parameter.requires_grad_(True)
+        for parameter in model.embedder.replaced(model.decoder):
+            parameter.requires_grad_(False)
         known = {NEXT_TOKEN, *model.heads, *removed}
         if unknown := set(self.losses) - known:
             raise ValueError(f"model.stage.losses names {sorted(unknown)}; this model has {sorted(known)}")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lit_vlm.batch import Batch, VisualTokens
 from lit_vlm.decoders.base import Decoder
@@ -64,6 +65,10 @@ class Embedder(Part, ABC):
 
     def adopt(self, decoder: Decoder) -> None:
         """Take what starts as the decoder's own weights; called once, when the embedder starts anew."""
+
+    def replaced(self, decoder: Decoder) -> Iterable[nn.Parameter]:
+        """Parameters of the decoder that nothing reads with this embedder in front of it; they never train."""
+        return ()
 
     def new_cache(self) -> Any:
         """What it must remember while decoding; None if nothing."""

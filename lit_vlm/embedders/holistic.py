@@ -163,6 +163,13 @@ class Holistic(Embedder):
             )
         self.stack.layers.load_state_dict({key: theirs[key] for key in own})
 
+    def replaced(self, decoder: Decoder) -> Iterable[nn.Parameter]:
+        """The decoder's word table, unless its head shares it."""
+        if not isinstance(decoder, HFDecoder):
+            return ()
+        head = {id(parameter) for parameter in decoder.head_parameters()}
+        return [p for p in decoder.lm.get_input_embeddings().parameters() if id(p) not in head]
+
     def words(self, input_ids: Tensor, decoder: Decoder) -> Tensor:
         """Vectors of its own word table: `[b, s]` → `[b, s, d]`."""
         return self.stack.embed_tokens(input_ids)

@@ -22,6 +22,7 @@ from lit_vlm.encoders import ConvPatches
 from lit_vlm.generate import Continuation, generate, score_continuations
 from lit_vlm.model import VLM
 from lit_vlm.projectors import Identity, PatchMerge
+from lit_vlm.stage import Stage
 from tests.tiny import LLAMA, ROOT, tiny_decoder, tiny_slots, tiny_vlm
 
 FIXTURE = torch.load(ROOT / "tests" / "fixtures" / "hovle.pt", weights_only=True)
@@ -199,6 +200,15 @@ def test_gradients_reach_every_part_without_images_too(form: str) -> None:
         model(collate(samples), {"next_token": 1.0})["next_token"].backward()
         missing = [name for name, p in model.named_parameters() if p.grad is None]
         assert missing == ["decoder.lm.model.embed_tokens.weight"]
+        trained = {name: 1e-3 for name, parts in model.slots().items() if list(parts[0].parameters())}
+        Stage(train=trained).freeze(model)
+        assert [name for name, p in model.named_parameters() if not p.requires_grad] == missing
+
+
+def test_a_word_table_that_is_the_decoder_s_head_too_goes_on_training() -> None:
+    model = build(tiny_slots(embedder=partial(Holistic, **SIZES), decoder=tiny_decoder(tie_word_embeddings=True)))
+    Stage(train={"decoder": 1e-3}).freeze(model)
+    assert all(p.requires_grad for p in model.decoder.parameters())
 
 
 def test_whole_images_are_seen_where_attention_is_bidirectional() -> None:
