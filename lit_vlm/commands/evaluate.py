@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
 import torch
 import torch.distributed as dist
 from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, TaskID
 from rich.table import Table
 
 from lit_vlm.tasks import TASKS, Evaluated, Reader, Settings, Shots, Task, run_task
@@ -46,8 +48,10 @@ def main(argv: Sequence[str]) -> None:
                 arguments.max_new_tokens, dtype,
             )  # fmt: skip
             out = arguments.out / task.name / f"{count}-shot"
-            with console.status(f"{task.name}, {count} shots: {len(task.examples):,} examples"):
-                result = run_task(reader, task, settings, out, str(Path(arguments.checkpoint).resolve()))
+            with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=console) as progress:
+                bar = progress.add_task(f"{task.name}, {count} shots", total=None)
+                show = partial(_show, progress, bar)
+                result = run_task(reader, task, settings, out, str(Path(arguments.checkpoint).resolve()), show)
             results[task.name, count] = result
             console.print(f"{task.name}, {count} shots: {_line(result)}   {out}", soft_wrap=True)
     console.print(_table(results, shots))
@@ -120,9 +124,17 @@ def _join_processes(device: str | None) -> str:
     gpu = torch.cuda.is_available()
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return device or ("cuda" if gpu else "cpu")
+    if device in (None, "cuda"):
+        device = f"cuda:{os.environ['LOCAL_RANK']}" if gpu else "cpu"
+    if device != "cpu":
+        torch.cuda.set_device(device)  # NCCL sends objects by way of the current device
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if gpu and device != "cpu" else "gloo")
-    return device or (f"cuda:{os.environ['LOCAL_RANK']}" if gpu else "cpu")
+        dist.init_process_group("gloo" if device == "cpu" else "nccl")
+    return device
+
+
+def _show(progress: Progress, bar: TaskID, done: int, total: int) -> None:
+    progress.update(bar, completed=done, total=total)
 
 
 def _line(result: Evaluated) -> str:

@@ -40,7 +40,8 @@ def _spellings(form: str) -> list[str]:
 
 CONTRACTIONS = {spelling: form for form in FORMS for spelling in _spellings(form)}
 _COMMA_IN_NUMBER = re.compile(r"(\d)(\,)(\d)")
-_PERIOD = re.compile(r"(?<!\d)\.(?!\d)")
+_PERIOD = re.compile(r"\.(?!\d)")
+"""The official pattern means to spare periods behind digits too, and through a slip does not: "5." becomes "5"."""
 
 
 def normalise_vqa(text: str) -> str:

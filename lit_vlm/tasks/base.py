@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from lit_vlm.data.records import Image
+from lit_vlm.data.sources.base import list_files
 from lit_vlm.metrics import chosen_letter
 from lit_vlm.metrics.choice import LETTERS
 
@@ -98,10 +100,25 @@ class Task(ABC):
 
     @cached_property
     def examples(self) -> Sequence[Example]:
-        """All questions, in the order of the files."""
+        """All questions, in the order of the files.
+
+        Raises:
+            ValueError: where there are none, or one has no answer, or an id stands twice.
+        """
         found = self._examples()
         if not found:
             raise ValueError(f"task {self.name}: the files in {self.folder} hold no question. They are {self.files}")
+        if unanswered := [one.id for one in found if not one.references and not self.perplexity]:
+            raise ValueError(
+                f"task {self.name}: {len(unanswered)} questions in {self.folder} have no answer, first "
+                f"{unanswered[0]}: is that a test split, whose answers are not given out? It reads {self.files}"
+            )
+        twice = [name for name, count in Counter(one.id for one in found).items() if count > 1]
+        if twice:
+            raise ValueError(
+                f"task {self.name}: {len(twice)} ids stand more than once in {self.folder}, first {twice[0]}: does it "
+                "hold the same table twice?"
+            )
         return found
 
     @abstractmethod
@@ -141,6 +158,13 @@ class Task(ABC):
             if (self.folder / name).exists():
                 return self.folder / name
         raise ValueError(f"task {self.name} needs {self.folder / names[0]}. It reads {self.files}")
+
+    def paths(self, *suffixes: str) -> list[Path]:
+        """All files of the folder, at any depth, that end so; raises ValueError if there is none."""
+        try:
+            return list_files(self.folder, suffixes)
+        except ValueError as error:
+            raise ValueError(f"task {self.name}: {error}. It reads {self.files}") from error
 
     def json(self, *names: str) -> Any:
         """The content of a JSON file; raises ValueError naming the file."""

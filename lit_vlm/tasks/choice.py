@@ -16,7 +16,6 @@ from typing import Any, ClassVar
 import pyarrow.parquet as pq
 
 from lit_vlm.data.records import Image
-from lit_vlm.data.sources.base import list_files
 from lit_vlm.metrics import chosen_letter
 from lit_vlm.metrics.choice import LETTERS
 from lit_vlm.tasks.base import Example, Outcome, Task, choice_accuracy
@@ -38,7 +37,7 @@ class MultipleChoice(Task):
 
     def rows(self, *names: str) -> Iterator[tuple[str, dict[str, Any]]]:
         """Rows of parquet files: of one file, or of all in the folder whose names begin so."""
-        files = [file for file in list_files(self.folder, [".parquet"]) if any(name in file.name for name in names)]
+        files = [file for file in self.paths(".parquet") if any(name in file.name for name in names)]
         if not files:
             raise ValueError(f"task {self.name}: {self.folder} has no {names[0]}*.parquet. It reads {self.files}")
         for file in files:
@@ -115,6 +114,8 @@ class MMBench(MultipleChoice):
             for number, row in enumerate(csv.DictReader(file, delimiter="\t"), 2):
                 where = f"{tables[0].name} line {number}"
                 index, encoded = (self.field(row, key, str, where) for key in ("index", "image"))
+                if not index.isdecimal():
+                    raise ValueError(f"task mmbench: {where}: index is {index!r}, and must be a number")
                 options = [row[letter] for letter in "ABCD" if row.get(letter) and row[letter] != "nan"]
                 right = self.by_letter(options, self.field(row, "answer", str, where), where)
                 if len(encoded) > 64:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,12 @@ class Evaluated:
 
 
 def run_task(
-    reader: Reader, task: Task, settings: Settings, out: Path | None = None, checkpoint: str = ""
+    reader: Reader,
+    task: Task,
+    settings: Settings,
+    out: Path | None = None,
+    checkpoint: str = "",
+    on_answer: Callable[[int, int], None] | None = None,
 ) -> Evaluated:
     """Ask every example, score the answers, and write both.
 
@@ -53,6 +58,7 @@ def run_task(
         settings: how.
         out: folder for answers.jsonl and scores.json.
         checkpoint: what is evaluated, for the files.
+        on_answer: called with the number of answers that this process has, and that it will have.
 
     Raises:
         ValueError: where `out` holds answers of another checkpoint, task or setting.
@@ -77,6 +83,8 @@ def run_task(
     try:
         for line in asked:
             found.append(line)
+            if on_answer is not None:
+                on_answer(len(found), len(mine))
             if file is not None:
                 file.write(json.dumps({"how": how} | line, ensure_ascii=False) + "\n")
                 file.flush()

@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 
 from lit_vlm.data.sources import Texts
-from lit_vlm.data.sources.base import list_files
 from lit_vlm.tasks.base import Example, Outcome, Task
 
 
@@ -21,7 +20,7 @@ class Perplexity(Task):
 
     def _examples(self) -> Sequence[Example]:
         found = []
-        for file in list_files(self.folder, [".txt", ".jsonl"]):
+        for file in self.paths(".txt", ".jsonl"):
             source = Texts(str(file))
             for index in range(len(source)):
                 record = source.record(index)

@@ -169,7 +169,10 @@ class GQA(ShortAnswers):
     def _examples(self) -> Sequence[Example]:
         file = "testdev_balanced_questions.json"
         found = []
-        for key, entry in self.json(file).items():
+        asked = self.json(file)
+        if not isinstance(asked, dict):
+            raise ValueError(f"task gqa: {file} must be an object from question ids to questions")
+        for key, entry in asked.items():
             where = f"{file} question {key}"
             image = Image(path=f"images/{self.field(entry, 'imageId', str, where)}.jpg")
             answer = self.field(entry, "answer", str, where)

@@ -33,6 +33,7 @@ from lit_vlm.metrics import (
         ("yes/no", "yes no"),
         ("yes / no", "yes no"),
         ("3.5", "3.5"),
+        ("5.", "5"),
         ("a.b.", "ab"),
         ("t-shirt", "t shirt"),
         (" an apple\nand a pear\t", "apple and pear"),
