@@ -191,6 +191,11 @@ class SampleEncoder:
                 sample.ids.append(token)
                 sample.labels.append(label)
         self._fit(sample)
+        if self.prompt and not sample.ids:
+            name = type(self.template).__name__
+            raise RecordError(
+                "empty_prompt", f"the template {name} writes nothing of this question, which has no image"
+            )
         if not self.prompt and sample.num_supervised == 0:
             raise RecordError("no_supervision", "no token of this sample carries a loss")
         return sample

@@ -87,7 +87,7 @@ class Reader:
         return "".join(piece.text if isinstance(piece, Span) else "<image>" for piece in pieces)
 
 
-class _Encoded(Dataset[tuple[int, Sample | None, str]]):
+class _Encoded(Dataset[tuple[int, Sample | None, dict[str, str]]]):
     """Prompts, encoded in loader processes."""
 
     def __init__(self, records: Sequence[Record], encode: SampleEncoder) -> None:
@@ -96,11 +96,11 @@ class _Encoded(Dataset[tuple[int, Sample | None, str]]):
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, index: int) -> tuple[int, Sample | None, str]:
+    def __getitem__(self, index: int) -> tuple[int, Sample | None, dict[str, str]]:
         try:
-            return index, self.encode(self.records[index], Path("/")), ""
+            return index, self.encode(self.records[index], Path("/")), {"left_out": ""}
         except RecordError as error:
-            return index, None, error.reason
+            return index, None, {"left_out": error.reason, "detail": error.detail}
 
 
 def ask(
@@ -128,8 +128,8 @@ def ask(
         if not asked and dist.is_initialized():
             asked = [_stand_in(reader, prompts, padded[batch[0][0]])]  # the other ranks' steps need this one's
         found = iter(_answers(reader, prompts, settings, asked) if asked else [])
-        for index, sample, reason in batch:
-            line = {"id": padded[index].id, "answer": "", "nll": 0.0, "tokens": 0, "left_out": reason}
+        for index, sample, refusal in batch:
+            line: dict[str, Any] = {"id": padded[index].id, "answer": "", "nll": 0.0, "tokens": 0, **refusal}
             if sample is not None:
                 line |= next(found)
             if written and not task.perplexity:

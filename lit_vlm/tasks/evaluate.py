@@ -61,7 +61,7 @@ def run_task(
         on_answer: called with the number of answers that this process has, and that it will have.
 
     Raises:
-        ValueError: where `out` holds answers of another checkpoint, task or setting.
+        ValueError: where `out` holds answers of another checkpoint, task or setting, or no example could be asked.
     """
     examples = in_order(task.examples, settings.limit, settings.prompt.seed)
     prompts = Prompts(task, settings.prompt, settings.choosing)
@@ -96,6 +96,11 @@ def run_task(
     outcomes = [_outcome(example, lines[example.id]) for example in examples]
     reasons = [lines[example.id]["left_out"] for example in examples if lines[example.id]["left_out"]]
     left_out = {reason: reasons.count(reason) for reason in sorted(set(reasons))}
+    if len(reasons) == len(examples):
+        raise ValueError(
+            f"task {task.name}: none of {len(examples)} examples could be asked: {left_out}, first: "
+            f"{lines[examples[0].id].get('detail', '')}"
+        )
     result = Evaluated(task.score(outcomes), task.main, len(examples), left_out)
     if out is not None and rank == 0:
         _write(out, result, task, settings, checkpoint, how, [lines[example.id] for example in examples])
@@ -140,7 +145,8 @@ def _read_answers(out: Path, how: str) -> dict[str, dict[str, Any]]:
                 raise ValueError(
                     f"{file} holds answers of another checkpoint, task or setting: choose another --out, or remove it"
                 )
-            done[line["id"]] = line
+            if not line["left_out"]:  # its picture may be there by now
+                done[line["id"]] = line
     return done
 
 

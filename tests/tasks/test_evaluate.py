@@ -15,10 +15,11 @@ import lightning.pytorch as L
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
+from PIL import Image as PILImage
 
 from callbacks import Evaluate
 from lit_vlm.cli import main
-from lit_vlm.data import ChatML, Shapes, SquareCrop, VLMData
+from lit_vlm.data import ChatML, Plain, Shapes, SquareCrop, VLMData
 from lit_vlm.data.records import Image, Text
 from lit_vlm.decoders import HFDecoder
 from lit_vlm.embedders import Splice
@@ -125,12 +126,23 @@ def test_a_run_goes_on_where_it_stopped(reader: Reader, tmp_path: Path) -> None:
 
 def test_an_example_that_cannot_be_asked_counts_as_wrong_and_is_named(reader: Reader, tmp_path: Path) -> None:
     task = scenes()
+    task.folder = tmp_path
     broken = task.examples[0].__class__(**(vars(task.examples[0]) | {"images": (Image(path="nothing.png"),)}))
     task.examples = [broken, *task.examples[1:]]  # type: ignore[misc]
     result = run_task(reader, task, Settings(batch_size=3), tmp_path / "out")
     assert result.left_out == {"missing_image": 1}
     assert result.count == 10
     assert lines(tmp_path / "out")[broken.id]["left_out"] == "missing_image"
+    PILImage.new("RGB", (40, 40)).save(tmp_path / "nothing.png")
+    result = run_task(reader, task, Settings(batch_size=3), tmp_path / "out")  # it is asked when it is there
+    assert (result.left_out, result.count) == ({}, 10)
+
+
+def test_no_score_is_given_where_nothing_could_be_asked(reader: Reader, tmp_path: Path) -> None:
+    silent = Reader(reader.module, Plain(), reader.transform, reader.max_length)
+    task = SceneText(count=1)
+    with pytest.raises(ValueError, match=r"none of 5 examples could be asked: .*the template Plain writes nothing"):
+        run_task(silent, task, Settings(), tmp_path / "out")
 
 
 def test_perplexity_is_that_of_the_logits(reader: Reader, tmp_path: Path) -> None:
