@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import multiprocessing
 import random
-import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from lit_vlm.data import AspectGrid
 from lit_vlm.decoders import Decoder, DivideAndConquer, HFDecoder
 from lit_vlm.decoders.divide_and_conquer import Routed
 from lit_vlm.encoders import EvePatchEmbedding
+from tests.benchmarks.memory import added_mib
 
 ROUNDS = 7
 WIDTH, LAYERS, LENGTH, ROWS = 512, 6, 512, 2
@@ -128,17 +128,17 @@ def memory(kind: str, queue: Any) -> None:
     decoder.train()
     embeds = torch.randn(1, POSITIONS, config["hidden_size"], requires_grad=True)  # type: ignore[call-overload]
     positions = torch.arange(POSITIONS)[None]
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    if kind == "none":
-        kept: Any = decoder(embeds, positions)
-    elif kind == "taps":
-        kept = decoder(embeds, positions, taps=tuple(range(0, 33, 4)))
-        kept = torch.stack([kept.taps[layer] for layer in range(0, 33, 4)])
-    else:
-        kept = decoder.base(inputs_embeds=embeds, position_ids=positions, output_hidden_states=True, use_cache=False)
-        kept = torch.stack(kept.hidden_states)  # the published way: one tensor of them all
-    queue.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
-    del kept
+
+    def keep() -> object:
+        if kind == "none":
+            return decoder(embeds, positions)
+        if kind == "taps":
+            taps = decoder(embeds, positions, taps=tuple(range(0, 33, 4))).taps
+            return torch.stack([taps[layer] for layer in range(0, 33, 4)])
+        output = decoder.base(inputs_embeds=embeds, position_ids=positions, output_hidden_states=True, use_cache=False)
+        return torch.stack(output.hidden_states)  # the published way: one tensor of them all
+
+    queue.put(added_mib(keep))
 
 
 def taps() -> dict[str, float]:

@@ -6,7 +6,6 @@ Runs alternate, and the ratio of each pair is taken, as the speed of a shared ma
 from __future__ import annotations
 
 import multiprocessing
-import resource
 import tempfile
 from functools import partial
 from typing import Any
@@ -29,6 +28,7 @@ from lit_vlm.losses import contrastive_loss
 from lit_vlm.model import VLM
 from lit_vlm.teachers import EncoderTeacher, Teacher
 from tests.benchmarks.eve import ratios
+from tests.benchmarks.memory import added_mib
 from tests.tiny import tiny_slots
 
 PICTURES, RANKS, ROWS = 8, 2, 4
@@ -160,10 +160,8 @@ def _memory(rank: int, ranks: int, kind: str, folder: str, queue: Any) -> None:
     predictions = torch.randn(2, ROWS, 576, TARGETS // 576, requires_grad=True)
     targets = torch.randn(ROWS, 576, TARGETS // 576)
     scale = torch.tensor(2.0, requires_grad=True)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     way = contrastive_loss if kind == "one rank at a time" else _gathered
-    way(predictions, targets, scale).sum().backward()
-    used = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    used = added_mib(lambda: way(predictions, targets, scale).sum().backward())
     if rank == 0:
         queue.put(used)
     dist.destroy_process_group()
