@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from lit_vlm.checkpoints.files import read_state
-from lit_vlm.recipe import SHIPPED
+from lit_vlm.cli import main
+from lit_vlm.recipe import SHIPPED, find_recipe
 from tests.tiny import ROOT
 
 
@@ -45,3 +46,11 @@ def tiny_fit(
     lit_vlm(folder, "fit", *words, "--trainer.default_root_dir", out, "--trainer.accelerator", "cpu",
             "--trainer.precision", "32-true", "--trainer.max_steps", "4", *flags)  # fmt: skip
     return read_state(folder / out)
+
+
+def one_step(folder: Path, recipe: str, stage: str) -> Path:
+    """A run of one step in this process; its folder."""
+    words = [word for path in find_recipe(recipe).configs(stage, "tiny", "single") for word in ("--config", str(path))]
+    flags = ["--trainer.max_steps", "1", "--trainer.limit_val_batches", "0", "--trainer.logger", "false"]
+    main(["fit", *words, *flags, "--trainer.accelerator", "cpu", "--trainer.default_root_dir", str(folder)])
+    return folder

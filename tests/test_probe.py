@@ -12,7 +12,7 @@ from PIL import Image as PILImage
 
 from lit_vlm.cli import main
 from lit_vlm.probe import _overlaps, _right_orders
-from lit_vlm.recipe import find_recipe
+from tests.runs import one_step
 
 
 def test_depth_orders_are_counted_over_pairs_of_cells_on_things() -> None:
@@ -32,12 +32,7 @@ def test_overlaps_are_counted_for_each_class() -> None:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("probe") / "run"
-    recipe = find_recipe("ola_vlm")
-    words = [word for path in recipe.configs("1_pretrain", "tiny", "single") for word in ("--config", str(path))]
-    flags = ["--trainer.max_steps", "1", "--trainer.limit_val_batches", "0", "--trainer.logger", "false"]
-    main(["fit", *words, *flags, "--trainer.accelerator", "cpu", "--trainer.default_root_dir", str(folder)])
-    return folder
+    return one_step(tmp_path_factory.mktemp("probe") / "run", "ola_vlm", "1_pretrain")
 
 
 @pytest.mark.filterwarnings("ignore:LightningCLI.s args parameter")

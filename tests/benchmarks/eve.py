@@ -7,14 +7,9 @@ from __future__ import annotations
 
 import multiprocessing
 import random
-import statistics
-import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 from lit_vlm.batch import Images, PixelSpec
@@ -22,9 +17,8 @@ from lit_vlm.data import AspectGrid
 from lit_vlm.decoders import Decoder, DivideAndConquer, HFDecoder
 from lit_vlm.decoders.divide_and_conquer import Routed
 from lit_vlm.encoders import EvePatchEmbedding
-from tests.benchmarks.memory import added_mib
+from tests.benchmarks.measure import added_mib, ratios, show
 
-ROUNDS = 7
 WIDTH, LAYERS, LENGTH, ROWS = 512, 6, 512, 2
 CONFIG = {
     "model_type": "qwen2", "hidden_size": WIDTH, "intermediate_size": 1376, "num_hidden_layers": LAYERS,
@@ -32,19 +26,6 @@ CONFIG = {
 }  # fmt: skip
 TAPPED = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 32}
 POSITIONS = 4096
-
-
-def ratios(functions: dict[str, Callable[[], None]]) -> dict[str, float]:
-    """Median time of each over that of the first, in turns."""
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for turn in range(ROUNDS + 1):
-        for name, function in functions.items():
-            start = time.perf_counter()
-            function()
-            if turn:  # the first round warms up
-                times[name].append(time.perf_counter() - start)
-    base = times[next(iter(functions))]
-    return {name: statistics.median(a / b for a, b in zip(own, base, strict=True)) for name, own in times.items()}
 
 
 # ------------------------------------------------------------------ patch embedding layer
@@ -156,23 +137,10 @@ def taps() -> dict[str, float]:
 
 def main() -> None:
     """Print the tables."""
-    console = Console(width=130)
     found, sizes = embedding()
-    table = Table(title=f"patch embedding layer, forward and backward, 16 images of {sizes} sizes, width 1024, bf16")
-    table.add_column("")
-    table.add_column("time", justify="right")
-    for name, value in found.items():
-        table.add_row(name, f"{value:.2f}")
-    console.print(table)
-    table = Table(title=f"decoder step, {ROWS} rows of {LENGTH} positions, 300 of each image tokens, d {WIDTH}, bf16")
-    table.add_column("")
-    table.add_column("time", justify="right")
-    for name, value in branches().items():
-        table.add_row(name, f"{value:.2f}")
-    console.print(table)
-    table = Table(title=f"nine hidden states of 32 layers kept, {POSITIONS} positions, d {TAPPED['hidden_size']}, fp32")
-    table.add_column("")
-    table.add_column("peak MiB of the forward pass", justify="right")
-    for name, value in taps().items():
-        table.add_row(name, f"{value:.0f}")
-    console.print(table)
+    title = f"patch embedding layer, forward and backward, 16 images of {sizes} sizes, width 1024, bf16"
+    show(title, "time", found)
+    title = f"decoder step, {ROWS} rows of {LENGTH} positions, 300 of each image tokens, d {WIDTH}, bf16"
+    show(title, "time", branches())
+    title = f"nine hidden states of 32 layers kept, {POSITIONS} positions, d {TAPPED['hidden_size']}, fp32"
+    show(title, "peak MiB of the forward pass", taps(), 0)

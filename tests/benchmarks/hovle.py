@@ -9,7 +9,6 @@ from functools import partial
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from lit_vlm.batch import Batch, Images, VisualTokens
 from lit_vlm.build import Slots, build, build_on_meta
@@ -22,7 +21,7 @@ from lit_vlm.heads import HolisticDistillation, WordDistillation
 from lit_vlm.model import VLM
 from lit_vlm.projectors import PatchMerge
 from lit_vlm.teachers import EncoderTeacher
-from tests.benchmarks.eve import ratios
+from tests.benchmarks.measure import ratios, show
 
 SMALL = {
     "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
@@ -103,12 +102,6 @@ def weights() -> tuple[int, int]:
 
 def main() -> None:
     """Print the table."""
-    console = Console(width=130)
-    table = Table(title="HoVLE, stage 1: forward and backward, 8 pictures of 49 tokens with 64 of text")
-    table.add_column("")
-    table.add_column("time", justify="right")
-    for name, ratio in steps().items():
-        table.add_row(name, f"{ratio:.2f}")
-    console.print(table)
+    show("HoVLE, stage 1: forward and backward, 8 pictures of 49 tokens with 64 of text", "time", steps())
     without, whole = weights()
-    console.print(f"weights on the device, 2b: {without / 1e6:,.0f}M of {whole / 1e6:,.0f}M")
+    Console(width=130).print(f"weights on the device, 2b: {without / 1e6:,.0f}M of {whole / 1e6:,.0f}M")

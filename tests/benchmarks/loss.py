@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lit_vlm.losses import chunk_rows, next_token_loss
-from tests.benchmarks.memory import added_mib
+from tests.benchmarks.measure import added_mib
 
 POSITIONS, WIDTH, VOCAB, DENSITY = 4096, 512, 49152, 0.2
 

@@ -13,8 +13,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from rich.console import Console
-from rich.table import Table
 
 from lit_vlm.batch import Batch, Images, VisualTokens
 from lit_vlm.build import build
@@ -27,8 +25,7 @@ from lit_vlm.heads import EmbeddingDistillation, Head
 from lit_vlm.losses import contrastive_loss
 from lit_vlm.model import VLM
 from lit_vlm.teachers import EncoderTeacher, Teacher
-from tests.benchmarks.eve import ratios
-from tests.benchmarks.memory import added_mib
+from tests.benchmarks.measure import added_mib, ratios, show
 from tests.tiny import tiny_slots
 
 PICTURES, RANKS, ROWS = 8, 2, 4
@@ -187,17 +184,7 @@ def contrast(ranks: int) -> dict[str, float]:
 
 def main() -> None:
     """Print the tables."""
-    console = Console(width=130)
-    table = Table(title=f"OLA-VLM, PT: forward and backward, {PICTURES} pictures, small parts, bf16")
-    table.add_column("")
-    table.add_column("time", justify="right")
-    for name, ratio in steps().items():
-        table.add_row(name, f"{ratio:.2f}")
-    console.print(table)
-    table = Table(title=f"contrastive loss, {ROWS} pictures per rank, {TARGETS:,} numbers each, two layers, fp32")
-    table.add_column("")
-    table.add_column("peak MiB on one rank", justify="right")
-    for ranks in (2, 6):
-        for kind, used in contrast(ranks).items():
-            table.add_row(f"{ranks} ranks, {kind}", f"{used:,.0f}")
-    console.print(table)
+    show(f"OLA-VLM, PT: forward and backward, {PICTURES} pictures, small parts, bf16", "time", steps())
+    used = {f"{ranks} ranks, {kind}": mib for ranks in (2, 6) for kind, mib in contrast(ranks).items()}
+    title = f"contrastive loss, {ROWS} pictures per rank, {TARGETS:,} numbers each, two layers, fp32"
+    show(title, "peak MiB on one rank", used, 0)

@@ -26,7 +26,6 @@ from lit_vlm.embedders import Splice
 from lit_vlm.encoders import HFEncoder
 from lit_vlm.module import LitVLM
 from lit_vlm.projectors import MLP
-from lit_vlm.recipe import find_recipe
 from lit_vlm.stage import Stage
 from lit_vlm.tasks import (
     Perplexity,
@@ -38,7 +37,7 @@ from lit_vlm.tasks import (
     Shots,
     run_task,
 )
-from tests.runs import environment
+from tests.runs import environment, one_step
 from tests.tiny import CLIP, LLAMA
 
 
@@ -198,12 +197,7 @@ def test_the_callback_scores_on_a_schedule_and_at_the_end(tmp_path: Path) -> Non
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("evaluate") / "run"
-    recipe = find_recipe("llava15")
-    words = [word for path in recipe.configs("2_sft", "tiny", "single") for word in ("--config", str(path))]
-    flags = ["--trainer.max_steps", "1", "--trainer.limit_val_batches", "0", "--trainer.logger", "false"]
-    main(["fit", *words, *flags, "--trainer.accelerator", "cpu", "--trainer.default_root_dir", str(folder)])
-    return folder
+    return one_step(tmp_path_factory.mktemp("evaluate") / "run", "llava15", "2_sft")
 
 
 @pytest.mark.filterwarnings("ignore:LightningCLI.s args parameter")

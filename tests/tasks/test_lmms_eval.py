@@ -9,20 +9,14 @@ from typing import Any
 import pytest
 from PIL import Image as PILImage
 
-from lit_vlm.cli import main
-from lit_vlm.recipe import find_recipe
+from tests.runs import one_step
 
 pytest.importorskip("lmms_eval.api.model")
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("lmms") / "run"
-    recipe = find_recipe("llava15")
-    words = [word for path in recipe.configs("2_sft", "tiny", "single") for word in ("--config", str(path))]
-    flags = ["--trainer.max_steps", "1", "--trainer.limit_val_batches", "0", "--trainer.logger", "false"]
-    main(["fit", *words, *flags, "--trainer.accelerator", "cpu", "--trainer.default_root_dir", str(folder)])
-    return folder
+    return one_step(tmp_path_factory.mktemp("lmms") / "run", "llava15", "2_sft")
 
 
 def request(*arguments: Any) -> Any:
