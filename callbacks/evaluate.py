@@ -70,7 +70,7 @@ class Evaluate(L.Callback):
         start = time.perf_counter()
         out = Path(trainer.default_root_dir) / "tasks" / self.task.name / str(trainer.global_step)
         reader = Reader(module, data.template, data.transform, data.max_length)
-        result = run_task(reader, self.task, self.settings, out, f"step {trainer.global_step}")
+        result = run_task(reader, self.task, self.settings, out, f"step {trainer.global_step}", resume=False)
         if trainer.is_global_zero:
             main = f"{result.main} {result.scores[result.main]:.2f}"
             trainer.print(f"{self.task.name}, step {self._last}: {main} ({time.perf_counter() - start:.0f} s)")

@@ -6,6 +6,7 @@ Needs the extra `lmms-eval`, which is not imported by anything else. lmms-eval f
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,8 @@ class LmmsEvalModel(lmms):
         max_length: int | str | None = None,
     ) -> None:
         super().__init__()
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ValueError("lit_vlm answers lmms-eval in one process: start it without torchrun or accelerate")
         self.run = load_run(checkpoint, device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.rows = int(batch_size)
         self.max_length = int(max_length or self.run.max_length)
@@ -85,7 +88,7 @@ class LmmsEvalModel(lmms):
             context, target, visual, index, task, split = request.args
             document = self.task_dict[task][split][index]
             answer = target if isinstance(target, str) else target(document)
-            record = self._record(context, visual(document), answer.strip())
+            record = self._record(context, list(visual(document) or []), answer.strip())
             ((nll, tokens),), _ = score_answers(self.run.module, self._encoder(False), [record], pad_id)
             batch = collate_prompts([self._encoder(True)(record, Path("/"))], pad_id=pad_id)
             (given,) = self.run.module.answer(batch.to(self.run.module.device), tokens)

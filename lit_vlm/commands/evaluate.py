@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TaskID
 from rich.table import Table
 
+from lit_vlm.checkpoints.files import find_checkpoint
 from lit_vlm.tasks import TASKS, Evaluated, Reader, Settings, Shots, Task, run_task
 from lit_vlm.tasks.base import Choosing
 
@@ -23,8 +24,10 @@ def main(argv: Sequence[str]) -> None:
     """Run each task at each number of demonstrations, and print a table."""
     arguments = _parser().parse_args(argv)
     shots = _shots(arguments.shots)
-    if arguments.batch_size < 1 or (arguments.limit is not None and arguments.limit < 1):
-        raise ValueError("--batch-size and --limit must be at least 1")
+    for flag in ("batch_size", "limit", "max_length", "max_new_tokens"):
+        value = getattr(arguments, flag)
+        if value is not None and value < 1:
+            raise ValueError(f"--{flag.replace('_', '-')} must be at least 1, not {value}")
     # Files are looked for before a model is built.
     tasks = [_task(name, arguments.data) for name in dict.fromkeys(arguments.task)]
     from transformers.utils.logging import disable_progress_bar
@@ -35,7 +38,8 @@ def main(argv: Sequence[str]) -> None:
     device = _join_processes(arguments.device)
     main_process = not dist.is_initialized() or dist.get_rank() == 0
     console = Console(highlight=False, quiet=not main_process)
-    run = load_run(arguments.checkpoint, device)
+    checkpoint = find_checkpoint(arguments.checkpoint)
+    run = load_run(checkpoint, device)
     dtype = arguments.dtype or ("float32" if device == "cpu" else "bfloat16")
     run.module.vlm.to(getattr(torch, dtype))
     reader = Reader(run.module, run.template, run.transform, arguments.max_length or run.max_length)
@@ -51,7 +55,7 @@ def main(argv: Sequence[str]) -> None:
             with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=console) as progress:
                 bar = progress.add_task(f"{task.name}, {count} shots", total=None)
                 show = partial(_show, progress, bar)
-                result = run_task(reader, task, settings, out, str(Path(arguments.checkpoint).resolve()), show)
+                result = run_task(reader, task, settings, out, str(checkpoint.resolve()), on_answer=show)
             results[task.name, count] = result
             console.print(f"{task.name}, {count} shots: {_line(result)}   {out}", soft_wrap=True)
     console.print(_table(results, shots))
@@ -140,7 +144,7 @@ def _show(progress: Progress, bar: TaskID, done: int, total: int) -> None:
 def _line(result: Evaluated) -> str:
     text = f"{result.main} {result.scores[result.main]:.2f} ({result.count:,} examples)"
     if result.left_out:
-        text += f", left out and counted as wrong: {result.left_out}"
+        text += f", left out and counted as wrong (where there is wrong): {result.left_out}"
     return text
 
 

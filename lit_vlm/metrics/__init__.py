@@ -1,7 +1,7 @@
 """Metrics that torchmetrics lacks."""
 
 from lit_vlm.metrics.captions import Cider
-from lit_vlm.metrics.choice import YesNoF1, chosen_letter, yes_or_no
+from lit_vlm.metrics.choice import YesNoF1, chosen_letter, first_word_yes_or_no, yes_or_no
 from lit_vlm.metrics.text import exact_match, normalise_answer, token_f1
 from lit_vlm.metrics.vqa import (
     ANLS,
@@ -24,6 +24,7 @@ __all__ = [
     "anls",
     "chosen_letter",
     "exact_match",
+    "first_word_yes_or_no",
     "normalise_answer",
     "normalise_vqa",
     "relaxed_match",

@@ -10,14 +10,15 @@ from torch import Tensor
 from torchmetrics import Metric
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-_LETTER = re.compile(r"^\s*\(?([A-Za-z])\)?(?:[\s.:,)]|$)")
+_LETTER = re.compile(r"^\s*(?:\(([A-Za-z])\)|([A-Z])[.:,)])")
+"""At the beginning, in brackets or with a mark behind it: "A man" is no A."""
 _SAYS_LETTER = re.compile(r"(?:answer|option|choice)(?: is)?:?\s*\(?([A-Z])\)?(?:[\s.,)]|$)")
 
 
 def chosen_letter(answer: str, options: Sequence[str]) -> str:
     """The letter of the option that an answer names; "" if it names none.
 
-    It may be the letter alone, the option's text, the letter with more behind it, or "the answer is B".
+    It may be the letter alone, the option's text, both, "the answer is B", or the letter with a mark behind it.
 
     Args:
         answer: what was generated.
@@ -28,12 +29,13 @@ def chosen_letter(answer: str, options: Sequence[str]) -> str:
     if (bare := text.strip("()").upper()) and bare in letters and len(bare) == 1:
         return bare
     for letter, option in zip(letters, options, strict=False):
-        if text == option.strip().rstrip(".").lower():
+        wanted = option.strip().rstrip(".").lower()
+        if text in (wanted, f"{letter.lower()} {wanted}"):
             return letter
-    if (match := _LETTER.match(answer)) and match[1].upper() in letters:
-        return match[1].upper()
     if (match := _SAYS_LETTER.search(answer)) and match[1] in letters:
         return match[1]
+    if (match := _LETTER.match(answer)) and (letter := (match[1] or match[2]).upper()) in letters:
+        return letter
     return ""
 
 
@@ -41,6 +43,12 @@ def yes_or_no(answer: str) -> str:
     """What an answer says, as POPE reads it: `no` if its first sentence holds "no" or "not", else `yes`."""
     words = answer.split(".", 1)[0].replace(",", "").lower().split()
     return "no" if "no" in words or "not" in words else "yes"
+
+
+def first_word_yes_or_no(answer: str) -> str:
+    """What an answer says, as MME reads it: by its first four letters; "other" is always wrong."""
+    begin = answer.strip().lower()[:4]
+    return "yes" if "yes" in begin else "no" if "no" in begin else "other"
 
 
 class YesNoF1(Metric):

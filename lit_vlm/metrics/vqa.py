@@ -63,11 +63,10 @@ def normalise_vqa(text: str) -> str:
 def vqa_accuracy(answer: str, references: Sequence[str]) -> float:
     """Mean over references, leaving each out, of min(1, matches among the others / 3).
 
-    Answers are normalised unless all references are the same, as in the official evaluation.
+    Both sides are always normalised. The official script leaves them as they are where all references are the same, so
+    that "Yes" is wrong there; papers normalise answers before they hand them in, as TextVQA's script does.
     """
-    given, wanted = answer.replace("\n", " ").replace("\t", " ").strip(), list(references)
-    if len(set(wanted)) > 1:
-        given, wanted = normalise_vqa(given), [normalise_vqa(reference) for reference in wanted]
+    given, wanted = normalise_vqa(answer), [normalise_vqa(reference) for reference in references]
     if len(wanted) == 1:
         return float(given == wanted[0])
     matches = sum(given == reference for reference in wanted)

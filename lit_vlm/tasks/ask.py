@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
 
@@ -51,6 +52,12 @@ class Settings:
     workers: int = 0
     max_new_tokens: int | None = None
     dtype: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("limit", "batch_size", "max_new_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
 
     def decisive(self) -> dict[str, Any]:
         """Those that answers depend on."""
@@ -122,6 +129,7 @@ def ask(
         batch_size=settings.batch_size,
         num_workers=settings.workers,
         collate_fn=list,
+        generator=torch.Generator(),  # the global one is training's
     )
     for batch in loader:
         asked = [_Asked(padded[index], records[index], sample) for index, sample, _ in batch if sample is not None]

@@ -54,12 +54,20 @@ class Outcome:
         answer: generated text, or the chosen option's letter where options were compared by likelihood.
         nll: of the example's text in nats, where that is what is measured.
         tokens: that `nll` is the sum of.
+        left_out: the question could not be asked: no answer is right.
     """
 
     example: Example
     answer: str
     nll: float = 0.0
     tokens: int = 0
+    left_out: bool = False
+
+    @property
+    def right(self) -> bool:
+        """Of a choice: whether the chosen option reads as the right one; two options may read the same."""
+        letter = "" if self.left_out else chosen_letter(self.answer, self.example.options)
+        return letter != "" and self.example.options[LETTERS.index(letter)] == self.example.references[0]
 
 
 class Task(ABC):
@@ -77,6 +85,7 @@ class Task(ABC):
         main: name of the score that stands for the task.
         choosing: how one of several options is chosen: the model writes its letter (`generate`), or the likeliest
             letter or text of an option counts.
+        lists_options: whether the question is followed by its options with their letters.
         same_group: whether demonstrations are of the example's group.
         needs_files: whether it reads anything.
         perplexity: whether the likelihood of the examples' text is measured, and no question is asked.
@@ -89,6 +98,7 @@ class Task(ABC):
     max_new_tokens: ClassVar[int] = 16
     main: ClassVar[str] = "accuracy"
     choosing: ClassVar[Choosing] = "generate"
+    lists_options: ClassVar[bool] = True
     same_group: ClassVar[bool] = False
     needs_files: ClassVar[bool] = True
     perplexity: ClassVar[bool] = False
@@ -141,7 +151,8 @@ class Task(ABC):
     def ask(self, example: Example) -> str:
         """The question as the model reads it, options by letter."""
         lines = [example.question]
-        lines += [f"{letter}. {option}" for letter, option in zip(LETTERS, example.options, strict=False)]
+        if self.lists_options:
+            lines += [f"{letter}. {option}" for letter, option in zip(LETTERS, example.options, strict=False)]
         if self.instruction:
             lines.append(self.instruction)
         return "\n".join(lines)
@@ -149,6 +160,10 @@ class Task(ABC):
     def solve(self, example: Example) -> str:
         """The answer of a demonstration."""
         return example.letter if example.options else example.references[0]
+
+    def unit(self, example: Example) -> str:
+        """What an example is scored together with; a limit takes all of it or nothing."""
+        return example.id
 
     # ------------------------------------------------------------------ files
 
@@ -174,6 +189,13 @@ class Task(ABC):
         except (ValueError, RecursionError) as error:
             raise ValueError(f"task {self.name}: {path} is not JSON: {error}") from error
 
+    def listed(self, name: str) -> list[Any]:
+        """The content of a JSON file that is a list; raises ValueError naming the file."""
+        content = self.json(name)
+        if not isinstance(content, list):
+            raise ValueError(f"task {self.name}: {self.path(name)} must be a list, found {type(content).__name__}")
+        return content
+
     def field(self, entry: Any, key: str, kind: type | tuple[type, ...], where: str) -> Any:
         """A field of an entry; raises ValueError naming the place, the field and what was expected."""
         if not isinstance(entry, Mapping) or key not in entry or not isinstance(entry[key], kind):
@@ -191,7 +213,7 @@ def choice_accuracy(outcomes: Sequence[Outcome], by_group: str = "") -> dict[str
         outcomes: with options.
         by_group: what groups are called in the names of scores; "" leaves them out.
     """
-    right = [chosen_letter(one.answer, one.example.options) == one.example.letter for one in outcomes]
+    right = [one.right for one in outcomes]
     scores = {"accuracy": 100 * sum(right) / max(1, len(right))}
     for group in sorted({one.example.group for one in outcomes}) if by_group else ():
         own = [ok for ok, one in zip(right, outcomes, strict=True) if one.example.group == group]

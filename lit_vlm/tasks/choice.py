@@ -16,7 +16,6 @@ from typing import Any, ClassVar
 import pyarrow.parquet as pq
 
 from lit_vlm.data.records import Image
-from lit_vlm.metrics import chosen_letter
 from lit_vlm.metrics.choice import LETTERS
 from lit_vlm.tasks.base import Example, Outcome, Task, choice_accuracy
 
@@ -41,7 +40,11 @@ class MultipleChoice(Task):
         if not files:
             raise ValueError(f"task {self.name}: {self.folder} has no {names[0]}*.parquet. It reads {self.files}")
         for file in files:
-            for number, row in enumerate(pq.read_table(file).to_pylist()):
+            try:
+                table = pq.read_table(file).to_pylist()
+            except (OSError, ValueError) as error:  # what pyarrow raises is one of these
+                raise ValueError(f"task {self.name}: {file} is no parquet file: {error}") from error
+            for number, row in enumerate(table):
                 yield f"{file.name} row {number}", row
 
     def picture(self, value: Any, where: str) -> Image:
@@ -53,9 +56,15 @@ class MultipleChoice(Task):
 
     def by_letter(self, options: Sequence[str], letter: str, where: str) -> str:
         """The option that a letter names; raises ValueError where there is none."""
-        place = LETTERS.find(letter.strip().strip("()").upper())
-        if not 0 <= place < len(options):
+        bare = letter.strip().strip("()").upper()
+        if len(bare) != 1 or bare not in LETTERS[: len(options)]:
             raise ValueError(f"task {self.name}: {where}: answer {letter!r} is none of {len(options)} options")
+        return options[LETTERS.index(bare)]
+
+    def by_place(self, options: Sequence[str], place: int, where: str) -> str:
+        """The option at a place, counted from 0; raises ValueError where there is none."""
+        if not 0 <= place < len(options):
+            raise ValueError(f"task {self.name}: {where}: answer {place} is none of {len(options)} options")
         return options[place]
 
 
@@ -81,7 +90,7 @@ class ScienceQA(MultipleChoice):
             question = self.field(entry, "question", str, where)
             image = Image(path=f"{split}/{key}/{entry['image']}")
             text = f"Context: {hint}\n{question}" if hint else question
-            right = self.by_letter(options, LETTERS[answer : answer + 1], where)
+            right = self.by_place(options, answer, where)
             found.append(Example(str(key), (image,), text, (right,), tuple(options), str(entry.get("subject", ""))))
         return found
 
@@ -107,6 +116,10 @@ class MMBench(MultipleChoice):
         tables = sorted(self.folder.glob("*.tsv"))
         if not tables:
             raise ValueError(f"task mmbench: {self.folder} has no .tsv. It reads {self.files}")
+        if len(tables) > 1:
+            raise ValueError(
+                f"task mmbench: {self.folder} has several tables, {', '.join(t.name for t in tables)}: keep one"
+            )
         csv.field_size_limit(sys.maxsize)
         pictures: dict[str, bytes] = {}
         found = []
@@ -134,12 +147,15 @@ class MMBench(MultipleChoice):
                 found.append(Example(index, (Image(data=data),), text, (right,), tuple(options), group))
         return found
 
+    def unit(self, example: Example) -> str:
+        """The question; its rows have the options in other orders."""
+        return str(int(example.id) % 1_000_000)
+
     def score(self, outcomes: Sequence[Outcome]) -> dict[str, float]:
         """`circular`: of the rows whose index differs by millions, all must be right; `accuracy` of single rows."""
-        passes: dict[int, list[bool]] = defaultdict(list)
+        passes: dict[str, list[bool]] = defaultdict(list)
         for one in outcomes:
-            right = chosen_letter(one.answer, one.example.options) == one.example.letter
-            passes[int(one.example.id) % 1_000_000].append(right)
+            passes[self.unit(one.example)].append(one.right)
         return {"circular": 100 * sum(map(all, passes.values())) / len(passes)} | super().score(outcomes)
 
 
@@ -227,9 +243,8 @@ class CVBench(MultipleChoice):
         by_source, by_task = defaultdict(list), defaultdict(list)
         for one in outcomes:
             task, _, source = one.example.group.partition("@")
-            right = chosen_letter(one.answer, one.example.options) == one.example.letter
-            by_source[source].append(right)
-            by_task[task].append(right)
+            by_source[source].append(one.right)
+            by_task[task].append(one.right)
         parts = {source: 100 * sum(right) / len(right) for source, right in by_source.items()}
         flat = [value for source, value in parts.items() if source != "Omni3D"]
         means = {"2d": sum(flat) / len(flat)} if flat else {}
@@ -271,9 +286,9 @@ class AI2D(MultipleChoice):
     """AI2D (Kembhavi et al. 2016), test: questions about diagrams."""
 
     name = "ai2d"
-    about = "questions about diagrams of school science"
+    about = "questions about diagrams of school science, without those about letters drawn over labels"
     files = "questions/, images/ and ai2d_test_ids.csv (allenai.org/data/diagrams)"
-    groups = "kind"
+    groups = ""
 
     def _examples(self) -> Sequence[Example]:
         tests = {line.strip() for line in self.path("ai2d_test_ids.csv").read_text().splitlines() if line.strip()}
@@ -285,10 +300,11 @@ class AI2D(MultipleChoice):
             for question, asked in self.field(entry, "questions", dict, file).items():
                 where = f"{file} question {question[:40]!r}"
                 options = [str(option) for option in self.field(asked, "answerTexts", list, where)]
-                right = self.by_letter(options, LETTERS[self.field(asked, "correctAnswer", int, where) :][:1], where)
+                right = self.by_place(options, self.field(asked, "correctAnswer", int, where), where)
                 key = self.field(asked, "questionId", str, where)
-                kind = "label" if asked.get("abcLabel") else "text"
-                found.append(Example(key, (image,), question, (right,), tuple(options), kind))
+                # Questions about letters need diagrams with letters drawn in place of labels, which are not given out.
+                if not asked.get("abcLabel"):
+                    found.append(Example(key, (image,), question, (right,), tuple(options)))
         return found
 
 
@@ -311,12 +327,16 @@ class MMLU(MultipleChoice):
         for table in tables:
             subject = table.stem.removesuffix(f"_{split}")
             with table.open(newline="", encoding="utf-8") as file:
-                for number, row in enumerate(csv.reader(file), 1):
+                try:
+                    rows = list(csv.reader(file))
+                except UnicodeDecodeError as error:
+                    raise ValueError(f"task mmlu: {table} is not UTF-8: {error}") from error
+                for number, row in enumerate(rows, 1):
                     where = f"{table.name} line {number}"
                     if len(row) != 6:
                         raise ValueError(f"task mmlu: {where} has {len(row)} columns: question, A, B, C, D, answer")
                     right = self.by_letter(row[1:5], row[5], where)
-                    found.append(Example(f"{subject}-{number}", (), row[0], (right,), tuple(row[1:5]), subject))
+                    found.append(Example(f"{split}-{subject}-{number}", (), row[0], (right,), tuple(row[1:5]), subject))
         return found
 
     def _examples(self) -> Sequence[Example]:

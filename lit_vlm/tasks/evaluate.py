@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +47,7 @@ def run_task(
     settings: Settings,
     out: Path | None = None,
     checkpoint: str = "",
+    resume: bool = True,
     on_answer: Callable[[int, int], None] | None = None,
 ) -> Evaluated:
     """Ask every example, score the answers, and write both.
@@ -57,70 +60,99 @@ def run_task(
         task: what is asked.
         settings: how.
         out: folder for answers.jsonl and scores.json.
-        checkpoint: what is evaluated, for the files.
+        checkpoint: what is evaluated, for the files. With a checkpoint of another time its answers are refused.
+        resume: take answers that `out` holds; otherwise they go.
         on_answer: called with the number of answers that this process has, and that it will have.
 
     Raises:
         ValueError: where `out` holds answers of another checkpoint, task or setting, or no example could be asked.
     """
-    examples = in_order(task.examples, settings.limit, settings.prompt.seed)
+    examples = in_order(task, settings.limit, settings.prompt.seed)
     prompts = Prompts(task, settings.prompt, settings.choosing)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     how = _how(reader, task, settings, checkpoint)
-    done = _read_answers(out, how) if out is not None else {}
+    done = _read_answers(out, how) if out is not None and resume else {}
+    if out is not None and not resume and rank == 0:
+        for old in out.glob("answers*.jsonl"):
+            old.unlink()
     if dist.is_initialized():
         dist.barrier()  # nobody writes before all have read
     left = [example for example in examples if example.id not in done]
     mine = left[rank::world]
-    asked = ask(reader, prompts, mine, settings, -(-len(left) // world), out is not None)
-    file = None
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        file = (out / f"answers.{rank}.partial.jsonl").open("a", encoding="utf-8")
     found: list[dict[str, Any]] = []
     was_training = reader.module.vlm.training
     reader.module.vlm.eval()
     try:
-        for line in asked:
-            found.append(line)
-            if on_answer is not None:
-                on_answer(len(found), len(mine))
-            if file is not None:
-                file.write(json.dumps({"how": how} | line, ensure_ascii=False) + "\n")
-                file.flush()
+        with _partial(out, rank, how) as keep:
+            for line in ask(reader, prompts, mine, settings, -(-len(left) // world), out is not None):
+                found.append(line)
+                keep(line)
+                if on_answer is not None:
+                    on_answer(len(found), len(mine))
     finally:
         reader.module.vlm.train(was_training)
-        if file is not None:
-            file.close()
     lines = done | {line["id"]: line for part in _gathered(found) for line in part}
-    outcomes = [_outcome(example, lines[example.id]) for example in examples]
-    reasons = [lines[example.id]["left_out"] for example in examples if lines[example.id]["left_out"]]
-    left_out = {reason: reasons.count(reason) for reason in sorted(set(reasons))}
-    if len(reasons) == len(examples):
-        raise ValueError(
-            f"task {task.name}: none of {len(examples)} examples could be asked: {left_out}, first: "
-            f"{lines[examples[0].id].get('detail', '')}"
-        )
-    result = Evaluated(task.score(outcomes), task.main, len(examples), left_out)
+    result = _result(task, examples, lines)
     if out is not None and rank == 0:
-        _write(out, result, task, settings, checkpoint, how, [lines[example.id] for example in examples])
+        asked = {example.id for example in examples}
+        others = [line for key, line in done.items() if key not in asked]  # of a run with a larger limit, or none
+        lines_in_order = [*(lines[example.id] for example in examples), *others]
+        _write(out, result, task, settings, checkpoint, how, lines_in_order)
     if dist.is_initialized():
         dist.barrier()
     return result
 
 
+@contextmanager
+def _partial(out: Path | None, rank: int, how: str) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """What writes a line at once, so that a run that is cut off loses none; without `out` it writes nothing."""
+    if out is None:
+        yield lambda line: None
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / f"answers.{rank}.partial.jsonl").open("a", encoding="utf-8") as file:
+
+        def keep(line: dict[str, Any]) -> None:
+            file.write(json.dumps({"how": how} | line, ensure_ascii=False) + "\n")
+            file.flush()
+
+        yield keep
+
+
+def _result(task: Task, examples: Sequence[Example], lines: Mapping[str, dict[str, Any]]) -> Evaluated:
+    outcomes = [_outcome(example, lines[example.id]) for example in examples]
+    left_out = dict(sorted(Counter(lines[one.id]["left_out"] for one in examples if lines[one.id]["left_out"]).items()))
+    if sum(left_out.values()) == len(examples):
+        raise ValueError(
+            f"task {task.name}: none of {len(examples)} examples could be asked: {left_out}, first: "
+            f"{lines[examples[0].id].get('detail', '')}"
+        )
+    return Evaluated(task.score(outcomes), task.main, len(examples), left_out)
+
+
 def _how(reader: Reader, task: Task, settings: Settings, checkpoint: str) -> str:
+    questions = hashlib.sha256()
+    for one in task.examples:
+        paths = [image.path for image in one.images]
+        questions.update(json.dumps([one.id, one.question, one.options, one.references, paths]).encode())
     text = json.dumps(
         [
-            checkpoint, task.name, str(task.folder.resolve()), settings.decisive(), describe(reader.template),
-            describe(reader.transform), reader.max_length,
+            checkpoint, _written(checkpoint), task.name, str(task.folder.resolve()), questions.hexdigest(),
+            settings.decisive(), describe(reader.template), describe(reader.transform), reader.max_length,
         ]
     )  # fmt: skip
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def _written(checkpoint: str) -> int:
+    """When it was written: a run that goes on may leave another in its place."""
+    path = Path(checkpoint)
+    file = path / ".metadata" if path.is_dir() else path
+    return file.stat().st_mtime_ns if checkpoint and file.exists() else 0
+
+
 def _outcome(example: Example, line: dict[str, Any]) -> Outcome:
-    return Outcome(example, line["answer"], line["nll"], line["tokens"])
+    return Outcome(example, line["answer"], line["nll"], line["tokens"], bool(line["left_out"]))
 
 
 def _gathered(found: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -34,6 +33,12 @@ class Shots:
     seed: int = 42
     system: str | None = None
 
+    def __post_init__(self) -> None:
+        if self.shots < 0 or self.text_shots < 0:
+            raise ValueError(
+                f"demonstrations cannot be fewer than 0: {self.shots} with pictures, {self.text_shots} without"
+            )
+
 
 class Prompts:
     """Prompts of a task.
@@ -46,7 +51,11 @@ class Prompts:
 
     def __init__(self, task: Task, shots: Shots, choosing: Choosing | None = None) -> None:
         self.task, self.shots = task, shots
+        if choosing is not None and not any(example.options for example in task.examples):
+            raise ValueError(f"task {task.name} has no options to choose from: leave --choose out")
         self.choosing: Choosing = choosing or task.choosing
+        if self.choosing != "option" and not task.lists_options:
+            raise ValueError(f"task {task.name} shows no letters in its questions: --choose option is its only way")
 
     @cached_property
     def _pool(self) -> dict[str, list[Example]]:
@@ -124,9 +133,20 @@ def document(example: Example, task: str) -> Record:
     return Record(example.id, task, (Message("document", (Text(example.question),)),))
 
 
-def in_order(examples: Sequence[Example], limit: int | None, seed: int) -> list[Example]:
-    """All examples, or `limit` of them drawn by the seed, in the order of the files."""
+def in_order(task: Task, limit: int | None, seed: int) -> list[Example]:
+    """All examples, or so many of them drawn by the seed, in the order of the files.
+
+    What is scored together is taken together, so a few more than `limit` may come.
+    """
+    examples = task.examples
     if limit is None or limit >= len(examples):
         return list(examples)
-    chosen = sorted(random.Random(seed).sample(range(len(examples)), limit))
-    return [examples[index] for index in chosen]
+    units: dict[str, list[int]] = defaultdict(list)
+    for index, example in enumerate(examples):
+        units[task.unit(example)].append(index)
+    chosen: list[int] = []
+    for name in random.Random(seed).sample(list(units), len(units)):
+        if len(chosen) >= limit:
+            break
+        chosen += units[name]
+    return [examples[index] for index in sorted(chosen)]

@@ -29,6 +29,7 @@ class SceneQuestions(MultipleChoice):
     groups = "kind"
     choosing = "option"
     same_group = True
+    lists_options = False  # they are in the question's words, or are numbers, colours or shapes
     needs_files = False
     source: ClassVar[Literal["questions", "text"]] = "questions"
 
@@ -54,10 +55,6 @@ class SceneQuestions(MultipleChoice):
     def demonstrations(self) -> Sequence[Example]:
         """Scenes of the training split."""
         return self._read("train", 64)
-
-    def ask(self, example: Example) -> str:
-        """The question alone: its options are in its words, or are numbers, colours or shapes."""
-        return example.question
 
     def solve(self, example: Example) -> str:
         """The right option."""

@@ -138,7 +138,7 @@ class VizWiz(ShortAnswers):
 
     def _read(self, split: str) -> list[Example]:
         found = []
-        for number, entry in enumerate(self.json(f"{split}.json")):
+        for number, entry in enumerate(self.listed(f"{split}.json")):
             where = f"{split}.json entry {number}"
             answers = [
                 self.field(one, "answer", str, f"{where} answer {i}")
@@ -192,7 +192,7 @@ class ChartQA(ShortAnswers):
         found = []
         for group in ("human", "augmented"):
             file = f"test/test_{group}.json"
-            for number, entry in enumerate(self.json(file)):
+            for number, entry in enumerate(self.listed(file)):
                 where = f"{file} entry {number}"
                 image = Image(path=f"test/png/{self.field(entry, 'imgname', str, where)}")
                 question, label = (self.field(entry, key, str, where) for key in ("query", "label"))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lit_vlm.data.records import Image
 from lit_vlm.data.sources.base import IMAGE_SUFFIXES
-from lit_vlm.metrics import YesNoF1, yes_or_no
+from lit_vlm.metrics import YesNoF1, first_word_yes_or_no
 from lit_vlm.tasks.base import Example, Outcome, Task
 from lit_vlm.tasks.vqa import SHORT
 
@@ -52,7 +52,9 @@ class POPE(Task):
             metric = YesNoF1()
             for one in outcomes:
                 if one.example.group == split:
-                    metric.update(one.answer, one.example.references[0])
+                    label = one.example.references[0]
+                    opposite = "no" if label == "yes" else "yes"
+                    metric.update(opposite if one.left_out else one.answer, label)
             for key, value in metric.compute().items():
                 scores[f"{key}/{split}"] = 100 * float(value)
                 means[key].append(100 * float(value))
@@ -106,6 +108,10 @@ class MME(Task):
             found.append(Example(name, (path,), question, (answer.strip().lower(),), group=category))
         return found
 
+    def unit(self, example: Example) -> str:
+        """The picture with its two questions."""
+        return example.id.rsplit("/", 1)[0]
+
     def score(self, outcomes: Sequence[Outcome]) -> dict[str, float]:
         """Of each category accuracy + accuracy of pairs, each in percent, and the sums."""
         scores: dict[str, float] = {}
@@ -113,8 +119,8 @@ class MME(Task):
             pairs: dict[str, list[bool]] = defaultdict(list)
             for one in outcomes:
                 if one.example.group == category:
-                    right = yes_or_no(one.answer) == one.example.references[0]
-                    pairs[one.example.id.rsplit("/", 1)[0]].append(right)
+                    right = first_word_yes_or_no(one.answer) == one.example.references[0]
+                    pairs[self.unit(one.example)].append(right and not one.left_out)
             every = [right for pair in pairs.values() for right in pair]
             both = [all(pair) for pair in pairs.values()]
             scores[category] = 100 * sum(every) / len(every) + 100 * sum(both) / len(both)

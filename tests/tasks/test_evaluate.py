@@ -59,6 +59,12 @@ def scenes(count: int = 2) -> SceneQuestions:
     return SceneQuestions(count=count)
 
 
+class Lettered(SceneQuestions):
+    """With options by letter."""
+
+    lists_options = True
+
+
 def lines(out: Path) -> dict[str, dict[str, Any]]:
     return {line["id"]: line for line in map(json.loads, (out / "answers.jsonl").read_text().splitlines())}
 
@@ -69,7 +75,7 @@ def test_answers_do_not_depend_on_the_batch_size(choosing: Any, shots: int, read
     found = []
     for size in (1, 4):
         settings = Settings(Shots(shots), choosing, batch_size=size, max_new_tokens=4)
-        result = run_task(reader, scenes(), settings, tmp_path / str(size))
+        result = run_task(reader, Lettered(count=2), settings, tmp_path / str(size))
         answers = lines(tmp_path / str(size))
         found.append((result, {key: line["answer"] for key, line in answers.items()}))
         assert list(answers) == [example.id for example in scenes().examples]
@@ -103,24 +109,52 @@ def test_too_many_demonstrations_are_refused() -> None:
 
 
 def test_a_run_goes_on_where_it_stopped(reader: Reader, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    run_task(reader, scenes(), Settings(limit=4), out, "a")
+    out, checkpoint = tmp_path / "out", tmp_path / "weights"
+    checkpoint.write_text("1")
+    run_task(reader, Lettered(count=2), Settings(limit=4), out, str(checkpoint))
     first = lines(out)
     assert len(first) == 4
     # What is there is not asked again: an answer that was changed by hand stays, and a line cut short is asked for.
     changed = dict.fromkeys(first, "Z")
     text = [json.dumps(line | {"answer": changed[key]}) for key, line in first.items()]
     (out / "answers.jsonl").write_text("\n".join(text[:3]) + "\n" + text[3][:20])
-    result = run_task(reader, scenes(), Settings(), out, "a")
+    result = run_task(reader, Lettered(count=2), Settings(), out, str(checkpoint))
     answers = lines(out)
     assert result.count == len(answers) == 10
     assert sum(line["answer"] == "Z" for line in answers.values()) == 3
     assert not list(out.glob("*.partial.jsonl"))
+    # A limit loses nothing of what was answered without.
+    assert run_task(reader, Lettered(count=2), Settings(limit=2), out, str(checkpoint)).count == 2
+    assert lines(out) == answers
     for other in (Settings(Shots(1)), Settings(choosing="letter")):
         with pytest.raises(ValueError, match="another checkpoint, task or setting"):
-            run_task(reader, scenes(), other, out, "a")
+            run_task(reader, Lettered(count=2), other, out, str(checkpoint))
+    for other_task in (Lettered(count=3), scenes()):
+        with pytest.raises(ValueError, match="another checkpoint, task or setting"):
+            run_task(reader, other_task, Settings(max_new_tokens=3), out, str(checkpoint))
+    os.utime(checkpoint, ns=(1, 1))  # other weights in the same place
     with pytest.raises(ValueError, match="another checkpoint"):
-        run_task(reader, scenes(), Settings(), out, "b")
+        run_task(reader, Lettered(count=2), Settings(), out, str(checkpoint))
+    run_task(reader, Lettered(count=2), Settings(), out, str(checkpoint), resume=False)
+    assert not any(line["answer"] == "Z" for line in lines(out).values())
+
+
+def test_training_s_random_numbers_stay_as_they_are(reader: Reader) -> None:
+    before = torch.get_rng_state()
+    run_task(reader, scenes(1), Settings())
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_settings_that_make_no_sense_are_refused(reader: Reader) -> None:
+    for make, message in (
+        (lambda: Shots(-1), "cannot be fewer than 0: -1 with"),
+        (lambda: Shots(2, text_shots=-1), "cannot be fewer than 0"),
+        (lambda: Settings(limit=0), "limit must be at least 1, not 0"),
+        (lambda: Settings(max_new_tokens=-1), "max_new_tokens must be at least 1"),
+        (lambda: Prompts(scenes(1), Shots(), "letter"), "shows no letters in its questions"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make()
 
 
 def test_an_example_that_cannot_be_asked_counts_as_wrong_and_is_named(reader: Reader, tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image as PILImage
 
-from lit_vlm.tasks import TASKS, Outcome, Task
+from lit_vlm.tasks import TASKS, Example, Outcome, Prompts, Shots, Task
+from lit_vlm.tasks.prompts import in_order
 
 
 def picture() -> bytes:
@@ -202,7 +203,7 @@ def perplexity(folder: Path) -> None:
 CASES: dict[str, tuple[Callable[[Path], None], list[str], dict[str, float]]] = {
     # "2" is "two": of ten references three; leaving one of them out, 2 / 3 three times, 1 seven times.
     "okvqa": (okvqa, ["red", "2"], {"accuracy": 95.0}),
-    "vqav2": (vqav2, ["Red.", "4"], {"accuracy": 0.0}),  # all the same are compared as they are
+    "vqav2": (vqav2, ["Red.", "4"], {"accuracy": 50.0}),
     "textvqa": (textvqa, ["red", "3"], {"accuracy": 100.0}),
     "vizwiz": (vizwiz, ["red", "2"], {"accuracy": 95.0}),
     "gqa": (gqa, ["Left.", "left"], {"accuracy": 50.0}),
@@ -221,7 +222,7 @@ CASES: dict[str, tuple[Callable[[Path], None], list[str], dict[str, float]]] = {
     "mmmu": (mmmu, ["(B)"], {"accuracy": 100.0, "subject/Art": 100.0}),
     "cvbench": (cvbench, ["B", "B", "A", "A"], {"2d": 75, "3d": 0, "mean": 37.5, "task/Count": 200 / 3}),
     "mmstar": (mmstar, ["B"], {"accuracy": 100.0, "category/coarse": 100.0}),
-    "ai2d": (ai2d, ["B", "B"], {"accuracy": 50.0, "kind/label": 100.0, "kind/text": 0.0}),
+    "ai2d": (ai2d, ["B"], {"accuracy": 0.0}),  # the question about a letter is left out
     "coco_captions": (coco_captions, ["nothing here", "of it"], {"cider": 0.0}),
     "flickr30k": (flickr30k, ["nothing here", "of it"], {"cider": 0.0}),
     "mmlu": (mmlu, ["C", "A", "C", "B"], {"accuracy": 75.0, "subject/law": 50.0}),
@@ -310,6 +311,17 @@ BROKEN: list[tuple[str, str, Callable[[Any], Any], str]] = [
         "answer 'E' is none of 4",
     ),
     ("scienceqa", "pid_splits.json", lambda x: {"test": ["9"]}, "problems.json: field '9' must be dict"),
+    ("scienceqa", "problems.json", lambda x: {k: v | {"answer": -1} for k, v in x.items()}, "answer -1 is none of"),
+    ("scienceqa", "problems.json", lambda x: {k: v | {"answer": 40} for k, v in x.items()}, "answer 40 is none of"),
+    (
+        "seed",
+        "SEED-Bench.json",
+        lambda x: {"questions": [x["questions"][0] | {"answer": ""}]},
+        "answer '' is none of 4",
+    ),
+    ("seed", "SEED-Bench.json", lambda x: {"questions": [x["questions"][0] | {"answer": "BC"}]}, "answer 'BC' is none"),
+    ("vizwiz", "val.json", lambda x: None, "val.json must be a list, found NoneType"),
+    ("chartqa", "test/test_human.json", lambda x: {}, "test_human.json must be a list, found dict"),
     ("docvqa", "val_v1.0_withQT.json", lambda x: {"data": [{"image": "a"}]}, "entry 0: field 'answers'"),
     ("gqa", "testdev_balanced_questions.json", lambda x: [], "must be an object from question ids"),
     ("vizwiz", "val.json", lambda x: [x[0] | {"answers": []}], "1 questions in .* have no answer, first val_0.jpg"),
@@ -354,3 +366,45 @@ def test_what_is_no_json_or_no_table_is_named(tmp_path: Path) -> None:
     (tmp_path / "MMBench_DEV_EN.tsv").write_text(text)
     with pytest.raises(ValueError, match="line 2: index is 'one', and must be a number"):
         _ = TASKS["mmbench"](str(tmp_path)).examples
+    (tmp_path / "MMBench_DEV_CN.tsv").write_text("index\n")
+    with pytest.raises(ValueError, match="has several tables, MMBench_DEV_CN.tsv, MMBench_DEV_EN.tsv: keep one"):
+        _ = TASKS["mmbench"](str(tmp_path)).examples
+    (tmp_path / "test" / "law_test.csv").write_bytes(b"\xff,1,2,3,4,A\n")
+    with pytest.raises(ValueError, match="law_test.csv is not UTF-8"):
+        _ = TASKS["mmlu"](str(tmp_path)).examples
+    (tmp_path / "mmstar.parquet").write_bytes(b"no table")
+    with pytest.raises(ValueError, match="mmstar.parquet is no parquet file"):
+        _ = TASKS["mmstar"](str(tmp_path)).examples
+
+
+def test_what_could_not_be_asked_is_never_right(tmp_path: Path) -> None:
+    for name in ("pope", "mme", "seed"):
+        (tmp_path / name).mkdir()
+        task = make(name, tmp_path / name)
+        scores = task.score([Outcome(example, "", left_out=True) for example in task.examples])
+        assert scores[task.main] == 0
+    task = TASKS["mme"](str(tmp_path / "mme"))
+    assert task.score([Outcome(example, "Blue car") for example in task.examples])["perception"] == 0
+
+
+def test_a_limit_takes_what_is_scored_together(tmp_path: Path) -> None:
+    for name, size in (("mme", 2), ("mmbench", 1)):
+        (tmp_path / name).mkdir()
+        task = make(name, tmp_path / name)
+        for seed in range(4):
+            units = {task.unit(example) for example in in_order(task, 1, seed)}
+            assert len(units) == 1
+            whole = [example for example in task.examples if task.unit(example) in units]
+            assert in_order(task, 1, seed) == whole
+            assert len(whole) >= size
+
+
+def test_five_demonstrations_of_mmlu_are_all_that_there_are(tmp_path: Path) -> None:
+    task = make("mmlu", tmp_path)
+    count = sum(one.group == task.examples[0].group for one in task.demonstrations)
+    assert len(Prompts(task, Shots(count)).demonstrations(task.examples[0])) == count
+
+
+def test_options_that_read_the_same_are_equally_right() -> None:
+    example = Example("1", (), "?", ("x",), ("x", "y", "x"))
+    assert [Outcome(example, letter).right for letter in "ABC"] == [True, False, True]
