@@ -10,6 +10,7 @@ from typing import Any
 
 from huggingface_hub import save_torch_state_dict, snapshot_download
 from torch import Tensor
+from transformers import CLIPImageProcessor, SiglipImageProcessor
 
 from lit_vlm.checkpoints.layout import (
     Layout,
@@ -46,6 +47,7 @@ DROPPED = {
 }
 FOLDS = {"mlp_downsample": "col", "mlp_downsample_2x2_fix": "row"}
 """Their order of tokens: column by column in VILA-1.5, row by row from NVILA on."""
+VISION_CLASSES = {"clip_vision_model": "CLIPVisionModel", "siglip_vision_model": "SiglipVisionModel"}
 _INDEX = re.compile(r"^layers\.(\d+)\.")
 
 
@@ -208,6 +210,16 @@ def _type_of(projector: Projector) -> str | None:
     return None
 
 
+def _processor(encoder: HFEncoder) -> CLIPImageProcessor | SiglipImageProcessor:
+    """The image processor that the published folders hold beside the vision model."""
+    side = encoder.pixels.size
+    shared = {"image_mean": encoder.pixel_mean.flatten().tolist(), "image_std": encoder.pixel_std.flatten().tolist()}
+    if encoder.config.model_type == "clip_vision_model":
+        square = {"height": side, "width": side}
+        return CLIPImageProcessor(size={"shortest_edge": side}, crop_size=square, **shared)
+    return SiglipImageProcessor(size={"height": side, "width": side}, **shared)
+
+
 def export(model: VLM, out: Path, transform: ImageTransform | None = None) -> float:
     """Write the model in the three folders of VILA-1.5, read it back, and compare logits.
 
@@ -241,11 +253,17 @@ def export(model: VLM, out: Path, transform: ImageTransform | None = None) -> fl
         )
     decoder.merge_adapters()
     new_folder(out)
-    vision = inner.config.to_dict()
+    # VILA's loader chooses the class by this name.
+    vision = inner.config.to_dict() | {
+        "architectures": [VISION_CLASSES.get(inner.config.model_type, type(inner.backbone).__name__)]
+    }
     config: dict[str, Any] = {
         "model_type": "llava_llama",
         "architectures": ["LlavaLlamaModel"],
-        "llm_cfg": decoder.config.to_dict() | {"tie_word_embeddings": False},
+        "resume_path": ".",
+        "model_dtype": "torch.float32",
+        "llm_cfg": decoder.config.to_dict()
+        | {"tie_word_embeddings": False, "architectures": [type(decoder.lm).__name__]},
         "vision_tower_cfg": vision,
         "mm_projector_cfg": {"model_type": "v2l_projector", "mm_projector_type": kind},
         "hidden_size": decoder.width,
@@ -257,7 +275,7 @@ def export(model: VLM, out: Path, transform: ImageTransform | None = None) -> fl
         "s2": isinstance(encoder, S2),
     }
     if isinstance(encoder, S2):
-        config["s2_scales"] = ",".join(map(str, encoder.scales))
+        config |= {"s2_scales": ",".join(map(str, encoder.scales)), "s2_max_split_size": encoder.side}
     if isinstance(transform, PadSquare | Resize):
         config["image_aspect_ratio"] = "pad" if isinstance(transform, PadSquare) else "resize"
     write_config(out, config)
@@ -269,4 +287,5 @@ def export(model: VLM, out: Path, transform: ImageTransform | None = None) -> fl
         save_torch_state_dict(own, out / part)
         write_config(out / part, config[key])
     decoder.tokenizer.save_pretrained(out / "llm")
+    _processor(inner).save_pretrained(out / "vision_tower")
     return check_written(model, out, partial(load, config=None))

@@ -11,7 +11,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModel, CLIPVisionConfig, LlamaConfig, LlamaForCausalLM, SiglipVisionConfig
+from transformers import (
+    AutoImageProcessor,
+    AutoModel,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    SiglipVisionConfig,
+)
 
 from lit_vlm.checkpoints import load_published, read_slots
 from lit_vlm.checkpoints.layout import probe
@@ -162,6 +169,15 @@ def test_exported_folders_come_back(encoder: Any, projector: Any, tmp_path: Path
     again = load_published("vila", tmp_path / "out")
     for name, value in model.state_dict().items():
         assert torch.equal(value, again.state_dict()[name])
+    # What VILA's own loader reads besides weights.
+    tower = json.loads((tmp_path / "out" / "vision_tower" / "config.json").read_text())
+    inner = model.encoder.inner if isinstance(model.encoder, S2) else model.encoder
+    clip = inner.config.model_type == "clip_vision_model"
+    assert tower["architectures"] == ["CLIPVisionModel" if clip else "SiglipVisionModel"]
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "out" / "vision_tower")
+    picture = torch.randint(0, 256, (3, 20, 30), dtype=torch.uint8)
+    side = inner.pixels.size
+    assert processor(picture, return_tensors="pt").pixel_values.shape == (1, 3, side, side)
     with pytest.raises(ValueError, match="is not empty"):
         export_published("vila", model, tmp_path / "out", None)
 
