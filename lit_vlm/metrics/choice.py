@@ -10,9 +10,9 @@ from torch import Tensor
 from torchmetrics import Metric
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-_LETTER = re.compile(r"^\s*(?:\(([A-Za-z])\)|([A-Z])[.:,)])")
+_LETTER = re.compile(r"^\s*(?:\(?([A-Za-z])\)|([A-Z])[.:,])")
 """At the beginning, in brackets or with a mark behind it: "A man" is no A."""
-_SAYS_LETTER = re.compile(r"(?:answer|option|choice)(?: is)?:?\s*\(?([A-Z])\)?(?:[\s.,)]|$)")
+_SAYS_LETTER = re.compile(r"(?i:answer|option|choice)(?i: is)?:?\s*\(?([A-Z])\)?(?:[\s.,)]|$)")
 
 
 def chosen_letter(answer: str, options: Sequence[str]) -> str:

@@ -100,6 +100,11 @@ def test_metrics_are_means_over_questions(metric, pairs, expected) -> None:
         ("The answer is C.", "C"),
         ("E", ""),
         ("bird or bat", ""),
+        ("B a dog", "B"),
+        ("b) a dog", "B"),
+        ("Answer: C", "C"),
+        ("A man on a horse", ""),  # the article
+        ("a dog runs", ""),
         ("", ""),
     ],
 )
