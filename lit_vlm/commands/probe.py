@@ -113,7 +113,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--cells", type=int, default=6, help="cells per side of exact maps (6)")
     parser.add_argument("--steps", type=int, default=300, help="steps of training (300)")
     parser.add_argument("--batch-size", type=int, default=16, help="pictures per step (16)")
-    parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (1e-3)")
+    parser.add_argument(
+        "--lr", type=float, default=1e-2, help="peak learning rate (1e-2; 1e-3 for 5,000 steps or more)"
+    )
     parser.add_argument("--held-out", type=int, default=256, help="scenes to measure on (256)")
     parser.add_argument("--seed", type=int, default=0, help="of the probes and the order of pictures (0)")
     parser.add_argument("--workers", type=int, default=0, help="loader processes (0)")
