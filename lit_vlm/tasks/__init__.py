@@ -3,12 +3,12 @@
 from lit_vlm.tasks.ask import Reader, Settings
 from lit_vlm.tasks.base import Example, Outcome, Task
 from lit_vlm.tasks.captions import CocoCaptions, Flickr30k
-from lit_vlm.tasks.choice import AI2D, MMLU, MMMU, SEED, CVBench, MMBench, MMStar, ScienceQA
+from lit_vlm.tasks.choice import AI2D, MMMU, SEED, CVBench, MMBench, MMStar, ScienceQA
 from lit_vlm.tasks.evaluate import Evaluated, run_task
 from lit_vlm.tasks.held_out import Answer, HeldOutScores, answer_records, evaluate_held_out
 from lit_vlm.tasks.prompts import Prompts, Shots
 from lit_vlm.tasks.scenes import SceneQuestions, SceneText
-from lit_vlm.tasks.text import Perplexity
+from lit_vlm.tasks.text import MMLU, Perplexity
 from lit_vlm.tasks.vqa import GQA, OKVQA, ChartQA, DocVQA, TextVQA, VizWiz, VQAv2
 from lit_vlm.tasks.yes_no import MME, POPE
 

@@ -86,6 +86,8 @@ class Task(ABC):
         choosing: how one of several options is chosen: the model writes its letter (`generate`), or the likeliest
             letter or text of an option counts.
         lists_options: whether the question is followed by its options with their letters.
+        split: what is evaluated, as the benchmark's files call it.
+        demonstration_split: what demonstrations are taken from; "" where there is none.
         same_group: whether demonstrations are of the example's group.
         needs_files: whether it reads anything.
         perplexity: whether the likelihood of the examples' text is measured, and no question is asked.
@@ -99,6 +101,8 @@ class Task(ABC):
     main: ClassVar[str] = "accuracy"
     choosing: ClassVar[Choosing] = "generate"
     lists_options: ClassVar[bool] = True
+    split: ClassVar[str] = "test"
+    demonstration_split: ClassVar[str] = ""
     same_group: ClassVar[bool] = False
     needs_files: ClassVar[bool] = True
     perplexity: ClassVar[bool] = False
@@ -115,7 +119,7 @@ class Task(ABC):
         Raises:
             ValueError: where there are none, or one has no answer, or an id stands twice.
         """
-        found = self._examples()
+        found = self._read(self.split)
         if not found:
             raise ValueError(f"task {self.name}: the files in {self.folder} hold no question. They are {self.files}")
         if unanswered := [one.id for one in found if not one.references and not self.perplexity]:
@@ -131,10 +135,6 @@ class Task(ABC):
             )
         return found
 
-    @abstractmethod
-    def _examples(self) -> Sequence[Example]:
-        """Read them; raises ValueError naming the file and the field that is wrong."""
-
     @cached_property
     def demonstrations(self) -> Sequence[Example]:
         """Solved examples for few-shot prompts, of another split.
@@ -142,7 +142,13 @@ class Task(ABC):
         Raises:
             ValueError: where the benchmark has none.
         """
-        raise ValueError(f"task {self.name} has no split to take demonstrations from: use --shots 0")
+        if not self.demonstration_split:
+            raise ValueError(f"task {self.name} has no split to take demonstrations from: use --shots 0")
+        return self._read(self.demonstration_split)
+
+    @abstractmethod
+    def _read(self, split: str) -> Sequence[Example]:
+        """Read the questions of a split; raises ValueError naming the file and the field that is wrong."""
 
     @abstractmethod
     def score(self, outcomes: Sequence[Outcome]) -> dict[str, float]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
+from pathlib import PurePosixPath
 from typing import ClassVar
 
 from lit_vlm.data.records import Image
 from lit_vlm.metrics import Cider
 from lit_vlm.tasks.base import Example, Outcome, Task
+
+REQUEST = "Provide a one-sentence caption for the provided image."
 
 
 class Captions(Task):
@@ -16,9 +18,13 @@ class Captions(Task):
 
     main = "cider"
     max_new_tokens = 32
+    demonstration_split = "train"
     file: ClassVar[str]
+    pictures: ClassVar[str] = ""
+    """The folder of pictures, where the file does not say it."""
 
-    def _read(self, splits: Sequence[str]) -> list[Example]:
+    def _read(self, split: str) -> list[Example]:
+        splits = ("train", "restval") if split == "train" else (split,)  # "restval": COCO's, trained on with the rest
         found = []
         for number, entry in enumerate(self.field(self.json(self.file), "images", list, self.file)):
             where = f"{self.file} image {number}"
@@ -29,23 +35,9 @@ class Captions(Task):
                 for i, sentence in enumerate(self.field(entry, "sentences", list, where))
             )
             name = self.field(entry, "filename", str, where)
-            folder = f"{entry['filepath']}/" if entry.get("filepath") else self._folder()
-            found.append(Example(name, (Image(path=f"{folder}{name}"),), self._request(), captions))
+            image = Image(path=str(PurePosixPath(str(entry.get("filepath") or self.pictures), name)))
+            found.append(Example(name, (image,), REQUEST, captions))
         return found
-
-    def _folder(self) -> str:
-        return ""
-
-    def _request(self) -> str:
-        return "Provide a one-sentence caption for the provided image."
-
-    def _examples(self) -> Sequence[Example]:
-        return self._read(["test"])
-
-    @cached_property
-    def demonstrations(self) -> Sequence[Example]:
-        """The training split, with COCO's "restval"."""
-        return self._read(["train", "restval"])
 
     def score(self, outcomes: Sequence[Outcome]) -> dict[str, float]:
         """CIDEr-D × 100; the weights of words come from the references of the scored pictures."""
@@ -73,6 +65,4 @@ class Flickr30k(Captions):
     about = "captions of Flickr's pictures; CIDEr"
     files = "dataset_flickr30k.json (Karpathy's splits) and flickr30k-images/ (shannon.cs.illinois.edu/DenotationGraph)"
     file = "dataset_flickr30k.json"
-
-    def _folder(self) -> str:
-        return "flickr30k-images/"
+    pictures = "flickr30k-images"

@@ -1,4 +1,4 @@
-"""Multiple choice: ScienceQA, MMBench, SEED, MMMU, CV-Bench, MMStar, AI2D, MMLU."""
+"""Multiple choice about pictures: ScienceQA, MMBench, SEED, MMMU, CV-Bench, MMStar, AI2D."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import re
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from functools import cached_property
 from typing import Any, ClassVar
 
 import pyarrow.parquet as pq
@@ -75,6 +74,7 @@ class ScienceQA(MultipleChoice):
     about = "school science questions with a picture"
     files = "problems.json, pid_splits.json and test/ (scienceqa.github.io)"
     groups = "subject"
+    demonstration_split = "train"
 
     def _read(self, split: str) -> list[Example]:
         problems = self.json("problems.json")
@@ -94,14 +94,6 @@ class ScienceQA(MultipleChoice):
             found.append(Example(str(key), (image,), text, (right,), tuple(options), str(entry.get("subject", ""))))
         return found
 
-    def _examples(self) -> Sequence[Example]:
-        return self._read("test")
-
-    @cached_property
-    def demonstrations(self) -> Sequence[Example]:
-        """The training split."""
-        return self._read("train")
-
 
 class MMBench(MultipleChoice):
     """MMBench (Liu et al. 2023), development split."""
@@ -112,7 +104,7 @@ class MMBench(MultipleChoice):
     main = "circular"
     groups = "category"
 
-    def _examples(self) -> Sequence[Example]:
+    def _read(self, split: str) -> list[Example]:
         tables = sorted(self.folder.glob("*.tsv"))
         if not tables:
             raise ValueError(f"task mmbench: {self.folder} has no .tsv. It reads {self.files}")
@@ -167,7 +159,7 @@ class SEED(MultipleChoice):
     files = "SEED-Bench.json and SEED-Bench-image/ (huggingface.co/datasets/AILab-CVC/SEED-Bench)"
     groups = "type"
 
-    def _examples(self) -> Sequence[Example]:
+    def _read(self, split: str) -> list[Example]:
         file = "SEED-Bench.json"
         found = []
         for number, entry in enumerate(self.field(self.json(file), "questions", list, file)):
@@ -194,10 +186,11 @@ class MMMU(MultipleChoice):
     about = "college questions, several pictures each; multiple choice only"
     files = "validation*.parquet of the subjects, in any folders (huggingface.co/datasets/MMMU/MMMU)"
     groups = "subject"
+    split = "validation"
 
-    def _examples(self) -> Sequence[Example]:
+    def _read(self, split: str) -> list[Example]:
         found = []
-        for where, row in self.rows("validation"):
+        for where, row in self.rows(split):
             if self.field(row, "question_type", str, where) != "multiple-choice":
                 continue
             try:
@@ -226,9 +219,9 @@ class CVBench(MultipleChoice):
     main = "mean"
     groups = "task"
 
-    def _examples(self) -> Sequence[Example]:
+    def _read(self, split: str) -> list[Example]:
         found = []
-        for where, row in self.rows("test"):
+        for where, row in self.rows(split):
             options = [str(option) for option in self.field(row, "choices", list, where)]
             right = self.by_letter(options, self.field(row, "answer", str, where), where)
             image = self.picture(row.get("image"), where)
@@ -261,7 +254,7 @@ class MMStar(MultipleChoice):
     files = "mmstar.parquet (huggingface.co/datasets/Lin-Chen/MMStar); options are in the question's text"
     groups = "category"
 
-    def _examples(self) -> Sequence[Example]:
+    def _read(self, split: str) -> list[Example]:
         found = []
         for where, row in self.rows("mmstar", "val"):
             text = self.field(row, "question", str, where)
@@ -290,8 +283,8 @@ class AI2D(MultipleChoice):
     files = "questions/, images/ and ai2d_test_ids.csv (allenai.org/data/diagrams)"
     groups = ""
 
-    def _examples(self) -> Sequence[Example]:
-        tests = {line.strip() for line in self.path("ai2d_test_ids.csv").read_text().splitlines() if line.strip()}
+    def _read(self, split: str) -> list[Example]:
+        tests = {line.strip() for line in self.path(f"ai2d_{split}_ids.csv").read_text().splitlines() if line.strip()}
         found = []
         for name in sorted(tests):
             file = f"questions/{name}.png.json"
@@ -306,43 +299,3 @@ class AI2D(MultipleChoice):
                 if not asked.get("abcLabel"):
                     found.append(Example(key, (image,), question, (right,), tuple(options)))
         return found
-
-
-class MMLU(MultipleChoice):
-    """MMLU (Hendrycks et al. 2021), test: text alone, 57 subjects; demonstrations are those of the same subject."""
-
-    name = "mmlu"
-    about = "text only: exams of 57 subjects, by likelihood of the letter"
-    files = "test/SUBJECT_test.csv and dev/SUBJECT_dev.csv without header (github.com/hendrycks/test)"
-    instruction = ""
-    groups = "subject"
-    choosing = "letter"
-    same_group = True
-
-    def _read(self, split: str) -> list[Example]:
-        tables = sorted(self.path(split).glob(f"*_{split}.csv"))
-        if not tables:
-            raise ValueError(f"task mmlu: {self.folder / split} has no *_{split}.csv. It reads {self.files}")
-        found = []
-        for table in tables:
-            subject = table.stem.removesuffix(f"_{split}")
-            with table.open(newline="", encoding="utf-8") as file:
-                try:
-                    rows = list(csv.reader(file))
-                except UnicodeDecodeError as error:
-                    raise ValueError(f"task mmlu: {table} is not UTF-8: {error}") from error
-                for number, row in enumerate(rows, 1):
-                    where = f"{table.name} line {number}"
-                    if len(row) != 6:
-                        raise ValueError(f"task mmlu: {where} has {len(row)} columns: question, A, B, C, D, answer")
-                    right = self.by_letter(row[1:5], row[5], where)
-                    found.append(Example(f"{split}-{subject}-{number}", (), row[0], (right,), tuple(row[1:5]), subject))
-        return found
-
-    def _examples(self) -> Sequence[Example]:
-        return self._read("test")
-
-    @cached_property
-    def demonstrations(self) -> Sequence[Example]:
-        """The development split."""
-        return self._read("dev")

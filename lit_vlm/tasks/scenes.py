@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cached_property
 from itertools import islice
 from typing import ClassVar, Literal
 
@@ -32,29 +30,31 @@ class SceneQuestions(MultipleChoice):
     lists_options = False  # they are in the question's words, or are numbers, colours or shapes
     needs_files = False
     source: ClassVar[Literal["questions", "text"]] = "questions"
+    split = "held_out"
+    demonstration_split = "train"
 
     def __init__(self, folder: str = ".", count: int = 160) -> None:
         super().__init__(folder)
         self.count = count
 
-    def _read(self, split: Literal["train", "held_out"], count: int) -> list[Example]:
+    def _read(self, split: str) -> list[Example]:
+        held_out = split == self.split
+        count = self.count if held_out else 64
         found = []
         for kind in QUESTION_KINDS:
             # Other scenes than those that recipes train on; of texts, half are documents and not questions.
             source = Scenes(
-                self.source, 4 * count, 1000, split=split, question_kinds=[kind], max_things=3, wording="plain"
+                self.source,
+                4 * count,
+                1000,
+                split="held_out" if held_out else "train",
+                question_kinds=[kind],
+                max_things=3,
+                wording="plain",
             )
             asked = (_example(source.record(index), kind, split) for index in range(len(source)))
             found += list(islice((example for example in asked if example is not None), count))
         return found
-
-    def _examples(self) -> Sequence[Example]:
-        return self._read("held_out", self.count)
-
-    @cached_property
-    def demonstrations(self) -> Sequence[Example]:
-        """Scenes of the training split."""
-        return self._read("train", 64)
 
     def solve(self, example: Example) -> str:
         """The right option."""

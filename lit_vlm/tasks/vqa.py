@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 from typing import Any, ClassVar
 
 from torchmetrics import Metric
@@ -37,6 +36,8 @@ class ShortAnswers(Task):
 class CocoVQA(ShortAnswers):
     """Questions and annotations in VQA's form, with COCO's pictures."""
 
+    split = "val"
+    demonstration_split = "train"
     questions: ClassVar[dict[str, tuple[str, ...]]]
     annotations: ClassVar[dict[str, tuple[str, ...]]]
 
@@ -61,14 +62,6 @@ class CocoVQA(ShortAnswers):
             image = Image(path=f"{split}2014/COCO_{split}2014_{picture:012}.jpg")
             found.append(Example(str(key), (image,), self.field(entry, "question", str, place), tuple(answers[key])))
         return found
-
-    def _examples(self) -> Sequence[Example]:
-        return self._read("val")
-
-    @cached_property
-    def demonstrations(self) -> Sequence[Example]:
-        """The training split."""
-        return self._read("train")
 
 
 class OKVQA(CocoVQA):
@@ -103,6 +96,8 @@ class TextVQA(ShortAnswers):
     name = "textvqa"
     about = "questions about text in pictures; VQA accuracy"
     files = "TextVQA_0.5.1_{val,train}.json and train_images/ (textvqa.org); train for demonstrations only"
+    split = "val"
+    demonstration_split = "train"
 
     def _read(self, split: str) -> list[Example]:
         file = f"TextVQA_0.5.1_{split}.json"
@@ -116,14 +111,6 @@ class TextVQA(ShortAnswers):
             found.append(Example(str(key), (image,), question, tuple(map(str, answers))))
         return found
 
-    def _examples(self) -> Sequence[Example]:
-        return self._read("val")
-
-    @cached_property
-    def demonstrations(self) -> Sequence[Example]:
-        """The training split."""
-        return self._read("train")
-
 
 class VizWiz(ShortAnswers):
     """VizWiz-VQA (Gurari et al. 2018), validation."""
@@ -131,6 +118,8 @@ class VizWiz(ShortAnswers):
     name = "vizwiz"
     about = "questions of blind people about their pictures, some unanswerable; VQA accuracy"
     files = "val.json, train.json and the folders val/ and train/ (vizwiz.org); train for demonstrations only"
+    split = "val"
+    demonstration_split = "train"
     instruction = (
         "When the provided information is insufficient, respond with 'Unanswerable'.\n"
         "Answer the question using a single word or phrase."
@@ -149,14 +138,6 @@ class VizWiz(ShortAnswers):
             found.append(Example(image, (Image(path=f"{split}/{image}"),), question, tuple(answers)))
         return found
 
-    def _examples(self) -> Sequence[Example]:
-        return self._read("val")
-
-    @cached_property
-    def demonstrations(self) -> Sequence[Example]:
-        """The training split."""
-        return self._read("train")
-
 
 class GQA(ShortAnswers):
     """GQA (Hudson and Manning 2019), balanced test-dev."""
@@ -165,9 +146,10 @@ class GQA(ShortAnswers):
     about = "questions of several steps about scene graphs; exact match"
     files = "testdev_balanced_questions.json and images/ (cs.stanford.edu/people/dorarad/gqa)"
     metric = Accuracy
+    split = "testdev"
 
-    def _examples(self) -> Sequence[Example]:
-        file = "testdev_balanced_questions.json"
+    def _read(self, split: str) -> list[Example]:
+        file = f"{split}_balanced_questions.json"
         found = []
         asked = self.json(file)
         if not isinstance(asked, dict):
@@ -188,13 +170,13 @@ class ChartQA(ShortAnswers):
     files = "test/test_human.json, test/test_augmented.json and test/png/ (github.com/vis-nlp/ChartQA)"
     metric = RelaxedAccuracy
 
-    def _examples(self) -> Sequence[Example]:
+    def _read(self, split: str) -> list[Example]:
         found = []
         for group in ("human", "augmented"):
-            file = f"test/test_{group}.json"
+            file = f"{split}/{split}_{group}.json"
             for number, entry in enumerate(self.listed(file)):
                 where = f"{file} entry {number}"
-                image = Image(path=f"test/png/{self.field(entry, 'imgname', str, where)}")
+                image = Image(path=f"{split}/png/{self.field(entry, 'imgname', str, where)}")
                 question, label = (self.field(entry, key, str, where) for key in ("query", "label"))
                 found.append(Example(f"{group}-{number}", (image,), question, (label,), group=group))
         return found
@@ -207,11 +189,12 @@ class DocVQA(ShortAnswers):
     about = "questions about scanned documents; ANLS"
     files = "val_v1.0_withQT.json (or val_v1.0.json) and documents/ (docvqa.org)"
     metric = ANLS
+    split = "val"
     main = "anls"
     max_new_tokens = 32
 
-    def _examples(self) -> Sequence[Example]:
-        names = ("val_v1.0_withQT.json", "val_v1.0.json")
+    def _read(self, split: str) -> list[Example]:
+        names = (f"{split}_v1.0_withQT.json", f"{split}_v1.0.json")
         file = self.path(*names).name
         found = []
         for number, entry in enumerate(self.field(self.json(*names), "data", list, file)):

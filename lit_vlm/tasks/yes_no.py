@@ -24,7 +24,7 @@ class POPE(Task):
     main = "f1"
     splits = ("random", "popular", "adversarial")
 
-    def _examples(self) -> Sequence[Example]:
+    def _read(self, split: str) -> list[Example]:
         found = []
         for split in self.splits:
             file = self.path(f"coco_pope_{split}.json", f"coco/coco_pope_{split}.json")
@@ -77,7 +77,7 @@ class MME(Task):
     )  # fmt: skip
     cognition = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
 
-    def _examples(self) -> Sequence[Example]:
+    def _read(self, split: str) -> list[Example]:
         found: list[Example] = []
         for category in (*self.perception, *self.cognition):
             folder = self.path(category)
