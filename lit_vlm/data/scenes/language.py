@@ -6,14 +6,8 @@ import random
 from collections.abc import Sequence
 from typing import get_args
 
-from lit_vlm.data.scenes.questions import (
-    DEPTH_MARGIN,
-    PICTURE_MARGIN,
-    Measure,
-    Question,
-    clear_pairs,
-    state_relation,
-)
+from lit_vlm.data.scenes.pairs import DEPTH_MARGIN, PICTURE_MARGIN, Measure, clear_pairs, state_relation
+from lit_vlm.data.scenes.questions import Question
 from lit_vlm.data.scenes.wording import NUMBERS, Phrase, enumerate_looks, references, sentence, the
 from lit_vlm.data.scenes.world import Scene, Thing
 

@@ -7,45 +7,22 @@ the wider or the narrower of two things is the answer is drawn first, then a sce
 
 from __future__ import annotations
 
-import itertools
-import math
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
+from lit_vlm.data.scenes.pairs import PLAIN_WORDS, Measure, Pair, clear_pairs, state_relation
 from lit_vlm.data.scenes.sampling import MAX_THINGS, sample_looks, sample_scene
 from lit_vlm.data.scenes.wording import PATTERNS, Attribute, Phrase, references, sentence, the
 from lit_vlm.data.scenes.world import COLOURS, SHAPES, Look, Scene, Thing, Wording
 
 QuestionKind = Literal["count", "relation", "depth", "distance", "attribute"]
 QUESTION_KINDS: tuple[QuestionKind, ...] = get_args(QuestionKind)
-Measure = Literal["column", "row", "depth", "distance"]
-
-PICTURE_MARGIN = 0.08
-"""Share of the picture's side by which two centres differ, at least, where one is left of or above the other."""
-DEPTH_MARGIN = 0.75
-"""Metres along the viewing direction between the places where two things stand, at least, where one is closer."""
-DISTANCE_MARGIN = 0.75
-"""Metres by which two distances between centres differ, at least."""
 MAX_COUNT = 5
 """The largest answer to a question for a number."""
 CHOICES = 4
 TRIES = 200
-
-MARGINS: dict[Measure, float] = {
-    "column": PICTURE_MARGIN,
-    "row": PICTURE_MARGIN,
-    "depth": DEPTH_MARGIN,
-    "distance": DISTANCE_MARGIN,
-}
-PLAIN_MARGINS: dict[Measure, float] = MARGINS | {"column": 0.15, "row": 0.15, "distance": 2.0}
-"""In plain wording: what small models can learn to tell apart in minutes."""
-_PLAIN_WORDS: dict[Measure, str] = {
-    "column": "further left",
-    "row": "further up",
-    "depth": "closer to the camera",
-}
 
 
 @dataclass(frozen=True)
@@ -65,21 +42,6 @@ class Question:
     answer: str
     options: tuple[str, ...]
     statement: str
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Two things that differ clearly.
-
-    Attributes:
-        less: the one that is further left or up, or closer.
-        more: the other.
-        anchor: what the distance is measured from; None for the camera or the picture.
-    """
-
-    less: Thing
-    more: Thing
-    anchor: Thing | None = None
 
 
 def ask(
@@ -131,35 +93,6 @@ def ask_about(scene: Scene, kind: QuestionKind, rng: random.Random) -> Question 
     return _relation(rng, scene, pair, measure) if kind == "relation" else _which_is_closer(rng, scene, pair, kind)
 
 
-def clear_pairs(scene: Scene, measure: Measure) -> list[Pair]:
-    """Pairs of things that have names of their own and whose measures differ by the margin.
-
-    Args:
-        scene: where they stand.
-        measure: `column` and `row` compare the centres' places in the picture, `depth` the depth of the places where
-            the things stand, `distance` the distance of the centres from that of a third thing.
-    """
-    named = [thing for thing in scene.things if references(scene, thing)]
-    anchors: list[Thing | None] = [*named] if measure == "distance" else [None]
-    margin = (MARGINS if scene.wording == "varied" else PLAIN_MARGINS)[measure]
-    pairs = []
-    for anchor in anchors:
-        values = [(_measured(scene, thing, measure, anchor), thing) for thing in named if thing is not anchor]
-        for (a, less), (b, more) in itertools.permutations(values, 2):
-            if b - a >= margin:
-                pairs.append(Pair(less, more, anchor))
-    return pairs
-
-
-def _measured(scene: Scene, thing: Thing, measure: Measure, anchor: Thing | None) -> float:
-    if anchor is not None:
-        return math.dist(thing.centre, anchor.centre)
-    if measure == "depth":
-        # Of the place and not of the centre, which is closer in a tall thing: the size would hint at the answer.
-        return scene.camera.project((thing.x, 0.0, thing.z))[2]
-    return scene.camera.project(thing.centre)[0 if measure == "column" else 1]
-
-
 def _scenes(
     rng: random.Random, seed: int | str, draw_looks: Callable[[], list[Look]], wording: Wording
 ) -> Iterator[Scene]:
@@ -194,24 +127,6 @@ def _shuffled(rng: random.Random, *options: str) -> tuple[str, ...]:
     return tuple(rng.sample(options, len(options)))
 
 
-def state_relation(scene: Scene, pair: Pair, measure: Measure, rng: random.Random) -> str:
-    """A sentence about a pair: in varied wording told from either side, in plain wording as questions put it."""
-    less, more = the(scene, pair.less, rng), the(scene, pair.more, rng)
-    if pair.anchor is not None:
-        return sentence(f"{the(scene, pair.anchor, rng)} is closer to {less} than to {more}")
-    if scene.wording == "plain":
-        return sentence(f"{less} is {_PLAIN_WORDS[measure]} than {more}")
-    if measure == "row":
-        told = f"{less} is above {more}" if rng.random() < 0.5 else f"{more} is below {less}"
-        return sentence(f"in the picture, {told}")
-    words = {
-        "column": (("left of", "right of"),),
-        "depth": (("in front of", "behind"), ("closer to the camera than", "farther from the camera than")),
-    }[measure]
-    forth, back = rng.choice(words)
-    return sentence(f"{less} is {forth} {more}" if rng.random() < 0.5 else f"{more} is {back} {less}")
-
-
 def _ask_relation(rng: random.Random, seed: int | str, most: int, wording: Wording) -> tuple[Scene, Question]:
     measure: Measure = "column" if rng.random() < 0.5 else "row"
     scene, pair = _find_pair(rng, seed, measure, 2, most, wording)
@@ -240,7 +155,7 @@ def _one_of_two(rng: random.Random, scene: Scene, answer: Thing, other: Thing) -
 
 def _which_is_further(rng: random.Random, scene: Scene, pair: Pair, measure: Measure) -> Question:
     answer, options = _one_of_two(rng, scene, pair.less, pair.more)
-    text = f"Which is {_PLAIN_WORDS[measure]}, {' or '.join(options)}?"
+    text = f"Which is {PLAIN_WORDS[measure]}, {' or '.join(options)}?"
     return Question("relation", text, answer, options, state_relation(scene, pair, measure, rng))
 
 

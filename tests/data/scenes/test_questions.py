@@ -22,7 +22,7 @@ from lit_vlm.data.scenes import (
     caption,
     sample_scene,
 )
-from lit_vlm.data.scenes.questions import DEPTH_MARGIN, DISTANCE_MARGIN, PICTURE_MARGIN
+from lit_vlm.data.scenes.pairs import DEPTH_MARGIN, DISTANCE_MARGIN, PICTURE_MARGIN
 from lit_vlm.data.scenes.wording import NUMBERS
 from lit_vlm.data.scenes.world import HALF_VIEW
 
