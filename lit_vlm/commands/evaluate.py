@@ -144,7 +144,10 @@ def _show(progress: Progress, bar: TaskID, done: int, total: int) -> None:
 def _line(result: Evaluated) -> str:
     text = f"{result.main} {result.scores[result.main]:.2f} ({result.count:,} examples)"
     if result.left_out:
-        text += f", left out and counted as wrong (where there is wrong): {result.left_out}"
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in result.left_out.items())
+        text += f", left out and counted as wrong (where there is wrong): {reasons}"
+    if "too_long" in result.left_out:
+        text += "; a larger --max-length lets long prompts in"
     return text
 
 

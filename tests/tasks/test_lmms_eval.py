@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -41,3 +44,25 @@ def test_requests_are_answered_at_any_batch_size(run: Path) -> None:
     assert found[0] == found[1]
     assert len(found[0][0]) == 3
     assert all(value < 0 for value in found[0][1])
+
+
+def test_its_own_task_runs_from_its_own_command_line(run: Path, tmp_path: Path) -> None:
+    """AI2D with lmms-eval's prompts and metric, on a local parquet file; the model is found by the entry point."""
+    import datasets
+    import lmms_eval
+
+    row = {"question": "Which?", "options": ["leaf", "root"], "answer": "1", "image": PILImage.new("RGB", (40, 30))}
+    datasets.Dataset.from_list([row] * 3).to_parquet(tmp_path / "test.parquet")
+    theirs = Path(lmms_eval.__file__).parent / "tasks/ai2d"
+    (tmp_path / "utils.py").write_text((theirs / "utils.py").read_text())
+    (tmp_path / "local.yaml").write_text(
+        f"include: {theirs / 'ai2d.yaml'}\ntask: ai2d_local\ndataset_path: parquet\n"
+        f"dataset_kwargs:\n  data_files: {{test: {tmp_path / 'test.parquet'}}}\n"
+    )
+    command = [sys.executable, "-m", "lmms_eval", "--model", "lit_vlm", "--tasks", "ai2d_local", "--batch_size", "2"]
+    command += ["--model_args", f"checkpoint={run},max_length=1024,device=cpu", "--include_path", str(tmp_path)]
+    ran = subprocess.run([*command, "--output_path", str(tmp_path / "out")], capture_output=True, text=True)
+    assert "|ai2d_local|" in ran.stdout, ran.stdout[-1000:] + ran.stderr[-3000:]
+    results = json.loads(next((tmp_path / "out").rglob("*results.json")).read_text())
+    assert 0 <= results["results"]["ai2d_local"]["exact_match,flexible-extract"] <= 1
+    assert results["n-samples"]["ai2d_local"]["effective"] == 3
