@@ -10,13 +10,14 @@ import lightning.pytorch as L
 
 from lit_vlm.data import VLMData
 from lit_vlm.module import LitVLM
-from lit_vlm.tasks import TASKS, Reader, Settings, Shots, Task, run_task
+from lit_vlm.tasks import TASKS, Prompts, Reader, Settings, Shots, Task, run_task
+from lit_vlm.tracking import metric_name
 
 
 class Evaluate(L.Callback):
-    """Runs a task every so many optimizer steps and at the end; scores go to the loggers as `task/NAME/SCORE`.
+    """Runs a task every so many optimizer steps and at the end; scores go to the loggers as `task/NAME/K-shot/SCORE`.
 
-    Answers and scores are written to tasks/NAME/STEP/ of the run.
+    Answers and scores are written to tasks/NAME/K-shot/STEP/ of the run.
 
     Args:
         task: name of a task, as `lit-vlm evaluate --help` lists them.
@@ -47,7 +48,7 @@ class Evaluate(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Read the files now, so that a missing one does not stop a run in its middle."""
-        assert self.task.examples
+        Prompts(self.task, self.settings.prompt)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -68,12 +69,13 @@ class Evaluate(L.Callback):
         assert isinstance(data, VLMData)
         self._last = trainer.global_step
         start = time.perf_counter()
-        out = Path(trainer.default_root_dir) / "tasks" / self.task.name / str(trainer.global_step)
+        name = f"{self.task.name}/{self.settings.prompt.shots}-shot"
+        out = Path(trainer.default_root_dir) / "tasks" / name / str(trainer.global_step)
         reader = Reader(module, data.template, data.transform, data.max_length)
         result = run_task(reader, self.task, self.settings, out, f"step {trainer.global_step}", resume=False)
         if trainer.is_global_zero:
             main = f"{result.main} {result.scores[result.main]:.2f}"
-            trainer.print(f"{self.task.name}, step {self._last}: {main} ({time.perf_counter() - start:.0f} s)")
-            scores = {f"task/{self.task.name}/{name}": value for name, value in result.scores.items()}
+            trainer.print(f"{name}, step {self._last}: {main} ({time.perf_counter() - start:.0f} s)")
+            scores = {metric_name(f"task/{name}/{score}"): value for score, value in result.scores.items()}
             for logger in trainer.loggers:
                 logger.log_metrics(scores, step=trainer.global_step)

@@ -6,24 +6,26 @@ Needs the extra `lmms-eval`, which is not imported by anything else. lmms-eval f
 from __future__ import annotations
 
 import io
+import math
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 from PIL import Image as PILImage
 from rich.progress import track
 
-from lit_vlm.checkpoints.run import load_run
+from lit_vlm.checkpoints.run import load_run, pick_device
 from lit_vlm.data.collate import collate_prompts
-from lit_vlm.data.encode import SampleEncoder
-from lit_vlm.data.records import Image, Message, Record, Text
+from lit_vlm.data.encode import Sample, SampleEncoder
+from lit_vlm.data.records import Image, Message, Record, RecordError, Text
 from lit_vlm.data.sources.base import MARK
 from lit_vlm.data.sources.conversations import interleave
+from lit_vlm.tasks.ask import LONGEST_ANSWER
 from lit_vlm.tasks.held_out import score_answers
 
 MANIFEST = ModelManifest(model_id="lit_vlm", simple_class_path="lit_vlm.lmms_eval.LmmsEvalModel")
@@ -51,7 +53,7 @@ class LmmsEvalModel(lmms):
         super().__init__()
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ValueError("lit_vlm answers lmms-eval in one process: start it without torchrun or accelerate")
-        self.run = load_run(checkpoint, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.run = load_run(checkpoint, pick_device(device))
         self.rows = int(batch_size)
         self.max_length = int(max_length or self.run.max_length)
 
@@ -68,20 +70,29 @@ class LmmsEvalModel(lmms):
         return answers
 
     def _generate(self, requests: Sequence[Instance]) -> list[str]:
+        """Answers of requests with the same settings; "" for those that cannot be asked."""
         settings = dict(requests[0].args[1])
-        samples = [self._encoder(True)(self._record(*self._asked(request)), Path("/")) for request in requests]
+        samples = [self._encode(self._record(*self._asked(request)), request) for request in requests]
+        asked = [sample for sample in samples if sample is not None]
+        if not asked:
+            return [""] * len(requests)
         pad_id = self.run.module.input_spec.tokenizer.pad_token_id
-        batch = collate_prompts(samples, pad_id=pad_id).to(self.run.module.device)
+        batch = collate_prompts(asked, pad_id=pad_id).to(self.run.module.device)
         temperature = float(settings.get("temperature") or 0) if settings.get("do_sample", True) else 0.0
-        given = self.run.module.answer(
-            batch, int(settings.get("max_new_tokens", 64)), temperature, float(settings.get("top_p") or 1)
+        given = iter(
+            self.run.module.answer(
+                batch, int(settings.get("max_new_tokens", 64)), temperature, float(settings.get("top_p") or 1)
+            )
         )
         until = settings.get("until") or []
         stops = [until] if isinstance(until, str) else list(until)
-        return [_cut(answer, stops) for answer in given]
+        return ["" if sample is None else _cut(next(given), stops) for sample in samples]
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
-        """Log-likelihood of each continuation as an answer. Whether it is the greedy one is found by generating it."""
+        """Log-likelihood of each continuation as an answer; −inf where it cannot be asked.
+
+        Whether it is the greedy one is found by generating it.
+        """
         found = []
         pad_id = self.run.module.input_spec.tokenizer.pad_token_id
         for request in track(requests, description="scoring"):
@@ -89,8 +100,12 @@ class LmmsEvalModel(lmms):
             document = self.task_dict[task][split][index]
             answer = target if isinstance(target, str) else target(document)
             record = self._record(context, list(visual(document) or []), answer.strip())
+            prompt = self._encode(record, request)
+            if prompt is None:
+                found.append((-math.inf, False))
+                continue
             ((nll, tokens),), _ = score_answers(self.run.module, self._encoder(False), [record], pad_id)
-            batch = collate_prompts([self._encoder(True)(record, Path("/"))], pad_id=pad_id)
+            batch = collate_prompts([prompt], pad_id=pad_id)
             (given,) = self.run.module.answer(batch.to(self.run.module.device), tokens)
             found.append((-nll, given.strip() == answer.strip()))
         return found
@@ -100,10 +115,18 @@ class LmmsEvalModel(lmms):
         raise NotImplementedError("lit_vlm answers single rounds only; tasks of several rounds are not supported")
 
     def _encoder(self, prompt: bool) -> SampleEncoder:
-        run = self.run
-        return SampleEncoder(
-            run.module.input_spec, run.template, run.transform, self.max_length, too_long="drop", prompt=prompt
-        )
+        run, spec = self.run, self.run.module.input_spec.without_teachers()
+        length = self.max_length + (0 if prompt else LONGEST_ANSWER)
+        return SampleEncoder(spec, run.template, run.transform, length, too_long="drop", prompt=prompt)
+
+    def _encode(self, record: Record, request: Instance) -> Sample | None:
+        """A prompt; None, with a warning, for one that is too long or whose picture is broken."""
+        try:
+            return self._encoder(True)(record, Path("/"))
+        except RecordError as error:
+            _, _, _, index, task, _ = request.args
+            warnings.warn(f"{task} document {index} counts as unanswered: {error}", stacklevel=2)
+            return None
 
     def _asked(self, request: Instance) -> tuple[str, list[Any]]:
         context, _, visual, index, task, split = request.args

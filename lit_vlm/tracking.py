@@ -33,6 +33,11 @@ def default_uri(uri: str | None = None) -> str:
     return uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
 
 
+def metric_name(text: str) -> str:
+    """A name that MLflow takes: what it refuses becomes an underscore."""
+    return "".join(letter if letter.isalnum() or letter in "_-./ " else "_" for letter in text)
+
+
 class MLflow(MLFlowLogger):
     """Lightning's MLflow logger with a database as its default store, and resume.
 

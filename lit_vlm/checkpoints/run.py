@@ -40,10 +40,25 @@ class LoadedRun:
 
     def prompts(self, records: list[Record], image_folder: Path) -> Batch:
         """Left-padded prompts on the model's device."""
-        spec = self.module.input_spec
+        spec = self.module.input_spec.without_teachers()
         encode = SampleEncoder(spec, self.template, self.transform, self.max_length, too_long="drop", prompt=True)
         samples = [encode(record, image_folder) for record in records]
         return collate_prompts(samples, pad_id=spec.tokenizer.pad_token_id).to(self.module.device)
+
+
+def pick_device(name: str | None = None) -> str:
+    """A device by its name, or a GPU if there is one.
+
+    Raises:
+        ValueError: where this machine has no such device.
+    """
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # torch built without it asserts
+        raise ValueError(f"there is no device '{name}' here: {str(error).splitlines()[0]}") from error
+    return name
 
 
 def load_run(source: str | Path, device: str | torch.device = "cpu") -> LoadedRun:

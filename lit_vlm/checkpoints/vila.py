@@ -44,6 +44,7 @@ DROPPED = {
     "position_ids": "a buffer that older versions saved",
     "post_layernorm": "the final norm of the vision model, which the feature layer does not reach",
     "vision_model.head.": "SigLIP's pooling head, which nothing reads",
+    "vision_tower.head.": "the same, as transformers 5 saves it",
 }
 FOLDS = {"mlp_downsample": "col", "mlp_downsample_2x2_fix": "row"}
 """Their order of tokens: column by column in VILA-1.5, row by row from NVILA on."""

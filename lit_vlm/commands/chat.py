@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
 from lit_vlm.data.records import Image, Message, Part, Record, RecordError, Text
@@ -23,14 +22,15 @@ def main(argv: Sequence[str]) -> None:
     for image in arguments.image:
         if not image.is_file():
             raise ValueError(f"there is no picture {image}")
+    if arguments.max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens must be at least 1, not {arguments.max_new_tokens}")
     from transformers.utils.logging import disable_progress_bar
 
-    from lit_vlm.checkpoints.run import load_run
+    from lit_vlm.checkpoints.run import load_run, pick_device
 
     disable_progress_bar()
     console = Console(highlight=False)
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    run = load_run(arguments.checkpoint, device)
+    run = load_run(arguments.checkpoint, pick_device(arguments.device))
     images = [Image(path=str(path.resolve())) for path in arguments.image]
     messages = _demonstrations(arguments.demos) if arguments.demos else []
     for prompt in [arguments.prompt] if arguments.prompt else _typed(console):

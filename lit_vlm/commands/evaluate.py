@@ -6,6 +6,7 @@ import argparse
 import os
 from collections.abc import Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import get_args
 
@@ -16,7 +17,7 @@ from rich.progress import MofNCompleteColumn, Progress, TaskID
 from rich.table import Table
 
 from lit_vlm.checkpoints.files import find_checkpoint
-from lit_vlm.tasks import TASKS, Evaluated, Reader, Settings, Shots, Task, run_task
+from lit_vlm.tasks import TASKS, Evaluated, Prompts, Reader, Settings, Shots, Task, run_task
 from lit_vlm.tasks.base import Choosing
 
 
@@ -28,8 +29,16 @@ def main(argv: Sequence[str]) -> None:
         value = getattr(arguments, flag)
         if value is not None and value < 1:
             raise ValueError(f"--{flag.replace('_', '-')} must be at least 1, not {value}")
-    # Files are looked for before a model is built.
+    if arguments.text_shots and 0 not in shots:
+        raise ValueError(f"--text-shots belongs to prompts of 0 shots, and --shots is {arguments.shots}")
+    prompts = {
+        count: Shots(count, 0 if count else arguments.text_shots, seed=arguments.seed, system=arguments.system)
+        for count in shots
+    }
+    # Files are read before a model is built.
     tasks = [_task(name, arguments.data) for name in dict.fromkeys(arguments.task)]
+    for task, prompt in product(tasks, prompts.values()):
+        Prompts(task, prompt, arguments.choose)
     from transformers.utils.logging import disable_progress_bar
 
     from lit_vlm.checkpoints.run import load_run
@@ -45,13 +54,12 @@ def main(argv: Sequence[str]) -> None:
     reader = Reader(run.module, run.template, run.transform, arguments.max_length or run.max_length)
     results: dict[tuple[str, int], Evaluated] = {}
     for task in tasks:
-        for count in shots:
-            prompt = Shots(count, arguments.text_shots, seed=arguments.seed, system=arguments.system)
+        for count, prompt in prompts.items():
             settings = Settings(
                 prompt, arguments.choose, arguments.think, arguments.limit, arguments.batch_size, arguments.workers,
                 arguments.max_new_tokens, dtype,
             )  # fmt: skip
-            out = arguments.out / task.name / f"{count}-shot"
+            out = arguments.out / task.name / (f"{count}-shot" + f"-{prompt.text_shots}-text" * bool(prompt.text_shots))
             with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=console) as progress:
                 bar = progress.add_task(f"{task.name}, {count} shots", total=None)
                 show = partial(_show, progress, bar)
@@ -84,7 +92,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--shots", default="0", help="demonstrations with pictures, e.g. 0,4 (default: 0)")
     parser.add_argument(
-        "--text-shots", type=int, default=0, help='demonstrations without pictures; VILA\'s "0-shot" has 2 (default: 0)'
+        "--text-shots",
+        type=int,
+        default=0,
+        help='demonstrations without pictures in prompts of 0 shots; VILA\'s "0-shot" has 2 (default: 0)',
     )
     parser.add_argument("--system", help='system text; "" for none (default: that of the run)')
     parser.add_argument(
@@ -125,9 +136,11 @@ def _task(name: str, data: Path) -> Task:
 
 def _join_processes(device: str | None) -> str:
     """Join the other processes that torchrun started, and choose the device."""
+    from lit_vlm.checkpoints.run import pick_device
+
     gpu = torch.cuda.is_available()
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return device or ("cuda" if gpu else "cpu")
+        return pick_device(device)
     if device in (None, "cuda"):
         device = f"cuda:{os.environ['LOCAL_RANK']}" if gpu else "cpu"
     if device != "cpu":
@@ -169,7 +182,7 @@ def _log(results: dict[tuple[str, int], Evaluated], checkpoint: str) -> None:
     """One run of MLflow with all scores."""
     import mlflow
 
-    from lit_vlm.tracking import default_uri
+    from lit_vlm.tracking import default_uri, metric_name
 
     mlflow.set_tracking_uri(default_uri())
     mlflow.set_experiment("lit-vlm")
@@ -177,5 +190,4 @@ def _log(results: dict[tuple[str, int], Evaluated], checkpoint: str) -> None:
         mlflow.log_param("checkpoint", checkpoint)
         for (task, count), result in results.items():
             for score, value in result.scores.items():
-                name = "".join(letter if letter.isalnum() or letter in "_-./ " else "_" for letter in score)
-                mlflow.log_metric(f"{task}/{count}-shot/{name}", value)
+                mlflow.log_metric(metric_name(f"{task}/{count}-shot/{score}"), value)

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
 import yaml
 from rich.console import Console
 from rich.progress import Progress
@@ -31,13 +30,13 @@ def main(argv: Sequence[str]) -> None:
         raise ValueError("--steps, --held-out and --batch-size must be at least 1")
     from transformers.utils.logging import disable_progress_bar
 
-    from lit_vlm.checkpoints.run import load_run
+    from lit_vlm.checkpoints.run import load_run, pick_device
     from lit_vlm.data import Pictures, Scenes, Source
     from lit_vlm.data.split import split
 
     disable_progress_bar()
     console = Console(highlight=False)
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = pick_device(arguments.device)
     labels = [str(path) for path in dict.fromkeys(arguments.checkpoints)]
     settings = ProbeSettings(arguments.steps, arguments.batch_size, arguments.lr, arguments.held_out, arguments.seed)
     train: Source

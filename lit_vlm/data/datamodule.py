@@ -105,7 +105,7 @@ class VLMData(LightningDataModule):
     def encoder(self, spec: InputSpec, prompt: bool = False) -> SampleEncoder:
         """How a record becomes a sample of this stage, with nothing prepared; a prompt needs no teacher."""
         if prompt:
-            spec = replace(spec, teacher_pixels={}, known={})
+            spec = spec.without_teachers()
         how = (spec, self.template, self.transform, self.max_length, self.too_long, prompt, self.fast_jpeg)
         return SampleEncoder(*how)
 

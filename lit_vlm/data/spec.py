@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -52,6 +52,10 @@ class InputSpec:
                     "patches, or take a projector that does not merge"
                 )
         return grid
+
+    def without_teachers(self) -> InputSpec:
+        """What a question needs: nothing that only heads read in training."""
+        return replace(self, teacher_pixels={}, known={})
 
     @cached_property
     def bos_id(self) -> int | None:

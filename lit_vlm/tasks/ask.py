@@ -82,7 +82,7 @@ class Reader:
 
     def encoder(self, what: Literal["prompt", "answer", "document"]) -> SampleEncoder:
         """What makes samples. A question that is too long is refused, a document is cut; answers come on top."""
-        spec = replace(self.module.input_spec, teacher_pixels={}, known={})
+        spec = self.module.input_spec.without_teachers()
         length = self.max_length + (LONGEST_ANSWER if what == "answer" else 0)
         too_long: Literal["truncate", "drop"] = "truncate" if what == "document" else "drop"
         return SampleEncoder(spec, self.template, self.transform, length, too_long, prompt=what == "prompt")

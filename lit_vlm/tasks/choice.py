@@ -19,6 +19,8 @@ from lit_vlm.metrics.choice import LETTERS
 from lit_vlm.tasks.base import Example, Outcome, Task, choice_accuracy
 
 LETTER = "Answer with the option's letter from the given choices directly."
+UNLISTED = tuple(LETTERS[:4])
+"""Options of a question that does not say what they are."""
 
 
 class MultipleChoice(Task):
@@ -259,20 +261,31 @@ class MMStar(MultipleChoice):
         for where, row in self.rows("mmstar", "val"):
             text = self.field(row, "question", str, where)
             stem, options = _options_in_text(text)
-            if len(options) < 2:
-                raise ValueError(f"task mmstar: {where}: no options 'A: ..., B: ...' in the question")
             right = self.by_letter(options, self.field(row, "answer", str, where), where)
             image, key = self.picture(row.get("image"), where), self.field(row, "index", int, where)
             group = str(row.get("category", ""))
             found.append(Example(str(key), (image,), stem, (right,), tuple(options), group))
         return found
 
+    def ask(self, example: Example) -> str:
+        """The question with its options, or as it stands where they are not told apart."""
+        if example.options == UNLISTED:
+            return f"{example.question}\n{self.instruction}"
+        return super().ask(example)
+
 
 def _options_in_text(text: str) -> tuple[str, list[str]]:
-    """The question in front of `Options: A: red, B: blue`, and the options."""
-    stem, _, listed = text.partition("Options:")
-    parts = re.split(r"(?:^|,)\s*([A-H]):\s*", listed.strip())[1:]
-    return stem.strip(), [option.strip() for option in parts[1::2]]
+    """The question in front of its options, and the options.
+
+    They stand behind `Options:` or `Choices:`, as `A: red, B: blue`, or as `(A) red` on lines of their own. Without
+    such a list, as where they are in the picture, the letters themselves are the options.
+    """
+    stem, *rest = re.split(r"\b(?:Options|Choices):", text, maxsplit=1)
+    parts = re.split(r"(?:^|[,\n])\s*(?:\(([A-H])\)|([A-H])[:.])\s*", "".join(rest).strip())[1:]
+    letters = [one or other for one, other in zip(parts[::3], parts[1::3], strict=True)]
+    if len(letters) < 2 or letters != list(LETTERS[: len(letters)]):
+        return text.strip(), list(UNLISTED)
+    return stem.strip(), [option.strip() for option in parts[2::3]]
 
 
 class AI2D(MultipleChoice):

@@ -168,7 +168,7 @@ def _read_answers(out: Path, how: str) -> dict[str, dict[str, Any]]:
     """Answers of an earlier run into the same folder; a last line that was cut off is not counted."""
     done: dict[str, dict[str, Any]] = {}
     for file in sorted(out.glob("answers*.jsonl")):
-        for text in file.read_text(encoding="utf-8").splitlines():
+        for text in file.read_text(encoding="utf-8").split("\n"):  # answers may hold other line breaks
             try:
                 line = json.loads(text)
             except ValueError:

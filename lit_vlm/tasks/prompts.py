@@ -47,6 +47,9 @@ class Prompts:
         task: whose examples are asked.
         shots: what stands in front of a question.
         choosing: how one of several options is chosen; None leaves it to the task.
+
+    Raises:
+        ValueError: where the task has no such way of choosing, or too few demonstrations.
     """
 
     def __init__(self, task: Task, shots: Shots, choosing: Choosing | None = None) -> None:
@@ -56,6 +59,7 @@ class Prompts:
         self.choosing: Choosing = choosing or task.choosing
         if self.choosing != "option" and not task.lists_options:
             raise ValueError(f"task {task.name} shows no letters in its questions: --choose option is its only way")
+        self.demonstrations(task.examples[0])  # missing ones are named now, and not when the first prompt is made
 
     @cached_property
     def _pool(self) -> dict[str, list[Example]]:

@@ -28,9 +28,11 @@ class ShortAnswers(Task):
 
     def _mean(self, outcomes: Sequence[Outcome]) -> float:
         metric = self.metric()
-        for one in outcomes:
+        answered = [one for one in outcomes if not one.left_out]
+        for one in answered:
             metric.update(one.answer, one.example.references)
-        return 100 * float(metric.compute())
+        # What was left out is wrong, also where the reference's normal form is as empty as its answer.
+        return 100 * float(metric.compute()) * len(answered) / len(outcomes) if answered else 0.0
 
 
 class CocoVQA(ShortAnswers):

@@ -108,6 +108,17 @@ def test_the_three_folders_and_the_names_in_memory_give_the_same_model(kind: str
         assert model.projector.token_order == "col"
 
 
+def test_a_vision_tower_that_transformers_5_saved_loads(tmp_path: Path) -> None:
+    folder = write(tmp_path, "mlp_downsample")
+    saved = parts("mlp_downsample")["vision_tower"]
+    state = {key.removeprefix("vision_model."): value.contiguous() for key, value in saved.items()}
+    assert "head.probe" in state
+    save_file(state, folder / "vision_tower" / "model.safetensors")
+    assert read_slots(f"vila:{folder}")["encoder"].keys() == load_published(
+        "vila", in_memory("mlp_downsample"), config_of("mlp_downsample")
+    ).encoder.state_dict().keys()  # fmt: skip
+
+
 def flat() -> tuple[dict[str, Tensor], dict[str, Any]]:
     projector = {"0.weight": (64, 32), "0.bias": (64,), "2.weight": (64, 64), "2.bias": (64,)}
     state = llm() | {f"model.vision_tower.vision_tower.{key}": value for key, value in vision(CLIP).items()}

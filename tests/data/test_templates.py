@@ -196,6 +196,19 @@ def test_in_place_keeps_the_text_and_the_positions(turn: str, tmp_path: Path) ->
     assert paths == [f"{i}.png" for i in range(turn.count(MARK))]
 
 
+@pytest.mark.parametrize("index", range(4))
+def test_spaced_images_match_vila15(index: int, tmp_path: Path) -> None:
+    cases = VILA["preprocess_multimodal"]
+    message = llava(cases["cases"][index], cases["v1.5"][index].count(MARK), "spaced", tmp_path)
+    assert "".join(part.text if isinstance(part, Text) else MARK for part in message.content) == cases["v1.5"][index]
+
+
+def test_spaced_frames_of_a_video_stand_on_lines_of_their_own(tmp_path: Path) -> None:
+    message = llava(f"{MARK}\n" * 3 + "what happens?", 3, "spaced", tmp_path)
+    written = "".join(part.text if isinstance(part, Text) else MARK for part in message.content)
+    assert written == f"{MARK}\n {MARK}\n {MARK}\nwhat happens?"
+
+
 # ----- what the other templates write -----
 
 TURNS = [

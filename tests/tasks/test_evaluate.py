@@ -152,6 +152,7 @@ def test_settings_that_make_no_sense_are_refused(reader: Reader) -> None:
         (lambda: Settings(limit=0), "limit must be at least 1, not 0"),
         (lambda: Settings(max_new_tokens=-1), "max_new_tokens must be at least 1"),
         (lambda: Prompts(scenes(1), Shots(), "letter"), "shows no letters in its questions"),
+        (lambda: Prompts(scenes(1), Shots(100)), "100 demonstrations were asked for, and there are 64 of group"),
     ):
         with pytest.raises(ValueError, match=message):
             make()
@@ -180,7 +181,10 @@ def test_no_score_is_given_where_nothing_could_be_asked(reader: Reader, tmp_path
 
 def test_perplexity_is_that_of_the_logits(reader: Reader, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a red cube\nsomething longer than that\n")
-    found = run_task(reader, Perplexity(str(tmp_path)), Settings(batch_size=2)).scores
+    task = Perplexity(str(tmp_path))
+    with pytest.raises(ValueError, match="perplexity has no split to take demonstrations from"):
+        run_task(reader, task, Settings(Shots(4)))
+    found = run_task(reader, task, Settings(batch_size=2)).scores
     tokenizer = reader.module.input_spec.tokenizer
     total, count = 0.0, 0
     for text in ("a red cube", "something longer than that"):
@@ -218,13 +222,14 @@ def test_the_callback_scores_on_a_schedule_and_at_the_end(tmp_path: Path) -> Non
     logger = CSVLogger(tmp_path)
     trainer = L.Trainer(
         accelerator="cpu", devices=1, default_root_dir=tmp_path, max_steps=3, logger=logger, log_every_n_steps=1,
-        callbacks=[Evaluate("scenes", every_n_steps=2, limit=3)], enable_progress_bar=False, enable_checkpointing=False,
-        enable_model_summary=False,
+        callbacks=[Evaluate("scenes", every_n_steps=2, limit=3), Evaluate("scenes", limit=1, shots=1)],
+        enable_progress_bar=False, enable_checkpointing=False, enable_model_summary=False,
     )  # fmt: skip
     trainer.fit(lit(), data)
     logged = (Path(logger.log_dir) / "metrics.csv").read_text()
-    assert "task/scenes/accuracy" in logged.splitlines()[0]
-    assert sorted(path.name for path in (tmp_path / "tasks" / "scenes").iterdir()) == ["2", "3"]
+    assert {"task/scenes/0-shot/accuracy", "task/scenes/1-shot/accuracy"} <= set(logged.splitlines()[0].split(","))
+    assert sorted(path.name for path in (tmp_path / "tasks" / "scenes" / "0-shot").iterdir()) == ["2", "3"]
+    assert [path.name for path in (tmp_path / "tasks" / "scenes" / "1-shot").iterdir()] == ["3"]
     with pytest.raises(ValueError, match="there is no task 'none'; tasks: .*scenes"):
         Evaluate("none")
 
@@ -260,9 +265,24 @@ def test_from_a_run_to_files_a_table_and_mlflow(
         with pytest.raises(SystemExit):
             main(["evaluate", str(run), "--task", name])
         assert message in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        main(["evaluate", str(run), "--task", "scenes", "--shots", "four"])
-    assert "write numbers from 0 on" in capsys.readouterr().err
+    for more, message in (
+        (["--shots", "four"], "write numbers from 0 on"),
+        (["--shots", "4", "--text-shots", "2"], "--text-shots belongs to prompts of 0 shots, and --shots is 4"),
+        (["--shots", "0,90"], "90 demonstrations were asked for"),
+        (["--device", "gpu"], "there is no device 'gpu' here"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["evaluate", str(run), "--task", "scenes", *more])
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:LightningCLI.s args parameter")
+def test_text_shots_go_into_prompts_of_no_others_and_into_their_name(run: Path, tmp_path: Path) -> None:
+    flags = ["--task", "scenes", "--limit", "2", "--max-length", "2048", "--workers", "0", "--no-mlflow"]
+    main(["evaluate", str(run), *flags, "--shots", "0,1", "--text-shots", "2", "--out", str(tmp_path)])
+    for name, turns in (("0-shot-2-text", 3), ("1-shot", 2)):
+        for line in lines(tmp_path / "scenes" / name).values():
+            assert line["prompt"].count("USER:") == turns
 
 
 def test_two_processes_give_the_scores_of_one(run: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 from PIL import Image as PILImage
 
 from lit_vlm.tasks import TASKS, Example, Outcome, Prompts, Shots, Task
+from lit_vlm.tasks.choice import UNLISTED
 from lit_vlm.tasks.prompts import in_order
 
 
@@ -157,7 +159,10 @@ def cvbench(folder: Path) -> None:
 def mmstar(folder: Path) -> None:
     text = "Which colour?\nOptions: A: red, B: blue, green, C: white"
     row = {"index": 0, "question": text, "image": picture(), "answer": "B", "category": "coarse"}
-    table(folder / "mmstar.parquet", [row])
+    lines = "Hint: Choose.\nQuestion: Is it red, or not?\nChoices:\n(A) Yes, it is\n(B) No"
+    pictured = "Which picture comes next?"
+    rows = [row, row | {"index": 1, "question": lines, "answer": "A"}, row | {"index": 2, "question": pictured}]
+    table(folder / "mmstar.parquet", rows)
 
 
 def ai2d(folder: Path) -> None:
@@ -221,7 +226,7 @@ CASES: dict[str, tuple[Callable[[Path], None], list[str], dict[str, float]]] = {
     "seed": (seed, ["cc"], {"accuracy": 100.0, "type/1": 100.0}),
     "mmmu": (mmmu, ["(B)"], {"accuracy": 100.0, "subject/Art": 100.0}),
     "cvbench": (cvbench, ["B", "B", "A", "A"], {"2d": 75, "3d": 0, "mean": 37.5, "task/Count": 200 / 3}),
-    "mmstar": (mmstar, ["B"], {"accuracy": 100.0, "category/coarse": 100.0}),
+    "mmstar": (mmstar, ["B", "(A)", "C"], {"accuracy": 200 / 3, "category/coarse": 200 / 3}),
     "ai2d": (ai2d, ["B"], {"accuracy": 0.0}),  # the question about a letter is left out
     "coco_captions": (coco_captions, ["nothing here", "of it"], {"cider": 0.0}),
     "flickr30k": (flickr30k, ["nothing here", "of it"], {"cider": 0.0}),
@@ -262,7 +267,7 @@ def test_right_answers_score_best_and_questions_read_well(name: str, tmp_path: P
         assert example.question in asked
         assert asked.endswith(task.instruction)
         for option in example.options:
-            assert f". {option}" in asked
+            assert f". {option}" in asked or example.options == UNLISTED
 
 
 def test_names_of_images_are_the_official_ones(tmp_path: Path) -> None:
@@ -383,8 +388,24 @@ def test_what_could_not_be_asked_is_never_right(tmp_path: Path) -> None:
         task = make(name, tmp_path / name)
         scores = task.score([Outcome(example, "", left_out=True) for example in task.examples])
         assert scores[task.main] == 0
+    for name in ("textvqa", "docvqa", "gqa", "chartqa"):
+        (tmp_path / name).mkdir()
+        task = make(name, tmp_path / name)
+        # A reference of which the normalisation leaves nothing must not equal an answer that was never given.
+        bare = replace(task.examples[0], references=("the", "a"))
+        assert task.score([Outcome(bare, "", left_out=True)])[task.main] == 0
     task = TASKS["mme"](str(tmp_path / "mme"))
     assert task.score([Outcome(example, "Blue car") for example in task.examples])["perception"] == 0
+
+
+def test_mmstar_finds_options_in_both_of_their_forms(tmp_path: Path) -> None:
+    mmstar(tmp_path)
+    task = TASKS["mmstar"](str(tmp_path))
+    listed, lines, pictured = task.examples
+    assert (listed.question, listed.options) == ("Which colour?", ("red", "blue, green", "white"))
+    assert lines.options == ("Yes, it is", "No")
+    assert lines.question == "Hint: Choose.\nQuestion: Is it red, or not?"
+    assert task.ask(pictured) == f"Which picture comes next?\n{task.instruction}"
 
 
 def test_a_limit_takes_what_is_scored_together(tmp_path: Path) -> None:

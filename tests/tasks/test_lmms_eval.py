@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +45,24 @@ def test_requests_are_answered_at_any_batch_size(run: Path) -> None:
     assert found[0] == found[1]
     assert len(found[0][0]) == 3
     assert all(value < 0 for value in found[0][1])
+
+
+def test_a_question_that_is_too_long_costs_no_other_its_answer(run: Path) -> None:
+    from lit_vlm.lmms_eval import LmmsEvalModel
+
+    model = LmmsEvalModel(str(run), device="cpu", batch_size=3, max_length=1024)
+    model.task_dict = {"task": {"test": [{}] * 3}}
+    visual = lambda document: []  # noqa: E731
+    texts = ["What is it?", "What is it? " * 200, "And that?"]
+    asked = [request(text, {"max_new_tokens": 4}, visual, i, "task", "test") for i, text in enumerate(texts)]
+    with pytest.warns(UserWarning, match="task document 1 counts as unanswered: too_long"):
+        answers = model.generate_until(asked)
+    assert answers[1] == ""
+    model.rows = 1
+    assert answers[::2] == model.generate_until(asked[::2])
+    with pytest.warns(UserWarning, match="document 1"):
+        scored = model.loglikelihood([request(texts[1], "red", visual, 1, "task", "test")])
+    assert scored == [(-math.inf, False)]
 
 
 def test_its_own_task_runs_from_its_own_command_line(run: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from lit_vlm.data.records import Image, Message, Record, RecordError, Role, Text, parse_record
 from lit_vlm.data.sources.base import MARK, JsonLines, Lines, Source, parse_json
 
-ImagePosition = Literal["front", "in_place"]
+ImagePosition = Literal["front", "in_place", "spaced"]
 
 LLAVA_ROLES: dict[str, Role] = {
     "human": "user",
@@ -49,7 +49,8 @@ class LlavaJson(Source):
         path: the .json file.
         image_folder: what image paths are relative to; default: the folder of the file.
         image_position: `front` moves a turn's image before its text, followed by a newline, as LLaVA-1.5 does;
-            `in_place` leaves images where their marks stand.
+            `in_place` leaves images where their marks stand; `spaced` does too, with a space in front of each and a
+            newline behind it whatever stood there, and puts images that no turn marks in front, as VILA-1.5 does.
         system: system text of conversations that have none; "" for none at all; default: the template's.
         name: name of the source; default: that of the file.
     """
@@ -109,6 +110,9 @@ def llava_record(raw: Any, source: str, index: int, images: Sequence[Image], pos
     if not isinstance(turns, list) or not turns:
         raise RecordError("malformed", f"entry {index} has no list 'conversations'")
     marks = sum(str(turn.get("value", "")).count(MARK) for turn in turns if isinstance(turn, dict))
+    if position == "spaced" and not marks and isinstance(turns[0], dict):
+        turns = [turns[0] | {"value": MARK * len(images) + str(turns[0].get("value", ""))}, *turns[1:]]
+        marks = len(images)
     if marks != len(images):
         raise RecordError("image_count", f"{marks} {MARK} marks in the text, {len(images)} images in 'image'")
     remaining = iter(images)
@@ -127,6 +131,10 @@ def _llava_message(turn: Any, index: int, remaining: Iterator[Image], position: 
     if images and position == "front":
         text = "".join(pieces).strip()
         return Message(LLAVA_ROLES[found], (*images, *([Text(f"\n{text}")] if text else [])))
+    if images and position == "spaced":
+        first, *inner = (piece.strip() for piece in pieces)
+        last = inner.pop()
+        pieces = [f"{first} " if first else "", *(f"\n{piece} " for piece in inner), f"\n{last}" if last else ""]
     return Message(LLAVA_ROLES[found], tuple(interleave(pieces, images)))
 
 

@@ -77,6 +77,8 @@ def test_a_head_reads_the_map_that_came_with_the_picture() -> None:
     bare = Scenes("captions", 1)
     with pytest.raises(RecordError, match="no_map: the picture carries no map 'depth'"):
         encode(bare.record(0), bare.image_folder)
+    asked = SampleEncoder(spec.without_teachers(), VicunaV1(), Resize(), 512, prompt=True)
+    assert not asked(bare.record(0), bare.image_folder).features  # a question needs no map
 
 
 def test_it_computes_nothing_from_pixels() -> None:
