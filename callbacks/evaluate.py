@@ -69,7 +69,7 @@ class Evaluate(L.Callback):
         assert isinstance(data, VLMData)
         self._last = trainer.global_step
         start = time.perf_counter()
-        name = f"{self.task.name}/{self.settings.prompt.shots}-shot"
+        name = f"{self.task.name}/{self.settings.prompt.name}"
         out = Path(trainer.default_root_dir) / "tasks" / name / str(trainer.global_step)
         reader = Reader(module, data.template, data.transform, data.max_length)
         result = run_task(reader, self.task, self.settings, out, f"step {trainer.global_step}", resume=False)

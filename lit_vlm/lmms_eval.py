@@ -21,11 +21,11 @@ from rich.progress import track
 
 from lit_vlm.checkpoints.run import load_run, pick_device
 from lit_vlm.data.collate import collate_prompts
-from lit_vlm.data.encode import Sample, SampleEncoder
+from lit_vlm.data.encode import Sample
 from lit_vlm.data.records import Image, Message, Record, RecordError, Text
 from lit_vlm.data.sources.base import MARK
 from lit_vlm.data.sources.conversations import interleave
-from lit_vlm.tasks.ask import LONGEST_ANSWER
+from lit_vlm.tasks.ask import Reader
 from lit_vlm.tasks.held_out import score_answers
 
 MANIFEST = ModelManifest(model_id="lit_vlm", simple_class_path="lit_vlm.lmms_eval.LmmsEvalModel")
@@ -55,7 +55,8 @@ class LmmsEvalModel(lmms):
             raise ValueError("lit_vlm answers lmms-eval in one process: start it without torchrun or accelerate")
         self.run = load_run(checkpoint, pick_device(device))
         self.rows = int(batch_size)
-        self.max_length = int(max_length or self.run.max_length)
+        length = int(max_length or self.run.max_length)
+        self.reader = Reader(self.run.module, self.run.template, self.run.transform, length)
 
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:
         """Greedy answers, or drawn ones where a task sets a temperature; cut at its stop texts."""
@@ -104,7 +105,7 @@ class LmmsEvalModel(lmms):
             if prompt is None:
                 found.append((-math.inf, False))
                 continue
-            ((nll, tokens),), _ = score_answers(self.run.module, self._encoder(False), [record], pad_id)
+            ((nll, tokens),), _ = score_answers(self.run.module, self.reader.encoder("answer"), [record], pad_id)
             batch = collate_prompts([prompt], pad_id=pad_id)
             (given,) = self.run.module.answer(batch.to(self.run.module.device), tokens)
             found.append((-nll, given.strip() == answer.strip()))
@@ -114,15 +115,10 @@ class LmmsEvalModel(lmms):
         """Not supported; raises NotImplementedError."""
         raise NotImplementedError("lit_vlm answers single rounds only; tasks of several rounds are not supported")
 
-    def _encoder(self, prompt: bool) -> SampleEncoder:
-        run, spec = self.run, self.run.module.input_spec.without_teachers()
-        length = self.max_length + (0 if prompt else LONGEST_ANSWER)
-        return SampleEncoder(spec, run.template, run.transform, length, too_long="drop", prompt=prompt)
-
     def _encode(self, record: Record, request: Instance) -> Sample | None:
         """A prompt; None, with a warning, for one that is too long or whose picture is broken."""
         try:
-            return self._encoder(True)(record, Path("/"))
+            return self.reader.encoder("prompt")(record, Path("/"))
         except RecordError as error:
             _, _, _, index, task, _ = request.args
             warnings.warn(f"{task} document {index} counts as unanswered: {error}", stacklevel=2)

@@ -35,10 +35,9 @@ def main(argv: Sequence[str]) -> None:
         count: Shots(count, 0 if count else arguments.text_shots, seed=arguments.seed, system=arguments.system)
         for count in shots
     }
-    # Files are read before a model is built.
     tasks = [_task(name, arguments.data) for name in dict.fromkeys(arguments.task)]
     for task, prompt in product(tasks, prompts.values()):
-        Prompts(task, prompt, arguments.choose)
+        Prompts(task, prompt, arguments.choose)  # reads all files: a missing one is named before minutes of work
     from transformers.utils.logging import disable_progress_bar
 
     from lit_vlm.checkpoints.run import load_run
@@ -59,7 +58,7 @@ def main(argv: Sequence[str]) -> None:
                 prompt, arguments.choose, arguments.think, arguments.limit, arguments.batch_size, arguments.workers,
                 arguments.max_new_tokens, dtype,
             )  # fmt: skip
-            out = arguments.out / task.name / (f"{count}-shot" + f"-{prompt.text_shots}-text" * bool(prompt.text_shots))
+            out = arguments.out / task.name / prompt.name
             with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=console) as progress:
                 bar = progress.add_task(f"{task.name}, {count} shots", total=None)
                 show = partial(_show, progress, bar)
@@ -68,7 +67,7 @@ def main(argv: Sequence[str]) -> None:
             console.print(f"{task.name}, {count} shots: {_line(result)}   {out}", soft_wrap=True)
     console.print(_table(results, shots))
     if main_process and not arguments.no_mlflow:
-        _log(results, arguments.checkpoint)
+        _log(results, prompts, arguments.checkpoint)
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -129,20 +128,18 @@ def _shots(text: str) -> list[int]:
 def _task(name: str, data: Path) -> Task:
     if name not in TASKS:
         raise ValueError(f"there is no task '{name}'; tasks: {', '.join(TASKS)}")
-    task = TASKS[name](str(data / name if TASKS[name].needs_files else "."))
-    assert task.examples  # read now: a missing file is named before minutes of work
-    return task
+    return TASKS[name](str(data / name if TASKS[name].needs_files else "."))
 
 
 def _join_processes(device: str | None) -> str:
     """Join the other processes that torchrun started, and choose the device."""
     from lit_vlm.checkpoints.run import pick_device
 
-    gpu = torch.cuda.is_available()
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return pick_device(device)
-    if device in (None, "cuda"):
-        device = f"cuda:{os.environ['LOCAL_RANK']}" if gpu else "cpu"
+    if device in (None, "cuda") and torch.cuda.is_available():
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    device = pick_device(device)
     if device != "cpu":
         torch.cuda.set_device(device)  # NCCL sends objects by way of the current device
     if not dist.is_initialized():
@@ -178,7 +175,7 @@ def _table(results: dict[tuple[str, int], Evaluated], shots: Sequence[int]) -> T
     return table
 
 
-def _log(results: dict[tuple[str, int], Evaluated], checkpoint: str) -> None:
+def _log(results: dict[tuple[str, int], Evaluated], prompts: dict[int, Shots], checkpoint: str) -> None:
     """One run of MLflow with all scores."""
     import mlflow
 
@@ -190,4 +187,4 @@ def _log(results: dict[tuple[str, int], Evaluated], checkpoint: str) -> None:
         mlflow.log_param("checkpoint", checkpoint)
         for (task, count), result in results.items():
             for score, value in result.scores.items():
-                mlflow.log_metric(metric_name(f"{task}/{count}-shot/{score}"), value)
+                mlflow.log_metric(metric_name(f"{task}/{prompts[count].name}/{score}"), value)

@@ -33,6 +33,11 @@ class Shots:
     seed: int = 42
     system: str | None = None
 
+    @property
+    def name(self) -> str:
+        """What results are called: `4-shot`, or `0-shot-2-text` with demonstrations without images."""
+        return f"{self.shots}-shot" + (f"-{self.text_shots}-text" if self.text_shots else "")
+
     def __post_init__(self) -> None:
         if self.shots < 0 or self.text_shots < 0:
             raise ValueError(

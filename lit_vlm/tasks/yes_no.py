@@ -26,8 +26,8 @@ class POPE(Task):
 
     def _read(self, split: str) -> list[Example]:
         found = []
-        for split in self.splits:
-            file = self.path(f"coco_pope_{split}.json", f"coco/coco_pope_{split}.json")
+        for part in self.splits:
+            file = self.path(f"coco_pope_{part}.json", f"coco/coco_pope_{part}.json")
             for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
                 if not line.strip():
                     continue
@@ -41,7 +41,7 @@ class POPE(Task):
                     raise ValueError(f"task pope: {where}: label is {label!r}, and must be yes or no")
                 image = Image(path=f"val2014/{self.field(entry, 'image', str, where)}")
                 question = self.field(entry, "text", str, where)
-                found.append(Example(f"{split}-{number}", (image,), question, (label,), group=split))
+                found.append(Example(f"{part}-{number}", (image,), question, (label,), group=part))
         return found
 
     def score(self, outcomes: Sequence[Outcome]) -> dict[str, float]:

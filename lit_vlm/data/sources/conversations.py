@@ -110,8 +110,8 @@ def llava_record(raw: Any, source: str, index: int, images: Sequence[Image], pos
     if not isinstance(turns, list) or not turns:
         raise RecordError("malformed", f"entry {index} has no list 'conversations'")
     marks = sum(str(turn.get("value", "")).count(MARK) for turn in turns if isinstance(turn, dict))
-    if position == "spaced" and not marks and isinstance(turns[0], dict):
-        turns = [turns[0] | {"value": MARK * len(images) + str(turns[0].get("value", ""))}, *turns[1:]]
+    if position == "spaced" and not marks and isinstance(turns[0], dict) and isinstance(turns[0].get("value"), str):
+        turns = [turns[0] | {"value": MARK * len(images) + turns[0]["value"]}, *turns[1:]]
         marks = len(images)
     if marks != len(images):
         raise RecordError("image_count", f"{marks} {MARK} marks in the text, {len(images)} images in 'image'")
