@@ -17,6 +17,7 @@ from lit_vlm.data.collate import collate_prompts, make_rows
 from lit_vlm.data.encode import Sample, SampleEncoder
 from lit_vlm.data.loader import BadSamples, Collate, Loader, SourceDataset
 from lit_vlm.data.mixture import Mixture, Shuffled
+from lit_vlm.data.names import tell_apart
 from lit_vlm.data.plan import BatchPlan, Ordering
 from lit_vlm.data.prepared import Prepared
 from lit_vlm.data.scan import modality_length, scan
@@ -77,6 +78,8 @@ class VLMData(LightningDataModule):
         if not 0 <= held_out < 1:
             raise ValueError(f"data.held_out is a share from 0 to below 1, not {held_out}")
         self.given_train, self.given_val, self.held_out = train, val or [], held_out
+        tell_apart(train)
+        tell_apart(self.given_val, train, strictly=held_out > 0)
         self.template, self.transform = template, transform
         self.batch_size, self.max_length, self.too_long = batch_size, max_length, too_long
         self.mixture, self.batching, self.fast_jpeg = mixture, batching, fast_jpeg

@@ -1,4 +1,4 @@
-"""What a row of a file says about pictures: marks in its text, keys that hold them, and keys that no reader looks at."""
+"""What a row says about pictures: marks in its text, keys that hold them, and keys that no reader looks at."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ MEDIA_KEY = re.compile(
     r"(?:_?(?:path|file|filename|file_name|name|url|uri|link|src|list|bytes|base64|base64_str|data)s?|"
     r"_?(?P<number>[0-9]+))?$"
 )
-"""Keys that hold a picture, a film or a sound, or say where it is: `image_path`, `img`, `videos`, `left_image`, `image_2`.
-`image_size` or `image_id` are none."""
+"""Keys that hold a picture, a film or a sound, or say where it is: `image_path`, `img`, `videos`, `left_image`,
+`image_2`. `image_size` or `image_id` are none."""
 FILE_KEY = re.compile(r"^(?:file|path|file_?name|file_?path)$")
 MEDIA_FILE = re.compile(r"\.(?:jpe?g|png|webp|bmp|gif|tiff?|mp4|avi|mov|mkv|webm|mp3|wav|flac|ogg|m4a)$")
 """Under `file_name` and the like, endings that mean a picture, a film or a sound."""

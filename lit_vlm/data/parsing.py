@@ -57,22 +57,24 @@ def parse_record(raw: Any, source: str, default_id: str, links: bool = False) ->
 
 def _turns(raw: Mapping[str, Any], num_images: int) -> tuple[list[Any], str]:
     """The messages as dictionaries, and the key that they come from."""
-    for key, read in (("messages", None), ("texts", _cauldron), ("query", _query)):
+    for key in ("messages", "texts"):
         value = raw.get(key)
-        if is_nothing(value) or (key == "query" and "response" not in raw):
+        if is_nothing(value):
             continue
-        if key != "query" and not isinstance(value, list):
+        if not isinstance(value, list):
             raise RecordError("malformed", f"'{key}' is a {type(value).__name__}; expected a non-empty list")
-        return (value if read is None else read(raw, num_images)), key
+        return (_cauldron(value, num_images) if key == "texts" else value), key
+    if not is_nothing(raw.get("query")) and "response" in raw:
+        return _query(raw), "query"
     raise RecordError(
         "malformed", "a record is an object with a non-empty list 'messages' (or 'texts', or 'query' and 'response')"
     )
 
 
-def _cauldron(raw: Mapping[str, Any], num_images: int) -> list[Any]:
+def _cauldron(pairs: list[Any], num_images: int) -> list[Any]:
     """Pairs of question and answer; pictures that no text marks stand in front of the first question."""
     turns: list[dict[str, Any]] = []
-    for number, pair in enumerate(raw["texts"]):
+    for number, pair in enumerate(pairs):
         sides = [pair.get(role) if isinstance(pair, Mapping) else None for role in ("user", "assistant")]
         if not all(isinstance(side, str) for side in sides):
             raise RecordError("malformed", f"texts[{number}] is {str(pair)[:80]!r}; expected {{user, assistant}}")
@@ -82,7 +84,7 @@ def _cauldron(raw: Mapping[str, Any], num_images: int) -> list[Any]:
     return turns
 
 
-def _query(raw: Mapping[str, Any], num_images: int) -> list[Any]:
+def _query(raw: Mapping[str, Any]) -> list[Any]:
     history, system = raw.get("history") or [], raw.get("system")
     if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
         raise RecordError("malformed", f"'history' is {str(history)[:80]!r}; expected a list of [query, response]")

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags
 from PIL import Image as PILImage
 
-from lit_vlm.data.png import without_large_texts
+from lit_vlm.data.png import without_notes
 
 T = TypeVar("T")
 Role = Literal["system", "user", "assistant", "document"]
@@ -38,8 +38,8 @@ TURNS = {
 """How a picture is turned upright, by the orientation that its EXIF tag names."""
 MAX_PIXELS = 100_000_000
 """Of one image: a larger one is refused before it is decoded. 100 megapixels are 300 MB in memory."""
-MAX_SIDE = 65_535
-"""Of one image, in pixels: JPEG has no longer one. A resize holds the long side times the new short side in memory."""
+MAX_SIDE = 100_000
+"""Of one image, in pixels. A resize holds the long side times the new short side in memory."""
 MAX_PATH = 4096
 """Letters of a path, as on Linux; a picture in base64 is not looked for in the file system."""
 MAX_DETAIL = 600
@@ -243,12 +243,12 @@ def decode_image(
 
 
 def _read(image: Image, folder: Path, use: Callable[[PILImage.Image], T]) -> T:
-    """What is made of an opened picture; a PNG that fails is tried again without texts that are larger than allowed."""
+    """What is made of an opened picture; a PNG that fails is tried again without texts and profiles."""
     try:
         with _opened(image, folder) as opened:
             return use(opened)
     except RecordError as error:
-        smaller = without_large_texts(image_bytes(image, folder)) if error.reason == "corrupt_image" else None
+        smaller = without_notes(image_bytes(image, folder)) if error.reason == "corrupt_image" else None
         if smaller is None:
             raise
     with _opened(replace(image, data=smaller), folder) as opened:

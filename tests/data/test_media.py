@@ -17,7 +17,7 @@ import pytest
 from lit_vlm.data.convert import TooManyBad, convert
 from lit_vlm.data.forms import open_source, recognise
 from lit_vlm.data.media import decode_base64, image_of
-from lit_vlm.data.records import MAX_DETAIL, Image, Record, RecordError, Text, open_image
+from lit_vlm.data.records import MAX_DETAIL, Image, Message, Record, RecordError, Text, open_image
 from lit_vlm.data.sources import Captions, ChatJsonl, Converted, Grouped, LlavaJson, Mmc4, Source, Texts, Unpaired
 
 LLAVA = [{"from": "human", "value": "<image>\nq"}, {"from": "gpt", "value": "a"}]
@@ -146,7 +146,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "film part": ({"messages": [{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}]}, "unread_media"),
     "sound part": ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "unread_media"),
     "Qwen-VL": ({"conversations": [{"from": "user", "value": "<img>a.png</img>q"}]}, "unread_media.*write <image>"),
-    "text beside a picture": ({"inputs": "q", "targets": "a", "image": "a.png"}, "unread_media.*Texts reads text alone"),
+    "text beside a picture": ({"inputs": "q", "targets": "a", "image": "a.png"}, "unread_media.*reads text alone"),
     "text with a mark": ({"text": "see <image>"}, "image_count: 1 <image> marks"),
     "documents": (
         {"text_list": ["a"], "image_info": [], "images": ["a.png"]},
@@ -246,8 +246,6 @@ def test_a_set_that_was_converted_with_marks_as_text_is_counted(folder: Path) ->
             return 1
 
         def record(self, index: int) -> Record:
-            from lit_vlm.data.records import Message
-
             return Record("0", "old", (Message("user", (Text("<image>q"),)), Message("assistant", (Text("a"),))))
 
         def fingerprint(self) -> str:

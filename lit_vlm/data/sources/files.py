@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePath
 
 LEFT_BY_SYSTEMS = frozenset(
@@ -18,6 +18,11 @@ def is_hidden(path: PurePath) -> bool:
     True where a part of it begins with a dot (`.ipynb_checkpoints`, `._a.png`, `.DS_Store`) or is left by a system.
     """
     return any(part.startswith(".") or part in LEFT_BY_SYSTEMS for part in path.parts)
+
+
+def visible(files: Iterable[Path]) -> list[Path]:
+    """Those files that are no leavings of a system, by name."""
+    return sorted(file for file in files if not is_hidden(PurePath(file.name)))
 
 
 def walk(folder: Path, links: bool = False, skipped: list[Path] | None = None) -> Iterator[Path]:
