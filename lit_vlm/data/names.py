@@ -15,8 +15,8 @@ LONGEST = 150
 
 
 def name_key(name: str) -> str:
-    """What a name is told apart by: MLflow takes no other signs than these, and some databases ignore case."""
-    return re.sub(r"[^\w./ :-]", "_", name).casefold()
+    """What a name is told apart by: other signs become an underscore in a metric, and some databases ignore case."""
+    return re.sub(r"[^\w./ -]", "_", name).casefold()
 
 
 def tell_apart(sources: Sequence[Source], beside: Sequence[Source] = (), strictly: bool = False) -> None:
