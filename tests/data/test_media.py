@@ -204,13 +204,21 @@ def test_tables_are_read_alike(folder: Path) -> None:
         )
 
 
-def test_a_caption_in_a_tar_with_a_mark_is_refused(folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("members", "expected"),
+    [
+        ({"1.txt": b"<image> a cat"}, "image_count"),
+        ({"1.txt": b"a cat", "1.mp4": b"film"}, r"unread_media: 1\.mp4 is a film"),
+        ({"1.wav": b"sound", "1.json": b'{"caption": "a cat"}'}, r"unread_media: 1\.wav"),
+    ],
+)
+def test_a_tar_is_refused_alike(members: dict[str, bytes], expected: str, folder: Path) -> None:
     with tarfile.open(folder / "a.tar", "w") as tar:
-        for name, content in (("1.png", (folder / "a.png").read_bytes()), ("1.txt", b"<image> a cat")):
+        for name, content in {"1.png": (folder / "a.png").read_bytes(), **members}.items():
             info = tarfile.TarInfo(name)
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
-    with pytest.raises(RecordError, match="image_count"):
+    with pytest.raises(RecordError, match=expected):
         open_source(str(folder / "a.tar")).record(0)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from lit_vlm.data.media import IMAGE_SUFFIXES, refuse_marks
+from lit_vlm.data.media import IMAGE_SUFFIXES, MEDIA_FILE, refuse_marks
 from lit_vlm.data.records import Image, Message, Record, RecordError, Text
 from lit_vlm.data.sources.base import Lines, Source, parse_json
 from lit_vlm.data.sources.files import is_hidden, list_files
@@ -102,16 +102,19 @@ def _members(file: Path, number: int) -> Iterator[dict[str, Any]]:
 
 
 def _note(member: tarfile.TarInfo, found: dict[str, dict[str, Any]], number: int) -> None:
-    """Add an image, caption or JSON file to the entry of its key; links and second files of a kind are refused.
+    """Add an image, caption or JSON file to the entry of its key; links, second files of a kind and films are refused.
 
     Hidden members, such as macOS's `._KEY.jpg`, are no data.
     """
     key, _, ending = member.name.rpartition(".")
     kind = "image" if f".{ending.lower()}" in IMAGE_SUFFIXES else ending.lower()
-    if member.isdir() or kind not in ("image", "txt", "json") or is_hidden(PurePosixPath(member.name)):
+    film = MEDIA_FILE.search(member.name.lower()) is not None and kind != "image"
+    if member.isdir() or not (film or kind in ("image", "txt", "json")) or is_hidden(PurePosixPath(member.name)):
         return
     entry = found.setdefault(key, {"key": key, "tar": number})
-    if not member.isfile():
+    if film:
+        entry["bad"] = ("unread_media", f"{member.name} is a film or sound, which is not read")
+    elif not member.isfile():
         entry["bad"] = ("outside_folder", f"{member.name} is a link, not a file")
     elif kind in entry:
         entry["bad"] = ("malformed", f"{member.name}: there is more than one {kind} under this key")
