@@ -10,9 +10,9 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
+from lit_vlm.data.files import list_files, walk
 from lit_vlm.data.media import IMAGE_SUFFIXES, unread_key
 from lit_vlm.data.sources import Captions, ChatJsonl, LlavaJson, Mmc4, Parquet, Pictures, Source, Texts, WebDataset
-from lit_vlm.data.sources.files import list_files, walk
 
 FORMS: dict[str, type[Source]] = {
     form.__name__: form for form in (LlavaJson, ChatJsonl, Parquet, WebDataset, Mmc4, Texts, Captions, Pictures)

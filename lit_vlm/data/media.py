@@ -16,12 +16,12 @@ IMAGE_KEYS = ("images", "image")
 """Under which a row holds its picture, or a list of them."""
 
 MEDIA_KEY = re.compile(
-    r"^(?P<prefix>[a-z]+_)?(?P<medium>[Ii]mage|[Ii]mg|[Pp]icture|[Pp]hoto|[Vv]ideo|[Aa]udio)s?"
-    r"(?:_?(?:path|file|filename|file_name|name|url|uri|link|src|list|bytes|base64|base64_str|data)s?|"
-    r"_?(?P<number>[0-9]+))?$"
+    r"^([a-z]+_){0,2}(?P<medium>[Ii]mage|[Ii]mg|[Pp]icture|[Pp]hoto|[Mm]edia|[Vv]ideo|[Aa]udio|IMAGE|VIDEO|AUDIO)s?"
+    r"(_?([Pp]ath|[Ff]ile|[Nn]ame|[Uu]rl|URL|[Uu]ri|[Ll]ink|[Ss]rc|[Ll]ist|[Bb]ytes|[Bb]ase64|[Dd]ata|[Ll]ocal|[Rr]elative"
+    r"|[Ff]ull|str)s?){0,3}(_?(?P<number>[0-9]+))?$"
 )
-"""Keys that hold a picture, a film or a sound, or say where it is: `image_path`, `img`, `videos`, `left_image`,
-`image_2`. `image_size` or `image_id` are none."""
+"""Keys that hold a picture, a film or a sound, or say where it is: `image_path`, `imageUrl`, `img`, `videos`,
+`left_image`, `image_2`. `image_size` or `image_id` are none."""
 FILE_KEY = re.compile(r"^(?:file|path|file_?name|file_?path)$")
 MEDIA_FILE = re.compile(r"\.(?:jpe?g|png|webp|bmp|gif|tiff?|mp4|avi|mov|mkv|webm|mp3|wav|flac|ogg|m4a)$")
 """Under `file_name` and the like, endings that mean a picture, a film or a sound."""
@@ -52,7 +52,7 @@ def unread_key(row: Mapping[Any, Any], read: Collection[str], pictured: bool) ->
         if not isinstance(key, str) or key in read or isinstance(value, bool | int | float) or is_nothing(value):
             continue
         found = MEDIA_KEY.match(key)
-        if found and (not pictured or found["number"] or found["medium"].lower() in ("video", "audio")):
+        if found and (not pictured or found["number"] or found["medium"].lower() in ("video", "audio", "media")):
             return key
         if not pictured and FILE_KEY.match(key) and isinstance(value, str) and MEDIA_FILE.search(value.lower()):
             return key

@@ -294,7 +294,7 @@ def _rgb(picture: PILImage.Image) -> PILImage.Image:
     if upright.mode in ("RGBa", "La"):  # alpha is multiplied into the colours
         upright = upright.convert("RGBA" if upright.mode == "RGBa" else "LA")
     if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
-        layer = upright.convert("RGBA")
+        layer = upright if upright.mode == "RGBA" else upright.convert("RGBA")
         return PILImage.alpha_composite(PILImage.new("RGBA", layer.size, "white"), layer).convert("RGB")
     return upright if upright.mode == "RGB" else upright.convert("RGB")
 

@@ -14,8 +14,8 @@ from typing import Any, ClassVar
 
 import pyarrow.parquet as pq
 
+from lit_vlm.data.files import visible
 from lit_vlm.data.records import Image
-from lit_vlm.data.sources.files import visible
 from lit_vlm.metrics.choice import LETTERS
 from lit_vlm.tasks.base import Example, Outcome, Task, choice_accuracy
 

@@ -6,8 +6,8 @@ import csv
 import math
 from collections.abc import Sequence
 
+from lit_vlm.data.files import visible
 from lit_vlm.data.sources import Texts
-from lit_vlm.data.sources.files import visible
 from lit_vlm.tasks.base import Example, Outcome, Task
 from lit_vlm.tasks.choice import MultipleChoice
 

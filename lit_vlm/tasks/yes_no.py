@@ -7,9 +7,9 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
+from lit_vlm.data.files import visible
 from lit_vlm.data.media import IMAGE_SUFFIXES
 from lit_vlm.data.records import Image
-from lit_vlm.data.sources.files import visible
 from lit_vlm.metrics import YesNoF1, first_word_yes_or_no
 from lit_vlm.tasks.base import Example, Outcome, Task
 from lit_vlm.tasks.vqa import SHORT

@@ -13,10 +13,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from lit_vlm.data.check import check_set
+from lit_vlm.data.convert import convert
+from lit_vlm.data.files import is_hidden, list_files
 from lit_vlm.data.forms import open_source, recognise
 from lit_vlm.data.records import RecordError, open_image
 from lit_vlm.data.sources import Captions, ChatJsonl, LlavaJson, Mmc4, Parquet, Pictures, Source, Texts, WebDataset
-from lit_vlm.data.sources.files import is_hidden, list_files
 
 ROWS: dict[str, tuple[type[Source], Any]] = {
     "chat": (ChatJsonl, {"messages": [{"role": "user", "content": "q"}]}),
@@ -145,3 +147,11 @@ def test_links_in_a_circle_and_into_the_folder_are_walked_once(linked: Path) -> 
     assert len(found) == 2
     (linked / "other").symlink_to(linked.parent / "nowhere")
     assert len(list_files(linked, [".png"], links=True)) == 2
+
+
+def test_a_set_is_written_beside_what_a_system_left(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".DS_Store").write_bytes(b"\0")
+    assert convert(open_source(str(tmp_path / "a.jsonl")), tmp_path / "out").records == 1
+    assert check_set(str(tmp_path / "out"), decode=True) == []

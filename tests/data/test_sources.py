@@ -404,8 +404,29 @@ def test_the_schema_accepts_what_parse_record_accepts(name: str) -> None:
 
 
 def test_the_schema_knows_the_same_keys_as_the_readers() -> None:
-    pattern = re.sub(r"\?P<\w+>", "", MEDIA_KEY.pattern).replace("(?:", "(").replace("([0-9]+)", "[0-9]+")
+    pattern = re.sub(r"\?P<\w+>", "", MEDIA_KEY.pattern)
     assert list(SCHEMA["$defs"]["without_media"]["patternProperties"]) == [pattern]
+    beside_a_picture = "|".join(f"({key})" for key in SCHEMA["patternProperties"])
+    for key in KEYS:
+        found = MEDIA_KEY.match(key)
+        other = found is not None and (found["number"] or found["medium"].lower() in ("video", "audio", "media"))
+        assert bool(re.search(beside_a_picture, key)) == bool(other)
+
+
+KEYS = {
+    "image": True, "images": True, "image_path": True, "imagePath": True, "image_file_name": True, "imageUrls": True,
+    "img": True, "imgs": True, "img_path": True, "image_base64_str": True, "Image": True, "IMAGE": True,
+    "image_local_path": True, "left_image": True, "image_1": True, "image12": True, "picture": True, "photos": True,
+    "video": True, "videos": True, "video_url": True, "audio": True, "audio_path": True, "audio_2": True, "media": True,
+    "image_size": False, "image_id": False, "image_width": False, "image_caption": False, "imagenet": False,
+    "num_images_seen": False, "text": False, "url": False, "mediator": False, "imagination": False, "videogame": False,
+    "source_filename": False, "messages": False, "texts": False, "query": False, "options": False, "role": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_keys_that_name_media(key: str) -> None:
+    assert bool(MEDIA_KEY.match(key)) == KEYS[key]
 
 
 def test_the_schema_itself_is_valid() -> None:

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lit_vlm.data.files import list_files
 from lit_vlm.data.media import IMAGE_SUFFIXES, MARK
 from lit_vlm.data.records import Record, RecordError
-from lit_vlm.data.sources.files import list_files
 
 __all__ = [
     "IMAGE_SUFFIXES",

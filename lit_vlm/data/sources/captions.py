@@ -6,10 +6,10 @@ import csv
 import json
 from pathlib import Path
 
+from lit_vlm.data.files import list_files
 from lit_vlm.data.media import IMAGE_SUFFIXES, image_of, refuse_marks
 from lit_vlm.data.records import Image, Message, Record, RecordError, Text
 from lit_vlm.data.sources.base import Lines, Source, parse_json, read_rows
-from lit_vlm.data.sources.files import list_files
 
 
 class Captions(Source):

@@ -10,12 +10,12 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from lit_vlm.data.files import list_files
 from lit_vlm.data.media import IMAGE_KEYS, MARK, is_nothing, refuse_marks, refuse_unread, row_images
 from lit_vlm.data.parsing import parse_record
 from lit_vlm.data.records import Image, Message, Part, Record, RecordError, Text
 from lit_vlm.data.sources.base import Source, hash_files
 from lit_vlm.data.sources.conversations import interleave, llava_record
-from lit_vlm.data.sources.files import list_files
 
 
 class Parquet(Source):

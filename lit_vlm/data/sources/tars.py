@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from lit_vlm.data.files import is_hidden, list_files
 from lit_vlm.data.media import IMAGE_SUFFIXES, MEDIA_FILE, refuse_marks
 from lit_vlm.data.records import Image, Message, Record, RecordError, Text
 from lit_vlm.data.sources.base import Lines, Source, parse_json
-from lit_vlm.data.sources.files import is_hidden, list_files
 
 
 class WebDataset(Source):
