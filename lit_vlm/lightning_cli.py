@@ -81,6 +81,7 @@ class LitVLMCLI(LightningCLI):
 
     @rank_zero_only
     def _say_precision(self) -> None:
+        assert isinstance(self.trainer, Trainer)
         chosen = self.trainer.chosen
         why = chosen.why if chosen is not None else "as the config says"
         console = Console(highlight=False, soft_wrap=True)

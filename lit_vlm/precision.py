@@ -14,7 +14,7 @@ from typing import Literal
 
 import torch
 
-AUTO = "auto"
+AUTO: Literal["auto"] = "auto"
 CHOSEN = "LIT_VLM_PRECISION"
 """Environment variable: what the first process chose, as DEVICE:NAME, for the processes that it starts."""
 SIDE, SECONDS = 256, 0.012
@@ -117,6 +117,6 @@ def crowded() -> str | None:
     if load <= cores + 0.5:
         return None
     return (
-        f"the load is {load:.1f} on {cores} cores: threads that wait for each other can make CPU work ten times slower; "
-        "stop other work, or set OMP_NUM_THREADS=1"
+        f"the load is {load:.1f} on {cores} cores: threads that wait for each other can make work on the CPU ten "
+        "times slower; stop other work, or set OMP_NUM_THREADS=1"
     )

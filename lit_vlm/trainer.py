@@ -19,8 +19,8 @@ class Trainer(L.Trainer):
     """Lightning's Trainer.
 
     Args:
-        precision: `auto` takes what the device does fast: bf16-mixed where it multiplies matrices in bf16 faster than in
-            fp32, 16-mixed on cards without bf16 (not sharded), 32-true elsewhere. Any other value is Lightning's.
+        precision: `auto` takes what the device does fast: bf16-mixed where it multiplies matrices faster in bf16 than
+            in fp32, 16-mixed on cards without bf16 (not sharded), 32-true elsewhere. Any other value is Lightning's.
 
     Attributes:
         chosen: what `auto` has become, and why; None where a value was given.
@@ -30,11 +30,12 @@ class Trainer(L.Trainer):
 
     def __init__(self, *, precision: Literal["auto"] | _PRECISION_INPUT | None = AUTO, **kwargs: Any) -> None:
         self.chosen = None
-        if precision == AUTO:
+        if precision == "auto":
             scaled = not isinstance(kwargs.get("strategy"), ModelParallelStrategy)
             self.chosen = choose(_device_type(kwargs.get("accelerator", "auto")), scaled)
-            precision = self.chosen.name
-        super().__init__(precision=precision, **kwargs)
+            super().__init__(precision=self.chosen.name, **kwargs)
+        else:
+            super().__init__(precision=precision, **kwargs)
 
 
 def _device_type(accelerator: Any) -> str:
