@@ -23,6 +23,7 @@ VERBS = {
     "inspect": "show one batch as the model sees it",
     "prepare": "compute features of teachers or of a frozen encoder before training",
     "export": "write a checkpoint in a published format",
+    "sync": "send what runs could not report to MLflow",
     "doctor": "report versions, devices and optional packages",
 }
 LIGHTNING = {

@@ -14,8 +14,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from lit_vlm.mlflow_run import default_uri
 from lit_vlm.pretrained import cache_dir
-from lit_vlm.tracking import default_uri
 
 REQUIRED = ("lit-vlm", "torch", "torchvision", "lightning", "jsonargparse", "transformers", "timm", "peft", "mlflow")
 OPTIONAL = {

@@ -67,7 +67,7 @@ def main(argv: Sequence[str]) -> None:
             console.print(f"{task.name}, {count} shots: {_line(result)}   {out}", soft_wrap=True)
     console.print(_table(results, shots))
     if main_process and not arguments.no_mlflow:
-        _log(results, prompts, arguments.checkpoint)
+        _log(results, prompts, arguments.checkpoint, dtype, arguments.out)
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -175,16 +175,17 @@ def _table(results: dict[tuple[str, int], Evaluated], shots: Sequence[int]) -> T
     return table
 
 
-def _log(results: dict[tuple[str, int], Evaluated], prompts: dict[int, Shots], checkpoint: str) -> None:
+def _log(
+    results: dict[tuple[str, int], Evaluated], prompts: dict[int, Shots], checkpoint: str, dtype: str, out: Path
+) -> None:
     """One run of MLflow with all scores."""
-    import mlflow
+    from lit_vlm.mlflow_run import MLflowRun, default_uri
 
-    from lit_vlm.tracking import default_uri, metric_name
-
-    mlflow.set_tracking_uri(default_uri())
-    mlflow.set_experiment("lit-vlm")
-    with mlflow.start_run(run_name="evaluate"):
-        mlflow.log_param("checkpoint", checkpoint)
-        for (task, count), result in results.items():
-            for score, value in result.scores.items():
-                mlflow.log_metric(metric_name(f"{task}/{prompts[count].name}/{score}"), value)
+    run = MLflowRun(default_uri(), "lit-vlm", "evaluate", {}, out)
+    run.params({"checkpoint": checkpoint, "dtype": dtype})
+    names = {(task, count): f"{task}/{prompts[count].name}" for task, count in results}
+    scores = {
+        f"{names[key]}/{score}": value for key, result in results.items() for score, value in result.scores.items()
+    }
+    run.metrics(scores, step=0)
+    run.end("FINISHED")
