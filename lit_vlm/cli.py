@@ -78,6 +78,8 @@ def _print_help() -> None:
 def lightning_cli(arguments: Sequence[str], run: bool = True) -> Any:
     """Parse config files and flags, and run the subcommand, or with `run=False` only parse and build objects."""
     _quiet()
+    if run and os.environ.get("LOCAL_RANK", "0") == "0":
+        sys.stderr.write("loading libraries ...\n")  # which takes ten seconds
     from lit_vlm.lightning_cli import LitVLMCLI
 
     # Lightning warns when arguments are given twice; they are its own if they came from the command line.

@@ -6,7 +6,6 @@ sent by `lit-vlm sync FOLDER` or by whoever goes on with the run.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -305,9 +304,7 @@ def _first_line(error: Exception) -> str:
 @contextmanager
 def _first_use(uri: str) -> Iterator[None]:
     """Runs that start together make the tables of a new SQLite file one after the other."""
-    digest = hashlib.sha256(uri.encode()).hexdigest()[:16]
-    lock = FileLock(cache_dir() / f"mlflow-{digest}.lock") if uri.startswith(SQLITE) else nullcontext()
-    with lock:
+    with FileLock(cache_dir() / "mlflow.lock") if uri.startswith(SQLITE) else nullcontext():
         yield
 
 

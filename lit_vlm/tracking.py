@@ -110,7 +110,7 @@ class RunRecord(SaveConfigCallback):
         folder.mkdir(parents=True, exist_ok=True)
         if stage == "fit":
             # What the run was started with stays; what it was resumed with stands beside it.
-            resumed = trainer.ckpt_path is not None and (folder / "config.yaml").exists()
+            resumed = bool(self.config.get("ckpt_path")) and (folder / "config.yaml").exists()
             (folder / ("config-resumed.yaml" if resumed else "config.yaml")).write_text(text, encoding="utf-8")
         for logger in _mlflow(trainer):
             logger.run.open()

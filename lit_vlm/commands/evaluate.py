@@ -17,6 +17,7 @@ from rich.progress import MofNCompleteColumn, Progress, TaskID
 from rich.table import Table
 
 from lit_vlm.checkpoints.files import find_checkpoint
+from lit_vlm.precision import choose
 from lit_vlm.tasks import TASKS, Evaluated, Prompts, Reader, Settings, Shots, Task, run_task
 from lit_vlm.tasks.base import Choosing
 
@@ -47,9 +48,10 @@ def main(argv: Sequence[str]) -> None:
     main_process = not dist.is_initialized() or dist.get_rank() == 0
     console = Console(highlight=False, quiet=not main_process)
     checkpoint = find_checkpoint(arguments.checkpoint)
-    run = load_run(checkpoint, device)
-    dtype = arguments.dtype or ("float32" if device == "cpu" else "bfloat16")
-    run.module.vlm.to(getattr(torch, dtype))
+    chosen = getattr(torch, arguments.dtype) if arguments.dtype else choose(torch.device(device).type).dtype
+    dtype = str(chosen).removeprefix("torch.")
+    console.print(f"weights in {dtype}{'' if arguments.dtype else ', which this device is fast in'}")
+    run = load_run(checkpoint, device, chosen)
     reader = Reader(run.module, run.template, run.transform, arguments.max_length or run.max_length)
     results: dict[tuple[str, int], Evaluated] = {}
     for task in tasks:
@@ -112,7 +114,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=Path("evaluation"), help="folder of the results (evaluation)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     parser.add_argument(
-        "--dtype", choices=["float32", "bfloat16"], help="of weights (default: float32 on a CPU, bfloat16 on a GPU)"
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        help="of weights (default: what the device is fast in; scores say which)",
     )
     parser.add_argument("--no-mlflow", action="store_true", help="log nothing to MLflow")
     return parser

@@ -180,6 +180,7 @@ def flags_for(stage: str, flags: Sequence[str], stages: Collection[str]) -> list
 
 
 def _run(recipe: Recipe, state: RunState, folder: Path, console: Console) -> None:
+    console.print(f"{recipe.name}: {', '.join(state.stages)} into {folder}", soft_wrap=True, highlight=False)
     state.save(folder)
     tracker = _ParentRun(state, folder, recipe)
     for stage in state.stages:
