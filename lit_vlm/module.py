@@ -69,6 +69,12 @@ class LitVLM(LightningModule):
         if self.model is not None:
             return
         strategy = self.trainer.strategy
+        first = strategy.broadcast(str(self.trainer.precision))
+        if first != str(self.trainer.precision):
+            raise ValueError(
+                f"process {self.global_rank} would train in {self.trainer.precision}, the first one in {first}: set "
+                "trainer.precision instead of auto, as these machines are not alike"
+            )
         if isinstance(strategy, ModelParallelStrategy):
             if not isinstance(strategy, FSDP2):
                 raise ValueError(
