@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -25,12 +23,8 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def load_tokenizer(source: str, new_tokens: Sequence[str] = ()) -> PreTrainedTokenizerFast:
-    """A fast tokenizer with a pad token.
-
-    Args:
-        source: `bytes`, a hub name, a local path or `package:NAME`.
-        new_tokens: special tokens that it gets, in this order behind all others; those that it has stay as they are.
+def load_tokenizer(source: str) -> PreTrainedTokenizerFast:
+    """A fast tokenizer with a pad token: `bytes`, a hub name, a local path or `package:NAME`.
 
     Raises:
         ValueError: when there is only a slow tokenizer, as labels need character offsets; or nothing to pad with.
@@ -38,8 +32,6 @@ def load_tokenizer(source: str, new_tokens: Sequence[str] = ()) -> PreTrainedTok
     tokenizer = byte_tokenizer() if source == "bytes" else AutoTokenizer.from_pretrained(resolve(source, weights=False))
     if not tokenizer.is_fast:
         raise ValueError(f"the tokenizer of {source} has no fast version, and labels need its character offsets")
-    known = tokenizer.get_added_vocab()
-    tokenizer.add_tokens([token for token in new_tokens if token not in known], special_tokens=True)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     if tokenizer.pad_token is None:
