@@ -45,7 +45,6 @@ class Spelling:
     def __init__(self, tokenizer: Any) -> None:
         self._backend: Tokenizer = tokenizer.backend_tokenizer
         self._name: str = tokenizer.name_or_path
-        self._unknown: int | None = tokenizer.unk_token_id
         self._added: dict[int, AddedToken] = self._backend.get_added_tokens_decoder()
         named = set(tokenizer.all_special_tokens)
         self.marks = {i: token.content for i, token in self._added.items() if token.special or token.content in named}
@@ -55,7 +54,9 @@ class Spelling:
 
     def write(self, text: str) -> Spelled:
         """The ids that the tokenizer gives without special tokens at the ends, and what each covers."""
-        ids, offsets = self._plain.write(text)
+        return self._spelled(text, *self._plain.write(text))
+
+    def _spelled(self, text: str, ids: list[int], offsets: list[tuple[int, int]]) -> Spelled:
         if not self._strips.isdisjoint(ids):
             # A mark that swallows the spaces beside it covers its own letters only.
             offsets = [_stripped(text, *o) if i in self._strips else o for i, o in zip(ids, offsets, strict=True)]
@@ -68,8 +69,15 @@ class Spelling:
         return [
             index
             for index, (i, (start, end)) in enumerate(zip(*spelled, strict=True))
-            if i in self.marks and (i != self._unknown or text[start:end] == self.marks[i])
+            if i in self.marks and self._is_mark(i, text[start:end])
         ]
+
+    def _is_mark(self, token: int, letters: str) -> bool:
+        """Whether a special token was found by its letters; it may also stand for what the vocabulary lacks."""
+        if letters == self.marks[token] or self._backend.normalizer is None or not self._added[token].normalized:
+            return letters == self.marks[token]
+        normal = self._backend.normalizer.normalize_str
+        return normal(letters) == normal(self.marks[token])
 
     def write_letters(self, text: str, spelled: Spelled, kept: Collection[int]) -> Spelled:
         """Write a text anew, so that of the special tokens in it only some are tokens and the others are letters.
@@ -94,8 +102,9 @@ class Spelling:
                 starts += [start] * len(pieces[-1])
                 ends += [end] * len(pieces[-1])
             done = end
+        starts.append(len(text))
         ids, offsets = self._letters.write("".join(pieces))
-        return Spelled(ids, [(starts[s], ends[e - 1]) if s < e else (ends[s - 1], ends[s - 1]) for s, e in offsets])
+        return self._spelled(text, ids, [(starts[s], ends[e - 1] if s < e else starts[s]) for s, e in offsets])
 
     def single(self, text: str) -> int | None:
         """The id of a text that is one token wherever it stands, or None."""
