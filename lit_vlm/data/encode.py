@@ -19,7 +19,7 @@ from lit_vlm.data.scan import describe
 from lit_vlm.data.sources.base import Source
 from lit_vlm.data.spec import InputSpec
 from lit_vlm.data.spelling import Spelling, spelling_of
-from lit_vlm.data.templates import Piece, Span, Template
+from lit_vlm.data.templates import Piece, Span, Template, is_blank
 from lit_vlm.data.transforms import ImageTransform, Size, transform_for
 
 IMAGE_SLOT = -200
@@ -200,8 +200,7 @@ class SampleEncoder:
         Raises:
             RecordError: with the reason why it cannot be used.
         """
-        write = self.template.prompt if self.prompt else self.template.render
-        pieces = write(record.messages, self._eos)
+        pieces = self.template.prompt(record.messages, self._eos) if self.prompt else self._rendered(record)
         ids, labels = encode_pieces(pieces, self.spec)
         stop_ids = self._stop_ids if self.prompt else frozenset()
         sample = Sample(record.id, record.source, [], [], options=record.options, stop_ids=stop_ids)
@@ -221,6 +220,14 @@ class SampleEncoder:
         if not self.prompt and sample.num_supervised == 0:
             raise RecordError("no_supervision", "no token of this sample carries a loss")
         return sample
+
+    def _rendered(self, record: Record) -> list[Piece]:
+        """The whole record; one in which an answer holds nothing is refused, as it would teach to say nothing."""
+        for index, message in enumerate(record.messages):
+            # A blank one that is among the options is a choice like others.
+            if message.role == "assistant" and is_blank(message) and message.text not in record.options:
+                raise RecordError("empty_answer", f"messages[{index}], an answer, holds neither text nor a picture")
+        return self.template.render(record.messages, self._eos)
 
     def _add_image(self, sample: Sample, image: Image, folder: Path) -> None:
         for name, prepared in self.prepared.items():
@@ -275,7 +282,7 @@ class SampleEncoder:
         if len(parts) > 1:
             sizes = [self.measure(part, source) for part in parts]
             return sum(length for length, _ in sizes), sum(images for _, images in sizes)
-        pieces = self.template.render(record.messages, self._eos)
+        pieces = self._rendered(record)
         ids, _ = encode_pieces(pieces, self.spec)
         images = [piece for piece in pieces if isinstance(piece, Image)]
         length = len(ids) - len(images) + sum(self._image_tokens(image, source) for image in images)

@@ -132,9 +132,10 @@ class Spelling:
             )
         if unknown:
             raise ValueError(
-                f"data.template {template} writes {', '.join(unknown)}, and the decoder's tokenizer ({self._name}) "
-                "knows no such token: no answer would end where generation stops. Take the template that the decoder "
-                "was trained with, or give it new tokens, which must then be trained: "
+                f"data.template {template} writes {', '.join(unknown)} as one token each, and the decoder's tokenizer "
+                f"({self._name}) knows no such token: it would be spelled in letters, and no answer would end where "
+                "generation stops. Take the template that the decoder was trained with, or give it new tokens, which "
+                "must then be trained: "
                 f"--model.decoder.init_args.new_tokens '{json.dumps(unknown)}'"
             )
 

@@ -57,29 +57,23 @@ class Template(ABC):
         self.image_marks, self.typed_marks = image_marks, typed_marks
 
     def render(self, messages: Sequence[Message], eos: str) -> list[Piece]:
-        """The whole conversation, for training.
+        """The whole conversation, for training; every answer is closed, also one that holds nothing.
 
         Args:
             messages: the turns.
             eos: text of the tokenizer's end-of-sequence token.
 
         Raises:
-            RecordError: for an order of roles that the template cannot write, and for an answer or a document that
-                holds nothing, which would teach to say nothing.
+            RecordError: for an order of roles that the template cannot write, or a document that holds nothing.
         """
         if any(message.role == "document" for message in messages):
             return list(self._finished(_document(messages, eos)))
-        system, turns = self._split(messages)
-        for index, turn in enumerate(turns):
-            if turn.role == "assistant" and _is_blank(turn):
-                raise RecordError("empty_answer", f"the answer in turn {index} holds neither text nor a picture")
-        return list(self._finished(self._turns(system, turns, eos)))
+        return list(self._finished(self._turns(*self._split(messages), eos)))
 
     def prompt(self, messages: Sequence[Message], eos: str) -> list[Piece]:
         """The conversation up to where the assistant's next answer begins, for generation.
 
-        A last message of the assistant is the expected answer, and is left out. Earlier answers may hold nothing: that
-        is what the assistant said.
+        A last message of the assistant is the expected answer, and is left out.
 
         Raises:
             RecordError: for an order of roles that the template cannot write, or where nothing is asked.
@@ -104,7 +98,7 @@ class Template(ABC):
     def marks(self, eos: str) -> list[str]:
         """The special tokens that a conversation is written with, each once; "" where `eos` is one and is ""."""
         turns = [Message("user", (Text("a"),)), Message("assistant", (Text("a"),))]
-        pieces = self._turns([Span(self.system, typed=True)] if self.system else [], turns, eos)
+        pieces = self._turns([Span("a", typed=True)], turns, eos)
         return list(dict.fromkeys(piece.text for piece in pieces if isinstance(piece, Span) and piece.mark))
 
     def _split(self, messages: Sequence[Message]) -> tuple[list[Piece], list[Message]]:
@@ -142,14 +136,15 @@ class Template(ABC):
 _NOTHING = Span("", typed=True)
 
 
-def _is_blank(message: Message) -> bool:
+def is_blank(message: Message) -> bool:
+    """Whether it holds neither text, other than white space, nor an image."""
     return not message.text.strip() and not any(isinstance(part, Image) for part in message.content)
 
 
 def _document(messages: Sequence[Message], eos: str) -> Iterator[Piece]:
     if len(messages) != 1:
         raise RecordError("role_order", "a document stands alone, without other messages")
-    if _is_blank(messages[0]):
+    if is_blank(messages[0]):
         raise RecordError("empty_document", "the document holds neither text nor a picture")
     yield from _content(messages[0], supervised=True)
     closing = messages[0].content[-1:]

@@ -5,18 +5,19 @@ from __future__ import annotations
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
-from tests.data.conftest import make_spec
-from tests.data.made_tokenizers import CLOSE, EOS, LOSSLESS, MADE, OPEN, SPECIAL, TURN, made
 
 from lit_vlm.batch import IGNORE
 from lit_vlm.data.encode import encode_pieces
 from lit_vlm.data.spelling import spelling_of
 from lit_vlm.data.templates import Span
+from tests.data.conftest import make_spec
+from tests.data.made_tokenizers import CLOSE, EOS, LOSSLESS, MADE, OPEN, SPECIAL, TURN, made
 
 EVERY = ("bytes", *MADE)
 WORDS = [
-    " ", "  ", "\n", "\n\n", "\t", "a", "cat", "Cat", " two", "rivière", "日本", "𠀋", "🙂", "👩‍👩‍👧", "🇯🇵", "e\u0301", "ﬁ", "①",
-    "q", "x", "USER:", "1,5", "don't", "<", "▁", "Ġ", "\u200b", "\u00a0", "\ufeff", "ø", "İ", "ß", "́",
+    " ", "  ", "\n", "\n\n", "\t", "a", "cat", "Cat", " two", "rivière", "日本", "𠀋", "🙂", "👩‍👩‍👧", "🇯🇵",
+    "e\u0301", "\u0301", "ﬁ", "①", "q", "x", "USER:", "1,5", "don't", "<", "▁", "Ġ", "\u200b", "\u00a0", "\ufeff",
+    "ø", "İ", "ß",
 ]  # fmt: skip
 TEXT = st.one_of(
     st.lists(st.sampled_from(WORDS), max_size=12).map("".join), st.text(max_size=12).filter(str.isprintable)
