@@ -54,7 +54,7 @@ def test_a_template_whose_marks_the_tokenizer_lacks_is_refused(
     template: Template, marks: str, llama_spec: InputSpec
 ) -> None:
     with pytest.raises(
-        ValueError, match=rf"{marks} as one token each, .* tokenizer \(.*tiny_llama\) knows .* new_tokens '\["
+        ValueError, match=rf"{marks} as one token each, .* tokenizer \(.*tiny_llama\) knows .*new_tokens '\["
     ):
         encoder(llama_spec, template)
 
