@@ -131,10 +131,10 @@ def _encode_chunk(spans: list[Span], spelling: Spelling) -> tuple[list[int], lis
         meant = [index for index in found if 1 not in typed[slice(*spelled.offsets[index])]]
         if len(meant) < len(found):
             spelled = spelling.write_letters(text, spelled, meant)
-    supervised = b"".join(bytes([span.supervised]) * len(span.text) for span in spans)
+    supervised = b"".join(bytes([span.supervised]) * len(span.text) for span in spans) + b"\x00"
     return spelled.ids, [
-        # A token that covers nothing was put in front of what follows.
-        token if supervised.find(1, start, max(end, start + 1)) >= 0 else IGNORE
+        # A token that covers nothing was put in front of what follows, and goes with it.
+        token if supervised[start] or (end - start > 1 and 1 in supervised[start:end]) else IGNORE
         for token, (start, end) in zip(*spelled, strict=True)
     ]
 

@@ -64,13 +64,8 @@ class Spelling:
 
     def marks_in(self, text: str, spelled: Spelled) -> list[int]:
         """Index into `spelled` of each special token whose letters stand in the text."""
-        if self.marks.keys().isdisjoint(spelled.ids):
-            return []
-        return [
-            index
-            for index, (i, (start, end)) in enumerate(zip(*spelled, strict=True))
-            if i in self.marks and self._is_mark(i, text[start:end])
-        ]
+        found = [index for index, token in enumerate(spelled.ids) if token in self.marks]
+        return [index for index in found if self._is_mark(spelled.ids[index], text[slice(*spelled.offsets[index])])]
 
     def _is_mark(self, token: int, letters: str) -> bool:
         """Whether a special token was found by its letters; it may also stand for what the vocabulary lacks."""

@@ -76,9 +76,9 @@ class HFDecoder(Decoder):
         self.name, self.lora, self.attention = name, lora, attention
         self.tokenizer_source, self.new_tokens = tokenizer or name, tuple(new_tokens)
         self.config = self._load_config(config)
-        self._published_size = self.config.vocab_size
+        self._published_config = copy.deepcopy(self.config)
         if self.new_tokens:
-            self.config.vocab_size = max(self._published_size, len(self.tokenizer))
+            self.config.vocab_size = max(self.config.vocab_size, len(self.tokenizer))
         # The dtype is the trainer's choice, not that of the files.
         self.lm = AutoModelForCausalLM.from_config(
             self.config, attn_implementation=attention, dtype=torch.get_default_dtype()
@@ -144,10 +144,8 @@ class HFDecoder(Decoder):
         if found.get("model_type") == INTERNLM2:
             state = internlm2.state_as_llama(read_folder(source), found)
         else:
-            config = copy.deepcopy(self.config)
-            config.vocab_size = self._published_size
             state = AutoModelForCausalLM.from_pretrained(
-                source, config=config, dtype=torch.get_default_dtype()
+                source, config=self._published_config, dtype=torch.get_default_dtype()
             ).state_dict()
         state = {f"lm.{key}": value for key, value in state.items()}
         # A published table may have spare rows behind the tokenizer's, of which nothing was learnt.
