@@ -29,7 +29,9 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerFast:
     Raises:
         ValueError: when there is only a slow tokenizer, as labels need character offsets; or nothing to pad with.
     """
-    tokenizer = byte_tokenizer() if source == "bytes" else AutoTokenizer.from_pretrained(resolve(source, weights=False))
+    if source == "bytes":
+        return byte_tokenizer()
+    tokenizer = AutoTokenizer.from_pretrained(resolve(source, weights=False))
     if not tokenizer.is_fast:
         raise ValueError(f"the tokenizer of {source} has no fast version, and labels need its character offsets")
     if tokenizer.pad_token is None:

@@ -1,4 +1,4 @@
-"""HFDecoder: new tokens."""
+"""New tokens of a decoder: rows that start as the mean of the others, from whatever weights."""
 
 from __future__ import annotations
 
