@@ -92,8 +92,7 @@ class Template(ABC):
         """The text that ends an answer; "" if none does."""
         turns = [Message("user", (Text("a"),)), Message("assistant", (Text("a"),))]
         spans = [piece for piece in self._turns([], turns, eos) if isinstance(piece, Span)]
-        last = [span for span in spans if span.supervised][-1]
-        return "" if last.typed else last.text
+        return "".join([span.text for span in spans if span.supervised and not span.typed][-1:])
 
     def marks(self, eos: str) -> list[str]:
         """The special tokens that a conversation is written with, each once; "" where `eos` is one and is ""."""

@@ -82,7 +82,7 @@ class HFDecoder(Decoder):
         self.config = self._load_config(config)
         self._published_config = copy.deepcopy(self.config)
         if self.new_tokens:
-            self.config.vocab_size = max(self.config.vocab_size, len(self.tokenizer))
+            self.config.vocab_size = max([self.config.vocab_size, *(token + 1 for token in self._tokenizer[1])])
         # The dtype is the trainer's choice, not that of the files.
         self.lm = AutoModelForCausalLM.from_config(
             self.config, attn_implementation=attention, dtype=torch.get_default_dtype()
@@ -119,14 +119,15 @@ class HFDecoder(Decoder):
 
     @cached_property
     def _tokenizer(self) -> tuple[Any, list[int]]:
-        """The tokenizer, and the ids of those new tokens that it lacked."""
+        """The tokenizer, and the ids of those new tokens that its vocabulary lacked."""
         if self.tokenizer_source is None:
             raise ValueError("this decoder was built from a config alone: give decoder.tokenizer, e.g. bytes")
         tokenizer = load_tokenizer(self.tokenizer_source)
-        known = tokenizer.get_added_vocab()
-        lacking = [token for token in self.new_tokens if token not in known]
-        tokenizer.add_tokens(lacking, special_tokens=True)
-        return tokenizer, tokenizer.convert_tokens_to_ids(lacking)
+        if not self.new_tokens:
+            return tokenizer, []
+        vocabulary, added = tokenizer.get_vocab(), tokenizer.get_added_vocab()
+        tokenizer.add_tokens([token for token in self.new_tokens if token not in added], special_tokens=True)
+        return tokenizer, [tokenizer.convert_tokens_to_ids(t) for t in self.new_tokens if t not in vocabulary]
 
     @property
     def family(self) -> str:

@@ -178,6 +178,15 @@ def greedy_marks() -> Tokenizer:
     return tokenizer
 
 
+def marks_in_any_case() -> Tokenizer:
+    """Special tokens are looked for in the text that a normaliser has changed."""
+    tokenizer = _bpe()
+    tokenizer.normalizer = normalizers.Lowercase()
+    _train(tokenizer, list("abcdefghijklmnopqrstuvwxyz </|_>"), [UNKNOWN])
+    tokenizer.add_special_tokens([AddedToken(mark, normalized=True) for mark in SPECIAL[1:]])
+    return tokenizer
+
+
 MADE: dict[str, Callable[[], Tokenizer]] = {
     "byte-level": byte_level,
     "byte-level, trimmed": lambda: byte_level(trim=True),
@@ -196,6 +205,7 @@ MADE: dict[str, Callable[[], Tokenizer]] = {
     "word level": word_level,
     "stripping": stripping,
     "greedy marks": greedy_marks,
+    "marks in any case": marks_in_any_case,
 }
 LOSSLESS = ("byte-level", "byte-level, trimmed", "roberta", "llama3", "marks as words")
 """Those that give back every text, and whose tokens are its bytes one after the other."""

@@ -22,7 +22,9 @@ WORDS = [
 TEXT = st.one_of(
     st.lists(st.sampled_from(WORDS), max_size=12).map("".join), st.text(max_size=12).filter(str.isprintable)
 )
-TYPED = st.lists(st.sampled_from([*WORDS, *SPECIAL, "<|im_", "end|>", "</", "s>"]), max_size=12).map("".join)
+TYPED = st.lists(
+    st.sampled_from([*WORDS, *SPECIAL, "<|IM_END|>", "</S>", "<|im_", "end|>", "</", "s>"]), max_size=12
+).map("".join)
 SEARCH = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 
 

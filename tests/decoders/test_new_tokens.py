@@ -94,6 +94,14 @@ def test_tokens_that_are_known_stay_as_they_are(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(tables(decoder.lm), tables(published), strict=True))
 
 
+def test_a_word_of_the_vocabulary_becomes_a_token_and_keeps_its_row(tmp_path: Path) -> None:
+    folder = saved(tmp_path, SIZE)
+    published = AutoModelForCausalLM.from_pretrained(folder)
+    decoder = with_new(folder, new=("e", "<|end|>")).decoder
+    assert decoder.vocab_size == SIZE + 1
+    assert all(torch.equal(a[:SIZE], b) for a, b in zip(tables(decoder.lm), tables(published), strict=True))
+
+
 def test_with_adapters_the_rows_of_new_tokens_train() -> None:
     for new, expected in (((), set()), (NEW, {"lm.model.embed_tokens.weight", "lm.lm_head.weight"})):
         model = with_new(LLAMA, new=new, lora=Lora(rank=2))
