@@ -201,7 +201,7 @@ def _renamed(backend: Tokenizer, names: Mapping[str, str]) -> Tokenizer:
     described |= {"post_processor": None, "truncation": None, "padding": None}
     for token in described["added_tokens"]:
         if token["content"] in names:
-            token |= {"content": names[token["content"]], "normalized": False, "single_word": False}
+            token |= {"content": names[token["content"]], "normalized": False}
     model = described["model"]
     if isinstance(model["vocab"], dict):
         model["vocab"] = {names.get(piece, piece): i for piece, i in model["vocab"].items()}

@@ -181,7 +181,7 @@ def greedy_marks() -> Tokenizer:
 def marks_in_any_case() -> Tokenizer:
     """Special tokens are looked for in the text that a normaliser has changed."""
     tokenizer = _bpe()
-    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     _train(tokenizer, list("abcdefghijklmnopqrstuvwxyz </|_>"), [UNKNOWN])
     tokenizer.add_special_tokens([AddedToken(mark, normalized=True) for mark in SPECIAL[1:]])
     return tokenizer
