@@ -274,7 +274,7 @@ class LitVLM(LightningModule):
         """Generate the text that follows each left-padded prompt."""
         spec = self.input_spec
         with self.autocast():
-            rows = generate(self.vlm, batch, spec.stop_ids, max_new_tokens, temperature, top_p)
+            rows = generate(self.vlm, batch, spec.stop_ids | batch.stop_ids, max_new_tokens, temperature, top_p)
         return [spec.tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows[: len(batch.samples)]]
 
 

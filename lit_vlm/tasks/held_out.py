@@ -295,4 +295,5 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def _with_answer(record: Record, answer: str) -> Record:
-    return replace(record, messages=(*record.messages[:-1], Message("assistant", (Text(answer),))))
+    # An answer that is scored may be blank, as an option may: encoding refuses that only where it would be taught.
+    return replace(record, messages=(*record.messages[:-1], Message("assistant", (Text(answer),))), options=(answer,))
