@@ -70,7 +70,7 @@ class Evaluate(L.Callback):
         start = time.perf_counter()
         name = f"{self.task.name}/{self.settings.prompt.name}"
         out = Path(trainer.default_root_dir) / "tasks" / name / str(trainer.global_step)
-        reader = Reader(module, data.template, data.transform, data.max_length)
+        reader = Reader(module, data.format)
         result = run_task(reader, self.task, self.settings, out, f"step {trainer.global_step}", resume=False)
         if trainer.is_global_zero:
             main = f"{result.main} {result.scores[result.main]:.2f}"

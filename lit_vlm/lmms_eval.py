@@ -10,6 +10,7 @@ import math
 import os
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +59,8 @@ class LmmsEvalModel(lmms):
         place = pick_device(device)
         self.run = load_run(checkpoint, place, choose(torch.device(place).type).dtype)
         self.rows = int(batch_size)
-        length = int(max_length or self.run.max_length)
-        self.reader = Reader(self.run.module, self.run.template, self.run.transform, length)
+        length = int(max_length or self.run.format.max_length)
+        self.reader = Reader(self.run.module, replace(self.run.format, max_length=length))
 
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:
         """Greedy answers, or drawn ones where a task sets a temperature; cut at its stop texts."""

@@ -146,8 +146,8 @@ def _encoder(run: LoadedRun, teacher: Teacher) -> SampleEncoder:
     """What the probes' teacher wants, in place of those of the model's own heads."""
     known = {} if teacher.known is None else {NAME: teacher.known, OTHER: "segmentation"}
     pixels = {NAME: teacher.pixels} if teacher.known is None else {}
-    spec = replace(run.module.input_spec, teacher_pixels=pixels, known=known)
-    return SampleEncoder(spec, run.template, run.transform, run.max_length, too_long="drop", prompt=True)
+    spec = replace(run.module.input_spec.without_teachers(), teacher_pixels=pixels, known=known)
+    return run.format.encoder(spec, prompt=True)
 
 
 def _probes(model: VLM, teacher: Teacher, count: int) -> EmbeddingDistillation:

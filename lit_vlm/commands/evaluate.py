@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -52,7 +53,8 @@ def main(argv: Sequence[str]) -> None:
     dtype = str(chosen).removeprefix("torch.")
     console.print(f"weights in {dtype}{'' if arguments.dtype else ', which this device is fast in'}")
     run = load_run(checkpoint, device, chosen)
-    reader = Reader(run.module, run.template, run.transform, arguments.max_length or run.max_length)
+    length = arguments.max_length or run.format.max_length
+    reader = Reader(run.module, replace(run.format, max_length=length))
     results: dict[tuple[str, int], Evaluated] = {}
     for task in tasks:
         for count, prompt in prompts.items():

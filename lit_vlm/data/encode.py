@@ -267,8 +267,10 @@ class SampleEncoder:
 
     def _scale(self, size: Size) -> float:
         """By how much a picture is shrunk for whoever wants most of it."""
-        wanted = {ENCODER: self.spec.pixels} | self.spec.teacher_pixels
-        return max(self._transform(name, pixels).scale(size, pixels) for name, pixels in wanted.items())
+        spec = self.spec
+        others = spec.teacher_pixels.values() if spec.decoded_for is None else spec.decoded_for
+        wanted = (transform_for(pixels, self.transform).scale(size, pixels) for pixels in others)
+        return max([self.transform.scale(size, spec.pixels), *wanted])
 
     def measure(self, record: Record, source: Source) -> tuple[int, int]:
         """Positions and images of a sample, without decoding an image.
