@@ -113,10 +113,13 @@ class VLMData(LightningDataModule):
         return SampleFormat(self.template, self.transform, self.max_length, self.fast_jpeg)
 
     def encoder(self, spec: InputSpec, prompt: bool = False) -> SampleEncoder:
-        """How a record becomes a sample of this stage, with nothing prepared; a prompt needs no teacher."""
+        """How a record becomes a sample of this stage, with nothing prepared.
+
+        A prompt needs no teacher; one that is too long is refused, as cutting it would cut the question off.
+        """
         if prompt:
-            spec = spec.without_teachers()
-        return self.format.encoder(spec, self.too_long, prompt)
+            return self.format.encoder(spec.without_teachers(), "drop", prompt)
+        return self.format.encoder(spec, self.too_long)
 
     def train_encoder(self, spec: InputSpec) -> SampleEncoder:
         """The same for training, which reads what was prepared; held-out images are always seen anew."""

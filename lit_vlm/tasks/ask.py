@@ -19,14 +19,13 @@ from lit_vlm.data.records import Record, RecordError
 from lit_vlm.data.templates import Span
 from lit_vlm.generate import Continuation, score_continuations
 from lit_vlm.tasks.base import Choosing, Example
-from lit_vlm.tasks.held_out import score_answers
+from lit_vlm.tasks.held_out import LONGEST_ANSWER, score_answers
 from lit_vlm.tasks.prompts import Prompts, Shots, document
 
 if TYPE_CHECKING:
     from lit_vlm.module import LitVLM
 
 LONGEST_THOUGHT = 256
-LONGEST_ANSWER = 512
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -23,6 +25,12 @@ from lit_vlm.progress import progress
 
 if TYPE_CHECKING:
     from lit_vlm.module import LitVLM
+
+
+log = logging.getLogger(__name__)
+
+LONGEST_ANSWER = 512
+"""Positions that answers to choose from may have on top of the run's `max_length`."""
 
 
 class Answer(NamedTuple):
@@ -60,23 +68,34 @@ class HeldOutScores:
 
 
 def held_out_records(module: LitVLM, data: VLMData, limit: int | None = None) -> list[Record]:
-    """The usable records of the held-out sources that ask something: all, or `limit` spread evenly over them."""
-    encode = data.encoder(module.input_spec)
+    """The usable records of the held-out sources that ask something: all, or `limit` spread evenly over them.
+
+    What cannot be used is left out, and told by a warning with its reasons.
+    """
+    # A record that is too long is left out: cut, it would end in another answer than the one that is asked for.
+    encode = data.format.encoder(module.input_spec.without_teachers())
     places = [(source, index) for source in data.val_sources for index in range(len(source))]
     # An odd stride, as questions of different kinds often take turns.
     stride = max(1, len(places) // limit) | 1 if limit else 1
+    left_out: Counter[str] = Counter()
 
     def readable() -> Iterator[Record]:
         for source, index in (place for first in range(stride) for place in places[first::stride]):
-            with suppress(RecordError):
+            try:
                 record = source.record(index)
                 if record.messages[-1].role == "assistant":
                     # Paths are made absolute, as records of several sources are scored together.
                     absolute = _absolute(record, source.image_folder)
                     if _first_of_last_answer(_encode(encode, absolute)) > 0:  # something must be asked
                         yield absolute
+            except RecordError as error:
+                left_out[error.reason] += 1
 
-    return list(islice(readable(), limit))
+    found = list(islice(readable(), limit))
+    if left_out:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.most_common())
+        log.warning("%d of the held-out records looked at are left out: %s", left_out.total(), reasons)
+    return found
 
 
 def _absolute(record: Record, folder: Path) -> Record:
@@ -214,7 +233,8 @@ def _score_batch(module: LitVLM, data: VLMData, records: Sequence[Record], max_n
     """What each record adds."""
     spec = module.input_spec
     given = module.answer(_collate_prompts(module, data, records), max_new_tokens)
-    scored = score_answers(module, data.encoder(spec), records, spec.tokenizer.pad_token_id)
+    encode = data.format.encoder(spec.without_teachers(), extra=LONGEST_ANSWER)
+    scored = score_answers(module, encode, records, spec.tokenizer.pad_token_id)
     found = []
     for record, answer, (nll, tokens), chosen in zip(records, given, *scored, strict=True):
         expected, num_options = record.messages[-1].text, len(record.options)

@@ -159,6 +159,22 @@ def test_held_out_scores_and_pictures(tmp_path: Path) -> None:
     assert {"answers.png", "answers.json", "answers-step=00000004.png"} <= files
 
 
+def test_what_is_too_long_to_be_asked_is_left_out_with_a_word(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    # Cut, such a record would end in an earlier answer, and its prompt in the middle of a question.
+    module, source = lit(), data()
+    trainer(tmp_path, max_steps=1).fit(module, source)
+    whole = held_out_records(module, source)
+    encode = source.format.encoder(module.input_spec)
+    lengths = sorted(len(encode(record, Path("/"))) for record in whole)
+    short = data()
+    short.max_length = lengths[3]
+    kept = held_out_records(module, short)
+    assert [len(encode(record, Path("/"))) <= lengths[3] for record in kept] == [True] * len(kept)
+    assert 4 <= len(kept) < len(whole)
+    assert f"{len(whole) - len(kept)} of the held-out records looked at are left out" in caplog.text
+    assert "too_long" in caplog.text
+
+
 def test_scores_do_not_depend_on_the_batch_size(tmp_path: Path) -> None:
     module, source = lit(), data()
     run = trainer(tmp_path, max_steps=1)
