@@ -11,7 +11,6 @@ import lightning.pytorch as L
 from lit_vlm.data import VLMData
 from lit_vlm.module import LitVLM
 from lit_vlm.tasks import TASKS, Prompts, Reader, Settings, Shots, Task, run_task
-from lit_vlm.tracking import metric_name
 
 
 class Evaluate(L.Callback):
@@ -71,11 +70,11 @@ class Evaluate(L.Callback):
         start = time.perf_counter()
         name = f"{self.task.name}/{self.settings.prompt.name}"
         out = Path(trainer.default_root_dir) / "tasks" / name / str(trainer.global_step)
-        reader = Reader(module, data.template, data.transform, data.max_length)
+        reader = Reader(module, data.format)
         result = run_task(reader, self.task, self.settings, out, f"step {trainer.global_step}", resume=False)
         if trainer.is_global_zero:
             main = f"{result.main} {result.scores[result.main]:.2f}"
             trainer.print(f"{name}, step {self._last}: {main} ({time.perf_counter() - start:.0f} s)")
-            scores = {metric_name(f"task/{name}/{score}"): value for score, value in result.scores.items()}
+            scores = {f"task/{name}/{score}": value for score, value in result.scores.items()}
             for logger in trainer.loggers:
                 logger.log_metrics(scores, step=trainer.global_step)

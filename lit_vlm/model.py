@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_vlm.batch import ENCODER, Batch, VisualTokens
-from lit_vlm.decoders import Decoder, DecoderOutput
+from lit_vlm.decoders import AbsentDecoder, Decoder, DecoderOutput, check_cache, check_order
 from lit_vlm.embedders import Embedder
 from lit_vlm.encoders import Encoder
 from lit_vlm.heads import WORDS, Head, Tap
@@ -59,6 +59,7 @@ class VLM(nn.Module):
         self.embedder = embedder
         self.decoder = decoder
         self.heads = nn.ModuleDict(dict(heads or {}))
+        self._cache_checked = False
         for name, head in (heads or {}).items():
             try:
                 head.connect(embedder)
@@ -122,6 +123,34 @@ class VLM(nn.Module):
             sums[name] = head(states, batch, batch.prepared.get(name) or batch.teacher_images.get(name))
         return sums
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> VLM:
+        """Move or cast. Tables that are computed in constructors and saved nowhere keep their type.
+
+        Rotary frequencies and the means of pixels in bf16 are another model: rounding them shifts positions.
+        """
+        saved = self.state_dict(keep_vars=True).keys()
+        tables = [
+            (module, name, buffer)
+            for prefix, module in self.named_modules()
+            for name, buffer in module.named_buffers(recurse=False)
+            if buffer.is_floating_point() and f"{prefix}.{name}" not in saved
+        ]
+        super()._apply(fn, recurse)
+        for module, name, before in tables:
+            after = getattr(module, name)
+            if after.dtype != before.dtype:
+                setattr(module, name, before.to(after.device))
+        return self
+
+    def check_order(self, packed: bool, device: torch.device) -> None:
+        """See that the decoder's tokens see what they may, and nothing else (`decoders.check_order`)."""
+        if not isinstance(self.decoder, AbsentDecoder):
+            check_order(self.decoder, packed, device)
+
+    def check_cache(self) -> None:
+        """See that the decoder goes on from a cache as it should (`decoders.check_cache`)."""
+        check_cache(self.decoder, next(self.parameters()).device)
+
     def embed(self, batch: Batch) -> Tensor:
         """The decoder's input vectors: `[b, s, d]`."""
         return self.embedder(batch, self.see(batch), self.decoder)
@@ -182,7 +211,11 @@ class VLM(nn.Module):
         return self.decoder.logits(output.hidden[:, -1])
 
     def new_cache(self) -> DecodingCache:
-        """What decoding remembers; empty."""
+        """What decoding remembers; empty. Recurrent decoders are checked once (`decoders.check_cache`)."""
+        if not self._cache_checked:
+            if self.decoder.carried() is not None:
+                self.check_cache()
+            self._cache_checked = True
         return DecodingCache(self.embedder.new_cache(), self.decoder.new_cache())
 
     def select_cache(self, cache: DecodingCache, rows: Tensor) -> DecodingCache:

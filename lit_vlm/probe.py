@@ -22,6 +22,7 @@ from lit_vlm.data.scenes.maps import SHAPE_SHARES
 from lit_vlm.data.sources import Source
 from lit_vlm.heads import EmbeddingDistillation, Tap
 from lit_vlm.model import VLM
+from lit_vlm.precision import choose
 from lit_vlm.teachers import Teacher
 
 NAME, OTHER = "probe", "segmentation"
@@ -105,6 +106,7 @@ def probe(
     """
     model = run.module.vlm.eval().requires_grad_(False)
     device = run.module.device
+    precision = choose(device.type)
     encode = _encoder(run, teacher)
     names = tuple(encode.spec.known)
 
@@ -129,7 +131,7 @@ def probe(
     for step, batch in enumerate(batches, 1):
         if batch.samples:
             moved = batch.to(device)
-            with run.module.autocast():
+            with precision.autocast(device.type):
                 loss = probes(_states(model, moved), moved, moved.prepared.get(NAME) or moved.teacher_images.get(NAME))
             optimizer.zero_grad()
             (loss / len(moved.image_grids)).backward()
@@ -144,8 +146,8 @@ def _encoder(run: LoadedRun, teacher: Teacher) -> SampleEncoder:
     """What the probes' teacher wants, in place of those of the model's own heads."""
     known = {} if teacher.known is None else {NAME: teacher.known, OTHER: "segmentation"}
     pixels = {NAME: teacher.pixels} if teacher.known is None else {}
-    spec = replace(run.module.input_spec, teacher_pixels=pixels, known=known)
-    return SampleEncoder(spec, run.template, run.transform, run.max_length, too_long="drop", prompt=True)
+    spec = replace(run.module.input_spec.without_teachers(), teacher_pixels=pixels, known=known)
+    return run.format.encoder(spec, prompt=True)
 
 
 def _probes(model: VLM, teacher: Teacher, count: int) -> EmbeddingDistillation:

@@ -17,7 +17,7 @@ from lit_vlm.build import build
 from lit_vlm.checkpoints.files import find_checkpoint, run_folder
 from lit_vlm.data import ImageTransform, Template
 from lit_vlm.data.collate import collate_prompts
-from lit_vlm.data.encode import SampleEncoder
+from lit_vlm.data.format import SampleFormat
 from lit_vlm.data.records import Record
 from lit_vlm.module import LitVLM
 
@@ -28,20 +28,16 @@ class LoadedRun:
 
     Attributes:
         module: its `vlm` has the checkpoint's weights.
-        template: of the run's data.
-        transform: of the run's data.
-        max_length: of the run's data.
+        format: of the run's data.
     """
 
     module: LitVLM
-    template: Template
-    transform: ImageTransform
-    max_length: int
+    format: SampleFormat
 
     def prompts(self, records: list[Record], image_folder: Path) -> Batch:
         """Left-padded prompts on the model's device."""
         spec = self.module.input_spec.without_teachers()
-        encode = SampleEncoder(spec, self.template, self.transform, self.max_length, too_long="drop", prompt=True)
+        encode = self.format.encoder(spec, prompt=True)
         samples = [encode(record, image_folder) for record in records]
         return collate_prompts(samples, pad_id=spec.tokenizer.pad_token_id).to(self.module.device)
 
@@ -61,12 +57,13 @@ def pick_device(name: str | None = None) -> str:
     return name
 
 
-def load_run(source: str | Path, device: str | torch.device = "cpu") -> LoadedRun:
+def load_run(source: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> LoadedRun:
     """Build the model of a run and load its weights.
 
     Args:
         source: a checkpoint, or the folder of a run (its newest checkpoint is taken).
         device: where to put it.
+        dtype: of the weights; `precision.choose(...).dtype` is what the device is fast in.
 
     Raises:
         ValueError: when there is no complete checkpoint or no config.yaml, or the stage left parts out.
@@ -88,5 +85,6 @@ def load_run(source: str | Path, device: str | torch.device = "cpu") -> LoadedRu
     module = objects.model
     assert isinstance(module, LitVLM)
     module.model = build(module.slots, str(checkpoint))
-    module.to(device).eval()
-    return LoadedRun(module, objects.template, objects.transform, data["max_length"])
+    module.to(device=device, dtype=dtype).eval()
+    written = SampleFormat(objects.template, objects.transform, data["max_length"], data.get("fast_jpeg", True))
+    return LoadedRun(module, written)

@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> None:
 
     disable_progress_bar()
     run = load_run(arguments.checkpoint)
-    difference = export_published(arguments.format, run.module.vlm, arguments.out, run.transform)
+    difference = export_published(arguments.format, run.module.vlm, arguments.out, run.format.transform)
     Console(highlight=False).print(
         f"wrote {arguments.out}: read back, its logits differ by at most {difference:.1e}",
         soft_wrap=True,

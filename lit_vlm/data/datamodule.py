@@ -15,6 +15,7 @@ from lit_vlm.batch import BadSample, Batch
 from lit_vlm.data.batching import Batching, Integers, Layout, Measures, Padded
 from lit_vlm.data.collate import collate_prompts, make_rows
 from lit_vlm.data.encode import Sample, SampleEncoder
+from lit_vlm.data.format import SampleFormat
 from lit_vlm.data.known import check_maps
 from lit_vlm.data.loader import BadSamples, Collate, Loader, SourceDataset
 from lit_vlm.data.mixture import Mixture, Shuffled
@@ -106,12 +107,19 @@ class VLMData(LightningDataModule):
         """What is held out."""
         return self._split[1]
 
+    @property
+    def format(self) -> SampleFormat:
+        """How samples are written, for whoever asks the model afterwards."""
+        return SampleFormat(self.template, self.transform, self.max_length, self.fast_jpeg)
+
     def encoder(self, spec: InputSpec, prompt: bool = False) -> SampleEncoder:
-        """How a record becomes a sample of this stage, with nothing prepared; a prompt needs no teacher."""
+        """How a record becomes a sample of this stage, with nothing prepared.
+
+        A prompt needs no teacher; one that is too long is refused, as cutting it would cut the question off.
+        """
         if prompt:
-            spec = spec.without_teachers()
-        how = (spec, self.template, self.transform, self.max_length, self.too_long, prompt, self.fast_jpeg)
-        return SampleEncoder(*how)
+            return self.format.encoder(spec.without_teachers(), "drop", prompt)
+        return self.format.encoder(spec, self.too_long)
 
     def train_encoder(self, spec: InputSpec) -> SampleEncoder:
         """The same for training, which reads what was prepared; held-out images are always seen anew."""

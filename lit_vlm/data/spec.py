@@ -24,6 +24,8 @@ class InputSpec:
         teacher_pixels: what the teacher of each head wants of an image, by the head's name.
         known: map that a picture must carry (`records.Image.maps`) in place of a teacher's features, by head.
         networks: identity of each network whose features may be prepared: teachers by the head's name, and `encoder`.
+        decoded_for: who decides, besides the encoder, at which fraction of its size a JPEG is decoded; None: those of
+            `teacher_pixels`.
     """
 
     tokenizer: Any
@@ -33,6 +35,7 @@ class InputSpec:
     teacher_pixels: dict[str, PixelSpec] = field(default_factory=dict)
     known: dict[str, str] = field(default_factory=dict)
     networks: dict[str, str] = field(default_factory=dict)
+    decoded_for: tuple[PixelSpec, ...] | None = None
 
     def grid(self, height: int, width: int) -> Grid:
         """Layout in the sequence of an image of this size in pixels.
@@ -54,8 +57,9 @@ class InputSpec:
         return grid
 
     def without_teachers(self) -> InputSpec:
-        """What a question needs: nothing that only heads read in training."""
-        return replace(self, teacher_pixels={}, known={})
+        """What a question needs: nothing that only heads read, but the same pixels for the encoder as in training."""
+        teachers = tuple(self.teacher_pixels.values())
+        return replace(self, teacher_pixels={}, known={}, decoded_for=self.decoded_for or teachers)
 
     @cached_property
     def bos_id(self) -> int | None:
@@ -65,7 +69,10 @@ class InputSpec:
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:
-        """Ids that end an answer: the end of text, and the end-of-turn marks that this tokenizer knows as one token."""
+        """Ids that end an answer in any template: the end of text, and end-of-turn marks that the tokenizer knows.
+
+        What closes an answer in the template of a prompt comes with the prompt: `Batch.stop_ids`.
+        """
         vocab = self.tokenizer.get_vocab()
         ids = {self.tokenizer.eos_token_id, *(vocab[mark] for mark in END_OF_TURN if mark in vocab)}
         return frozenset(ids - {None})

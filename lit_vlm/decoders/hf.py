@@ -25,6 +25,8 @@ from lit_vlm.tokenizers import load_tokenizer
 
 Attention = Literal["sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3"]
 INTERNLM2 = "internlm2"
+RECURRENT = ("linear_attention", "mamba", "recurrent", "conv")
+"""Among transformers' names of layer types, those that carry a state along the row."""
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -54,7 +56,12 @@ class HFDecoder(Decoder):
         tokenizer: source of the tokenizer; default: `name`. `bytes` needs no file.
         lora: adapters; with them the base weights stay frozen.
         recompute: recompute blocks in the backward pass (gradient checkpointing): less memory, a third more compute.
-        attention: which implementation; all of them keep the segments of a packed row apart.
+        attention: which implementation; all of them keep the segments of a packed row apart. Layers that are no
+            attention do so only where transformers' kernels for them take the borders; others are refused when training
+            on packed rows starts.
+        new_tokens: special tokens that the tokenizer gets where it lacks them, such as a template's marks. Their rows
+            of word table and output layer start as the mean of the others (Hewitt 2021, "Initializing new word
+            embeddings for pretrained language models"). With adapters these two layers train as well.
     """
 
     def __init__(
@@ -65,13 +72,17 @@ class HFDecoder(Decoder):
         lora: Lora | None = None,
         recompute: bool = False,
         attention: Attention = "sdpa",
+        new_tokens: tuple[str, ...] = (),
     ) -> None:
         super().__init__()
         if (name is None) == (config is None):
             raise ValueError("give HFDecoder either a name or a config, not both and not neither")
         self.name, self.lora, self.attention = name, lora, attention
-        self.tokenizer_source = tokenizer or name
+        self.tokenizer_source, self.new_tokens = tokenizer or name, tuple(new_tokens)
         self.config = self._load_config(config)
+        self._published_config = copy.deepcopy(self.config)
+        if self.new_tokens:
+            self.config.vocab_size = max([self.config.vocab_size, *(token + 1 for token in self._tokenizer[1])])
         # The dtype is the trainer's choice, not that of the files.
         self.lm = AutoModelForCausalLM.from_config(
             self.config, attn_implementation=attention, dtype=torch.get_default_dtype()
@@ -81,6 +92,7 @@ class HFDecoder(Decoder):
             self.lm.activation_checkpointing_enable({"use_reentrant": False})
         if lora is not None:
             inject_adapter_in_model(_peft_config(lora), self.lm)
+        self._carries = self.carried() is not None
         self.width = self.config.hidden_size
         self.num_layers = self.config.num_hidden_layers
         self.vocab_size = self.config.vocab_size
@@ -100,24 +112,55 @@ class HFDecoder(Decoder):
                 raise ValueError(f"decoder.config.vocab_size {settings['vocab_size']} is below the tokenizer's {size}")
         return AutoConfig.for_model(settings.pop("model_type", "llama"), **settings)
 
-    @cached_property
+    @property
     def tokenizer(self) -> Any:
-        """The fast tokenizer, with a pad token."""
+        """The fast tokenizer, with a pad token and the new tokens."""
+        return self._tokenizer[0]
+
+    @cached_property
+    def _tokenizer(self) -> tuple[Any, list[int]]:
+        """The tokenizer, and the ids of those new tokens that its vocabulary lacked."""
         if self.tokenizer_source is None:
             raise ValueError("this decoder was built from a config alone: give decoder.tokenizer, e.g. bytes")
-        return load_tokenizer(self.tokenizer_source)
+        tokenizer = load_tokenizer(self.tokenizer_source)
+        if not self.new_tokens:
+            return tokenizer, []
+        vocabulary, added = tokenizer.get_vocab(), tokenizer.get_added_vocab()
+        tokenizer.add_tokens([token for token in self.new_tokens if token not in added], special_tokens=True)
+        return tokenizer, [tokenizer.convert_tokens_to_ids(t) for t in self.new_tokens if t not in vocabulary]
+
+    @property
+    def family(self) -> str:
+        """The model type."""
+        return f"HFDecoder ({self.config.model_type})"
+
+    def carried(self) -> str | None:
+        """Recurrent and convolutional layers, as far as the family or its modules tell."""
+        kinds = [kind for kind in dict.fromkeys(getattr(self.config, "layer_types", None) or ()) if kind in RECURRENT]
+        if kinds:
+            return f"layers of type {' and '.join(kinds)}"
+        if any(isinstance(module, nn.Conv1d) for block in self._find_blocks() for module in block.modules()):
+            return "convolutions along the row"
+        return "recurrent layers" if getattr(self.lm, "_is_stateful", False) else None
 
     @property
     def base(self) -> Any:
         """The blocks with the final norm, without the head."""
-        return self.lm.get_decoder()
+        found = self.lm.get_decoder()
+        if found is self.lm:  # Llama 4's text model does not say
+            found = next((child for child in self.lm.children() if hasattr(child, "layers")), found)
+        return found
 
     def blocks(self) -> list[nn.Module]:
         """Transformer blocks."""
-        layers = getattr(self.base, "layers", None) or getattr(self.base, "h", None)
-        if layers is None:
+        blocks = self._find_blocks()
+        if not blocks:
             raise ValueError(f"HFDecoder does not find the blocks of {type(self.base).__name__}")
-        return list(layers)
+        return blocks
+
+    def _find_blocks(self) -> list[nn.Module]:
+        found = (getattr(self.base, name, None) for name in ("layers", "h", "blocks"))
+        return next((list(layers) for layers in found if layers is not None), [])
 
     def pretrained_state(self) -> StateDict | None:
         """The published weights, and new adapters that change nothing yet."""
@@ -129,12 +172,31 @@ class HFDecoder(Decoder):
             state = internlm2.state_as_llama(read_folder(source), found)
         else:
             state = AutoModelForCausalLM.from_pretrained(
-                source, config=self.config, dtype=torch.get_default_dtype()
+                source, config=self._published_config, dtype=torch.get_default_dtype()
             ).state_dict()
-        return self.adapt_state({f"lm.{key}": value for key, value in state.items()})
+        state = {f"lm.{key}": value for key, value in state.items()}
+        # A published table may have spare rows behind the tokenizer's, of which nothing was learnt.
+        first = min(self._tokenizer[1], default=None) if self.new_tokens else None
+        return self.adapt_state(self._with_new_rows(state, first))
+
+    def _with_new_rows(self, state: StateDict, learnt: int | None = None) -> StateDict:
+        """Weights with rows for new tokens, the mean of those that were learnt: all that are there, or the first."""
+        grown = dict(state)
+        for name in self._table_names() if self.new_tokens else ():
+            if name in state and len(old := state[name][:learnt]) < self.vocab_size:
+                mean = old.float().mean(0, keepdim=True).to(old.dtype)
+                grown[name] = torch.cat([old, mean.expand(self.vocab_size - len(old), *old.shape[1:])])
+        return grown
+
+    def _table_names(self) -> list[str]:
+        """Parameters of the word table and the output layer."""
+        tables = (self.lm.get_input_embeddings(), self.lm.get_output_embeddings())
+        modules = [(name, module) for name, module in self.lm.named_modules() if module in tables]
+        return [f"lm.{name}.{parameter}" for name, module in modules for parameter, _ in module.named_parameters()]
 
     def adapt_state(self, state: StateDict) -> StateDict:
         """Weights of a decoder without adapters, under the names of this one with new adapters."""
+        state = self._with_new_rows(state)
         if self.lora is None or any(".lora_A." in key for key in state):
             return state
         adapted: StateDict = {}
@@ -149,10 +211,11 @@ class HFDecoder(Decoder):
         return adapted
 
     def trainable_parameters(self, only: str | None = None) -> Iterable[nn.Parameter]:
-        """All parameters, or only those of the adapters."""
+        """All parameters, or only those of the adapters and of the layers that new tokens have rows in."""
         if only is not None or self.lora is None:
             return super().trainable_parameters(only)
-        return [p for name, p in self.named_parameters() if ".lora_" in name]
+        tables = self._table_names() if self.new_tokens else []
+        return [p for name, p in self.named_parameters() if ".lora_" in name or name in tables]
 
     def merge_adapters(self) -> None:
         """Add adapters into the weights they adapt and remove them; without adapters, nothing."""
@@ -190,7 +253,8 @@ class HFDecoder(Decoder):
         with ExitStack() as hooks:
             for layer in taps:
                 self._tap(layer, embeds, states, hooks)
-            hidden = run_blocks(self.base, self.attention, embeds, position_ids, cache, attention_mask)
+            joined = self._carries and cache is None
+            hidden = run_blocks(self.base, self.attention, embeds, position_ids, cache, attention_mask, joined)
         if self.num_layers in taps:
             states[self.num_layers] = hidden
         return DecoderOutput(hidden, {layer: states[layer].view(embeds.shape) for layer in taps})
@@ -231,20 +295,37 @@ class HFDecoder(Decoder):
     def select_cache(self, cache: DynamicCache, rows: Tensor) -> DynamicCache:
         """Rows of a cache, as a copy."""
         selected = copy.deepcopy(cache)
-        selected.batch_select_indices(rows)
+        selected.reorder_cache(rows)  # of any length; unlike `batch_select_indices` it knows recurrent states
         return selected
 
 
 def run_blocks(
-    stack: Any, attention: str, embeds: Tensor, position_ids: Tensor, cache: Any, attention_mask: Tensor | None
+    stack: Any,
+    attention: str,
+    embeds: Tensor,
+    position_ids: Tensor,
+    cache: Any,
+    attention_mask: Tensor | None,
+    carries: bool = False,
 ) -> Tensor:
     """The last states `[b, s, d]` of a transformers model without head; arguments as in `Decoder.forward`.
 
     transformers keeps segments apart by itself where positions restart and no mask is given. Its flash attention does
-    so for a single row, so there the rows are joined into one.
+    so for a single row, so there the rows are joined into one. Layers that carry a state along the row must be told
+    where segments begin; transformers raises a ValueError where their kernels cannot keep segments apart.
+
+    Args:
+        stack: the model.
+        attention: which implementation.
+        embeds: `[b, s, d]`.
+        position_ids: `[b, s]`.
+        cache: keys and values while decoding.
+        attention_mask: `[b, past + s]`; only with a cache.
+        carries: whether it has layers that carry a state along the row.
     """
     shape = embeds.shape
-    if attention.startswith("flash") and cache is None:
+    borders = _borders(position_ids) if carries else {}
+    if borders or (attention.startswith("flash") and cache is None):
         embeds, position_ids = embeds.reshape(1, -1, shape[-1]), position_ids.reshape(1, -1)
     output = stack(
         inputs_embeds=embeds,
@@ -252,8 +333,31 @@ def run_blocks(
         attention_mask=attention_mask,
         past_key_values=cache,
         use_cache=cache is not None,
+        **borders,
     )
     return output.last_hidden_state.view(shape)
+
+
+def _borders(position_ids: Tensor) -> dict[str, Any]:
+    """Where segments begin in rows that are joined into one, as transformers' layers take it; {} for whole rows.
+
+    The host waits for the positions here, which only happens for decoders with recurrent layers.
+    """
+    starts = (position_ids.flatten() == 0).nonzero().flatten().tolist()
+    if len(starts) <= len(position_ids):
+        return {}
+    ends = torch.tensor([*starts[1:], position_ids.numel()])
+    lengths = ends - torch.tensor(starts)
+    number = torch.arange(len(starts), dtype=torch.int32).repeat_interleave(lengths)
+    sums = torch.tensor([*starts, position_ids.numel()], dtype=torch.int32).to(position_ids.device)
+    longest = int(lengths.max())
+    return {
+        "cu_seq_lens_q": sums,
+        "cu_seq_lens_k": sums,
+        "max_length_q": longest,
+        "max_length_k": longest,
+        "seq_idx": number[None].to(position_ids.device),
+    }
 
 
 def _peft_config(lora: Lora) -> LoraConfig:

@@ -230,6 +230,6 @@ class Holistic(Embedder):
     def select_cache(self, cache: HolisticCache, rows: Tensor) -> HolisticCache:
         """These rows `[b']` of a cache, as a copy."""
         past = copy.deepcopy(cache.past)
-        past.batch_select_indices(rows)
+        past.reorder_cache(rows)
         mask, ahead = (None if value is None else value[rows] for value in (cache.mask, cache.ahead))
         return HolisticCache(past, mask, ahead)

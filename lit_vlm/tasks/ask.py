@@ -14,19 +14,18 @@ from torch.utils.data import DataLoader, Dataset
 from lit_vlm.batch import IGNORE
 from lit_vlm.data.collate import collate_prompts
 from lit_vlm.data.encode import Sample, SampleEncoder
+from lit_vlm.data.format import SampleFormat
 from lit_vlm.data.records import Record, RecordError
-from lit_vlm.data.templates import Span, Template
-from lit_vlm.data.transforms import ImageTransform
+from lit_vlm.data.templates import Span
 from lit_vlm.generate import Continuation, score_continuations
 from lit_vlm.tasks.base import Choosing, Example
-from lit_vlm.tasks.held_out import score_answers
+from lit_vlm.tasks.held_out import LONGEST_ANSWER, score_answers
 from lit_vlm.tasks.prompts import Prompts, Shots, document
 
 if TYPE_CHECKING:
     from lit_vlm.module import LitVLM
 
 LONGEST_THOUGHT = 256
-LONGEST_ANSWER = 512
 
 
 @dataclass(frozen=True)
@@ -70,27 +69,22 @@ class Reader:
 
     Attributes:
         module: with its model built.
-        template: of the run.
-        transform: of the run.
-        max_length: of the run.
+        format: of the run.
     """
 
     module: LitVLM
-    template: Template
-    transform: ImageTransform
-    max_length: int
+    format: SampleFormat
 
     def encoder(self, what: Literal["prompt", "answer", "document"]) -> SampleEncoder:
         """What makes samples. A question that is too long is refused, a document is cut; answers come on top."""
         spec = self.module.input_spec.without_teachers()
-        length = self.max_length + (LONGEST_ANSWER if what == "answer" else 0)
-        too_long: Literal["truncate", "drop"] = "truncate" if what == "document" else "drop"
-        return SampleEncoder(spec, self.template, self.transform, length, too_long, prompt=what == "prompt")
+        extra = LONGEST_ANSWER if what == "answer" else 0
+        return self.format.encoder(spec, "truncate" if what == "document" else "drop", what == "prompt", extra)
 
     def written(self, record: Record) -> str:
         """The prompt as text, with `<image>` for each image."""
         eos = self.module.input_spec.tokenizer.eos_token or ""
-        pieces = self.template.prompt(record.messages, eos)
+        pieces = self.format.template.prompt(record.messages, eos)
         return "".join(piece.text if isinstance(piece, Span) else "<image>" for piece in pieces)
 
 

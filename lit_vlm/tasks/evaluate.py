@@ -131,14 +131,15 @@ def _result(task: Task, examples: Sequence[Example], lines: Mapping[str, dict[st
 
 
 def _how(reader: Reader, task: Task, settings: Settings, checkpoint: str) -> str:
-    questions = hashlib.sha256()
+    questions, written = hashlib.sha256(), reader.format
     for one in task.examples:
         paths = [image.path for image in one.images]
         questions.update(json.dumps([one.id, one.question, one.options, one.references, paths]).encode())
     text = json.dumps(
         [
             checkpoint, _written(checkpoint), task.name, str(task.folder.resolve()), questions.hexdigest(),
-            settings.decisive(), describe(reader.template), describe(reader.transform), reader.max_length,
+            settings.decisive(), describe(written.template), describe(written.transform), written.max_length,
+            written.fast_jpeg,
         ]
     )  # fmt: skip
     return hashlib.sha256(text.encode()).hexdigest()[:16]

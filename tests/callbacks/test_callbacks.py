@@ -155,8 +155,24 @@ def test_held_out_scores_and_pictures(tmp_path: Path) -> None:
     answers = json.loads((tmp_path / "answers.json").read_text())
     assert len(answers) == 3
     assert (tmp_path / "answers-step=00000002.png").stat().st_size > 1000
-    files = {item.path for item in MlflowClient(f"sqlite:///{tmp_path}/m.db").list_artifacts(logger.run_id)}
+    files = {item.path for item in MlflowClient(f"sqlite:///{tmp_path}/m.db").list_artifacts(logger.version)}
     assert {"answers.png", "answers.json", "answers-step=00000004.png"} <= files
+
+
+def test_what_is_too_long_to_be_asked_is_left_out_with_a_word(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    # Cut, such a record would end in an earlier answer, and its prompt in the middle of a question.
+    module, source = lit(), data()
+    trainer(tmp_path, max_steps=1).fit(module, source)
+    whole = held_out_records(module, source)
+    encode = source.format.encoder(module.input_spec)
+    lengths = sorted(len(encode(record, Path("/"))) for record in whole)
+    short = data()
+    short.max_length = lengths[3]
+    kept = held_out_records(module, short)
+    assert [len(encode(record, Path("/"))) <= lengths[3] for record in kept] == [True] * len(kept)
+    assert 4 <= len(kept) < len(whole)
+    assert f"{len(whole) - len(kept)} of the held-out records looked at are left out" in caplog.text
+    assert "too_long" in caplog.text
 
 
 def test_scores_do_not_depend_on_the_batch_size(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from PIL import Image as PILImage
 from callbacks import Evaluate
 from lit_vlm.cli import main
 from lit_vlm.data import ChatML, Plain, Shapes, SquareCrop, VLMData
+from lit_vlm.data.format import SampleFormat
 from lit_vlm.data.records import Image, Text
 from lit_vlm.decoders import HFDecoder
 from lit_vlm.embedders import Splice
@@ -52,7 +54,7 @@ def reader() -> Reader:
     module = lit()
     module.model = module.build()
     module.model.eval()
-    return Reader(module, ChatML(), SquareCrop(), 2048)
+    return Reader(module, SampleFormat(ChatML(), SquareCrop(), 2048, fast_jpeg=True))
 
 
 def scenes(count: int = 2) -> SceneQuestions:
@@ -173,7 +175,7 @@ def test_an_example_that_cannot_be_asked_counts_as_wrong_and_is_named(reader: Re
 
 
 def test_no_score_is_given_where_nothing_could_be_asked(reader: Reader, tmp_path: Path) -> None:
-    silent = Reader(reader.module, Plain(), reader.transform, reader.max_length)
+    silent = Reader(reader.module, replace(reader.format, template=Plain()))
     task = SceneText(count=1)
     with pytest.raises(ValueError, match=r"none of 5 examples could be asked: .*the template Plain writes nothing"):
         run_task(silent, task, Settings(), tmp_path / "out")

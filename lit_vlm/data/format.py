@@ -1,0 +1,42 @@
+"""How a run writes its samples, so that whoever asks its model later writes them in the same way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from lit_vlm.data.encode import SampleEncoder
+from lit_vlm.data.spec import InputSpec
+from lit_vlm.data.templates import Template
+from lit_vlm.data.transforms import ImageTransform
+
+
+@dataclass(frozen=True)
+class SampleFormat:
+    """What decides the ids and pixels of a record, besides the model.
+
+    Attributes:
+        template: how messages are written.
+        transform: how pictures are resized.
+        max_length: positions per sample at most.
+        fast_jpeg: decode a JPEG at a fraction of its size where that leaves enough.
+    """
+
+    template: Template
+    transform: ImageTransform
+    max_length: int
+    fast_jpeg: bool
+
+    def encoder(
+        self, spec: InputSpec, too_long: Literal["truncate", "drop"] = "drop", prompt: bool = False, extra: int = 0
+    ) -> SampleEncoder:
+        """What makes samples.
+
+        Args:
+            spec: of the model.
+            too_long: whether a longer sample loses its tail or is refused.
+            prompt: write only up to the next answer.
+            extra: positions on top of `max_length`.
+        """
+        length = self.max_length + extra
+        return SampleEncoder(spec, self.template, self.transform, length, too_long, prompt, self.fast_jpeg)
