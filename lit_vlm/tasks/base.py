@@ -183,7 +183,7 @@ class Task(ABC):
     def paths(self, *suffixes: str) -> list[Path]:
         """All files of the folder, at any depth, that end so; raises ValueError if there is none."""
         try:
-            return list_files(self.folder, suffixes)
+            return list_files(self.folder, suffixes, links=True)
         except ValueError as error:
             raise ValueError(f"task {self.name}: {error}. It reads {self.files}") from error
 

@@ -280,6 +280,14 @@ def test_what_a_mac_and_a_notebook_leave_is_no_data(name: str, tmp_path: Path) -
     assert list(TASKS[name](str(tmp_path)).examples) == list(before)
 
 
+def test_tables_behind_a_link_are_read(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    before = make("cvbench", tmp_path / "disk").examples
+    (tmp_path / "task").mkdir()
+    (tmp_path / "task" / "shared").symlink_to(tmp_path / "disk")
+    assert list(TASKS["cvbench"](str(tmp_path / "task")).examples) == list(before)
+
+
 def test_names_of_images_are_the_official_ones(tmp_path: Path) -> None:
     assert make("okvqa", tmp_path).examples[0].images[0].path == "val2014/COCO_val2014_000000000007.jpg"
     assert TASKS["okvqa"](str(tmp_path)).demonstrations[1].images[0].path == "train2014/COCO_train2014_000000000008.jpg"
