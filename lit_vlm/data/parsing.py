@@ -85,7 +85,7 @@ def _cauldron(pairs: list[Any], num_images: int) -> list[Any]:
 
 
 def _query(raw: Mapping[str, Any]) -> list[Any]:
-    history, system = raw.get("history") or [], raw.get("system")
+    history, system = [] if raw.get("history") is None else raw["history"], raw.get("system")
     if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
         raise RecordError("malformed", f"'history' is {str(history)[:80]!r}; expected a list of [query, response]")
     turns = [] if is_nothing(system) else [{"role": "system", "content": system}]
