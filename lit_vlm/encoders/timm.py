@@ -63,10 +63,14 @@ class TimmEncoder(Encoder):
     def blocks(self) -> list[nn.Module]:
         """Transformer blocks or convolutional stages."""
         model = getattr(self.backbone, "model", self.backbone)
+        children = list(model.children())
         for name in ("blocks", "stages"):
-            if hasattr(model, name):
-                return list(getattr(model, name))
-        return [child for child in model.children() if any(True for _ in child.parameters())]
+            if isinstance(found := getattr(model, name, None), nn.Module):  # HRNet has a method of that name
+                children = list(found.children())
+                break
+        # Lists of modules never run themselves; what is in them stays with the rest of the encoder.
+        lists = (nn.ModuleList, nn.ModuleDict)
+        return [child for child in children if not isinstance(child, lists) and any(True for _ in child.parameters())]
 
     def forward(self, images: Images) -> VisualTokens:
         """Features `[t, d_e]`, row by row."""
