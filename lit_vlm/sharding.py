@@ -152,8 +152,8 @@ def _check_names(model: VLM) -> None:
         own = dict(module.named_parameters(recurse=False, remove_duplicate=False))
         if again := own.keys() - dict(module.named_parameters(recurse=False)).keys():
             raise ValueError(
-                f"{prefix} ({type(module).__name__}) has a parameter under two names, {min(again)} is the second: FSDP2 "
-                "shards one of them. Use one name, or put the parameter into a module that is registered twice"
+                f"{prefix} ({type(module).__name__}) has a parameter under two names, {min(again)} is the second, and "
+                "FSDP2 shards one of them. Use one name, or put the parameter into a module that is registered twice"
             )
 
 

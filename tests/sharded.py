@@ -225,7 +225,8 @@ def _for_teachers(model: VLM, generator: torch.Generator) -> dict[str, list[Tens
     }
 
 
-def _ready(model: VLM, case: Case) -> VLM:
+def ready(model: VLM, case: Case) -> VLM:
+    """Frozen and in train mode, as a stage makes it."""
     if case.leave_out:
         model.decoder = AbsentDecoder(model.decoder)
     rates = {name: 1e-3 for name, parts in model.slots().items() if any(list(part.parameters()) for part in parts)}
@@ -243,7 +244,7 @@ def _step(model: VLM, batch: Batch, case: Case, scale: int = 1) -> dict[str, Ten
 
 def whole(case: Case) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Losses and gradients of one process."""
-    model = _ready(build(tiny_slots(**case.slots)), case)
+    model = ready(build(tiny_slots(**case.slots)), case)
     seen, text = samples_for(model, case.sizes)
     losses = _step(model, collate([*seen, *text]), case)
     return losses, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -253,9 +254,9 @@ def parted(case: Case) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The same of two processes; pictures are on the second one only."""
     slots, first = tiny_slots(**case.slots), dist.get_rank() == 0
     torch.manual_seed(dist.get_rank())  # what a process draws for itself must not matter
-    model = _ready(build(slots) if first else build_on_meta(slots), case)
+    model = ready(build(slots) if first else build_on_meta(slots), case)
     shard(model, init_device_mesh("cpu", (2,)), None)
-    model = _ready(model, Case(losses=case.losses, only=case.only))
+    model = ready(model, Case(losses=case.losses, only=case.only))
     seen, text = samples_for(model, case.sizes)
     losses = _step(model, collate(text if first else seen), case, scale=2)  # gradients are averaged
     for name in sorted(losses):
