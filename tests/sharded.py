@@ -57,6 +57,7 @@ from lit_vlm.projectors import (
 )
 from lit_vlm.sharding import shard
 from lit_vlm.stage import Stage
+from lit_vlm.step_flops import StepFlops
 from lit_vlm.teachers import HFVision
 from tests.encoders.test_teachers import DINO, SWIN, VIT
 from tests.tiny import CLIP, LLAMA, tiny_decoder, tiny_slots
@@ -243,10 +244,12 @@ def _step(model: VLM, batch: Batch, case: Case, scale: int = 1) -> dict[str, Ten
 
 
 def whole(case: Case) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Losses and gradients of one process."""
-    model = ready(build(tiny_slots(**case.slots)), case)
+    """Losses, model FLOPs and gradients of one process."""
+    slots = tiny_slots(**case.slots)
+    model = ready(build(slots), case)
     seen, text = samples_for(model, case.sizes)
-    losses = _step(model, collate([*seen, *text]), case)
+    batch = collate([*seen, *text])
+    losses = _step(model, batch, case) | {"flops": torch.tensor(StepFlops(model, slots, case.losses)(batch))}
     return losses, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -258,7 +261,9 @@ def parted(case: Case) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     shard(model, init_device_mesh("cpu", (2,)), None)
     model = ready(model, Case(losses=case.losses, only=case.only))
     seen, text = samples_for(model, case.sizes)
-    losses = _step(model, collate(text if first else seen), case, scale=2)  # gradients are averaged
+    batch = collate(text if first else seen)
+    losses = _step(model, batch, case, scale=2)  # gradients are averaged
+    losses["flops"] = torch.tensor(StepFlops(model, slots, case.losses)(batch))
     for name in sorted(losses):
         dist.all_reduce(losses[name])
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -268,10 +273,11 @@ def parted(case: Case) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 def difference(one: Mapping[str, Tensor], two: Mapping[str, Tensor]) -> dict[str, float]:
     """By name, how far the second is from the first, over its size or a small part of the largest."""
     least = 1e-4 * max(float(value.norm()) for value in one.values())
-    return {
-        name: float((two[name] - one[name]).norm() / max(least, float(one[name].norm()))) if name in two else 9.0
-        for name in one
-    } | dict.fromkeys(two.keys() - one.keys(), 9.0)
+    far = {
+        name: float((two[name] - one[name]).norm() / max(least, float(one[name].norm())))
+        for name in one.keys() & two.keys()
+    }
+    return far | dict.fromkeys(one.keys() ^ two.keys(), 9.0)
 
 
 class Looping(LinearPatches):
@@ -300,7 +306,8 @@ def main(rank: int, folder: Path) -> None:
     for name, case in CASES.items():
         losses, grads = parted(case)
         if rank == 0:
-            results[name] = difference(expected[name][0], losses) | difference(expected[name][1], grads)
+            near = [difference(*pair) for pair in zip(expected[name], (losses, grads), strict=True)]
+            results[name] = near[0] | near[1]
             torch.save(results, folder / "results.pt")
     dist.barrier()
     # The last step, as it ends the processes: the second one alone has pictures of two sizes.

@@ -125,8 +125,10 @@ class EmbeddingDistillation(Head):
         parts = [predictor.flops(self.queries == "states") for predictor in self.predictors]  # type: ignore[operator]
 
         def of(batch: Batch) -> Flops:
-            lengths = [sample.num_tokens for sample in batch.samples for _ in range(sample.num_images)]
-            return sum((part(batch.num_tokens, lengths) for part in parts), Flops()) if lengths else Flops()
+            read = [sample for sample in batch.samples if sample.num_images]
+            tokens = sum(sample.num_tokens for sample in read)
+            lengths = [sample.num_tokens for sample in read for _ in range(sample.num_images)]
+            return sum((part(tokens, lengths) for part in parts), Flops()) if read else Flops()
 
         return of
 
