@@ -175,7 +175,7 @@ def _materialise(model: VLM, device: torch.device) -> None:
     ]
     moved = {id(buffer): buffer.to(device).contiguous() for _, _, buffer in places}
     for buffer in moved.values():
-        dist.broadcast(buffer, src=0)
+        dist.broadcast(buffer.reshape(-1).view(torch.uint8), src=0)  # bytes, as backends do not send every type
     model.to_empty(device=device)
     for module, name, buffer in places:
         setattr(module, name, moved[id(buffer)])

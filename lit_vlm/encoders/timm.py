@@ -68,9 +68,9 @@ class TimmEncoder(Encoder):
             if isinstance(found := getattr(model, name, None), nn.Module):  # HRNet has a method of that name
                 children = list(found.children())
                 break
-        # Lists of modules never run themselves; what is in them stays with the rest of the encoder.
-        lists = (nn.ModuleList, nn.ModuleDict)
-        return [child for child in children if not isinstance(child, lists) and any(True for _ in child.parameters())]
+        # Lists of modules never run themselves, and single layers are not worth gathering alone.
+        units = [child for child in children if not isinstance(child, nn.ModuleList | nn.ModuleDict)]
+        return [unit for unit in units if any(True for _ in unit.children()) and any(True for _ in unit.parameters())]
 
     def forward(self, images: Images) -> VisualTokens:
         """Features `[t, d_e]`, row by row."""
