@@ -91,6 +91,13 @@ def test_decoders_say_what_runs(changes: dict[str, Any]) -> None:
     assert StepFlops(model, slots, case.losses)(batch) == pytest.approx(run(model, batch, case), rel=0.02)
 
 
+def test_blocks_without_attention_have_no_scores() -> None:
+    decoder = tiny_decoder()()
+    assert decoder.attention_width == 3 * 64
+    decoder.config.layer_types = ["full_attention", "linear_attention", "full_attention"]
+    assert decoder.attention_width == 2 * 64
+
+
 def test_packing_and_padding_cost_nothing_and_sizes_may_be_mixed() -> None:
     case = Case({"encoder": CASES["EvePatchEmbedding"].slots["encoder"]}, [(28, 28), (14, 28), (28, 28)])
     model, slots = made(case)

@@ -89,8 +89,8 @@ class Decoder(Part, ABC):
 
     @property
     def attention_width(self) -> int:
-        """Width of all query heads together."""
-        return self.width
+        """Width of all query heads of all blocks together."""
+        return self.num_layers * self.width
 
     def token_weights(self, visual: bool) -> Weights:
         """What a token is multiplied with in the blocks: a text token, or an image token."""
@@ -102,8 +102,8 @@ class Decoder(Part, ABC):
 
         def of(batch: Batch) -> Flops:
             counts = batch.counts
-            pairs = self.num_layers * causal_pairs(sample.num_tokens for sample in batch.samples)
-            return text.on(counts.text_tokens) + visual.on(counts.visual_tokens) + attention(heads, pairs)
+            scores = attention(heads, causal_pairs(sample.num_tokens for sample in batch.samples))
+            return text.on(counts.text_tokens) + visual.on(counts.visual_tokens) + scores
 
         return of
 

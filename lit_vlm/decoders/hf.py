@@ -287,9 +287,11 @@ class HFDecoder(Decoder):
 
     @property
     def attention_width(self) -> int:
-        """Width of all query heads together."""
-        heads = self.config.num_attention_heads
-        return heads * (getattr(self.config, "head_dim", None) or self.width // heads)
+        """Width of all query heads of all blocks together; those without attention have none."""
+        heads = getattr(self.config, "num_attention_heads", 0)
+        width = heads and heads * (getattr(self.config, "head_dim", None) or self.width // heads)
+        kinds = getattr(self.config, "layer_types", None) or [""] * self.num_layers
+        return width * sum(kind not in RECURRENT for kind in kinds)
 
     def token_weights(self, visual: bool) -> Weights:
         """What a token is multiplied with in the blocks; of a mixture of experts, its experts'."""
