@@ -6,7 +6,8 @@ import logging
 import math
 import re
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import lightning.pytorch as L
 import torch
@@ -15,6 +16,7 @@ from lit_vlm.batch import Batch, Counts
 from lit_vlm.module import LitVLM
 from lit_vlm.step_flops import StepFlops
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 # Dense peak of one device in TFLOP/s without sparsity, from the vendors' data sheets: bf16, or fp16 where there is no
@@ -78,7 +80,7 @@ class Throughput(L.Callback):
         assert isinstance(pl_module, LitVLM)
         self._peak = self.peak or known_peak(pl_module.device)
         if self._peak:
-            self._count = StepFlops(pl_module.vlm, pl_module.slots, pl_module.stage.losses)
+            self._count = _attempt(lambda: StepFlops(pl_module.vlm, pl_module.slots, pl_module.stage.losses))
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock."""
@@ -96,26 +98,15 @@ class Throughput(L.Callback):
         """Count, and log now and then."""
         assert isinstance(pl_module, LitVLM)
         self._counts = self._counts + batch.counts
-        if self._count is not None:
-            self._flops += self._operations(self._count, batch)
+        if (count := self._count) is not None:
+            operations = _attempt(lambda: count(batch))
+            self._flops += math.nan if operations is None else operations
+            self._count = None if operations is None else count
         stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         if stepped and trainer.global_step % int(getattr(trainer, "log_every_n_steps", 1)) == 0:
             self._log(trainer, pl_module)
             self._reset()
         self._mark = time.perf_counter()
-
-    def _operations(self, count: StepFlops, batch: Batch) -> float:
-        try:
-            return count(batch)
-        except Exception as error:  # what only reports must not end training
-            log.warning(
-                "throughput/mfu is left out: a part does not run on the meta device, where its operations are "
-                "counted (%s: %s)",
-                type(error).__name__,
-                str(error).partition("\n")[0],
-            )
-            self._count = None
-            return math.nan
 
     def _reset(self) -> None:
         self._counts, self._wait = Counts(), 0.0
@@ -140,6 +131,20 @@ class Throughput(L.Callback):
         if self._peak and not math.isnan(flops):
             metrics["mfu"] = flops / seconds / (self._peak * trainer.world_size)
         module.log_dict({f"throughput/{name}": value for name, value in metrics.items()})
+
+
+def _attempt(work: Callable[[], T]) -> T | None:
+    """What `work` gives; None where it fails, as what only reports must not end training."""
+    try:
+        return work()
+    except Exception as error:
+        log.warning(
+            "throughput/mfu is left out: a part does not run on the meta device, where its operations are counted "
+            "(%s: %s)",
+            type(error).__name__,
+            str(error).partition("\n")[0],
+        )
+        return None
 
 
 def known_peak(device: torch.device) -> float | None:
