@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lit_vlm.decoders.base import DecoderOutput
 from lit_vlm.decoders.hf import Attention, HFDecoder
+from lit_vlm.flops import Weights
 from lit_vlm.part import StateDict
 
 TEXT, VISION, VISION_AND_ATTENTION = "text", "vision", "vision_and_attention"
@@ -164,6 +165,12 @@ class DivideAndConquer(HFDecoder):
             return super().trainable_parameters(only)
         attention = ".self_attn." if only == VISION_AND_ATTENTION else ".vision."
         return [p for name, p in self.named_parameters() if ".vision." in name or attention in name]
+
+    def token_weights(self, visual: bool) -> Weights:
+        """Those of one branch, and what is shared."""
+        other = f".{TEXT if visual else VISION}."
+        named = (item for block in self.blocks() for item in block.named_parameters())
+        return Weights.of(parameter for name, parameter in named if other not in name)
 
     def forward(
         self,

@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, Pretrai
 from lit_vlm.checkpoints.safetensors import read_folder
 from lit_vlm.decoders import internlm2
 from lit_vlm.decoders.base import Decoder, DecoderOutput
+from lit_vlm.flops import Weights
 from lit_vlm.part import StateDict
 from lit_vlm.pretrained import resolve
 from lit_vlm.tokenizers import load_tokenizer
@@ -283,6 +284,19 @@ class HFDecoder(Decoder):
         if cap := getattr(self.config, "final_logit_softcapping", None):  # Gemma
             logits = torch.tanh(logits / cap) * cap
         return logits
+
+    @property
+    def attention_width(self) -> int:
+        """Width of all query heads of all blocks together; those without attention have none."""
+        heads = getattr(self.config, "num_attention_heads", 0)
+        width = heads and heads * (getattr(self.config, "head_dim", None) or self.width // heads)
+        kinds = getattr(self.config, "layer_types", None) or [""] * self.num_layers
+        return width * sum(kind not in RECURRENT for kind in kinds)
+
+    def token_weights(self, visual: bool) -> Weights:
+        """What a token is multiplied with in the blocks; of a mixture of experts, its experts'."""
+        parameters = (parameter for block in self.blocks() for parameter in block.parameters())
+        return Weights.of(parameters, getattr(self.config, "num_experts_per_tok", None))
 
     def head_parameters(self) -> list[nn.Parameter]:
         """The parameters of the output layer."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lit_vlm.batch import Batch, VisualTokens
 from lit_vlm.decoders.base import Decoder
+from lit_vlm.flops import Flops, FlopsOf
 from lit_vlm.part import Part
 from lit_vlm.projectors.base import GridMap, same_grid
 
@@ -69,6 +70,10 @@ class Embedder(Part, ABC):
     def replaced(self, decoder: Decoder) -> Iterable[nn.Parameter]:
         """Parameters of the decoder that nothing reads with this embedder in front of it; they never train."""
         return ()
+
+    def flops(self) -> FlopsOf:
+        """Operations on a batch: none, as for an embedder without layers of its own."""
+        return lambda batch: Flops()
 
     def new_cache(self) -> Any:
         """What it must remember while decoding; None if nothing."""

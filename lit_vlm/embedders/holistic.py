@@ -15,7 +15,8 @@ from lit_vlm.batch import Batch, Grid, VisualTokens
 from lit_vlm.decoders.base import Decoder
 from lit_vlm.decoders.hf import Attention, HFDecoder, run_blocks
 from lit_vlm.embedders.base import Embedder, check_grids, scatter_visual
-from lit_vlm.embedders.own_sequence import OwnSequence, refine, see_whole_images
+from lit_vlm.embedders.own_sequence import OwnSequence, own_lengths, refine, see_whole_images
+from lit_vlm.flops import Flops, FlopsOf, Weights, attention, causal_pairs
 from lit_vlm.projectors.downsample import Fold, PatchMerge
 
 LAYERS = "layers"
@@ -222,6 +223,23 @@ class Holistic(Embedder):
                 mask = torch.zeros_like(mask, dtype=embeds.dtype).masked_fill(~mask, torch.finfo(embeds.dtype).min)
         past = None if cache is None else cache.past
         return run_blocks(self.stack, self.attention, embeds, positions, past, mask)
+
+    def flops(self) -> FlopsOf:
+        """Of the layers over their own sequence, and of the merger."""
+        layers, merger = Weights.of(self.stack.layers.parameters()), Weights()
+        if self.merger is not None:
+            merger = Weights.of(self.merger.parameters())
+
+        def of(batch: Batch) -> Flops:
+            lengths = own_lengths(batch, self.merge**2)
+            pairs = causal_pairs(lengths)
+            if self.image_attention == "bidirectional":  # a patch also sees those behind it
+                patches = [grid.num_tokens * self.merge**2 for grid in batch.image_grids]
+                pairs += causal_pairs(patches) - sum(patches)
+            scores = attention(self.width, len(self.stack.layers) * pairs)
+            return layers.on(sum(lengths)) + scores + merger.on(len(batch.image_positions))
+
+        return of
 
     def new_cache(self) -> HolisticCache:
         """An empty cache of its layers."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from lit_vlm.batch import Grid, Images, PixelSpec, VisualTokens
@@ -50,6 +51,10 @@ class CLIPEmbedding(Encoder):
         return pretrained_backbone(
             CLIPVisionModelWithProjection, resolve(self.name), self.backbone, subfolder=self.subfolder
         )
+
+    def blocks(self) -> list[nn.Module]:
+        """Transformer blocks."""
+        return list(self.backbone.vision_model.encoder.layers)
 
     def forward(self, images: Images) -> VisualTokens:
         """Embeddings `[n, d_e]`, not normalised."""

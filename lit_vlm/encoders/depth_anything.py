@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DepthAnythingConfig, DepthAnythingForDepthEstimation, Dinov2Backbone, Dinov2Config
 
 from lit_vlm.batch import Images, PixelSpec, VisualTokens
@@ -63,6 +63,10 @@ class DepthAnything(Encoder):
         state = pretrained_backbone(whole, resolve(self.name), self.backbone, prefix)
         state[POSITIONS] = _resize_positions(state[POSITIONS], self.pixels.size // self.patch_grid.patch)  # type: ignore[operator]
         return state
+
+    def blocks(self) -> list[nn.Module]:
+        """Transformer blocks."""
+        return list(self.backbone.encoder.layer)
 
     def forward(self, images: Images) -> VisualTokens:
         """Features `[t, d_e]`, row by row."""

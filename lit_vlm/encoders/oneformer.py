@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch.nn.functional as F
+from torch import nn
 from transformers import OneFormerConfig, OneFormerModel, SwinBackbone, SwinConfig
+from transformers.models.swin.modeling_swin import SwinLayer
 
 from lit_vlm.batch import Grid, Images, PixelSpec, VisualTokens
 from lit_vlm.encoders.base import IMAGENET_MEAN, IMAGENET_STD, Encoder, PatchGrid
@@ -52,6 +54,10 @@ class OneFormerSwin(Encoder):
         if self.name is None:
             return None
         return pretrained_backbone(OneFormerModel, resolve(self.name), self.backbone, "pixel_level_module.encoder.")
+
+    def blocks(self) -> list[nn.Module]:
+        """The blocks of all stages."""
+        return [module for module in self.backbone.modules() if isinstance(module, SwinLayer)]
 
     def forward(self, images: Images) -> VisualTokens:
         """Features `[t, d_e]`, row by row."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lit_vlm.batch import Batch, Images, VisualTokens, index_suffixes
 from lit_vlm.embedders.base import Embedder
+from lit_vlm.flops import Flops, FlopsOf
 from lit_vlm.heads.base import Head, Tap
 from lit_vlm.heads.perceiver import Perceiver
 from lit_vlm.losses import contrastive_loss, smooth_l1_distance
@@ -118,6 +119,18 @@ class EmbeddingDistillation(Head):
         if self.logit_scale is not None:
             loss = loss + self.contrastive * contrastive_loss(predictions, targets, self.logit_scale).sum()
         return loss
+
+    def flops(self) -> FlopsOf:
+        """Of all predictors; an image's reads its sample. Comparing with the targets costs next to nothing."""
+        parts = [predictor.flops(self.queries == "states") for predictor in self.predictors]  # type: ignore[operator]
+
+        def of(batch: Batch) -> Flops:
+            read = [sample for sample in batch.samples if sample.num_images]
+            tokens = sum(sample.num_tokens for sample in read)
+            lengths = [sample.num_tokens for sample in read for _ in range(sample.num_images)]
+            return sum((part(tokens, lengths) for part in parts), Flops()) if read else Flops()
+
+        return of
 
     def predict(self, states: Mapping[Tap, Tensor], batch: Batch) -> Tensor:
         """What each layer says of each image: `[layers, n, num_targets, width of the teacher]`."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_vlm.batch import Batch, Grid, Images, Patches, VisualTokens, index_patches
+from lit_vlm.flops import Flops, FlopsOf, Weights, attention
 from lit_vlm.heads.base import Head, Tap
 from lit_vlm.losses import cosine_distance
 from lit_vlm.teachers.base import Teacher
@@ -52,6 +53,7 @@ class PatchAlignment(Head):
         self.layers = tuple(range(num_layers, -1, -every)) if every else (num_layers,)
         self.taps = tuple(sorted(self.layers))
         self.num_heads, self.target, self.every = num_heads, target, every
+        self._ratio = 1  # tokens per patch of the teacher, along a side; of the last batch with images
         self.input_layer = nn.Linear(width, out)
         if len(self.layers) > 1:
             self.norm_layer = nn.ModuleList(
@@ -68,7 +70,7 @@ class PatchAlignment(Head):
         assert isinstance(teacher_images, Images | VisualTokens)
         teacher = self.teacher.targets(teacher_images)
         patches = index_patches(batch.image_grids)
-        ratio = _pool_ratio(batch.image_grids, teacher.grids)
+        ratio = self._ratio = _pool_ratio(batch.image_grids, teacher.grids)
         positions = batch.image_positions[patches.position.to(batch.image_positions.device, non_blocking=True)]
         if ratio > 1:
             patches, order = _windows(patches, batch.image_grids, ratio)
@@ -79,6 +81,16 @@ class PatchAlignment(Head):
             _teacher_positions(patches, batch.image_grids, teacher.grids, ratio).to(student.device, non_blocking=True)
         ]
         return self._loss(student, targets, patches.image)
+
+    def flops(self) -> FlopsOf:
+        """Of each patch, or window of patches, that is compared: the layers' weights, and attention over layers."""
+        weights, others = Weights.of(self.parameters()), len(self.layers) - 1
+
+        def of(batch: Batch) -> Flops:
+            compared = sum(grid.rows * grid.cols for grid in batch.image_grids) // self._ratio**2
+            return weights.on(compared) + attention(self.input_layer.out_features, compared * others)
+
+        return of
 
     def student(self, states: Sequence[Tensor]) -> Tensor:
         """What is compared with the teacher.

@@ -33,6 +33,10 @@ class Teacher(ABC):
     def identity(self) -> str:
         """What decides its features, as text: prepared features of another teacher are refused."""
 
+    def network(self) -> Callable[[], Encoder] | None:
+        """What makes the encoder that it runs, for counting its operations; None if it computes nothing."""
+        return None
+
     def targets(self, given: Images | VisualTokens) -> VisualTokens:
         """Features of images, computed now or before; fp32 if they were prepared."""
         return VisualTokens(given.features.float(), given.grids) if isinstance(given, VisualTokens) else self(given)
@@ -56,6 +60,10 @@ class EncoderTeacher(Teacher):
     def identity(self) -> str:
         """The encoder's."""
         return self.encoder.identity()
+
+    def network(self) -> Callable[[], Encoder]:
+        """The factory."""
+        return self._factory
 
     def _prepare(self, device: torch.device) -> None:
         state = self.encoder.pretrained_state()
