@@ -20,7 +20,7 @@ from lit_vlm.checkpoints.safetensors import read_folder
 from lit_vlm.decoders import internlm2
 from lit_vlm.decoders.base import Decoder, DecoderOutput
 from lit_vlm.part import StateDict
-from lit_vlm.pretrained import resolve
+from lit_vlm.pretrained import read_pretrained, resolve, shortened
 from lit_vlm.tokenizers import load_tokenizer
 
 Attention = Literal["sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3"]
@@ -120,7 +120,11 @@ class HFDecoder(Decoder):
         return list(layers)
 
     def pretrained_state(self) -> StateDict | None:
-        """The published weights, and new adapters that change nothing yet."""
+        """The published weights, and new adapters that change nothing yet.
+
+        Raises:
+            ValueError: where the files lack weights, have them in other shapes, or cannot be read.
+        """
         if self.name is None:
             return None
         source = resolve(self.name)
@@ -128,9 +132,15 @@ class HFDecoder(Decoder):
         if found.get("model_type") == INTERNLM2:
             state = internlm2.state_as_llama(read_folder(source), found)
         else:
-            state = AutoModelForCausalLM.from_pretrained(
-                source, config=self.config, dtype=torch.get_default_dtype()
-            ).state_dict()
+            state, lacking = read_pretrained(
+                AutoModelForCausalLM, source, config=self.config, dtype=torch.get_default_dtype()
+            )
+            if lacking:
+                problems = [f"{key} ({reason})" for key, reason in sorted(lacking.items())]
+                raise ValueError(
+                    f"decoder.name {self.name} has no weights for {shortened(problems)}: "
+                    f"name a whole causal language model, with the files of its own config.json"
+                )
         return self.adapt_state({f"lm.{key}": value for key, value in state.items()})
 
     def adapt_state(self, state: StateDict) -> StateDict:
@@ -146,7 +156,9 @@ class HFDecoder(Decoder):
                 adapted[key] = torch.zeros(own.shape, dtype=own.dtype)
             elif (plain := key.replace(".base_layer.", ".")) in state:
                 adapted[key] = state[plain]
-        return adapted
+        # What is nobody's stays, so that it is refused by name.
+        used = {key.replace(".base_layer.", ".") for key in adapted}
+        return adapted | {key: value for key, value in state.items() if key not in used}
 
     def trainable_parameters(self, only: str | None = None) -> Iterable[nn.Parameter]:
         """All parameters, or only those of the adapters."""
