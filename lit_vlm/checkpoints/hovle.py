@@ -111,6 +111,9 @@ class Hovle:
         return split_qkv(state, config)
 
     def _check(self, config: Mapping[str, Any]) -> None:
+        for part in ("embedding_config", "llm_config"):
+            if not isinstance(config[part], Mapping):
+                raise ValueError(f"config.json: {part} is {config[part]!r}, expected the settings of that part")
         own, expected = config["embedding_config"], "post" if self.hd else "pre"
         if (found := own.get("pixel_shuffle_loc", expected)) != expected:
             other = BASE if self.hd else HD
@@ -121,7 +124,7 @@ class Hovle:
 
     def _architecture(self, layout: Layout) -> VLM:
         own = layout.config["embedding_config"]
-        language = checked_sizes(layout.config["llm_config"], f"{layout.place}, llm_config")
+        language = checked_sizes(layout.config["llm_config"], "llm_config")
         patch = int(own.get("patch_size") or layout.weight("encoder", "patch_embedding.weight", 4).shape[-1])
         words = own.get("llm_vocab_size") or layout.weight("embedder", "stack.embed_tokens.weight", 2).shape[0]
         scaling = own.get("rope_scaling")

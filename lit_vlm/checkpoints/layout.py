@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,13 @@ class Names:
                 raise ValueError(f"'{key}' is no key of the family {self.family}")
         return slots
 
+    def seen_in(self, state: Iterable[str]) -> Names:
+        """The same without beginnings for which these keys use another one."""
+        used = {next((begin for begin in self.slots if key.startswith(begin)), None) for key in state}
+        taken = {self.slots[begin] for begin in used if begin is not None}
+        slots = {begin: place for begin, place in self.slots.items() if begin in used or place not in taken}
+        return replace(self, slots=slots)
+
     def published(self, slot: str, name: str) -> str:
         """The published key of a weight."""
         for begin, (other, own) in self.slots.items():
@@ -110,11 +117,6 @@ class Layout:
     tokenizer: str | None
     names: Names
 
-    @property
-    def place(self) -> str:
-        """For messages: what is read, and as which family."""
-        return f"{self.tokenizer or 'the state dict'}, read as {self.names.family}"
-
     def weight(self, slot: str, name: str, dims: int) -> Tensor:
         """A weight whose shape says how large the model is.
 
@@ -123,9 +125,9 @@ class Layout:
         """
         found, key = self.slots.get(slot, {}).get(name), self.names.shown(slot, name)
         if found is None:
-            raise ValueError(f"{self.place}: there is no '{key}'")
+            raise ValueError(f"there is no '{key}'")
         if found.ndim != dims:
-            raise ValueError(f"{self.place}: '{key}' is {tuple(found.shape)}, not of {dims} dimensions")
+            raise ValueError(f"'{key}' is {tuple(found.shape)}, not of {dims} dimensions")
         return found
 
     def setting(self, key: str, found: int) -> int:
@@ -135,17 +137,17 @@ class Layout:
     def decoder_config(self, model_type: str) -> dict[str, Any]:
         """The configuration under the name that transformers knows the decoder by."""
         plain = {key: value for key, value in self.config.items() if key != "architectures"}
-        return checked_sizes(plain, self.place) | {"model_type": model_type}
+        return checked_sizes(plain, "config.json") | {"model_type": model_type}
 
 
-def checked_sizes(config: Mapping[str, Any], place: str) -> dict[str, Any]:
+def checked_sizes(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     """A decoder's configuration that says how large it is: transformers would take another model's sizes in silence.
 
     Raises:
         ValueError: for a size that is absent, naming it.
     """
     if absent := [key for key in SIZES if config.get(key) is None]:
-        raise ValueError(f"{place}: the decoder's configuration lacks {', '.join(absent)}")
+        raise ValueError(f"{name} lacks {', '.join(absent)}, sizes of the decoder")
     return dict(config)
 
 
@@ -163,11 +165,11 @@ def load_folder(
     if isinstance(source, Mapping):
         if config is None:
             raise ValueError("a state dict says nothing of heads and layers: pass config as well")
-        layout = Layout(config, names.slots_of(source, config), None, names)
+        state, folder = source, None
     else:
         folder = resolve(str(source))
-        config = config or read_config(folder)
-        layout = Layout(config, names.slots_of(read_folder(folder), config), folder, names)
+        config, state = config or read_config(folder), read_folder(folder)
+    layout = Layout(config, names.slots_of(state, config), folder, names.seen_in(state))
     return load_layout(layout, architecture, layout.config)
 
 
@@ -183,18 +185,17 @@ def load_layout(layout: Layout, architecture: Callable[[Layout], VLM], language:
     if language.get("tie_word_embeddings") and "lm.lm_head.weight" not in decoder:
         decoder["lm.lm_head.weight"] = layout.weight("decoder", "lm.model.embed_tokens.weight", 2)
     model = architecture(layout)
-    fill(model, layout.slots, layout.names.shown, layout.place)
+    fill(model, layout.slots, layout.names.shown)
     return model.eval()
 
 
-def fill(model: VLM, slots: SlotStates, shown: Callable[[str, str], str], place: str) -> None:
+def fill(model: VLM, slots: SlotStates, shown: Callable[[str, str], str]) -> None:
     """Load the weights of all slots but heads.
 
     Args:
         model: its parameters may be on the meta device.
         slots: weights by slot, under its own names.
         shown: slot and own name → the published key.
-        place: what was read, for messages.
 
     Raises:
         ValueError: where weights are missing, have another shape or are not of the model, with their published keys.
@@ -217,7 +218,7 @@ def fill(model: VLM, slots: SlotStates, shown: Callable[[str, str], str], place:
         }
         if any(problems.values()):
             listed = "; ".join(f"{title}: {shortened(names)}" for title, names in problems.items() if names)
-            raise ValueError(f"{place}: slot '{slot}' ({type(part).__name__}): {listed}")
+            raise ValueError(f"slot '{slot}' ({type(part).__name__}): {listed}")
         load_state(part, state, slot)
 
 

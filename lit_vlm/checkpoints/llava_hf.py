@@ -50,7 +50,7 @@ def load(source: str | Path | Mapping[str, Tensor], config: Mapping[str, Any] | 
         settings = LlavaConfig(**config) if config else _settings(folder)
         state = read_folder(folder)
     model = _architecture(settings, folder)
-    fill(model, _slots(state, settings), _published, f"{folder or 'the state dict'}, read as llava-hf")
+    fill(model, _slots(state, settings), _published)
     return model.eval()
 
 

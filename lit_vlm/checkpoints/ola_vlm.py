@@ -177,7 +177,7 @@ def _encoder(layout: Layout) -> Encoder:
         return TimmEncoder(timm_name, None, image_size=int(match[1]) if match else 768)
     blocks = {key.split(".")[3] for key in layout.slots.get("encoder", {}) if key.startswith("backbone.encoder.layers.")}
     if not blocks:
-        raise ValueError(f"{layout.place}: there is neither '{CLIP_TOWER}encoder.layers.' nor a ConvNeXt")
+        raise ValueError(f"there is neither '{CLIP_TOWER}encoder.layers.' nor a ConvNeXt")
     given = layout.config.get("vision_config") or CLIP_L
     return HFEncoder(config={**given, "model_type": "clip_vision_model"}, layer=len(blocks))
 
@@ -188,30 +188,30 @@ def _task_tokens(layout: Layout) -> tuple[dict[str, int], dict[str, int]]:
     Raises:
         ValueError: where weights and configuration do not say the same, naming key and setting.
     """
-    config, place = layout.config, layout.place
+    config = layout.config
     found = {key.removeprefix("tasks."): value for key, value in layout.slots.get("embedder", {}).items()}
-    keys = {task: f"model.special_{task}_tokens" for task in TASKS}
+    keys = {task: layout.names.shown("embedder", f"tasks.{task}") for task in (*TASKS, *found)}
     if not (count := int(config.get("num_task_tokens") or 0)):
         if found:
             raise ValueError(
-                f"{place}: the weights hold task tokens ({keys[next(iter(found))]}), and the configuration does not say "
+                f"the weights hold task tokens ({keys[next(iter(found))]}), and the configuration does not say "
                 "how many: num_task_tokens"
             )
         return {}, {}
     order = str(config["aux_mode"]).split("-")
     if unknown := set(order) - set(TASKS):
-        raise ValueError(f"{place}: aux_mode names {sorted(unknown)}; there are {', '.join(TASKS)}")
+        raise ValueError(f"aux_mode names {sorted(unknown)}; there are {', '.join(TASKS)}")
     if missing := [keys[task] for task in order if task not in found]:
-        raise ValueError(f"{place}: there is no {', '.join(missing)}, and aux_mode is {config['aux_mode']}")
+        raise ValueError(f"there is no {', '.join(missing)}, and aux_mode is {config['aux_mode']}")
     if surplus := [keys[task] for task in found if task not in order]:
-        raise ValueError(f"{place}: there is {', '.join(surplus)}, and aux_mode is {config['aux_mode']}")
+        raise ValueError(f"there is {', '.join(surplus)}, and aux_mode is {config['aux_mode']}")
     if (form := config.get("task_token_format", EXPANDED)) != EXPANDED and "llava" in str(config.get("model_type")):
-        raise ValueError(f"{place}: task_token_format is '{form}', and only {EXPANDED} is built")
+        raise ValueError(f"task_token_format is '{form}', and only {EXPANDED} is built")
     for task in order:
         said = count if task == "gen" else (config.get(f"image_{task}") or {}).get("num_tokens", len(found[task]))
         if len(found[task]) != said or said % count:
             wanted = "num_task_tokens" if task == "gen" else f"image_{task}.num_tokens {said}, a multiple of num_task_tokens"
-            raise ValueError(f"{place}: {keys[task]} is {tuple(found[task].shape)}, not of {wanted} {count} rows")
+            raise ValueError(f"{keys[task]} is {tuple(found[task].shape)}, not of {wanted} {count} rows")
     return dict.fromkeys(order, count), {task: len(found[task]) for task in order}
 
 

@@ -149,7 +149,7 @@ def _layout(state: Mapping[str, Tensor], config: Mapping[str, Any], tokenizer: s
     if paths := [key for key in PARTS.values() if isinstance(config.get(key), str)]:
         raise ValueError(f"{', '.join(paths)}: expected the configuration of that part itself, found the name of a folder")
     names = _names(config)
-    return Layout(config, names.slots_of(state, config), tokenizer, names)
+    return Layout(config, names.slots_of(state, config), tokenizer, names.seen_in(state))
 
 
 def read(source: str) -> SlotStates:
@@ -175,7 +175,7 @@ def load(source: str | Path | Mapping[str, Tensor], config: Mapping[str, Any] | 
 
 def _architecture(layout: Layout) -> VLM:
     config = layout.config
-    llm = checked_sizes(config["llm_cfg"], layout.place) if "llm_cfg" in config else layout.decoder_config("llama")
+    llm = checked_sizes(config["llm_cfg"], "llm_cfg") if "llm_cfg" in config else layout.decoder_config("llama")
     with meta_parameters():
         decoder = HFDecoder(config={"model_type": "llama"} | llm, tokenizer=layout.tokenizer)
         encoder = _encoder(config)
