@@ -40,8 +40,10 @@ class EmbeddingDistillation(Head):
         inner_width: of the predictors; null: the decoder's.
         text: what is read of the sample's text: `all`, as published, which in training includes answers; only what
             stands `before` the image, as system prompts do; or `none`.
-        read_padding: also read the padding of a row, as the published code does; then a loss depends on how long the
-            other rows are.
+        read_padding: also read the padding of a row, as zeros: that is what the published code reads there, whose
+            padding enters as zeros and leaves flash attention as zeros in every layer of a Llama or Phi-3. Then a loss
+            depends on how long the other rows are. With eager attention, to which that code falls back where flash
+            attention is not installed, padding holds states that look at the sample; those are not reproduced.
         contrastive: weight of the contrastive term; 0 leaves it out.
         num_heads: attention heads of a predictor.
         head_dim: width of such a head.
@@ -125,6 +127,8 @@ class EmbeddingDistillation(Head):
         outputs = []
         for layer, predictor in zip(self.layers, self.predictors, strict=True):
             hidden = states[layer]
+            if self.read_padding:
+                hidden = hidden * (batch.segment_ids != 0)[..., None]
             queries = None
             if self.queries == "parameters":
                 assert self.tokens is not None

@@ -25,17 +25,8 @@ from lit_vlm.model import VLM
 from lit_vlm.part import meta_parameters
 from lit_vlm.projectors import MLP
 from tests.heads.test_embedding_distillation import FIXTURE, Fixed
-from tests.tiny import tiny_decoder, tiny_slots
+from tests.tiny import PHI3, tiny_decoder, tiny_slots
 
-PHI3 = {
-    "model_type": "phi3",
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "pad_token_id": 0,
-}
 SPLICE = partial(Splice, task_tokens={"gen": 2, "depth": 2, "seg": 2}, pooled_from={"depth": 4, "seg": 4})
 HEADS = {
     "gen": partial(EmbeddingDistillation, teacher=Fixed, layers=[1, 3], tokens="gen", queries="states", num_targets=1),
