@@ -14,7 +14,14 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PretrainedConfig
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    DynamicCache,
+    PretrainedConfig,
+)
 
 from lit_vlm.checkpoints.safetensors import read_folder
 from lit_vlm.decoders import internlm2
@@ -24,6 +31,14 @@ from lit_vlm.pretrained import read_pretrained, resolve, shortened
 from lit_vlm.tokenizers import load_tokenizer
 
 Attention = Literal["sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3"]
+ATTENTIONS = {
+    "sdpa": "_supports_sdpa",
+    "eager": None,
+    "flex_attention": "_supports_flex_attn",
+    "flash_attention_2": "_supports_flash_attn",
+    "flash_attention_3": "_supports_flash_attn",
+}
+"""Attention → where a model's class says whether it has it."""
 INTERNLM2 = "internlm2"
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -72,10 +87,7 @@ class HFDecoder(Decoder):
         self.name, self.lora, self.attention = name, lora, attention
         self.tokenizer_source = tokenizer or name
         self.config = self._load_config(config)
-        # The dtype is the trainer's choice, not that of the files.
-        self.lm = AutoModelForCausalLM.from_config(
-            self.config, attn_implementation=attention, dtype=torch.get_default_dtype()
-        )
+        self.lm = _language_model(self.config, attention)
         self.recompute = recompute
         if recompute:
             self.lm.activation_checkpointing_enable({"use_reentrant": False})
@@ -98,7 +110,10 @@ class HFDecoder(Decoder):
             size = len(self.tokenizer)
             if settings.setdefault("vocab_size", size) < size:
                 raise ValueError(f"decoder.config.vocab_size {settings['vocab_size']} is below the tokenizer's {size}")
-        return AutoConfig.for_model(settings.pop("model_type", "llama"), **settings)
+        model_type = settings.pop("model_type", "llama")
+        if model_type not in CONFIG_MAPPING:
+            raise ValueError(f"decoder.config.model_type '{model_type}' is none that transformers knows")
+        return AutoConfig.for_model(model_type, **settings)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -266,6 +281,34 @@ def run_blocks(
         use_cache=cache is not None,
     )
     return output.last_hidden_state.view(shape)
+
+
+def _language_model(config: PretrainedConfig, attention: str) -> Any:
+    """The architecture with random weights.
+
+    Raises:
+        ValueError: for a model that is no causal language model, or an attention that it lacks.
+    """
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(f"decoder: a '{config.model_type}' is no causal language model of transformers")
+    family = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    # What the class says itself: Gemma 2 caps its attention's logits, which sdpa cannot do.
+    has = [name for name, flag in ATTENTIONS.items() if flag is None or getattr(family, flag, False)]
+    if attention not in has:
+        raise ValueError(
+            f"decoder.attention is {attention}, which a '{config.model_type}' lacks: "
+            f"set model.decoder.init_args.attention to one of {', '.join(has)}"
+        )
+    try:
+        # The dtype is the trainer's choice, not that of the files.
+        return AutoModelForCausalLM.from_config(
+            config, attn_implementation=attention, dtype=torch.get_default_dtype()
+        )
+    except ImportError as error:
+        raise ValueError(
+            f"decoder.attention {attention} needs a package that is not here ({str(error).splitlines()[0]}): install "
+            f"it, or set model.decoder.init_args.attention to {has[0]}"
+        ) from error
 
 
 def _peft_config(lora: Lora) -> LoraConfig:

@@ -138,28 +138,37 @@ class Holistic(Embedder):
         """Copy the decoder's word table, and with `start: decoder` its first layers.
 
         Raises:
-            ValueError: when the decoder's layers have other shapes, or are fewer.
+            ValueError: when the decoder's layers are of another kind, have other shapes, or are fewer.
         """
         if not isinstance(decoder, HFDecoder):
             raise ValueError(f"embedder Holistic starts from an HFDecoder, not from {type(decoder).__name__}")
+        words = decoder.lm.get_input_embeddings().weight
+        if words.shape != self.stack.embed_tokens.weight.shape:
+            raise ValueError(
+                f"embedder Holistic copies the word table of the decoder, and that of a '{decoder.config.model_type}' is "
+                f"{tuple(words.shape)}, not {tuple(self.stack.embed_tokens.weight.shape)}: take another decoder"
+            )
         with torch.no_grad():
-            self.stack.embed_tokens.weight.copy_(decoder.lm.get_input_embeddings().weight)
+            self.stack.embed_tokens.weight.copy_(words)
         if self.start == "random":
             return
         own = self.stack.layers.state_dict()
         # Adapters, if there are any, start as no change.
-        theirs = {key.replace(".base_layer.", "."): value for key, value in decoder.base.layers.state_dict().items()}
+        layers = nn.ModuleList(decoder.blocks())
+        theirs = {key.replace(".base_layer.", "."): value for key, value in layers.state_dict().items()}
         extra = sorted(key for key in theirs if key.startswith("0.") and key not in own and ".lora_" not in key)
         if extra or getattr(decoder.config, "hidden_act", "silu") != "silu":
             raise ValueError(
                 f"embedder.start is decoder, but the layers of a '{decoder.config.model_type}' are not Llama's "
-                f"({extra[0] if extra else decoder.config.hidden_act}): take another decoder, or start: random"
+                f"({extra[0] if extra else decoder.config.hidden_act}): take another decoder, or set "
+                "model.embedder.init_args.start to random"
             )
         if wrong := [key for key, value in own.items() if key not in theirs or theirs[key].shape != value.shape]:
             found = tuple(theirs[wrong[0]].shape) if wrong[0] in theirs else "nothing"
             raise ValueError(
                 f"embedder.start is decoder, but {wrong[0]} is {tuple(own[wrong[0]].shape)} here and {found} in the "
-                "decoder: set num_layers, num_heads, num_kv_heads and ffn_width to the decoder's, or start: random"
+                "decoder: set num_layers, num_heads, num_kv_heads and ffn_width to the decoder's, or start to random "
+                "(model.embedder.init_args)"
             )
         self.stack.layers.load_state_dict({key: theirs[key] for key in own})
 

@@ -7,7 +7,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, InternVLForConditionalGeneration, PretrainedConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModel,
+    InternVLForConditionalGeneration,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from lit_vlm.batch import Images, PixelSpec, VisualTokens
 from lit_vlm.encoders.base import CLIP_MEAN, CLIP_STD, HALF, IMAGENET_MEAN, IMAGENET_STD, Encoder, PatchGrid
@@ -150,7 +157,10 @@ def _vision_config(name: str | None, config: dict[str, Any] | None) -> Pretraine
         loaded = AutoConfig.from_pretrained(resolve(name))
     else:
         settings = dict(config or {})
-        loaded = AutoConfig.for_model(settings.pop("model_type", "clip_vision_model"), **settings)
+        model_type = settings.pop("model_type", "clip_vision_model")
+        if model_type not in CONFIG_MAPPING:
+            raise ValueError(f"encoder.config.model_type '{model_type}' is none that transformers knows")
+        loaded = AutoConfig.for_model(model_type, **settings)
     loaded = getattr(loaded, "vision_config", loaded)
     if loaded.model_type not in FAMILIES:
         raise ValueError(f"HFEncoder knows {', '.join(FAMILIES)}; '{loaded.model_type}' is not one of them")
