@@ -5,16 +5,21 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_only
+from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
 from callbacks import Checkpoint
-from lit_vlm.checkpoints.files import find_checkpoint
+from lit_vlm.checkpoints.files import find_checkpoint, run_folder
 from lit_vlm.cli import run_folder_for
 from lit_vlm.data import VLMData
 from lit_vlm.module import LitVLM
+from lit_vlm.precision import AUTO, crowded
 from lit_vlm.sharding import FSDP2  # noqa: F401 - a class name for recipes
 from lit_vlm.tracking import MLflow, RunRecord
+from lit_vlm.trainer import Trainer
 
 DEFAULT_CALLBACKS = ("callbacks.FreezeGuard", "callbacks.GradientMonitor", "callbacks.Sources", "callbacks.Throughput")
 
@@ -29,6 +34,7 @@ class LitVLMCLI(LightningCLI):
             datamodule_class=VLMData,
             save_config_callback=RunRecord,
             save_config_kwargs={"save_to_log_dir": False},
+            trainer_class=Trainer,
             seed_everything_default=0,
             trainer_defaults={
                 "logger": {"class_path": "lit_vlm.tracking.MLflow"},
@@ -58,11 +64,33 @@ class LitVLMCLI(LightningCLI):
         source = config.get("ckpt_path")
         if source and Path(source).is_dir() and (Path(source) / "checkpoints").is_dir():
             config.ckpt_path = str(find_checkpoint(source))
+        if config.trainer.precision == AUTO and config.get("ckpt_path"):
+            config.trainer.precision = _precision_of(config.ckpt_path)
 
     def instantiate_classes(self) -> None:
-        """Tell the trackers which run this is, before Lightning opens one."""
+        """Tell the trackers which run this is, before Lightning opens one, and write down which precision it has."""
         super().instantiate_classes()
+        config = self.config[self.subcommand] if self.subcommand else self.config
+        config.trainer.precision = str(self.trainer.precision)
+        if self.subcommand:
+            self._say_precision()
         if self.subcommand == "fit":
             for logger in self.trainer.loggers:
                 if isinstance(logger, MLflow):
                     logger.belongs_to(Path(self.trainer.default_root_dir), self.model.stage.name)
+
+    @rank_zero_only
+    def _say_precision(self) -> None:
+        assert isinstance(self.trainer, Trainer)
+        chosen = self.trainer.chosen
+        why = chosen.why if chosen is not None else "as the config says"
+        console = Console(highlight=False, soft_wrap=True)
+        console.print(f"precision {self.trainer.precision}: {why}")
+        if warning := crowded():
+            console.print(f"[yellow]{warning}[/]")
+
+
+def _precision_of(checkpoint: str) -> str:
+    """The precision of the run that a checkpoint belongs to: a run goes on in the one that it began in."""
+    config = yaml.safe_load((run_folder(checkpoint) / "config.yaml").read_text(encoding="utf-8"))
+    return str(config["trainer"]["precision"])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_vlm.batch import ENCODER, Batch, VisualTokens
-from lit_vlm.decoders import Decoder, DecoderOutput
+from lit_vlm.decoders import AbsentDecoder, Decoder, DecoderOutput, check_cache, check_order
 from lit_vlm.embedders import Embedder
 from lit_vlm.encoders import Encoder
 from lit_vlm.heads import WORDS, Head, Tap
@@ -59,6 +59,7 @@ class VLM(nn.Module):
         self.embedder = embedder
         self.decoder = decoder
         self.heads = nn.ModuleDict(dict(heads or {}))
+        self._cache_checked = False
         for name, head in (heads or {}).items():
             try:
                 head.connect(embedder)
@@ -119,8 +120,20 @@ class VLM(nn.Module):
             states[WORDS] = self.embedder.words(batch.input_ids, self.decoder).detach()
         states |= {tap: self.embedder.task_parameters(tap) for tap in wanted if isinstance(tap, str)}
         for name, head in heads.items():
-            sums[name] = head(states, batch, batch.prepared.get(name) or batch.teacher_images.get(name))
+            try:
+                sums[name] = head(states, batch, batch.prepared.get(name) or batch.teacher_images.get(name))
+            except ValueError as error:  # there may be several of one class
+                raise ValueError(f"model.heads.{name}: {error}") from error
         return sums
+
+    def check_order(self, packed: bool, device: torch.device) -> None:
+        """See that the decoder's tokens see what they may, and nothing else (`decoders.check_order`)."""
+        if not isinstance(self.decoder, AbsentDecoder):
+            check_order(self.decoder, packed, device)
+
+    def check_cache(self) -> None:
+        """See that the decoder goes on from a cache as it should (`decoders.check_cache`)."""
+        check_cache(self.decoder, next(self.parameters()).device)
 
     def embed(self, batch: Batch) -> Tensor:
         """The decoder's input vectors: `[b, s, d]`."""
@@ -182,7 +195,11 @@ class VLM(nn.Module):
         return self.decoder.logits(output.hidden[:, -1])
 
     def new_cache(self) -> DecodingCache:
-        """What decoding remembers; empty."""
+        """What decoding remembers; empty. Recurrent decoders are checked once (`decoders.check_cache`)."""
+        if not self._cache_checked:
+            if self.decoder.carried() is not None:
+                self.check_cache()
+            self._cache_checked = True
         return DecodingCache(self.embedder.new_cache(), self.decoder.new_cache())
 
     def select_cache(self, cache: DecodingCache, rows: Tensor) -> DecodingCache:

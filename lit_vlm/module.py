@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from lit_vlm.batch import ENCODER, Batch, Counts
 from lit_vlm.build import Slots, build, build_on_meta
+from lit_vlm.data.datamodule import VLMData
 from lit_vlm.data.spec import InputSpec
 from lit_vlm.decoders import AbsentDecoder, Decoder
 from lit_vlm.embedders import Embedder
@@ -133,7 +134,16 @@ class LitVLM(LightningModule):
         return bool(self.stage.losses.get(loss))
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """The stage's optimizer and schedule."""
+        """The stage's optimizer and schedule.
+
+        Lightning calls this when the model is on its device and before any callback begins, so a decoder that mixes up
+        the samples of a row is refused here (`decoders.check_order`).
+        """
+        data = getattr(self.trainer, "datamodule", None)
+        with self.autocast():
+            self.vlm.check_order(packed=False, device=self.device)
+            if isinstance(data, VLMData) and data.batching.packs:
+                self.vlm.check_order(packed=True, device=self.device)
         optimizer = self.stage.make_optimizer(self.vlm)
         scheduler = self.stage.scheduler(optimizer, int(self.trainer.estimated_stepping_batches))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

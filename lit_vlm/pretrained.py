@@ -120,6 +120,28 @@ def read_pretrained(whole: Any, source: str, **options: Any) -> tuple[dict[str, 
     return model.state_dict(), lacking
 
 
+def made_config(model_type: str, settings: Mapping[str, Any], slot: str) -> Any:
+    """A configuration of transformers from its settings.
+
+    Args:
+        model_type: which.
+        settings: of it; others keep their defaults.
+        slot: whose `config` it is, for messages.
+
+    Raises:
+        ValueError: for a model type that transformers does not know, or settings that do not go together.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(f"{slot}: config.model_type '{model_type}' is none that transformers knows")
+    try:
+        return AutoConfig.for_model(model_type, **settings)
+    except (StrictDataclassError, AttributeError, TypeError) as error:
+        raise ValueError(f"{slot}: config of a '{model_type}': {error.__cause__ or error}") from error
+
+
 def shortened(names: Sequence[str], most: int = 4) -> str:
     """Names for a message: the first few, and how many more there are."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

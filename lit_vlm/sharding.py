@@ -69,7 +69,7 @@ def shard(model: VLM, mesh: DeviceMesh, compute_dtype: torch.dtype | None) -> No
             for block in part.blocks():
                 fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
-    for method in ("logits", "next_logits", "target_nll"):
+    for method in ("logits", "next_logits", "target_nll", "check_order", "check_cache"):
         register_fsdp_forward_method(model, method)
     _materialise(
         model,

@@ -84,9 +84,11 @@ class Batching(ABC):
 
     Attributes:
         by_step: whether the plan depends on how many micro-batches make up an optimizer step.
+        packs: whether a row may hold several samples.
     """
 
     by_step = False
+    packs = False
 
     @abstractmethod
     def plan(self, order: Integers, measures: Measures, layout: Layout, generator: np.random.Generator) -> EpochPlan:
@@ -160,6 +162,7 @@ class Packed(Batching):
         max_images: images in a row at most; a sample with more gets a row of its own.
     """
 
+    packs = True
     window: int = 4096
     max_images: int | None = None
 

@@ -43,9 +43,18 @@ class Decoder(Part, ABC):
     recompute: bool = False
 
     @property
+    def family(self) -> str:
+        """What messages call it."""
+        return type(self).__name__
+
+    @property
     @abstractmethod
     def tokenizer(self) -> Any:
         """The fast tokenizer."""
+
+    def carried(self) -> str | None:
+        """Layers that hand a state along a row, as a recurrent layer or a convolution does, in words; None without."""
+        return None
 
     @abstractmethod
     def embed(self, input_ids: Tensor) -> Tensor:

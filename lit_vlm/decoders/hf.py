@@ -15,8 +15,6 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import (
-    CONFIG_MAPPING,
-    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     DynamicCache,
@@ -25,21 +23,16 @@ from transformers import (
 
 from lit_vlm.checkpoints.safetensors import read_folder
 from lit_vlm.decoders import internlm2
+from lit_vlm.decoders.architecture import language_model
 from lit_vlm.decoders.base import Decoder, DecoderOutput
 from lit_vlm.part import StateDict
-from lit_vlm.pretrained import read_pretrained, resolve, shortened
+from lit_vlm.pretrained import made_config, read_pretrained, resolve, shortened
 from lit_vlm.tokenizers import load_tokenizer
 
 Attention = Literal["sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3"]
-ATTENTIONS = {
-    "sdpa": "_supports_sdpa",
-    "eager": None,
-    "flex_attention": "_supports_flex_attn",
-    "flash_attention_2": "_supports_flash_attn",
-    "flash_attention_3": "_supports_flash_attn",
-}
-"""Attention → where a model's class says whether it has it."""
 INTERNLM2 = "internlm2"
+RECURRENT = ("linear_attention", "mamba", "recurrent", "conv")
+"""Among transformers' names of layer types, those that carry a state along the row."""
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -69,7 +62,9 @@ class HFDecoder(Decoder):
         tokenizer: source of the tokenizer; default: `name`. `bytes` needs no file.
         lora: adapters; with them the base weights stay frozen.
         recompute: recompute blocks in the backward pass (gradient checkpointing): less memory, a third more compute.
-        attention: which implementation; all of them keep the segments of a packed row apart.
+        attention: which implementation; all of them keep the segments of a packed row apart. Layers that are no
+            attention do so only where transformers' kernels for them take the borders; others are refused when training
+            on packed rows starts.
     """
 
     def __init__(
@@ -83,16 +78,20 @@ class HFDecoder(Decoder):
     ) -> None:
         super().__init__()
         if (name is None) == (config is None):
-            raise ValueError("give HFDecoder either a name or a config, not both and not neither")
+            raise ValueError(
+                "give model.decoder either a name or a config (with name: null), not both and not neither"
+            )
         self.name, self.lora, self.attention = name, lora, attention
         self.tokenizer_source = tokenizer or name
         self.config = self._load_config(config)
-        self.lm = _language_model(self.config, attention)
+        self.lm = language_model(self.config, attention)
         self.recompute = recompute
         if recompute:
             self.lm.activation_checkpointing_enable({"use_reentrant": False})
         if lora is not None:
+            _check_targets(lora, self.lm, self.config.model_type)
             inject_adapter_in_model(_peft_config(lora), self.lm)
+        self._carries = self.carried() is not None
         self.width = self.config.hidden_size
         self.num_layers = self.config.num_hidden_layers
         self.vocab_size = self.config.vocab_size
@@ -111,9 +110,7 @@ class HFDecoder(Decoder):
             if settings.setdefault("vocab_size", size) < size:
                 raise ValueError(f"decoder.config.vocab_size {settings['vocab_size']} is below the tokenizer's {size}")
         model_type = settings.pop("model_type", "llama")
-        if model_type not in CONFIG_MAPPING:
-            raise ValueError(f"decoder.config.model_type '{model_type}' is none that transformers knows")
-        return AutoConfig.for_model(model_type, **settings)
+        return made_config(model_type, settings, "model.decoder")
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -123,16 +120,37 @@ class HFDecoder(Decoder):
         return load_tokenizer(self.tokenizer_source)
 
     @property
+    def family(self) -> str:
+        """The model type."""
+        return f"HFDecoder ({self.config.model_type})"
+
+    def carried(self) -> str | None:
+        """Recurrent and convolutional layers, as far as the family or its modules tell."""
+        kinds = [kind for kind in dict.fromkeys(getattr(self.config, "layer_types", None) or ()) if kind in RECURRENT]
+        if kinds:
+            return f"layers of type {' and '.join(kinds)}"
+        if any(isinstance(module, nn.Conv1d) for block in self._find_blocks() for module in block.modules()):
+            return "convolutions along the row"
+        return "recurrent layers" if getattr(self.lm, "_is_stateful", False) else None
+
+    @property
     def base(self) -> Any:
         """The blocks with the final norm, without the head."""
-        return self.lm.get_decoder()
+        found = self.lm.get_decoder()
+        if found is self.lm:  # Llama 4's text model does not say
+            found = next((child for child in self.lm.children() if hasattr(child, "layers")), found)
+        return found
 
     def blocks(self) -> list[nn.Module]:
         """Transformer blocks."""
-        layers = getattr(self.base, "layers", None) or getattr(self.base, "h", None)
-        if layers is None:
+        blocks = self._find_blocks()
+        if not blocks:
             raise ValueError(f"HFDecoder does not find the blocks of {type(self.base).__name__}")
-        return list(layers)
+        return blocks
+
+    def _find_blocks(self) -> list[nn.Module]:
+        found = (getattr(self.base, name, None) for name in ("layers", "h", "blocks"))
+        return next((list(layers) for layers in found if layers is not None), [])
 
     def pretrained_state(self) -> StateDict | None:
         """The published weights, and new adapters that change nothing yet.
@@ -217,7 +235,8 @@ class HFDecoder(Decoder):
         with ExitStack() as hooks:
             for layer in taps:
                 self._tap(layer, embeds, states, hooks)
-            hidden = run_blocks(self.base, self.attention, embeds, position_ids, cache, attention_mask)
+            joined = self._carries and cache is None
+            hidden = run_blocks(self.base, self.attention, embeds, position_ids, cache, attention_mask, joined)
         if self.num_layers in taps:
             states[self.num_layers] = hidden
         return DecoderOutput(hidden, {layer: states[layer].view(embeds.shape) for layer in taps})
@@ -258,20 +277,37 @@ class HFDecoder(Decoder):
     def select_cache(self, cache: DynamicCache, rows: Tensor) -> DynamicCache:
         """Rows of a cache, as a copy."""
         selected = copy.deepcopy(cache)
-        selected.batch_select_indices(rows)
+        selected.reorder_cache(rows)  # of any length; unlike `batch_select_indices` it knows recurrent states
         return selected
 
 
 def run_blocks(
-    stack: Any, attention: str, embeds: Tensor, position_ids: Tensor, cache: Any, attention_mask: Tensor | None
+    stack: Any,
+    attention: str,
+    embeds: Tensor,
+    position_ids: Tensor,
+    cache: Any,
+    attention_mask: Tensor | None,
+    carries: bool = False,
 ) -> Tensor:
     """The last states `[b, s, d]` of a transformers model without head; arguments as in `Decoder.forward`.
 
     transformers keeps segments apart by itself where positions restart and no mask is given. Its flash attention does
-    so for a single row, so there the rows are joined into one.
+    so for a single row, so there the rows are joined into one. Layers that carry a state along the row must be told
+    where segments begin; transformers raises a ValueError where their kernels cannot keep segments apart.
+
+    Args:
+        stack: the model.
+        attention: which implementation.
+        embeds: `[b, s, d]`.
+        position_ids: `[b, s]`.
+        cache: keys and values while decoding.
+        attention_mask: `[b, past + s]`; only with a cache.
+        carries: whether it has layers that carry a state along the row.
     """
     shape = embeds.shape
-    if attention.startswith("flash") and cache is None:
+    borders = _borders(position_ids) if carries else {}
+    if borders or (attention.startswith("flash") and cache is None):
         embeds, position_ids = embeds.reshape(1, -1, shape[-1]), position_ids.reshape(1, -1)
     output = stack(
         inputs_embeds=embeds,
@@ -279,36 +315,45 @@ def run_blocks(
         attention_mask=attention_mask,
         past_key_values=cache,
         use_cache=cache is not None,
+        **borders,
     )
     return output.last_hidden_state.view(shape)
 
 
-def _language_model(config: PretrainedConfig, attention: str) -> Any:
-    """The architecture with random weights.
+def _borders(position_ids: Tensor) -> dict[str, Any]:
+    """Where segments begin in rows that are joined into one, as transformers' layers take it; {} for whole rows.
+
+    The host waits for the positions here, which only happens for decoders with recurrent layers.
+    """
+    starts = (position_ids.flatten() == 0).nonzero().flatten().tolist()
+    if len(starts) <= len(position_ids):
+        return {}
+    ends = torch.tensor([*starts[1:], position_ids.numel()])
+    lengths = ends - torch.tensor(starts)
+    number = torch.arange(len(starts), dtype=torch.int32).repeat_interleave(lengths)
+    sums = torch.tensor([*starts, position_ids.numel()], dtype=torch.int32).to(position_ids.device)
+    longest = int(lengths.max())
+    return {
+        "cu_seq_lens_q": sums,
+        "cu_seq_lens_k": sums,
+        "max_length_q": longest,
+        "max_length_k": longest,
+        "seq_idx": number[None].to(position_ids.device),
+    }
+
+
+def _check_targets(lora: Lora, lm: nn.Module, model_type: str) -> None:
+    """See that there is a layer of each name.
 
     Raises:
-        ValueError: for a model that is no causal language model, or an attention that it lacks.
+        ValueError: when there is none, as adapters that are asked for would be left out.
     """
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ValueError(f"decoder: a '{config.model_type}' is no causal language model of transformers")
-    family = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    # What the class says itself: Gemma 2 caps its attention's logits, which sdpa cannot do.
-    has = [name for name, flag in ATTENTIONS.items() if flag is None or getattr(family, flag, False)]
-    if attention not in has:
+    linear = {name.rpartition(".")[2] for name, module in lm.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    if absent := [target for target in lora.targets if target.rpartition(".")[2] not in linear]:
         raise ValueError(
-            f"decoder.attention is {attention}, which a '{config.model_type}' lacks: "
-            f"set model.decoder.init_args.attention to one of {', '.join(has)}"
+            f"model.decoder.init_args.lora: a '{model_type}' has no layers {', '.join(absent)}: "
+            f"set its targets to some of {', '.join(sorted(linear))}"
         )
-    try:
-        # The dtype is the trainer's choice, not that of the files.
-        return AutoModelForCausalLM.from_config(
-            config, attn_implementation=attention, dtype=torch.get_default_dtype()
-        )
-    except ImportError as error:
-        raise ValueError(
-            f"decoder.attention {attention} needs a package that is not here ({str(error).splitlines()[0]}): install "
-            f"it, or set model.decoder.init_args.attention to {has[0]}"
-        ) from error
 
 
 def _peft_config(lora: Lora) -> LoraConfig:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, LlamaConfig, LlamaModel
 
 from lit_vlm.batch import Batch, Grid, VisualTokens
+from lit_vlm.decoders.architecture import installed_attention
 from lit_vlm.decoders.base import Decoder
 from lit_vlm.decoders.hf import Attention, HFDecoder, run_blocks
 from lit_vlm.embedders.base import Embedder, check_grids, scatter_visual
@@ -44,7 +45,9 @@ class WholeFold(Fold):
         """The folded grid."""
         if grid.rows % self.side or grid.cols % self.side:
             raise ValueError(
-                f"embedder.merge {self.side} needs images of even patch grids, not {grid.rows} × {grid.cols}"
+                f"model.embedder: merge {self.side} needs images of even patch grids, not {grid.rows} × {grid.cols}: "
+                "take a projector that leaves patches where they are (Identity, Linear or MLP), and an image_size of the "
+                "encoder of an even number of patches; or set model.embedder.init_args.merge to 1"
             )
         return super().__call__(grid)
 
@@ -99,7 +102,8 @@ class Holistic(Embedder):
         super().__init__(width, vocab_size)
         if width % num_heads or num_heads % num_kv_heads:
             raise ValueError(
-                f"embedder: num_heads {num_heads} must divide the width {width}, and num_kv_heads {num_kv_heads} them"
+                f"model.embedder.init_args: num_heads {num_heads} must divide the decoder's width {width}, and "
+                f"num_kv_heads {num_kv_heads} must divide num_heads"
             )
         if image_attention == "bidirectional" and attention not in ("sdpa", "eager"):
             raise ValueError(f"embedder: image_attention bidirectional needs attention sdpa or eager, not {attention}")
@@ -116,7 +120,8 @@ class Holistic(Embedder):
             rms_norm_eps=norm_eps,
             attn_implementation=attention,
         )
-        self.stack = LlamaModel(self.config)
+        with installed_attention("model.embedder", attention):
+            self.stack = LlamaModel(self.config)
         self.stack.norm = nn.Identity()
         if recompute:
             self.stack.activation_checkpointing_enable({"use_reentrant": False})
@@ -158,8 +163,9 @@ class Holistic(Embedder):
         theirs = {key.replace(".base_layer.", "."): value for key, value in layers.state_dict().items()}
         extra = sorted(key for key in theirs if key.startswith("0.") and key not in own and ".lora_" not in key)
         if extra or getattr(decoder.config, "hidden_act", "silu") != "silu":
+            kind = decoder.config.model_type if type(decoder) is HFDecoder else type(decoder).__name__
             raise ValueError(
-                f"embedder.start is decoder, but the layers of a '{decoder.config.model_type}' are not Llama's "
+                f"embedder.start is decoder, but the layers of a '{kind}' are not Llama's "
                 f"({extra[0] if extra else decoder.config.hidden_act}): take another decoder, or set "
                 "model.embedder.init_args.start to random"
             )
@@ -239,6 +245,6 @@ class Holistic(Embedder):
     def select_cache(self, cache: HolisticCache, rows: Tensor) -> HolisticCache:
         """These rows `[b']` of a cache, as a copy."""
         past = copy.deepcopy(cache.past)
-        past.batch_select_indices(rows)
+        past.reorder_cache(rows)
         mask, ahead = (None if value is None else value[rows] for value in (cache.mask, cache.ahead))
         return HolisticCache(past, mask, ahead)

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
-    CONFIG_MAPPING,
     AutoConfig,
     AutoModel,
     InternVLForConditionalGeneration,
@@ -19,7 +18,7 @@ from transformers import (
 from lit_vlm.batch import Images, PixelSpec, VisualTokens
 from lit_vlm.encoders.base import CLIP_MEAN, CLIP_STD, HALF, IMAGENET_MEAN, IMAGENET_STD, Encoder, PatchGrid
 from lit_vlm.part import StateDict
-from lit_vlm.pretrained import read_pretrained, resolve, shortened
+from lit_vlm.pretrained import made_config, read_pretrained, resolve, shortened
 
 INTERN_VIT = "internvl_vision"
 # model_type → (tokens before the patches, mean, std, the norm after the last block)
@@ -158,9 +157,7 @@ def _vision_config(name: str | None, config: dict[str, Any] | None) -> Pretraine
     else:
         settings = dict(config or {})
         model_type = settings.pop("model_type", "clip_vision_model")
-        if model_type not in CONFIG_MAPPING:
-            raise ValueError(f"encoder.config.model_type '{model_type}' is none that transformers knows")
-        loaded = AutoConfig.for_model(model_type, **settings)
+        loaded = made_config(model_type, settings, "HFEncoder")
     loaded = getattr(loaded, "vision_config", loaded)
     if loaded.model_type not in FAMILIES:
         raise ValueError(f"HFEncoder knows {', '.join(FAMILIES)}; '{loaded.model_type}' is not one of them")

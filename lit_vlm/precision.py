@@ -1,0 +1,122 @@
+"""Which number format matrix products run in: what the device does fast, by a query and a short measurement.
+
+bf16 products are two to four times as fast as fp32 on processors with AMX or AVX512-BF16 and on recent GPUs, and a
+hundred times slower on processors that have to emulate them, so no recipe can name one format for all machines.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+AUTO: Literal["auto"] = "auto"
+CHOSEN = "LIT_VLM_PRECISION"
+"""Environment variable: what the first process chose, as DEVICE:NAME, for the processes that it starts."""
+SIDE, SECONDS = 256, 0.012
+"""Of the matrices that are multiplied, and for how long in each format; a product in emulated bf16 takes 40 ms."""
+GAIN = 1.2
+"""bf16 must be faster than fp32 by this factor, as casting takes time, too."""
+
+Name = Literal["bf16-mixed", "16-mixed", "32-true"]
+DTYPES: dict[str, torch.dtype] = {
+    "bf16-mixed": torch.bfloat16,
+    "16-mixed": torch.float16,
+    "32-true": torch.float32,
+}
+
+
+@dataclass(frozen=True)
+class Precision:
+    """A number format.
+
+    Attributes:
+        name: as `trainer.precision` takes it.
+        why: how it was chosen, for a line in the terminal.
+    """
+
+    name: Name
+    why: str
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the operands of matrix products; of the weights, where nothing trains."""
+        return DTYPES[self.name]
+
+    def autocast(self, device_type: str) -> AbstractContextManager[object]:
+        """Run matrix products in this format while weights stay in fp32."""
+        return torch.autocast(device_type, self.dtype) if self.dtype != torch.float32 else nullcontext()
+
+
+def choose(device_type: str, scaled: bool = True) -> Precision:
+    """The format that a device is fast in.
+
+    Args:
+        device_type: `cpu`, `cuda` or another one of torch's.
+        scaled: whether fp16 with scaled gradients may be used, on cards without bf16; sharded training has none.
+    """
+    if device_type == "cuda":
+        return _of_card(scaled)
+    if device_type == "cpu":
+        return _of_processor()
+    return Precision("32-true", f"nothing else is tried on {device_type}")
+
+
+def _of_card(scaled: bool) -> Precision:
+    index = int(os.environ.get("LOCAL_RANK", "0")) % max(1, torch.cuda.device_count())
+    card = torch.cuda.get_device_name(index)
+    if torch.cuda.get_device_capability(index) >= (8, 0) or torch.version.hip is not None:
+        return Precision("bf16-mixed", f"{card} has bf16")
+    if scaled:
+        return Precision("16-mixed", f"{card} has no bf16; gradients are scaled")
+    return Precision("32-true", f"{card} has no bf16, and this strategy cannot scale gradients for fp16")
+
+
+def _of_processor() -> Precision:
+    device, _, inherited = os.environ.get(CHOSEN, "").partition(":")
+    if device == "cpu" and inherited in DTYPES:
+        return Precision(inherited, "chosen before, by a measurement")  # type: ignore[arg-type]
+    if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        return Precision("32-true", "this processor has no instructions for bf16")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 or int(os.environ.get("SLURM_NTASKS", "1")) > 1:
+        return Precision("32-true", "several processes on CPUs do not measure beside each other")
+    low, full = matmul_speed(torch.bfloat16), matmul_speed(torch.float32)
+    name: Name = "bf16-mixed" if low > GAIN * full else "32-true"
+    os.environ[CHOSEN] = f"cpu:{name}"
+    return Precision(name, f"here matrix products run at {_rate(low)} in bf16, at {_rate(full)} in fp32")
+
+
+def matmul_speed(dtype: torch.dtype) -> float:
+    """FLOP/s of this processor in square matrix products: the best of what fits into 12 ms, and at least one."""
+    left, right = torch.ones(SIDE, SIDE, dtype=dtype), torch.ones(SIDE, SIDE, dtype=dtype)
+    best, end = float("inf"), 0.0
+    while True:
+        start = time.perf_counter()
+        left @ right
+        now = time.perf_counter()
+        if end:  # the first one also prepares the kernel
+            best = min(best, now - start)
+            if now > end:
+                return 2.0 * SIDE**3 / best
+        end = end or now + SECONDS
+
+
+def _rate(flops: float) -> str:
+    return f"{flops / 1e9:,.0f} GFLOP/s" if flops >= 1e9 else f"{flops / 1e9:.1f} GFLOP/s"
+
+
+def crowded() -> str | None:
+    """A warning if more processes want to run than there are cores; None if all is well, or it cannot be known."""
+    if not hasattr(os, "sched_getaffinity"):
+        return None
+    cores, load = len(os.sched_getaffinity(0)), os.getloadavg()[0]
+    if load <= cores + 0.5:
+        return None
+    return (
+        f"the load is {load:.1f} on {cores} cores: threads that wait for each other can make work on the CPU ten "
+        "times slower; stop other work, or set OMP_NUM_THREADS=1"
+    )
