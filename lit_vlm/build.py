@@ -87,6 +87,7 @@ def build(
         ValueError: where weights do not fit a slot.
     """
     saved = read_slots(start_from) if start_from else {}
+    drawn: set[str] = set()
 
     def make(name: str, factory: Callable[[], P]) -> P:
         slot = name.split(".")[0]
@@ -105,15 +106,19 @@ def build(
         else:
             state = part.pretrained_state()
         if state is None:
+            drawn.add(name)
             with _seeded(name):
                 return factory()
         load_state(part, state, name)
         return part
 
     model = slots.assemble(make)
+    model.drawn = frozenset(drawn)
     anew = start_from is None or "embedder" in fresh
     if anew and (only is None or {"embedder", "decoder"} <= set(only)):
         model.embedder.adopt(model.decoder)
+        if model.embedder.adopts_all:
+            model.drawn -= {"embedder"}
     return model
 
 

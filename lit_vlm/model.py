@@ -43,6 +43,9 @@ class VLM(nn.Module):
         embedder: text ids and visual tokens → decoder inputs.
         decoder: the language model.
         heads: auxiliary losses by name.
+
+    Attributes:
+        drawn: parts whose weights were drawn at random when the model was built: `projector`, `heads.NAME`, ....
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class VLM(nn.Module):
         self.embedder = embedder
         self.decoder = decoder
         self.heads = nn.ModuleDict(dict(heads or {}))
+        self.drawn: frozenset[str] = frozenset()
         self._cache_checked = False
         for name, head in (heads or {}).items():
             try:

@@ -20,6 +20,7 @@ from transformers import (
     DynamicCache,
     PretrainedConfig,
 )
+from transformers.pytorch_utils import Conv1D
 
 from lit_vlm.checkpoints.safetensors import read_folder
 from lit_vlm.decoders import internlm2

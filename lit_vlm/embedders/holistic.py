@@ -126,6 +126,7 @@ class Holistic(Embedder):
         if recompute:
             self.stack.activation_checkpointing_enable({"use_reentrant": False})
         self.merger = PatchMerge(width, width) if merge > 1 else None
+        self.adopts_all = start == "decoder" and self.merger is None
         if merge > 1:
             self.grid_map = WholeFold(merge)
 
