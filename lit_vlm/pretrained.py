@@ -150,7 +150,9 @@ def shortened(names: Sequence[str], most: int = 4) -> str:
 def _what_is_broken(error: Exception) -> str:
     reason = next(iter(str(error).strip().splitlines()), repr(error))
     if isinstance(error, pickle.UnpicklingError):
-        reason = "it is damaged, or holds more than weights, such as code; where you trust it, convert it to safetensors"
+        reason = (
+            "it is damaged, or holds more than weights, such as code; where you trust it, convert it to safetensors"
+        )
     return f"cannot be read: {reason}"
 
 

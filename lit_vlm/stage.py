@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -97,10 +97,7 @@ class Stage:
         for slot, lr in self.train.items():
             if lr is None:
                 continue
-            try:
-                parameters = [p for part in slots.get(slot, ()) for p in part.trainable_parameters(self.only.get(slot))]
-            except ValueError as error:
-                raise ValueError(f"{error}: set model.stage.only.{slot} to null") from error
+            parameters = self._chosen(slot, slots.get(slot, ()))
             if not parameters and not (slot == "heads" and removed):
                 raise ValueError(
                     f"model.stage.train names '{slot}', but this model has nothing to train there: "
@@ -120,6 +117,13 @@ class Stage:
         idle = [name for name in model.heads if not self.losses.get(name)]
         for name in idle:
             model.heads[name].requires_grad_(False)
+
+    def _chosen(self, slot: str, parts: Iterable[Part]) -> list[nn.Parameter]:
+        """What of a slot trains."""
+        try:
+            return [p for part in parts for p in part.trainable_parameters(self.only.get(slot))]
+        except ValueError as error:
+            raise ValueError(f"{error}: set model.stage.only.{slot} to null") from error
 
     def _check_decoder_idle(self, model: VLM) -> None:
         heads = {name: head for name, head in model.heads.items() if isinstance(head, Head) and self.losses.get(name)}
@@ -145,7 +149,8 @@ class Stage:
 
     def _stays_random(self, model: VLM, name: str) -> str | None:
         slot, _, head = name.partition(".")
-        part = model.heads[head] if head else getattr(model, slot)
+        part = model.get_submodule(name)
+        assert isinstance(part, Part)
         count = sum(parameter.numel() for parameter in part.parameters())
         if not count or not part.frozen() or type(part).pretrained_state is not Part.pretrained_state:
             return None
@@ -155,7 +160,8 @@ class Stage:
         read = f" has a loss of weight {self.losses[head]:g} and" if head else ""
         return (
             f"{name} ({type(part).__name__}, {count:,} parameters){read} starts from random weights{why}, and it is "
-            f"frozen, so it stays random: name {slot} in model.stage.train, or give it weights by model.stage.start_from"
+            f"frozen, so it stays random: name {slot} in model.stage.train, or give it weights by "
+            "model.stage.start_from"
         )
 
     def warm_up(self, total_steps: int) -> int:

@@ -106,7 +106,9 @@ def _split(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> Mapping[st
         return state
     kept = _kept(config, max(numbers) + 1, whole=any(key.startswith(norm) for key in state))
     if lost := sorted(set(range(kept)) - numbers):
-        raise ValueError(f"there is no '{blocks}{lost[0]}.': config.json asks for {kept} blocks up to the one that is read")
+        raise ValueError(
+            f"there is no '{blocks}{lost[0]}.': config.json asks for {kept} blocks up to the one that is read"
+        )
     unused = (norm, *(f"{blocks}{number}." for number in numbers if number >= kept))
     return {key: value for key, value in state.items() if not key.startswith(unused)}
 
@@ -175,7 +177,9 @@ def _encoder(layout: Layout) -> Encoder:
         match = re.search(r"-res(\d+)$", name)
         timm_name = str(layout.config.get("timm_name") or "convnext_xxlarge.clip_laion2b_soup")
         return TimmEncoder(timm_name, None, image_size=int(match[1]) if match else 768)
-    blocks = {key.split(".")[3] for key in layout.slots.get("encoder", {}) if key.startswith("backbone.encoder.layers.")}
+    blocks = {
+        key.split(".")[3] for key in layout.slots.get("encoder", {}) if key.startswith("backbone.encoder.layers.")
+    }
     if not blocks:
         raise ValueError(f"there is neither '{CLIP_TOWER}encoder.layers.' nor a ConvNeXt")
     given = layout.config.get("vision_config") or CLIP_L
@@ -210,7 +214,9 @@ def _task_tokens(layout: Layout) -> tuple[dict[str, int], dict[str, int]]:
     for task in order:
         said = count if task == "gen" else (config.get(f"image_{task}") or {}).get("num_tokens", len(found[task]))
         if len(found[task]) != said or said % count:
-            wanted = "num_task_tokens" if task == "gen" else f"image_{task}.num_tokens {said}, a multiple of num_task_tokens"
+            wanted = (
+                "num_task_tokens" if task == "gen" else f"image_{task}.num_tokens {said}, a multiple of num_task_tokens"
+            )
             raise ValueError(f"{keys[task]} is {tuple(found[task].shape)}, not of {wanted} {count} rows")
     return dict.fromkeys(order, count), {task: len(found[task]) for task in order}
 

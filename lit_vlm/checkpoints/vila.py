@@ -147,7 +147,9 @@ def _read(source: str, given: Mapping[str, Any] | None = None) -> Layout:
 
 def _layout(state: Mapping[str, Tensor], config: Mapping[str, Any], tokenizer: str | None) -> Layout:
     if paths := [key for key in PARTS.values() if isinstance(config.get(key), str)]:
-        raise ValueError(f"{', '.join(paths)}: expected the configuration of that part itself, found the name of a folder")
+        raise ValueError(
+            f"{', '.join(paths)}: expected the configuration of that part itself, found the name of a folder"
+        )
     names = _names(config)
     return Layout(config, names.slots_of(state, config), tokenizer, names.seen_in(state))
 

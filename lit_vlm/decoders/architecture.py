@@ -27,7 +27,8 @@ def language_model(config: PretrainedConfig, attention: str) -> Any:
         attention: which implementation.
 
     Raises:
-        ValueError: for a model that is no causal language model, or an attention that it lacks or that is not installed.
+        ValueError: for a model that is no causal language model, or an attention that it lacks or that is not
+            installed.
     """
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(f"model.decoder: a '{config.model_type}' is no causal language model of transformers")

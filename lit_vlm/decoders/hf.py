@@ -79,9 +79,7 @@ class HFDecoder(Decoder):
     ) -> None:
         super().__init__()
         if (name is None) == (config is None):
-            raise ValueError(
-                "give model.decoder either a name or a config (with name: null), not both and not neither"
-            )
+            raise ValueError("give model.decoder either a name or a config (with name: null), not both and not neither")
         self.name, self.lora, self.attention = name, lora, attention
         self.tokenizer_source = tokenizer or name
         self.config = self._load_config(config)

@@ -46,8 +46,8 @@ class WholeFold(Fold):
         if grid.rows % self.side or grid.cols % self.side:
             raise ValueError(
                 f"model.embedder: merge {self.side} needs images of even patch grids, not {grid.rows} × {grid.cols}: "
-                "take a projector that leaves patches where they are (Identity, Linear or MLP), and an image_size of the "
-                "encoder of an even number of patches; or set model.embedder.init_args.merge to 1"
+                "take a projector that leaves patches where they are (Identity, Linear or MLP), and an image_size of "
+                "the encoder of an even number of patches; or set model.embedder.init_args.merge to 1"
             )
         return super().__call__(grid)
 
@@ -151,8 +151,8 @@ class Holistic(Embedder):
         words = decoder.lm.get_input_embeddings().weight
         if words.shape != self.stack.embed_tokens.weight.shape:
             raise ValueError(
-                f"embedder Holistic copies the word table of the decoder, and that of a '{decoder.config.model_type}' is "
-                f"{tuple(words.shape)}, not {tuple(self.stack.embed_tokens.weight.shape)}: take another decoder"
+                "embedder Holistic copies the word table of the decoder, and that of a "
+                f"'{decoder.config.model_type}' is {tuple(words.shape)}, not {tuple(self.stack.embed_tokens.weight.shape)}: take another decoder"
             )
         with torch.no_grad():
             self.stack.embed_tokens.weight.copy_(words)

@@ -93,7 +93,8 @@ class Encoder(Part, ABC):
         wrong = {size for size in images.sizes if size[1] != side or size[0] % side}
         if wrong or (self.patch_grid.prefix and any(height != side for height, _ in images.sizes)):
             raise ValueError(
-                f"{type(self).__name__} takes images of {side} × {side} pixels, found {sorted(wrong or set(images.sizes))[:3]}; "
+                f"{type(self).__name__} takes images of {side} × {side} pixels, found "
+                f"{sorted(wrong or set(images.sizes))[:3]}; "
                 "use a square transform (data.transform SquareCrop, PadSquare or Resize), or Tiles without a CLS token"
             )
         return side

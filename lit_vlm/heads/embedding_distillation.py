@@ -101,8 +101,8 @@ class EmbeddingDistillation(Head):
             return
         if self.tokens not in embedder.task_tokens:
             raise ValueError(
-                f"it reads the task tokens '{self.tokens}', model.embedder has {list(embedder.task_tokens) or 'none'} "
-                f"({type(embedder).__name__}): set task_tokens of an embedder Splice, or for this head tokens: null and "
+                f"it reads the task tokens '{self.tokens}', model.embedder has "
+                f"{list(embedder.task_tokens) or 'none'} ({type(embedder).__name__}): set task_tokens of an embedder Splice, or for this head tokens: null and "
                 "queries: own"
             )
         self._places = embedder.task_tokens[self.tokens]

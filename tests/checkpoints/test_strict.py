@@ -22,7 +22,9 @@ from tests.checkpoints import test_eve, test_llava_hf, test_ola_vlm, test_vila
 from tests.embedders.test_holistic import model_of as hovle_model
 
 Published = tuple[dict[str, Tensor], dict[str, Any]]
-NOT_READ = re.compile(r"compressor|vision_clip|inv_freq|position_ids|post_layernorm|vision_model\.head|^image_|logit_scale")
+NOT_READ = re.compile(
+    r"compressor|vision_clip|inv_freq|position_ids|post_layernorm|vision_model\.head|^image_|logit_scale"
+)
 """Parts that loading leaves out for a stated reason: teachers, heads, old buffers, what comes behind the features."""
 
 
