@@ -6,13 +6,10 @@ import copy
 import math
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -20,12 +17,12 @@ from transformers import (
     DynamicCache,
     PretrainedConfig,
 )
-from transformers.pytorch_utils import Conv1D
 
 from lit_vlm.checkpoints.safetensors import read_folder
 from lit_vlm.decoders import internlm2
 from lit_vlm.decoders.architecture import language_model
 from lit_vlm.decoders.base import Decoder, DecoderOutput
+from lit_vlm.decoders.lora import Lora, add_adapters, merge_adapters
 from lit_vlm.part import StateDict
 from lit_vlm.pretrained import made_config, read_pretrained, resolve, shortened
 from lit_vlm.tokenizers import load_tokenizer
@@ -34,24 +31,6 @@ Attention = Literal["sdpa", "eager", "flex_attention", "flash_attention_2", "fla
 INTERNLM2 = "internlm2"
 RECURRENT = ("linear_attention", "mamba", "recurrent", "conv")
 """Among transformers' names of layer types, those that carry a state along the row."""
-LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-@dataclass(frozen=True)
-class Lora:
-    """Low-rank adapters on linear layers of the decoder; with them only the adapters train.
-
-    Attributes:
-        rank: rank of each update.
-        alpha: scale; the update is multiplied by alpha / rank.
-        dropout: dropout on the adapter's input.
-        targets: names of the linear layers that get an adapter.
-    """
-
-    rank: int = 64
-    alpha: float = 128.0
-    dropout: float = 0.0
-    targets: tuple[str, ...] = LINEAR_LAYERS
 
 
 class HFDecoder(Decoder):
@@ -88,8 +67,7 @@ class HFDecoder(Decoder):
         if recompute:
             self.lm.activation_checkpointing_enable({"use_reentrant": False})
         if lora is not None:
-            _check_targets(lora, self.lm, self.config.model_type)
-            inject_adapter_in_model(_peft_config(lora), self.lm)
+            add_adapters(lora, self.lm, self.config.model_type)
         self._carries = self.carried() is not None
         self.width = self.config.hidden_size
         self.num_layers = self.config.num_hidden_layers
@@ -202,10 +180,7 @@ class HFDecoder(Decoder):
         """Add adapters into the weights they adapt and remove them; without adapters, nothing."""
         if self.lora is None:
             return
-        for name, module in list(self.lm.named_modules()):
-            if isinstance(module, BaseTunerLayer):
-                module.merge()
-                self.lm.set_submodule(name, module.get_base_layer())
+        merge_adapters(self.lm)
         self.lora = None
 
     def recompute_blocks(self, enabled: bool) -> None:
@@ -339,26 +314,3 @@ def _borders(position_ids: Tensor) -> dict[str, Any]:
         "max_length_k": longest,
         "seq_idx": number[None].to(position_ids.device),
     }
-
-
-def _check_targets(lora: Lora, lm: nn.Module, model_type: str) -> None:
-    """See that there is a layer of each name.
-
-    Raises:
-        ValueError: when there is none, as adapters that are asked for would be left out.
-    """
-    linear = {name.rpartition(".")[2] for name, module in lm.named_modules() if isinstance(module, nn.Linear | Conv1D)}
-    if absent := [target for target in lora.targets if target.rpartition(".")[2] not in linear]:
-        raise ValueError(
-            f"model.decoder.init_args.lora: a '{model_type}' has no layers {', '.join(absent)}: "
-            f"set its targets to some of {', '.join(sorted(linear))}"
-        )
-
-
-def _peft_config(lora: Lora) -> LoraConfig:
-    return LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=list(lora.targets),
-    )

@@ -148,14 +148,14 @@ class Holistic(Embedder):
         """
         if not isinstance(decoder, HFDecoder):
             raise ValueError(f"embedder Holistic starts from an HFDecoder, not from {type(decoder).__name__}")
-        words = decoder.lm.get_input_embeddings().weight
-        if words.shape != self.stack.embed_tokens.weight.shape:
+        words, own_words = decoder.lm.get_input_embeddings().weight, self.stack.embed_tokens.weight
+        if words.shape != own_words.shape:
             raise ValueError(
-                "embedder Holistic copies the word table of the decoder, and that of a "
-                f"'{decoder.config.model_type}' is {tuple(words.shape)}, not {tuple(self.stack.embed_tokens.weight.shape)}: take another decoder"
+                f"embedder Holistic copies the decoder's word table, and that of a '{decoder.config.model_type}' is "
+                f"{tuple(words.shape)}, not {tuple(own_words.shape)}: take another decoder"
             )
         with torch.no_grad():
-            self.stack.embed_tokens.weight.copy_(words)
+            own_words.copy_(words)
         if self.start == "random":
             return
         own = self.stack.layers.state_dict()

@@ -100,10 +100,10 @@ class EmbeddingDistillation(Head):
         if self.tokens is None:
             return
         if self.tokens not in embedder.task_tokens:
+            found = f"{list(embedder.task_tokens) or 'none'} ({type(embedder).__name__})"
             raise ValueError(
-                f"it reads the task tokens '{self.tokens}', model.embedder has "
-                f"{list(embedder.task_tokens) or 'none'} ({type(embedder).__name__}): set task_tokens of an embedder Splice, or for this head tokens: null and "
-                "queries: own"
+                f"it reads the task tokens '{self.tokens}', model.embedder has {found}: set task_tokens of an embedder "
+                "Splice, or for this head tokens: null and queries: own"
             )
         self._places = embedder.task_tokens[self.tokens]
 

@@ -81,6 +81,7 @@ class EncoderTeacher(Teacher):
         if side and (wrong := {size for size in images.sizes if size[1] != side or size[0] % side}):
             raise ValueError(
                 f"the teacher takes pictures of {side} × {side} pixels, and data.transform made {sorted(wrong)[:3]} "
-                "for it: take AspectGrid where the encoder takes any size, and a square transform or Tiles where it does not"
+                "for it: take AspectGrid where the encoder takes any size, and a square transform or Tiles where it "
+                "does not"
             )
         return self.encoder(images)
