@@ -11,7 +11,6 @@ import lightning.pytorch as L
 from lit_vlm.data import VLMData
 from lit_vlm.module import LitVLM
 from lit_vlm.tasks import TASKS, Prompts, Reader, Settings, Shots, Task, run_task
-from lit_vlm.tracking import metric_name
 
 
 class Evaluate(L.Callback):
@@ -76,6 +75,6 @@ class Evaluate(L.Callback):
         if trainer.is_global_zero:
             main = f"{result.main} {result.scores[result.main]:.2f}"
             trainer.print(f"{name}, step {self._last}: {main} ({time.perf_counter() - start:.0f} s)")
-            scores = {metric_name(f"task/{name}/{score}"): value for score, value in result.scores.items()}
+            scores = {f"task/{name}/{score}": value for score, value in result.scores.items()}
             for logger in trainer.loggers:
                 logger.log_metrics(scores, step=trainer.global_step)

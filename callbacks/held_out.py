@@ -66,10 +66,11 @@ class HeldOut(L.Callback):
             raise ValueError("callbacks.HeldOut scores the questions of data.val, and there is no usable one")
         records = shuffle_images(self._records) if when == "shuffled" else self._records
         start = time.perf_counter()
-        scores = evaluate_held_out(module, data, records, self.batch_size, self.max_new_tokens)
+        title = f"scoring held-out questions, {when}"
+        scores = evaluate_held_out(module, data, records, self.batch_size, self.max_new_tokens, title)
         if trainer.is_global_zero:
             trainer.print(f"held-out questions, {when}: {_line(scores)} ({time.perf_counter() - start:.0f} s)")
-            found = _load(trainer) | {when: asdict(scores)}
+            found = _load(trainer) | {when: asdict(scores), "precision": str(trainer.precision)}
             (Path(trainer.default_root_dir) / FILE).write_text(json.dumps(found, indent=2))
             for logger in trainer.loggers:
                 metrics = _metrics(f"held_out/{when}", scores)

@@ -62,7 +62,7 @@ class Predictions(L.Callback):
         for logger in trainer.loggers:
             if isinstance(logger, MLflow):
                 for suffix in ("json", "png"):
-                    logger.experiment.log_artifact(logger.run_id, str(folder / f"{name}.{suffix}"))
+                    logger.run.file(folder / f"{name}.{suffix}")
 
 
 def draw_answers(answers: Sequence[Answer], path: Path) -> None:

@@ -242,6 +242,7 @@ class Batch:
             name, and of a frozen encoder under `encoder`.
         bad: samples that were left out or cut while this batch was made.
         window: counts over all micro-batches of the optimizer step, when the loader knows them.
+        stop_ids: of prompts: what closes an answer in the template that they are written in.
     """
 
     input_ids: Tensor
@@ -259,6 +260,7 @@ class Batch:
     prepared: dict[str, VisualTokens] = field(default_factory=dict)
     bad: tuple[BadSample, ...] = ()
     window: Counts | None = None
+    stop_ids: frozenset[int] = frozenset()
 
     @property
     def counts(self) -> Counts:

@@ -23,6 +23,7 @@ VERBS = {
     "inspect": "show one batch as the model sees it",
     "prepare": "compute features of teachers or of a frozen encoder before training",
     "export": "write a checkpoint in a published format",
+    "sync": "send what runs could not report to MLflow",
     "doctor": "report versions, devices and optional packages",
 }
 LIGHTNING = {
@@ -77,6 +78,8 @@ def _print_help() -> None:
 def lightning_cli(arguments: Sequence[str], run: bool = True) -> Any:
     """Parse config files and flags, and run the subcommand, or with `run=False` only parse and build objects."""
     _quiet()
+    if run and os.environ.get("LOCAL_RANK", "0") == "0":
+        sys.stderr.write("loading libraries ...\n")  # which takes ten seconds
     from lit_vlm.lightning_cli import LitVLMCLI
 
     # Lightning warns when arguments are given twice; they are its own if they came from the command line.

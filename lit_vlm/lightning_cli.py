@@ -12,7 +12,7 @@ from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
 from callbacks import Checkpoint
-from lit_vlm.checkpoints.files import find_checkpoint, run_folder
+from lit_vlm.checkpoints.files import checkpoints_in, find_checkpoint, run_folder
 from lit_vlm.cli import run_folder_for
 from lit_vlm.data import VLMData
 from lit_vlm.module import LitVLM
@@ -64,6 +64,8 @@ class LitVLMCLI(LightningCLI):
         source = config.get("ckpt_path")
         if source and Path(source).is_dir() and (Path(source) / "checkpoints").is_dir():
             config.ckpt_path = str(find_checkpoint(source))
+        if self.subcommand == "fit":
+            _refuse_other_run(Path(config.trainer.default_root_dir), config.get("ckpt_path"))
         if config.trainer.precision == AUTO and config.get("ckpt_path"):
             config.trainer.precision = _precision_of(config.ckpt_path)
 
@@ -75,9 +77,17 @@ class LitVLMCLI(LightningCLI):
         if self.subcommand:
             self._say_precision()
         if self.subcommand == "fit":
+            folder = Path(self.trainer.default_root_dir)
             for logger in self.trainer.loggers:
                 if isinstance(logger, MLflow):
-                    logger.belongs_to(Path(self.trainer.default_root_dir), self.model.stage.name)
+                    go_on = bool(config.get("ckpt_path")) or self._began_so(folder)
+                    logger.belongs_to(folder, self.model.stage.name, go_on)
+
+    def _began_so(self, folder: Path) -> bool:
+        """Whether the run in a folder was started with the same settings: then it is begun again, not another one."""
+        file = folder / "config.yaml"
+        text = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False)
+        return file.is_file() and file.read_text(encoding="utf-8") == text
 
     @rank_zero_only
     def _say_precision(self) -> None:
@@ -88,6 +98,21 @@ class LitVLMCLI(LightningCLI):
         console.print(f"precision {self.trainer.precision}: {why}")
         if warning := crowded():
             console.print(f"[yellow]{warning}[/]")
+
+
+def _refuse_other_run(folder: Path, checkpoint: str | None) -> None:
+    """Two models in one folder, and in one run of MLflow, cannot be told apart.
+
+    Raises:
+        ValueError: when the folder holds a run that has saved something, and this is not that run going on.
+    """
+    found = checkpoints_in(folder)
+    own = checkpoint is not None and Path(checkpoint).resolve().is_relative_to(folder.resolve())
+    if found and not own:
+        raise ValueError(
+            f"{folder} holds a run already, whose newest checkpoint is {found[-1].name}: go on with it by --ckpt_path "
+            f"{folder}, or name another folder by --trainer.default_root_dir"
+        )
 
 
 def _precision_of(checkpoint: str) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
@@ -25,6 +26,7 @@ from lit_vlm.data.encode import Sample
 from lit_vlm.data.records import Image, Message, Record, RecordError, Text
 from lit_vlm.data.sources.base import MARK
 from lit_vlm.data.sources.conversations import interleave
+from lit_vlm.precision import choose
 from lit_vlm.tasks.ask import Reader
 from lit_vlm.tasks.held_out import score_answers
 
@@ -53,7 +55,8 @@ class LmmsEvalModel(lmms):
         super().__init__()
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ValueError("lit_vlm answers lmms-eval in one process: start it without torchrun or accelerate")
-        self.run = load_run(checkpoint, pick_device(device))
+        place = pick_device(device)
+        self.run = load_run(checkpoint, place, choose(torch.device(place).type).dtype)
         self.rows = int(batch_size)
         length = int(max_length or self.run.max_length)
         self.reader = Reader(self.run.module, self.run.template, self.run.transform, length)

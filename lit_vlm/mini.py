@@ -29,6 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from lit_vlm.data.scenes import Scene, Scenes, render, sample_scene
 from lit_vlm.data.scenes.world import COLOURS, SHAPES, SIZES
 from lit_vlm.data.templates import Span, VicunaV1
+from lit_vlm.precision import choose
 
 PARTS = {"scenes-decoder": 4, "scenes-encoder": 1}
 """Each with a number that goes up whenever it comes out otherwise."""
@@ -227,10 +228,11 @@ def _train(
         for o in optimizers
     ]
     model.train()
+    precision = choose("cpu")
     with Progress() as progress:
         task = progress.add_task(title, total=steps)
         for step in range(steps):
-            with torch.autocast("cpu", torch.bfloat16):
+            with precision.autocast("cpu"):
                 value = loss(step)
             value.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -129,6 +129,25 @@ class VLM(nn.Module):
             except ValueError as error:  # there may be several of one class
                 raise ValueError(f"model.heads.{name}: {error}") from error
         return sums
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> VLM:
+        """Move or cast. Tables that are computed in constructors and saved nowhere keep their type.
+
+        Rotary frequencies and the means of pixels in bf16 are another model: rounding them shifts positions.
+        """
+        saved = self.state_dict(keep_vars=True).keys()
+        tables = [
+            (module, name, buffer)
+            for prefix, module in self.named_modules()
+            for name, buffer in module.named_buffers(recurse=False)
+            if buffer.is_floating_point() and f"{prefix}.{name}" not in saved
+        ]
+        super()._apply(fn, recurse)
+        for module, name, before in tables:
+            after = getattr(module, name)
+            if after.dtype != before.dtype:
+                setattr(module, name, before.to(after.device))
+        return self
 
     def check_order(self, packed: bool, device: torch.device) -> None:
         """See that the decoder's tokens see what they may, and nothing else (`decoders.check_order`)."""

@@ -73,6 +73,12 @@ class LitVLM(LightningModule):
         if self.model is not None:
             return
         strategy = self.trainer.strategy
+        first = strategy.broadcast(str(self.trainer.precision))
+        if first != str(self.trainer.precision):
+            raise ValueError(
+                f"process {self.global_rank} would train in {self.trainer.precision}, the first one in {first}: set "
+                "trainer.precision instead of auto, as these machines are not alike"
+            )
         if isinstance(strategy, ModelParallelStrategy):
             if not isinstance(strategy, FSDP2):
                 raise ValueError(
@@ -286,7 +292,7 @@ class LitVLM(LightningModule):
         """Generate the text that follows each left-padded prompt."""
         spec = self.input_spec
         with self.autocast():
-            rows = generate(self.vlm, batch, spec.stop_ids, max_new_tokens, temperature, top_p)
+            rows = generate(self.vlm, batch, spec.stop_ids | batch.stop_ids, max_new_tokens, temperature, top_p)
         return [spec.tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows[: len(batch.samples)]]
 
 

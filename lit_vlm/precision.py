@@ -49,25 +49,32 @@ class Precision:
 
     def autocast(self, device_type: str) -> AbstractContextManager[object]:
         """Run matrix products in this format while weights stay in fp32."""
-        return torch.autocast(device_type, self.dtype) if self.dtype != torch.float32 else nullcontext()
+        return autocast(self.name, device_type)
 
 
-def choose(device_type: str, scaled: bool = True) -> Precision:
+def autocast(name: str, device_type: str) -> AbstractContextManager[object]:
+    """What Lightning does around a forward pass for a `trainer.precision`; nothing where all is in one type."""
+    dtype = DTYPES.get(name, torch.float32)
+    return torch.autocast(device_type, dtype) if dtype != torch.float32 else nullcontext()
+
+
+def choose(device_type: str, scaled: bool = True, index: int | None = None) -> Precision:
     """The format that a device is fast in.
 
     Args:
         device_type: `cpu`, `cuda` or another one of torch's.
         scaled: whether fp16 with scaled gradients may be used, on cards without bf16; sharded training has none.
+        index: of the card; default: that of this process.
     """
     if device_type == "cuda":
-        return _of_card(scaled)
+        return _of_card(scaled, int(os.environ.get("LOCAL_RANK", "0")) if index is None else index)
     if device_type == "cpu":
         return _of_processor()
     return Precision("32-true", f"nothing else is tried on {device_type}")
 
 
-def _of_card(scaled: bool) -> Precision:
-    index = int(os.environ.get("LOCAL_RANK", "0")) % max(1, torch.cuda.device_count())
+def _of_card(scaled: bool, index: int) -> Precision:
+    index %= max(1, torch.cuda.device_count())  # a process may see its own card alone
     card = torch.cuda.get_device_name(index)
     if torch.cuda.get_device_capability(index) >= (8, 0) or torch.version.hip is not None:
         return Precision("bf16-mixed", f"{card} has bf16")

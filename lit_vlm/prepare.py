@@ -26,6 +26,7 @@ from lit_vlm.data.shards import CHUNK_BYTES, PARTS, claim, finish_part, merge, p
 from lit_vlm.data.sources import Source
 from lit_vlm.heads import Head
 from lit_vlm.module import LitVLM
+from lit_vlm.precision import autocast
 
 BLOCK = 1024
 Network = Callable[[Images], VisualTokens]
@@ -40,6 +41,7 @@ class Settings:
         batch_size: records whose images are taken together.
         workers: loader processes.
         device: where the network runs.
+        precision: in which it runs, as `trainer.precision`: that of the training that will read the features.
         rank: which of `world_size` processes this is; parts are dealt out in turn.
         world_size: processes.
     """
@@ -48,6 +50,7 @@ class Settings:
     batch_size: int = 32
     workers: int = 0
     device: str = "cpu"
+    precision: str = "32-true"
     rank: int = 0
     world_size: int = 1
 
@@ -134,7 +137,8 @@ def _write_part(
         if not new:
             continue
         images = Images.pack([pixels for _, pixels in new]).to(settings.device)
-        tokens = network(images)
+        with autocast(settings.precision, torch.device(settings.device).type):
+            tokens = network(images)
         width = tokens.features.shape[1]
         lengths = [grid.num_tokens for grid in tokens.grids]
         for (key, _), features, grid in zip(new, tokens.features.split(lengths), tokens.grids, strict=True):

@@ -15,6 +15,7 @@ import importlib.util
 import os
 import pickle
 import shutil
+import sys
 import tempfile
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -181,6 +182,7 @@ def _converted_gguf(path: Path) -> Path:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder, name = str(path.parent), path.name
+    sys.stderr.write(f"converting {name} to safetensors in {target}, once\n")
     with real_parameters():
         quantised = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
         config = quantised.config

@@ -22,6 +22,7 @@ from lit_vlm.data.scenes.maps import SHAPE_SHARES
 from lit_vlm.data.sources import Source
 from lit_vlm.heads import EmbeddingDistillation, Tap
 from lit_vlm.model import VLM
+from lit_vlm.precision import choose
 from lit_vlm.teachers import Teacher
 
 NAME, OTHER = "probe", "segmentation"
@@ -105,6 +106,7 @@ def probe(
     """
     model = run.module.vlm.eval().requires_grad_(False)
     device = run.module.device
+    precision = choose(device.type)
     encode = _encoder(run, teacher)
     names = tuple(encode.spec.known)
 
@@ -129,7 +131,7 @@ def probe(
     for step, batch in enumerate(batches, 1):
         if batch.samples:
             moved = batch.to(device)
-            with run.module.autocast():
+            with precision.autocast(device.type):
                 loss = probes(_states(model, moved), moved, moved.prepared.get(NAME) or moved.teacher_images.get(NAME))
             optimizer.zero_grad()
             (loss / len(moved.image_grids)).backward()

@@ -18,14 +18,17 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(list(SPECIAL))
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<|im_end|>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<|im_end|>", name_or_path="bytes"
+    )
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerFast:
     """A fast tokenizer with a pad token: `bytes`, a hub name, a local path or `package:NAME`.
 
     Raises:
-        ValueError: when there is none, or only a slow tokenizer; labels need character offsets.
+        ValueError: when there is none, or only a slow tokenizer, as labels need character offsets; or nothing to pad
+            with.
     """
     if source == "bytes":
         return byte_tokenizer()
@@ -41,4 +44,6 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerFast:
         raise ValueError(f"the tokenizer of {source} has no fast version, and labels need its character offsets")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise ValueError(f"the tokenizer of {source} has no pad, unknown or end-of-sequence token to pad with")
     return tokenizer

@@ -4,48 +4,42 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import logging
 import os
 import subprocess
+from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
 from lightning.pytorch.cli import SaveConfigCallback
-from lightning.pytorch.loggers import MLFlowLogger
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
 from lit_vlm.data import VLMData
+from lit_vlm.mlflow_run import PARENT_RUN, RUN_FILE, MLflowRun, absolute_uri, default_uri
 from lit_vlm.module import LitVLM
 from lit_vlm.stage import SlotCount
 
-DEFAULT_URI = "sqlite:///mlflow.db"
-PARENT_RUN = "LIT_VLM_PARENT_RUN"
-"""Environment variable: the MLflow run that `lit-vlm run` opened for all stages."""
-RUN_FILE = "mlflow.json"
 PACKAGES = ("lit-vlm", "torch", "lightning", "transformers", "timm", "peft", "mlflow")
 
-
-def default_uri(uri: str | None = None) -> str:
-    """The given URI, or `MLFLOW_TRACKING_URI`, or mlflow.db in the current folder."""
-    return uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
+log = logging.getLogger(__name__)
 
 
-def metric_name(text: str) -> str:
-    """A name that MLflow takes: what it refuses becomes an underscore."""
-    return "".join(letter if letter.isalnum() or letter in "_-./ " else "_" for letter in text)
-
-
-class MLflow(MLFlowLogger):
-    """Lightning's MLflow logger with a database as its default store, and resume.
+class MLflow(Logger):
+    """Metrics, parameters and files of a run, kept by MLflow; training goes on whatever becomes of the store.
 
     Args:
         tracking_uri: where runs are kept; default: `MLFLOW_TRACKING_URI`, or sqlite:///mlflow.db.
         experiment_name: the experiment.
         run_name: name of the run; default: the stage.
         tags: more tags.
+
+    Attributes:
+        run: what is reported to, on rank 0.
     """
 
     def __init__(
@@ -55,33 +49,54 @@ class MLflow(MLFlowLogger):
         run_name: str | None = None,
         tags: dict[str, str] | None = None,
     ) -> None:
+        super().__init__()
         parent = os.environ.get(PARENT_RUN)
-        super().__init__(
-            experiment_name=experiment_name,
-            run_name=run_name,
-            tracking_uri=default_uri(tracking_uri),
-            tags=(tags or {}) | ({"mlflow.parentRunId": parent} if parent else {}),
-        )
-        self.resumed = False
+        self._given = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+        self._experiment, self._name = experiment_name, run_name
+        self._tags = (tags or {}) | ({"mlflow.parentRunId": parent} if parent else {})
+        self.run = MLflowRun(default_uri(tracking_uri), experiment_name, run_name, self._tags)
 
-    def belongs_to(self, folder: Path, run_name: str) -> None:
-        """Go on with the MLflow run of this folder if it has one; otherwise name the new run after the stage.
+    def belongs_to(self, folder: Path, run_name: str, go_on: bool) -> None:
+        """Report for this folder; called once, before anything is reported.
 
-        Called before anything asks for the run: Lightning opens it as soon as training is set up.
+        Args:
+            folder: of the run.
+            run_name: the name of a new run, if none was given.
+            go_on: go on with the MLflow run that the folder belongs to: in its store, unless another one was named.
         """
-        file = folder / RUN_FILE
-        known = json.loads(file.read_text()) if file.exists() else {}
-        self.resumed = known.get("tracking_uri") == self._tracking_uri
-        if self.resumed:
-            self._run_id = known["run_id"]
-        self._run_name = self._run_name or run_name
+        run = MLflowRun(self.run.uri, self._experiment, self._name or run_name, self._tags, folder)
+        if go_on and (folder / RUN_FILE).is_file():
+            known = MLflowRun.of_folder(folder)
+            if self._given is None or absolute_uri(self._given) == known.uri:
+                run = known
+            else:
+                log.warning("MLflow: this run began in %s; a new one goes on in %s", known.uri, run.uri)
+        self.run = run
 
-    def note(self, folder: Path) -> None:
-        """Mark the run as going on, and remember it in the folder."""
-        run_id = self.run_id
-        if self.resumed:
-            self.experiment.update_run(run_id, status="RUNNING")
-        (folder / RUN_FILE).write_text(json.dumps({"tracking_uri": self._tracking_uri, "run_id": run_id}))
+    @property
+    def name(self) -> str:
+        """The experiment."""
+        return self._experiment
+
+    @property
+    def version(self) -> str | None:
+        """The run's id, once it is open."""
+        return self.run.run_id
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Metrics of one step."""
+        self.run.metrics(metrics, step or 0)
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """Parameters."""
+        self.run.params(vars(params) if isinstance(params, Namespace) else params)
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Set the status of the run."""
+        self.run.end("FAILED" if status == "failed" else "FINISHED")
 
 
 class RunRecord(SaveConfigCallback):
@@ -95,18 +110,19 @@ class RunRecord(SaveConfigCallback):
         folder.mkdir(parents=True, exist_ok=True)
         if stage == "fit":
             # What the run was started with stays; what it was resumed with stands beside it.
-            name = "config-resumed.yaml" if (folder / "config.yaml").exists() else "config.yaml"
-            (folder / name).write_text(text)
+            resumed = bool(self.config.get("ckpt_path")) and (folder / "config.yaml").exists()
+            (folder / ("config-resumed.yaml" if resumed else "config.yaml")).write_text(text, encoding="utf-8")
         for logger in _mlflow(trainer):
-            if stage == "fit":
-                logger.note(folder)
-            run = logger.experiment
-            run.log_text(logger.run_id, text, "config-resumed.yaml" if logger.resumed else "config.yaml")
-            for key, value in (_tags(self.config, pl_module) | _versions()).items():
-                run.set_tag(logger.run_id, key, value)
-            if not logger.resumed:
+            logger.run.open()
+            logger.run.remember()
+            if logger.run.resumed:
+                logger.run.going_on()
+            else:
                 logger.log_hyperparams(_parameters(self.config.as_dict()))
-                run.log_dict(logger.run_id, _fingerprints(trainer), "data_fingerprints.json")
+                logger.run.text(json.dumps(_fingerprints(trainer), indent=2), "data_fingerprints.json")
+            logger.run.text(text, "config-resumed.yaml" if logger.run.resumed else "config.yaml")
+            for key, value in (_tags(self.config, pl_module) | _versions()).items():
+                logger.run.tag(key, value)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Once the model stands: print and keep what trains and what is frozen."""
@@ -115,14 +131,13 @@ class RunRecord(SaveConfigCallback):
         if trainer.is_global_zero:
             Console().print(freeze_table(pl_module.stage.name, rows))
             for logger in _mlflow(trainer):
-                logger.experiment.log_dict(logger.run_id, [row._asdict() for row in rows], "freeze_table.json")
+                logger.run.text(json.dumps([row._asdict() for row in rows], indent=2), "freeze_table.json")
 
     @rank_zero_only
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Note why a run ended early; Lightning sets the status itself."""
         for logger in _mlflow(trainer):
-            reason = f"{type(exception).__name__}: {exception}"
-            logger.experiment.set_tag(logger.run_id, "failure", reason[:4000])
+            logger.run.tag("failure", f"{type(exception).__name__}: {exception}")
 
 
 def freeze_table(stage: str, rows: list[SlotCount]) -> Table:
@@ -185,7 +200,7 @@ def _parameters(config: Mapping[str, Any]) -> dict[str, str]:
     for key in ("max_steps", "max_epochs", "accumulate_grad_batches", "gradient_clip_val", "precision", "devices"):
         if trainer.get(key) is not None:
             flat[f"trainer.{key}"] = str(trainer[key])
-    return {key: value[:250] for key, value in flat.items()}
+    return flat
 
 
 def _flatten(value: Any, prefix: str) -> Iterator[tuple[str, str]]:

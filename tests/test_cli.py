@@ -267,6 +267,33 @@ def test_dry_run_names_what_is_missing(
     assert not list(tmp_path.iterdir())
 
 
+LLAMA3 = ["--data.template", "Llama3"]
+MARKS = '["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]'
+
+
+@pytest.mark.filterwarnings("ignore:LightningCLI.s args parameter")
+@pytest.mark.parametrize("how", ["dry run", "inspect", "fit"])
+def test_a_template_whose_marks_the_decoder_lacks_is_named_before_training(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    configs = find_recipe("llava15").configs("2_sft", "tiny", "single")
+    words = [word for path in configs for word in ("--config", str(path))] + ["--trainer.accelerator", "cpu"]
+    tiny = ["run", "llava15", "--dry-run", "--scale", "tiny", "--strategy", "single"]
+    started = {"dry run": tiny, "inspect": ["inspect", *words], "fit": ["fit", *words, "--trainer.logger", "false"]}[
+        how
+    ]
+    with pytest.raises(SystemExit):
+        main([*started, *LLAMA3])
+    shown = " ".join("".join(capsys.readouterr()).split())
+    assert "data.template Llama3 writes <|start_header_id|>, <|end_header_id|>, <|eot_id|> as one token each" in shown
+    assert f"--model.decoder.init_args.new_tokens '{MARKS}'" in shown
+    assert "Traceback" not in shown
+    if how != "fit":
+        main([*started, *LLAMA3, "--model.decoder.init_args.new_tokens", MARKS])
+        assert {"dry run": "ready: config parses", "inspect": "<|eot_id|>"}[how] in capsys.readouterr().out
+
+
 def test_a_tiny_run_can_be_asked_inspected_and_exported(tmp_path: Path) -> None:
     flags = [f"--trainer.callbacks+=callbacks.{name}" for name in ("HeldOut", "Predictions")]
     recipe = ["llava15", "--scale", "tiny", "--strategy", "single", "--out", "out", "--stages", "1_align"]

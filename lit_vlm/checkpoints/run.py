@@ -61,12 +61,13 @@ def pick_device(name: str | None = None) -> str:
     return name
 
 
-def load_run(source: str | Path, device: str | torch.device = "cpu") -> LoadedRun:
+def load_run(source: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> LoadedRun:
     """Build the model of a run and load its weights.
 
     Args:
         source: a checkpoint, or the folder of a run (its newest checkpoint is taken).
         device: where to put it.
+        dtype: of the weights; `precision.choose(...).dtype` is what the device is fast in.
 
     Raises:
         ValueError: when there is no complete checkpoint or no config.yaml, or the stage left parts out.
@@ -88,5 +89,5 @@ def load_run(source: str | Path, device: str | torch.device = "cpu") -> LoadedRu
     module = objects.model
     assert isinstance(module, LitVLM)
     module.model = build(module.slots, str(checkpoint))
-    module.to(device).eval()
+    module.to(device=device, dtype=dtype).eval()
     return LoadedRun(module, objects.template, objects.transform, data["max_length"])

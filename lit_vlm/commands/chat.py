@@ -8,12 +8,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from lit_vlm.data.records import Image, Message, Part, Record, RecordError, Text
 from lit_vlm.data.sources import ChatJsonl
 from lit_vlm.data.sources.base import MARK
 from lit_vlm.data.sources.conversations import interleave
+from lit_vlm.precision import choose
 
 
 def main(argv: Sequence[str]) -> None:
@@ -30,7 +32,8 @@ def main(argv: Sequence[str]) -> None:
 
     disable_progress_bar()
     console = Console(highlight=False)
-    run = load_run(arguments.checkpoint, pick_device(arguments.device))
+    device = pick_device(arguments.device)
+    run = load_run(arguments.checkpoint, device, choose(torch.device(device).type).dtype)
     images = [Image(path=str(path.resolve())) for path in arguments.image]
     messages = _demonstrations(arguments.demos) if arguments.demos else []
     for prompt in [arguments.prompt] if arguments.prompt else _typed(console):

@@ -48,6 +48,8 @@ def _check(words: Sequence[str], later: bool) -> str | None:
         model = build_on_meta(cli.model.slots)
         cli.model.stage.freeze(model, cli.model.slots.removed_heads)
         cli.model.stage.make_optimizer(model)
+        cli.model.model = model
+        cli.datamodule.encoder(cli.model.input_spec)  # its tokenizer must know the template's marks
         for source in (*cli.datamodule.train_sources, *cli.datamodule.val_sources):
             if not len(source):
                 return f"the source '{source.name}' is empty"

@@ -17,7 +17,7 @@ from lit_vlm.cli import lightning_cli
 from lit_vlm.data.check import check_set
 from lit_vlm.data.convert import convert
 from lit_vlm.data.forms import FORMS, open_source
-from lit_vlm.data.sources import Converted
+from lit_vlm.data.sources import Converted, Texts
 from lit_vlm.data.stats import draw, statistics_of, statistics_table
 
 
@@ -109,6 +109,8 @@ def _convert(arguments: argparse.Namespace) -> None:
         table.add_row("[yellow]ids that occur again", f"{info.duplicate_ids:,}")
     table.add_row("fingerprint", info.fingerprint)
     console.print(table)
+    if not info.images and not isinstance(source, Texts):
+        console.print(f"[yellow]none of the {info.records:,} records has an image[/]: is that right?", soft_wrap=True)
     if info.bad:
         console.print(f"left-out records are listed in {arguments.out / 'bad_samples.jsonl'}", soft_wrap=True)
 

@@ -14,8 +14,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from lit_vlm.mlflow_run import default_uri
+from lit_vlm.precision import choose, crowded
 from lit_vlm.pretrained import cache_dir
-from lit_vlm.tracking import default_uri
 
 REQUIRED = ("lit-vlm", "torch", "torchvision", "lightning", "jsonargparse", "transformers", "timm", "peft", "mlflow")
 OPTIONAL = {
@@ -62,11 +63,15 @@ def _version(name: str) -> str | None:
 
 
 def _devices() -> list[str]:
-    lines = [f"cpu         {torch.get_num_threads()} threads, {_memory():.0f} GiB memory"]
+    chosen = choose("cpu")
+    lines = [f"cpu         {torch.get_num_threads()} threads, {_memory():.0f} GiB memory, {chosen.name}: {chosen.why}"]
+    if warning := crowded():
+        lines.append(f"[yellow]{warning}[/]")
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
-        bf16 = "bf16" if torch.cuda.is_bf16_supported() else "no bf16: use trainer.precision 32-true"
-        lines.append(f"cuda:{index}      {properties.name}, {properties.total_memory / 2**30:.0f} GiB, {bf16}")
+        chosen = choose("cuda", index=index)
+        memory = f"{properties.total_memory / 2**30:.0f} GiB"
+        lines.append(f"cuda:{index}      {properties.name}, {memory}, {chosen.name}: {chosen.why}")
     if not torch.cuda.device_count():
         lines.append("cuda        no GPU")
     backends = [name for name in ("nccl", "gloo") if getattr(torch.distributed, f"is_{name}_available")()]

@@ -17,6 +17,7 @@ from rich.progress import MofNCompleteColumn, Progress, TaskID
 from rich.table import Table
 
 from lit_vlm.checkpoints.files import find_checkpoint
+from lit_vlm.precision import choose
 from lit_vlm.tasks import TASKS, Evaluated, Prompts, Reader, Settings, Shots, Task, run_task
 from lit_vlm.tasks.base import Choosing
 
@@ -47,9 +48,10 @@ def main(argv: Sequence[str]) -> None:
     main_process = not dist.is_initialized() or dist.get_rank() == 0
     console = Console(highlight=False, quiet=not main_process)
     checkpoint = find_checkpoint(arguments.checkpoint)
-    run = load_run(checkpoint, device)
-    dtype = arguments.dtype or ("float32" if device == "cpu" else "bfloat16")
-    run.module.vlm.to(getattr(torch, dtype))
+    chosen = getattr(torch, arguments.dtype) if arguments.dtype else choose(torch.device(device).type).dtype
+    dtype = str(chosen).removeprefix("torch.")
+    console.print(f"weights in {dtype}{'' if arguments.dtype else ', which this device is fast in'}")
+    run = load_run(checkpoint, device, chosen)
     reader = Reader(run.module, run.template, run.transform, arguments.max_length or run.max_length)
     results: dict[tuple[str, int], Evaluated] = {}
     for task in tasks:
@@ -67,7 +69,7 @@ def main(argv: Sequence[str]) -> None:
             console.print(f"{task.name}, {count} shots: {_line(result)}   {out}", soft_wrap=True)
     console.print(_table(results, shots))
     if main_process and not arguments.no_mlflow:
-        _log(results, prompts, arguments.checkpoint)
+        _log(results, prompts, arguments.checkpoint, dtype, arguments.out)
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -112,7 +114,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=Path("evaluation"), help="folder of the results (evaluation)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     parser.add_argument(
-        "--dtype", choices=["float32", "bfloat16"], help="of weights (default: float32 on a CPU, bfloat16 on a GPU)"
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        help="of weights (default: what the device is fast in; scores say which)",
     )
     parser.add_argument("--no-mlflow", action="store_true", help="log nothing to MLflow")
     return parser
@@ -175,16 +179,17 @@ def _table(results: dict[tuple[str, int], Evaluated], shots: Sequence[int]) -> T
     return table
 
 
-def _log(results: dict[tuple[str, int], Evaluated], prompts: dict[int, Shots], checkpoint: str) -> None:
+def _log(
+    results: dict[tuple[str, int], Evaluated], prompts: dict[int, Shots], checkpoint: str, dtype: str, out: Path
+) -> None:
     """One run of MLflow with all scores."""
-    import mlflow
+    from lit_vlm.mlflow_run import MLflowRun, default_uri
 
-    from lit_vlm.tracking import default_uri, metric_name
-
-    mlflow.set_tracking_uri(default_uri())
-    mlflow.set_experiment("lit-vlm")
-    with mlflow.start_run(run_name="evaluate"):
-        mlflow.log_param("checkpoint", checkpoint)
-        for (task, count), result in results.items():
-            for score, value in result.scores.items():
-                mlflow.log_metric(metric_name(f"{task}/{prompts[count].name}/{score}"), value)
+    run = MLflowRun(default_uri(), "lit-vlm", "evaluate", {}, out)
+    run.params({"checkpoint": checkpoint, "dtype": dtype})
+    names = {(task, count): f"{task}/{prompts[count].name}" for task, count in results}
+    scores = {
+        f"{names[key]}/{score}": value for key, result in results.items() for score, value in result.scores.items()
+    }
+    run.metrics(scores, step=0)
+    run.end("FINISHED")

@@ -24,13 +24,13 @@ def main(argv: Sequence[str]) -> None:
     arguments, rest = parser.parse_known_args(argv)
     if arguments.what != "targets":
         parser.error(f"there is nothing called '{arguments.what}' to prepare; write: lit-vlm prepare targets")
-    module, data, of = _open(rest, arguments.of)
+    module, data, of, precision = _open(rest, arguments.of)
     devices = torch.cuda.device_count() or 1
     begin(module, data, of, arguments.out, arguments.dtype)
     if devices > 1:
         mp.spawn(_work, (rest, of, arguments, devices), nprocs=devices)  # type: ignore[attr-defined]
     else:
-        _write(module, data, of, arguments, 0, devices)
+        _write(module, data, of, precision, arguments, 0, devices)
     info = finish(module, data, of, arguments.out, arguments.dtype)
     console = Console(highlight=False)
     size = sum(file.stat().st_size for file in arguments.out.glob("chunk-*.bin"))
@@ -41,8 +41,8 @@ def main(argv: Sequence[str]) -> None:
     )
 
 
-def _open(config: Sequence[str], of: str | None) -> tuple[LitVLM, VLMData, str]:
-    """The stage with the weights of nothing but the network in question, its data, and the network's name."""
+def _open(config: Sequence[str], of: str | None) -> tuple[LitVLM, VLMData, str, str]:
+    """The stage with the weights of nothing but the network in question, its data, the network's name, precision."""
     cli = lightning_cli([*config, "--trainer.logger", "false"], run=False)
     module: LitVLM = cli.model
     module.model = build_on_meta(module.slots)
@@ -51,19 +51,21 @@ def _open(config: Sequence[str], of: str | None) -> tuple[LitVLM, VLMData, str]:
     if of is None:
         raise ValueError(f"name what to prepare with --of: {', '.join([*teachers, ENCODER])}")
     module.model = module.build(only=(ENCODER if of == ENCODER else f"heads.{of}",)).eval()
-    return module, cli.datamodule, of
+    return module, cli.datamodule, of, str(cli.trainer.precision)
 
 
 def _work(rank: int, config: Sequence[str], of: str, arguments: argparse.Namespace, devices: int) -> None:
-    module, data, _ = _open(config, of)
-    _write(module, data, of, arguments, rank, devices)
+    module, data, _, precision = _open(config, of)
+    _write(module, data, of, precision, arguments, rank, devices)
 
 
-def _write(module: LitVLM, data: VLMData, of: str, arguments: argparse.Namespace, rank: int, devices: int) -> None:
+def _write(
+    module: LitVLM, data: VLMData, of: str, precision: str, arguments: argparse.Namespace, rank: int, devices: int
+) -> None:
     device = f"cuda:{rank}" if torch.cuda.is_available() else "cpu"
     if of == ENCODER:
         module.vlm.encoder.to(device)
-    settings = Settings(arguments.dtype, arguments.batch_size, arguments.workers, device, rank, devices)
+    settings = Settings(arguments.dtype, arguments.batch_size, arguments.workers, device, precision, rank, devices)
     write_parts(module, data, of, arguments.out, settings)
 
 

@@ -139,17 +139,13 @@ def _table(results: Mapping[str, ProbeResult], target: str) -> Table:
 
 def _log(results: Mapping[str, ProbeResult], arguments: argparse.Namespace, saved: dict[str, object]) -> None:
     """A run of MLflow for each model; layers are the steps of its curves."""
-    import mlflow
+    from lit_vlm.mlflow_run import MLflowRun, default_uri
 
-    from lit_vlm.tracking import default_uri
-
-    mlflow.set_tracking_uri(default_uri())
-    mlflow.set_experiment("lit-vlm")
     for label, result in results.items():
-        with mlflow.start_run(run_name=f"probe {arguments.target}"):
-            mlflow.log_params({"checkpoint": label, "target": arguments.target, "teacher": str(saved["teacher"])[:500]})
-            for layer, value in enumerate(result.cosine, 1):
-                mlflow.log_metric("probe/cosine", value, step=layer)
-            for layer, value in enumerate(result.score, 1):
-                mlflow.log_metric("probe/score", value, step=layer)
-            mlflow.log_artifact(str(arguments.out / "probe.png"))
+        run = MLflowRun(default_uri(), "lit-vlm", f"probe {arguments.target}", {}, arguments.out)
+        run.params({"checkpoint": label, "target": arguments.target, "teacher": str(saved["teacher"])})
+        for name, values in (("probe/cosine", result.cosine), ("probe/score", result.score)):
+            for layer, value in enumerate(values, 1):
+                run.metrics({name: value}, step=layer)
+        run.file(arguments.out / "probe.png")
+        run.end("FINISHED")

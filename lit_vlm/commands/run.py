@@ -180,6 +180,7 @@ def flags_for(stage: str, flags: Sequence[str], stages: Collection[str]) -> list
 
 
 def _run(recipe: Recipe, state: RunState, folder: Path, console: Console) -> None:
+    console.print(f"{recipe.name}: {', '.join(state.stages)} into {folder}", soft_wrap=True, highlight=False)
     state.save(folder)
     tracker = _ParentRun(state, folder, recipe)
     for stage in state.stages:
@@ -226,48 +227,34 @@ class _ParentRun:
     """The MLflow run that the stages of one `lit-vlm run` are children of."""
 
     def __init__(self, state: RunState, folder: Path, recipe: Recipe) -> None:
-        self._client: Any = None
+        self._run: Any = None
         if not (_uses_mlflow(state.flags) and _is_first()):
             return
-        from mlflow import MlflowClient
+        from lit_vlm.mlflow_run import MLflowRun, default_uri
 
-        from lit_vlm.tracking import default_uri
-
-        uri = default_uri(
-            _flag_value(state.flags, "--trainer.logger.init_args.tracking_uri", "--trainer.logger.tracking_uri")
-        )
-        name = _flag_value(
-            state.flags, "--trainer.logger.init_args.experiment_name", "--trainer.logger.experiment_name"
-        )
-        self._client = MlflowClient(uri)
-        if state.parent_run is None:
-            found = self._client.get_experiment_by_name(name or "lit-vlm")
-            experiment = found.experiment_id if found else self._client.create_experiment(name or "lit-vlm")
-            tags = {
-                "system": recipe.name,
-                "scale": state.scale or "",
-                "strategy": state.strategy,
-                "folder": str(folder),
-            }
-            label = "-".join(filter(None, (recipe.name, state.scale)))
-            run = self._client.create_run(experiment, run_name=label, tags=tags)
-            state.parent_run = run.info.run_id
+        prefixes = ("--trainer.logger.init_args", "--trainer.logger")
+        uri = _flag_value(state.flags, *(f"{prefix}.tracking_uri" for prefix in prefixes))
+        name = _flag_value(state.flags, *(f"{prefix}.experiment_name" for prefix in prefixes))
+        tags = {"system": recipe.name, "scale": state.scale or "", "strategy": state.strategy, "folder": str(folder)}
+        label = "-".join(filter(None, (recipe.name, state.scale)))
+        self._run = MLflowRun(default_uri(uri), name or "lit-vlm", label, tags, folder, state.parent_run)
+        self._run.going_on()
+        if self._run.run_id != state.parent_run:
+            state.parent_run = self._run.run_id
             state.save(folder)
-        self._run = state.parent_run
-        self._client.update_run(self._run, status="RUNNING")
 
     def environment(self) -> dict[str, str]:
         """What a stage needs to become a child."""
-        from lit_vlm.tracking import PARENT_RUN
+        from lit_vlm.mlflow_run import PARENT_RUN
 
-        return {PARENT_RUN: self._run} if self._client and self._run else {}
+        return {PARENT_RUN: self._run.run_id} if self._run and self._run.run_id else {}
 
     def end(self, status: str, reason: str | None = None) -> None:
         """Set the status, and why."""
-        if self._client:
+        if self._run:
             if reason:
-                self._client.set_tag(self._run, "failure", reason)
-            self._client.set_terminated(self._run, status)
+                self._run.tag("failure", reason)
+            self._run.end(status)
 
 
 def _uses_mlflow(flags: Sequence[str]) -> bool:

@@ -88,6 +88,7 @@ def make_rows(
         },
         prepared={name: _features(ordered, name) for name in prepared},
         bad=(*bad, *notes),
+        stop_ids=frozenset().union(*(sample.stop_ids for sample in ordered)),
     )
 
 

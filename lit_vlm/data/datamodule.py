@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, Trainer
 
 from lit_vlm.batch import BadSample, Batch
 from lit_vlm.data.batching import Batching, Integers, Layout, Measures, Padded
 from lit_vlm.data.collate import collate_prompts, make_rows
 from lit_vlm.data.encode import Sample, SampleEncoder
+from lit_vlm.data.known import check_maps
 from lit_vlm.data.loader import BadSamples, Collate, Loader, SourceDataset
 from lit_vlm.data.mixture import Mixture, Shuffled
+from lit_vlm.data.names import tell_apart
 from lit_vlm.data.plan import BatchPlan, Ordering
 from lit_vlm.data.prepared import Prepared
 from lit_vlm.data.scan import modality_length, scan
@@ -77,6 +79,8 @@ class VLMData(LightningDataModule):
         if not 0 <= held_out < 1:
             raise ValueError(f"data.held_out is a share from 0 to below 1, not {held_out}")
         self.given_train, self.given_val, self.held_out = train, val or [], held_out
+        tell_apart(train)
+        tell_apart(self.given_val, train, strictly=held_out > 0)
         self.template, self.transform = template, transform
         self.batch_size, self.max_length, self.too_long = batch_size, max_length, too_long
         self.mixture, self.batching, self.fast_jpeg = mixture, batching, fast_jpeg
@@ -191,8 +195,10 @@ class VLMData(LightningDataModule):
         prompt = phase == "predict"
         encode = self.train_encoder(spec) if phase == "train" else self.encoder(spec, prompt)
         dataset = SourceDataset(sources, encode)
-        if not len(dataset):
-            raise ValueError(f"data.{'train' if phase == 'train' else 'val'} holds no sample")
+        key = f"data.{'train' if phase == 'train' else 'val'}"
+        if empty := [source for source in sources if not len(source)]:
+            raise ValueError(f"{key}: the source '{empty[0].name}' ({empty[0].path or 'no file'}) holds no sample")
+        check_maps(sources, encode.spec.known, key)
         rank = self.trainer.global_rank
         window = self.trainer.accumulate_grad_batches if phase == "train" else 1
         layout = Layout(self.batch_size, self.trainer.world_size, window)
@@ -205,12 +211,34 @@ class VLMData(LightningDataModule):
             bad_samples=self.bad_samples,
             log=Path(self.trainer.default_root_dir) / f"bad_samples{f'-rank{rank}' if rank else ''}.jsonl",
             pin_memory=module.device.type == "cuda" or self.trainer.strategy.root_device.type == "cuda",
+            stops_at=partial(_stops_at, self.trainer, phase, window),
         )
+
+    def teardown(self, stage: str) -> None:
+        """Judge the samples of a training that was stopped before its loader could know."""
+        if stage == "fit" and self._train is not None:
+            self._train.judge()
 
     def fingerprints(self) -> dict[str, str]:
         """A hash of the content of each source."""
         parts = {"train": self.train_sources, "val": self.val_sources}
         return {f"{part}/{source.name}": source.fingerprint() for part, sources in parts.items() for source in sources}
+
+
+def _stops_at(trainer: Trainer, phase: str, window: int, start: int, length: int) -> int:
+    """The batch of an epoch that the trainer stops in front of, as far as that is known when the epoch begins."""
+    if trainer.sanity_checking:
+        return length  # a few batches to see that nothing breaks; held-out data is judged when all of it was read
+    limits = {
+        "train": trainer.limit_train_batches,
+        "predict": trainer.limit_predict_batches,
+        "val": trainer.limit_test_batches if trainer.testing else trainer.limit_val_batches,
+    }
+    limit = limits[phase]
+    stop = limit if isinstance(limit, int) else int(length * limit)
+    if phase == "train" and trainer.max_steps >= 0:
+        stop = min(stop, start + (trainer.max_steps - trainer.global_step) * window)
+    return stop
 
 
 def _collate_rows_of_prompts(rows: Sequence[Sequence[Sample]], bad: Sequence[BadSample], pad_id: int) -> Batch:

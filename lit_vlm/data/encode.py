@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -17,7 +18,8 @@ from lit_vlm.data.records import Image, Record, RecordError, decode_image, image
 from lit_vlm.data.scan import describe
 from lit_vlm.data.sources.base import Source
 from lit_vlm.data.spec import InputSpec
-from lit_vlm.data.templates import Piece, Span, Template
+from lit_vlm.data.spelling import Spelling, spelling_of
+from lit_vlm.data.templates import Piece, Span, Template, is_blank
 from lit_vlm.data.transforms import ImageTransform, Size, transform_for
 
 IMAGE_SLOT = -200
@@ -38,6 +40,7 @@ class Sample:
         features: what was prepared of the same images, with its layout, by the name of a head or `encoder`.
         options: answers to choose from.
         note: what was cut off, if anything.
+        stop_ids: of a prompt: what closes its answer, besides the ids that end any (`InputSpec.stop_ids`).
     """
 
     id: str
@@ -51,6 +54,7 @@ class Sample:
     features: dict[str, list[tuple[Tensor, Grid]]] = field(default_factory=dict)
     options: tuple[str, ...] = ()
     note: BadSample | None = None
+    stop_ids: frozenset[int] = frozenset()
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -71,8 +75,9 @@ def documents_of(record: Record) -> list[Record]:
 def encode_pieces(pieces: Sequence[Piece], spec: InputSpec) -> tuple[list[int], list[int]]:
     """Token ids and labels, with `IMAGE_SLOT` for each image.
 
-    Text between two images is tokenised on its own, as the published models were trained. A token is supervised if it
-    covers any character of a supervised span.
+    Text between two images is tokenised on its own, as the published models were trained, and as a whole. A token is
+    supervised if it covers any character of a supervised span. In spans that were typed the letters of a special token
+    stay letters.
 
     Args:
         pieces: from a template.
@@ -81,6 +86,7 @@ def encode_pieces(pieces: Sequence[Piece], spec: InputSpec) -> tuple[list[int], 
     Returns:
         ids, and labels aligned with them.
     """
+    spelling = spelling_of(spec.tokenizer)
     ids: list[int] = []
     labels: list[int] = []
     if spec.bos_id is not None:
@@ -91,7 +97,7 @@ def encode_pieces(pieces: Sequence[Piece], spec: InputSpec) -> tuple[list[int], 
             ids.append(IMAGE_SLOT)
             labels.append(IGNORE)
         else:
-            chunk_ids, chunk_labels = _encode_chunk(chunk, spec)
+            chunk_ids, chunk_labels = _encode_chunk(chunk, spelling)
             ids += chunk_ids
             labels += chunk_labels
     return ids, labels
@@ -112,21 +118,24 @@ def _chunks(pieces: Sequence[Piece]) -> Iterator[Image | list[Span]]:
         yield run
 
 
-def _encode_chunk(spans: list[Span], spec: InputSpec) -> tuple[list[int], list[int]]:
+def _encode_chunk(spans: list[Span], spelling: Spelling) -> tuple[list[int], list[int]]:
     text = "".join(span.text for span in spans)
     if not text:
         return [], []
-    encoding = spec.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    marked = bytearray(len(text))
-    position = 0
     for span in spans:
-        if span.supervised:
-            marked[position : position + len(span.text)] = b"\x01" * len(span.text)
-        position += len(span.text)
-    ids = encoding["input_ids"]
-    return ids, [
-        token if any(marked[start:end]) else IGNORE
-        for token, (start, end) in zip(ids, encoding["offset_mapping"], strict=True)
+        if span.mark:
+            spelling.require(span.text)
+    spelled = spelling.write(text)
+    if found := spelling.marks_in(text, spelled):
+        typed = b"".join(bytes([span.typed]) * len(span.text) for span in spans)
+        meant = [index for index in found if 1 not in typed[slice(*spelled.offsets[index])]]
+        if len(meant) < len(found):
+            spelled = spelling.write_letters(text, spelled, meant)
+    supervised = b"".join(bytes([span.supervised]) * len(span.text) for span in spans) + b"\x00"
+    return spelled.ids, [
+        # A token that covers nothing was put in front of what follows, and goes with it.
+        token if supervised[start] or (end - start > 1 and 1 in supervised[start:end]) else IGNORE
+        for token, (start, end) in zip(*spelled, strict=True)
     ]
 
 
@@ -164,6 +173,19 @@ class SampleEncoder:
     fast_jpeg: bool = False
     prepared: Mapping[str, Prepared] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        """Refuse a template whose marks the tokenizer does not know; see `Spelling.check`."""
+        spelling_of(self.spec.tokenizer).check(type(self.template).__name__, self.template.marks(self._eos))
+
+    @property
+    def _eos(self) -> str:
+        return self.spec.tokenizer.eos_token or ""
+
+    @cached_property
+    def _stop_ids(self) -> frozenset[int]:
+        closing = spelling_of(self.spec.tokenizer).single(self.template.closing(self._eos))
+        return frozenset() if closing is None else frozenset([closing])
+
     def sequences(self, record: Record, image_folder: Path) -> list[Sample]:
         """The samples of a record: one, or of a record of several documents one for each.
 
@@ -178,11 +200,10 @@ class SampleEncoder:
         Raises:
             RecordError: with the reason why it cannot be used.
         """
-        eos = self.spec.tokenizer.eos_token or ""
-        write = self.template.prompt if self.prompt else self.template.render
-        pieces = write(record.messages, eos)
+        pieces = self.template.prompt(record.messages, self._eos) if self.prompt else self._rendered(record)
         ids, labels = encode_pieces(pieces, self.spec)
-        sample = Sample(record.id, record.source, [], [], options=record.options)
+        stop_ids = self._stop_ids if self.prompt else frozenset()
+        sample = Sample(record.id, record.source, [], [], options=record.options, stop_ids=stop_ids)
         images = iter([piece for piece in pieces if isinstance(piece, Image)])
         for token, label in zip(ids, labels, strict=True):
             if token == IMAGE_SLOT:
@@ -199,6 +220,14 @@ class SampleEncoder:
         if not self.prompt and sample.num_supervised == 0:
             raise RecordError("no_supervision", "no token of this sample carries a loss")
         return sample
+
+    def _rendered(self, record: Record) -> list[Piece]:
+        """The whole record; one in which an answer holds nothing is refused, as it would teach to say nothing."""
+        for index, message in enumerate(record.messages):
+            # A blank one that is among the options is a choice like others.
+            if message.role == "assistant" and is_blank(message) and message.text not in record.options:
+                raise RecordError("empty_answer", f"messages[{index}], an answer, holds neither text nor a picture")
+        return self.template.render(record.messages, self._eos)
 
     def _add_image(self, sample: Sample, image: Image, folder: Path) -> None:
         for name, prepared in self.prepared.items():
@@ -253,7 +282,7 @@ class SampleEncoder:
         if len(parts) > 1:
             sizes = [self.measure(part, source) for part in parts]
             return sum(length for length, _ in sizes), sum(images for _, images in sizes)
-        pieces = self.template.render(record.messages, self.spec.tokenizer.eos_token or "")
+        pieces = self._rendered(record)
         ids, _ = encode_pieces(pieces, self.spec)
         images = [piece for piece in pieces if isinstance(piece, Image)]
         length = len(ids) - len(images) + sum(self._image_tokens(image, source) for image in images)

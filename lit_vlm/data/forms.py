@@ -10,12 +10,16 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
+from lit_vlm.data.files import list_files, walk
+from lit_vlm.data.media import IMAGE_SUFFIXES, unread_key
 from lit_vlm.data.sources import Captions, ChatJsonl, LlavaJson, Mmc4, Parquet, Pictures, Source, Texts, WebDataset
-from lit_vlm.data.sources.base import IMAGE_SUFFIXES, list_files
 
 FORMS: dict[str, type[Source]] = {
     form.__name__: form for form in (LlavaJson, ChatJsonl, Parquet, WebDataset, Mmc4, Texts, Captions, Pictures)
 }
+
+HEAD = 1 << 22
+"""Bytes of a JSON list in which its first entry is looked for."""
 
 
 def open_source(path: str, form: str | None = None, settings: Sequence[str] = ()) -> Source:
@@ -53,17 +57,16 @@ def recognise(path: Path) -> str:
         ValueError: when it is none of the known ones.
     """
     if path.is_dir():
-        suffixes = {file.suffix.lower() for file in path.rglob("*") if file.is_file()}
+        suffixes = {file.suffix.lower() for file in walk(path)}
         for suffix, form in ((".tar", "WebDataset"), (".parquet", "Parquet")):
             if suffix in suffixes:
                 return form
         if ".jsonl" in suffixes:
-            return _by_line(list_files(path, [".jsonl"])[0])
+            return _by_row(list_files(path, [".jsonl"])[0])
         if suffixes & set(IMAGE_SUFFIXES):
             return "Captions" if ".txt" in suffixes else "Pictures"
         raise ValueError(f"{path} holds none of .tar, .parquet, .jsonl or images: name its form with --form")
     by_suffix = {
-        ".json": "LlavaJson",
         ".parquet": "Parquet",
         ".tar": "WebDataset",
         ".csv": "Captions",
@@ -72,28 +75,65 @@ def recognise(path: Path) -> str:
     }
     if path.suffix.lower() in by_suffix:
         return by_suffix[path.suffix.lower()]
-    if path.suffix.lower() == ".jsonl":
-        return _by_line(path)
+    if path.suffix.lower() in (".jsonl", ".json"):
+        return _by_row(path)
     raise ValueError(f"{path}: the ending '{path.suffix}' is not known: name its form with --form")
 
 
-def _by_line(path: Path) -> str:
-    """The form of a .jsonl file, by its first line that is JSON."""
+def _by_row(path: Path) -> str:
+    """The form of a .jsonl or .json file, by its first row."""
+    first = _first_row(path)
+    keys = set(first) if isinstance(first, dict) else set()
+    if form := _form_of(keys):
+        return form
+    if path.suffix.lower() == ".json":
+        return "LlavaJson"  # which says what is wrong with the file
+    if first is None:
+        raise ValueError(f"{path} has no line of JSON")
+    raise ValueError(
+        f"{path}: a line with the keys {sorted(keys)} is not known. Known are messages, texts, or query and response "
+        "(chat), conversations (LLaVA), text_list and image_info (MMC4), image and caption (captions), inputs and "
+        "targets or text (text only): name the form with --form" + _caption_advice(first)
+    )
+
+
+def _form_of(keys: set[str]) -> str | None:
+    """The class that reads rows with these keys; none for text beside a picture that no form names."""
+    if {"text_list", "image_info"} <= keys:
+        return "Mmc4"
+    if "messages" in keys or {"query", "response"} <= keys or "texts" in keys:
+        return "ChatJsonl"
+    if "conversations" in keys:
+        return "LlavaJson"
+    if {"image", "caption"} <= keys:
+        return "Captions"
+    if {"inputs", "targets"} <= keys or ("text" in keys and not keys & {"image", "images", "file_name"}):
+        return "Texts"
+    return None
+
+
+def _caption_advice(row: Any) -> str:
+    """What reads a picture beside a text, as imagefolder's metadata.jsonl has it."""
+    image = unread_key(row, (), False) if isinstance(row, dict) else None
+    text = next((key for key in ("caption", "text") if isinstance(row, dict) and isinstance(row.get(key), str)), None)
+    if image is None or text is None:
+        return ""
+    return f"; a picture with a caption is --form Captions --set image_column={image} --set caption_column={text}"
+
+
+def _first_row(path: Path) -> Any:
+    """The first line that is JSON, or the first entry of a list; None where there is none."""
+    with path.open("rb") as file:
+        head = file.read(HEAD).decode("utf-8-sig", errors="replace").lstrip()
+    if head.startswith("["):
+        try:
+            return json.JSONDecoder().raw_decode(head[1:].lstrip())[0]
+        except (ValueError, RecursionError):
+            return None
     with path.open("rb") as file:
         for line in file:
             try:
-                first: Any = json.loads(line)
+                return json.loads(line)
             except (ValueError, RecursionError):
                 continue
-            keys = set(first) if isinstance(first, dict) else set()
-            if {"text_list", "image_info"} <= keys:
-                return "Mmc4"
-            if "messages" in keys:
-                return "ChatJsonl"
-            if "text" in keys or {"inputs", "targets"} <= keys:
-                return "Texts"
-            raise ValueError(
-                f"{path}: a line with the keys {sorted(keys)} is not known. Known are messages (chat), text_list and "
-                "image_info (MMC4), inputs and targets or text (text only): name the form with --form"
-            )
-    raise ValueError(f"{path} has no line of JSON")
+    return None

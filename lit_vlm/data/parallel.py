@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from torch.utils.data import DataLoader, Dataset
+
+from lit_vlm.progress import progress
 
 
 @dataclass(frozen=True)
@@ -42,31 +43,16 @@ def _one(items: Sequence[Any]) -> Any:
 
 @contextmanager
 def progress_bar(title: str, blocks: Sequence[Block], missing: Sequence[Block]) -> Iterator[Callable[[Block], None]]:
-    """A bar over the records of blocks, which goes to the terminal only; gives a function that says that one is done.
+    """Progress over the records of blocks; gives a function that says that one is done.
 
     Args:
         title: what is being done.
         blocks: all of them.
         missing: those that were not done before.
     """
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns) as progress:
-        total, left = (sum(block.end - block.start for block in some) for some in (blocks, missing))
-        task = progress.add_task(title, total=total, completed=total - left, rate="")
-
-        def advance(block: Block) -> None:
-            progress.advance(task, block.end - block.start)
-            speed = progress.tasks[task].finished_speed or progress.tasks[task].speed
-            progress.update(task, rate=f"{speed:,.0f}/s" if speed else "")
-
-        yield advance
+    total, left = (sum(block.end - block.start for block in some) for some in (blocks, missing))
+    with progress(title, total, total - left) as advance:
+        yield lambda block: advance(block.end - block.start)
 
 
 def run_blocks(

@@ -7,19 +7,23 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import struct
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Literal, TypeVar, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags
 from PIL import Image as PILImage
 
+from lit_vlm.data.png import without_notes
+
+T = TypeVar("T")
 Role = Literal["system", "user", "assistant", "document"]
 ROLES: tuple[str, ...] = get_args(Role)
 TURNS = {
@@ -34,6 +38,16 @@ TURNS = {
 """How a picture is turned upright, by the orientation that its EXIF tag names."""
 MAX_PIXELS = 100_000_000
 """Of one image: a larger one is refused before it is decoded. 100 megapixels are 300 MB in memory."""
+MAX_SIDE = 100_000
+"""Of one image, in pixels. A resize holds the long side times the new short side in memory."""
+MAX_PATH = 4096
+"""Letters of a path, as on Linux; a picture in base64 is not looked for in the file system."""
+MAX_DETAIL = 600
+"""Letters of a `RecordError`'s detail; what is longer, such as a picture written into a row, is cut in the middle."""
+
+
+UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, OverflowError, MemoryError, struct.error)
+"""What Pillow raises for a file that it cannot read."""
 
 
 class RecordError(ValueError):
@@ -41,10 +55,13 @@ class RecordError(ValueError):
 
     Attributes:
         reason: a short code that bad samples are counted by.
-        detail: what was found and what was expected.
+        detail: what was found and what was expected, cut to `MAX_DETAIL` letters.
     """
 
     def __init__(self, reason: str, detail: str) -> None:
+        if len(detail) > MAX_DETAIL:
+            head, tail = detail[: MAX_DETAIL - 240], detail[-200:]
+            detail = f"{head}[... {len(detail) - len(head) - len(tail)} letters left out ...]{tail}"
         super().__init__(f"{reason}: {detail}")
         self.reason, self.detail = reason, detail
 
@@ -72,12 +89,14 @@ class Image:
         size: (width, height) of the upright picture in pixels, where it is known without decoding.
         maps: what else is known of the picture, float32 `[rows, cols, width]` by name: exact targets of drawn scenes.
             Only a source in memory hands them on; converted sets do not hold them.
+        links: whether the file may be reached through a link that leaves the image folder.
     """
 
     path: str | None = None
     data: bytes | None = None
     size: tuple[int, int] | None = None
     maps: Mapping[str, NDArray[np.float32]] | None = field(default=None, compare=False, repr=False)
+    links: bool = field(default=False, compare=False, repr=False)
 
 
 Part = Text | Image
@@ -125,49 +144,46 @@ class Record:
         return [part for message in self.messages for part in message.content if isinstance(part, Image)]
 
 
-def parse_record(raw: Any, source: str, default_id: str) -> Record:
-    """A record from its JSON form.
+def image_file(image: Image, folder: Path) -> Path:
+    """The file of an image's path, which must lie in the folder.
+
+    A link may leave the folder where the image's `links` says so, or inside the cache of the Hugging Face hub, where
+    the files of `snapshots/REVISION` are links into `blobs` beside it. A path that leaves the folder by itself may not.
 
     Raises:
-        RecordError: naming the key that is wrong, what was found, and what was expected.
+        RecordError: `missing_image` or `outside_folder`.
     """
-    if not isinstance(raw, Mapping) or not isinstance(raw.get("messages"), list) or not raw["messages"]:
-        raise RecordError("malformed", "a record is an object with a non-empty list 'messages'")
-    messages = tuple(_parse_message(message, f"messages[{i}]") for i, message in enumerate(raw["messages"]))
-    options = raw.get("options", [])
-    if not isinstance(options, list) or not all(isinstance(option, str) for option in options):
-        raise RecordError("malformed", "'options' is a list of strings")
-    identity = raw.get("id", default_id)
-    if not isinstance(identity, str | int) or isinstance(identity, bool):
-        raise RecordError("malformed", f"'id' is a string or an integer, not {identity!r}")
-    return Record(str(identity), source, messages, tuple(options))
+    path = image.path or ""
+    if len(path) > MAX_PATH:
+        raise RecordError("missing_image", f"{path[:80]!r}, of {len(path)} letters, is no path")
+    try:
+        file = folder / path
+        if not file.resolve().is_relative_to(folder.resolve()):
+            # `..` is worked out before links are followed, as behind a link it would mean another folder.
+            file = Path(os.path.abspath(file))
+            if not file.is_relative_to(os.path.abspath(folder)):
+                raise RecordError("outside_folder", f"{path} leaves the image folder {folder}")
+            target = file.resolve()
+            if not (image.links or _in_hub_cache([file, folder.resolve()], target)):
+                raise RecordError(
+                    "outside_folder",
+                    f"{path} leaves the image folder {folder} by a link, to {target}: allow_links: true of the source "
+                    "(--set allow_links=true) reads it",
+                )
+        exists = file.is_file()
+    except RecordError:
+        raise
+    except (OSError, ValueError) as error:  # a name that no file system takes
+        raise RecordError("missing_image", f"{path[:80]!r} is no path: {error}") from error
+    if not exists:
+        raise RecordError("missing_image", f"{file} does not exist")
+    return file
 
 
-def _parse_message(raw: Any, where: str) -> Message:
-    if not isinstance(raw, Mapping):
-        raise RecordError("malformed", f"{where} is an object with 'role' and 'content'")
-    if raw.get("role") not in ROLES:
-        raise RecordError("unknown_role", f"{where}.role is {raw.get('role')!r}; roles: {', '.join(ROLES)}")
-    content = raw.get("content")
-    if isinstance(content, str):
-        content = [{"type": "text", "text": content}]
-    if not isinstance(content, list):
-        raise RecordError("malformed", f"{where}.content is a string or a list of parts")
-    return Message(
-        cast(Role, raw["role"]), tuple(_parse_part(part, f"{where}.content[{i}]") for i, part in enumerate(content))
-    )
-
-
-def _parse_part(raw: Any, where: str) -> Part:
-    kind = raw.get("type") if isinstance(raw, Mapping) else None
-    if kind == "text" and isinstance(raw.get("text"), str) and isinstance(raw.get("loss"), bool | None):
-        return Text(raw["text"], raw.get("loss"))
-    if kind == "image" and isinstance(raw.get("image"), str) and raw["image"]:
-        return Image(path=raw["image"])
-    raise RecordError(
-        "malformed",
-        f"{where} is {str(raw)[:80]!r}; expected {{'type': 'text', 'text': ...}} or {{'type': 'image', 'image': PATH}}",
-    )
+def _in_hub_cache(places: list[Path], target: Path) -> bool:
+    """Whether one of the places lies below `snapshots`, and the target in `blobs` beside that."""
+    above = [folder for place in places for folder in place.parents if folder.name == "snapshots"]
+    return any(target.parent == (folder.parent / "blobs").resolve() for folder in above)
 
 
 def image_bytes(image: Image, folder: Path) -> bytes:
@@ -179,17 +195,14 @@ def image_bytes(image: Image, folder: Path) -> bytes:
     if image.data is not None:
         return image.data
     try:
-        return _inside(folder, image.path or "").read_bytes()
+        return image_file(image, folder).read_bytes()
     except OSError as error:
         raise RecordError("missing_image", f"{image.path}: {error}") from error
 
 
 def image_size(image: Image, folder: Path) -> tuple[int, int]:
     """(width, height) of the upright picture, from its header; raises as `open_image` does."""
-    if image.size is not None:
-        return image.size
-    with _opened(image, folder) as opened:
-        return _upright_size(opened)
+    return image.size if image.size is not None else _read(image, folder, _upright_size)
 
 
 def open_image(image: Image, folder: Path) -> PILImage.Image:
@@ -215,63 +228,75 @@ def decode_image(
     Returns:
         the picture, and (width, height) of the original, upright.
     """
-    with _opened(image, folder) as opened:
+
+    def decode(opened: PILImage.Image) -> tuple[PILImage.Image, tuple[int, int]]:
         size = _upright_size(opened)
         needed = 2 * scale(size) if scale is not None else 1.0
         if needed <= 0.5 and opened.mode in ("RGB", "L"):
             width, height = opened.size
             opened.draft(opened.mode, (math.ceil(width * needed), math.ceil(height * needed)))
         opened.load()
-        turn = TURNS.get(opened.getexif().get(ExifTags.Base.Orientation, 1))
-        turned = opened.transpose(turn) if turn is not None else opened
-        upright = _eight_bit(turned)
-        if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
-            layer = upright.convert("RGBA")
-            canvas = PILImage.new("RGBA", layer.size, "white")
-            return PILImage.alpha_composite(canvas, layer).convert("RGB"), size
-        return (upright if upright.mode == "RGB" else upright.convert("RGB")), size
+        turn = TURNS.get(_orientation(opened))
+        return _rgb(opened.transpose(turn) if turn is not None else opened), size
+
+    return _read(image, folder, decode)
+
+
+def _read(image: Image, folder: Path, use: Callable[[PILImage.Image], T]) -> T:
+    """What is made of an opened picture; a PNG that fails is tried again without texts and profiles."""
+    try:
+        with _opened(image, folder) as opened:
+            return use(opened)
+    except RecordError as error:
+        smaller = without_notes(image_bytes(image, folder)) if error.reason == "corrupt_image" else None
+        if smaller is None:
+            raise
+    with _opened(replace(image, data=smaller), folder) as opened:
+        return use(opened)
 
 
 @contextmanager
 def _opened(image: Image, folder: Path) -> Iterator[PILImage.Image]:
     """The file with its header read; what goes wrong inside becomes a `RecordError`."""
-    file: Path | io.BytesIO = io.BytesIO(image.data) if image.data is not None else _inside(folder, image.path or "")
+    file: Path | io.BytesIO = io.BytesIO(image.data) if image.data is not None else image_file(image, folder)
+    name = image.path or "image bytes"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", PILImage.DecompressionBombWarning)  # the limit below is ours
             with PILImage.open(file) as opened:
-                if opened.width * opened.height > MAX_PIXELS:
-                    raise RecordError(
-                        "too_large",
-                        f"{image.path or 'image'}: {opened.width}×{opened.height}, over {MAX_PIXELS} pixels",
-                    )
+                if opened.width * opened.height > MAX_PIXELS or max(opened.size) > MAX_SIDE:
+                    size = f"{name}: {opened.width}×{opened.height}"
+                    raise RecordError("too_large", f"{size}, over {MAX_PIXELS} pixels, or a side over {MAX_SIDE}")
                 yield opened
     except PILImage.DecompressionBombError as error:
-        raise RecordError("too_large", f"{image.path or 'image'}: {error}") from error
-    except (OSError, ValueError, SyntaxError, EOFError, OverflowError, MemoryError, struct.error) as error:
+        raise RecordError("too_large", f"{name}: {error}") from error
+    except UNREADABLE as error:
         if isinstance(error, RecordError):
             raise
-        raise RecordError("corrupt_image", f"{image.path or 'image bytes'}: {error}") from error
+        raise RecordError("corrupt_image", f"{name}: {error}") from error
+
+
+def _orientation(opened: PILImage.Image) -> int:
+    """The EXIF tag; 1, upright, where EXIF is damaged: the pixels are whole all the same."""
+    try:
+        return opened.getexif().get(ExifTags.Base.Orientation, 1)
+    except (*UNREADABLE, KeyError, TypeError, IndexError):
+        return 1
 
 
 def _upright_size(opened: PILImage.Image) -> tuple[int, int]:
-    turned = opened.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-    return (opened.height, opened.width) if turned else opened.size
+    return (opened.height, opened.width) if _orientation(opened) in (5, 6, 7, 8) else opened.size
 
 
-def _inside(folder: Path, path: str) -> Path:
-    """The file of an image path, which must lie in the folder."""
-    try:
-        file = folder / path
-        inside = file.resolve().is_relative_to(folder.resolve())
-        exists = file.is_file()
-    except (OSError, ValueError) as error:  # a name that no file system takes
-        raise RecordError("missing_image", f"{path[:80]!r} is no path: {error}") from error
-    if not inside:
-        raise RecordError("outside_folder", f"{path} leaves the image folder {folder}")
-    if not exists:
-        raise RecordError("missing_image", f"{file} does not exist")
-    return file
+def _rgb(picture: PILImage.Image) -> PILImage.Image:
+    """8-bit RGB, transparent parts white."""
+    upright = _eight_bit(picture)
+    if upright.mode in ("RGBa", "La"):  # alpha is multiplied into the colours
+        upright = upright.convert("RGBA" if upright.mode == "RGBa" else "LA")
+    if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
+        layer = upright if upright.mode == "RGBA" else upright.convert("RGBA")
+        return PILImage.alpha_composite(PILImage.new("RGBA", layer.size, "white"), layer).convert("RGB")
+    return upright if upright.mode == "RGB" else upright.convert("RGB")
 
 
 def _eight_bit(image: PILImage.Image) -> PILImage.Image:
@@ -280,7 +305,8 @@ def _eight_bit(image: PILImage.Image) -> PILImage.Image:
         return image
     if image.mode == "F":
         raise RecordError("corrupt_image", "pixels are floating-point numbers of unknown range")
-    values = np.asarray(image).astype(np.int64)
+    values = np.asarray(image)
     if values.max(initial=0) > 65535 or values.min(initial=0) < 0:
         raise RecordError("corrupt_image", "pixels are 32-bit numbers of unknown range")
-    return PILImage.fromarray((values / 257).round().astype(np.uint8))
+    levels = (np.arange(65536) / 257).round().astype(np.uint8)  # a table: no copy of the picture in wider numbers
+    return PILImage.fromarray(levels[values])

@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
+from lit_vlm.data.files import visible
+
 PARTS = "parts"
 CHUNK_BYTES = 1 << 26
 
@@ -92,7 +94,7 @@ def claim(out: Path, plan: dict[str, Any], block: int) -> int:
                 f"{out} holds unfinished work on something else ({changed}): remove it, or name another folder"
             )
         return block
-    if out.exists() and any(out.iterdir()):
+    if out.exists() and visible(out.iterdir()):
         raise ValueError(f"{out} is not empty: remove it, or name another folder")
     file.parent.mkdir(parents=True, exist_ok=True)
     scratch = file.with_suffix(".partial")
@@ -129,5 +131,5 @@ def merge(folders: Sequence[Path], out: Path) -> list[int]:
 
 def _indices(folder: Path) -> Iterator[dict[str, Any]]:
     """LitData's index of a part; there is none when it holds no item."""
-    for file in sorted(folder.glob("*.index.json")):
+    for file in visible(folder.glob("*.index.json")):
         yield read_json(file)

@@ -66,7 +66,10 @@ class InputSpec:
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:
-        """Ids that end an answer: the end of text, and the end-of-turn marks that this tokenizer knows as one token."""
+        """Ids that end an answer in any template: the end of text, and end-of-turn marks that the tokenizer knows.
+
+        What closes an answer in the template of a prompt comes with the prompt: `Batch.stop_ids`.
+        """
         vocab = self.tokenizer.get_vocab()
         ids = {self.tokenizer.eos_token_id, *(vocab[mark] for mark in END_OF_TURN if mark in vocab)}
         return frozenset(ids - {None})

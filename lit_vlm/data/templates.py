@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from lit_vlm.data.records import Image, Message, RecordError, Text
 
@@ -16,10 +17,19 @@ VICUNA_SYSTEM = (
 
 @dataclass(frozen=True)
 class Span:
-    """A stretch of text and whether it is supervised."""
+    """A stretch of text.
+
+    Attributes:
+        text: the text itself.
+        supervised: whether it carries a loss.
+        typed: whether it was written by people, so that the letters of a special token in it stay letters.
+        mark: whether it is one special token, which the tokenizer must know.
+    """
 
     text: str
     supervised: bool = False
+    typed: bool = False
+    mark: bool = False
 
 
 Piece = Span | Image
@@ -31,66 +41,110 @@ class Template(ABC):
     Args:
         system: system text where a record has none; "" writes none, null takes the template's own.
         image_marks: text in front of each image and behind it, such as `[<img>, </img>]` (InternVL, HoVLE).
+        typed_marks: what becomes of the letters of a special token, such as `</s>`, in the text of records, and in
+            `system`: `text` keeps them letters; `tokens` makes them that token, as the code of LLaVA and VILA does.
     """
 
     default_system = ""
 
-    def __init__(self, system: str | None = None, image_marks: tuple[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        system: str | None = None,
+        image_marks: tuple[str, str] | None = None,
+        typed_marks: Literal["text", "tokens"] = "text",
+    ) -> None:
         self.system = self.default_system if system is None else system
-        self.image_marks = image_marks
+        self.image_marks, self.typed_marks = image_marks, typed_marks
 
     def render(self, messages: Sequence[Message], eos: str) -> list[Piece]:
-        """The whole conversation, for training.
+        """The whole conversation, for training; every answer is closed, also one that holds nothing.
 
         Args:
             messages: the turns.
             eos: text of the tokenizer's end-of-sequence token.
 
         Raises:
-            RecordError: for an order of roles that the template cannot write.
+            RecordError: for an order of roles that the template cannot write, or a document that holds nothing.
         """
         if any(message.role == "document" for message in messages):
-            return list(self._marked(_document(messages, eos)))
-        system, turns = _split_system(messages)
-        return list(self._marked(self._turns(self.system if system is None else system, turns, eos)))
+            return list(self._finished(_document(messages, eos)))
+        return list(self._finished(self._turns(*self._split(messages), eos)))
 
-    def _marked(self, pieces: Iterator[Piece]) -> Iterator[Piece]:
+    def prompt(self, messages: Sequence[Message], eos: str) -> list[Piece]:
+        """The conversation up to where the assistant's next answer begins, for generation.
+
+        A last message of the assistant is the expected answer, and is left out.
+
+        Raises:
+            RecordError: for an order of roles that the template cannot write, or where nothing is asked.
+        """
+        asked = list(messages)
+        if asked and asked[-1].role == "assistant":
+            asked = asked[:-1]
+        if any(message.role == "document" for message in asked):
+            raise RecordError("role_order", "a document stands alone, and nothing can be asked about it")
+        system, turns = self._split(asked)
+        if not turns:
+            raise RecordError("role_order", "there is no question to answer")
+        return list(self._finished(self._asked(system, turns, eos)))
+
+    def closing(self, eos: str) -> str:
+        """The text that ends an answer; "" if none does."""
+        turns = [Message("user", (Text("a"),)), Message("assistant", (Text("a"),))]
+        spans = [piece for piece in self._turns([], turns, eos) if isinstance(piece, Span)]
+        return "".join([span.text for span in spans if span.supervised and not span.typed][-1:])
+
+    def marks(self, eos: str) -> list[str]:
+        """The special tokens that a conversation is written with, each once; "" where `eos` is one and is ""."""
+        turns = [Message("user", (Text("a"),)), Message("assistant", (Text("a"),))]
+        pieces = self._turns([Span("a", typed=True)], turns, eos)
+        return list(dict.fromkeys(piece.text for piece in pieces if isinstance(piece, Span) and piece.mark))
+
+    def _split(self, messages: Sequence[Message]) -> tuple[list[Piece], list[Message]]:
+        """The system text, of the record or else of the template, and turns that alternate user, assistant, ..."""
+        turns = list(messages)
+        given = turns.pop(0) if turns and turns[0].role == "system" else Message("system", (Text(self.system),))
+        for index, message in enumerate(turns):
+            if message.role != ("user", "assistant")[index % 2]:
+                raise RecordError(
+                    "role_order", f"turn {index} is of '{message.role}'; user and assistant must alternate"
+                )
+        return [piece for piece in _content(given, supervised=False) if piece != _NOTHING], turns
+
+    def _finished(self, pieces: Iterator[Piece]) -> Iterator[Piece]:
+        """With the marks of images, and with typed marks as they are meant."""
         for piece in pieces:
-            if self.image_marks is None or isinstance(piece, Span):
+            if isinstance(piece, Span):
+                yield replace(piece, typed=False) if piece.typed and self.typed_marks == "tokens" else piece
+            elif self.image_marks is None:
                 yield piece
             else:
                 yield Span(self.image_marks[0])
                 yield piece
                 yield Span(self.image_marks[1])
 
-    def prompt(self, messages: Sequence[Message], eos: str) -> list[Piece]:
-        """The conversation up to where the assistant's next answer begins, for generation.
-
-        A last message of the assistant is the expected answer, and is left out.
-        """
-        asked = list(messages)
-        if asked and asked[-1].role == "assistant":
-            asked = asked[:-1]
-        return self.render([*asked, Message("assistant", ())], eos)
-
     @abstractmethod
-    def _turns(self, system: str, turns: Sequence[Message], eos: str) -> Iterator[Piece]:
-        """Write the turns. An assistant's message without content opens the answer and leaves it open."""
+    def _turns(self, system: Sequence[Piece], turns: Sequence[Message], eos: str) -> Iterator[Piece]:
+        """Write the turns, each answer with what closes it, also one that holds nothing."""
+
+    def _asked(self, system: Sequence[Piece], turns: Sequence[Message], eos: str) -> Iterator[Piece]:
+        """Write turns that end with a question, and what opens its answer."""
+        yield from self._turns(system, turns, eos)
 
 
-def _split_system(messages: Sequence[Message]) -> tuple[str | None, list[Message]]:
-    """The system text, if there is any, and turns that must alternate user, assistant, user, ..."""
-    turns = list(messages)
-    system = turns.pop(0).text if turns and turns[0].role == "system" else None
-    for index, message in enumerate(turns):
-        if message.role != ("user", "assistant")[index % 2]:
-            raise RecordError("role_order", f"turn {index} is of '{message.role}'; user and assistant must alternate")
-    return system, turns
+_NOTHING = Span("", typed=True)
+
+
+def is_blank(message: Message) -> bool:
+    """Whether it holds neither text, other than white space, nor an image."""
+    return not message.text.strip() and not any(isinstance(part, Image) for part in message.content)
 
 
 def _document(messages: Sequence[Message], eos: str) -> Iterator[Piece]:
     if len(messages) != 1:
         raise RecordError("role_order", "a document stands alone, without other messages")
+    if is_blank(messages[0]):
+        raise RecordError("empty_document", "the document holds neither text nor a picture")
     yield from _content(messages[0], supervised=True)
     closing = messages[0].content[-1:]
     yield Span(eos, not (closing and isinstance(closing[0], Text) and closing[0].loss is False))
@@ -101,7 +155,12 @@ def _content(message: Message, supervised: bool) -> Iterator[Piece]:
         if isinstance(part, Image):
             yield part
         else:
-            yield Span(part.text, supervised if part.loss is None else part.loss)
+            yield Span(part.text, supervised if part.loss is None else part.loss, typed=True)
+
+
+def _loss_of(message: Message) -> bool:
+    """Whether the mark that closes an answer is supervised: unless all of its text is not, or it has none."""
+    return any(part.text and part.loss is not False for part in message.content if isinstance(part, Text))
 
 
 class Plain(Template):
@@ -113,6 +172,7 @@ class Plain(Template):
             token (VILA's earlier code).
         after_image: what stands between image and caption, without loss; nothing in the published recipes.
         image_marks: see `Template`.
+        typed_marks: see `Template`.
     """
 
     def __init__(
@@ -121,20 +181,25 @@ class Plain(Template):
         end: str | None = "\n",
         after_image: str = "",
         image_marks: tuple[str, str] | None = None,
+        typed_marks: Literal["text", "tokens"] = "text",
     ) -> None:
-        super().__init__(system, image_marks)
+        super().__init__(system, image_marks, typed_marks)
         self.end, self.after_image = end, after_image
 
-    def _turns(self, system: str, turns: Sequence[Message], eos: str) -> Iterator[Piece]:
-        if [turn.role for turn in turns] != ["user", "assistant"]:
+    def _turns(self, system: Sequence[Piece], turns: Sequence[Message], eos: str) -> Iterator[Piece]:
+        if len(turns) != 2:
             raise RecordError("role_order", "template Plain takes one question and one answer")
-        images = [part for part in turns[0].content if isinstance(part, Image)]
+        yield from self._asked(system, turns[:1], eos)
+        yield from _content(turns[1], supervised=True)
+        yield Span(eos if self.end is None else self.end, _loss_of(turns[1]), mark=self.end is None)
+
+    def _asked(self, system: Sequence[Piece], turns: Sequence[Message], eos: str) -> Iterator[Piece]:
+        if len(turns) != 1:
+            raise RecordError("role_order", "template Plain takes one question and one answer")
+        images = [part for part in (*system, *turns[0].content) if isinstance(part, Image)]
         yield from images
         if images and self.after_image:
             yield Span(self.after_image)
-        if turns[1].content:
-            yield from _content(turns[1], supervised=True)
-            yield Span(eos if self.end is None else self.end, True)
 
 
 class VicunaV1(Template):
@@ -145,58 +210,74 @@ class VicunaV1(Template):
 
     default_system = VICUNA_SYSTEM
 
-    def _turns(self, system: str, turns: Sequence[Message], eos: str) -> Iterator[Piece]:
-        yield Span(f"{system} ")
+    def _turns(self, system: Sequence[Piece], turns: Sequence[Message], eos: str) -> Iterator[Piece]:
+        yield from system
+        yield Span(" ")
         for message in turns:
             if message.role == "user":
                 yield Span("USER: ")
                 yield from _content(message, supervised=False)
                 yield Span(" ASSISTANT:")
             else:
-                if message.content:
-                    loss = _loss_of(message)
-                    yield Span(" ", loss)
-                    yield from _content(message, supervised=True)
-                    yield Span(eos, loss)
+                yield Span(" ", _begins_with_loss(message))
+                yield from _content(message, supervised=True)
+                yield Span(eos, _loss_of(message), mark=True)
 
 
-def _loss_of(message: Message) -> bool:
-    """Whether the marks around an answer are supervised: unless all of its text is not."""
-    return any(part.loss is not False for part in message.content if isinstance(part, Text))
+def _begins_with_loss(message: Message) -> bool:
+    """Whether the first text of an answer is supervised."""
+    texts = [part for part in message.content if isinstance(part, Text) and part.text]
+    return bool(texts) and texts[0].loss is not False
 
 
 class _Headed(Template):
-    """Templates that open each turn with a header and close it with a mark; the mark of an answer is supervised."""
+    """Templates that open each turn with a header and close it with a mark; the mark of an answer is supervised.
 
-    header: str
+    Attributes:
+        header: what opens a turn, in pieces; `{}` stands for the role. A piece in `<` and `>` is a special token.
+        close: the special token that closes a turn.
+        after: what follows it.
+    """
+
+    header: tuple[str, ...]
     close: str
     after: str
 
-    def _turns(self, system: str, turns: Sequence[Message], eos: str) -> Iterator[Piece]:
+    def _turns(self, system: Sequence[Piece], turns: Sequence[Message], eos: str) -> Iterator[Piece]:
         if system:
-            yield Span(self.header.format("system") + system + self.close + self.after)
+            yield from self._opening("system")
+            yield from system
+            yield Span(self.close, mark=True)
+            yield Span(self.after)
         for message in turns:
-            yield Span(self.header.format(message.role))
+            yield from self._opening(message.role)
             answer = message.role == "assistant"
-            if message.content or not answer:
-                yield from _content(message, supervised=answer)
-                yield Span(self.close, answer and _loss_of(message))
-                yield Span(self.after)
+            yield from _content(message, supervised=answer)
+            yield Span(self.close, answer and _loss_of(message), mark=True)
+            yield Span(self.after)
+
+    def _asked(self, system: Sequence[Piece], turns: Sequence[Message], eos: str) -> Iterator[Piece]:
+        yield from self._turns(system, turns, eos)
+        yield from self._opening("assistant")
+
+    def _opening(self, role: str) -> Iterator[Piece]:
+        for piece in self.header:
+            yield Span(piece.format(role), mark=piece.startswith("<") and piece.endswith(">"))
 
 
 class ChatML(_Headed):
     r"""`<|im_start|>role\n ... <|im_end|>\n`: Qwen, SmolLM2, InternLM2 and others."""
 
-    header, close, after = "<|im_start|>{}\n", "<|im_end|>", "\n"
+    header, close, after = ("<|im_start|>", "{}\n"), "<|im_end|>", "\n"
 
 
 class Llama3(_Headed):
     r"""`<|start_header_id|>role<|end_header_id|>\n\n ... <|eot_id|>`: Llama-3 Instruct."""
 
-    header, close, after = "<|start_header_id|>{}<|end_header_id|>\n\n", "<|eot_id|>", ""
+    header, close, after = ("<|start_header_id|>", "{}", "<|end_header_id|>", "\n\n"), "<|eot_id|>", ""
 
 
 class Phi3(_Headed):
     r"""`<|role|>\n ... <|end|>\n`: Phi-3 Instruct."""
 
-    header, close, after = "<|{}|>\n", "<|end|>", "\n"
+    header, close, after = ("<|{}|>", "\n"), "<|end|>", "\n"

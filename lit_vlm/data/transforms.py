@@ -18,6 +18,8 @@ from lit_vlm.batch import PixelSpec
 
 Size = tuple[int, int]
 """(width, height) in pixels."""
+MAX_CANVAS = 36_000_000
+"""Pixels of the largest square that a picture is padded to before it is shrunk: 108 MB."""
 
 
 class ImageTransform(ABC):
@@ -94,19 +96,19 @@ def _middle(image: Tensor, width: int, height: int) -> Tensor:
     return image[:, top : top + height, left : left + width]
 
 
-def _on_square(image: Tensor, side: int, left: int, top: int, pixels: PixelSpec) -> Tensor:
-    """A picture on a square of the encoder's mean colour."""
+def _on_canvas(image: Tensor, size: Size, left: int, top: int, pixels: PixelSpec) -> Tensor:
+    """A picture on a canvas of this (width, height) in the encoder's mean colour."""
     height, width = image.shape[1:]
-    if height == width == side:
+    if (width, height) == size:
         return image
     colour = torch.tensor([int(channel * 255) for channel in pixels.mean], dtype=torch.uint8)
-    line = colour.repeat(side)  # rows are copied whole, which is much faster than pixel by pixel
-    canvas = torch.empty(side, side * 3, dtype=torch.uint8)
+    line = colour.repeat(size[0])  # rows are copied whole, which is much faster than pixel by pixel
+    canvas = torch.empty(size[1], size[0] * 3, dtype=torch.uint8)
     bottom, right = top + height, left + width
     canvas[:top], canvas[bottom:] = line, line
     canvas[top:bottom, : 3 * left], canvas[top:bottom, 3 * right :] = line[: 3 * left], line[3 * right :]
     canvas[top:bottom, 3 * left : 3 * right] = image.permute(1, 2, 0).reshape(height, 3 * width)
-    return canvas.view(side, side, 3).permute(2, 0, 1)
+    return canvas.view(size[1], size[0], 3).permute(2, 0, 1)
 
 
 class SquareCrop(_Square):
@@ -137,7 +139,21 @@ class PadSquare(_Square):
         """Pad, then resize (bicubic)."""
         height, width = image.shape[1:]
         side = max(width, height)
-        return bicubic(_on_square(image, side, (side - width) // 2, (side - height) // 2, pixels), size)
+        if side**2 > MAX_CANVAS:
+            return self._resize_strip(image, size, pixels)
+        return bicubic(_on_canvas(image, (side, side), (side - width) // 2, (side - height) // 2, pixels), size)
+
+    def _resize_strip(self, image: Tensor, size: Size, pixels: PixelSpec) -> Tensor:
+        """The same without the large square: the long side is shrunk before the short one is padded.
+
+        A resize goes along the rows first, so the result is the same to the bit for a wide picture. A tall one is
+        turned, which may change a pixel by a level or two.
+        """
+        height, width = image.shape[1:]
+        if height > width:
+            return self._resize_strip(image.transpose(1, 2), size[::-1], pixels).transpose(1, 2)
+        narrow = bicubic(image, (size[0], height))
+        return bicubic(_on_canvas(narrow, (size[0], width), 0, (width - height) // 2, pixels), size)
 
 
 class Resize(_Square):
@@ -243,7 +259,7 @@ class AspectGrid(ImageTransform):
         tensor = self.resize(tensor, (across * cell, down * cell), pixels)
         if pixels.size:
             left, top = (self.cells - across) // 2 * cell, (self.cells - down) // 2 * cell
-            tensor = _on_square(tensor, pixels.size, left, top, pixels)
+            tensor = _on_canvas(tensor, (pixels.size, pixels.size), left, top, pixels)
         return tensor.contiguous()
 
     def resize(self, image: Tensor, size: Size, pixels: PixelSpec) -> Tensor:

@@ -105,6 +105,7 @@ class DivideAndConquer(HFDecoder):
         recompute: recompute blocks in the backward pass (gradient checkpointing): less memory, a third more compute.
         attention: which implementation; all of them keep the segments of a packed row apart.
         split: `all` of a block, or its `mlp` alone: the visual experts of Mono-InternVL (arXiv 2410.08202).
+        new_tokens: see `HFDecoder`.
     """
 
     def __init__(
@@ -115,8 +116,9 @@ class DivideAndConquer(HFDecoder):
         recompute: bool = False,
         attention: Attention = "sdpa",
         split: Literal["all", "mlp"] = "all",
+        new_tokens: tuple[str, ...] = (),
     ) -> None:
-        super().__init__(name, config, tokenizer, recompute=recompute, attention=attention)
+        super().__init__(name, config, tokenizer, recompute=recompute, attention=attention, new_tokens=new_tokens)
         self.split = split
         self._routing = Routing()
         for block in self.blocks():
@@ -147,6 +149,7 @@ class DivideAndConquer(HFDecoder):
 
     def adapt_state(self, state: StateDict) -> StateDict:
         """Weights of a plain decoder for both branches."""
+        state = self._with_new_rows(state)
         if any(BRANCH.search(key) for key in state):
             return state
         plain = {key: BRANCH.sub(".", key, count=1) for key in self.state_dict()}

@@ -45,6 +45,9 @@ class HFDecoder(Decoder):
         attention: which implementation; all of them keep the segments of a packed row apart. Layers that are no
             attention do so only where transformers' kernels for them take the borders; others are refused when training
             on packed rows starts.
+        new_tokens: special tokens that the tokenizer gets where it lacks them, such as a template's marks. Their rows
+            of word table and output layer start as the mean of the others (Hewitt 2021, "Initializing new word
+            embeddings for pretrained language models"). With adapters these two layers train as well.
     """
 
     def __init__(
@@ -55,13 +58,17 @@ class HFDecoder(Decoder):
         lora: Lora | None = None,
         recompute: bool = False,
         attention: Attention = "sdpa",
+        new_tokens: tuple[str, ...] = (),
     ) -> None:
         super().__init__()
         if (name is None) == (config is None):
             raise ValueError("give model.decoder either a name or a config (with name: null), not both and not neither")
         self.name, self.lora, self.attention = name, lora, attention
-        self.tokenizer_source = tokenizer or name
+        self.tokenizer_source, self.new_tokens = tokenizer or name, tuple(new_tokens)
         self.config = self._load_config(config)
+        self._published_config = copy.deepcopy(self.config)
+        if self.new_tokens:
+            self.config.vocab_size = max([self.config.vocab_size, *(token + 1 for token in self._tokenizer[1])])
         self.lm = language_model(self.config, attention)
         self.recompute = recompute
         if recompute:
@@ -89,12 +96,22 @@ class HFDecoder(Decoder):
         model_type = settings.pop("model_type", "llama")
         return made_config(model_type, settings, "model.decoder")
 
-    @cached_property
+    @property
     def tokenizer(self) -> Any:
-        """The fast tokenizer, with a pad token."""
+        """The fast tokenizer, with a pad token and the new tokens."""
+        return self._tokenizer[0]
+
+    @cached_property
+    def _tokenizer(self) -> tuple[Any, list[int]]:
+        """The tokenizer, and the ids of those new tokens that its vocabulary lacked."""
         if self.tokenizer_source is None:
             raise ValueError("this decoder was built from a config alone: give decoder.tokenizer, e.g. bytes")
-        return load_tokenizer(self.tokenizer_source)
+        tokenizer = load_tokenizer(self.tokenizer_source)
+        if not self.new_tokens:
+            return tokenizer, []
+        vocabulary, added = tokenizer.get_vocab(), tokenizer.get_added_vocab()
+        tokenizer.add_tokens([token for token in self.new_tokens if token not in added], special_tokens=True)
+        return tokenizer, [tokenizer.convert_tokens_to_ids(t) for t in self.new_tokens if t not in vocabulary]
 
     @property
     def family(self) -> str:
@@ -143,18 +160,37 @@ class HFDecoder(Decoder):
             state = internlm2.state_as_llama(read_folder(source), found)
         else:
             state, lacking = read_pretrained(
-                AutoModelForCausalLM, source, config=self.config, dtype=torch.get_default_dtype()
+                AutoModelForCausalLM, source, config=self._published_config, dtype=torch.get_default_dtype()
             )
             if lacking:
                 problems = [f"{key} ({reason})" for key, reason in sorted(lacking.items())]
                 raise ValueError(
                     f"decoder.name {self.name} has no weights for {shortened(problems)}: "
-                    f"name a whole causal language model, with the files of its own config.json"
+                    "name a whole causal language model, with the files of its own config.json"
                 )
-        return self.adapt_state({f"lm.{key}": value for key, value in state.items()})
+        state = {f"lm.{key}": value for key, value in state.items()}
+        # A published table may have spare rows behind the tokenizer's, of which nothing was learnt.
+        first = min(self._tokenizer[1], default=None) if self.new_tokens else None
+        return self.adapt_state(self._with_new_rows(state, first))
+
+    def _with_new_rows(self, state: StateDict, learnt: int | None = None) -> StateDict:
+        """Weights with rows for new tokens, the mean of those that were learnt: all that are there, or the first."""
+        grown = dict(state)
+        for name in self._table_names() if self.new_tokens else ():
+            if name in state and len(old := state[name][:learnt]) < self.vocab_size:
+                mean = old.float().mean(0, keepdim=True).to(old.dtype)
+                grown[name] = torch.cat([old, mean.expand(self.vocab_size - len(old), *old.shape[1:])])
+        return grown
+
+    def _table_names(self) -> list[str]:
+        """Parameters of the word table and the output layer."""
+        tables = (self.lm.get_input_embeddings(), self.lm.get_output_embeddings())
+        modules = [(name, module) for name, module in self.lm.named_modules() if module in tables]
+        return [f"lm.{name}.{parameter}" for name, module in modules for parameter, _ in module.named_parameters()]
 
     def adapt_state(self, state: StateDict) -> StateDict:
         """Weights of a decoder without adapters, under the names of this one with new adapters."""
+        state = self._with_new_rows(state)
         if self.lora is None or any(".lora_A." in key for key in state):
             return state
         adapted: StateDict = {}
@@ -171,10 +207,11 @@ class HFDecoder(Decoder):
         return adapted | {key: value for key, value in state.items() if key not in used}
 
     def trainable_parameters(self, only: str | None = None) -> Iterable[nn.Parameter]:
-        """All parameters, or only those of the adapters."""
+        """All parameters, or only those of the adapters and of the layers that new tokens have rows in."""
         if only is not None or self.lora is None:
             return super().trainable_parameters(only)
-        return [p for name, p in self.named_parameters() if ".lora_" in name]
+        tables = self._table_names() if self.new_tokens else []
+        return [p for name, p in self.named_parameters() if ".lora_" in name or name in tables]
 
     def merge_adapters(self) -> None:
         """Add adapters into the weights they adapt and remove them; without adapters, nothing."""

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import pyarrow.parquet as pq
 
+from lit_vlm.data.files import visible
 from lit_vlm.data.records import Image
 from lit_vlm.metrics.choice import LETTERS
 from lit_vlm.tasks.base import Example, Outcome, Task, choice_accuracy
@@ -107,7 +108,7 @@ class MMBench(MultipleChoice):
     groups = "category"
 
     def _read(self, split: str) -> list[Example]:
-        tables = sorted(self.folder.glob("*.tsv"))
+        tables = visible(self.folder.glob("*.tsv"))
         if not tables:
             raise ValueError(f"task mmbench: {self.folder} has no .tsv. It reads {self.files}")
         if len(tables) > 1:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -19,6 +19,7 @@ from lit_vlm.data.encode import Sample, SampleEncoder
 from lit_vlm.data.records import Image, Message, Record, RecordError, Text
 from lit_vlm.generate import Continuation, score_continuations
 from lit_vlm.metrics import exact_match, token_f1
+from lit_vlm.progress import progress
 
 if TYPE_CHECKING:
     from lit_vlm.module import LitVLM
@@ -115,7 +116,12 @@ def shuffle_images(records: Sequence[Record]) -> list[Record]:
 
 @torch.no_grad()
 def evaluate_held_out(
-    module: LitVLM, data: VLMData, records: Sequence[Record], batch_size: int = 32, max_new_tokens: int = 16
+    module: LitVLM,
+    data: VLMData,
+    records: Sequence[Record],
+    batch_size: int = 32,
+    max_new_tokens: int = 16,
+    title: str | None = None,
 ) -> HeldOutScores:
     """Score records; ranks share the work.
 
@@ -125,6 +131,7 @@ def evaluate_held_out(
         records: each ends with the expected answer.
         batch_size: records at a time.
         max_new_tokens: length of an answer at most.
+        title: of the progress that the first rank shows; None shows none.
 
     Returns:
         the scores over all ranks, of each source too.
@@ -134,19 +141,16 @@ def evaluate_held_out(
     per_rank = -(-len(records) // world)
     mine = list(records[rank::world])
     padding = [records[0]] * (per_rank - len(mine))
-    was_training = module.vlm.training
-    module.vlm.eval()
     sources = sorted({record.source for record in records})
     totals = torch.zeros(len(sources), len(_Sums._fields), dtype=torch.float64)
-    try:
+    with progress(title or "", per_rank, shown=title is not None and rank == 0) as advance, _evaluating(module):
         for start in range(0, per_rank, batch_size):
             chunk = (mine + padding)[start : start + batch_size]
             found = _score_batch(module, data, chunk, max_new_tokens)
             # What only keeps ranks in step is scored and not counted.
             for record, sums in zip(chunk[: max(0, len(mine) - start)], found, strict=False):
                 totals[sources.index(record.source)] += torch.tensor(sums, dtype=torch.float64)
-    finally:
-        module.vlm.train(was_training)
+            advance(len(chunk))
     if world > 1:
         moved = totals.to(module.device, torch.float32)
         dist.all_reduce(moved)
@@ -161,15 +165,24 @@ def evaluate_held_out(
 @torch.no_grad()
 def answer_records(module: LitVLM, data: VLMData, records: Sequence[Record], max_new_tokens: int = 16) -> list[Answer]:
     """Greedy answers to the last question of each record; under sharded training every rank must call this."""
-    was_training = module.vlm.training
-    module.vlm.eval()
-    given = module.answer(_collate_prompts(module, data, records), max_new_tokens)
-    module.vlm.train(was_training)
+    with _evaluating(module):
+        given = module.answer(_collate_prompts(module, data, records), max_new_tokens)
     questions = [next(m.text for m in reversed(record.messages) if m.role == "user").strip() for record in records]
     return [
         Answer(record, question, record.messages[-1].text, answer)
         for record, question, answer in zip(records, questions, given, strict=True)
     ]
+
+
+@contextmanager
+def _evaluating(module: LitVLM) -> Iterator[None]:
+    """The model in eval mode, and afterwards as it was."""
+    was_training = module.vlm.training
+    module.vlm.eval()
+    try:
+        yield
+    finally:
+        module.vlm.train(was_training)
 
 
 class _Sums(NamedTuple):
@@ -282,4 +295,5 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def _with_answer(record: Record, answer: str) -> Record:
-    return replace(record, messages=(*record.messages[:-1], Message("assistant", (Text(answer),))))
+    # An answer that is scored may be blank, as an option may: encoding refuses that only where it would be taught.
+    return replace(record, messages=(*record.messages[:-1], Message("assistant", (Text(answer),))), options=(answer,))

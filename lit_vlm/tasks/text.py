@@ -6,6 +6,7 @@ import csv
 import math
 from collections.abc import Sequence
 
+from lit_vlm.data.files import visible
 from lit_vlm.data.sources import Texts
 from lit_vlm.tasks.base import Example, Outcome, Task
 from lit_vlm.tasks.choice import MultipleChoice
@@ -50,7 +51,7 @@ class MMLU(MultipleChoice):
     same_group = True
 
     def _read(self, split: str) -> list[Example]:
-        tables = sorted(self.path(split).glob(f"*_{split}.csv"))
+        tables = visible(self.path(split).glob(f"*_{split}.csv"))
         if not tables:
             raise ValueError(f"task mmlu: {self.folder / split} has no *_{split}.csv. It reads {self.files}")
         found = []

@@ -7,8 +7,9 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
+from lit_vlm.data.files import visible
+from lit_vlm.data.media import IMAGE_SUFFIXES
 from lit_vlm.data.records import Image
-from lit_vlm.data.sources.base import IMAGE_SUFFIXES
 from lit_vlm.metrics import YesNoF1, first_word_yes_or_no
 from lit_vlm.tasks.base import Example, Outcome, Task
 from lit_vlm.tasks.vqa import SHORT
@@ -81,7 +82,7 @@ class MME(Task):
         found: list[Example] = []
         for category in (*self.perception, *self.cognition):
             folder = self.path(category)
-            texts = sorted(folder.glob("questions_answers_YN/*.txt")) or sorted(folder.glob("*.txt"))
+            texts = visible(folder.glob("questions_answers_YN/*.txt")) or visible(folder.glob("*.txt"))
             if not texts:
                 raise ValueError(f"task mme: {folder} holds no .txt. It reads {self.files}")
             for text in texts:

@@ -155,7 +155,7 @@ def test_held_out_scores_and_pictures(tmp_path: Path) -> None:
     answers = json.loads((tmp_path / "answers.json").read_text())
     assert len(answers) == 3
     assert (tmp_path / "answers-step=00000002.png").stat().st_size > 1000
-    files = {item.path for item in MlflowClient(f"sqlite:///{tmp_path}/m.db").list_artifacts(logger.run_id)}
+    files = {item.path for item in MlflowClient(f"sqlite:///{tmp_path}/m.db").list_artifacts(logger.version)}
     assert {"answers.png", "answers.json", "answers-step=00000004.png"} <= files
 
 

@@ -466,6 +466,15 @@ def test_the_commands_convert_check_and_draw(tmp_path: Path, capsys: pytest.Capt
         assert drawn.width > 400
 
 
+def test_a_conversion_without_images_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": turns, "images": []}))
+    main(["data", "convert", str(tmp_path / "chat.jsonl"), str(tmp_path / "out"), "--workers", "0"])
+    assert "none of the 1 records has an image" in capsys.readouterr().out
+    main(["data", "convert", str(write_flan(tmp_path)), str(tmp_path / "texts"), "--workers", "0"])
+    assert "has an image" not in capsys.readouterr().out
+
+
 def test_tokens_are_counted_on_request(tmp_path: Path) -> None:
     tokenizer = str(Path(__file__).parents[1] / "fixtures" / "tiny_llama")
     source: Source = open_source(str(write_flan(tmp_path)))

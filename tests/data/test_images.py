@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import random
+import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image as PILImage
+from PIL.PngImagePlugin import PngInfo
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_vlm.batch import PixelSpec
-from lit_vlm.data.records import Image, RecordError, open_image
+from lit_vlm.data.records import MAX_SIDE, Image, RecordError, image_size, open_image
+from lit_vlm.data.tiles import Tiles
 from lit_vlm.data.transforms import AreaLimit, AspectGrid, ImageTransform, Native, PadSquare, Resize, SquareCrop
 from lit_vlm.encoders import PatchGrid
 from tests.tiny import ROOT
@@ -172,6 +177,117 @@ def test_a_path_in_the_folder_is_opened(tmp_path: Path, png: Callable[..., bytes
     assert open_image(Image(path=str(tmp_path / "sub" / "a.png")), tmp_path).size == (6, 5)
 
 
+@pytest.mark.parametrize(
+    "notes",
+    [
+        [(b"iCCP", b"profile\0\0" + zlib.compress(bytes(3 << 20)))],
+        [(b"zTXt", b"prompt\0\0" + zlib.compress(bytes(3 << 20)))],
+        [(b"iTXt", b"prompt\0\1\0en\0prompt\0" + zlib.compress(bytes(3 << 20)))],
+        [(b"tEXt", b"prompt\0" + b"x" * (1 << 20))] * 70,
+        [(b"iCCP", b"cut")],
+        [(b"gAMA", b"")],
+    ],
+    ids=["profile", "packed text", "international text", "many texts", "cut profile", "cut note"],
+)
+@pytest.mark.parametrize("behind", [False, True], ids=["in front", "behind"])
+def test_notes_in_a_png_do_not_cost_its_pixels(notes: list[tuple[bytes, bytes]], behind: bool, tmp_path: Path) -> None:
+    picture = PILImage.fromarray(np.random.default_rng(0).integers(0, 255, (12, 20, 3), dtype=np.uint8))
+    content = encoded(picture).data
+    assert content is not None
+    chunks = [struct.pack(">I", len(data)) + kind + data for kind, data in notes]
+    written = b"".join(chunk + struct.pack(">I", zlib.crc32(chunk[4:])) for chunk in chunks)
+    place = len(content) - 12 if behind else 33
+    (tmp_path / "a.png").write_bytes(content[:place] + written + content[place:])
+    assert image_size(Image(path="a.png"), tmp_path) == (20, 12)
+    assert np.array_equal(np.asarray(open_image(Image(path="a.png"), tmp_path)), np.asarray(picture))
+
+
+def test_a_damaged_png_with_notes_stays_corrupt() -> None:
+    content = encoded(PILImage.new("RGB", (64, 64)), pnginfo=_note("x")).data
+    assert content is not None
+    damaged = content[:-30] + bytes([content[-30] ^ 255]) + content[-29:]
+    with pytest.raises(RecordError, match="corrupt_image"):
+        open_image(Image(data=damaged), Path("/nowhere"))
+
+
+def _note(text: str) -> PngInfo:
+    info = PngInfo()
+    info.add_text("prompt", text)
+    return info
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize(
+    "exif",
+    [b"garbage", b"Exif\0\0garbage", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0II*\0\x08\0\0\0" + b"\xff" * 60_000],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_damaged_exif_does_not_cost_the_pixels(exif: bytes, form: str) -> None:
+    image = encoded(PILImage.new("RGB", (20, 12), "white"), form, exif=exif)
+    assert image_size(image, Path("/nowhere")) == (20, 12)
+    assert colour_of(image) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("form", ["GIF", "WEBP", "TIFF", "PNG", "MPO"])
+def test_the_first_of_several_frames_is_taken(form: str) -> None:
+    white, black = (PILImage.new("RGB", (16, 16), colour) for colour in ("white", "black"))
+    assert colour_of(encoded(white, form, save_all=True, append_images=[black])) == (255, 255, 255)
+
+
+def test_a_picture_with_a_side_beyond_the_limit_is_refused() -> None:
+    image = encoded(PILImage.new("1", (MAX_SIDE + 1, 3), 1))
+    with pytest.raises(RecordError, match=f"too_large.*{MAX_SIDE + 1}×3.*a side over {MAX_SIDE}"):
+        open_image(image, Path("/nowhere"))
+    with pytest.raises(RecordError, match="too_large"):
+        image_size(image, Path("/nowhere"))
+
+
+# ----- links -----
+
+
+@pytest.fixture
+def hub(tmp_path: Path, png: Callable[..., bytes]) -> Path:
+    """A revision in the cache of the Hugging Face hub, with links to files of its own and of others."""
+    for name in ("datasets--me--set", "datasets--you--set"):
+        (tmp_path / name / "blobs").mkdir(parents=True)
+        (tmp_path / name / "blobs" / "0aa").write_bytes(png(6, 5))
+    folder = tmp_path / "datasets--me--set/snapshots/abc"
+    (folder / "images").mkdir(parents=True)
+    (folder / "images" / "own.png").symlink_to("../../../blobs/0aa")
+    (folder / "images" / "other.png").symlink_to(tmp_path / "datasets--you--set/blobs/0aa")
+    return folder
+
+
+def test_links_into_the_blobs_of_a_hub_cache_are_read(hub: Path, tmp_path: Path) -> None:
+    assert open_image(Image(path="images/own.png"), hub).size == (6, 5)
+    assert open_image(Image(path="own.png"), hub / "images").size == (6, 5)
+    (tmp_path / "shortcut").symlink_to(hub)
+    assert open_image(Image(path="images/own.png"), tmp_path / "shortcut").size == (6, 5)
+    with pytest.raises(
+        RecordError, match="outside_folder: images/other.png leaves .* by a link, to .*allow_links: true"
+    ):
+        open_image(Image(path="images/other.png"), hub)
+    assert open_image(Image(path="images/other.png", links=True), hub).size == (6, 5)
+
+
+def test_allowed_links_do_not_allow_a_path_that_leaves_the_folder(tmp_path: Path, png: Callable[..., bytes]) -> None:
+    disk, folder = tmp_path / "disk/coco", tmp_path / "set"
+    disk.mkdir(parents=True)
+    folder.mkdir()
+    for name in ("a.png", "../secret.png"):
+        (disk / name).write_bytes(png(6, 5))
+    (folder / "coco").symlink_to(disk)
+    assert open_image(Image(path="coco/a.png", links=True), folder).size == (6, 5)
+    with pytest.raises(RecordError, match="outside_folder.*allow_links"):
+        open_image(Image(path="coco/a.png"), folder)
+    for path in ("../disk/coco/a.png", str(disk / "a.png")):
+        with pytest.raises(RecordError, match=r"outside_folder: .* leaves the image folder \S+$"):
+            open_image(Image(path=path, links=True), folder)
+    # Behind the link `..` would be the folder of the disk.
+    with pytest.raises(RecordError, match="missing_image"):
+        open_image(Image(path="coco/../secret.png", links=True), folder)
+
+
 # ----- transforms -----
 
 SHAPES = [(28, 28), (100, 40), (40, 100), (29, 28), (5, 200), (200, 5), (1, 1), (3, 90)]
@@ -184,6 +300,45 @@ def test_square_transforms_give_the_size_of_the_encoder(transform: ImageTransfor
     assert pixels.shape == (3, 28, 28)
     assert pixels.dtype == torch.uint8
     assert pixels.is_contiguous()
+
+
+class _Largest(TorchDispatchMode):
+    """Bytes of the largest tensor that any operation makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor):
+            self.found = max(self.found, made.numel() * made.element_size())
+        return made
+
+
+@pytest.mark.parametrize("size", [(12_000, 20), (20, 12_000), (90_000, 30), (30, 90_000), (1, 60_000)], ids=str)
+@pytest.mark.parametrize(
+    "transform",
+    [SquareCrop(), PadSquare(), Resize(), Native(64), AspectGrid(56, 2), AreaLimit(64), Tiles(6)],
+    ids=lambda t: type(t).__name__,
+)
+def test_no_transform_of_a_strip_takes_much_memory(transform: ImageTransform, size: tuple[int, int]) -> None:
+    pixels = SQUARE if isinstance(transform, Tiles) or transform.fixed(SQUARE) else ANY
+    with _Largest() as largest:
+        made = transform(PILImage.new("RGB", size, (9, 8, 7)), pixels)
+    assert made.dtype == torch.uint8
+    assert largest.found < 20_000_000
+
+
+@pytest.mark.parametrize(
+    ("size", "within"), [((900, 40), 0), ((40, 900), 1), ((701, 700), 0), ((700, 701), 1)], ids=str
+)
+def test_a_strip_is_padded_as_any_picture(size: tuple[int, int], within: int) -> None:
+    rng = np.random.default_rng(0)
+    picture = PILImage.fromarray(rng.integers(0, 255, (size[1], size[0], 3), dtype=np.uint8))
+    whole = PadSquare()(picture, SQUARE).int()
+    strip = PadSquare()._resize_strip(torch.from_numpy(np.array(picture)).permute(2, 0, 1), (28, 28), SQUARE).int()
+    assert (whole - strip).abs().max() <= within
 
 
 def halves(width: int, height: int) -> PILImage.Image:

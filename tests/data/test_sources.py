@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
@@ -11,7 +12,9 @@ from typing import Any
 import jsonschema
 import pytest
 
-from lit_vlm.data.records import Image, Message, RecordError, Text, open_image, parse_record
+from lit_vlm.data.media import MEDIA_KEY
+from lit_vlm.data.parsing import parse_record
+from lit_vlm.data.records import Image, Message, RecordError, Text, open_image
 from lit_vlm.data.sources import Captions, ChatJsonl, LlavaJson, Mmc4, Parquet, Pictures, Texts, WebDataset
 
 SCHEMA = json.loads(resources.files("lit_vlm.data").joinpath("record.schema.json").read_text())
@@ -110,7 +113,8 @@ def test_llava_refuses_an_entry_with_the_reason(entry: Any, expected: str, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"), [("{", "is not JSON"), ('{"a": 1}', "holds a dict; LLaVA's form is a list")]
+    ("text", "expected"),
+    [("{", "is not JSON"), ('{"a": 1}', "holds a dict; expected a list of samples"), ("7\n8", "is not JSON")],
 )
 def test_llava_refuses_a_file_of_another_form(text: str, expected: str, tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(text)
@@ -249,7 +253,7 @@ def test_captions_from_a_folder(tmp_path: Path, png: Callable[..., bytes]) -> No
 
 
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"there is no image in .*known: \.jpg"):
+    with pytest.raises(ValueError, match=r"there is no \.jpg or \.jpeg or .* file in"):
         Captions(str(tmp_path))
 
 
@@ -267,9 +271,8 @@ def test_images_are_looked_for_in_the_folder_only(path: str, reason: str, tmp_pa
 # ----- the schema -----
 
 
-def message(**changes: Any) -> dict[str, Any]:
-    base = {"messages": [{"role": "user", "content": "hi"}]}
-    return base | changes
+def message(turns: Any = ({"role": "user", "content": "hi"},), **changes: Any) -> dict[str, Any]:
+    return {"messages": list(turns), **changes}
 
 
 def parts(*content: Any) -> dict[str, Any]:
@@ -291,9 +294,6 @@ RAW: dict[str, Any] = {
     "number options": message(options=[1]),
     "text options": message(options="ab"),
     "image": parts({"type": "image", "image": "a.png"}),
-    "empty image": parts({"type": "image", "image": ""}),
-    "null image": parts({"type": "image", "image": None}),
-    "no image": parts({"type": "image"}),
     "text part": parts({"type": "text", "text": "a"}),
     "empty text": parts({"type": "text", "text": ""}),
     "no text": parts({"type": "text"}),
@@ -308,6 +308,36 @@ RAW: dict[str, Any] = {
     "no type": parts({"text": "a"}),
     "string part": parts("a"),
     "text and image": parts({"type": "text", "text": "a", "image": "b"}),
+    "text and no image": parts({"type": "text", "text": "a", "image": None, "video": ""}),
+    "picture of a part by url": parts({"type": "image", "url": "a.png"}),
+    "image_url": parts({"type": "image_url", "image_url": {"url": "file:///a.png"}}),
+    "image_url as text": parts({"type": "image_url", "image_url": "a.png"}),
+    "remote image_url": parts({"type": "image_url", "image_url": {"url": "https://a.b/c.png"}}),
+    "remote image": parts({"type": "image", "image": "s3://a/c.png"}),
+    "mark and images": message([{"role": "user", "content": "<image>hi"}], images=["a.png"]),
+    "mark and image": message([{"role": "user", "content": "<image>hi"}], image="a.png"),
+    "mark and object": message([{"role": "user", "content": "<image>hi"}], images=[{"path": "a.png", "bytes": None}]),
+    "mark and base64": message([{"role": "user", "content": "<image>hi"}], images=[{"bytes": "aGk="}]),
+    "mark and number": message([{"role": "user", "content": "<image>hi"}], images=[1]),
+    "mark and null": message([{"role": "user", "content": "<image>hi"}], images=["a.png", None]),
+    "mark and address": message([{"role": "user", "content": "<image>hi"}], images=["http://a.b/c.png"]),
+    "part and images": message([{"role": "user", "content": [{"type": "image"}]}], images=["a.png"]),
+    "no picture": message(images=[], image=None, videos=None, audios=[], video=0, image_path=""),
+    "empty object": message(image={"bytes": None, "path": None}),
+    "number as image": message(image=1),
+    "false as image": message(image=False),
+    "videos": message(videos=["a.mp4"]),
+    "audio_path": message(audio_path="a.wav"),
+    "second picture": message([{"role": "user", "content": "<image>hi"}], image="a.png", image_2="b.png"),
+    "where it comes from": message([{"role": "user", "content": "<image>hi"}], image="a.png", image_url="http://a.b/c"),
+    "picture of a message": message([{"role": "user", "content": "hi", "images": ["a.png"]}]),
+    "size of a picture": message(image_size=[3, 4], image_id="7"),
+    "texts": {"texts": [{"user": "q", "assistant": "a", "source": "s"}], "images": ["a.png"]},
+    "texts that are text": {"texts": ["a", "b"]},
+    "texts without answer": {"texts": [{"user": "q"}]},
+    "query": {"query": "<image>q", "response": "a", "images": ["a.png"], "system": "s", "history": [["q", "a"]]},
+    "query alone": {"query": "q"},
+    "response that is null": {"query": "q", "response": None},
     "no parts": parts(),
     "null content": message(messages=[{"role": "user", "content": None}]),
     "no content": message(messages=[{"role": "user"}]),
@@ -330,6 +360,39 @@ RAW: dict[str, Any] = {
 }
 
 
+BEYOND: dict[str, tuple[Any, str]] = {
+    "part without path": (parts({"type": "image"}), r"image_count: 1 <image> marks .* 0 pictures"),
+    "empty image": (parts({"type": "image", "image": ""}), "image_count"),
+    "null image": (parts({"type": "image", "image": None}), "image_count"),
+    "mark without picture": (message([{"role": "user", "content": "<image>hi"}]), "image_count: 1 .* 0 pictures"),
+    "mark beside a part": (parts({"type": "image", "image": "a"}, {"type": "text", "text": "<image>"}), "image_count"),
+    "too many marks": (
+        message([{"role": "user", "content": "<image><image>"}], images=["a"]),
+        "image_count: 2 .* 1 pic",
+    ),
+    "picture without mark": (message(images=["a.png"]), "image_count: 0 <image> marks .* 1 pictures"),
+    "two keys": (message(image="a.png", images=["b.png"]), "malformed: 'image' and 'images' hold different"),
+    "image_path": (message(image_path="a.png"), "unread_media: the record holds 'a.png' under 'image_path'"),
+    "img": (message(img="a.png"), "unread_media.*'img'"),
+    "image_url": (message(image_url="http://a.b/c.png"), "unread_media.*'image_url'"),
+    "left_image": (message(left_image="a.png"), "unread_media.*'left_image'"),
+    "file_name": (message(file_name="a.PNG"), "unread_media.*'file_name'"),
+    "Qwen-VL": (
+        message([{"role": "user", "content": "Picture 1: <img>a.png</img>"}]),
+        "unread_media.*<img>a.png</img>",
+    ),
+}
+"""What a schema cannot say: numbers that must agree, and keys that matter only without a picture."""
+
+
+@pytest.mark.parametrize("name", BEYOND)
+def test_what_the_schema_cannot_say_is_refused_too(name: str) -> None:
+    raw, expected = BEYOND[name]
+    assert jsonschema.Draft202012Validator(SCHEMA).is_valid(raw)
+    with pytest.raises(RecordError, match=expected):
+        parse_record(raw, "source", "0")
+
+
 @pytest.mark.parametrize("name", RAW)
 def test_the_schema_accepts_what_parse_record_accepts(name: str) -> None:
     try:
@@ -338,6 +401,32 @@ def test_the_schema_accepts_what_parse_record_accepts(name: str) -> None:
     except RecordError:
         accepted = False
     assert jsonschema.Draft202012Validator(SCHEMA).is_valid(RAW[name]) == accepted
+
+
+def test_the_schema_knows_the_same_keys_as_the_readers() -> None:
+    pattern = re.sub(r"\?P<\w+>", "", MEDIA_KEY.pattern)
+    assert list(SCHEMA["$defs"]["without_media"]["patternProperties"]) == [pattern]
+    beside_a_picture = "|".join(f"({key})" for key in SCHEMA["patternProperties"])
+    for key in KEYS:
+        found = MEDIA_KEY.match(key)
+        other = found is not None and (found["number"] or found["medium"].lower() in ("video", "audio", "media"))
+        assert bool(re.search(beside_a_picture, key)) == bool(other)
+
+
+KEYS = {
+    "image": True, "images": True, "image_path": True, "imagePath": True, "image_file_name": True, "imageUrls": True,
+    "img": True, "imgs": True, "img_path": True, "image_base64_str": True, "Image": True, "IMAGE": True,
+    "image_local_path": True, "left_image": True, "image_1": True, "image12": True, "picture": True, "photos": True,
+    "video": True, "videos": True, "video_url": True, "audio": True, "audio_path": True, "audio_2": True, "media": True,
+    "image_size": False, "image_id": False, "image_width": False, "image_caption": False, "imagenet": False,
+    "num_images_seen": False, "text": False, "url": False, "mediator": False, "imagination": False, "videogame": False,
+    "source_filename": False, "messages": False, "texts": False, "query": False, "options": False, "role": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_keys_that_name_media(key: str) -> None:
+    assert bool(MEDIA_KEY.match(key)) == KEYS[key]
 
 
 def test_the_schema_itself_is_valid() -> None:

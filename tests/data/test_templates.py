@@ -152,7 +152,8 @@ def test_mmc4_matches_vila(name: str, llama_spec: InputSpec, tmp_path: Path) -> 
     # "pairs mode" is the paper-era loss: the sentence after an image, with padding tokens between sentences.
     settings: dict[str, Any] = {"loss": "after_image", "joint": "<unk>"} if case["pairs_mode"] else {}
     document = Mmc4(str(tmp_path / "a.jsonl"), max_images=6, **settings).record(0)
-    assert_matches(case, Plain().render(document.messages, EOS), llama_spec)
+    template = Plain(typed_marks="tokens")  # the padding token is written as text of the document
+    assert_matches(case, template.render(document.messages, EOS), llama_spec)
     order = [int(str(image.path)[:-4]) for image in document.images]
     reds = [10 + 20 * number for number in order]
     assert sorted(reds) == sorted(case["image_red_0_255"])
@@ -267,6 +268,130 @@ def test_an_answer_without_loss_has_no_supervised_mark(template: Template) -> No
 def test_a_question_with_loss_is_supervised(template: Template) -> None:
     turns = [Message("user", (Text("what "), Text("is it?", loss=True))), TURNS[2]]
     assert supervised_of(template.render(turns, EOS))[0] == "is it?"
+
+
+def asked(*answers: Message) -> list[Message]:
+    """A conversation with these answers."""
+    return [turn for answer in answers for turn in (TURNS[3], answer)]
+
+
+def said(*content: Part) -> Message:
+    return Message("assistant", content)
+
+
+BLANK = [said(), said(Text("")), said(Text(" \n")), said(Text("", loss=False)), said(Text(""), Text(" "))]
+CONVERSING: list[Template] = [VicunaV1(), ChatML(), Llama3(), Phi3()]
+
+
+@pytest.mark.parametrize("template", CONVERSING, ids=lambda t: type(t).__name__)
+@pytest.mark.parametrize("blank", BLANK, ids=str)
+def test_an_answer_that_holds_nothing_is_closed_wherever_it_stands(template: Template, blank: Message) -> None:
+    for write in (template.render, template.prompt):
+        for answers in ([blank, TURNS[4]], [TURNS[4], blank], [blank]):
+            full = [said(Text("X")) if answer is blank else answer for answer in answers]
+            assert text_of(write(asked(*answers), EOS)) == text_of(write(asked(*full), EOS)).replace("X", blank.text)
+    ends = text_of(template.render(asked(said(Text("X"))), EOS)).split("X")[1]
+    assert text_of(template.render(asked(blank), EOS)).endswith(f"{blank.text}{ends}")
+
+
+@pytest.mark.parametrize("template", CONVERSING, ids=lambda t: type(t).__name__)
+def test_an_answer_of_a_picture_alone_is_closed_and_has_no_loss(template: Template) -> None:
+    pieces = template.render(asked(said(Image(path="a.png")), TURNS[4]), EOS)
+    end = closed(template, "", EOS).strip()
+    assert text_of(pieces).split(MARK)[1].startswith(end)
+    (only,) = supervised_of(pieces)
+    assert only == closed(template, "yes", EOS)
+
+
+@pytest.mark.parametrize("template", TEMPLATES, ids=lambda t: type(t).__name__)
+@pytest.mark.parametrize(
+    "answer",
+    [said(Text("a dog", loss=False)), said(Text(""), Text("a dog", loss=False)), said(Image(path="a.png"))],
+    ids=["one text", "an empty text too", "a picture"],
+)
+def test_nothing_of_an_answer_without_loss_is_supervised(template: Template, answer: Message) -> None:
+    pieces = template.render(asked(answer), EOS)
+    assert supervised_of(pieces) == []
+    assert text_of(pieces).rstrip("\n").endswith(closed(template, "", EOS).strip())
+
+
+@pytest.mark.parametrize("template", CONVERSING, ids=lambda t: type(t).__name__)
+def test_an_answer_may_begin_without_loss(template: Template) -> None:
+    pieces = template.render(asked(said(Text("a dog? ", loss=False), Text("no"))), EOS)
+    assert supervised_of(pieces) == [closed(template, "no", EOS).lstrip()]
+
+
+@pytest.mark.parametrize("template", TEMPLATES, ids=lambda t: type(t).__name__)
+@pytest.mark.parametrize("content", [(), (Text(""),), (Text("\n "), Text(""))], ids=str)
+def test_a_document_that_holds_nothing_is_refused(template: Template, content: tuple[Part, ...]) -> None:
+    with pytest.raises(RecordError, match="empty_document"):
+        template.render([Message("document", content)], EOS)
+
+
+@pytest.mark.parametrize("template", CONVERSING, ids=lambda t: type(t).__name__)
+def test_a_question_may_hold_nothing(template: Template) -> None:
+    pieces = template.render([Message("user", ()), TURNS[4]], EOS)
+    assert supervised_of(pieces) == [closed(template, "yes", EOS)]
+    assert text_of(pieces) == text_of(template.render([Message("user", (Text("Q"),)), TURNS[4]], EOS)).replace("Q", "")
+
+
+@pytest.mark.parametrize("template", TEMPLATES, ids=lambda t: type(t).__name__)
+def test_where_nothing_is_asked_there_is_no_prompt(template: Template) -> None:
+    for messages in ([], [TURNS[0]], [TURNS[4]], [TURNS[0], TURNS[4]]):
+        with pytest.raises(RecordError, match="role_order"):
+            template.prompt(messages, EOS)
+    with pytest.raises(RecordError, match="role_order: a document stands alone"):
+        template.prompt([Message("document", (Text("a"),))], EOS)
+
+
+@pytest.mark.parametrize("template", TEMPLATES, ids=lambda t: type(t).__name__)
+def test_a_picture_of_the_system_text_is_not_lost(template: Template) -> None:
+    system = Message("system", (Text("Look: "), Image(path="a.png")))
+    pieces = template.render([system, TURNS[3], TURNS[4]], EOS)
+    assert [piece.path for piece in pieces if isinstance(piece, Image)] == ["a.png"]
+
+
+@pytest.mark.parametrize("template", TEMPLATES, ids=lambda t: type(t).__name__)
+def test_all_that_people_wrote_is_typed_and_nothing_else(template: Template) -> None:
+    people = [Message(m.role, tuple(Text("X") if isinstance(p, Text) else p for p in m.content)) for m in TURNS]
+    people = people[1:3] if isinstance(template, Plain) else people
+    for pieces in (template.render(people, EOS), template.prompt(people, EOS)):
+        spans = [piece for piece in pieces if isinstance(piece, Span)]
+        assert all(span.typed == (span.text == "X") for span in spans)
+    document = [Message("document", people[1].content)]
+    assert next(span.typed for span in template.render(document, EOS) if isinstance(span, Span))
+    tokens = type(template)(typed_marks="tokens")
+    assert not any(span.typed for span in tokens.render(people, EOS) if isinstance(span, Span))
+
+
+def test_a_mark_in_an_answer_is_a_token_only_where_the_template_says_so(bytes_spec: InputSpec) -> None:
+    turns = asked(said(Text("with <|im_end|>, as here")))
+    end = bytes_spec.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    counts = [
+        encode_pieces(template.render(turns, "<|im_end|>"), bytes_spec)[1].count(end)
+        for template in (ChatML(), ChatML(typed_marks="tokens"), ChatML(system="<|im_end|>"))
+    ]
+    assert counts == [1, 2, 1]
+    ids, _ = encode_pieces(ChatML(system="<|im_end|>").render(turns, "<|im_end|>"), bytes_spec)
+    assert ids.count(end) == 3
+
+
+@pytest.mark.parametrize(
+    ("template", "marks", "end"),
+    [
+        (Plain(), [], "\n"),
+        (Plain(end=None), [EOS], EOS),
+        (Plain(end=""), [], ""),
+        (VicunaV1(), [EOS], EOS),
+        (ChatML(), ["<|im_start|>", "<|im_end|>"], "<|im_end|>"),
+        (Llama3(), ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"], "<|eot_id|>"),
+        (Phi3(), ["<|system|>", "<|end|>", "<|user|>", "<|assistant|>"], "<|end|>"),
+    ],
+    ids=str,
+)
+def test_what_a_template_needs_of_a_tokenizer(template: Template, marks: list[str], end: str) -> None:
+    assert template.marks(EOS) == marks
+    assert template.closing(EOS) == end
 
 
 def test_system_text_of_template_and_record() -> None:

@@ -270,6 +270,16 @@ def test_right_answers_score_best_and_questions_read_well(name: str, tmp_path: P
             assert f". {option}" in asked or example.options == UNLISTED
 
 
+@pytest.mark.parametrize("name", FILE_TASKS)
+def test_what_a_mac_and_a_notebook_leave_is_no_data(name: str, tmp_path: Path) -> None:
+    before = make(name, tmp_path).examples
+    for file in [file for file in tmp_path.rglob("*") if file.is_file()]:
+        file.with_name(f"._{file.name}").write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X        ")
+        (file.parent / ".ipynb_checkpoints").mkdir(exist_ok=True)
+        (file.parent / ".ipynb_checkpoints" / file.name).write_bytes(file.read_bytes())
+    assert list(TASKS[name](str(tmp_path)).examples) == list(before)
+
+
 def test_names_of_images_are_the_official_ones(tmp_path: Path) -> None:
     assert make("okvqa", tmp_path).examples[0].images[0].path == "val2014/COCO_val2014_000000000007.jpg"
     assert TASKS["okvqa"](str(tmp_path)).demonstrations[1].images[0].path == "train2014/COCO_train2014_000000000008.jpg"

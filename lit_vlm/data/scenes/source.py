@@ -90,7 +90,7 @@ class Scenes(Source):
             raise ValueError(f"turns is {turns} with kind {kind!r}; only questions and text take turns")
         if question_kinds is not None and (kind == "captions" or not question_kinds):
             raise ValueError(f"question_kinds is {question_kinds!r} with kind {kind!r}; leave it out")
-        self.name = name or f"scenes_{kind}"
+        self.name, self.named = name if name is not None else f"scenes_{kind}", name is not None
         self.image_folder = Path()
         self.kind, self.count, self.seed, self.size, self.split, self.shots = kind, count, seed, size, split, shots
         if images_first and kind != "interleaved":

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -13,22 +13,38 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lit_vlm.data.files import list_files
+from lit_vlm.data.media import IMAGE_SUFFIXES, MARK
 from lit_vlm.data.records import Record, RecordError
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-MARK = "<image>"
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "MARK",
+    "FileLines",
+    "JsonLines",
+    "Lines",
+    "Source",
+    "hash_files",
+    "list_files",
+    "parse_json",
+]
 
 
 class Source(ABC):
     """A list of records.
 
     Attributes:
-        name: what samples, counts and losses are reported under.
+        name: what samples, counts and losses are reported under. Two sources of one name are told apart by their paths
+            (`lit_vlm.data.names`).
+        named: whether the user gave the name.
+        path: the file, folder or address that is read, if there is one.
         image_folder: what image paths are relative to.
         chunked: whether reading near what was read last is much cheaper, so that its own order should be kept.
     """
 
     name: str
+    named = False
+    path: Path | str | None = None
     image_folder: Path
     chunked = False
 
@@ -52,12 +68,23 @@ class Source(ABC):
         """All indices in random order."""
         return generator.permutation(len(self))
 
+    def _call(self, name: str | None) -> None:
+        """Take the given name, or that of the path: of a file without its ending, of `.` that of the folder it is."""
+        self.named = name is not None
+        self.name = name if name is not None else name_of(str(self.path))
+
     def _existing(self, path: str) -> Path:
         """A path with `~` filled in; raises ValueError if there is nothing."""
         expanded = Path(path).expanduser()
         if not expanded.exists():
             raise ValueError(f"{type(self).__name__}: {expanded} does not exist")
         return expanded
+
+
+def name_of(path: str) -> str:
+    """The name of a source that reads this path."""
+    given = Path(path)
+    return given.stem if given.stem.strip(".") else Path(os.path.abspath(given)).stem or "data"
 
 
 class Lines:
@@ -132,33 +159,23 @@ def _line_spans(file: Path, block: int = 1 << 24) -> NDArray[np.int64]:
     return np.delete(spans, blank, axis=0)
 
 
-def list_files(path: Path, suffixes: Sequence[str]) -> list[Path]:
-    """The file itself, or the files of a folder (and those below it) that end in one of `suffixes`, by name.
-
-    Raises:
-        ValueError: when there is none.
-    """
-    if path.is_file():
-        return [path]
-    files = sorted(file for file in path.rglob("*") if file.is_file() and file.name.lower().endswith(tuple(suffixes)))
-    if not files:
-        raise ValueError(f"there is no {' or '.join(suffixes)} file in {path}")
-    return files
-
-
 class JsonLines(Source):
-    """A source whose samples are the lines of one .jsonl file, or of all in a folder.
+    """A source whose samples are the lines of one .jsonl file, or of all in a folder, or the entries of a JSON list.
 
     Attributes:
         path: the file or folder.
+        allow_links: whether files of pictures may be links that leave the image folder.
     """
 
-    def __init__(self, path: str, image_folder: str | None, name: str | None) -> None:
+    path: Path
+
+    def __init__(self, path: str, image_folder: str | None, name: str | None, allow_links: bool = False) -> None:
         self.path = self._existing(path)
         folder = self.path if self.path.is_dir() else self.path.parent
         self.image_folder = Path(image_folder).expanduser() if image_folder else folder
-        self.name = name or self.path.stem
-        self._lines = FileLines(list_files(self.path, [".jsonl"]))
+        self.allow_links = allow_links
+        self._call(name)
+        self._lines = read_rows(self.path, allow_links)
 
     def __len__(self) -> int:
         return len(self._lines)
@@ -172,17 +189,36 @@ class JsonLines(Source):
         return parse_json(self._lines[index], f"{self.path} entry {index}")
 
 
+def read_rows(path: Path, links: bool) -> Lines | FileLines:
+    """The rows of a .jsonl file, of all in a folder, or of a .json file, which holds a list, or lines all the same.
+
+    Raises:
+        ValueError: naming the file.
+    """
+    if path.is_dir() or path.suffix.lower() != ".json":
+        return FileLines(list_files(path, [".jsonl"], links))
+    try:
+        entries = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        lines = FileLines([path])
+        if len(lines) > 1 and isinstance(_or_none(lines[0]), dict):
+            return lines
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(entries, list):
+        raise ValueError(f"{path} holds a {type(entries).__name__}; expected a list of samples, or one per line")
+    return Lines(json.dumps(entry).encode() for entry in entries)
+
+
+def _or_none(content: bytes) -> Any:
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError):
+        return None
+
+
 def parse_json(content: bytes, where: str) -> Any:
     """JSON; raises `RecordError` if it is none, or nested deeper than Python can read."""
     try:
         return json.loads(content)
     except (ValueError, RecursionError) as error:
         raise RecordError("malformed", f"{where} is not JSON: {error}") from error
-
-
-def decode_base64(text: str, where: str) -> bytes:
-    """Bytes of an image in a record; raises `RecordError`."""
-    try:
-        return base64.b64decode(text, validate=True)
-    except ValueError as error:
-        raise RecordError("corrupt_image", f"{where} is not base64: {error}") from error

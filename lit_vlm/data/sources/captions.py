@@ -6,21 +6,26 @@ import csv
 import json
 from pathlib import Path
 
+from lit_vlm.data.files import list_files
+from lit_vlm.data.media import IMAGE_SUFFIXES, image_of, refuse_marks
 from lit_vlm.data.records import Image, Message, Record, RecordError, Text
-from lit_vlm.data.sources.base import IMAGE_SUFFIXES, Lines, Source, list_files
+from lit_vlm.data.sources.base import Lines, Source, parse_json, read_rows
 
 
 class Captions(Source):
-    """Images with captions: a CSV file with columns for both, or a folder with `NAME.txt` beside `NAME.jpg`.
+    """Images with captions: a table with columns for both, or a folder with `NAME.txt` beside `NAME.jpg`.
 
     Args:
-        path: a .csv or .tsv file, or a folder.
+        path: a .csv, .tsv, .jsonl or .json file, or a folder.
         prompt: the question that each caption answers; the template `plain` leaves it out.
-        image_folder: what image paths of a CSV file are relative to; default: its folder.
-        image_column: the CSV column with paths.
-        caption_column: the CSV column with captions.
+        image_folder: what image paths of a table are relative to; default: its folder.
+        image_column: the column, or key, with paths.
+        caption_column: the column, or key, with captions.
         name: name of the source; default: that of the file or folder.
+        allow_links: whether image files may be links that leave the image folder.
     """
+
+    path: Path
 
     def __init__(
         self,
@@ -30,30 +35,29 @@ class Captions(Source):
         image_column: str = "image",
         caption_column: str = "caption",
         name: str | None = None,
+        allow_links: bool = False,
     ) -> None:
         self.path = self._existing(path)
-        self.prompt = prompt
-        self.name = name or self.path.stem
+        self.prompt, self.allow_links = prompt, allow_links
+        self._call(name)
         if self.path.is_dir():
             self.image_folder = self.path
             pairs = self._read_folder()
         else:
             self.image_folder = Path(image_folder).expanduser() if image_folder else self.path.parent
-            pairs = self._read_csv(image_column, caption_column)
+            json_ = self.path.suffix.lower() in (".jsonl", ".json")
+            pairs = (self._read_json if json_ else self._read_csv)(image_column, caption_column)
         self._lines = Lines(json.dumps(pair).encode() for pair in pairs)
 
-    def _read_folder(self) -> list[tuple[str, str | None]]:
-        images = sorted(file for file in self.path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
-        if not images:
-            raise ValueError(f"Captions: there is no image in {self.path}; known: {', '.join(IMAGE_SUFFIXES)}")
-        pairs = []
-        for image in images:
+    def _read_folder(self) -> list[tuple[str | None, str | None]]:
+        pairs: list[tuple[str | None, str | None]] = []
+        for image in list_files(self.path, IMAGE_SUFFIXES, self.allow_links):
             text = image.with_suffix(".txt")
             caption = _read_caption(text) if text.is_file() else None
             pairs.append((str(image.relative_to(self.path)), caption))
         return pairs
 
-    def _read_csv(self, image_column: str, caption_column: str) -> list[tuple[str, str | None]]:
+    def _read_csv(self, image_column: str, caption_column: str) -> list[tuple[str | None, str | None]]:
         with self.path.open(newline="", encoding="utf-8-sig") as file:
             tabs = self.path.suffix.lower() == ".tsv"  # quotes mean nothing there
             rows = csv.DictReader(
@@ -70,6 +74,23 @@ class Captions(Source):
             except (csv.Error, UnicodeDecodeError) as error:
                 raise ValueError(f"Captions: {self.path}, line {rows.line_num + 1}: {error}") from error
 
+    def _read_json(self, image_column: str, caption_column: str) -> list[tuple[str | None, str | None]]:
+        lines = read_rows(self.path, self.allow_links)
+        pairs: list[tuple[str | None, str | None]] = []
+        for number in range(len(lines)):
+            try:
+                row = parse_json(lines[number], f"line {number}")
+            except RecordError:
+                row = None  # and so this record is malformed, not the whole source
+            values = [row.get(column) if isinstance(row, dict) else None for column in (image_column, caption_column)]
+            image, caption = (value if isinstance(value, str) else None for value in values)
+            pairs.append((image, caption))
+        if not any(image and caption for image, caption in pairs):
+            raise ValueError(
+                f"Captions: no line of {self.path} has texts under '{image_column}' and '{caption_column}'"
+            )
+        return pairs
+
     def __len__(self) -> int:
         return len(self._lines)
 
@@ -78,8 +99,10 @@ class Captions(Source):
         image, caption = json.loads(self._lines[index])
         if not image or not caption:
             raise RecordError("malformed", f"{image or f'row {index}'} has no {'caption' if image else 'image'}")
-        question = Message("user", (Image(path=image), Text(f"\n{self.prompt}")))
-        return Record(image, self.name, (question, Message("assistant", (Text(caption),))))
+        picture = image_of(image, f"the image of row {index}", self.allow_links)
+        question = Message("user", (picture, Text(f"\n{self.prompt}")))
+        identity = image if picture.path is not None else str(index)
+        return refuse_marks(Record(identity, self.name, (question, Message("assistant", (Text(caption),)))))
 
     def fingerprint(self) -> str:
         """SHA-256 of paths and captions."""
@@ -99,15 +122,19 @@ class Pictures(Source):
     Args:
         path: the folder.
         name: name of the source; default: that of the folder.
+        allow_links: whether image files may be links that leave the folder.
     """
 
-    def __init__(self, path: str, name: str | None = None) -> None:
+    path: Path
+
+    def __init__(self, path: str, name: str | None = None, allow_links: bool = False) -> None:
         self.path = self._existing(path)
         if not self.path.is_dir():
             raise ValueError(f"Pictures: {self.path} is no folder")
         self.image_folder = self.path
-        self.name = name or self.path.stem
-        files = list_files(self.path, IMAGE_SUFFIXES)
+        self.allow_links = allow_links
+        self._call(name)
+        files = list_files(self.path, IMAGE_SUFFIXES, allow_links)
         self._lines = Lines(str(file.relative_to(self.path)).encode() for file in files)
 
     def __len__(self) -> int:
@@ -116,7 +143,7 @@ class Pictures(Source):
     def record(self, index: int) -> Record:
         """A document that holds one image."""
         path = self._lines[index].decode()
-        return Record(path, self.name, (Message("document", (Image(path=path),)),))
+        return Record(path, self.name, (Message("document", (Image(path=path, links=self.allow_links),)),))
 
     def fingerprint(self) -> str:
         """SHA-256 of the paths."""

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import zip_longest
-from pathlib import Path
 from typing import Any, Literal
 
-from lit_vlm.data.records import Image, Message, Record, RecordError, Role, Text, parse_record
-from lit_vlm.data.sources.base import MARK, JsonLines, Lines, Source, parse_json
+from lit_vlm.data.media import IMAGE_KEYS, MARK, refuse_marks, refuse_unread, row_images
+from lit_vlm.data.parsing import parse_record
+from lit_vlm.data.records import Image, Message, Record, RecordError, Role, Text
+from lit_vlm.data.sources.base import JsonLines
 
 ImagePosition = Literal["front", "in_place", "spaced"]
 
@@ -24,35 +24,43 @@ LLAVA_ROLES: dict[str, Role] = {
 
 
 class ChatJsonl(JsonLines):
-    """One record per line in the chat form of Hugging Face: `messages` of `role` and `content`.
+    """Chat form of Hugging Face: `messages` of `role` and `content`, one record per line, or a JSON list of them.
+
+    Also as ms-swift, LLaMA-Factory and OpenAI write it, and `texts` or `query` in place of `messages`: see
+    `lit_vlm.data.parsing.parse_record`.
 
     Args:
-        path: the .jsonl file, or a folder of them.
+        path: the .jsonl or .json file, or a folder of .jsonl files.
         image_folder: what image paths are relative to; default: the folder of the file.
         name: name of the source; default: that of the file.
+        allow_links: whether image files may be links that leave the image folder.
     """
 
-    def __init__(self, path: str, image_folder: str | None = None, name: str | None = None) -> None:
-        super().__init__(path, image_folder, name)
+    def __init__(
+        self, path: str, image_folder: str | None = None, name: str | None = None, allow_links: bool = False
+    ) -> None:
+        super().__init__(path, image_folder, name, allow_links)
 
     def record(self, index: int) -> Record:
         """The record of one line."""
-        return parse_record(self.json(index), self.name, str(index))
+        return parse_record(self.json(index), self.name, str(index), self.allow_links)
 
 
-class LlavaJson(Source):
+class LlavaJson(JsonLines):
     """LLaVA's form: a JSON list of `{id, image, conversations: [{from: human|gpt, value}]}`, `<image>` in the text.
 
-    `image` is a path or a list of paths, used in the order of the marks.
+    `image` (or `images`) is a path or a list of paths, used in the order of the marks. The samples may also stand one
+    per line, as InternVL has them.
 
     Args:
-        path: the .json file.
+        path: the .json or .jsonl file, or a folder of .jsonl files.
         image_folder: what image paths are relative to; default: the folder of the file.
         image_position: `front` moves a turn's image before its text, followed by a newline, as LLaVA-1.5 does;
             `in_place` leaves images where their marks stand; `spaced` does too, with a space in front of each and a
             newline behind it whatever stood there, and puts images that no turn marks in front, as VILA-1.5 does.
         system: system text of conversations that have none; "" for none at all; default: the template's.
         name: name of the source; default: that of the file.
+        allow_links: whether image files may be links that leave the image folder.
     """
 
     def __init__(
@@ -62,35 +70,16 @@ class LlavaJson(Source):
         image_position: ImagePosition = "front",
         system: str | None = None,
         name: str | None = None,
+        allow_links: bool = False,
     ) -> None:
-        self.path = self._existing(path)
-        self.image_folder = Path(image_folder).expanduser() if image_folder else self.path.parent
+        super().__init__(path, image_folder, name, allow_links)
         self.image_position, self.system = image_position, system
-        self.name = name or self.path.stem
-        try:
-            entries = json.loads(self.path.read_bytes())
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{self.path} is not JSON: {error}") from error
-        if not isinstance(entries, list):
-            raise ValueError(f"{self.path} holds a {type(entries).__name__}; LLaVA's form is a list of samples")
-        self._lines = Lines(json.dumps(entry).encode() for entry in entries)
-
-    def __len__(self) -> int:
-        return len(self._lines)
 
     def record(self, index: int) -> Record:
         """The record of one entry."""
-        raw = parse_json(self._lines[index], f"{self.path} entry {index}")
-        images = (raw.get("image") or []) if isinstance(raw, dict) else []
-        paths = [images] if isinstance(images, str) else images
-        if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
-            raise RecordError("malformed", f"'image' is {str(images)[:80]!r}; expected a path or a list of paths")
-        record = llava_record(raw, self.name, index, [Image(path=path) for path in paths], self.image_position)
-        return with_system(record, self.system)
-
-    def fingerprint(self) -> str:
-        """SHA-256 of the annotations."""
-        return self._lines.fingerprint()
+        raw = self.json(index)
+        images = row_images(raw, self.allow_links) if isinstance(raw, dict) else []
+        return with_system(llava_record(raw, self.name, index, images, self.image_position), self.system)
 
 
 def with_system(record: Record, system: str | None) -> Record:
@@ -114,16 +103,21 @@ def llava_record(raw: Any, source: str, index: int, images: Sequence[Image], pos
         turns = [turns[0] | {"value": MARK * len(images) + turns[0]["value"]}, *turns[1:]]
         marks = len(images)
     if marks != len(images):
-        raise RecordError("image_count", f"{marks} {MARK} marks in the text, {len(images)} images in 'image'")
+        advice = "; image_position: spaced puts them in front" if images and not marks else ""
+        raise RecordError(
+            "image_count", f"{marks} {MARK} marks in the text, {len(images)} images in 'image' (or 'images'){advice}"
+        )
     remaining = iter(images)
     messages = tuple(_llava_message(turn, i, remaining, position) for i, turn in enumerate(turns))
-    return Record(str(index if raw.get("id") is None else raw["id"]), source, messages)
+    refuse_unread(raw, IMAGE_KEYS, bool(images), f"entry {index}", "name pictures under 'image', with a mark for each")
+    return refuse_marks(Record(str(index if raw.get("id") is None else raw["id"]), source, messages))
 
 
 def _llava_message(turn: Any, index: int, remaining: Iterator[Image], position: ImagePosition) -> Message:
     found = turn.get("from") if isinstance(turn, dict) else turn
     if not isinstance(turn, dict) or not isinstance(found, str) or found not in LLAVA_ROLES:
         raise RecordError("unknown_role", f"conversations[{index}].from is {found!r}; known: {', '.join(LLAVA_ROLES)}")
+    refuse_unread(turn, (), False, f"conversations[{index}]", "name pictures under 'image' of the sample")
     if not isinstance(turn.get("value"), str):
         raise RecordError("malformed", f"conversations[{index}].value is not a string")
     pieces = turn["value"].split(MARK)

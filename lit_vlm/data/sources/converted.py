@@ -15,7 +15,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from litdata import StreamingDataset
 from litdata.streaming.downloader import get_downloader
 from numpy.typing import NDArray
 
+from lit_vlm.data.media import refuse_marks
 from lit_vlm.data.records import Image, Message, Part, Record, Text
 from lit_vlm.data.shards import read_info
 from lit_vlm.data.sources.base import Source
@@ -86,9 +87,10 @@ class Converted(Source):
 
     def __init__(self, path: str, name: str | None = None, storage_options: dict[str, Any] | None = None) -> None:
         self.remote = ":" in path.split("/", 1)[0]
-        self.path = path if self.remote else str(Path(path).expanduser())
+        self.path: str = path if self.remote else str(Path(path).expanduser())
         self.storage_options = storage_options
-        self.name = name or Path(path).name
+        self.name = name if name is not None else PurePosixPath(os.path.abspath(self.path)).name or "data"
+        self.named = name is not None
         self.image_folder = Path()  # images are in the records
         self.info = self._read_info()
         self.chunked = self.remote
@@ -100,7 +102,7 @@ class Converted(Source):
     def record(self, index: int) -> Record:
         """One record with the bytes of its images."""
         item = self.item(index)
-        return decode_record(item["record"], item["images"], self.name)
+        return refuse_marks(decode_record(item["record"], item["images"], self.name))
 
     def item(self, index: int) -> dict[str, bytes]:
         """What is stored of one record."""
@@ -109,7 +111,7 @@ class Converted(Source):
     def outline(self, index: int) -> Record:
         """The record with the sizes of its images, without their bytes."""
         item = self._stream(RECORDS if self.info.images else "")[index]
-        return decode_record(item["record"], None, self.name)
+        return refuse_marks(decode_record(item["record"], None, self.name))
 
     def fingerprint(self) -> str:
         """The hash of all content, made by the conversion."""

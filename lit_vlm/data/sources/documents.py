@@ -9,8 +9,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from lit_vlm.data.media import MARK, decode_base64, image_of, refuse_marks, refuse_unread
 from lit_vlm.data.records import Image, Message, Part, Record, RecordError, Text
-from lit_vlm.data.sources.base import MARK, JsonLines, decode_base64
+from lit_vlm.data.sources.base import JsonLines
 from lit_vlm.data.sources.conversations import with_system
 
 
@@ -34,6 +35,7 @@ class Mmc4(JsonLines):
         joint: what stands between sentences; a space is left out beside an image. With `after_image` the reference
             writes Llama's `<unk>`, which it takes out again after tokenising.
         name: name of the source; default: that of the file.
+        allow_links: whether image files may be links that leave the image folder.
     """
 
     def __init__(
@@ -45,8 +47,10 @@ class Mmc4(JsonLines):
         loss: Literal["all_text", "after_image"] = "all_text",
         joint: str = " ",
         name: str | None = None,
+        allow_links: bool = False,
     ) -> None:
-        super().__init__(path, image_folder, name)
+        super().__init__(path, image_folder, name, allow_links)
+        self._prefix = self.name  # ids stay as they are when a source is renamed
         if max_images is not None and max_images < 1:
             raise ValueError(f"Mmc4: max_images is at least 1, not {max_images}")
         if loss == "after_image" and items != "documents":
@@ -61,7 +65,7 @@ class Mmc4(JsonLines):
         """One document, or one pair."""
         line, number = (index, None) if self._pairs is None else self._pairs[index].tolist()
         sentences, images = self._read(line)
-        identity = f"{self.name}-{line}"
+        identity = f"{self._prefix}-{line}"
         if number is not None:
             if number < 0:
                 raise RecordError("malformed", f"line {line} is no document of MMC4")
@@ -90,8 +94,12 @@ class Mmc4(JsonLines):
             raise RecordError("malformed", f"line {line} has no list of strings 'text_list'")
         if not isinstance(infos, list):
             raise RecordError("malformed", f"line {line} has no list 'image_info'")
+        refuse_unread(raw, (), bool(infos), f"line {line}", "MMC4 names pictures in 'image_info'")
         kept = infos[: self.max_images]
-        images = [_mmc4_image(info, f"image_info[{number}]", len(sentences)) for number, info in enumerate(kept)]
+        images = [
+            _mmc4_image(info, f"image_info[{number}]", len(sentences), self.allow_links)
+            for number, info in enumerate(kept)
+        ]
         return [sentence.replace(MARK, "<IMAGE>") for sentence in sentences], images
 
     def _parts(self, sentences: list[str], matched: dict[int, list[Image]]) -> list[Part]:
@@ -121,14 +129,14 @@ class Mmc4(JsonLines):
         return np.array(found, np.int64).reshape(-1, 2)
 
 
-def _mmc4_image(info: Any, where: str, num_sentences: int) -> tuple[int, Image]:
+def _mmc4_image(info: Any, where: str, num_sentences: int, links: bool) -> tuple[int, Image]:
     place = info.get("matched_text_index") if isinstance(info, dict) else None
     if not isinstance(place, int) or not 0 <= place < num_sentences:
         raise RecordError("malformed", f"{where}.matched_text_index is {place!r}; there are {num_sentences} sentences")
     if isinstance(encoded := info.get("image_base64"), str):
         return place, Image(data=decode_base64(encoded, where))
     if isinstance(path := info.get("image_name"), str) and path:
-        return place, Image(path=path)
+        return place, image_of(path, f"{where}.image_name", links)
     raise RecordError("malformed", f"{where} has neither 'image_name' nor 'image_base64'")
 
 
@@ -147,10 +155,11 @@ def _merged(parts: list[Part]) -> tuple[Part, ...]:
 class Texts(JsonLines):
     """Text without images: a question and its answer (`inputs` and `targets`, as FLAN has them) or a document (`text`).
 
-    A .txt file holds one document per line.
+    A .txt file holds one document per line. A row that names a picture, film or sound is refused, as its text would be
+    trained without: so is one with the mark `<image>`.
 
     Args:
-        path: the .jsonl or .txt file, or a folder of .jsonl files.
+        path: the .jsonl, .json or .txt file, or a folder of .jsonl files.
         system: system text of questions; "" for none at all; default: the template's.
         name: name of the source; default: that of the file.
     """
@@ -159,10 +168,14 @@ class Texts(JsonLines):
         self.system = system
         self.plain = Path(path).suffix.lower() == ".txt"
         super().__init__(path, None, name)
+        self._prefix = self.name  # ids stay as they are when a source is renamed
 
     def record(self, index: int) -> Record:
         """One question with its answer, or one document."""
-        identity = f"{self.name}-{index}"
+        return refuse_marks(self._read(index))
+
+    def _read(self, index: int) -> Record:
+        identity = f"{self._prefix}-{index}"
         if self.plain:
             try:
                 text = self._lines[index].decode("utf-8").strip()
@@ -172,6 +185,10 @@ class Texts(JsonLines):
         raw = self.json(index)
         if isinstance(raw, dict) and isinstance(raw.get("id"), str | int):
             identity = str(raw["id"])
+        if isinstance(raw, dict):
+            refuse_unread(
+                raw, (), False, f"line {index}", "Texts reads text alone; pictures with captions are for Captions"
+            )
         if isinstance(raw, dict) and isinstance(raw.get("text"), str):
             return Record(identity, self.name, (Message("document", (Text(raw["text"]),)),))
         if isinstance(raw, dict) and isinstance(raw.get("inputs"), str) and isinstance(raw.get("targets"), str):

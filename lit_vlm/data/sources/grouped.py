@@ -28,8 +28,10 @@ class Grouped(Source):
     def __init__(self, source: Source, size: int = 4, name: str | None = None) -> None:
         if size < 1 or len(source) < size:
             raise ValueError(f"Grouped: size is {size}, and the source {source.name} has {len(source)} samples")
-        self.source, self.size, self.name = source, size, name or source.name
-        self.image_folder = source.image_folder
+        self.source, self.size, self.name = source, size, name if name is not None else source.name
+        self.named = source.named if name is None else True
+        self.path, self.image_folder = source.path, source.image_folder
+        self._prefix = self.name  # ids stay as they are when a source is renamed
         self.chunked = source.chunked
 
     def __len__(self) -> int:
@@ -60,7 +62,7 @@ class Grouped(Source):
 
     def _join(self, index: int, records: list[Record]) -> Record:
         documents = tuple(_document(record) for record in records)
-        return replace(records[0], id=f"{self.name}-{index}", source=self.name, messages=documents, options=())
+        return replace(records[0], id=f"{self._prefix}-{index}", source=self.name, messages=documents, options=())
 
 
 def _document(record: Record) -> Message:

@@ -5,19 +5,24 @@ from __future__ import annotations
 import string
 from bisect import bisect_right
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 
-from lit_vlm.data.records import Image, Message, Record, RecordError, Text, parse_record
-from lit_vlm.data.sources.base import MARK, Source, hash_files, list_files
-from lit_vlm.data.sources.conversations import llava_record
+from lit_vlm.data.files import list_files
+from lit_vlm.data.media import IMAGE_KEYS, MARK, is_nothing, refuse_marks, refuse_unread, row_images
+from lit_vlm.data.parsing import parse_record
+from lit_vlm.data.records import Image, Message, Part, Record, RecordError, Text
+from lit_vlm.data.sources.base import Source, hash_files
+from lit_vlm.data.sources.conversations import interleave, llava_record
 
 
 class Parquet(Source):
     """Rows with an `image` (bytes, or `{bytes, path}`) or a list `images`, and one of these:
 
-    - `messages` (chat form; `<image>` marks or image parts take the images in order),
+    - `messages`, `texts` (the_cauldron, FineVision) or `query` and `response`, as `ChatJsonl` reads them: `<image>`
+      marks or image parts take the images in order,
     - `conversations` (LLaVA's form),
     - `question` and `answer`, with `choices` if it is a multiple choice, as CV-Bench has them: an answer such as `(B)`
       then means the second choice,
@@ -27,14 +32,26 @@ class Parquet(Source):
         path: a .parquet file, or a folder of them.
         prompt: the question that each caption answers; the template `plain` leaves it out.
         name: name of the source; default: that of the file or folder.
+        image_folder: what image paths are relative to, where a table has paths; default: its folder.
+        allow_links: whether image files may be links that leave the image folder.
     """  # noqa: D415
 
-    def __init__(self, path: str, prompt: str = "Describe the image.", name: str | None = None) -> None:
+    path: Path
+
+    def __init__(
+        self,
+        path: str,
+        prompt: str = "Describe the image.",
+        name: str | None = None,
+        image_folder: str | None = None,
+        allow_links: bool = False,
+    ) -> None:
         self.path = self._existing(path)
-        self.prompt = prompt
-        self.name = name or self.path.stem
-        self.image_folder = self.path if self.path.is_dir() else self.path.parent
-        self.files = list_files(self.path, [".parquet"])
+        self.prompt, self.allow_links = prompt, allow_links
+        self._call(name)
+        folder = self.path if self.path.is_dir() else self.path.parent
+        self.image_folder = Path(image_folder).expanduser() if image_folder else folder
+        self.files = list_files(self.path, [".parquet"], allow_links)
         self._groups: list[tuple[int, int]] = []  # file and row group
         rows = []
         for number, file in enumerate(self.files):
@@ -57,19 +74,24 @@ class Parquet(Source):
             row = self._row(index)
         except (OSError, ValueError) as error:
             raise RecordError("malformed", f"row {index} cannot be read: {error}") from error
-        images = _images(row)
         identity = next((str(row[key]) for key in ("id", "idx", "question_id") if row.get(key) is not None), str(index))
-        if row.get("messages"):
-            return _chat(row, self.name, identity, images)
+        if any(not is_nothing(row.get(key)) for key in ("messages", "texts")) or {"query", "response"} <= set(row):
+            return parse_record({**row, "id": identity}, self.name, identity, self.allow_links)
+        images = row_images(row, self.allow_links)
         if row.get("conversations"):
             return llava_record({**row, "id": identity}, self.name, index, images, "in_place")
+        refuse_unread(row, IMAGE_KEYS, bool(images), f"row {index}", "pictures stand under 'image' or 'images'")
         if isinstance(row.get("question"), str):
-            return _question(row, self.name, identity, images)
+            return refuse_marks(_question(row, self.name, identity, images))
+        return refuse_marks(self._caption(row, index, identity, images))
+
+    def _caption(self, row: dict[str, Any], index: int, identity: str, images: list[Image]) -> Record:
         caption = next((row[key] for key in ("caption", "text") if isinstance(row.get(key), str)), None)
         if not caption:
             raise RecordError(
                 "malformed",
-                f"row {index} has none of messages, conversations, question, caption, text; columns: {sorted(row)}",
+                f"row {index} has none of messages, texts, query, conversations, question, caption, text; columns: "
+                f"{sorted(row)}",
             )
         if not images and row.get("caption"):
             raise RecordError("missing_image", f"row {index} has a caption and no image")
@@ -94,59 +116,6 @@ class Parquet(Source):
         return self.__dict__ | {"_loaded": None}
 
 
-def _images(row: dict[str, Any]) -> list[Image]:
-    found = row.get("images") or row.get("image")
-    values = found if isinstance(found, list) else [] if found is None else [found]
-    return [_image(value, number) for number, value in enumerate(values)]
-
-
-def _image(value: Any, number: int) -> Image:
-    if isinstance(value, dict):
-        value = value.get("bytes") or value.get("path")
-    if isinstance(value, bytes):
-        return Image(data=value)
-    if isinstance(value, str) and value:
-        return Image(path=value)
-    raise RecordError("malformed", f"image {number} is {type(value).__name__}; expected bytes, or {{bytes, path}}")
-
-
-def _chat(row: dict[str, Any], source: str, identity: str, images: list[Image]) -> Record:
-    """Chat form whose marks or image parts stand for the images of the row."""
-    if not isinstance(row["messages"], list):
-        raise RecordError("malformed", f"'messages' is a {type(row['messages']).__name__}; expected a list")
-    turns = [_marks_to_parts(turn) for turn in row["messages"]]
-    # Parquet fills every part with every key, so parts that name no image file are told apart by their type.
-    parts = [part for turn in turns for part in turn["content"] if part.get("type") == "image"]
-    if len(parts) != len(images):
-        raise RecordError("image_count", f"{len(parts)} image parts or marks, {len(images)} images in the row")
-    for number, part in enumerate(parts):
-        part["image"] = str(number)
-    record = parse_record({"id": identity, "messages": turns, "options": row.get("options") or []}, source, identity)
-    messages = tuple(
-        Message(m.role, tuple(images[int(str(p.path))] if isinstance(p, Image) else p for p in m.content))
-        for m in record.messages
-    )
-    return Record(record.id, source, messages, record.options)
-
-
-def _marks_to_parts(turn: Any) -> dict[str, Any]:
-    content = turn.get("content") if isinstance(turn, dict) else None
-    if isinstance(content, list):
-        parts = [
-            {key: value for key, value in part.items() if value is not None} if isinstance(part, dict) else part
-            for part in content
-        ]
-        if all(isinstance(part, dict) for part in parts):
-            return {"role": turn.get("role"), "content": parts}
-    if not isinstance(content, str):
-        raise RecordError("malformed", "'messages' is a list of {role, content}")
-    parts = []
-    for number, piece in enumerate(content.split(MARK)):
-        parts += [{"type": "image"}] if number else []
-        parts += [{"type": "text", "text": piece}] if piece else []
-    return {"role": turn.get("role"), "content": parts}
-
-
 def _question(row: dict[str, Any], source: str, identity: str, images: list[Image]) -> Record:
     answer, choices = row.get("answer"), row.get("choices") or []
     if not isinstance(answer, str) or not isinstance(choices, list) or not all(isinstance(c, str) for c in choices):
@@ -157,7 +126,19 @@ def _question(row: dict[str, Any], source: str, identity: str, images: list[Imag
             raise RecordError("malformed", f"answer {answer!r} is none of the {len(choices)} choices, nor their letter")
         answer = choices[string.ascii_uppercase.index(letter)]
     messages = (
-        Message("user", (*images, Text(f"\n{row['question']}" if images else row["question"]))),
+        Message("user", _with_images(row["question"], images)),
         Message("assistant", (Text(answer),)),
     )
     return Record(identity, source, messages, tuple(choices))
+
+
+def _with_images(question: str, images: list[Image]) -> tuple[Part, ...]:
+    """The pictures where the question marks them, or in front of it."""
+    pieces = question.split(MARK)
+    if len(pieces) == 1:
+        return (*images, Text(f"\n{question}" if images else question))
+    if len(pieces) - 1 != len(images):
+        raise RecordError(
+            "image_count", f"{len(pieces) - 1} {MARK} marks in the question, {len(images)} images in the row"
+        )
+    return tuple(interleave(pieces, images))

@@ -6,11 +6,13 @@ import hashlib
 import json
 import tarfile
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+from lit_vlm.data.files import is_hidden, list_files
+from lit_vlm.data.media import IMAGE_SUFFIXES, MEDIA_FILE, refuse_marks
 from lit_vlm.data.records import Image, Message, Record, RecordError, Text
-from lit_vlm.data.sources.base import IMAGE_SUFFIXES, Lines, Source, list_files, parse_json
+from lit_vlm.data.sources.base import Lines, Source, parse_json
 
 
 class WebDataset(Source):
@@ -25,12 +27,14 @@ class WebDataset(Source):
         name: name of the source; default: that of the file or folder.
     """
 
+    path: Path
+
     def __init__(
         self, path: str, caption: str = "caption", prompt: str = "Describe the image.", name: str | None = None
     ) -> None:
         self.path = self._existing(path)
         self.caption, self.prompt = caption, prompt
-        self.name = name or self.path.stem
+        self._call(name)
         self.files = list_files(self.path, [".tar"])
         self.image_folder = self.path
         self._entries = Lines(
@@ -47,7 +51,8 @@ class WebDataset(Source):
             raise RecordError(*entry["bad"])
         image = self._read(entry, entry["image"])
         question = Message("user", (Image(data=image), Text(f"\n{self.prompt}")))
-        return Record(entry["key"], self.name, (question, Message("assistant", (Text(self._caption(entry)),))))
+        answer = Message("assistant", (Text(self._caption(entry)),))
+        return refuse_marks(Record(entry["key"], self.name, (question, answer)))
 
     def fingerprint(self) -> str:
         """SHA-256 of the tables of contents with the size of each file."""
@@ -97,13 +102,19 @@ def _members(file: Path, number: int) -> Iterator[dict[str, Any]]:
 
 
 def _note(member: tarfile.TarInfo, found: dict[str, dict[str, Any]], number: int) -> None:
-    """Add an image, caption or JSON file to the entry of its key; links and second files of a kind are refused."""
+    """Add an image, caption or JSON file to the entry of its key; links, second files of a kind and films are refused.
+
+    Hidden members, such as macOS's `._KEY.jpg`, are no data.
+    """
     key, _, ending = member.name.rpartition(".")
     kind = "image" if f".{ending.lower()}" in IMAGE_SUFFIXES else ending.lower()
-    if member.isdir() or kind not in ("image", "txt", "json"):
+    film = MEDIA_FILE.search(member.name.lower()) is not None and kind != "image"
+    if member.isdir() or not (film or kind in ("image", "txt", "json")) or is_hidden(PurePosixPath(member.name)):
         return
     entry = found.setdefault(key, {"key": key, "tar": number})
-    if not member.isfile():
+    if film:
+        entry["bad"] = ("unread_media", f"{member.name} is a film or sound, which is not read")
+    elif not member.isfile():
         entry["bad"] = ("outside_folder", f"{member.name} is a link, not a file")
     elif kind in entry:
         entry["bad"] = ("malformed", f"{member.name}: there is more than one {kind} under this key")

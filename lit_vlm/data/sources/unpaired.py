@@ -22,14 +22,15 @@ class Unpaired(Source):
         pictures: whose images are taken; what its records say is left out.
         texts: whose texts are taken; its images are left out.
         seed: another seed draws other texts.
-        name: name of the source.
+        name: name of the source; default: `unpaired`.
     """
 
-    def __init__(self, pictures: Source, texts: Source, seed: int = 0, name: str = "unpaired") -> None:
+    def __init__(self, pictures: Source, texts: Source, seed: int = 0, name: str | None = None) -> None:
         if not len(texts):
             raise ValueError(f"Unpaired: the source of texts, {texts.name}, is empty")
-        self.pictures, self.texts, self.seed, self.name = pictures, texts, seed, name
-        self.image_folder = pictures.image_folder
+        self.pictures, self.texts, self.seed = pictures, texts, seed
+        self.name, self.named = name if name is not None else "unpaired", name is not None
+        self.path, self.image_folder = pictures.path, pictures.image_folder
         self.chunked = pictures.chunked
 
     def __len__(self) -> int:

@@ -1,0 +1,39 @@
+"""`lit-vlm sync`: reports that waited for their MLflow server."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from lit_vlm.mlflow_run import UNSENT, MLflowRun
+
+
+def main(argv: Sequence[str]) -> None:
+    """Send what is kept in each folder, and in those below it.
+
+    Raises:
+        ValueError: when a folder does not exist, or a server still does not answer.
+    """
+    parser = argparse.ArgumentParser(
+        prog="lit-vlm sync",
+        description="Send the metrics, parameters and files that runs could not report while their MLflow server did "
+        f"not answer. They are kept in {UNSENT} of the run's folder.",
+    )
+    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="of a run, or of several")
+    console = Console(highlight=False)
+    left = 0
+    for folder in parser.parse_args(argv).folders:
+        if not folder.is_dir():
+            raise ValueError(f"there is no folder {folder}")
+        found = sorted(folder.rglob(UNSENT))
+        if not found:
+            console.print(f"{folder}: nothing waits", soft_wrap=True)
+        for file in found:
+            waiting = MLflowRun.of_folder(file.parent).flush()
+            left += waiting
+            console.print(f"{file.parent}: {f'{waiting} reports still wait' if waiting else 'sent'}", soft_wrap=True)
+    if left:
+        raise ValueError(f"{left} reports could not be sent; they stay where they are")

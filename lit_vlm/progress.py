@@ -1,0 +1,76 @@
+"""Progress: a bar in a terminal, a line now and then elsewhere, so that no long work is silent."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
+SECONDS = 5.0
+"""Between two lines where there is no terminal."""
+
+
+@contextmanager
+def progress(title: str, total: int, done: int = 0, shown: bool = True) -> Iterator[Callable[[int], None]]:
+    """Show how far work is; gives a function that says how many more are done.
+
+    Args:
+        title: what is being done.
+        total: of how many.
+        done: what was done before.
+        shown: False shows nothing, for all processes but the first.
+    """
+    console = Console(highlight=False)
+    if not shown:
+        yield lambda count: None
+    elif console.is_terminal:
+        with _bar(console) as bar:
+            task = bar.add_task(title, total=total, completed=done, rate="")
+
+            def advance(count: int) -> None:
+                bar.advance(task, count)
+                speed = bar.tasks[task].finished_speed or bar.tasks[task].speed
+                bar.update(task, rate=f"{speed:,.0f}/s" if speed and speed >= 10 else f"{speed:.1f}/s" if speed else "")
+
+            yield advance
+    else:
+        lines = _Lines(console, title, total, done)
+        yield lines.advance
+        lines.end()
+
+
+def _bar(console: Console) -> Progress:
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
+class _Lines:
+    """The same as text: a line at the start, every few seconds, and at the end of work that took longer."""
+
+    def __init__(self, console: Console, title: str, total: int, done: int) -> None:
+        self.console, self.title, self.total, self.done = console, title, total, done
+        self.start = self.last = time.perf_counter()
+        self._line()
+
+    def advance(self, count: int) -> None:
+        self.done += count
+        if time.perf_counter() - self.last > SECONDS:
+            self.last = time.perf_counter()
+            self._line()
+
+    def end(self) -> None:
+        if (seconds := time.perf_counter() - self.start) > SECONDS:
+            self._line(f" ({seconds:.0f} s)")
+
+    def _line(self, more: str = "") -> None:
+        self.console.print(f"{self.title}: {self.done:,} of {self.total:,}{more}", soft_wrap=True)
