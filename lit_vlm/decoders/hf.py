@@ -62,7 +62,7 @@ class HFDecoder(Decoder):
     ) -> None:
         super().__init__()
         if (name is None) == (config is None):
-            raise ValueError("give model.decoder either a name or a config (with name: null), not both and not neither")
+            raise ValueError("give HFDecoder either a name or a config (with name: null), not both and not neither")
         self.name, self.lora, self.attention = name, lora, attention
         self.tokenizer_source, self.new_tokens = tokenizer or name, tuple(new_tokens)
         self.config = self._load_config(config)
