@@ -154,8 +154,10 @@ class DivideAndConquer(HFDecoder):
         if any(BRANCH.search(key) for key in state):
             return state
         plain = {key: BRANCH.sub(".", key, count=1) for key in self.state_dict()}
-        # Cloned, as the branches part ways from here.
-        return {key: state[name].clone() for key, name in plain.items() if name in state}
+        # Cloned, as the branches part ways from here. What is nobody's stays, so that it is refused by name.
+        split = {key: state[name].clone() for key, name in plain.items() if name in state}
+        used = set(plain.values())
+        return split | {key: value for key, value in state.items() if key not in used}
 
     def trainable_parameters(self, only: str | None = None) -> Iterable[nn.Parameter]:
         """All parameters, the `vision` branches, or `vision_and_attention`."""

@@ -6,46 +6,32 @@ import copy
 import math
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PretrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    DynamicCache,
+    PretrainedConfig,
+)
 
 from lit_vlm.checkpoints.safetensors import read_folder
 from lit_vlm.decoders import internlm2
+from lit_vlm.decoders.architecture import language_model
 from lit_vlm.decoders.base import Decoder, DecoderOutput
+from lit_vlm.decoders.lora import Lora, add_adapters, merge_adapters
 from lit_vlm.flops import Weights
 from lit_vlm.part import StateDict
-from lit_vlm.pretrained import resolve
+from lit_vlm.pretrained import made_config, read_pretrained, resolve, shortened
 from lit_vlm.tokenizers import load_tokenizer
 
 Attention = Literal["sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3"]
 INTERNLM2 = "internlm2"
 RECURRENT = ("linear_attention", "mamba", "recurrent", "conv")
 """Among transformers' names of layer types, those that carry a state along the row."""
-LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-@dataclass(frozen=True)
-class Lora:
-    """Low-rank adapters on linear layers of the decoder; with them only the adapters train.
-
-    Attributes:
-        rank: rank of each update.
-        alpha: scale; the update is multiplied by alpha / rank.
-        dropout: dropout on the adapter's input.
-        targets: names of the linear layers that get an adapter.
-    """
-
-    rank: int = 64
-    alpha: float = 128.0
-    dropout: float = 0.0
-    targets: tuple[str, ...] = LINEAR_LAYERS
 
 
 class HFDecoder(Decoder):
@@ -77,22 +63,19 @@ class HFDecoder(Decoder):
     ) -> None:
         super().__init__()
         if (name is None) == (config is None):
-            raise ValueError("give HFDecoder either a name or a config, not both and not neither")
+            raise ValueError("give HFDecoder either a name or a config (with name: null), not both and not neither")
         self.name, self.lora, self.attention = name, lora, attention
         self.tokenizer_source, self.new_tokens = tokenizer or name, tuple(new_tokens)
         self.config = self._load_config(config)
         self._published_config = copy.deepcopy(self.config)
         if self.new_tokens:
             self.config.vocab_size = max([self.config.vocab_size, *(token + 1 for token in self._tokenizer[1])])
-        # The dtype is the trainer's choice, not that of the files.
-        self.lm = AutoModelForCausalLM.from_config(
-            self.config, attn_implementation=attention, dtype=torch.get_default_dtype()
-        )
+        self.lm = language_model(self.config, attention)
         self.recompute = recompute
         if recompute:
             self.lm.activation_checkpointing_enable({"use_reentrant": False})
         if lora is not None:
-            inject_adapter_in_model(_peft_config(lora), self.lm)
+            add_adapters(lora, self.lm, self.config.model_type)
         self._carries = self.carried() is not None
         self.width = self.config.hidden_size
         self.num_layers = self.config.num_hidden_layers
@@ -111,7 +94,8 @@ class HFDecoder(Decoder):
             size = len(self.tokenizer)
             if settings.setdefault("vocab_size", size) < size:
                 raise ValueError(f"decoder.config.vocab_size {settings['vocab_size']} is below the tokenizer's {size}")
-        return AutoConfig.for_model(settings.pop("model_type", "llama"), **settings)
+        model_type = settings.pop("model_type", "llama")
+        return made_config(model_type, settings, "model.decoder")
 
     @property
     def tokenizer(self) -> Any:
@@ -164,7 +148,11 @@ class HFDecoder(Decoder):
         return next((list(layers) for layers in found if layers is not None), [])
 
     def pretrained_state(self) -> StateDict | None:
-        """The published weights, and new adapters that change nothing yet."""
+        """The published weights, and new adapters that change nothing yet.
+
+        Raises:
+            ValueError: where the files lack weights, have them in other shapes, or cannot be read.
+        """
         if self.name is None:
             return None
         source = resolve(self.name)
@@ -172,9 +160,15 @@ class HFDecoder(Decoder):
         if found.get("model_type") == INTERNLM2:
             state = internlm2.state_as_llama(read_folder(source), found)
         else:
-            state = AutoModelForCausalLM.from_pretrained(
-                source, config=self._published_config, dtype=torch.get_default_dtype()
-            ).state_dict()
+            state, lacking = read_pretrained(
+                AutoModelForCausalLM, source, config=self._published_config, dtype=torch.get_default_dtype()
+            )
+            if lacking:
+                problems = [f"{key} ({reason})" for key, reason in sorted(lacking.items())]
+                raise ValueError(
+                    f"decoder.name {self.name} has no weights for {shortened(problems)}: "
+                    "name a whole causal language model, with the files of its own config.json"
+                )
         state = {f"lm.{key}": value for key, value in state.items()}
         # A published table may have spare rows behind the tokenizer's, of which nothing was learnt.
         first = min(self._tokenizer[1], default=None) if self.new_tokens else None
@@ -209,7 +203,9 @@ class HFDecoder(Decoder):
                 adapted[key] = torch.zeros(own.shape, dtype=own.dtype)
             elif (plain := key.replace(".base_layer.", ".")) in state:
                 adapted[key] = state[plain]
-        return adapted
+        # What is nobody's stays, so that it is refused by name.
+        used = {key.replace(".base_layer.", ".") for key in adapted}
+        return adapted | {key: value for key, value in state.items() if key not in used}
 
     def trainable_parameters(self, only: str | None = None) -> Iterable[nn.Parameter]:
         """All parameters, or only those of the adapters and of the layers that new tokens have rows in."""
@@ -222,10 +218,7 @@ class HFDecoder(Decoder):
         """Add adapters into the weights they adapt and remove them; without adapters, nothing."""
         if self.lora is None:
             return
-        for name, module in list(self.lm.named_modules()):
-            if isinstance(module, BaseTunerLayer):
-                module.merge()
-                self.lm.set_submodule(name, module.get_base_layer())
+        merge_adapters(self.lm)
         self.lora = None
 
     def recompute_blocks(self, enabled: bool) -> None:
@@ -372,12 +365,3 @@ def _borders(position_ids: Tensor) -> dict[str, Any]:
         "max_length_k": longest,
         "seq_idx": number[None].to(position_ids.device),
     }
-
-
-def _peft_config(lora: Lora) -> LoraConfig:
-    return LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=list(lora.targets),
-    )

@@ -26,10 +26,12 @@ class Embedder(Part, ABC):
         grid_map: from the layout of an image's tokens after the projector to that in the decoder's sequence. It is
             called in loader workers, as `Projector.grid_map`.
         task_tokens: where each group of task tokens is among those that the embedder puts behind an image.
+        adopts_all: whether `adopt` fills all of its weights.
     """
 
     grid_map: GridMap
     task_tokens: dict[str, range]
+    adopts_all: bool = False
 
     def __init__(self, width: int, vocab_size: int) -> None:
         super().__init__()

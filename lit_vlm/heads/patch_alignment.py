@@ -137,9 +137,10 @@ def _pool_ratio(grids: Sequence[Grid], teacher: Sequence[Grid]) -> int:
     if ratios != {ratio} or not fits or any(other.rows != other.cols for other in teacher):
         shapes = sorted({((o.rows, o.cols), (t.rows, t.cols)) for o, t in zip(grids, teacher, strict=True)})[:4]
         raise ValueError(
-            "heads: PatchAlignment needs images whose longer side has a whole multiple of the teacher's patches; "
+            "PatchAlignment needs images whose longer side has a whole multiple of the teacher's patches; "
             f"(rows, cols) of image and teacher: {shapes}. Set data.transform AspectGrid with cells = the teacher's "
-            "patches per side and longest = cells · the encoder's pixels per token, or a multiple"
+            "patches per side and longest = cells · the encoder's pixels per token, or a multiple; and take a "
+            "projector that leaves patches where they are"
         )
     return ratio
 

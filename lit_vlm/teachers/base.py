@@ -78,7 +78,18 @@ class EncoderTeacher(Teacher):
 
     @torch.no_grad()
     def __call__(self, images: Images) -> VisualTokens:
-        """Features of all images."""
+        """Features of all images.
+
+        Raises:
+            ValueError: for pictures of another size than the encoder's.
+        """
         if not self._ready:
             self._prepare(images.pixels.device)
+        side = self.pixels.size
+        if side and (wrong := {size for size in images.sizes if size[1] != side or size[0] % side}):
+            raise ValueError(
+                f"the teacher takes pictures of {side} × {side} pixels, and data.transform made {sorted(wrong)[:3]} "
+                "for it: take AspectGrid where the encoder takes any size, and a square transform or Tiles where it "
+                "does not"
+            )
         return self.encoder(images)
