@@ -169,12 +169,22 @@ def begin(module: LitVLM, data: VLMData, what: str, out: Path, dtype: Dtype) -> 
 
 
 def finish(module: LitVLM, data: VLMData, what: str, out: Path, dtype: Dtype) -> PreparedInfo:
-    """Put the parts of all processes together."""
+    """Put the parts of all processes together.
+
+    Raises:
+        ValueError: when parts are missing, or hold no features at all.
+    """
     sources = data.given_train
     blocks = blocks_of(sum(len(source) for source in sources), BLOCK)
     parts = [part for block in blocks if (part := read_part(out, block.index)) is not None]
     if len(parts) < len(blocks):
         raise ValueError(f"{out}: {len(blocks) - len(parts)} parts are missing; the same command goes on")
+    if not any(part["keys"] for part in parts):
+        names = ", ".join(f"'{source.name}'" for source in sources)
+        raise ValueError(
+            f"there is nothing to prepare: no record of {names} in data.train has an image that can be read. "
+            "lit-vlm data convert lists why"
+        )
     merge([part_folder(out, block.index) for block in blocks], out)
     keys = np.array([key for part in parts for key in part["keys"]], np.int64)
     # An image that several parts met is stored by each; the first one is read.

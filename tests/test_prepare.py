@@ -107,6 +107,18 @@ def test_a_batch_without_images_keeps_the_names(config: list[str], tmp_path: Pat
     assert not calls  # on no rank does the encoder run
 
 
+def test_data_without_a_readable_picture_is_refused(
+    config: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    turns = [{"from": "human", "value": "<image>q"}, {"from": "gpt", "value": "a"}]
+    (tmp_path / "bad.json").write_text(json.dumps([{"image": "none.png", "conversations": turns}] * 3))
+    source = {"class_path": "lit_vlm.data.LlavaJson", "init_args": {"path": str(tmp_path / "bad.json")}}
+    with pytest.raises(SystemExit):
+        prepare([*config, "--data.train", json.dumps([source])], tmp_path / "out", "--of", "encoder")
+    assert "no record of 'bad' in data.train has an image that can be read" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "prepared.json").exists()
+
+
 def test_stale_features_are_refused_with_the_reason(config: list[str], tmp_path: Path) -> None:
     out = str(prepare(config, tmp_path / "out", "--of", "distil"))
     given = [*config, "--data.prepared.distil", out]

@@ -12,6 +12,7 @@ from rich.console import Console
 from lit_vlm.build import build_on_meta
 from lit_vlm.checkpoints.files import find_start
 from lit_vlm.cli import lightning_cli
+from lit_vlm.data.usable import check_sources
 
 
 def check_recipe(commands: Mapping[str, Sequence[str]], console: Console) -> bool:
@@ -50,9 +51,8 @@ def _check(words: Sequence[str], later: bool) -> str | None:
         cli.model.stage.make_optimizer(model)
         cli.model.model = model
         cli.datamodule.encoder(cli.model.input_spec)  # its tokenizer must know the template's marks
-        for source in (*cli.datamodule.train_sources, *cli.datamodule.val_sources):
-            if not len(source):
-                return f"the source '{source.name}' is empty"
+        for key, sources in (("train", cli.datamodule.train_sources), ("val", cli.datamodule.val_sources)):
+            check_sources(sources, cli.model.input_spec.known, f"data.{key}")
     except SystemExit:
         lines = [line for line in errors.getvalue().strip().splitlines() if line.strip()]
         return _tidy(lines)

@@ -16,7 +16,6 @@ from lit_vlm.data.batching import Batching, Integers, Layout, Measures, Padded
 from lit_vlm.data.collate import collate_prompts, make_rows
 from lit_vlm.data.encode import Sample, SampleEncoder
 from lit_vlm.data.format import SampleFormat
-from lit_vlm.data.known import check_maps
 from lit_vlm.data.loader import BadSamples, Collate, Loader, SourceDataset
 from lit_vlm.data.mixture import Mixture, Shuffled
 from lit_vlm.data.names import tell_apart
@@ -28,6 +27,7 @@ from lit_vlm.data.spec import InputSpec
 from lit_vlm.data.split import split
 from lit_vlm.data.templates import Template
 from lit_vlm.data.transforms import ImageTransform
+from lit_vlm.data.usable import check_sources
 
 if TYPE_CHECKING:
     from lit_vlm.module import LitVLM
@@ -203,10 +203,7 @@ class VLMData(LightningDataModule):
         prompt = phase == "predict"
         encode = self.train_encoder(spec) if phase == "train" else self.encoder(spec, prompt)
         dataset = SourceDataset(sources, encode)
-        key = f"data.{'train' if phase == 'train' else 'val'}"
-        if empty := [source for source in sources if not len(source)]:
-            raise ValueError(f"{key}: the source '{empty[0].name}' ({empty[0].path or 'no file'}) holds no sample")
-        check_maps(sources, encode.spec.known, key)
+        check_sources(sources, encode.spec.known, f"data.{'train' if phase == 'train' else 'val'}")
         rank = self.trainer.global_rank
         window = self.trainer.accumulate_grad_batches if phase == "train" else 1
         layout = Layout(self.batch_size, self.trainer.world_size, window)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import base64
 import re
 from collections.abc import Collection, Mapping
-from typing import Any
+from functools import lru_cache
+from typing import Any, Literal
 from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
 from lit_vlm.data.records import Image, Record, RecordError
@@ -49,14 +50,23 @@ def unread_key(row: Mapping[Any, Any], read: Collection[str], pictured: bool) ->
             (`image_url`, `file_name`); further pictures by number, films and sounds are still missed.
     """
     for key, value in row.items():
-        if not isinstance(key, str) or key in read or isinstance(value, bool | int | float) or is_nothing(value):
+        kind = _kind(key)
+        if kind is None or key in read or isinstance(value, bool | int | float) or is_nothing(value):
             continue
-        found = MEDIA_KEY.match(key)
-        if found and (not pictured or found["number"] or found["medium"].lower() in ("video", "audio", "media")):
-            return key
-        if not pictured and FILE_KEY.match(key) and isinstance(value, str) and MEDIA_FILE.search(value.lower()):
-            return key
+        if kind == "file" and (pictured or not isinstance(value, str) or not MEDIA_FILE.search(value.lower())):
+            continue
+        if kind != "picture" or not pictured:
+            return str(key)
     return None
+
+
+@lru_cache(maxsize=1024)
+def _kind(key: Any) -> Literal["picture", "other", "file"] | None:
+    """What a key names: a picture, something that is never read (a further picture, a film or sound), or any file."""
+    found = MEDIA_KEY.match(key) if isinstance(key, str) else None
+    if found:
+        return "other" if found["number"] or found["medium"].lower() in ("video", "audio", "media") else "picture"
+    return "file" if isinstance(key, str) and FILE_KEY.match(key) else None
 
 
 def refuse_unread(row: Mapping[Any, Any], read: Collection[str], pictured: bool, where: str, advice: str) -> None:

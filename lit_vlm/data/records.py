@@ -162,12 +162,15 @@ def image_file(image: Image, folder: Path) -> Path:
             # `..` is worked out before links are followed, as behind a link it would mean another folder.
             file = Path(os.path.abspath(file))
             if not file.is_relative_to(os.path.abspath(folder)):
-                raise RecordError("outside_folder", f"{path} leaves the image folder {folder}")
+                raise RecordError(
+                    "outside_folder",
+                    f"{path} leaves the image folder {folder}; image_folder of the source sets another",
+                )
             target = file.resolve()
             if not (image.links or _in_hub_cache([file, folder.resolve()], target)):
                 raise RecordError(
                     "outside_folder",
-                    f"{path} leaves the image folder {folder} by a link, to {target}: allow_links: true of the source "
+                    f"{path} leaves the image folder {folder} by a link, to {target}; allow_links: true of the source "
                     "(--set allow_links=true) reads it",
                 )
         exists = file.is_file()

@@ -1,4 +1,4 @@
-"""Maps that pictures carry, looked at before training: a file holds none, so every picture would be dropped."""
+"""What can never work with the sources of a run, said before its first step."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ LOOKED_AT = 16
 """Records of a source among which its first picture is looked for."""
 
 
-def check_maps(sources: Sequence[Source], known: Mapping[str, str], key: str) -> None:
-    """See that the first picture of each source carries the maps that heads read.
+def check_sources(sources: Sequence[Source], known: Mapping[str, str], key: str) -> None:
+    """See that each source has samples, and that its first picture carries the maps that heads read.
 
     Args:
         sources: of one key of the config.
@@ -20,10 +20,12 @@ def check_maps(sources: Sequence[Source], known: Mapping[str, str], key: str) ->
         key: of the config, for the error.
 
     Raises:
-        ValueError: naming the head, the map and the source.
+        ValueError: naming the source; for a map, the head too. A file holds none, so every picture would be dropped.
     """
-    for source in sources if known else ():
-        picture = _first_picture(source)
+    for source in sources:
+        if not len(source):
+            raise ValueError(f"{key}: the source '{source.name}' ({source.path or 'no file'}) holds no sample")
+        picture = _first_picture(source) if known else None
         carried = sorted(picture.maps or ()) if picture is not None else []
         for head, wanted in known.items():
             if picture is not None and wanted not in carried:
