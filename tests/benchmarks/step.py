@@ -117,8 +117,8 @@ def main() -> None:
     """Print a row for each setting as soon as it is measured."""
     console = Console(width=130, highlight=False)
     console.print(
-        f"training step in {PRECISION.name}: tokens/s over transformers' LlavaForConditionalGeneration, same weights and "
-        "samples"
+        f"training step in {PRECISION.name}: tokens/s over transformers' LlavaForConditionalGeneration, same weights "
+        "and samples"
     )
     for attention, full, mixed in product(("sdpa", "eager"), (False, True), (False, True)):
         unpacked, packed, padding = compare(full, mixed, attention)
