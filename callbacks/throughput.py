@@ -2,18 +2,54 @@
 
 from __future__ import annotations
 
+import logging
+import math
+import re
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import lightning.pytorch as L
 import torch
 
 from lit_vlm.batch import Batch, Counts
-from lit_vlm.model import VLM
 from lit_vlm.module import LitVLM
+from lit_vlm.step_flops import StepFlops
 
-# Dense bf16 peak of one device in FLOP/s, without sparsity, from the vendors' data sheets.
-PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "L40S": 362e12, "RTX 4090": 165e12}
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+# Dense peak of one device in TFLOP/s without sparsity, from the vendors' data sheets: bf16, or fp16 where there is no
+# bf16 (V100, T4). By the name that the driver gives, without maker, series, and kind and size of memory.
+PEAKS = {
+    "t4": 65,
+    "v100": 125,
+    "v100 pcie": 112,
+    "a10": 125,
+    "a30": 165,
+    "a40": 150,
+    "a100": 312,
+    "a100 pcie": 312,
+    "a800": 312,
+    "a800 pcie": 312,
+    "l4": 121,
+    "l40": 181,
+    "l40s": 362,
+    "rtx 4090": 165,
+    "rtx 6000 ada": 364,
+    "h20": 148,
+    "h100": 989,
+    "h100 nvl": 835,
+    "h100 pcie": 756,
+    "h200": 989,
+    "h200 nvl": 835,
+    "h800": 989,
+    "h800 pcie": 756,
+    "gh200": 989,
+    "b200": 2250,
+    "mi300x": 1307,
+}
+PLAIN = re.compile(r"nvidia|amd|geforce|tesla|instinct|generation|sxm\d?|oam|hbm\de?|\d+gb")
 
 
 class Throughput(L.Callback):
@@ -23,8 +59,7 @@ class Throughput(L.Callback):
     - `throughput/supervised`: share of tokens that carry a loss;
     - `throughput/fill`: share of positions that are not padding;
     - `throughput/data_wait`: share of the time spent waiting for the loader;
-    - `throughput/mfu`: model FLOPs over the peak of the device, where that is known. It counts vision, and neither
-      padding nor the weight gradients of what is frozen.
+    - `throughput/mfu`: model FLOPs (`lit_vlm.flops`) over the peak of the device, where that is known.
 
     Args:
         peak: peak FLOP/s of one device in the precision used, for devices that are not known.
@@ -33,10 +68,19 @@ class Throughput(L.Callback):
     def __init__(self, peak: float | None = None) -> None:
         self.peak = peak
         self._counts = Counts()
+        self._peak: float | None = None
+        self._count: StepFlops | None = None
         self._flops = 0.0
         self._wait = 0.0
         self._mark = 0.0
         self._start = 0.0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Prepare to count operations, where there is a peak to compare them with."""
+        assert isinstance(pl_module, LitVLM)
+        self._peak = self.peak or known_peak(pl_module.device)
+        if self._peak:
+            self._count = _attempt(lambda: StepFlops(pl_module.vlm, pl_module.slots, pl_module.stage.losses))
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock."""
@@ -54,7 +98,10 @@ class Throughput(L.Callback):
         """Count, and log now and then."""
         assert isinstance(pl_module, LitVLM)
         self._counts = self._counts + batch.counts
-        self._flops += step_flops(pl_module.vlm, batch)
+        if (count := self._count) is not None:
+            operations = _attempt(lambda: count(batch))
+            self._flops += math.nan if operations is None else operations
+            self._count = None if operations is None else count
         stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         if stepped and trainer.global_step % int(getattr(trainer, "log_every_n_steps", 1)) == 0:
             self._log(trainer, pl_module)
@@ -62,7 +109,8 @@ class Throughput(L.Callback):
         self._mark = time.perf_counter()
 
     def _reset(self) -> None:
-        self._counts, self._flops, self._wait = Counts(), 0.0, 0.0
+        self._counts, self._wait = Counts(), 0.0
+        self._flops = 0.0 if self._count is not None else math.nan
         self._start = self._mark = time.perf_counter()
 
     def _log(self, trainer: L.Trainer, module: LitVLM) -> None:
@@ -80,42 +128,32 @@ class Throughput(L.Callback):
             "fill": counts["tokens"] / max(1.0, counts["positions"]),
             "data_wait": self._wait / seconds,
         }
-        peak = self.peak or _known_peak(module.device)
-        if peak:
-            metrics["mfu"] = flops / seconds / (peak * trainer.world_size)
+        if self._peak and not math.isnan(flops):
+            metrics["mfu"] = flops / seconds / (self._peak * trainer.world_size)
         module.log_dict({f"throughput/{name}": value for name, value in metrics.items()})
 
 
-def step_flops(model: VLM, batch: Batch) -> float:
-    """Model FLOPs of forward and backward of one micro-batch: 2 per weight and token for each of three products.
-
-    The three are the forward, the gradient of the activations (only behind something that trains) and that of the
-    weights (only of weights that train). Attention scores are added for the decoder, logits only where they are
-    computed.
-    """
-    images = batch.images.sizes
-    patches = sum(model.encoder.patch_grid(*size).num_tokens for size in images)
-    counts = batch.counts
-    parts = {
-        "encoder": (model.encoder.parameters(), patches),
-        "projector": (model.projector.parameters(), counts.visual_tokens),
-        "decoder": ((p for block in model.decoder.blocks() for p in block.parameters()), counts.tokens),
-        "logits": (model.decoder.head_parameters(), counts.supervised),
-    }
-    total, upstream = 0.0, False
-    for parameters, tokens in parts.values():
-        matrices = [p for p in parameters if p.ndim > 1]
-        size = sum(p.numel() for p in matrices)
-        trained = sum(p.numel() for p in matrices if p.requires_grad)
-        total += 2.0 * tokens * (size * (1 + upstream) + trained)
-        upstream = upstream or trained > 0
-    average = counts.tokens / max(1, counts.samples)
-    scores = 2.0 * model.decoder.num_layers * model.decoder.width * counts.tokens * average  # causal half of 4
-    return total + scores * (1 + 2 * upstream)
-
-
-def _known_peak(device: torch.device) -> float | None:
-    if device.type != "cuda":
+def _attempt(work: Callable[[], T]) -> T | None:
+    """What `work` gives; None where it fails, as what only reports must not end training."""
+    try:
+        return work()
+    except Exception as error:
+        log.warning(
+            "throughput/mfu is left out: a part does not run on the meta device, where its operations are counted "
+            "(%s: %s)",
+            type(error).__name__,
+            str(error).partition("\n")[0],
+        )
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for key, peak in PEAKS.items() if key in name), None)
+
+
+def known_peak(device: torch.device) -> float | None:
+    """Peak FLOP/s of a device, or None: for other devices than GPUs, unknown ones and slices of one (MIG)."""
+    return peak_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+
+def peak_of(name: str) -> float | None:
+    """Peak FLOP/s by the name of a device."""
+    words = [word for word in re.split(r"[\s-]+", name.lower()) if not PLAIN.fullmatch(word)]
+    found = PEAKS.get(" ".join(words))
+    return found * 1e12 if found else None

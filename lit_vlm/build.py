@@ -48,11 +48,22 @@ class Slots:
         projector = make("projector", lambda: self.projector(encoder.width, decoder.width))
         embedder = make("embedder", lambda: self.embedder(decoder.width, decoder.vocab_size))
         heads = {
-            name: make(f"heads.{name}", partial(factory, decoder.width, decoder.num_layers))
+            name: make(f"heads.{name}", partial(_head, name, factory, decoder.width, decoder.num_layers))
             for name, factory in self.heads.items()
             if factory is not None
         }
         return VLM(encoder, projector, embedder, decoder, heads)  # type: ignore[arg-type]
+
+
+def _head(name: str, factory: Callable[[int, int], Head], width: int, num_layers: int) -> Head:
+    """A head; what it refuses is said of it by name, as there may be several of one class."""
+    try:
+        head = factory(width, num_layers)
+    except ValueError as error:
+        raise ValueError(f"model.heads.{name}: {error}") from error
+    if wrong := [tap for tap in head.taps if isinstance(tap, int) and tap > num_layers]:
+        raise ValueError(f"model.heads.{name} reads layer {wrong[0]}; this decoder has layers 0 to {num_layers}")
+    return head
 
 
 def build_on_meta(slots: Slots) -> VLM:
@@ -76,6 +87,7 @@ def build(
         ValueError: where weights do not fit a slot.
     """
     saved = read_slots(start_from) if start_from else {}
+    drawn: set[str] = set()
 
     def make(name: str, factory: Callable[[], P]) -> P:
         slot = name.split(".")[0]
@@ -94,15 +106,19 @@ def build(
         else:
             state = part.pretrained_state()
         if state is None:
+            drawn.add(name)
             with _seeded(name):
                 return factory()
         load_state(part, state, name)
         return part
 
     model = slots.assemble(make)
+    model.drawn = frozenset(drawn)
     anew = start_from is None or "embedder" in fresh
     if anew and (only is None or {"embedder", "decoder"} <= set(only)):
         model.embedder.adopt(model.decoder)
+        if model.embedder.adopts_all:
+            model.drawn -= {"embedder"}
     return model
 
 

@@ -43,6 +43,9 @@ class VLM(nn.Module):
         embedder: text ids and visual tokens → decoder inputs.
         decoder: the language model.
         heads: auxiliary losses by name.
+
+    Attributes:
+        drawn: parts whose weights were drawn at random when the model was built: `projector`, `heads.NAME`, ....
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class VLM(nn.Module):
         self.embedder = embedder
         self.decoder = decoder
         self.heads = nn.ModuleDict(dict(heads or {}))
+        self.drawn: frozenset[str] = frozenset()
         self._cache_checked = False
         for name, head in (heads or {}).items():
             try:
@@ -120,7 +124,10 @@ class VLM(nn.Module):
             states[WORDS] = self.embedder.words(batch.input_ids, self.decoder).detach()
         states |= {tap: self.embedder.task_parameters(tap) for tap in wanted if isinstance(tap, str)}
         for name, head in heads.items():
-            sums[name] = head(states, batch, batch.prepared.get(name) or batch.teacher_images.get(name))
+            try:
+                sums[name] = head(states, batch, batch.prepared.get(name) or batch.teacher_images.get(name))
+            except ValueError as error:  # there may be several of one class
+                raise ValueError(f"model.heads.{name}: {error}") from error
         return sums
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> VLM:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import os
 import zlib
 from collections.abc import Callable, Collection
@@ -29,6 +31,8 @@ from lit_vlm.model import NEXT_TOKEN, VLM
 from lit_vlm.projectors import Projector
 from lit_vlm.sharding import FSDP2, shard
 from lit_vlm.stage import Stage
+
+log = logging.getLogger(__name__)
 
 
 class LitVLM(LightningModule):
@@ -139,6 +143,16 @@ class LitVLM(LightningModule):
         """Whether the stage gives a loss any weight."""
         return bool(self.stage.losses.get(loss))
 
+    def on_fit_start(self) -> None:
+        """Warn of what the stage leaves untrained and is rarely meant."""
+        for line in self.stage.remarks(self.vlm):
+            self._warn(line)
+
+    def _warn(self, line: str | None) -> None:
+        """One line on the first process."""
+        if line and self.global_rank == 0:
+            log.warning("stage '%s': %s", self.stage.name, line)
+
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The stage's optimizer and schedule.
 
@@ -151,7 +165,11 @@ class LitVLM(LightningModule):
             if isinstance(data, VLMData) and data.batching.packs:
                 self.vlm.check_order(packed=True, device=self.device)
         optimizer = self.stage.make_optimizer(self.vlm)
-        scheduler = self.stage.scheduler(optimizer, int(self.trainer.estimated_stepping_batches))
+        steps = self.trainer.estimated_stepping_batches
+        if math.isinf(steps):
+            raise ValueError("the schedule needs the number of steps: set trainer.max_steps or trainer.max_epochs")
+        self._warn(self.stage.schedule_remark(int(steps)))
+        scheduler = self.stage.scheduler(optimizer, int(steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     # ------------------------------------------------------------------ training

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -127,34 +128,47 @@ def load_state(part: Part, state: StateDict, name: str) -> None:
             f"the weights do not fit the slot '{name}' ({type(part).__name__}): {'; '.join(problems)}. "
             f"If this part is meant to start anew, add '{slot}' to model.stage.fresh."
         )
-    tied = _tied_parameters(part)
+    ties = _ties(part)
     cast = {key: value.to(own[key].dtype) if value.is_floating_point() else value for key, value in state.items()}
     part.load_state_dict(cast, strict=True, assign=any(p.is_meta for p in part.parameters()))
-    for owner, attribute, source in tied:
-        setattr(owner, attribute, part.get_parameter(source))
+    for places in ties:
+        source = next((place for place in places if place.name in own), places[0])
+        for place in places:
+            setattr(place.module, place.attribute, getattr(source.module, source.attribute))
 
 
-def _tied_parameters(part: nn.Module) -> list[tuple[nn.Module, str, str]]:
-    """(module, attribute, first name) of each parameter that is registered again under another module.
+class _Place(NamedTuple):
+    """Where a parameter or buffer is registered."""
+
+    module: nn.Module
+    attribute: str
+    name: str
+
+
+def _ties(part: nn.Module) -> list[list[_Place]]:
+    """The places of each parameter or buffer that is registered more than once.
 
     Assigning a state dict gives each name a tensor of its own; these ties are what must be made again.
     """
-    first: dict[int, str] = {}
-    ties = []
+    places: dict[int, list[_Place]] = {}
     for prefix, module in part.named_modules():
-        for attribute, parameter in module.named_parameters(recurse=False):
+        for attribute, tensor in _registered(module):
             name = f"{prefix}.{attribute}" if prefix else attribute
-            if id(parameter) in first:
-                ties.append((module, attribute, first[id(parameter)]))
-            first.setdefault(id(parameter), name)
-    return ties
+            places.setdefault(id(tensor), []).append(_Place(module, attribute, name))
+    return [group for group in places.values() if len(group) > 1]
+
+
+def _registered(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """A module's own parameters and buffers, one with two names under both."""
+    yield from module.named_parameters(recurse=False, remove_duplicate=False)
+    yield from module.named_buffers(recurse=False, remove_duplicate=False)
 
 
 def meta_twins(part: nn.Module) -> None:
     """Replace every parameter by one of the same shape on the meta device; ties are kept, buffers are left alone."""
     twins: dict[int, nn.Parameter] = {}
     for module in part.modules():
-        for attribute, parameter in list(module.named_parameters(recurse=False)):
+        for attribute, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
             if id(parameter) not in twins:
                 twins[id(parameter)] = nn.Parameter(
                     torch.empty_like(parameter, device="meta"), requires_grad=parameter.requires_grad

@@ -13,12 +13,17 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import pickle
 import shutil
 import sys
 import tempfile
+import zipfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -63,16 +68,93 @@ def resolve(source: str, weights: bool = True) -> str:
 
 
 def load_weights(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of one weight file (safetensors, or a pickle that holds nothing but tensors)."""
-    if str(path).endswith(".safetensors"):
-        return load_file(path)
-    state = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(Path(path)))
-    return state.get("state_dict", state)
+    """The tensors of one weight file (safetensors, or a pickle that holds nothing but tensors).
+
+    Raises:
+        ValueError: for a file that is cut short, damaged, or holds something else, naming it.
+        OSError: for one that is not there.
+    """
+    try:
+        if str(path).endswith(".safetensors"):
+            return load_file(path)
+        state = _unpickle(Path(path))
+    except OSError:
+        raise
+    except Exception as error:  # bytes that are no pickle make the unpickler fail in any way
+        raise ValueError(f"{path} {_what_is_broken(error)}") from error
+    state = state.get("state_dict", state) if isinstance(state, Mapping) else state
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path} is no file of weights: expected names and tensors, found {type(state).__name__}")
+    return dict(state)
 
 
-def _is_zip(path: Path) -> bool:
+def _unpickle(path: Path) -> Any:
     with path.open("rb") as file:
-        return file.read(2) == b"PK"
+        is_zip = file.read(2) == b"PK"
+    if is_zip and not zipfile.is_zipfile(path):
+        raise EOFError("its end is missing")
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+
+
+def read_pretrained(whole: Any, source: str, **options: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The weights of a model of transformers.
+
+    Args:
+        whole: the model's class, or an auto class.
+        source: its folder or hub name, as `resolve` gives it.
+        options: of `from_pretrained`.
+
+    Returns:
+        all weights under the model's names, and those among them that the files do not give, each with the reason;
+        without those that are tied to others, or that the class lists as not needed.
+
+    Raises:
+        ValueError: for a file that is cut short or damaged.
+    """
+    try:
+        model, info = whole.from_pretrained(source, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    except (SafetensorError, pickle.UnpicklingError, EOFError, OSError) as error:
+        raise ValueError(f"a weight file of {source} {_what_is_broken(error)}") from error
+    lacking = dict.fromkeys(info["missing_keys"], "missing")
+    for key, found, own in info["mismatched_keys"]:
+        lacking[key] = f"{tuple(found)} instead of {tuple(own)}"
+    return model.state_dict(), lacking
+
+
+def made_config(model_type: str, settings: Mapping[str, Any], slot: str) -> Any:
+    """A configuration of transformers from its settings.
+
+    Args:
+        model_type: which.
+        settings: of it; others keep their defaults.
+        slot: whose `config` it is, for messages.
+
+    Raises:
+        ValueError: for a model type that transformers does not know, or settings that do not go together.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(f"{slot}: config.model_type '{model_type}' is none that transformers knows")
+    try:
+        return AutoConfig.for_model(model_type, **settings)
+    except (StrictDataclassError, AttributeError, TypeError) as error:
+        raise ValueError(f"{slot}: config of a '{model_type}': {error.__cause__ or error}") from error
+
+
+def shortened(names: Sequence[str], most: int = 4) -> str:
+    """Names for a message: the first few, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _what_is_broken(error: Exception) -> str:
+    reason = next(iter(str(error).strip().splitlines()), repr(error))
+    if isinstance(error, pickle.UnpicklingError):
+        reason = (
+            "it is damaged, or holds more than weights, such as code; where you trust it, convert it to safetensors"
+        )
+    return f"cannot be read: {reason}"
 
 
 def _package_file(name: str) -> Path:

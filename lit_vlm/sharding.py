@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from lit_vlm.model import VLM
-from lit_vlm.part import meta_twins
+from lit_vlm.part import Part, meta_twins
 
 
 class FSDP2(ModelParallelStrategy):
@@ -59,15 +61,23 @@ def shard(model: VLM, mesh: DeviceMesh, compute_dtype: torch.dtype | None) -> No
         model: with all parameters where the paragraph above says.
         mesh: from `FSDP2.shard_mesh`.
         compute_dtype: what parameters are gathered in; gradients are always reduced in fp32. Null: their own.
+
+    Raises:
+        ValueError: where one module has a parameter under two names, of which FSDP2 would shard one.
     """
-    first = dist.get_rank() == 0
-    state: dict[str, Any] = model.state_dict() if first else {}
+    _check_names(model)
+    aliases = _aliases(model)
+    # Under one name each, as what fills the shards visits a module once.
+    state = {k: v for k, v in model.state_dict().items() if k not in aliases} if dist.get_rank() == 0 else {}
     meta_twins(model)
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
-    for parts in model.slots().values():
+    for slot, parts in model.slots().items():
         for part in parts:
-            for block in part.blocks():
+            blocks = list(part.blocks())
+            for block in blocks:
                 fully_shard(block, mesh=mesh, mp_policy=policy)
+            if blocks:
+                OncePerForward(f"{slot} {type(part).__name__}", part, blocks)
     fully_shard(model, mesh=mesh, mp_policy=policy)
     for method in ("logits", "next_logits", "target_nll", "check_order", "check_cache"):
         register_fsdp_forward_method(model, method)
@@ -77,7 +87,9 @@ def shard(model: VLM, mesh: DeviceMesh, compute_dtype: torch.dtype | None) -> No
         if mesh.device_type == "cuda"
         else torch.device("cpu"),
     )
-    set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
+    filled = set_model_state_dict(model, state, options=options)
+    assert aliases.issuperset(filled.missing_keys), filled.missing_keys
 
 
 def reshard(model: VLM) -> None:
@@ -87,9 +99,83 @@ def reshard(model: VLM) -> None:
             module.reshard()
 
 
+class OncePerForward:
+    """Sees that each block of a part runs exactly once in each forward pass of the part, in the order of `blocks()`.
+
+    A block's weights are gathered when it runs, by all processes together. A process whose block runs more often than
+    another's, because its pictures have more sizes, would take part in gathering another block: the backend aborts or
+    waits for ever, and names neither part nor block. The rule needs no communication, and the first pass that breaks it
+    says so before the block gathers anything. Blocks that are recomputed run outside of the part's forward pass.
+
+    Args:
+        name: slot and class, for the message.
+        part: whose forward pass begins and ends the count.
+        blocks: after `fully_shard`, so that this looks before they are gathered.
+    """
+
+    def __init__(self, name: str, part: Part, blocks: list[nn.Module]) -> None:
+        self._name, self._blocks = name, blocks
+        self._next: int | None = None
+        part.register_forward_pre_hook(self._begin, prepend=True)
+        part.register_forward_hook(self._end)
+        for index, block in enumerate(blocks):
+            block.register_forward_pre_hook(partial(self._run, index), prepend=True)
+
+    def _begin(self, *_: Any) -> None:
+        self._next = 0
+
+    def _run(self, index: int, *_: Any) -> None:
+        if self._next is None:
+            return
+        if index < self._next:
+            self._refuse(f"block {index} runs again")
+        if index > self._next:
+            self._refuse(f"block {index} runs before block {self._next}")
+        self._next += 1
+
+    def _end(self, *_: Any) -> None:
+        if self._next != len(self._blocks):
+            self._refuse(f"block {self._next} does not run")
+        self._next = None
+
+    def _refuse(self, what: str) -> NoReturn:
+        self._next = None
+        raise ValueError(
+            f"{self._name}: {what} in one forward pass ({len(self._blocks)} blocks). Under sharded training each block "
+            "of blocks() must run exactly once per forward pass, in their order, whatever the batch: put pictures of "
+            "all sizes through the blocks together, or do not name these blocks in blocks()"
+        )
+
+
+def _check_names(model: VLM) -> None:
+    for prefix, module in model.named_modules():
+        own = dict(module.named_parameters(recurse=False, remove_duplicate=False))
+        if again := own.keys() - dict(module.named_parameters(recurse=False)).keys():
+            raise ValueError(
+                f"{prefix} ({type(module).__name__}) has a parameter under two names, {min(again)} is the second, and "
+                "FSDP2 shards one of them. Use one name, or put the parameter into a module that is registered twice"
+            )
+
+
+def _aliases(model: VLM) -> set[str]:
+    """Keys of the state dict that are further names of a module which is registered several times."""
+    first = {prefix for prefix, _ in model.named_modules()}
+    return {key for key in model.state_dict() if key.rpartition(".")[0] not in first}
+
+
 def _materialise(model: VLM, device: torch.device) -> None:
-    """Give meta parameters memory on `device`; buffers keep their values, which `to_empty` would lose."""
-    buffers = {name: buffer.to(device) for name, buffer in model.named_buffers()}
+    """Give meta parameters memory on `device`; buffers move there, those of several modules as one.
+
+    They get the values of rank 0, as a constructor may have drawn one at random that no state dict holds.
+    """
+    places = [
+        (module, name, buffer)
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False)
+    ]
+    moved = {id(buffer): buffer.to(device).contiguous() for _, _, buffer in places}
+    for buffer in moved.values():
+        dist.broadcast(buffer.reshape(-1).view(torch.uint8), src=0)  # bytes, as backends do not send every type
     model.to_empty(device=device)
-    for name, buffer in model.named_buffers():
-        buffer.copy_(buffers[name])
+    for module, name, buffer in places:
+        setattr(module, name, moved[id(buffer)])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -16,6 +16,7 @@ from transformers import get_scheduler
 from lit_vlm.heads import Head
 from lit_vlm.model import NEXT_TOKEN, VLM
 from lit_vlm.optim import MuonAdamW
+from lit_vlm.part import Part
 
 SLOTS = ("encoder", "projector", "embedder", "decoder", "heads")
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
@@ -96,7 +97,7 @@ class Stage:
         for slot, lr in self.train.items():
             if lr is None:
                 continue
-            parameters = [p for part in slots.get(slot, ()) for p in part.trainable_parameters(self.only.get(slot))]
+            parameters = self._chosen(slot, slots.get(slot, ()))
             if not parameters and not (slot == "heads" and removed):
                 raise ValueError(
                     f"model.stage.train names '{slot}', but this model has nothing to train there: "
@@ -117,6 +118,13 @@ class Stage:
         for name in idle:
             model.heads[name].requires_grad_(False)
 
+    def _chosen(self, slot: str, parts: Iterable[Part]) -> list[nn.Parameter]:
+        """What of a slot trains."""
+        try:
+            return [p for part in parts for p in part.trainable_parameters(self.only.get(slot))]
+        except ValueError as error:
+            raise ValueError(f"{error}: set model.stage.only.{slot} to null") from error
+
     def _check_decoder_idle(self, model: VLM) -> None:
         heads = {name: head for name, head in model.heads.items() if isinstance(head, Head) and self.losses.get(name)}
         reading = [name for name, head in heads.items() if any(isinstance(tap, int) and tap > 0 for tap in head.taps)]
@@ -124,6 +132,51 @@ class Stage:
             reading.append(NEXT_TOKEN)
         if reading:
             raise ValueError(f"model.stage.leave_out names the decoder, which these losses run: {', '.join(reading)}")
+
+    def remarks(self, model: VLM) -> list[str]:
+        """What is allowed, and rarely meant, about a model after `freeze`: a line each, to warn of.
+
+        A part that stays random for ever is one of them, where its class cannot have pretrained weights: an encoder or
+        a decoder of a `config` is random because someone said so.
+        """
+        lines = [line for name in sorted(model.drawn) if (line := self._stays_random(model, name))]
+        if self.train.get("heads") and model.heads and not any(self.losses.get(name) for name in model.heads):
+            lines.append(
+                "model.stage.train names heads, and no head has a loss with a weight in model.stage.losses, so none "
+                f"trains: {', '.join(model.heads)}"
+            )
+        return lines
+
+    def _stays_random(self, model: VLM, name: str) -> str | None:
+        slot, _, head = name.partition(".")
+        part = model.get_submodule(name)
+        assert isinstance(part, Part)
+        count = sum(parameter.numel() for parameter in part.parameters())
+        if not count or not part.frozen() or type(part).pretrained_state is not Part.pretrained_state:
+            return None
+        if head and not self.losses.get(head):
+            return None
+        why = f", as model.stage.fresh names {slot}" if slot in self.fresh and self.start_from else ""
+        read = f" has a loss of weight {self.losses[head]:g} and" if head else ""
+        return (
+            f"{name} ({type(part).__name__}, {count:,} parameters){read} starts from random weights{why}, and it is "
+            f"frozen, so it stays random: name {slot} in model.stage.train, or give it weights by "
+            "model.stage.start_from"
+        )
+
+    def warm_up(self, total_steps: int) -> int:
+        """Steps over which the learning rate rises: ⌈warmup_ratio · total⌉."""
+        return math.ceil(total_steps * self.warmup_ratio)
+
+    def schedule_remark(self, total_steps: int) -> str | None:
+        """A line to warn of where the learning rate never gets to its peak; None where it does."""
+        if self.warm_up(total_steps) < max(total_steps, 1):
+            return None
+        steps = "the only step has" if total_steps <= 1 else f"the first of {total_steps} steps has"
+        return (
+            f"the warm-up covers all steps: {steps} learning rate 0, and none has the peak rate; set "
+            "model.stage.warmup_ratio to 0, or train for more steps (trainer.max_steps)"
+        )
 
     def make_optimizer(self, model: VLM) -> Optimizer:
         """The optimizer with one learning rate per slot, over what `freeze` left trainable."""
@@ -152,7 +205,7 @@ class Stage:
         return get_scheduler(
             SCHEDULES[self.schedule],
             optimizer,
-            num_warmup_steps=math.ceil(total_steps * self.warmup_ratio),
+            num_warmup_steps=self.warm_up(total_steps),
             num_training_steps=total_steps,
         )
 

@@ -27,11 +27,19 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerFast:
     """A fast tokenizer with a pad token: `bytes`, a hub name, a local path or `package:NAME`.
 
     Raises:
-        ValueError: when there is only a slow tokenizer, as labels need character offsets; or nothing to pad with.
+        ValueError: when there is none, or only a slow tokenizer, as labels need character offsets; or nothing to pad
+            with.
     """
     if source == "bytes":
         return byte_tokenizer()
-    tokenizer = AutoTokenizer.from_pretrained(resolve(source, weights=False))
+    resolved = resolve(source, weights=False)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(resolved)
+    except ValueError as error:
+        raise ValueError(
+            f"there is no tokenizer that can be read in {source}: it needs tokenizer.json, or else tokenizer.model and "
+            f"the package sentencepiece ({str(error).strip().splitlines()[0]})"
+        ) from error
     if not tokenizer.is_fast:
         raise ValueError(f"the tokenizer of {source} has no fast version, and labels need its character offsets")
     if tokenizer.pad_token is None:

@@ -2,23 +2,28 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from lit_vlm.build import build, build_on_meta
+from lit_vlm.embedders import Holistic, Splice
+from lit_vlm.encoders import EvePatchEmbedding, HFEncoder
 from lit_vlm.heads import FeatureDistillation
 from lit_vlm.model import VLM
 from lit_vlm.part import load_state, meta_parameters
-from lit_vlm.projectors import Linear
+from lit_vlm.projectors import Identity, Linear
 from lit_vlm.stage import SLOTS, Stage, frozen_tensors
 from lit_vlm.teachers import EncoderTeacher
-from tests.tiny import batch_of, gradients, tiny_decoder, tiny_slots, tiny_vlm
+from tests.runs import one_step
+from tests.tiny import CLIP, batch_of, gradients, tiny_decoder, tiny_slots, tiny_vlm
+
+HEAD = {"distil": partial(FeatureDistillation, teacher=partial(EncoderTeacher, encoder=tiny_slots().encoder), layer=2)}
 
 
 def with_head() -> VLM:
-    teacher = partial(EncoderTeacher, encoder=tiny_slots().encoder)
-    return tiny_vlm(heads={"distil": partial(FeatureDistillation, teacher=teacher, layer=2)})
+    return tiny_vlm(heads=HEAD)
 
 
 @pytest.mark.parametrize("slot", ["encoder", "projector", "decoder", "heads"])
@@ -177,3 +182,100 @@ def test_meta_parameters_end_with_their_block_even_on_an_error() -> None:
     with pytest.raises(RuntimeError), meta_parameters():
         raise RuntimeError
     assert not torch.nn.Linear(1, 1).weight.is_meta
+
+
+def remarks_of(model: VLM, **settings: Any) -> list[str]:
+    stage = Stage(**settings)
+    stage.freeze(model)
+    return stage.remarks(model)
+
+
+WIDE = partial(HFEncoder, config=CLIP | {"hidden_size": 64})
+FROM_DECODER = partial(Holistic, num_layers=2, num_heads=4, num_kv_heads=2, ffn_width=128)
+
+
+@pytest.mark.parametrize(
+    ("changes", "settings", "named"),
+    [
+        ({}, {"train": {"projector": 1.0}}, []),
+        ({}, {"train": {"decoder": 1.0}}, ["projector (MLP, 6,272 parameters) starts from random weights"]),
+        ({"projector": Identity, "encoder": WIDE}, {"train": {"decoder": 1.0}}, []),
+        ({"embedder": FROM_DECODER}, {"train": {"projector": 1.0}}, []),
+        ({"embedder": partial(FROM_DECODER, start="random")}, {"train": {"projector": 1.0}}, ["embedder (Holistic, "]),
+        ({"embedder": partial(FROM_DECODER, merge=2)}, {"train": {"projector": 1.0}}, ["embedder (Holistic, "]),
+        (
+            {"embedder": partial(Splice, task_tokens={"a": 2})},
+            {"train": {"projector": 1.0}},
+            ["embedder (Splice, 128 "],
+        ),
+        ({"encoder": partial(EvePatchEmbedding, 32, 4)}, {"train": {"projector": 1.0}}, ["encoder (EvePatchEmbedding"]),
+        ({"heads": HEAD}, {"train": {"projector": 1.0}, "losses": {"next_token": 1.0}}, []),
+        (
+            {"heads": HEAD},
+            {"train": {"projector": 1.0}, "losses": {"distil": 0.5}},
+            ["heads.distil (FeatureDistillation, 6,240 parameters) has a loss of weight 0.5 and starts from random"],
+        ),
+        ({"heads": HEAD}, {"train": {"projector": 1.0, "heads": 1.0}, "losses": {"distil": 0.5}}, []),
+        (
+            {"heads": HEAD},
+            {"train": {"projector": 1.0, "heads": 1.0}},
+            ["model.stage.train names heads, and no head has a loss"],
+        ),
+    ],
+)
+def test_what_stays_random_is_named(changes: dict[str, Any], settings: dict[str, Any], named: list[str]) -> None:
+    found = remarks_of(tiny_vlm(**changes), **settings)
+    assert len(found) == len(named)
+    assert all(line.startswith(name) for line, name in zip(found, named, strict=True))
+    assert all("name" in line and "model.stage.train" in line for line in found)
+
+
+def test_what_an_earlier_stage_trained_is_no_longer_random_but_what_is_fresh_is(tmp_path: Path) -> None:
+    path = str(save(tiny_vlm(heads=HEAD), tmp_path))
+    settings = {"train": {"decoder": 1.0}, "losses": {"next_token": 1.0, "distil": 1.0}, "start_from": path}
+    assert remarks_of(build(tiny_slots(heads=HEAD), path), **settings) == []
+    fresh = ("projector", "heads")
+    found = remarks_of(build(tiny_slots(heads=HEAD), path, fresh), fresh=list(fresh), **settings)
+    assert [line.split(" ")[0] for line in found] == ["heads.distil", "projector"]
+    assert "as model.stage.fresh names projector, and it is frozen" in found[1]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "ratio", "steps", "message"),
+    [
+        ("cosine", 0.03, 1, "the only step has learning rate 0"),
+        ("constant", 0.03, 1, "the only step has learning rate 0"),
+        ("cosine", 0.03, 2, None),
+        ("linear", 0.03, 3, None),
+        ("cosine", 0.5, 2, None),
+        ("cosine", 0.6, 2, "the first of 2 steps has learning rate 0, and none has the peak rate"),
+        ("cosine", 1.0, 100, "the first of 100 steps has learning rate 0, and none has the peak rate"),
+        ("cosine", 0.0, 1, None),
+        ("cosine", 0.03, 5197, None),
+    ],
+)
+def test_a_warm_up_that_never_ends_is_named(schedule: Any, ratio: float, steps: int, message: str | None) -> None:
+    model = tiny_vlm()
+    stage = Stage(train={"projector": 1.0}, schedule=schedule, warmup_ratio=ratio)
+    stage.freeze(model)
+    optimizer = stage.make_optimizer(model)
+    scheduler = stage.scheduler(optimizer, steps)
+    rates = []
+    for _ in range(steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    found = stage.schedule_remark(steps)
+    assert (found is None) == (max(rates) == 1.0)
+    assert (found is None) == (message is None)
+    assert message is None or (found is not None and message in found and "model.stage.warmup_ratio" in found)
+
+
+def test_a_run_warns_of_its_only_step_and_of_what_stays_random(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    one_step(tmp_path, "llava15", "1_align")
+    assert [line for line in caplog.messages if "stage 'align'" in line] == [
+        "stage 'align': the warm-up covers all steps: the only step has learning rate 0, and none has the peak rate; "
+        "set model.stage.warmup_ratio to 0, or train for more steps (trainer.max_steps)"
+    ]

@@ -39,6 +39,7 @@ LLAMA = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
+PHI3 = LLAMA | {"model_type": "phi3", "pad_token_id": 0}
 ROOT = Path(__file__).parent.parent
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -57,13 +58,15 @@ def load(source: str | Path | Mapping[str, Tensor], config: Mapping[str, Any] | 
 
 
 def _architecture(layout: Layout) -> VLM:
-    weight = layout.slots["encoder"]["patch_embedding.weight"]
+    weight = layout.weight("encoder", "patch_embedding.weight", 4)
+    named = re.search(r"patch(\d+)", str(layout.config.get("mm_vision_tower") or ""))
     with meta_parameters():
         encoder = EvePatchEmbedding(
-            width=weight.shape[0],
-            patch=weight.shape[-1],
-            local_attention="local_attention.proj.weight" in layout.slots["encoder"],
-            global_attention="class_embedding" in layout.slots["encoder"],
+            width=layout.setting("mm_hidden_size", weight.shape[0]),
+            patch=int(named[1]) if named else weight.shape[-1],
+            # Published EVE has both, and says nothing of them.
+            local_attention=layout.config.get("local_attention", True),
+            global_attention=layout.config.get("global_attention", True),
         )
         decoder = HFDecoder(config=layout.decoder_config("llama"), tokenizer=layout.tokenizer)
         projector = MLP(encoder.width, decoder.width, depth=2)
@@ -111,6 +114,9 @@ def export(model: VLM, out: Path, transform: ImageTransform | None = None) -> fl
         "use_mm_proj": True,
         "requires_cliploss": head is not None,
     }
+    for name in ("local_attention", "global_attention"):
+        if getattr(encoder, name) is None:
+            config[name] = False  # ours alone: weights that are absent without this word are refused
     if isinstance(transform, AspectGrid):
         config["mm_vision_tower"] = f"openai/eve-patch{encoder.patch}-anypixel-{transform.longest}"
     return export_folder(model, out, config, NAMES, {f"heads.{head}": HEAD}, load)

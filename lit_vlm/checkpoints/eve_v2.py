@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import mode
 from typing import Any
 
 from torch import Tensor
@@ -62,10 +63,16 @@ def load(source: str | Path | Mapping[str, Tensor], config: Mapping[str, Any] | 
 
 
 def _architecture(layout: Layout) -> VLM:
-    first = layout.slots["encoder"]["patch_embedding.0.weight"]
-    second = layout.slots["encoder"]["patch_embedding.2.weight"]
+    first = layout.weight("encoder", "patch_embedding.0.weight", 4)
+    bias = layout.weight("encoder", "patch_embedding.0.bias", 1)
+    second = layout.weight("encoder", "patch_embedding.2.weight", 4)
+    # Nothing in config.json says how many channels: what two of three weights agree on, so that the third is named.
+    hidden = mode([first.shape[0], bias.shape[0], second.shape[1]])
+    width = layout.setting("hidden_size", second.shape[0])
+    named = re.search(r"patch(\d+)", str(layout.config.get("mm_vision_tower") or ""))
+    patch = int(named[1]) if named else mode(first.shape[2:])
     with meta_parameters():
-        encoder = EveV2PatchEmbedding(width=second.shape[0], hidden=first.shape[0], patch=first.shape[-1])
+        encoder = EveV2PatchEmbedding(width=width, hidden=hidden, patch=patch)
         decoder = DivideAndConquer(config=layout.decoder_config("qwen2"), tokenizer=layout.tokenizer)
         projector = Identity(encoder.width, decoder.width)
         return VLM(encoder, projector, Splice(decoder.width, decoder.vocab_size), decoder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,15 @@ from typing import Any
 
 from torch import Tensor
 
-from lit_vlm.checkpoints.layout import Layout, Names, SlotStates, export_folder, load_folder, read_config
+from lit_vlm.checkpoints.layout import (
+    Layout,
+    Names,
+    SlotStates,
+    checked_sizes,
+    export_folder,
+    load_folder,
+    read_config,
+)
 from lit_vlm.checkpoints.safetensors import read_folder
 from lit_vlm.data import ImageTransform, Tiles
 from lit_vlm.decoders import HFDecoder, internlm2
@@ -39,6 +48,11 @@ def fuse_qkv(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str
 def _stacks(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     own = {key: value for key, value in state.items() if key.startswith(EMBEDDING)}
     return own, {key: value for key, value in state.items() if key not in own}
+
+
+def _fused(name: str) -> str:
+    """The published matrix that a query, key or value projection is a part of."""
+    return re.sub(r"\.attention\.w[qkv]\.weight$", f".{internlm2.FUSED}", name)
 
 
 @dataclass(frozen=True)
@@ -72,8 +86,9 @@ class Hovle:
             },
             rename=internlm2.to_llama,
             restore=internlm2.from_llama,
-            split=split_qkv,
+            split=self._split,
             join=fuse_qkv,
+            whole=_fused,
         )
 
     def read(self, source: str) -> SlotStates:
@@ -84,27 +99,34 @@ class Hovle:
         """
         folder = resolve(source)
         config = read_config(folder)
-        self._check(config)
         return self.names.slots_of(read_folder(folder), config)
 
     def load(self, source: str | Path | Mapping[str, Tensor], config: Mapping[str, Any] | None = None) -> VLM:
         """Build the model that the configuration describes and load all weights; see `load_published`."""
         return load_folder(source, config, self.names, self._architecture)
 
+    def _split(self, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
+        # What the configuration asks for is looked at first: it decides which keys belong here.
+        self._check(config)
+        return split_qkv(state, config)
+
     def _check(self, config: Mapping[str, Any]) -> None:
+        for part in ("embedding_config", "llm_config"):
+            if not isinstance(config[part], Mapping):
+                raise ValueError(f"config.json: {part} is {config[part]!r}, expected the settings of that part")
         own, expected = config["embedding_config"], "post" if self.hd else "pre"
         if (found := own.get("pixel_shuffle_loc", expected)) != expected:
             other = BASE if self.hd else HD
             raise ValueError(f"embedding_config.pixel_shuffle_loc is '{found}': load it as '{other.family}'")
         for key, accepted in (("special_token_maps", ({}, None)), ("normalize_encoder_output", (False, None))):
             if (found := own.get(key, config.get(key))) not in accepted:
-                raise ValueError(f"{key} is {found!r}, which {self.family} does not have")
+                raise ValueError(f"config.json: {key} is {found!r}, which {self.family} does not have here")
 
     def _architecture(self, layout: Layout) -> VLM:
-        self._check(layout.config)
-        own, language = layout.config["embedding_config"], layout.config["llm_config"]
-        patch = layout.slots["encoder"]["patch_embedding.weight"].shape[-1]
-        trained = round((layout.slots["encoder"]["position_embedding"].shape[1] - 1) ** 0.5)
+        own = layout.config["embedding_config"]
+        language = checked_sizes(layout.config["llm_config"], "llm_config")
+        patch = int(own.get("patch_size") or layout.weight("encoder", "patch_embedding.weight", 4).shape[-1])
+        words = own.get("llm_vocab_size") or layout.weight("embedder", "stack.embed_tokens.weight", 2).shape[0]
         scaling = own.get("rope_scaling")
         with meta_parameters():
             decoder = HFDecoder(config=internlm2.as_llama(language), tokenizer=layout.tokenizer)
@@ -112,12 +134,12 @@ class Hovle:
                 width=own["hidden_size"],
                 image_size=layout.config.get("force_image_size") or own["image_size"],
                 patch=patch,
-                trained_size=trained * patch,
+                trained_size=own["image_size"],
             )
             projector = (Identity if self.hd else PatchMerge)(encoder.width, decoder.width)
             embedder = Holistic(
                 decoder.width,
-                layout.slots["embedder"]["stack.embed_tokens.weight"].shape[0],
+                words,
                 num_layers=own["num_hidden_layers"],
                 num_heads=own["num_attention_heads"],
                 num_kv_heads=own["num_key_value_heads"],

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,17 @@ from huggingface_hub import hf_hub_download, save_torch_state_dict
 from torch import Tensor
 
 from lit_vlm.batch import Batch
-from lit_vlm.checkpoints.safetensors import read_folder
+from lit_vlm.checkpoints.safetensors import read_folder, read_json
 from lit_vlm.data.collate import collate
 from lit_vlm.data.encode import Sample
 from lit_vlm.model import VLM
 from lit_vlm.part import load_state
-from lit_vlm.pretrained import resolve
+from lit_vlm.pretrained import resolve, shortened
 
 SlotStates = dict[str, dict[str, Tensor]]
 TOLERANCE = 1e-5
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+LOADED = ("encoder", "projector", "embedder", "decoder")
 
 
 Rearrange = Callable[[Mapping[str, Tensor], Mapping[str, Any]], Mapping[str, Tensor]]
@@ -47,6 +49,7 @@ class Names:
         restore: the way back.
         split: what changes in the published weights themselves, before names: several in one matrix, taken apart.
         join: the way back, after names.
+        whole: name of a part that `split` made → that of the published weight.
     """
 
     family: str
@@ -56,6 +59,7 @@ class Names:
     restore: Callable[[str], str] = _same
     split: Rearrange = _as_it_is
     join: Rearrange = _as_it_is
+    whole: Callable[[str], str] = _same
 
     def slots_of(self, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> SlotStates:
         """Weights by slot, under its own names; `config` is the published one.
@@ -75,12 +79,26 @@ class Names:
                 raise ValueError(f"'{key}' is no key of the family {self.family}")
         return slots
 
+    def seen_in(self, state: Iterable[str]) -> Names:
+        """The same without beginnings for which these keys use another one."""
+        used = {next((begin for begin in self.slots if key.startswith(begin)), None) for key in state}
+        taken = {self.slots[begin] for begin in used if begin is not None}
+        slots = {begin: place for begin, place in self.slots.items() if begin in used or place not in taken}
+        return replace(self, slots=slots)
+
     def published(self, slot: str, name: str) -> str:
         """The published key of a weight."""
         for begin, (other, own) in self.slots.items():
             if slot == other and name.startswith(own):
                 return begin + self.restore(name.removeprefix(own))
         raise ValueError(f"the family {self.family} has no name for {slot}.{name}")
+
+    def shown(self, slot: str, name: str) -> str:
+        """For messages: the key in the files that gives a weight; of one that the family lacks, its own name."""
+        try:
+            return self.whole(self.published(slot, name))
+        except ValueError:
+            return name
 
 
 @dataclass(frozen=True)
@@ -91,15 +109,46 @@ class Layout:
         config: what its config.json says.
         slots: its weights.
         tokenizer: its folder or hub name, or None for a bare state dict.
+        names: of the family.
     """
 
     config: Mapping[str, Any]
     slots: SlotStates
     tokenizer: str | None
+    names: Names
+
+    def weight(self, slot: str, name: str, dims: int) -> Tensor:
+        """A weight whose shape says how large the model is.
+
+        Raises:
+            ValueError: where it is absent, or has another number of dimensions, with its published key.
+        """
+        found, key = self.slots.get(slot, {}).get(name), self.names.shown(slot, name)
+        if found is None:
+            raise ValueError(f"there is no '{key}'")
+        if found.ndim != dims:
+            raise ValueError(f"'{key}' is {tuple(found.shape)}, not of {dims} dimensions")
+        return found
+
+    def setting(self, key: str, found: int) -> int:
+        """What config.json says of a size that a weight shows too; what the weight shows where it says nothing."""
+        return int(self.config.get(key) or found)
 
     def decoder_config(self, model_type: str) -> dict[str, Any]:
         """The configuration under the name that transformers knows the decoder by."""
-        return {key: value for key, value in self.config.items() if key != "architectures"} | {"model_type": model_type}
+        plain = {key: value for key, value in self.config.items() if key != "architectures"}
+        return checked_sizes(plain, "config.json") | {"model_type": model_type}
+
+
+def checked_sizes(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A decoder's configuration that says how large it is: transformers would take another model's sizes in silence.
+
+    Raises:
+        ValueError: for a size that is absent, naming it.
+    """
+    if absent := [key for key in SIZES if config.get(key) is None]:
+        raise ValueError(f"{name} lacks {', '.join(absent)}, sizes of the decoder")
+    return dict(config)
 
 
 def load_folder(
@@ -116,45 +165,73 @@ def load_folder(
     if isinstance(source, Mapping):
         if config is None:
             raise ValueError("a state dict says nothing of heads and layers: pass config as well")
-        layout = Layout(config, names.slots_of(source, config), None)
+        state, folder = source, None
     else:
         folder = resolve(str(source))
-        config = config or read_config(folder)
-        layout = Layout(config, names.slots_of(read_folder(folder), config), folder)
-    _fill_tied_head(layout)
-    return load_layout(layout, architecture)
+        config, state = config or read_config(folder), read_folder(folder)
+    layout = Layout(config, names.slots_of(state, config), folder, names.seen_in(state))
+    return load_layout(layout, architecture, layout.config)
 
 
-def load_layout(layout: Layout, architecture: Callable[[Layout], VLM]) -> VLM:
-    """Build a model and load the weights of its slots; raises as `load_folder` does."""
-    for slot in ("encoder", "decoder"):
-        if slot not in layout.slots:
-            raise ValueError(f"{layout.tokenizer or 'the state dict'} has no {slot} weights")
+def load_layout(layout: Layout, architecture: Callable[[Layout], VLM], language: Mapping[str, Any]) -> VLM:
+    """Build a model and load the weights of its slots; raises as `load_folder` does.
+
+    Args:
+        layout: what was read.
+        architecture: builds the model, its parameters on the meta device.
+        language: the part of the configuration that is the decoder's.
+    """
+    decoder = layout.slots.setdefault("decoder", {})
+    if language.get("tie_word_embeddings") and "lm.lm_head.weight" not in decoder:
+        decoder["lm.lm_head.weight"] = layout.weight("decoder", "lm.model.embed_tokens.weight", 2)
     model = architecture(layout)
-    for slot in ("encoder", "projector", "embedder", "decoder"):
-        load_state(getattr(model, slot), layout.slots.get(slot, {}), slot)
+    fill(model, layout.slots, layout.names.shown)
     return model.eval()
+
+
+def fill(model: VLM, slots: SlotStates, shown: Callable[[str, str], str]) -> None:
+    """Load the weights of all slots but heads.
+
+    Args:
+        model: its parameters may be on the meta device.
+        slots: weights by slot, under its own names.
+        shown: slot and own name → the published key.
+
+    Raises:
+        ValueError: where weights are missing, have another shape or are not of the model, with their published keys.
+    """
+    for slot in LOADED:
+        part, state = getattr(model, slot), slots.get(slot, {})
+        own = part.state_dict()
+
+        def named(name: str, slot: str = slot) -> str:
+            return name if (key := shown(slot, name)) == name else f"{name} ({key})"
+
+        problems = {
+            "missing": [named(name) for name in own if name not in state],
+            "not of this part": [named(name) for name in state if name not in own],
+            "other shape": [
+                f"{named(name)} {tuple(state[name].shape)} instead of {tuple(value.shape)}"
+                for name, value in own.items()
+                if name in state and state[name].shape != value.shape
+            ],
+        }
+        if any(problems.values()):
+            listed = "; ".join(f"{title}: {shortened(names)}" for title, names in problems.items() if names)
+            raise ValueError(f"slot '{slot}' ({type(part).__name__}): {listed}")
+        load_state(part, state, slot)
 
 
 def read_config(folder: str) -> dict[str, Any]:
     """The published configuration of a folder or hub repository.
 
     Raises:
-        ValueError: when a folder has none.
+        ValueError: when a folder has none, or it is no JSON object.
     """
     path = Path(folder) / "config.json"
     if not Path(folder).is_dir():
         path = Path(hf_hub_download(folder, "config.json"))
-    if not path.is_file():
-        raise ValueError(f"{folder} has no config.json")
-    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return config
-
-
-def _fill_tied_head(layout: Layout) -> None:
-    decoder = layout.slots.get("decoder", {})
-    if layout.config.get("tie_word_embeddings") and "lm.lm_head.weight" not in decoder:
-        decoder["lm.lm_head.weight"] = decoder["lm.model.embed_tokens.weight"]
+    return read_json(path)
 
 
 def export_folder(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,19 +18,20 @@ from transformers import (
 )
 from transformers.models.llava.image_processing_llava import LlavaImageProcessor
 
-from lit_vlm.checkpoints.layout import TOLERANCE, probe
+from lit_vlm.checkpoints.layout import TOLERANCE, SlotStates, fill, probe, read_config
 from lit_vlm.checkpoints.safetensors import read_folder
 from lit_vlm.data import ImageTransform, PadSquare, SquareCrop
 from lit_vlm.decoders import HFDecoder
 from lit_vlm.embedders import Splice
 from lit_vlm.encoders import HFEncoder
 from lit_vlm.model import VLM
-from lit_vlm.part import load_state, meta_parameters
+from lit_vlm.part import meta_parameters
 from lit_vlm.pretrained import resolve
 from lit_vlm.projectors import MLP
 
 IMAGE_TOKEN = "<image>"
 PROJECTOR = {"linear_1": "layers.0", "linear_2": "layers.2"}
+OWN_PROJECTOR = {ours: theirs for theirs, ours in PROJECTOR.items()}
 DROPPED = {
     "position_ids": "a buffer that older versions saved",
     "rotary_emb.inv_freq": "a buffer that older versions saved",
@@ -42,20 +44,30 @@ def load(source: str | Path | Mapping[str, Tensor], config: Mapping[str, Any] | 
     if isinstance(source, Mapping):
         if config is None:
             raise ValueError("a state dict says nothing of heads and layers: pass config as well")
-        settings, state, folder = LlavaConfig(**config), dict(source), None
+        settings, state, folder = LlavaConfig(**config), source, None
     else:
         folder = resolve(str(source))
-        settings = LlavaConfig(**config) if config else LlavaConfig.from_pretrained(folder)
+        settings = LlavaConfig(**config) if config else _settings(folder)
         state = read_folder(folder)
     model = _architecture(settings, folder)
-    _assign(model, state)
+    fill(model, _slots(state, settings), _published)
     return model.eval()
+
+
+def _settings(folder: str) -> LlavaConfig:
+    return LlavaConfig(**read_config(folder))
 
 
 def _feature_layer(config: LlavaConfig) -> int:
     if not isinstance(config.vision_feature_layer, int):
         raise ValueError(f"one vision_feature_layer is supported, this config has {config.vision_feature_layer}")
     return config.vision_feature_layer
+
+
+def _kept(config: LlavaConfig) -> int:
+    """Blocks of the vision model up to the feature layer."""
+    layer = _feature_layer(config)
+    return layer if layer >= 0 else config.vision_config.num_hidden_layers + 1 + layer
 
 
 def _architecture(config: LlavaConfig, tokenizer: str | None) -> VLM:
@@ -72,35 +84,39 @@ def _architecture(config: LlavaConfig, tokenizer: str | None) -> VLM:
         return VLM(encoder, projector, Splice(decoder.width, decoder.vocab_size), decoder)
 
 
-def read(source: str) -> dict[str, dict[str, Tensor]]:
+def read(source: str) -> SlotStates:
     """Weights of a folder or hub repository by slot.
 
     Raises:
         ValueError: for a key that belongs nowhere.
     """
     folder = resolve(source)
-    config = LlavaConfig.from_pretrained(folder)
-    layer, depth = _feature_layer(config), config.vision_config.num_hidden_layers
-    return _slots(read_folder(folder), layer if layer >= 0 else depth + 1 + layer)
+    return _slots(read_folder(folder), _settings(folder))
 
 
-def _slots(state: Mapping[str, Tensor], kept: int) -> dict[str, dict[str, Tensor]]:
-    """Weights by slot, of a model that keeps so many blocks of the vision model."""
-    slots: dict[str, dict[str, Tensor]] = {"encoder": {}, "projector": {}, "decoder": {}}
+def _slots(state: Mapping[str, Tensor], config: LlavaConfig) -> SlotStates:
+    """Weights by slot; those of the vision model that the feature layer does not reach are left out."""
+    slots: SlotStates = {"encoder": {}, "projector": {}, "decoder": {}}
+    kept = _kept(config)
     for key, value in state.items():
         place = _place(key, kept)
         if place is not None:
             slots[place[0]][place[1]] = value
-    if "lm.lm_head.weight" not in slots["decoder"]:
-        slots["decoder"]["lm.lm_head.weight"] = slots["decoder"]["lm.model.embed_tokens.weight"]
+    words = slots["decoder"].get("lm.model.embed_tokens.weight")
+    if config.tie_word_embeddings and words is not None:
+        slots["decoder"].setdefault("lm.lm_head.weight", words)
     return slots
 
 
-def _assign(model: VLM, state: Mapping[str, Tensor]) -> None:
-    slots = _slots(state, len(model.encoder.blocks()))  # type: ignore[arg-type]
-    load_state(model.encoder, slots["encoder"], "encoder")
-    load_state(model.projector, slots["projector"], "projector")
-    load_state(model.decoder, slots["decoder"], "decoder")
+def _published(slot: str, name: str) -> str:
+    """The key of a weight in files of today's transformers."""
+    if slot == "encoder":
+        return f"model.vision_tower.{name.removeprefix('backbone.')}"
+    if slot == "projector":
+        layer, _, kind = name.rpartition(".")
+        return f"model.multi_modal_projector.{OWN_PROJECTOR.get(layer, layer)}.{kind}"
+    name = name.removeprefix("lm.")
+    return name if name.startswith("lm_head.") else f"model.language_model.{name.removeprefix('model.')}"
 
 
 def _place(key: str, num_blocks: int) -> tuple[str, str] | None:
@@ -116,13 +132,13 @@ def _place(key: str, num_blocks: int) -> tuple[str, str] | None:
     name = key.removeprefix("model.")
     if name.startswith("vision_tower."):
         rest = name.removeprefix("vision_tower.").removeprefix("vision_model.")
-        if rest.startswith("encoder.layers.") and int(rest.split(".")[2]) >= num_blocks:
+        if (match := re.match(r"encoder\.layers\.(\d+)\.", rest)) and int(match[1]) >= num_blocks:
             return None  # blocks after the feature layer
         if rest.startswith("head."):
             return None  # SigLIP's pooling head, which the feature layer does not reach
         return "encoder", f"backbone.{rest}"
     if name.startswith("multi_modal_projector."):
-        _, layer, kind = name.split(".")
+        layer, _, kind = name.removeprefix("multi_modal_projector.").partition(".")
         if layer in PROJECTOR:
             return "projector", f"{PROJECTOR[layer]}.{kind}"
     if name.startswith("language_model."):
@@ -215,18 +231,9 @@ def _config(encoder: HFEncoder, decoder: HFDecoder, image_id: int) -> LlavaConfi
 
 def _fill(target: LlavaForConditionalGeneration, model: VLM) -> None:
     """Copy all weights; new rows of the word table are the mean of the others, norms that nothing reads stay new."""
-    inverse = {ours: theirs for theirs, ours in PROJECTOR.items()}
     state = target.state_dict()
     for key, value in model.state_dict().items():
-        slot, rest = key.split(".", 1)
-        if slot == "encoder":
-            name = f"model.vision_tower.{rest.removeprefix('backbone.')}"
-        elif slot == "projector":
-            layer, kind = rest.rsplit(".", 1)
-            name = f"model.multi_modal_projector.{inverse[layer]}.{kind}"
-        else:
-            rest = rest.removeprefix("lm.")
-            name = rest if rest.startswith("lm_head.") else f"model.language_model.{rest.removeprefix('model.')}"
+        name = _published(*key.split(".", 1))
         if state[name].shape != value.shape:
             extra = state[name].shape[0] - value.shape[0]
             value = torch.cat([value, value.mean(0, keepdim=True).expand(extra, -1)])

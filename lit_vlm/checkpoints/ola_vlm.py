@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lit_vlm.checkpoints.layout import Layout, Names, SlotStates, export_folder, load_folder
+from lit_vlm.checkpoints.layout import Layout, Names, SlotStates, export_folder, load_folder, read_config
 from lit_vlm.checkpoints.safetensors import read_folder
 from lit_vlm.data import ImageTransform, PadSquare
 from lit_vlm.decoders import HFDecoder
@@ -40,9 +40,15 @@ DROPPED = {
     "rotary_emb.inv_freq": "a buffer that older versions saved",
     "da_v2_head.": "the teacher's own depth head, which only draws pictures",
     "embeddings.position_ids": "a buffer that older versions saved",
+    "vision_tower.vision_tower.head.norm.": "the norm of ConvNeXt's classifier, which comes after the features",
 }
 SCALE = "_logit_scale"
-CLIP = ("clip_vision_model", 336, 14)
+EXPANDED = "expand_emb"
+CLIP_TOWER = "model.vision_tower.vision_tower.vision_model."
+CLIP_L = {
+    "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+    "image_size": 336, "patch_size": 14,
+}  # fmt: skip
 
 
 def own_predictor_key(key: str) -> str:
@@ -75,7 +81,7 @@ def _names(convolutional: bool) -> Names:
     """The two encoders are published under one prefix, CLIP's with one level more."""
     # The more special ones first: the decoder's names begin like all others.
     slots = {
-        "model.vision_tower.vision_tower.vision_model.": ("encoder", "backbone."),
+        CLIP_TOWER: ("encoder", "backbone."),
         "model.vision_tower.vision_tower.": ("encoder", "backbone."),
         "model.mm_projector.": ("projector", "layers."),
         **{f"model.special_{task}_tokens": ("embedder", f"tasks.{task}") for task in TASKS},
@@ -85,20 +91,41 @@ def _names(convolutional: bool) -> Names:
         "model.": ("decoder", "lm.model."),
     }
     if convolutional:
-        del slots["model.vision_tower.vision_tower.vision_model."]
+        del slots[CLIP_TOWER]
     return Names("ola_vlm", DROPPED, slots, _to_own, _to_published, _split, _join)
 
 
 def _split(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> Mapping[str, Tensor]:
-    """Scales as vectors; of a whole CLIP, with its final norm, the last block goes too: the layer before it is read."""
+    """Scales as vectors, and of CLIP only the blocks up to the layer that is read."""
+    if wrong := [key for key, value in state.items() if key.endswith(SCALE) and value.numel() != 1]:
+        raise ValueError(f"'{wrong[0]}' is {tuple(state[wrong[0]].shape)}, expected a single number")
     state = {key: value.view(1) if key.endswith(SCALE) else value for key, value in state.items()}
-    prefix = "model.vision_tower.vision_tower.vision_model."
-    norm = f"{prefix}post_layernorm."
-    if not any(key.startswith(norm) for key in state):
+    norm, blocks = f"{CLIP_TOWER}post_layernorm.", f"{CLIP_TOWER}encoder.layers."
+    numbers = {int(match[1]) for key in state if (match := re.match(rf"{re.escape(blocks)}(\d+)\.", key))}
+    if not numbers:
         return state
-    numbers = [int(m[1]) for key in state if (m := re.match(rf"{re.escape(prefix)}encoder\.layers\.(\d+)\.", key))]
-    unused = (norm, f"{prefix}encoder.layers.{max(numbers)}.")
+    kept = _kept(config, max(numbers) + 1, whole=any(key.startswith(norm) for key in state))
+    if lost := sorted(set(range(kept)) - numbers):
+        raise ValueError(
+            f"there is no '{blocks}{lost[0]}.': config.json asks for {kept} blocks up to the one that is read"
+        )
+    unused = (norm, *(f"{blocks}{number}." for number in numbers if number >= kept))
     return {key: value for key, value in state.items() if not key.startswith(unused)}
+
+
+def _kept(config: Mapping[str, Any], found: int, whole: bool) -> int:
+    """Blocks of CLIP up to layer −2.
+
+    Args:
+        config: the published one. If it has a `vision_config`, that is of the blocks that are in the files, as `export`
+            writes it, or of a whole CLIP; otherwise the files hold all of CLIP-L.
+        found: blocks that the files hold.
+        whole: whether they hold the norm behind the blocks too.
+    """
+    said = (config.get("vision_config") or {}).get("num_hidden_layers")
+    if said is None:
+        return int(CLIP_L["num_hidden_layers"]) - 1
+    return int(said) - 1 if whole and found == said else int(said)
 
 
 def _join(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> Mapping[str, Tensor]:
@@ -115,7 +142,8 @@ def read(source: str) -> SlotStates:
     Raises:
         ValueError: for a key that belongs nowhere.
     """
-    return NAMES.slots_of(read_folder(resolve(source)), {})
+    folder = resolve(source)
+    return NAMES.slots_of(read_folder(folder), read_config(folder))
 
 
 def load(source: str | Path | Mapping[str, Tensor], config: Mapping[str, Any] | None = None) -> VLM:
@@ -129,19 +157,15 @@ def load(source: str | Path | Mapping[str, Tensor], config: Mapping[str, Any] | 
 def _architecture(layout: Layout) -> VLM:
     model_type = str(layout.config.get("model_type", ""))
     llama = "phi3" not in model_type
-    counts = int(layout.config.get("num_task_tokens") or 0)
-    parameters = {key.removeprefix("tasks."): len(value) for key, value in layout.slots.get("embedder", {}).items()}
-    if parameters and not counts:
-        raise ValueError("the weights hold task tokens, and the configuration does not say how many: num_task_tokens")
-    order = [task for task in str(layout.config.get("aux_mode") or "gen-depth-seg").split("-") if task in parameters]
+    counts, parameters = _task_tokens(layout)
     with meta_parameters():
         decoder = HFDecoder(config=layout.decoder_config("llama" if llama else "phi3"), tokenizer=layout.tokenizer)
         encoder = _encoder(layout)
         embedder = Splice(
             decoder.width,
             decoder.vocab_size,
-            task_tokens=dict.fromkeys(order, counts) or None,
-            pooled_from={task: parameters[task] for task in order} or None,
+            task_tokens=counts or None,
+            pooled_from=parameters or None,
         )
         return VLM(encoder, MLP(encoder.width, decoder.width, depth=2), embedder, decoder)
 
@@ -149,16 +173,52 @@ def _architecture(layout: Layout) -> VLM:
 def _encoder(layout: Layout) -> Encoder:
     """The encoder that the weights are of; `vision_config` may give CLIP's configuration, otherwise it is CLIP-L/14."""
     name = str(layout.config.get("mm_vision_tower") or "")
-    if any(key.startswith("backbone.stages_") for key in layout.slots["encoder"]):
+    if any(key.startswith("backbone.stages_") for key in layout.slots.get("encoder", {})):
         match = re.search(r"-res(\d+)$", name)
         timm_name = str(layout.config.get("timm_name") or "convnext_xxlarge.clip_laion2b_soup")
         return TimmEncoder(timm_name, None, image_size=int(match[1]) if match else 768)
-    kept = len({key.split(".")[3] for key in layout.slots["encoder"] if key.startswith("backbone.encoder.layers.")})
-    given = layout.config.get("vision_config") or {
-        "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
-        "image_size": CLIP[1], "patch_size": CLIP[2],
-    }  # fmt: skip
-    return HFEncoder(config={**given, "model_type": CLIP[0]}, layer=kept)
+    blocks = {
+        key.split(".")[3] for key in layout.slots.get("encoder", {}) if key.startswith("backbone.encoder.layers.")
+    }
+    if not blocks:
+        raise ValueError(f"there is neither '{CLIP_TOWER}encoder.layers.' nor a ConvNeXt")
+    given = layout.config.get("vision_config") or CLIP_L
+    return HFEncoder(config={**given, "model_type": "clip_vision_model"}, layer=len(blocks))
+
+
+def _task_tokens(layout: Layout) -> tuple[dict[str, int], dict[str, int]]:
+    """Tokens behind an image by group, in order, and the parameters of each group.
+
+    Raises:
+        ValueError: where weights and configuration do not say the same, naming key and setting.
+    """
+    config = layout.config
+    found = {key.removeprefix("tasks."): value for key, value in layout.slots.get("embedder", {}).items()}
+    keys = {task: layout.names.shown("embedder", f"tasks.{task}") for task in (*TASKS, *found)}
+    if not (count := int(config.get("num_task_tokens") or 0)):
+        if found:
+            raise ValueError(
+                f"the weights hold task tokens ({keys[next(iter(found))]}), and the configuration does not say "
+                "how many: num_task_tokens"
+            )
+        return {}, {}
+    order = str(config["aux_mode"]).split("-")
+    if unknown := set(order) - set(TASKS):
+        raise ValueError(f"aux_mode names {sorted(unknown)}; there are {', '.join(TASKS)}")
+    if missing := [keys[task] for task in order if task not in found]:
+        raise ValueError(f"there is no {', '.join(missing)}, and aux_mode is {config['aux_mode']}")
+    if surplus := [keys[task] for task in found if task not in order]:
+        raise ValueError(f"there is {', '.join(surplus)}, and aux_mode is {config['aux_mode']}")
+    if (form := config.get("task_token_format", EXPANDED)) != EXPANDED and "llava" in str(config.get("model_type")):
+        raise ValueError(f"task_token_format is '{form}', and only {EXPANDED} is built")
+    for task in order:
+        said = count if task == "gen" else (config.get(f"image_{task}") or {}).get("num_tokens", len(found[task]))
+        if len(found[task]) != said or said % count:
+            wanted = (
+                "num_task_tokens" if task == "gen" else f"image_{task}.num_tokens {said}, a multiple of num_task_tokens"
+            )
+            raise ValueError(f"{keys[task]} is {tuple(found[task].shape)}, not of {wanted} {count} rows")
+    return dict.fromkeys(order, count), {task: len(found[task]) for task in order}
 
 
 def _is_ola(model: VLM) -> bool:
@@ -208,7 +268,7 @@ def export(model: VLM, out: Path, transform: ImageTransform | None = None) -> fl
         "model_type": f"{'ola' if heads else 'llava'}_{form}",
         "aux_mode": "-".join(model.embedder.task_tokens),
         "num_task_tokens": next((len(place) for place in model.embedder.task_tokens.values()), 0),
-        "task_token_format": "expand_emb",
+        "task_token_format": EXPANDED,
         "mm_hidden_size": encoder.width,
         "mm_projector_type": "mlp2x_gelu",
         "mm_vision_select_layer": -2,
@@ -220,6 +280,9 @@ def export(model: VLM, out: Path, transform: ImageTransform | None = None) -> fl
         config |= {"mm_vision_tower": f"{encoder.name}-res{encoder.pixels.size}", "timm_name": encoder.name}
     elif isinstance(encoder, HFEncoder):
         config |= {"mm_vision_tower": encoder.name, "vision_config": encoder.config.to_dict()}
+    for task in ("depth", "seg"):
+        if task in model.embedder.task_tokens:  # the published classes make as many parameters
+            config[f"image_{task}"] = {"num_tokens": len(model.embedder.task_parameters(task))}
     for name, head in heads.items():
         config[f"image_{head.tokens or name}"] = _head_config(head, head.tokens or name)
         config |= {"pass_text_to_aux": head.text != "none", "use_contrastive": head.contrastive > 0}

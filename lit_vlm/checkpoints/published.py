@@ -10,8 +10,10 @@ from typing import Any
 from torch import Tensor
 
 from lit_vlm.checkpoints import eve, eve_v2, hovle, llava_hf, ola_vlm, vila
+from lit_vlm.checkpoints.layout import read_config
 from lit_vlm.data import ImageTransform
 from lit_vlm.model import VLM
+from lit_vlm.pretrained import resolve
 
 FAMILIES = {
     "eve": eve,
@@ -22,6 +24,17 @@ FAMILIES = {
     "ola_vlm": ola_vlm,
     "vila": vila,
 }
+
+MODEL_TYPES = {
+    "eve": ("eve",),
+    "eve_v2": ("eve", "eve-qwen2"),
+    "hovle": ("internvl_chat",),
+    "hovle_hd": ("internvl_chat",),
+    "llava-hf": ("llava",),
+    "ola_vlm": ("ola_llama", "ola_phi3", "llava_llama", "llava_phi3"),
+    "vila": ("llava_llama",),
+}
+"""Family → what `model_type` is in the config.json of its folders."""
 
 
 def load_published(
@@ -37,8 +50,11 @@ def load_published(
     Raises:
         ValueError: for a key that fits nowhere, a weight of the model that no key gives, or a setting that is absent.
     """
-    with _complete(family, source):
-        return _family(family).load(source, config)
+    module = _family(family)
+    with _reading(family, source):
+        _check_family(family, config if config is not None or isinstance(source, Mapping) else str(source))
+        model: VLM = module.load(source, config)
+    return model
 
 
 def read_published(family: str, source: str) -> dict[str, dict[str, Tensor]]:
@@ -51,8 +67,11 @@ def read_published(family: str, source: str) -> dict[str, dict[str, Tensor]]:
     Raises:
         ValueError: for an unknown family, or a key that fits nowhere.
     """
-    with _complete(family, source):
-        return _family(family).read(source)
+    module = _family(family)
+    with _reading(family, source):
+        _check_family(family, source)
+        slots: dict[str, dict[str, Tensor]] = module.read(source)
+    return slots
 
 
 def export_published(family: str, model: VLM, out: Path, transform: ImageTransform | None) -> float:
@@ -75,15 +94,24 @@ def export_published(family: str, model: VLM, out: Path, transform: ImageTransfo
 
 
 @contextmanager
-def _complete(family: str, source: object) -> Iterator[None]:
-    """Name the setting or weight that a family needs and does not find."""
+def _reading(family: str, source: object) -> Iterator[None]:
+    """Say of an error what was read, and name the setting or weight that a family needs and does not find."""
+    where = f"{source if isinstance(source, str | Path) else 'the state dict'}, read as {family}"
     try:
         yield
     except KeyError as error:
-        where = source if isinstance(source, str | Path) else "the state dict"
-        raise ValueError(
-            f"{where}: neither config.json nor the weights have {error}, which the family {family} needs"
-        ) from error
+        raise ValueError(f"{where}: neither config.json nor the weights have {error}, which it needs") from error
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _check_family(family: str, config: Mapping[str, Any] | str | None) -> None:
+    """Refuse a configuration, or that of a folder, that is another family's; one that is nobody's passes."""
+    settings = read_config(resolve(config)) if isinstance(config, str) else config or {}
+    found = settings.get("model_type")
+    others = [name for name, types in MODEL_TYPES.items() if found in types]
+    if others and family not in others:
+        raise ValueError(f"config.json says model_type '{found}', which is the family {' or '.join(others)}")
 
 
 def _family(name: str) -> Any:

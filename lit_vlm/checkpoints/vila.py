@@ -17,6 +17,7 @@ from lit_vlm.checkpoints.layout import (
     Names,
     SlotStates,
     check_written,
+    checked_sizes,
     load_layout,
     new_folder,
     published_state,
@@ -125,26 +126,32 @@ def _without_unused_blocks(state: Mapping[str, Tensor], config: Mapping[str, Any
     return {key: value for key, value in state.items() if used(key)}
 
 
-def _read(source: str) -> Layout:
-    """What a folder or hub repository holds, by slot."""
+def _read(source: str, given: Mapping[str, Any] | None = None) -> Layout:
+    """What a folder or hub repository holds, by slot; `given` takes the place of its configuration."""
     folder = Path(resolve(source))
     if not folder.is_dir():
         patterns = [*PATTERNS, *(f"*/{pattern}" for pattern in PATTERNS), "*.model"]
         folder = Path(snapshot_download(source, allow_patterns=patterns))
-    config = read_config(str(folder))
+    config = dict(given or read_config(str(folder)))
     if not (folder / "llm").is_dir():
         return _layout(read_folder(str(folder)), config, str(folder))
     state: dict[str, Tensor] = {}
     for part, key in PARTS.items():
         if not (folder / part).is_dir():
             raise ValueError(f"{folder} has a folder llm/ and no {part}/: VILA-1.5 is three folders and config.json")
-        config[key] = read_config(str(folder / part))
+        if not given or not isinstance(given.get(key), Mapping):
+            config[key] = read_config(str(folder / part))
         state |= {f"{part}.{name}": value for name, value in read_folder(str(folder / part)).items()}
     return _layout(state, config, str(folder / "llm"))
 
 
 def _layout(state: Mapping[str, Tensor], config: Mapping[str, Any], tokenizer: str | None) -> Layout:
-    return Layout(config, _names(config).slots_of(state, config), tokenizer)
+    if paths := [key for key in PARTS.values() if isinstance(config.get(key), str)]:
+        raise ValueError(
+            f"{', '.join(paths)}: expected the configuration of that part itself, found the name of a folder"
+        )
+    names = _names(config)
+    return Layout(config, names.slots_of(state, config), tokenizer, names.seen_in(state))
 
 
 def read(source: str) -> SlotStates:
@@ -162,16 +169,15 @@ def load(source: str | Path | Mapping[str, Tensor], config: Mapping[str, Any] | 
     A state dict of VILA-1.5 has the names of its folders in front: `llm.`, `vision_tower.`, `mm_projector.`; its
     configuration holds those of the parts as `llm_cfg`, `vision_tower_cfg` and `mm_projector_cfg`.
     """
-    if not isinstance(source, Mapping):
-        return load_layout(_read(str(source)), _architecture)
-    if config is None:
+    if isinstance(source, Mapping) and config is None:
         raise ValueError("a state dict says nothing of heads and layers: pass config as well")
-    return load_layout(_layout(source, config, None), _architecture)
+    layout = _layout(source, config or {}, None) if isinstance(source, Mapping) else _read(str(source), config)
+    return load_layout(layout, _architecture, layout.config.get("llm_cfg") or layout.config)
 
 
 def _architecture(layout: Layout) -> VLM:
     config = layout.config
-    llm = dict(config["llm_cfg"]) if "llm_cfg" in config else layout.decoder_config("llama")
+    llm = checked_sizes(config["llm_cfg"], "llm_cfg") if "llm_cfg" in config else layout.decoder_config("llama")
     with meta_parameters():
         decoder = HFDecoder(config={"model_type": "llama"} | llm, tokenizer=layout.tokenizer)
         encoder = _encoder(config)

@@ -51,8 +51,9 @@ class InputSpec:
                 patches = self.patch_grid(side, side)
                 raise ValueError(
                     f"data.transform makes tiles of {patches.rows} × {patches.cols} patches, and the projector or the "
-                    "embedder would merge patches of two tiles: set the encoder's image_size to an even number of "
-                    "patches, or take a projector that does not merge"
+                    "embedder would merge patches of two tiles: for a fold set the encoder's image_size to an even "
+                    "number of patches; otherwise take a projector that keeps each patch (MLP, Linear), not Resampler, "
+                    "an encoder without a CLS token, or a data.transform without tiles"
                 )
         return grid
 

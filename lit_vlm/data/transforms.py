@@ -82,7 +82,10 @@ def side_of(transform: ImageTransform, pixels: PixelSpec) -> int:
         ValueError: when it takes any size.
     """
     if pixels.size is None:
-        raise ValueError(f"{type(transform).__name__} needs an encoder of one size; this one takes any: use Native")
+        raise ValueError(
+            f"data.transform {type(transform).__name__} needs an encoder of one size; this one takes any: use Native, "
+            "or AspectGrid where a head has a teacher of one size"
+        )
     return pixels.size
 
 

@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lit_vlm.batch import Batch
+from lit_vlm.flops import Flops, FlopsOf, Weights, attention, causal_pairs
 from lit_vlm.part import Part
 
 
@@ -84,6 +86,26 @@ class Decoder(Part, ABC):
     @abstractmethod
     def logits(self, hidden: Tensor) -> Tensor:
         """`[..., d]` → `[..., v]`."""
+
+    @property
+    def attention_width(self) -> int:
+        """Width of all query heads of all blocks together."""
+        return self.num_layers * self.width
+
+    def token_weights(self, visual: bool) -> Weights:
+        """What a token is multiplied with in the blocks: a text token, or an image token."""
+        return Weights.of(parameter for block in self.blocks() for parameter in block.parameters())
+
+    def flops(self) -> FlopsOf:
+        """Operations of the blocks on a batch; `logits` is counted apart."""
+        text, visual, heads = self.token_weights(False), self.token_weights(True), self.attention_width
+
+        def of(batch: Batch) -> Flops:
+            counts = batch.counts
+            scores = attention(heads, causal_pairs(sample.num_tokens for sample in batch.samples))
+            return text.on(counts.text_tokens) + visual.on(counts.visual_tokens) + scores
+
+        return of
 
     @abstractmethod
     def head_parameters(self) -> list[nn.Parameter]:

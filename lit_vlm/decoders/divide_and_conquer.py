@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lit_vlm.decoders.base import DecoderOutput
 from lit_vlm.decoders.hf import Attention, HFDecoder
+from lit_vlm.flops import Weights
 from lit_vlm.part import StateDict
 
 TEXT, VISION, VISION_AND_ATTENTION = "text", "vision", "vision_and_attention"
@@ -153,8 +154,10 @@ class DivideAndConquer(HFDecoder):
         if any(BRANCH.search(key) for key in state):
             return state
         plain = {key: BRANCH.sub(".", key, count=1) for key in self.state_dict()}
-        # Cloned, as the branches part ways from here.
-        return {key: state[name].clone() for key, name in plain.items() if name in state}
+        # Cloned, as the branches part ways from here. What is nobody's stays, so that it is refused by name.
+        split = {key: state[name].clone() for key, name in plain.items() if name in state}
+        used = set(plain.values())
+        return split | {key: value for key, value in state.items() if key not in used}
 
     def trainable_parameters(self, only: str | None = None) -> Iterable[nn.Parameter]:
         """All parameters, the `vision` branches, or `vision_and_attention`."""
@@ -164,6 +167,12 @@ class DivideAndConquer(HFDecoder):
             return super().trainable_parameters(only)
         attention = ".self_attn." if only == VISION_AND_ATTENTION else ".vision."
         return [p for name, p in self.named_parameters() if ".vision." in name or attention in name]
+
+    def token_weights(self, visual: bool) -> Weights:
+        """Those of one branch, and what is shared."""
+        other = f".{TEXT if visual else VISION}."
+        named = (item for block in self.blocks() for item in block.named_parameters())
+        return Weights.of(parameter for name, parameter in named if other not in name)
 
     def forward(
         self,

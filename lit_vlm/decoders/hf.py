@@ -6,45 +6,28 @@ import copy
 import math
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PretrainedConfig
 
 from lit_vlm.checkpoints.safetensors import read_folder
 from lit_vlm.decoders import internlm2
+from lit_vlm.decoders.architecture import language_model
 from lit_vlm.decoders.base import Decoder, DecoderOutput
+from lit_vlm.decoders.lora import Lora, add_adapters, merge_adapters
+from lit_vlm.decoders.stack import run_blocks
+from lit_vlm.flops import Weights
 from lit_vlm.part import StateDict
-from lit_vlm.pretrained import resolve
+from lit_vlm.pretrained import made_config, read_pretrained, resolve, shortened
 from lit_vlm.tokenizers import load_tokenizer
 
 Attention = Literal["sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3"]
 INTERNLM2 = "internlm2"
 RECURRENT = ("linear_attention", "mamba", "recurrent", "conv")
 """Among transformers' names of layer types, those that carry a state along the row."""
-LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-@dataclass(frozen=True)
-class Lora:
-    """Low-rank adapters on linear layers of the decoder; with them only the adapters train.
-
-    Attributes:
-        rank: rank of each update.
-        alpha: scale; the update is multiplied by alpha / rank.
-        dropout: dropout on the adapter's input.
-        targets: names of the linear layers that get an adapter.
-    """
-
-    rank: int = 64
-    alpha: float = 128.0
-    dropout: float = 0.0
-    targets: tuple[str, ...] = LINEAR_LAYERS
 
 
 class HFDecoder(Decoder):
@@ -76,22 +59,19 @@ class HFDecoder(Decoder):
     ) -> None:
         super().__init__()
         if (name is None) == (config is None):
-            raise ValueError("give HFDecoder either a name or a config, not both and not neither")
+            raise ValueError("give HFDecoder either a name or a config (with name: null), not both and not neither")
         self.name, self.lora, self.attention = name, lora, attention
         self.tokenizer_source, self.new_tokens = tokenizer or name, tuple(new_tokens)
         self.config = self._load_config(config)
         self._published_config = copy.deepcopy(self.config)
         if self.new_tokens:
             self.config.vocab_size = max([self.config.vocab_size, *(token + 1 for token in self._tokenizer[1])])
-        # The dtype is the trainer's choice, not that of the files.
-        self.lm = AutoModelForCausalLM.from_config(
-            self.config, attn_implementation=attention, dtype=torch.get_default_dtype()
-        )
+        self.lm = language_model(self.config, attention)
         self.recompute = recompute
         if recompute:
             self.lm.activation_checkpointing_enable({"use_reentrant": False})
         if lora is not None:
-            inject_adapter_in_model(_peft_config(lora), self.lm)
+            add_adapters(lora, self.lm, self.config.model_type)
         self._carries = self.carried() is not None
         self.width = self.config.hidden_size
         self.num_layers = self.config.num_hidden_layers
@@ -110,7 +90,8 @@ class HFDecoder(Decoder):
             size = len(self.tokenizer)
             if settings.setdefault("vocab_size", size) < size:
                 raise ValueError(f"decoder.config.vocab_size {settings['vocab_size']} is below the tokenizer's {size}")
-        return AutoConfig.for_model(settings.pop("model_type", "llama"), **settings)
+        model_type = settings.pop("model_type", "llama")
+        return made_config(model_type, settings, "model.decoder")
 
     @property
     def tokenizer(self) -> Any:
@@ -163,7 +144,11 @@ class HFDecoder(Decoder):
         return next((list(layers) for layers in found if layers is not None), [])
 
     def pretrained_state(self) -> StateDict | None:
-        """The published weights, and new adapters that change nothing yet."""
+        """The published weights, and new adapters that change nothing yet.
+
+        Raises:
+            ValueError: where the files lack weights, have them in other shapes, or cannot be read.
+        """
         if self.name is None:
             return None
         source = resolve(self.name)
@@ -171,9 +156,15 @@ class HFDecoder(Decoder):
         if found.get("model_type") == INTERNLM2:
             state = internlm2.state_as_llama(read_folder(source), found)
         else:
-            state = AutoModelForCausalLM.from_pretrained(
-                source, config=self._published_config, dtype=torch.get_default_dtype()
-            ).state_dict()
+            state, lacking = read_pretrained(
+                AutoModelForCausalLM, source, config=self._published_config, dtype=torch.get_default_dtype()
+            )
+            if lacking:
+                problems = [f"{key} ({reason})" for key, reason in sorted(lacking.items())]
+                raise ValueError(
+                    f"decoder.name {self.name} has no weights for {shortened(problems)}: "
+                    "name a whole causal language model, with the files of its own config.json"
+                )
         state = {f"lm.{key}": value for key, value in state.items()}
         # A published table may have spare rows behind the tokenizer's, of which nothing was learnt.
         first = min(self._tokenizer[1], default=None) if self.new_tokens else None
@@ -208,7 +199,9 @@ class HFDecoder(Decoder):
                 adapted[key] = torch.zeros(own.shape, dtype=own.dtype)
             elif (plain := key.replace(".base_layer.", ".")) in state:
                 adapted[key] = state[plain]
-        return adapted
+        # What is nobody's stays, so that it is refused by name.
+        used = {key.replace(".base_layer.", ".") for key in adapted}
+        return adapted | {key: value for key, value in state.items() if key not in used}
 
     def trainable_parameters(self, only: str | None = None) -> Iterable[nn.Parameter]:
         """All parameters, or only those of the adapters and of the layers that new tokens have rows in."""
@@ -221,10 +214,7 @@ class HFDecoder(Decoder):
         """Add adapters into the weights they adapt and remove them; without adapters, nothing."""
         if self.lora is None:
             return
-        for name, module in list(self.lm.named_modules()):
-            if isinstance(module, BaseTunerLayer):
-                module.merge()
-                self.lm.set_submodule(name, module.get_base_layer())
+        merge_adapters(self.lm)
         self.lora = None
 
     def recompute_blocks(self, enabled: bool) -> None:
@@ -284,6 +274,19 @@ class HFDecoder(Decoder):
             logits = torch.tanh(logits / cap) * cap
         return logits
 
+    @property
+    def attention_width(self) -> int:
+        """Width of all query heads of all blocks together; those without attention have none."""
+        heads = getattr(self.config, "num_attention_heads", 0)
+        width = heads and heads * (getattr(self.config, "head_dim", None) or self.width // heads)
+        kinds = getattr(self.config, "layer_types", None) or [""] * self.num_layers
+        return width * sum(kind not in RECURRENT for kind in kinds)
+
+    def token_weights(self, visual: bool) -> Weights:
+        """What a token is multiplied with in the blocks; of a mixture of experts, its experts'."""
+        parameters = (parameter for block in self.blocks() for parameter in block.parameters())
+        return Weights.of(parameters, getattr(self.config, "num_experts_per_tok", None))
+
     def head_parameters(self) -> list[nn.Parameter]:
         """The parameters of the output layer."""
         return list(self.lm.get_output_embeddings().parameters())
@@ -297,73 +300,3 @@ class HFDecoder(Decoder):
         selected = copy.deepcopy(cache)
         selected.reorder_cache(rows)  # of any length; unlike `batch_select_indices` it knows recurrent states
         return selected
-
-
-def run_blocks(
-    stack: Any,
-    attention: str,
-    embeds: Tensor,
-    position_ids: Tensor,
-    cache: Any,
-    attention_mask: Tensor | None,
-    carries: bool = False,
-) -> Tensor:
-    """The last states `[b, s, d]` of a transformers model without head; arguments as in `Decoder.forward`.
-
-    transformers keeps segments apart by itself where positions restart and no mask is given. Its flash attention does
-    so for a single row, so there the rows are joined into one. Layers that carry a state along the row must be told
-    where segments begin; transformers raises a ValueError where their kernels cannot keep segments apart.
-
-    Args:
-        stack: the model.
-        attention: which implementation.
-        embeds: `[b, s, d]`.
-        position_ids: `[b, s]`.
-        cache: keys and values while decoding.
-        attention_mask: `[b, past + s]`; only with a cache.
-        carries: whether it has layers that carry a state along the row.
-    """
-    shape = embeds.shape
-    borders = _borders(position_ids) if carries else {}
-    if borders or (attention.startswith("flash") and cache is None):
-        embeds, position_ids = embeds.reshape(1, -1, shape[-1]), position_ids.reshape(1, -1)
-    output = stack(
-        inputs_embeds=embeds,
-        position_ids=position_ids,
-        attention_mask=attention_mask,
-        past_key_values=cache,
-        use_cache=cache is not None,
-        **borders,
-    )
-    return output.last_hidden_state.view(shape)
-
-
-def _borders(position_ids: Tensor) -> dict[str, Any]:
-    """Where segments begin in rows that are joined into one, as transformers' layers take it; {} for whole rows.
-
-    The host waits for the positions here, which only happens for decoders with recurrent layers.
-    """
-    starts = (position_ids.flatten() == 0).nonzero().flatten().tolist()
-    if len(starts) <= len(position_ids):
-        return {}
-    ends = torch.tensor([*starts[1:], position_ids.numel()])
-    lengths = ends - torch.tensor(starts)
-    number = torch.arange(len(starts), dtype=torch.int32).repeat_interleave(lengths)
-    sums = torch.tensor([*starts, position_ids.numel()], dtype=torch.int32).to(position_ids.device)
-    longest = int(lengths.max())
-    return {
-        "cu_seq_lens_q": sums,
-        "cu_seq_lens_k": sums,
-        "max_length_q": longest,
-        "max_length_k": longest,
-        "seq_idx": number[None].to(position_ids.device),
-    }
-
-
-def _peft_config(lora: Lora) -> LoraConfig:
-    return LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=list(lora.targets),
-    )

@@ -74,13 +74,23 @@ def state_as_llama(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> di
 
 
 def split_qkv(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Fused projections apart: rows stand group by group, the queries of a group before its key and its value."""
+    """Fused projections apart: rows stand group by group, the queries of a group before its key and its value.
+
+    Raises:
+        ValueError: for a fused projection whose rows do not divide so.
+    """
     groups, queries = _groups(config)
+    parts = groups * (queries + 2)
     split: dict[str, Tensor] = {}
     for key, value in state.items():
         if not key.endswith(FUSED):
             split[key] = value
             continue
+        if value.ndim != 2 or value.shape[0] % parts:
+            raise ValueError(
+                f"'{key}' is {tuple(value.shape)}: num_attention_heads {groups * queries} and num_key_value_heads "
+                f"{groups} of config.json ask for two dimensions, the first a multiple of {parts}"
+            )
         rows = value.unflatten(0, (groups, queries + 2, -1))
         at = key.removesuffix("wqkv.weight")
         split[f"{at}wq.weight"] = rows[:, :queries].flatten(0, 2)

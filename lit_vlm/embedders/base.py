@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lit_vlm.batch import Batch, VisualTokens
 from lit_vlm.decoders.base import Decoder
+from lit_vlm.flops import Flops, FlopsOf
 from lit_vlm.part import Part
 from lit_vlm.projectors.base import GridMap, same_grid
 
@@ -25,10 +26,12 @@ class Embedder(Part, ABC):
         grid_map: from the layout of an image's tokens after the projector to that in the decoder's sequence. It is
             called in loader workers, as `Projector.grid_map`.
         task_tokens: where each group of task tokens is among those that the embedder puts behind an image.
+        adopts_all: whether `adopt` fills all of its weights.
     """
 
     grid_map: GridMap
     task_tokens: dict[str, range]
+    adopts_all: bool = False
 
     def __init__(self, width: int, vocab_size: int) -> None:
         super().__init__()
@@ -69,6 +72,10 @@ class Embedder(Part, ABC):
     def replaced(self, decoder: Decoder) -> Iterable[nn.Parameter]:
         """Parameters of the decoder that nothing reads with this embedder in front of it; they never train."""
         return ()
+
+    def flops(self) -> FlopsOf:
+        """Operations on a batch: none, as for an embedder without layers of its own."""
+        return lambda batch: Flops()
 
     def new_cache(self) -> Any:
         """What it must remember while decoding; None if nothing."""

@@ -12,10 +12,13 @@ from torch import Tensor, nn
 from transformers import DynamicCache, LlamaConfig, LlamaModel
 
 from lit_vlm.batch import Batch, Grid, VisualTokens
+from lit_vlm.decoders.architecture import installed_attention
 from lit_vlm.decoders.base import Decoder
-from lit_vlm.decoders.hf import Attention, HFDecoder, run_blocks
+from lit_vlm.decoders.hf import Attention, HFDecoder
+from lit_vlm.decoders.stack import run_blocks
 from lit_vlm.embedders.base import Embedder, check_grids, scatter_visual
-from lit_vlm.embedders.own_sequence import OwnSequence, refine, see_whole_images
+from lit_vlm.embedders.own_sequence import OwnSequence, own_lengths, refine, see_whole_images
+from lit_vlm.flops import Flops, FlopsOf, Weights, attention, causal_pairs
 from lit_vlm.projectors.downsample import Fold, PatchMerge
 
 LAYERS = "layers"
@@ -44,7 +47,9 @@ class WholeFold(Fold):
         """The folded grid."""
         if grid.rows % self.side or grid.cols % self.side:
             raise ValueError(
-                f"embedder.merge {self.side} needs images of even patch grids, not {grid.rows} × {grid.cols}"
+                f"model.embedder: merge {self.side} needs images of even patch grids, not {grid.rows} × {grid.cols}: "
+                "take a projector that leaves patches where they are (Identity, Linear or MLP), and an image_size of "
+                "the encoder of an even number of patches; or set model.embedder.init_args.merge to 1"
             )
         return super().__call__(grid)
 
@@ -99,7 +104,8 @@ class Holistic(Embedder):
         super().__init__(width, vocab_size)
         if width % num_heads or num_heads % num_kv_heads:
             raise ValueError(
-                f"embedder: num_heads {num_heads} must divide the width {width}, and num_kv_heads {num_kv_heads} them"
+                f"model.embedder.init_args: num_heads {num_heads} must divide the decoder's width {width}, and "
+                f"num_kv_heads {num_kv_heads} must divide num_heads"
             )
         if image_attention == "bidirectional" and attention not in ("sdpa", "eager"):
             raise ValueError(f"embedder: image_attention bidirectional needs attention sdpa or eager, not {attention}")
@@ -116,11 +122,13 @@ class Holistic(Embedder):
             rms_norm_eps=norm_eps,
             attn_implementation=attention,
         )
-        self.stack = LlamaModel(self.config)
+        with installed_attention("model.embedder", attention):
+            self.stack = LlamaModel(self.config)
         self.stack.norm = nn.Identity()
         if recompute:
             self.stack.activation_checkpointing_enable({"use_reentrant": False})
         self.merger = PatchMerge(width, width) if merge > 1 else None
+        self.adopts_all = start == "decoder" and self.merger is None
         if merge > 1:
             self.grid_map = WholeFold(merge)
 
@@ -138,28 +146,38 @@ class Holistic(Embedder):
         """Copy the decoder's word table, and with `start: decoder` its first layers.
 
         Raises:
-            ValueError: when the decoder's layers have other shapes, or are fewer.
+            ValueError: when the decoder's layers are of another kind, have other shapes, or are fewer.
         """
         if not isinstance(decoder, HFDecoder):
             raise ValueError(f"embedder Holistic starts from an HFDecoder, not from {type(decoder).__name__}")
+        words, own_words = decoder.lm.get_input_embeddings().weight, self.stack.embed_tokens.weight
+        if words.shape != own_words.shape:
+            raise ValueError(
+                f"embedder Holistic copies the decoder's word table, and that of a '{decoder.config.model_type}' is "
+                f"{tuple(words.shape)}, not {tuple(own_words.shape)}: take another decoder"
+            )
         with torch.no_grad():
-            self.stack.embed_tokens.weight.copy_(decoder.lm.get_input_embeddings().weight)
+            own_words.copy_(words)
         if self.start == "random":
             return
         own = self.stack.layers.state_dict()
         # Adapters, if there are any, start as no change.
-        theirs = {key.replace(".base_layer.", "."): value for key, value in decoder.base.layers.state_dict().items()}
+        layers = nn.ModuleList(decoder.blocks())
+        theirs = {key.replace(".base_layer.", "."): value for key, value in layers.state_dict().items()}
         extra = sorted(key for key in theirs if key.startswith("0.") and key not in own and ".lora_" not in key)
         if extra or getattr(decoder.config, "hidden_act", "silu") != "silu":
+            kind = decoder.config.model_type if type(decoder) is HFDecoder else type(decoder).__name__
             raise ValueError(
-                f"embedder.start is decoder, but the layers of a '{decoder.config.model_type}' are not Llama's "
-                f"({extra[0] if extra else decoder.config.hidden_act}): take another decoder, or start: random"
+                f"embedder.start is decoder, but the layers of a '{kind}' are not Llama's "
+                f"({extra[0] if extra else decoder.config.hidden_act}): take another decoder, or set "
+                "model.embedder.init_args.start to random"
             )
         if wrong := [key for key, value in own.items() if key not in theirs or theirs[key].shape != value.shape]:
             found = tuple(theirs[wrong[0]].shape) if wrong[0] in theirs else "nothing"
             raise ValueError(
                 f"embedder.start is decoder, but {wrong[0]} is {tuple(own[wrong[0]].shape)} here and {found} in the "
-                "decoder: set num_layers, num_heads, num_kv_heads and ffn_width to the decoder's, or start: random"
+                "decoder: set num_layers, num_heads, num_kv_heads and ffn_width to the decoder's, or start to random "
+                "(model.embedder.init_args)"
             )
         self.stack.layers.load_state_dict({key: theirs[key] for key in own})
 
@@ -222,6 +240,23 @@ class Holistic(Embedder):
                 mask = torch.zeros_like(mask, dtype=embeds.dtype).masked_fill(~mask, torch.finfo(embeds.dtype).min)
         past = None if cache is None else cache.past
         return run_blocks(self.stack, self.attention, embeds, positions, past, mask)
+
+    def flops(self) -> FlopsOf:
+        """Of the layers over their own sequence, and of the merger."""
+        layers, merger = Weights.of(self.stack.layers.parameters()), Weights()
+        if self.merger is not None:
+            merger = Weights.of(self.merger.parameters())
+
+        def of(batch: Batch) -> Flops:
+            lengths = own_lengths(batch, self.merge**2)
+            pairs = causal_pairs(lengths)
+            if self.image_attention == "bidirectional":  # a patch also sees those behind it
+                patches = [grid.num_tokens * self.merge**2 for grid in batch.image_grids]
+                pairs += causal_pairs(patches) - sum(patches)
+            scores = attention(self.width, len(self.stack.layers) * pairs)
+            return layers.on(sum(lengths)) + scores + merger.on(len(batch.image_positions))
+
+        return of
 
     def new_cache(self) -> HolisticCache:
         """An empty cache of its layers."""

@@ -44,6 +44,13 @@ class OwnSequence:
         return attention_mask.gather(1, self.sources.clamp(min=0)) * (self.sources >= 0)
 
 
+def own_lengths(batch: Batch, factor: int) -> list[int]:
+    """Positions of each sample where each visual token has `factor` positions in place of one."""
+    grids = iter(batch.image_grids)
+    visual = [sum(next(grids).num_tokens for _ in range(sample.num_images)) for sample in batch.samples]
+    return [sample.num_tokens + (factor - 1) * seen for sample, seen in zip(batch.samples, visual, strict=True)]
+
+
 def refine(batch: Batch, factor: int, right: bool) -> OwnSequence:
     """Give each visual token `factor` positions in place of one.
 

@@ -72,14 +72,7 @@ class Encoder(Part, ABC):
         Raises:
             ValueError: when an image is neither of that size nor a column of tiles.
         """
-        side = self.pixels.size
-        assert side is not None
-        wrong = {size for size in images.sizes if size[1] != side or size[0] % side}
-        if wrong or (self.patch_grid.prefix and any(height != side for height, _ in images.sizes)):
-            raise ValueError(
-                f"{type(self).__name__} takes images of {side} × {side} pixels, found {sorted(wrong or images.sizes)}; "
-                "use a square transform (data.transform SquareCrop, PadSquare or Resize), or Tiles without a CLS token"
-            )
+        side = self.check_sizes(images)
         parts: list[Tensor | None] = [None] * len(images)
         for indices, pixels in images.groups():
             cut = pixels.unflatten(2, (-1, side)).transpose(1, 2)  # [n, tiles, 3, size, size]
@@ -88,6 +81,23 @@ class Encoder(Part, ABC):
             for index, tiles in zip(indices, cut, strict=True):
                 parts[index] = tiles
         return torch.cat([part for part in parts if part is not None])
+
+    def check_sizes(self, images: Images) -> int:
+        """The encoder's side, which all images must have, or be columns of tiles of.
+
+        Raises:
+            ValueError: naming sizes that are neither.
+        """
+        side = self.pixels.size
+        assert side is not None
+        wrong = {size for size in images.sizes if size[1] != side or size[0] % side}
+        if wrong or (self.patch_grid.prefix and any(height != side for height, _ in images.sizes)):
+            raise ValueError(
+                f"{type(self).__name__} takes images of {side} × {side} pixels, found "
+                f"{sorted(wrong or set(images.sizes))[:3]}; "
+                "use a square transform (data.transform SquareCrop, PadSquare or Resize), or Tiles without a CLS token"
+            )
+        return side
 
     def dummy_images(self) -> Images:
         """One smallest image, for a batch without images: every rank must run every sharded part."""

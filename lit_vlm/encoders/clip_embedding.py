@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from lit_vlm.batch import Grid, Images, PixelSpec, VisualTokens
 from lit_vlm.encoders.base import CLIP_MEAN, CLIP_STD, Encoder, PatchGrid
 from lit_vlm.encoders.hf import check_one_source, pretrained_backbone
 from lit_vlm.part import StateDict
-from lit_vlm.pretrained import resolve
+from lit_vlm.pretrained import made_config, resolve
 
 
 class CLIPEmbedding(Encoder):
@@ -34,7 +35,7 @@ class CLIPEmbedding(Encoder):
         check_one_source("CLIPEmbedding", name, config)
         self.name, self.subfolder = name, subfolder
         if name is None:
-            found = CLIPVisionConfig(**(config or {}))
+            found = made_config("clip_vision_model", config or {}, "CLIPEmbedding")
         else:
             found = CLIPVisionConfig.from_pretrained(resolve(name), subfolder=subfolder)
         self.backbone = CLIPVisionModelWithProjection(found)
@@ -50,6 +51,10 @@ class CLIPEmbedding(Encoder):
         return pretrained_backbone(
             CLIPVisionModelWithProjection, resolve(self.name), self.backbone, subfolder=self.subfolder
         )
+
+    def blocks(self) -> list[nn.Module]:
+        """Transformer blocks."""
+        return list(self.backbone.vision_model.encoder.layers)
 
     def forward(self, images: Images) -> VisualTokens:
         """Embeddings `[n, d_e]`, not normalised."""

@@ -46,6 +46,7 @@ class ConvPatches(Encoder):
 
     def forward(self, images: Images) -> VisualTokens:
         """Patches `[t, d_e]`: tile by tile, row by row."""
+        self.check_sizes(images)
         parts: list[Tensor | None] = [None] * len(images)
         for indices, pixels in images.groups():
             features = self.embed(self.normalise(pixels, self.patch_embedding.weight.dtype))

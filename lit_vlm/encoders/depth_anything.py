@@ -6,14 +6,14 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DepthAnythingConfig, DepthAnythingForDepthEstimation, Dinov2Backbone, Dinov2Config
 
 from lit_vlm.batch import Images, PixelSpec, VisualTokens
 from lit_vlm.encoders.base import IMAGENET_MEAN, IMAGENET_STD, Encoder, PatchGrid
 from lit_vlm.encoders.hf import check_one_source, pretrained_backbone
 from lit_vlm.part import StateDict
-from lit_vlm.pretrained import resolve
+from lit_vlm.pretrained import made_config, resolve
 
 POSITIONS = "backbone.embeddings.position_embeddings"
 
@@ -43,7 +43,7 @@ class DepthAnything(Encoder):
         super().__init__()
         check_one_source("DepthAnything", name, config)
         self.name, self.taps, self.channels = name, taps, channels
-        found = Dinov2Config(**(config or {})) if name is None else _backbone_config(name)
+        found = made_config("dinov2", config or {}, "DepthAnything") if name is None else _backbone_config(name)
         if image_size % found.patch_size:
             raise ValueError(f"image_size {image_size} is no multiple of the patch {found.patch_size}")
         found.image_size = image_size
@@ -63,6 +63,10 @@ class DepthAnything(Encoder):
         state = pretrained_backbone(whole, resolve(self.name), self.backbone, prefix)
         state[POSITIONS] = _resize_positions(state[POSITIONS], self.pixels.size // self.patch_grid.patch)  # type: ignore[operator]
         return state
+
+    def blocks(self) -> list[nn.Module]:
+        """Transformer blocks."""
+        return list(self.backbone.encoder.layer)
 
     def forward(self, images: Images) -> VisualTokens:
         """Features `[t, d_e]`, row by row."""

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, InternVLForConditionalGeneration, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    InternVLForConditionalGeneration,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from lit_vlm.batch import Images, PixelSpec, VisualTokens
 from lit_vlm.encoders.base import CLIP_MEAN, CLIP_STD, HALF, IMAGENET_MEAN, IMAGENET_STD, Encoder, PatchGrid
 from lit_vlm.part import StateDict
-from lit_vlm.pretrained import resolve
+from lit_vlm.pretrained import made_config, read_pretrained, resolve, shortened
 
 INTERN_VIT = "internvl_vision"
 # model_type → (tokens before the patches, mean, std, the norm after the last block)
@@ -76,8 +83,7 @@ class HFEncoder(Encoder):
         source = resolve(self.name)
         if self.config.model_type == INTERN_VIT:
             # Published only as a part of InternVL, whose class knows where in it.
-            full = InternVLForConditionalGeneration.from_pretrained(source, dtype=torch.float32).model.vision_tower
-            return {f"backbone.{key}": full.state_dict()[key] for key in self.backbone.state_dict()}
+            return pretrained_backbone(InternVLForConditionalGeneration, source, self.backbone, "model.vision_tower.")
         return pretrained_backbone(type(self.backbone), source, self.backbone, config=self.config)
 
     def blocks(self) -> list[nn.Module]:
@@ -112,15 +118,21 @@ def pretrained_backbone(
         subfolder: where the model is in its repository.
 
     Raises:
-        ValueError: when the files do not hold all of its weights.
+        ValueError: when the files do not hold all of its weights, or in other shapes, naming them. Those may be absent
+            that the backbone's class lists as ignorable: nothing reads them, and they keep the values they start with.
     """
-    full, info = whole.from_pretrained(
-        source, config=config, dtype=torch.float32, subfolder=subfolder, output_loading_info=True
-    )
-    wanted = {f"{prefix}{key}": key for key in backbone.state_dict()}
-    state = full.state_dict()
-    if missing := sorted((set(info["missing_keys"]) & wanted.keys()) | (wanted.keys() - state.keys())):
-        raise ValueError(f"{source} has no weights for {', '.join(missing[:4])} of {whole.__name__}")
+    options: dict[str, Any] = {"subfolder": subfolder, "dtype": torch.float32}
+    state, lacking = read_pretrained(whole, source, config=config, **options)
+    wanted = {f"{prefix}{own}": own for own in backbone.state_dict()}
+    lacking |= dict.fromkeys(wanted.keys() - state.keys(), "missing")
+    ignorable = getattr(backbone, "_keys_to_ignore_on_load_missing", None) or ()
+    problems = [
+        f"{key} ({lacking[key]})"
+        for key, own in wanted.items()
+        if key in lacking and not any(re.search(pattern, own) for pattern in ignorable)
+    ]
+    if problems:
+        raise ValueError(f"{source} has no weights for {shortened(problems)} of {whole.__name__}")
     return {f"backbone.{own}": state[key] for key, own in wanted.items()}
 
 
@@ -144,7 +156,8 @@ def _vision_config(name: str | None, config: dict[str, Any] | None) -> Pretraine
         loaded = AutoConfig.from_pretrained(resolve(name))
     else:
         settings = dict(config or {})
-        loaded = AutoConfig.for_model(settings.pop("model_type", "clip_vision_model"), **settings)
+        model_type = settings.pop("model_type", "clip_vision_model")
+        loaded = made_config(model_type, settings, "HFEncoder")
     loaded = getattr(loaded, "vision_config", loaded)
     if loaded.model_type not in FAMILIES:
         raise ValueError(f"HFEncoder knows {', '.join(FAMILIES)}; '{loaded.model_type}' is not one of them")

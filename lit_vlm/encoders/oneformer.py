@@ -5,13 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch.nn.functional as F
+from torch import nn
 from transformers import OneFormerConfig, OneFormerModel, SwinBackbone, SwinConfig
+from transformers.models.swin.modeling_swin import SwinLayer
 
 from lit_vlm.batch import Grid, Images, PixelSpec, VisualTokens
 from lit_vlm.encoders.base import IMAGENET_MEAN, IMAGENET_STD, Encoder, PatchGrid
 from lit_vlm.encoders.hf import check_one_source, pretrained_backbone
 from lit_vlm.part import StateDict
-from lit_vlm.pretrained import resolve
+from lit_vlm.pretrained import made_config, resolve
 
 STRIDE = 32
 
@@ -39,7 +41,7 @@ class OneFormerSwin(Encoder):
         if image_size % STRIDE:
             raise ValueError(f"image_size {image_size} is no multiple of the stride {STRIDE}")
         self.name, self.input_size = name, input_size
-        found = SwinConfig(**(config or {})) if name is None else _backbone_config(name)
+        found = made_config("swin", config or {}, "OneFormerSwin") if name is None else _backbone_config(name)
         found.set_output_features_output_indices(out_features=["stage4"], out_indices=None)
         self.backbone = SwinBackbone(found)
         self.width = self.backbone.num_features[-1]
@@ -52,6 +54,10 @@ class OneFormerSwin(Encoder):
         if self.name is None:
             return None
         return pretrained_backbone(OneFormerModel, resolve(self.name), self.backbone, "pixel_level_module.encoder.")
+
+    def blocks(self) -> list[nn.Module]:
+        """The blocks of all stages."""
+        return [module for module in self.backbone.modules() if isinstance(module, SwinLayer)]
 
     def forward(self, images: Images) -> VisualTokens:
         """Features `[t, d_e]`, row by row."""

@@ -59,25 +59,33 @@ class S2(Encoder):
     def forward(self, images: Images) -> VisualTokens:
         """Features `[t, d_e · scales]`, those of the smallest scale first."""
         pixels = self.tiles(images).float()  # [n, 3, largest, largest]
+        # All scales in one pass, so that each block runs once.
+        cut = [self._cut(pixels, scale) for scale in self.scales]
+        sizes, tiles = [len(squares) for squares in cut], torch.cat(cut)
         with torch.no_grad() if self.inner.frozen() else nullcontext():
-            maps = [self._at(pixels, scale) for scale in self.scales]
+            tokens = self.inner(Images(tiles.flatten(), ((self.side, self.side),) * len(tiles)))
+        grid = tokens.grids[0]
+        whole = tokens.features.view(len(tiles), grid.rows, grid.cols, self.inner.width)
+        maps = [self._join(part, scale) for part, scale in zip(whole.split(sizes), self.scales, strict=True)]
         features = torch.cat(maps, dim=-1)  # [n, rows, cols, width]
         grids = tuple(self.patch_grid(*size) for size in images.sizes)
         return VisualTokens(features.flatten(0, 2), grids)
 
-    def _at(self, pixels: Tensor, scale: int) -> Tensor:
-        """The map of one scale: `[n, rows, cols, d_e]`."""
+    def _cut(self, pixels: Tensor, scale: int) -> Tensor:
+        """The squares of one scale, picture by picture and row by row: `[n · cut², 3, side, side]`."""
         if scale != self.scales[-1]:
             # Left as floats: the same as resizing what is normalised, as the reference does, overshoots included.
             pixels = F.interpolate(pixels, (scale, scale), mode="bicubic")
         cut = scale // self.side
         tiles = pixels.unflatten(2, (cut, self.side)).unflatten(4, (cut, self.side))  # [n, 3, cut, side, cut, side]
-        tiles = tiles.permute(0, 2, 4, 1, 3, 5).reshape(-1, 3, self.side, self.side)
-        tokens = self.inner(Images(tiles.flatten(), ((self.side, self.side),) * len(tiles)))
-        grid = tokens.grids[0]
-        x = tokens.features.view(-1, cut, cut, grid.rows, grid.cols, self.inner.width)
-        x = x.permute(0, 1, 3, 2, 4, 5).flatten(3, 4).flatten(1, 2)  # [n, cut · rows, cut · cols, d_e]
+        return tiles.permute(0, 2, 4, 1, 3, 5).reshape(-1, 3, self.side, self.side)
+
+    def _join(self, features: Tensor, scale: int) -> Tensor:
+        """The map of one scale from those of its squares, `[n · cut², rows, cols, d_e]` → `[n, rows, cols, d_e]`."""
+        cut = scale // self.side
         if cut == 1:
-            return x
-        pooled = F.interpolate(x.permute(0, 3, 1, 2).float(), (grid.rows, grid.cols), mode="area")
-        return pooled.permute(0, 2, 3, 1).to(x.dtype)
+            return features
+        rows, cols = features.shape[1:3]
+        x = features.unflatten(0, (-1, cut, cut)).permute(0, 1, 3, 2, 4, 5).flatten(3, 4).flatten(1, 2)
+        pooled = F.interpolate(x.permute(0, 3, 1, 2).float(), (rows, cols), mode="area")
+        return pooled.permute(0, 2, 3, 1).to(features.dtype)

@@ -63,10 +63,14 @@ class TimmEncoder(Encoder):
     def blocks(self) -> list[nn.Module]:
         """Transformer blocks or convolutional stages."""
         model = getattr(self.backbone, "model", self.backbone)
+        children = list(model.children())
         for name in ("blocks", "stages"):
-            if hasattr(model, name):
-                return list(getattr(model, name))
-        return [child for child in model.children() if any(True for _ in child.parameters())]
+            if isinstance(found := getattr(model, name, None), nn.Module):  # HRNet has a method of that name
+                children = list(found.children())
+                break
+        # Lists of modules never run themselves, and single layers are not worth gathering alone.
+        units = [child for child in children if not isinstance(child, nn.ModuleList | nn.ModuleDict)]
+        return [unit for unit in units if any(True for _ in unit.children()) and any(True for _ in unit.parameters())]
 
     def forward(self, images: Images) -> VisualTokens:
         """Features `[t, d_e]`, row by row."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lit_vlm.batch import Batch
 from lit_vlm.embedders.base import Embedder
+from lit_vlm.flops import FlopsOf, Weights
 from lit_vlm.part import Part
 from lit_vlm.teachers.base import Teacher
 
@@ -48,6 +49,14 @@ class Head(Part, ABC):
         Raises:
             ValueError: when the embedder has none of that name.
         """
+
+    def flops(self) -> FlopsOf:
+        """Operations on a batch, without those of the teacher: by default all weights read each visual token.
+
+        Tokens behind an image that show no part of it do not count.
+        """
+        weights = Weights.of(self.parameters())
+        return lambda batch: weights.on(sum(grid.num_tokens - grid.suffix for grid in batch.image_grids))
 
     @abstractmethod
     def forward(self, states: Mapping[Tap, Tensor], batch: Batch, teacher_images: object) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lit_vlm.batch import Batch, Images, VisualTokens, index_suffixes
 from lit_vlm.embedders.base import Embedder
+from lit_vlm.flops import Flops, FlopsOf
 from lit_vlm.heads.base import Head, Tap
 from lit_vlm.heads.perceiver import Perceiver
 from lit_vlm.losses import contrastive_loss, smooth_l1_distance
@@ -40,8 +41,10 @@ class EmbeddingDistillation(Head):
         inner_width: of the predictors; null: the decoder's.
         text: what is read of the sample's text: `all`, as published, which in training includes answers; only what
             stands `before` the image, as system prompts do; or `none`.
-        read_padding: also read the padding of a row, as the published code does; then a loss depends on how long the
-            other rows are.
+        read_padding: also read the padding of a row, as zeros: that is what the published code reads there, whose
+            padding enters as zeros and leaves flash attention as zeros in every layer of a Llama or Phi-3. Then a loss
+            depends on how long the other rows are. With eager attention, to which that code falls back where flash
+            attention is not installed, padding holds states that look at the sample; those are not reproduced.
         contrastive: weight of the contrastive term; 0 leaves it out.
         num_heads: attention heads of a predictor.
         head_dim: width of such a head.
@@ -98,9 +101,10 @@ class EmbeddingDistillation(Head):
         if self.tokens is None:
             return
         if self.tokens not in embedder.task_tokens:
+            found = f"{list(embedder.task_tokens) or 'none'} ({type(embedder).__name__})"
             raise ValueError(
-                f"it reads the task tokens '{self.tokens}', model.embedder has {list(embedder.task_tokens) or 'none'}: "
-                "set model.embedder.task_tokens, or tokens: null and queries: own"
+                f"it reads the task tokens '{self.tokens}', model.embedder has {found}: set task_tokens of an embedder "
+                "Splice, or for this head tokens: null and queries: own"
             )
         self._places = embedder.task_tokens[self.tokens]
 
@@ -119,12 +123,26 @@ class EmbeddingDistillation(Head):
             loss = loss + self.contrastive * contrastive_loss(predictions, targets, self.logit_scale).sum()
         return loss
 
+    def flops(self) -> FlopsOf:
+        """Of all predictors; an image's reads its sample. Comparing with the targets costs next to nothing."""
+        parts = [predictor.flops(self.queries == "states") for predictor in self.predictors]  # type: ignore[operator]
+
+        def of(batch: Batch) -> Flops:
+            read = [sample for sample in batch.samples if sample.num_images]
+            tokens = sum(sample.num_tokens for sample in read)
+            lengths = [sample.num_tokens for sample in read for _ in range(sample.num_images)]
+            return sum((part(tokens, lengths) for part in parts), Flops()) if read else Flops()
+
+        return of
+
     def predict(self, states: Mapping[Tap, Tensor], batch: Batch) -> Tensor:
         """What each layer says of each image: `[layers, n, num_targets, width of the teacher]`."""
         rows, mask, places = self._reading(batch)
         outputs = []
         for layer, predictor in zip(self.layers, self.predictors, strict=True):
             hidden = states[layer]
+            if self.read_padding:
+                hidden = hidden * (batch.segment_ids != 0)[..., None]
             queries = None
             if self.queries == "parameters":
                 assert self.tokens is not None

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_vlm.batch import Batch, Grid, Images, Patches, VisualTokens, index_patches
+from lit_vlm.flops import Flops, FlopsOf, Weights, attention
 from lit_vlm.heads.base import Head, Tap
 from lit_vlm.losses import cosine_distance
 from lit_vlm.teachers.base import Teacher
@@ -52,6 +53,7 @@ class PatchAlignment(Head):
         self.layers = tuple(range(num_layers, -1, -every)) if every else (num_layers,)
         self.taps = tuple(sorted(self.layers))
         self.num_heads, self.target, self.every = num_heads, target, every
+        self._ratio = 1  # tokens per patch of the teacher, along a side; of the last batch with images
         self.input_layer = nn.Linear(width, out)
         if len(self.layers) > 1:
             self.norm_layer = nn.ModuleList(
@@ -68,7 +70,7 @@ class PatchAlignment(Head):
         assert isinstance(teacher_images, Images | VisualTokens)
         teacher = self.teacher.targets(teacher_images)
         patches = index_patches(batch.image_grids)
-        ratio = _pool_ratio(batch.image_grids, teacher.grids)
+        ratio = self._ratio = _pool_ratio(batch.image_grids, teacher.grids)
         positions = batch.image_positions[patches.position.to(batch.image_positions.device, non_blocking=True)]
         if ratio > 1:
             patches, order = _windows(patches, batch.image_grids, ratio)
@@ -79,6 +81,16 @@ class PatchAlignment(Head):
             _teacher_positions(patches, batch.image_grids, teacher.grids, ratio).to(student.device, non_blocking=True)
         ]
         return self._loss(student, targets, patches.image)
+
+    def flops(self) -> FlopsOf:
+        """Of each patch, or window of patches, that is compared: the layers' weights, and attention over layers."""
+        weights, others = Weights.of(self.parameters()), len(self.layers) - 1
+
+        def of(batch: Batch) -> Flops:
+            compared = sum(grid.rows * grid.cols for grid in batch.image_grids) // self._ratio**2
+            return weights.on(compared) + attention(self.input_layer.out_features, compared * others)
+
+        return of
 
     def student(self, states: Sequence[Tensor]) -> Tensor:
         """What is compared with the teacher.
@@ -125,9 +137,10 @@ def _pool_ratio(grids: Sequence[Grid], teacher: Sequence[Grid]) -> int:
     if ratios != {ratio} or not fits or any(other.rows != other.cols for other in teacher):
         shapes = sorted({((o.rows, o.cols), (t.rows, t.cols)) for o, t in zip(grids, teacher, strict=True)})[:4]
         raise ValueError(
-            "heads: PatchAlignment needs images whose longer side has a whole multiple of the teacher's patches; "
+            "PatchAlignment needs images whose longer side has a whole multiple of the teacher's patches; "
             f"(rows, cols) of image and teacher: {shapes}. Set data.transform AspectGrid with cells = the teacher's "
-            "patches per side and longest = cells · the encoder's pixels per token, or a multiple"
+            "patches per side and longest = cells · the encoder's pixels per token, or a multiple; and take a "
+            "projector that leaves patches where they are"
         )
     return ratio
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor, nn
 
+from lit_vlm.flops import Flops, Weights, attention
 from lit_vlm.projectors import PerceiverLayer
 
 
@@ -67,6 +70,30 @@ class Perceiver(nn.Module):
             x = layer(tokens, x, mask, rows)
         out: Tensor = self.norm_out(self.proj_out(x))
         return out
+
+    def flops(self, own: bool) -> Callable[[int, Sequence[int]], Flops]:
+        """Operations by the number of tokens in all rows, and of tokens that each image reads.
+
+        Args:
+            own: whether each image brings queries of its own; otherwise all share them before the first layer.
+        """
+        w_in, w_out = Weights.of(self.proj_in.parameters()), Weights.of(self.proj_out.parameters())
+        layers = [layer for layer in self.layers if isinstance(layer, PerceiverLayer)]
+        kv, q = ([Weights.of(getattr(layer, name).parameters()) for layer in layers] for name in ("to_kv", "to_q"))
+        after = [Weights.of([*layer.to_out.parameters(), *layer.ffn.parameters()]) for layer in layers]
+
+        def of(tokens: int, lengths: Sequence[int]) -> Flops:
+            answers = self.num_queries * len(lengths)
+            asked = answers if own else self.num_queries
+            total = w_in.on(tokens + (0 if self.latents is not None else asked)) + w_out.on(answers)
+            pairs = sum(self.num_queries * (length + self.num_queries) for length in lengths)
+            for index, layer in enumerate(layers):
+                queries = asked if index == 0 else answers
+                total += kv[index].on(tokens + queries) + q[index].on(queries) + after[index].on(answers)
+                total += attention(layer.to_q.out_features, pairs)
+            return total
+
+        return of
 
     def _fit(self, queries: Tensor) -> Tensor:
         count = queries.shape[1]

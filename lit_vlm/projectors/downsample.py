@@ -27,7 +27,12 @@ class Fold:
     def __call__(self, grid: Grid) -> Grid:
         """The folded grid; in column order the tokens read column by column, so rows and columns swap."""
         if grid.prefix or grid.row_end or grid.suffix:
-            raise ValueError("a folding projector takes patches only: no CLS token, row-end or further tokens")
+            raise ValueError(
+                f"model.projector (or model.embedder's merge) folds {self.side} × {self.side} patches and takes "
+                f"patches only: no CLS token, row-end or further tokens, and this encoder gives {grid.prefix} before, "
+                f"{grid.row_end} behind each row and {grid.suffix} behind all; set the encoder's cls to false where it "
+                "has that argument, or take a projector that does not fold (MLP, Linear)"
+            )
         rows, cols = -(-grid.rows // self.side), -(-grid.cols // self.side)
         return Grid(cols, rows) if self.token_order == "col" else Grid(rows, cols)
 

@@ -33,6 +33,10 @@ class Teacher(ABC):
     def identity(self) -> str:
         """What decides its features, as text: prepared features of another teacher are refused."""
 
+    def network(self) -> Callable[[], Encoder] | None:
+        """What makes the encoder that it runs, for counting its operations; None if it computes nothing."""
+        return None
+
     def targets(self, given: Images | VisualTokens) -> VisualTokens:
         """Features of images, computed now or before; fp32 if they were prepared."""
         return VisualTokens(given.features.float(), given.grids) if isinstance(given, VisualTokens) else self(given)
@@ -57,6 +61,10 @@ class EncoderTeacher(Teacher):
         """The encoder's."""
         return self.encoder.identity()
 
+    def network(self) -> Callable[[], Encoder]:
+        """The factory."""
+        return self._factory
+
     def _prepare(self, device: torch.device) -> None:
         state = self.encoder.pretrained_state()
         if state is not None:
@@ -70,7 +78,18 @@ class EncoderTeacher(Teacher):
 
     @torch.no_grad()
     def __call__(self, images: Images) -> VisualTokens:
-        """Features of all images."""
+        """Features of all images.
+
+        Raises:
+            ValueError: for pictures of another size than the encoder's.
+        """
         if not self._ready:
             self._prepare(images.pixels.device)
+        side = self.pixels.size
+        if side and (wrong := {size for size in images.sizes if size[1] != side or size[0] % side}):
+            raise ValueError(
+                f"the teacher takes pictures of {side} × {side} pixels, and data.transform made {sorted(wrong)[:3]} "
+                "for it: take AspectGrid where the encoder takes any size, and a square transform or Tiles where it "
+                "does not"
+            )
         return self.encoder(images)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from lit_vlm.batch import Grid, Images, VisualTokens
 from lit_vlm.encoders import HFEncoder
+from lit_vlm.encoders.hf import check_one_source
 from lit_vlm.teachers.base import EncoderTeacher
 
 
@@ -25,6 +26,7 @@ class DINOv2(EncoderTeacher):
     def __init__(
         self, name: str | None = "facebook/dinov2-large", config: dict[str, Any] | None = None, side: int = 24
     ) -> None:
+        check_one_source("teacher DINOv2", name, config)
         super().__init__(partial(HFEncoder, name=name, config=config, layer=-1))
         self.side = side
         self.pixels = replace(self.pixels, resize="squash")

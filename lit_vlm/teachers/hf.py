@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from lit_vlm.encoders.hf import HFEncoder
+from lit_vlm.encoders.hf import HFEncoder, check_one_source
 from lit_vlm.teachers.base import EncoderTeacher
 
 
@@ -24,4 +24,5 @@ class HFVision(EncoderTeacher):
         config: dict[str, Any] | None = None,
         layer: int = -2,
     ) -> None:
+        check_one_source("teacher HFVision", name, config)
         super().__init__(partial(HFEncoder, name=name, config=config, layer=layer))

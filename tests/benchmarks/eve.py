@@ -17,7 +17,7 @@ from lit_vlm.data import AspectGrid
 from lit_vlm.decoders import Decoder, DivideAndConquer, HFDecoder
 from lit_vlm.decoders.divide_and_conquer import Routed
 from lit_vlm.encoders import EvePatchEmbedding
-from tests.benchmarks.measure import added_mib, ratios, show
+from tests.benchmarks.measure import PRECISION, added_mib, ratios, show
 
 WIDTH, LAYERS, LENGTH, ROWS = 512, 6, 512, 2
 CONFIG = {
@@ -46,7 +46,7 @@ def embedding() -> tuple[dict[str, float], int]:
     images = pictures(16)
 
     def run(batches: list[list[Tensor]]) -> None:
-        with torch.autocast("cpu", torch.bfloat16):
+        with PRECISION.autocast("cpu"):
             for batch in batches:
                 encoder(Images.pack(batch)).features.float().sum().backward()
         encoder.zero_grad()
@@ -85,7 +85,7 @@ def branches() -> dict[str, float]:
                 block.set_submodule(name, Both(module, mark))
 
     def step(decoder: Decoder, where: Tensor | None) -> None:
-        with torch.autocast("cpu", torch.bfloat16):
+        with PRECISION.autocast("cpu"):
             decoder(embeds, positions, visual=where).hidden.float().sum().backward()
         decoder.zero_grad()
 
@@ -138,9 +138,9 @@ def taps() -> dict[str, float]:
 def main() -> None:
     """Print the tables."""
     found, sizes = embedding()
-    title = f"patch embedding layer, forward and backward, 16 images of {sizes} sizes, width 1024, bf16"
+    title = f"patch embedding layer, forward and backward, 16 images of {sizes} sizes, width 1024, {PRECISION.name}"
     show(title, "time", found)
-    title = f"decoder step, {ROWS} rows of {LENGTH} positions, 300 of each image tokens, d {WIDTH}, bf16"
+    title = f"decoder step, {ROWS} rows of {LENGTH} positions, 300 of each image tokens, d {WIDTH}, {PRECISION.name}"
     show(title, "time", branches())
     title = f"nine hidden states of 32 layers kept, {POSITIONS} positions, d {TAPPED['hidden_size']}, fp32"
     show(title, "peak MiB of the forward pass", taps(), 0)

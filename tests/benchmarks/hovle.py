@@ -21,7 +21,7 @@ from lit_vlm.heads import HolisticDistillation, WordDistillation
 from lit_vlm.model import VLM
 from lit_vlm.projectors import PatchMerge
 from lit_vlm.teachers import EncoderTeacher
-from tests.benchmarks.measure import ratios, show
+from tests.benchmarks.measure import PRECISION, ratios, show
 
 SMALL = {
     "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
@@ -74,7 +74,7 @@ def steps() -> dict[str, float]:
     decoder = model.decoder
 
     def step(given: Batch, losses: dict[str, float]) -> None:
-        with torch.autocast("cpu", torch.bfloat16):
+        with PRECISION.autocast("cpu"):
             sum(model(given, losses).values()).backward()  # type: ignore[union-attr]
         model.zero_grad()
 
@@ -102,6 +102,7 @@ def weights() -> tuple[int, int]:
 
 def main() -> None:
     """Print the table."""
-    show("HoVLE, stage 1: forward and backward, 8 pictures of 49 tokens with 64 of text", "time", steps())
+    title = f"HoVLE, stage 1: forward and backward, 8 pictures of 49 tokens with 64 of text, {PRECISION.name}"
+    show(title, "time", steps())
     without, whole = weights()
     Console(width=130).print(f"weights on the device, 2b: {without / 1e6:,.0f}M of {whole / 1e6:,.0f}M")

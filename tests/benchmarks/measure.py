@@ -11,7 +11,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from lit_vlm.precision import choose
+
 ROUNDS = 7
+PRECISION = choose("cpu")
+"""What this machine is fast in: tables name it."""
 
 
 def ratios(functions: Mapping[str, Callable[[], None]]) -> dict[str, float]:

@@ -25,7 +25,7 @@ from lit_vlm.heads import EmbeddingDistillation, Head
 from lit_vlm.losses import contrastive_loss
 from lit_vlm.model import VLM
 from lit_vlm.teachers import EncoderTeacher, Teacher
-from tests.benchmarks.measure import added_mib, ratios, show
+from tests.benchmarks.measure import PRECISION, added_mib, ratios, show
 from tests.tiny import tiny_slots
 
 PICTURES, RANKS, ROWS = 8, 2, 4
@@ -108,19 +108,19 @@ def steps() -> dict[str, float]:
     model = small().train()
     batch, ready = batch_of(model), batch_of(model)
     teachers = teachers_of(model)
-    with torch.autocast("cpu", torch.bfloat16):
+    with PRECISION.autocast("cpu"):
         found = {name: teacher(ready.teacher_images[name]) for name, teacher in teachers.items()}
     ready.prepared = {name: tokens.to(torch.bfloat16) for name, tokens in found.items()}
 
     def step(given: Batch) -> None:
-        with torch.autocast("cpu", torch.bfloat16):
+        with PRECISION.autocast("cpu"):
             losses = model(given, LOSSES)
             sum(LOSSES[name] * value for name, value in losses.items()).backward()  # type: ignore[union-attr]
         model.zero_grad()
 
     def one_by_one() -> None:
         given = batch_of(model)
-        with torch.autocast("cpu", torch.bfloat16):
+        with PRECISION.autocast("cpu"):
             for name, teacher in teachers.items():
                 images = batch.teacher_images[name]
                 side = images.sizes[0][0]
@@ -184,7 +184,7 @@ def contrast(ranks: int) -> dict[str, float]:
 
 def main() -> None:
     """Print the tables."""
-    show(f"OLA-VLM, PT: forward and backward, {PICTURES} pictures, small parts, bf16", "time", steps())
+    show(f"OLA-VLM, PT: forward and backward, {PICTURES} pictures, small parts, {PRECISION.name}", "time", steps())
     used = {f"{ranks} ranks, {kind}": mib for ranks in (2, 6) for kind, mib in contrast(ranks).items()}
     title = f"contrastive loss, {ROWS} pictures per rank, {TARGETS:,} numbers each, two layers, fp32"
     show(title, "peak MiB on one rank", used, 0)

@@ -20,6 +20,7 @@ from lit_vlm.checkpoints import load_published
 from lit_vlm.data.collate import collate
 from lit_vlm.data.encode import Sample
 from lit_vlm.model import VLM
+from tests.benchmarks.measure import PRECISION
 from tests.tiny import collate_packed
 
 IMAGE_TOKEN = 31999
@@ -63,9 +64,9 @@ def reference_inputs(model: VLM, batch: Batch) -> dict[str, torch.Tensor]:
 
 
 def seconds(function: Callable[[], torch.Tensor], model: torch.nn.Module) -> float:
-    """One forward and backward, in bf16 autocast."""
+    """One forward and backward, in the precision that this machine is fast in."""
     start = time.perf_counter()
-    with torch.autocast("cpu", torch.bfloat16):
+    with PRECISION.autocast("cpu"):
         loss = function()
     loss.backward()
     elapsed = time.perf_counter() - start
@@ -115,7 +116,10 @@ def compare(full: bool, mixed: bool, attention: str) -> tuple[float, float, floa
 def main() -> None:
     """Print a row for each setting as soon as it is measured."""
     console = Console(width=130, highlight=False)
-    console.print("training step: tokens/s over transformers' LlavaForConditionalGeneration, same weights and samples")
+    console.print(
+        f"training step in {PRECISION.name}: tokens/s over transformers' LlavaForConditionalGeneration, same weights "
+        "and samples"
+    )
     for attention, full, mixed in product(("sdpa", "eager"), (False, True), (False, True)):
         unpacked, packed, padding = compare(full, mixed, attention)
         trains = "projector and decoder" if full else "projector only"

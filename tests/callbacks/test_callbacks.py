@@ -11,7 +11,8 @@ import torch
 from mlflow import MlflowClient
 
 from callbacks import Checkpoint, FreezeGuard, GradientMonitor, HeldOut, Predictions, Throughput
-from callbacks.throughput import step_flops
+from callbacks.throughput import peak_of
+from lit_vlm.batch import VisualTokens
 from lit_vlm.data import ChatML, Shapes, SquareCrop, VLMData
 from lit_vlm.data.collate import collate
 from lit_vlm.decoders import HFDecoder
@@ -23,7 +24,7 @@ from lit_vlm.stage import Stage
 from lit_vlm.tasks import evaluate_held_out
 from lit_vlm.tasks.held_out import held_out_records
 from lit_vlm.tracking import MLflow
-from tests.tiny import CLIP, LLAMA, batch_of, tiny_vlm
+from tests.tiny import CLIP, LLAMA
 
 
 def lit(**changes) -> LitVLM:
@@ -130,19 +131,50 @@ def test_throughput_counts_tokens_without_padding(tmp_path: Path) -> None:
     assert 0 < metrics["throughput/mfu"] < 1
 
 
-def test_model_flops_leave_out_what_frozen_parts_do_not_do() -> None:
-    model = tiny_vlm()
-    batch = batch_of(model)
-    model.requires_grad_(False)
-    forward = step_flops(model, batch)
-    model.projector.requires_grad_(True)
-    aligned = step_flops(model, batch)
-    model.decoder.requires_grad_(True)
-    tuned = step_flops(model, batch)
-    model.encoder.requires_grad_(True)
-    full = step_flops(model, batch)
-    assert forward < aligned < tuned < full
-    assert full == pytest.approx(3 * forward, rel=0.1)
+@pytest.mark.parametrize(
+    ("device", "tflops"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A100 80GB PCIe", 312),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA H200", 989),
+        ("NVIDIA H20", 148),
+        ("NVIDIA B200", 2250),
+        ("NVIDIA L4", 121),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA GeForce RTX 4090", 165),
+        ("NVIDIA RTX 6000 Ada Generation", 364),
+        ("Tesla V100-SXM2-32GB", 125),
+        ("Tesla T4", 65),
+        ("AMD Instinct MI300X OAM", 1307),
+        ("NVIDIA H100 80GB HBM3 MIG 3g.40gb", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA A1000", None),
+    ],
+)
+def test_the_peak_of_a_device_goes_by_its_exact_name(device: str, tflops: float | None) -> None:
+    assert peak_of(device) == (tflops and tflops * 1e12)
+
+
+class Undecided(MLP):
+    """Looks at values, which the meta device has none of."""
+
+    def forward(self, tokens: VisualTokens) -> VisualTokens:
+        return super().forward(tokens) if tokens.features.sum() < 1e9 else tokens
+
+
+def test_what_cannot_be_counted_leaves_mfu_out_and_training_goes_on(tmp_path: Path, caplog) -> None:
+    module = lit()
+    module.slots.projector = Undecided
+    run = trainer(tmp_path, Throughput(peak=1e12))
+    with caplog.at_level(logging.WARNING):
+        run.fit(module, data())
+    assert run.global_step == 4
+    assert "throughput/mfu is left out: a part does not run on the meta device" in caplog.text
+    assert "throughput/mfu" not in run.callback_metrics
+    assert run.callback_metrics["throughput/tokens_per_s"] > 0
 
 
 def test_held_out_scores_and_pictures(tmp_path: Path) -> None:

@@ -153,6 +153,20 @@ def test_what_was_trained_comes_back_from_the_exported_folder(family: str, tmp_p
         module.export(model, tmp_path / "out")
 
 
+@pytest.mark.parametrize("part", ["local_attention", "global_attention"])
+def test_an_eve_without_one_of_its_attentions_says_so(part: str, tmp_path: Path) -> None:
+    state = random_state(published_keys())
+    begins = (f"model.vision_tower.{part}.", "model.vision_tower.class_embedding")
+    lost = {key: value for key, value in state.items() if not key.startswith(begins[: 1 + (part[0] == "g")])}
+    with pytest.raises(ValueError, match=rf"missing: .*\(model.vision_tower.{part}.q.0.weight\)"):
+        load_published("eve", lost, CONFIG)
+    del state["model.vision_tower.class_embedding"]
+    with pytest.raises(ValueError, match=r"missing: class_embedding \(model.vision_tower.class_embedding\)"):
+        load_published("eve", state, CONFIG)
+    model = model_of(V1 | {"encoder": partial(V1["encoder"], **{part: False}), "heads": {}})
+    assert eve.export(model, tmp_path / "out") <= 1e-5
+
+
 def eve_keys(folder: Path) -> set[str]:
     from lit_vlm.checkpoints.safetensors import read_folder
 

@@ -92,6 +92,13 @@ def test_what_the_model_does_not_have_is_refused(changes: dict[str, Any], messag
         load_published("hovle", FULL["state_dict"], config)
 
 
+def test_special_tokens_are_the_reason_and_not_their_key() -> None:
+    state = FULL["state_dict"] | {"embedding_model.special_text_embeddings.weight": torch.zeros(1, 64)}
+    config = {"embedding_config": TOY | {"special_token_maps": {"<quad>": 1}}, "llm_config": FULL["llm_config"]}
+    with pytest.raises(ValueError, match="read as hovle: config.json: special_token_maps is {'<quad>': 1}"):
+        load_published("hovle", state, config)
+
+
 def test_a_setting_that_is_absent_is_named() -> None:
     short = {key: value for key, value in TOY.items() if key != "num_key_value_heads"}
     for config, message in (

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from lit_vlm.build import build
 from lit_vlm.checkpoints import load_published
@@ -22,17 +25,8 @@ from lit_vlm.model import VLM
 from lit_vlm.part import meta_parameters
 from lit_vlm.projectors import MLP
 from tests.heads.test_embedding_distillation import FIXTURE, Fixed
-from tests.tiny import tiny_decoder, tiny_slots
+from tests.tiny import PHI3, tiny_decoder, tiny_slots
 
-PHI3 = {
-    "model_type": "phi3",
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "pad_token_id": 0,
-}
 SPLICE = partial(Splice, task_tokens={"gen": 2, "depth": 2, "seg": 2}, pooled_from={"depth": 4, "seg": 4})
 HEADS = {
     "gen": partial(EmbeddingDistillation, teacher=Fixed, layers=[1, 3], tokens="gen", queries="states", num_targets=1),
@@ -134,6 +128,60 @@ def test_a_whole_vision_tower_is_cut_to_the_layer_that_is_read(tmp_path: Path) -
     save_file(state, file)
     loaded = load_published("ola_vlm", tmp_path / "out")
     assert loaded.encoder.state_dict().keys() == model.encoder.state_dict().keys()
+
+
+def test_the_published_convnext_has_a_norm_that_nothing_reads(tmp_path: Path) -> None:
+    # Fact: 378 tensors of 843,398,016 numbers, the trunk of CLIP's ConvNeXt-XXL without its classifier.
+    prefix = "model.vision_tower.vision_tower."
+    with meta_parameters():
+        trunk = timm.create_model("convnext_xxlarge.clip_laion2b_soup", num_classes=0).state_dict()
+        encoder = TimmEncoder("convnext_xxlarge.clip_laion2b_soup", None, image_size=768)
+    assert (len(trunk), sum(value.numel() for value in trunk.values())) == (378, 843_398_016)
+    slots = NAMES.slots_of({f"{prefix}{key}": value for key, value in trunk.items()}, {})
+    own = {name: value.shape for name, value in encoder.state_dict().items()}
+    assert {name: value.shape for name, value in slots["encoder"].items()} == own
+    model = model_of("llama", heads=False, convolutional=True)
+    export(model, tmp_path / "out")
+    file = tmp_path / "out" / "model.safetensors"
+    save_file(load_file(file) | {f"{prefix}head.norm.{kind}": torch.ones(320) for kind in ("weight", "bias")}, file)
+    loaded = load_published("ola_vlm", tmp_path / "out")
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in loaded.state_dict().items())
+
+
+def without_depth(state: dict[str, Tensor], config: dict[str, Any]) -> None:
+    del state["model.special_depth_tokens"]
+
+
+def without_a_block(state: dict[str, Tensor], config: dict[str, Any]) -> None:
+    for key in [key for key in state if "vision_model.encoder.layers.1." in key]:
+        del state[key]
+
+
+def with_fewer_parameters(state: dict[str, Tensor], config: dict[str, Any]) -> None:
+    state["model.special_seg_tokens"] = state["model.special_seg_tokens"][:2]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (without_depth, "there is no model.special_depth_tokens, and aux_mode is gen-depth-seg"),
+        (lambda _s, c: c.update(aux_mode="gen-seg"), "there is model.special_depth_tokens, and aux_mode is gen-seg"),
+        (lambda _s, c: c.pop("aux_mode"), "'aux_mode', which it needs"),
+        (lambda _s, c: c.update(aux_mode="gen-pose"), r"aux_mode names \['pose'\]"),
+        (lambda _s, c: c.update(num_task_tokens=0), "model.special_.*_tokens.*does not say how many: num_task_tokens"),
+        (lambda _s, c: c.update(num_task_tokens=4), r"model.special_gen_tokens is \(2, 64\), not of num_task_tokens 4"),
+        (lambda _s, c: c.update(task_token_format="emb"), "task_token_format is 'emb', and only expand_emb"),
+        (with_fewer_parameters, r"model.special_seg_tokens is \(2, 64\), not of image_seg.num_tokens 4"),
+        (without_a_block, r"no 'model.vision_tower.*encoder.layers.1.': config.json asks for 2 blocks"),
+    ],
+)
+def test_groups_of_weights_do_not_come_and_go_in_silence(change: Any, message: str, tmp_path: Path) -> None:
+    export(model_of("llama", heads=False), tmp_path / "out")
+    state = load_file(tmp_path / "out" / "model.safetensors")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    change(state, config)
+    with pytest.raises(ValueError, match=message):
+        load_published("ola_vlm", state, config)
 
 
 def test_keys_that_belong_nowhere_and_models_of_another_form_are_refused(tmp_path: Path) -> None:

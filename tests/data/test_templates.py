@@ -387,7 +387,7 @@ def test_a_mark_in_an_answer_is_a_token_only_where_the_template_says_so(bytes_sp
         (Llama3(), ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"], "<|eot_id|>"),
         (Phi3(), ["<|system|>", "<|end|>", "<|user|>", "<|assistant|>"], "<|end|>"),
     ],
-    ids=str,
+    ids=["plain", "plain-eos", "plain-open", "vicuna", "chatml", "llama3", "phi3"],
 )
 def test_what_a_template_needs_of_a_tokenizer(template: Template, marks: list[str], end: str) -> None:
     assert template.marks(EOS) == marks

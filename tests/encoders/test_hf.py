@@ -250,10 +250,20 @@ def test_tiles_with_a_class_token_are_refused() -> None:
         encoder(Images.pack([torch.zeros(3, 56, 28, dtype=torch.uint8)]))
 
 
-def test_weights_that_are_not_there_are_an_error(tmp_path: Path) -> None:
-    tiny("dinov2", tmp_path / "whole").save_pretrained(tmp_path)
-    state = load_file(tmp_path / "model.safetensors")
-    state.pop("embeddings.cls_token")
-    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"has no weights for embeddings\.cls_token"):
-        HFEncoder(name=str(tmp_path)).pretrained_state()
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_weights_that_are_not_there_or_of_another_shape_are_an_error(model_type: str, tmp_path: Path) -> None:
+    tiny(model_type, tmp_path)
+    encoder, file = HFEncoder(name=str(tmp_path)), tmp_path / "model.safetensors"
+    whole = load_file(file)
+    # The position table is in all of them, under names that differ; text models have none.
+    (key,) = (key for key in whole if key.endswith(("position_embeddings", "position_embedding.weight")))
+    save_file({name: value for name, value in whole.items() if name != key}, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"has no weights for \S*position_embedding\S* \(missing\) of "):
+        encoder.pretrained_state()
+    other = torch.cat([whole[key], whole[key]], dim=-1)
+    save_file(whole | {key: other}, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"has no weights for \S*position_embedding\S* \(\(.*32\) instead of "):
+        encoder.pretrained_state()
+    file.write_bytes(file.read_bytes()[:2000])
+    with pytest.raises(ValueError, match=f"a weight file of {tmp_path} cannot be read: "):
+        encoder.pretrained_state()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from transformers import (
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
@@ -109,18 +111,9 @@ def test_segmentation_is_seen_larger_and_brought_back() -> None:
     assert not torch.allclose(plain(images).features, expected.reshape(8, -1), atol=1e-3)
 
 
-def test_published_weights_are_read_from_the_whole_models(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    depth = DepthAnythingForDepthEstimation(
-        DepthAnythingConfig(
-            backbone_config=Dinov2Config(**DINO, reshape_hidden_states=False),
-            reassemble_hidden_size=32,
-            neck_hidden_sizes=[8, 8, 8, 8],
-            fusion_hidden_size=8,
-        )
-    )
-    depth.save_pretrained(tmp_path / "depth")
-    seg = OneFormerModel(
+def oneformer() -> OneFormerModel:
+    """A tiny one with random weights."""
+    return OneFormerModel(
         OneFormerConfig(
             backbone_config=SwinConfig(**{**SWIN, "out_features": ["stage1", "stage2", "stage3", "stage4"]}),
             hidden_dim=32,
@@ -137,6 +130,20 @@ def test_published_weights_are_read_from_the_whole_models(tmp_path: Path) -> Non
             num_attention_heads=2,
         )
     )
+
+
+def test_published_weights_are_read_from_the_whole_models(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    depth = DepthAnythingForDepthEstimation(
+        DepthAnythingConfig(
+            backbone_config=Dinov2Config(**DINO, reshape_hidden_states=False),
+            reassemble_hidden_size=32,
+            neck_hidden_sizes=[8, 8, 8, 8],
+            fusion_hidden_size=8,
+        )
+    )
+    depth.save_pretrained(tmp_path / "depth")
+    seg = oneformer()
     seg.save_pretrained(tmp_path / "seg")
     gen = CLIPVisionModelWithProjection(CLIPVisionConfig(**VIT))
     gen.save_pretrained(tmp_path / "gen" / "image_encoder")
@@ -150,6 +157,47 @@ def test_published_weights_are_read_from_the_whole_models(tmp_path: Path) -> Non
         load_state(encoder, state, "encoder")
         theirs = whole.state_dict()
         assert all(torch.equal(value, theirs[name]) for name, value in encoder.backbone.state_dict().items())
+
+
+def published_oneformer(folder: Path) -> OneFormerModel:
+    """A OneFormer under the names of its time: without `swin.`, and without the norm that transformers 5 adds."""
+    model = oneformer()
+    torch.nn.init.normal_(model.pixel_level_module.encoder.swin.layernorm.weight)
+    model.save_pretrained(folder)
+    state = load_file(folder / "model.safetensors")
+    names = {key: f"model.{key.replace('.encoder.swin.', '.encoder.')}" for key in state}
+    old = {name: state[key] for key, name in names.items() if ".encoder.layernorm." not in name}
+    assert len(old) == len(state) - 2
+    save_file(old, folder / "model.safetensors", metadata={"format": "pt"})
+    return model
+
+
+def test_oneformer_as_published_lacks_a_norm_that_its_features_do_not_pass(tmp_path: Path) -> None:
+    whole = published_oneformer(tmp_path).eval()
+    teacher = EncoderTeacher(partial(OneFormerSwin, str(tmp_path), None, 64, None))
+    images = pictures(teacher.encoder)
+    found = teacher(images).features
+    pixels = teacher.encoder.normalise(images.pixels.view(2, 3, 64, 64), torch.float32)
+    (expected,) = whole.pixel_level_module.encoder(pixels).feature_maps[-1:]
+    torch.testing.assert_close(found, expected.flatten(2).transpose(1, 2).flatten(0, 1))
+    state = load_file(tmp_path / "model.safetensors")
+    key = next(key for key in state if key.endswith("hidden_states_norms.stage4.weight"))
+    del state[key]
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"no weights for pixel_level_module\.encoder\.\S*stage4\.weight \(missing\)"):
+        OneFormerSwin(str(tmp_path), None, 64).pretrained_state()
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_what_a_class_lets_be_absent_changes_no_feature(name: str) -> None:
+    encoder = MADE[name]().eval()
+    patterns = getattr(encoder.backbone, "_keys_to_ignore_on_load_missing", None) or ()
+    before = encoder(pictures(encoder)).features
+    for key, parameter in encoder.backbone.named_parameters():
+        if any(re.search(pattern, key) for pattern in patterns):
+            parameter.data += 1
+    assert torch.equal(encoder(pictures(encoder)).features, before)
+    assert bool(patterns) == (name == "seg")
 
 
 def test_position_embeddings_are_resized_in_dinov2s_own_way(tmp_path: Path) -> None:

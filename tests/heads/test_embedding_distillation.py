@@ -14,13 +14,14 @@ from lit_vlm.batch import Batch, Grid, Images, PixelSpec, VisualTokens
 from lit_vlm.checkpoints.ola_vlm import own_predictor_key
 from lit_vlm.data.collate import make_rows
 from lit_vlm.data.encode import Sample
+from lit_vlm.decoders import HFDecoder
 from lit_vlm.embedders import Splice
 from lit_vlm.heads import EmbeddingDistillation
 from lit_vlm.heads.perceiver import Perceiver
 from lit_vlm.losses import contrastive_loss, smooth_l1_distance
 from lit_vlm.model import VLM
 from lit_vlm.teachers import Teacher
-from tests.tiny import ROOT, tiny_slots, tiny_vlm
+from tests.tiny import LLAMA, PHI3, ROOT, tiny_slots, tiny_vlm
 
 FIXTURE = torch.load(ROOT / "tests" / "fixtures" / "ola_vlm.pt", weights_only=True)
 RESAMPLERS, HEADS, LOSSES = FIXTURE["A_resamplers"], FIXTURE["B_heads"], FIXTURE["C_losses"]
@@ -270,6 +271,40 @@ def test_read_padding_makes_a_prediction_depend_on_the_other_rows() -> None:
     with torch.no_grad():
         first, second = (head_of(model).predict(states_of(model, batch), batch) for batch in (alone, beside))
         torch.testing.assert_close(first, second, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("decoder", [LLAMA, PHI3], ids=["llama", "phi3"])
+@pytest.mark.parametrize("queries", ["parameters", "states"])
+def test_read_padding_reads_the_zeros_that_flash_attention_leaves(queries: str, decoder: dict[str, Any]) -> None:
+    # Published: embeddings of padding are zeros, and flash attention hands on zeros there. So are all states, as no
+    # layer of these decoders has a bias behind its attention.
+    tokens = "gen" if queries == "states" else "depth"
+    model = tiny_vlm(
+        decoder=partial(HFDecoder, config=decoder, tokenizer="bytes"),
+        embedder=partial(Splice, task_tokens=TOKENS, pooled_from={"depth": 12}),
+        heads={"depth": head_with(queries=queries, tokens=tokens, read_padding=True)},
+    )
+    zeros = torch.zeros(1, 1, model.decoder.width)
+    for block in model.decoder.blocks():
+        assert not block.self_attn.o_proj(torch.zeros(1, 1, block.self_attn.o_proj.in_features)).any()
+        assert not block.mlp(block.post_attention_layernorm(zeros)).any()
+    head, batch = head_of(model), batch_with(model, [[[3, 4]], [[6, 30]]])
+    suffix = sum(TOKENS.values())
+    place = model.embedder.task_tokens[tokens]
+    with torch.no_grad():
+        states = states_of(model, batch)
+        found = head.predict(states, batch)
+        for row, before in enumerate([3, 6]):
+            end = before + 16 + suffix  # of the image's tokens and the task tokens
+            own = slice(end - suffix + place.start, end - suffix + place.stop)
+            real = batch.segment_ids[row] != 0
+            padding = zeros.expand(1, int((~real).sum()), -1)
+            assert bool(padding.numel()) == (row == 0)
+            for layer, predictor, given in zip(head.layers, head.predictors, found[:, row], strict=True):
+                hidden = states[layer][row, real][None]
+                read = torch.cat([hidden[:, : end - suffix], hidden[:, own], hidden[:, end:], padding], dim=1)
+                asked = states[tokens][None] if queries == "parameters" else hidden[:, own].mean(1, keepdim=True)
+                torch.testing.assert_close(given, predictor(read, asked)[0], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -1,0 +1,69 @@
+"""Running the blocks of a transformers model, with the borders of packed rows where its layers need them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def run_blocks(
+    stack: Any,
+    attention: str,
+    embeds: Tensor,
+    position_ids: Tensor,
+    cache: Any,
+    attention_mask: Tensor | None,
+    carries: bool = False,
+) -> Tensor:
+    """The last states `[b, s, d]` of a transformers model without head; arguments as in `Decoder.forward`.
+
+    transformers keeps segments apart by itself where positions restart and no mask is given. Its flash attention does
+    so for a single row, so there the rows are joined into one. Layers that carry a state along the row must be told
+    where segments begin; transformers raises a ValueError where their kernels cannot keep segments apart.
+
+    Args:
+        stack: the model.
+        attention: which implementation.
+        embeds: `[b, s, d]`.
+        position_ids: `[b, s]`.
+        cache: keys and values while decoding.
+        attention_mask: `[b, past + s]`; only with a cache.
+        carries: whether it has layers that carry a state along the row.
+    """
+    shape = embeds.shape
+    borders = _borders(position_ids) if carries else {}
+    if borders or (attention.startswith("flash") and cache is None):
+        embeds, position_ids = embeds.reshape(1, -1, shape[-1]), position_ids.reshape(1, -1)
+    output = stack(
+        inputs_embeds=embeds,
+        position_ids=position_ids,
+        attention_mask=attention_mask,
+        past_key_values=cache,
+        use_cache=cache is not None,
+        **borders,
+    )
+    return output.last_hidden_state.view(shape)
+
+
+def _borders(position_ids: Tensor) -> dict[str, Any]:
+    """Where segments begin in rows that are joined into one, as transformers' layers take it; {} for whole rows.
+
+    The host waits for the positions here, which only happens for decoders with recurrent layers.
+    """
+    starts = (position_ids.flatten() == 0).nonzero().flatten().tolist()
+    if len(starts) <= len(position_ids):
+        return {}
+    ends = torch.tensor([*starts[1:], position_ids.numel()])
+    lengths = ends - torch.tensor(starts)
+    number = torch.arange(len(starts), dtype=torch.int32).repeat_interleave(lengths)
+    sums = torch.tensor([*starts, position_ids.numel()], dtype=torch.int32).to(position_ids.device)
+    longest = int(lengths.max())
+    return {
+        "cu_seq_lens_q": sums,
+        "cu_seq_lens_k": sums,
+        "max_length_q": longest,
+        "max_length_k": longest,
+        "seq_idx": number[None].to(position_ids.device),
+    }

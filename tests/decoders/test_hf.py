@@ -1,0 +1,63 @@
+"""HFDecoder: what of published files it insists on."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lit_vlm.build import build
+from lit_vlm.decoders import DivideAndConquer, HFDecoder, Lora
+from tests.tiny import LLAMA, tiny_slots
+
+
+def written(folder: Path, tied: bool = False) -> Path:
+    """A tiny Llama as transformers writes it; its weight file."""
+    torch.manual_seed(0)
+    settings = LLAMA | {"vocab_size": 300, "tie_word_embeddings": tied}
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings)).save_pretrained(folder)
+    return folder / "model.safetensors"
+
+
+FORMS = {
+    "plain": HFDecoder,
+    "lora": partial(HFDecoder, lora=Lora(rank=2)),
+    "split": DivideAndConquer,
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("key", ["lm_head.weight", "model.layers.1.self_attn.q_proj.weight", "model.norm.weight"])
+def test_a_weight_that_the_files_lack_is_named_and_never_random(form: str, key: str, tmp_path: Path) -> None:
+    file = written(tmp_path)
+    state = load_file(file)
+    lost = state.pop(key)
+    save_file(state, file, metadata={"format": "pt"})
+    slots = tiny_slots(decoder=partial(FORMS[form], name=str(tmp_path), tokenizer="bytes"))
+    with pytest.raises(ValueError, match=rf"decoder.name {tmp_path} has no weights for {key} \(missing\)"):
+        build(slots)
+    save_file(state | {key: torch.cat([lost, lost])}, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"has no weights for {key} \(\({2 * len(lost)}.*\) instead of "):
+        build(slots)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_tied_output_layer_need_not_be_in_the_files(form: str, tmp_path: Path) -> None:
+    file = written(tmp_path, tied=True)
+    assert "lm_head.weight" not in load_file(file)
+    decoder = build(tiny_slots(decoder=partial(FORMS[form], name=str(tmp_path), tokenizer="bytes"))).decoder
+    words = load_file(file)["model.embed_tokens.weight"]
+    assert torch.equal(decoder.logits(torch.eye(64)), words.T)
+
+
+@pytest.mark.parametrize("form", ["lora", "split"])
+def test_weights_that_no_part_of_the_decoder_takes_are_refused(form: str, tmp_path: Path) -> None:
+    written(tmp_path)
+    decoder = FORMS[form](name=str(tmp_path), tokenizer="bytes")
+    plain = HFDecoder(name=str(tmp_path), tokenizer="bytes").state_dict()
+    assert decoder.adapt_state(plain).keys() == decoder.state_dict().keys()
+    assert "lm.model.surprise" in decoder.adapt_state(plain | {"lm.model.surprise": torch.zeros(1)})
