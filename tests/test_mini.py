@@ -98,7 +98,7 @@ def test_a_run_scores_every_kind_of_question(cache: Path, tmp_path: Path) -> Non
     )
     assert result.returncode == 0, result.stderr[-3000:]
     scores = json.loads((tmp_path / "out" / "2_sft" / "held_out.json").read_text())
-    assert scores.keys() == {"before", "after", "shuffled"}
+    assert scores.keys() == {"before", "after", "shuffled", "precision"}
     for found in scores.values():
         assert found["num_records"] == 20
         parts = found["by_source"]
