@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_vlm.batch import ENCODER, Batch, VisualTokens
-from lit_vlm.decoders import AbsentDecoder, Decoder, DecoderOutput, check_cache, check_order
+from lit_vlm.decoders import Decoder, DecoderOutput, check_cache, check_order
 from lit_vlm.embedders import Embedder
 from lit_vlm.encoders import Encoder
 from lit_vlm.heads import WORDS, Head, Tap
@@ -151,8 +151,7 @@ class VLM(nn.Module):
 
     def check_order(self, packed: bool, device: torch.device) -> None:
         """See that the decoder's tokens see what they may, and nothing else (`decoders.check_order`)."""
-        if not isinstance(self.decoder, AbsentDecoder):
-            check_order(self.decoder, packed, device)
+        check_order(self.decoder, packed, device)
 
     def check_cache(self) -> None:
         """See that the decoder goes on from a cache as it should (`decoders.check_cache`)."""

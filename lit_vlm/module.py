@@ -29,7 +29,7 @@ from lit_vlm.generate import generate
 from lit_vlm.heads import Head
 from lit_vlm.model import NEXT_TOKEN, VLM
 from lit_vlm.projectors import Projector
-from lit_vlm.sharding import FSDP2, shard
+from lit_vlm.sharding import FSDP2, reshard, shard
 from lit_vlm.stage import Stage
 
 log = logging.getLogger(__name__)
@@ -159,11 +159,7 @@ class LitVLM(LightningModule):
         Lightning calls this when the model is on its device and before any callback begins, so a decoder that mixes up
         the samples of a row is refused here (`decoders.check_order`).
         """
-        data = getattr(self.trainer, "datamodule", None)
-        with self.autocast():
-            self.vlm.check_order(packed=False, device=self.device)
-            if isinstance(data, VLMData) and data.batching.packs:
-                self.vlm.check_order(packed=True, device=self.device)
+        self._check_decoder()
         optimizer = self.stage.make_optimizer(self.vlm)
         steps = self.trainer.estimated_stepping_batches
         if math.isinf(steps):
@@ -171,6 +167,17 @@ class LitVLM(LightningModule):
         self._warn(self.stage.schedule_remark(int(steps)))
         scheduler = self.stage.scheduler(optimizer, int(steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _check_decoder(self) -> None:
+        """Ask the decoder what its tokens see; a stage without it has nothing to ask."""
+        if self.stage.leave_out:
+            return
+        data = getattr(self.trainer, "datamodule", None)
+        with self.autocast():
+            self.vlm.check_order(packed=False, device=self.device)
+            if isinstance(data, VLMData) and data.batching.packs:
+                self.vlm.check_order(packed=True, device=self.device)
+        reshard(self.vlm)  # or the optimizer would take what the root of the shards has gathered
 
     # ------------------------------------------------------------------ training
 
