@@ -46,8 +46,10 @@ class Evaluate(L.Callback):
         self._last = -1
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Read the files now, so that a missing one does not stop a run in its middle."""
+        """Read the files now, so that a missing one, or a decoder that cannot be asked, stops no run in its middle."""
+        assert isinstance(pl_module, LitVLM)
         Prompts(self.task, self.settings.prompt)
+        pl_module.vlm.new_cache()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from lit_vlm.batch import Batch
 from lit_vlm.module import LitVLM
+from lit_vlm.precision import SCALED
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +30,8 @@ class GradientMonitor(L.Callback):
     """Logs `grad_norm/SLOT` and `grad_norm/total`; stops on a non-finite gradient and names the samples of that step.
 
     A step is judged when the next one ends, or before a checkpoint is written: asking at once would make the host wait
-    for the device in every step. Once, it warns of parameters that train but get no gradient.
+    for the device in every step. In fp16 a gradient that overflows ends nothing, as scaling leaves that step out, but a
+    loss that is no number does. Once, it warns of parameters that train but get no gradient.
     """
 
     def __init__(self) -> None:
@@ -54,7 +56,7 @@ class GradientMonitor(L.Callback):
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         """Norms, before clipping."""
         assert isinstance(pl_module, LitVLM)
-        self._judge()
+        self._judge(trainer)
         if not self._warned:
             self._warn(pl_module)
         norms = {}
@@ -70,17 +72,19 @@ class GradientMonitor(L.Callback):
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Never save weights that a broken step has touched."""
-        self._judge()
+        self._judge(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Judge the last step."""
-        self._judge()
+        self._judge(trainer)
 
-    def _judge(self) -> None:
+    def _judge(self, trainer: L.Trainer) -> None:
         pending, self._pending = self._pending, None
         if pending is None or bool(torch.isfinite(pending.norm)):
             return
         broken = [ids for loss, ids in pending.batches if not bool(torch.isfinite(loss))]
+        if not broken and str(trainer.precision) == SCALED:
+            return
         names = [name for ids in broken or [ids for _, ids in pending.batches] for name in ids]
         kind = "loss" if broken else "gradient (the losses were finite)"
         raise ValueError(

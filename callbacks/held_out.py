@@ -64,7 +64,9 @@ class HeldOut(L.Callback):
         self._records = self._records or held_out_records(module, data, self.limit)
         if not self._records:
             raise ValueError("callbacks.HeldOut scores the questions of data.val, and there is no usable one")
-        records = shuffle_images(self._records) if when == "shuffled" else self._records
+        records = shuffle_images(module, data, self._records) if when == "shuffled" else self._records
+        if not records:
+            return
         start = time.perf_counter()
         title = f"scoring held-out questions, {when}"
         scores = evaluate_held_out(module, data, records, self.batch_size, self.max_new_tokens, title)

@@ -31,6 +31,11 @@ class Predictions(L.Callback):
         self._records: list[Record] = []
         self._last = -1
 
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Refuse a decoder that cannot be asked now, and not when a stage is done."""
+        assert isinstance(pl_module, LitVLM)
+        pl_module.vlm.new_cache()
+
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:

@@ -21,6 +21,8 @@ from lit_vlm.sharding import FSDP2  # noqa: F401 - a class name for recipes
 from lit_vlm.tracking import MLflow, RunRecord
 from lit_vlm.trainer import Trainer
 
+WORDS = ("last", "best", "hpc")
+"""What Lightning takes for `--ckpt_path` besides paths: checkpoints of the run's own folder."""
 DEFAULT_CALLBACKS = ("callbacks.FreezeGuard", "callbacks.GradientMonitor", "callbacks.Sources", "callbacks.Throughput")
 
 
@@ -67,7 +69,8 @@ class LitVLMCLI(LightningCLI):
         if self.subcommand == "fit":
             _refuse_other_run(Path(config.trainer.default_root_dir), config.get("ckpt_path"))
         if config.trainer.precision == AUTO and config.get("ckpt_path"):
-            config.trainer.precision = _precision_of(config.ckpt_path)
+            folder = Path(config.trainer.default_root_dir)
+            config.trainer.precision = _precision_of(folder if config.ckpt_path in WORDS else config.ckpt_path)
 
     def instantiate_classes(self) -> None:
         """Tell the trackers which run this is, before Lightning opens one, and write down which precision it has."""
@@ -107,15 +110,16 @@ def _refuse_other_run(folder: Path, checkpoint: str | None) -> None:
         ValueError: when the folder holds a run that has saved something, and this is not that run going on.
     """
     found = checkpoints_in(folder)
-    own = checkpoint is not None and Path(checkpoint).resolve().is_relative_to(folder.resolve())
-    if found and not own:
+    own = checkpoint in WORDS or (checkpoint and Path(checkpoint).resolve().is_relative_to(folder.resolve()))
+    # A job that SLURM has requeued goes on from what Lightning saved when the job was taken away.
+    if found and not own and not any(folder.glob("hpc_ckpt_*.ckpt")):
         raise ValueError(
             f"{folder} holds a run already, whose newest checkpoint is {found[-1].name}: go on with it by --ckpt_path "
             f"{folder}, or name another folder by --trainer.default_root_dir"
         )
 
 
-def _precision_of(checkpoint: str) -> str:
+def _precision_of(checkpoint: str | Path) -> str:
     """The precision of the run that a checkpoint belongs to: a run goes on in the one that it began in."""
     config = yaml.safe_load((run_folder(checkpoint) / "config.yaml").read_text(encoding="utf-8"))
-    return str(config["trainer"]["precision"])
+    return str(config["trainer"].get("precision") or "32-true")  # Lightning's default, in runs of before

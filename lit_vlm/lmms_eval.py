@@ -57,7 +57,7 @@ class LmmsEvalModel(lmms):
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ValueError("lit_vlm answers lmms-eval in one process: start it without torchrun or accelerate")
         place = pick_device(device)
-        self.run = load_run(checkpoint, place, choose(torch.device(place).type).dtype)
+        self.run = load_run(checkpoint, place, choose(torch.device(place).type, scaled=False).dtype)
         self.rows = int(batch_size)
         length = int(max_length or self.run.format.max_length)
         self.reader = Reader(self.run.module, replace(self.run.format, max_length=length))

@@ -1,7 +1,8 @@
 """One run of MLflow, reported to whenever its store can be reached: reporting never ends the work it reports on.
 
-What cannot be sent is kept in `mlflow_unsent.jsonl` of the run's folder, tried again after a while and at the end, and
-sent by `lit-vlm sync FOLDER` or by whoever goes on with the run.
+What cannot be sent is kept in a file `mlflow_unsent-KEY.jsonl` of the run's folder, whose first line says whose reports
+they are. It is tried again after a while and at the end, and sent by `lit-vlm sync FOLDER` or by whoever goes on with
+the run.
 """
 
 from __future__ import annotations
@@ -9,24 +10,26 @@ from __future__ import annotations
 import json
 import logging
 import os
-import sqlite3
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from lit_vlm.mlflow_store import (
+    absolute_uri,
+    experiment_id,
+    first_line,
+    has_run,
+    may_pass,
+    opened,
+    read_lines,
+    write_lines,
+)
 
-from lit_vlm.pretrained import cache_dir
-
-DEFAULT_URI = "sqlite:///mlflow.db"
 PARENT_RUN = "LIT_VLM_PARENT_RUN"
 """Environment variable: the MLflow run that `lit-vlm run` opened for all stages."""
-RUN_FILE, UNSENT = "mlflow.json", "mlflow_unsent.jsonl"
-SQLITE = "sqlite:///"
-TRANSIENT = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED")
-"""Error codes of MLflow that may be gone later; the others refuse what was sent."""
+RUN_FILE, UNSENT = "mlflow.json", "mlflow_unsent-{}.jsonl"
 FIRST_WAIT, LONGEST_WAIT = 30.0, 600.0
 """Seconds before a store that did not answer is asked again; the wait doubles."""
 QUICK = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
@@ -34,11 +37,6 @@ QUICK = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": 
 MOST_PARAMS, MOST_LETTERS = 100, 5000
 
 log = logging.getLogger(__name__)
-
-
-def default_uri(uri: str | None = None) -> str:
-    """The given URI, or `MLFLOW_TRACKING_URI`, or mlflow.db in the current folder."""
-    return uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
 
 
 def safe_name(text: str) -> str:
@@ -58,13 +56,6 @@ def safe_names(values: Mapping[str, Any]) -> dict[str, Any]:
     return safe
 
 
-def absolute_uri(uri: str) -> str:
-    """The same store from any working folder: a relative SQLite file by its whole path."""
-    if not uri.startswith(SQLITE) or uri.startswith(f"{SQLITE}/"):
-        return uri
-    return f"{SQLITE}{Path(uri.removeprefix(SQLITE)).absolute()}"
-
-
 class MLflowRun:
     """A run that is opened when something is first sent.
 
@@ -73,8 +64,9 @@ class MLflowRun:
         experiment: its name; it is made if there is none.
         name: of a new run.
         tags: of a new run.
-        folder: where `mlflow.json` and what could not be sent are kept; None keeps the latter in memory only.
+        folder: where what could not be sent is kept; None keeps it in memory only.
         run_id: go on with this run, if the store still has it.
+        key: names the file of what could not be sent; a new one by default.
     """
 
     def __init__(
@@ -85,36 +77,56 @@ class MLflowRun:
         tags: Mapping[str, str],
         folder: Path | None = None,
         run_id: str | None = None,
+        key: str | None = None,
     ) -> None:
-        for key, value in QUICK.items():
-            os.environ.setdefault(key, value)
+        for variable, value in QUICK.items():
+            os.environ.setdefault(variable, value)
         self.uri, self.experiment, self.name, self.tags = absolute_uri(uri), experiment, name, dict(tags)
-        self.folder, self.run_id = folder, run_id
+        self.folder, self.run_id, self.key = folder, run_id, key or uuid.uuid4().hex[:12]
         self.resumed = run_id is not None
         self._client: Any = None
-        self._pending = self._read()
-        self._kept = bool(self._pending)
+        self._owns_folder = False
+        self._pending = read_lines(self.unsent)[1:] if self.unsent is not None else []
         self._wait, self._again = FIRST_WAIT, 0.0
+
+    @property
+    def unsent(self) -> Path | None:
+        """The file of what could not be sent."""
+        return None if self.folder is None else self.folder / UNSENT.format(self.key)
 
     @staticmethod
     def of_folder(folder: Path) -> MLflowRun:
-        """The run that a folder belongs to.
+        """The run that a folder belongs to, with what waits to be sent.
 
         Raises:
             ValueError: when it belongs to none.
         """
-        file = folder / RUN_FILE
-        if not file.is_file():
-            raise ValueError(f"{folder} has no {RUN_FILE}, so no MLflow run belongs to it")
-        known = json.loads(file.read_text(encoding="utf-8"))
-        return MLflowRun(
-            known["tracking_uri"],
-            known.get("experiment", "lit-vlm"),
-            known.get("name"),
-            known.get("tags", {}),
-            folder,
-            known["run_id"],
-        )
+        found = read_lines(folder / RUN_FILE)
+        if not found or not {"tracking_uri", "run_id"} <= found[0].keys():
+            raise ValueError(f"{folder} has no {RUN_FILE} that tells its MLflow run")
+        run = _run_of(found[0], folder)
+        run._owns_folder = True
+        return run
+
+    @staticmethod
+    def of_unsent(file: Path) -> MLflowRun:
+        """The run whose reports a file `mlflow_unsent-KEY.jsonl` keeps.
+
+        Raises:
+            ValueError: when its first line does not tell.
+        """
+        found = read_lines(file)
+        if not found or "tracking_uri" not in found[0]:
+            raise ValueError(f"{file}: its first line does not tell whose reports it keeps")
+        run = _run_of(found[0], file.parent)
+        owner = read_lines(file.parent / RUN_FILE)
+        run._owns_folder = bool(owner) and owner[0].get("key") == run.key
+        return run
+
+    def owns_folder(self) -> None:
+        """Write into the folder that it belongs to this run, which whoever goes on with it looks for."""
+        self._owns_folder = True
+        self._remember()
 
     # ------------------------------------------------------------------ what is reported
 
@@ -185,56 +197,55 @@ class MLflowRun:
                 try:
                     self._deliver(entry)
                 except Exception as error:  # whatever it is, it must not end the work
-                    if _may_pass(error, entry["kind"]):
+                    if may_pass(error, entry["kind"]):
                         self._fail(error)
                         break
-                    log.warning("MLflow: a report is left out (%s): %s", entry["kind"], _first_line(error))
+                    log.warning("MLflow: a report is left out (%s): %s", entry["kind"], first_line(error))
                 done += 1
             del self._pending[:done]
             if not self._pending:
                 self._wait = FIRST_WAIT
-        if done and self._kept:
-            self._rewrite()
+        if done and self.unsent is not None and self.unsent.exists():
+            self._write()
         return done
 
     def _fail(self, error: Exception) -> None:
         """Note that the store does not answer, and when to ask it again."""
         if self._wait == FIRST_WAIT:
-            log.warning("MLflow: %s does not answer (%s); work goes on, reports wait", self.uri, _first_line(error))
+            log.warning("MLflow: %s does not answer (%s); work goes on, reports wait", self.uri, first_line(error))
         self._again = time.monotonic() + self._wait
         self._wait = min(2 * self._wait, LONGEST_WAIT)
 
     def _open(self) -> None:
-        from mlflow import MlflowClient
         from mlflow.tracking.context.registry import resolve_tags
 
-        if self.uri.startswith(SQLITE):
-            # MLflow tries for minutes to open a file that cannot be opened.
-            sqlite3.connect(self.uri.removeprefix(SQLITE)).close()
-        with _first_use(self.uri):
-            client = MlflowClient(self.uri)
-            if self.run_id is not None and not _has(client, self.run_id):
+        with opened(self.uri) as client:
+            if self.run_id is not None and not has_run(client, self.run_id):
                 log.warning("MLflow: %s has no run %s any more; a new one goes on from here", self.uri, self.run_id)
                 self.run_id, self.resumed = None, False
             if self.run_id is None:
-                experiment = _experiment(client, self.experiment)
+                experiment = experiment_id(client, self.experiment)
                 tags = resolve_tags(self.tags)  # with user and source, as MLflow's own start_run has them
                 self.run_id = client.create_run(experiment, run_name=self.name, tags=tags).info.run_id
         self._client = client
-        self.remember()
+        self._remember()
 
-    def remember(self) -> None:
-        """Write into the folder which run it belongs to."""
-        if self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            known = {
-                "tracking_uri": self.uri,
-                "run_id": self.run_id,
-                "experiment": self.experiment,
-                "name": self.name,
-                "tags": self.tags,
-            }
-            (self.folder / RUN_FILE).write_text(json.dumps(known), encoding="utf-8")
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "tracking_uri": self.uri,
+            "run_id": self.run_id,
+            "experiment": self.experiment,
+            "name": self.name,
+            "tags": self.tags,
+            "key": self.key,
+        }
+
+    def _remember(self) -> None:
+        """Write down which run this is, where the folder and waiting reports say so."""
+        if self.folder is not None and self._owns_folder:
+            write_lines(self.folder / RUN_FILE, [self._identity()])
+        if self._pending and self.unsent is not None and self.unsent.exists():
+            self._write()
 
     def _deliver(self, entry: Mapping[str, Any]) -> None:
         from mlflow.entities import Metric, Param
@@ -258,81 +269,56 @@ class MLflowRun:
             case "status":
                 client.update_run(run, entry["status"])
 
-    def _read(self) -> list[dict[str, Any]]:
-        if self.folder is None or not (self.folder / UNSENT).is_file():
-            return []
-        lines = (self.folder / UNSENT).read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines if line.endswith("}")]
-
     def _keep(self, entry: Mapping[str, Any]) -> None:
         """Add what could not be sent to the file of the run's folder."""
-        if self.folder is not None:
-            self._kept = True
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                with (self.folder / UNSENT).open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(entry) + "\n")
-            except OSError as error:
-                log.warning("%s cannot be written: %s", self.folder / UNSENT, error)
-
-    def _rewrite(self) -> None:
-        """Leave in the file what still waits; no file where nothing does."""
-        assert self.folder is not None
-        file = self.folder / UNSENT
-        scratch = file.with_suffix(".partial")
-        scratch.write_text("".join(json.dumps(entry) + "\n" for entry in self._pending), encoding="utf-8")
-        scratch.replace(file)
-        if not self._pending:
-            file.unlink()
-            self._kept = False
-
-
-def _may_pass(error: Exception, kind: str) -> bool:
-    """Whether the same report may be taken later; what is refused for itself must not hold up the others."""
-    if (code := getattr(error, "error_code", None)) is not None:
-        return code in TRANSIENT
-    from requests import RequestException
-
-    # A file that is not there, or a folder of artifacts that cannot be written, is no matter of waiting.
-    return isinstance(error, RequestException) or kind not in ("file", "text")
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
-
-
-@contextmanager
-def _first_use(uri: str) -> Iterator[None]:
-    """Runs that start together make the tables of a new SQLite file one after the other."""
-    with FileLock(cache_dir() / "mlflow.lock") if uri.startswith(SQLITE) else nullcontext():
-        yield
-
-
-def _has(client: Any, run_id: str) -> bool:
-    """Whether the store has an active run of this id; raises where it does not answer."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        return bool(client.get_run(run_id).info.lifecycle_stage == "active")
-    except MlflowException as error:
-        if error.error_code in TRANSIENT:
-            raise
-        return False
-
-
-def _experiment(client: Any, name: str) -> str:
-    """The id of an experiment; of two runs that make it at the same time, one takes what the other made."""
-    from mlflow.exceptions import MlflowException
-
-    found = client.get_experiment_by_name(name)
-    if found is None:
+        if self.unsent is None:
+            return
+        if not self.unsent.exists():
+            self._write()
+            return
         try:
-            return str(client.create_experiment(name))
-        except MlflowException:
-            found = client.get_experiment_by_name(name)
-            if found is None:
-                raise
-    if found.lifecycle_stage != "active":
-        log.warning("MLflow: the experiment '%s' was deleted; it is restored for the new run", name)
-        client.restore_experiment(found.experiment_id)
-    return str(found.experiment_id)
+            with self.unsent.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+        except OSError as error:
+            log.warning("%s cannot be written: %s", self.unsent, error)
+
+    def _write(self) -> None:
+        """Leave in the file what still waits; no file where nothing does."""
+        assert self.unsent is not None
+        if self._pending:
+            write_lines(self.unsent, [self._identity(), *self._pending])
+        else:
+            self.unsent.unlink(missing_ok=True)
+
+
+def known_run(folder: Path, given: str | None) -> MLflowRun | None:
+    """The run that a folder belongs to, in its own store; None, with a warning, where another one is asked for.
+
+    Args:
+        folder: of a run that goes on.
+        given: the store that a flag or the environment names.
+    """
+    if not (folder / RUN_FILE).is_file():
+        return None
+    try:
+        known = MLflowRun.of_folder(folder)
+    except ValueError as error:
+        log.warning("MLflow: %s; a new run goes on from here", error)
+        return None
+    if given is None or absolute_uri(given) == known.uri:
+        return known
+    log.warning("MLflow: this run began in %s; a new one goes on in %s", known.uri, absolute_uri(given))
+    return None
+
+
+def _run_of(known: Mapping[str, Any], folder: Path) -> MLflowRun:
+    run_id = known.get("run_id")
+    return MLflowRun(
+        known["tracking_uri"],
+        known.get("experiment", "lit-vlm"),
+        known.get("name"),
+        known.get("tags", {}),
+        folder,
+        run_id,
+        known.get("key") or (run_id and run_id[:12]),
+    )

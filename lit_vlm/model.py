@@ -150,11 +150,19 @@ class VLM(nn.Module):
         return self
 
     def check_order(self, packed: bool, device: torch.device) -> None:
-        """See that the decoder's tokens see what they may, and nothing else (`decoders.check_order`)."""
+        """See that the decoder's tokens see what they may, and nothing else (`decoders.check_order`).
+
+        Raises:
+            ValueError: when they see more.
+        """
         check_order(self.decoder, packed, device)
 
     def check_cache(self) -> None:
-        """See that the decoder goes on from a cache as it should (`decoders.check_cache`)."""
+        """See that the decoder goes on from a cache as it should (`decoders.check_cache`).
+
+        Raises:
+            ValueError: when it does not.
+        """
         check_cache(self.decoder, next(self.parameters()).device)
 
     def embed(self, batch: Batch) -> Tensor:
@@ -217,7 +225,11 @@ class VLM(nn.Module):
         return self.decoder.logits(output.hidden[:, -1])
 
     def new_cache(self) -> DecodingCache:
-        """What decoding remembers; empty. Recurrent decoders are checked once (`decoders.check_cache`)."""
+        """What decoding remembers; empty.
+
+        Raises:
+            ValueError: for a decoder that does not go on from a cache; one with recurrent layers is asked once.
+        """
         if not self._cache_checked:
             if self.decoder.carried() is not None:
                 self.check_cache()

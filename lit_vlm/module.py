@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -28,6 +29,7 @@ from lit_vlm.encoders import Encoder
 from lit_vlm.generate import generate
 from lit_vlm.heads import Head
 from lit_vlm.model import NEXT_TOKEN, VLM
+from lit_vlm.precision import SCALED
 from lit_vlm.projectors import Projector
 from lit_vlm.sharding import FSDP2, reshard, shard
 from lit_vlm.stage import Stage
@@ -73,12 +75,7 @@ class LitVLM(LightningModule):
         if self.model is not None:
             return
         strategy = self.trainer.strategy
-        first = strategy.broadcast(str(self.trainer.precision))
-        if first != str(self.trainer.precision):
-            raise ValueError(
-                f"process {self.global_rank} would train in {self.trainer.precision}, the first one in {first}: set "
-                "trainer.precision instead of auto, as these machines are not alike"
-            )
+        self._agree_on_precision()
         if isinstance(strategy, ModelParallelStrategy):
             if not isinstance(strategy, FSDP2):
                 raise ValueError(
@@ -96,6 +93,17 @@ class LitVLM(LightningModule):
         self.stage.freeze(self.model, self.slots.removed_heads)
         # Modules are born in train mode, and Lightning keeps the mode it finds: frozen parts must be in eval mode.
         self.model.train()
+
+    def _agree_on_precision(self) -> None:
+        """See that all processes train in the same precision; all of them raise where they do not."""
+        names = [str(self.trainer.precision)] * self.trainer.world_size
+        if dist.is_available() and dist.is_initialized():
+            dist.all_gather_object(names, str(self.trainer.precision))
+        if len(set(names)) > 1:
+            raise ValueError(
+                f"the processes of this run would train in {', '.join(names)}: their machines are not alike, so set "
+                "trainer.precision instead of auto"
+            )
 
     def build(self, only: Collection[str] | None = None) -> VLM:
         """The model with its weights, on the CPU and in one piece; or with those of some parts, as in `build.build`."""
@@ -160,7 +168,7 @@ class LitVLM(LightningModule):
         the samples of a row is refused here (`decoders.check_order`).
         """
         self._check_decoder()
-        optimizer = self.stage.make_optimizer(self.vlm)
+        optimizer = self.stage.make_optimizer(self.vlm, fused=str(self.trainer.precision) != SCALED)
         steps = self.trainer.estimated_stepping_batches
         if math.isinf(steps):
             raise ValueError("the schedule needs the number of steps: set trainer.max_steps or trainer.max_epochs")
@@ -231,9 +239,7 @@ class LitVLM(LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip by norm (or value), sharded or not; Lightning's own clipping refuses the fused optimizer."""
-        if str(self.trainer.precision) == "16-mixed":  # gradients are still scaled here
-            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
-        elif gradient_clip_val:
+        if gradient_clip_val:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             clip = clip_grad_value_ if gradient_clip_algorithm == "value" else clip_grad_norm_
             clip(parameters, gradient_clip_val)

@@ -22,6 +22,8 @@ SIDE, SECONDS = 256, 0.012
 GAIN = 1.2
 """bf16 must be faster than fp32 by this factor, as casting takes time, too."""
 
+SCALED = "16-mixed"
+"""fp16 with gradients that are scaled up, so that small ones are not lost; a step that overflows is left out."""
 Name = Literal["bf16-mixed", "16-mixed", "32-true"]
 DTYPES: dict[str, torch.dtype] = {
     "bf16-mixed": torch.bfloat16,
@@ -63,7 +65,8 @@ def choose(device_type: str, scaled: bool = True, index: int | None = None) -> P
 
     Args:
         device_type: `cpu`, `cuda` or another one of torch's.
-        scaled: whether fp16 with scaled gradients may be used, on cards without bf16; sharded training has none.
+        scaled: whether fp16 with scaled gradients may be used, on cards without bf16: by training that is not sharded.
+            Whoever only asks a model passes False: weights that were trained in bf16 may overflow in fp16.
         index: of the card; default: that of this process.
     """
     if device_type == "cuda":
@@ -80,7 +83,7 @@ def _of_card(scaled: bool, index: int) -> Precision:
         return Precision("bf16-mixed", f"{card} has bf16")
     if scaled:
         return Precision("16-mixed", f"{card} has no bf16; gradients are scaled")
-    return Precision("32-true", f"{card} has no bf16, and this strategy cannot scale gradients for fp16")
+    return Precision("32-true", f"{card} has no bf16, and gradients are not scaled for fp16 here")
 
 
 def _of_processor() -> Precision:
@@ -117,13 +120,12 @@ def _rate(flops: float) -> str:
 
 
 def crowded() -> str | None:
-    """A warning if more processes want to run than there are cores; None if all is well, or it cannot be known."""
-    if not hasattr(os, "sched_getaffinity"):
+    """A warning if more threads want to run than the machine has cores; None if all is well, or it cannot be known."""
+    cores = os.cpu_count()
+    if cores is None or not hasattr(os, "getloadavg") or (load := os.getloadavg()[0]) <= cores + 0.5:
         return None
-    cores, load = len(os.sched_getaffinity(0)), os.getloadavg()[0]
-    if load <= cores + 0.5:
-        return None
+    advice = "stop other work" if torch.get_num_threads() == 1 else "stop other work, or set OMP_NUM_THREADS=1"
     return (
         f"the load is {load:.1f} on {cores} cores: threads that wait for each other can make work on the CPU ten "
-        "times slower; stop other work, or set OMP_NUM_THREADS=1"
+        f"times slower; {advice}"
     )

@@ -106,7 +106,7 @@ def probe(
     """
     model = run.module.vlm.eval().requires_grad_(False)
     device = run.module.device
-    precision = choose(device.type)
+    precision = choose(device.type, scaled=False)
     encode = _encoder(run, teacher)
     names = tuple(encode.spec.known)
 

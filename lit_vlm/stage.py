@@ -178,14 +178,23 @@ class Stage:
             "model.stage.warmup_ratio to 0, or train for more steps (trainer.max_steps)"
         )
 
-    def make_optimizer(self, model: VLM) -> Optimizer:
-        """The optimizer with one learning rate per slot, over what `freeze` left trainable."""
+    def make_optimizer(self, model: VLM, fused: bool = True) -> Optimizer:
+        """The optimizer with one learning rate per slot, over what `freeze` left trainable.
+
+        Args:
+            model: after `freeze`.
+            fused: one kernel for all parameters. Not with scaled gradients, which it would unscale inside, behind
+                clipping and whoever looks at gradients.
+
+        Raises:
+            ValueError: when nothing trains.
+        """
         groups = list(self._groups(model))
         if not groups:
             raise ValueError("model.stage.train names no slot, so there is nothing to train")
         if self.optimizer == "muon":
             return MuonAdamW(_split_for_muon(groups), self.betas, self.eps)
-        return AdamW(groups, betas=self.betas, eps=self.eps, fused=True)
+        return AdamW(groups, betas=self.betas, eps=self.eps, fused=fused)
 
     def _groups(self, model: VLM) -> Iterator[dict[str, Any]]:
         seen: set[int] = set()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import logging
 import os
 import subprocess
 from argparse import Namespace
@@ -20,13 +19,12 @@ from rich.console import Console
 from rich.table import Table
 
 from lit_vlm.data import VLMData
-from lit_vlm.mlflow_run import PARENT_RUN, RUN_FILE, MLflowRun, absolute_uri, default_uri
+from lit_vlm.mlflow_run import PARENT_RUN, MLflowRun, known_run
+from lit_vlm.mlflow_store import default_uri
 from lit_vlm.module import LitVLM
 from lit_vlm.stage import SlotCount
 
 PACKAGES = ("lit-vlm", "torch", "lightning", "transformers", "timm", "peft", "mlflow")
-
-log = logging.getLogger(__name__)
 
 
 class MLflow(Logger):
@@ -64,14 +62,8 @@ class MLflow(Logger):
             run_name: the name of a new run, if none was given.
             go_on: go on with the MLflow run that the folder belongs to: in its store, unless another one was named.
         """
-        run = MLflowRun(self.run.uri, self._experiment, self._name or run_name, self._tags, folder)
-        if go_on and (folder / RUN_FILE).is_file():
-            known = MLflowRun.of_folder(folder)
-            if self._given is None or absolute_uri(self._given) == known.uri:
-                run = known
-            else:
-                log.warning("MLflow: this run began in %s; a new one goes on in %s", known.uri, run.uri)
-        self.run = run
+        known = known_run(folder, self._given) if go_on else None
+        self.run = known or MLflowRun(self.run.uri, self._experiment, self._name or run_name, self._tags, folder)
 
     @property
     def name(self) -> str:
@@ -114,7 +106,7 @@ class RunRecord(SaveConfigCallback):
             (folder / ("config-resumed.yaml" if resumed else "config.yaml")).write_text(text, encoding="utf-8")
         for logger in _mlflow(trainer):
             logger.run.open()
-            logger.run.remember()
+            logger.run.owns_folder()
             if logger.run.resumed:
                 logger.run.going_on()
             else:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import lightning.pytorch as L
 import torch
 from lightning.fabric.plugins.precision.precision import _PRECISION_INPUT
+from lightning.pytorch.plugins import Precision as PrecisionPlugin
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from lit_vlm.precision import AUTO, Precision, choose
@@ -30,7 +31,11 @@ class Trainer(L.Trainer):
 
     def __init__(self, *, precision: Literal["auto"] | _PRECISION_INPUT | None = AUTO, **kwargs: Any) -> None:
         self.chosen = None
-        if precision == "auto":
+        plugins = kwargs.get("plugins") or ()
+        plugins = plugins if isinstance(plugins, list | tuple) else [plugins]
+        if precision == "auto" and any(isinstance(plugin, PrecisionPlugin) for plugin in plugins):
+            super().__init__(**kwargs)  # a plugin decides; Lightning takes no second word
+        elif precision == "auto":
             scaled = not isinstance(kwargs.get("strategy"), ModelParallelStrategy)
             self.chosen = choose(_device_type(kwargs.get("accelerator", "auto")), scaled)
             super().__init__(precision=self.chosen.name, **kwargs)

@@ -16,10 +16,13 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from mlflow.protos import databricks_pb2
 
 from lit_vlm import mlflow_run
 from lit_vlm.cli import main
-from lit_vlm.mlflow_run import UNSENT, MLflowRun, absolute_uri, safe_name, safe_names
+from lit_vlm.mlflow_run import UNSENT, MLflowRun, known_run, safe_name, safe_names
+from lit_vlm.mlflow_store import absolute_uri, may_pass
 from tests.runs import environment, one_step
 
 ONE_RUN = """
@@ -28,6 +31,11 @@ run = MLflowRun("sqlite:///mlflow.db", "lit-vlm", "together", {})
 run.metrics({"a": 1.0}, 0)
 run.end("FINISHED")
 """
+
+
+def unsent(folder: Path) -> list[Path]:
+    """The files of what could not be sent."""
+    return sorted(folder.glob(UNSENT.format("*")))
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +98,7 @@ def test_a_run_that_is_gone_is_replaced_by_a_new_one(
     tmp_path: Path, tables: Path, uri: str, gone: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     first = MLflowRun(uri, "e", "stage", {"mlflow.parentRunId": "p"}, tmp_path)
+    first.owns_folder()
     first.metrics({"a": 1.0}, 0)
     if gone == "deleted":
         MlflowClient(uri).delete_run(first.run_id)
@@ -116,7 +125,7 @@ def test_what_is_refused_does_not_hold_up_the_rest(tmp_path: Path, uri: str, cap
     run.metrics({"a": 1.0}, 0)
     assert caplog.text.count("a report is left out") == 2
     assert MlflowClient(run.uri).get_run(run.run_id).data.metrics == {"a": 1.0}
-    assert not (tmp_path / UNSENT).exists()
+    assert not unsent(tmp_path)
 
 
 def free_port() -> int:
@@ -168,8 +177,8 @@ def test_reports_wait_for_a_server_that_goes_and_comes_back(
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     folder = tmp_path / "run"
     before = MLflowRun(server.uri, "e", "early", {"tag": "kept"}, folder)
+    before.owns_folder()
     before.metrics({"a": 0.0}, 0)  # nobody is there yet
-    before.remember()
     assert before.run_id is None
     server.start()
     run = MLflowRun.of_folder(folder)
@@ -185,14 +194,16 @@ def test_reports_wait_for_a_server_that_goes_and_comes_back(
         run.metrics({"a": float(step)}, step)
     assert time.perf_counter() - start < max(5.0, 3 * first), "a server that is gone was asked again for each report"
     run.end("FINISHED")
-    kept = [json.loads(line) for line in (folder / UNSENT).read_text().splitlines()]
+    (file,) = unsent(folder)
+    whose, *kept = [json.loads(line) for line in file.read_text().splitlines()]
+    assert whose["run_id"] == run.run_id
     assert [entry["kind"] for entry in kept] == ["metrics"] * 58 + ["status"]
     with pytest.raises(SystemExit):
         main(["sync", str(tmp_path)])
     assert "59 reports could not be sent" in capsys.readouterr().err
     server.start()
     main(["sync", str(tmp_path)])
-    assert not (folder / UNSENT).exists()
+    assert not unsent(folder)
     found = client.get_run(run.run_id)
     assert (found.info.status, found.data.metrics["a"], found.data.tags["tag"]) == ("FINISHED", 59.0, "kept")
     main(["sync", str(tmp_path)])
@@ -200,7 +211,7 @@ def test_reports_wait_for_a_server_that_goes_and_comes_back(
 
 
 def test_a_folder_that_belongs_to_no_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="has no mlflow.json"):
+    with pytest.raises(ValueError, match="has no mlflow.json that tells"):
         MLflowRun.of_folder(tmp_path)
 
 
@@ -208,14 +219,91 @@ def test_a_store_that_never_answers_does_not_end_the_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(mlflow_run, "FIRST_WAIT", 0.0)
-    (tmp_path / "folder.db").mkdir()
-    run = MLflowRun(f"sqlite:///{tmp_path}/folder.db", "e", None, {}, tmp_path)
+    run = MLflowRun(dead(tmp_path), "e", None, {}, tmp_path)
     run.metrics({"a": 1.0}, 0)
     run.end("FINISHED")
     assert run.run_id is None
     assert "does not answer" in caplog.text
     assert f"lit-vlm sync {tmp_path}" in caplog.text
-    assert len((tmp_path / UNSENT).read_text().splitlines()) == 2
+    (file,) = unsent(tmp_path)
+    assert len(file.read_text().splitlines()) == 3
+
+
+def dead(tmp_path: Path) -> str:
+    """A store that cannot be opened."""
+    (tmp_path / "folder.db").mkdir(exist_ok=True)
+    return f"sqlite:///{tmp_path}/folder.db"
+
+
+def test_reports_of_several_runs_in_one_folder_stay_apart(tmp_path: Path, uri: str) -> None:
+    # An evaluation whose store was gone, and the next one into the same folder.
+    MLflowRun(dead(tmp_path), "e", "first", {}, tmp_path).metrics({"score": 11.0}, 0)
+    second = MLflowRun(uri, "e", "second", {}, tmp_path)
+    second.metrics({"score": 99.0}, 0)
+    history = MlflowClient(uri).get_metric_history(second.run_id, "score")
+    assert [metric.value for metric in history] == [99.0]
+    (file,) = unsent(tmp_path)
+    assert json.loads(file.read_text().splitlines()[0])["name"] == "first"
+    assert not (tmp_path / "mlflow.json").exists()  # the folder belongs to whoever says so
+
+
+def test_what_waits_is_sent_whoever_it_was_of(tmp_path: Path, uri: str) -> None:
+    MLflowRun(dead(tmp_path), "e", "early", {"tag": "kept"}, tmp_path / "run").metrics({"a": 1.0}, 0)
+    (file,) = unsent(tmp_path / "run")
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join([json.dumps(json.loads(lines[0]) | {"tracking_uri": uri}), *lines[1:]]) + "\n")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / UNSENT.format("0")).write_text('{"kind": "met')  # torn, and first by name
+    with pytest.raises(SystemExit):
+        main(["sync", str(tmp_path)])
+    client = MlflowClient(uri)
+    runs = client.search_runs([client.get_experiment_by_name("e").experiment_id])
+    (found,) = [run for run in runs if run.info.run_name == "early"]
+    assert (found.data.metrics, found.data.tags["tag"]) == ({"a": 1.0}, "kept")
+    assert not unsent(tmp_path / "run")
+
+
+def test_torn_files_end_nothing(tmp_path: Path, uri: str, caplog: pytest.LogCaptureFixture) -> None:
+    run = MLflowRun(uri, "e", None, {}, tmp_path, key="k")
+    (tmp_path / UNSENT.format("k")).write_text('{"tracking_uri": "x"}\n{"kind": "metrics", "values": {"a": 1.0}\n')
+    again = MLflowRun(uri, "e", None, {}, tmp_path, key="k")
+    assert "line 2 is no whole report" in caplog.text
+    again.metrics({"b": 1.0}, 0)
+    (tmp_path / "mlflow.json").write_text("")
+    with pytest.raises(ValueError, match="has no mlflow.json that tells"):
+        MLflowRun.of_folder(tmp_path)
+    assert known_run(tmp_path, None) is None
+    assert "a new run goes on from here" in caplog.text
+    assert run.key == again.key
+
+
+def test_a_full_disk_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    run = MLflowRun(dead(tmp_path), "e", None, {}, tmp_path)
+    run.owns_folder()
+    run.metrics({"a": 1.0}, 0)
+    run.end("FAILED")
+    assert "cannot be written: [Errno 28]" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("code", "waits"),
+    [
+        ("INVALID_PARAMETER_VALUE", False),
+        ("INTERNAL_ERROR", True),
+        ("PERMISSION_DENIED", True),
+        ("UNAUTHENTICATED", True),
+    ],
+)
+def test_only_what_is_wrong_itself_is_left_out(code: str, waits: bool) -> None:
+    error = MlflowException("no", getattr(databricks_pb2, code))
+    assert may_pass(error, "metrics") == waits
+    assert not may_pass(TypeError("a bug"), "metrics")
 
 
 def test_a_folder_that_holds_a_run_takes_no_other_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

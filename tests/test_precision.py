@@ -8,11 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from lightning.pytorch.plugins import MixedPrecision
+from torch.nn.utils import clip_grad_norm_
 
 from lit_vlm import precision
 from lit_vlm.cli import lightning_cli, main
 from lit_vlm.precision import CHOSEN, choose, crowded, matmul_speed
 from lit_vlm.recipe import find_recipe
+from lit_vlm.stage import Stage
 from lit_vlm.trainer import Trainer
 from tests.tiny import tiny_vlm
 
@@ -91,9 +94,11 @@ def test_autocast_is_what_it_says() -> None:
 
 
 def test_a_crowded_machine_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
     monkeypatch.setattr(os, "getloadavg", lambda: (7.25, 1.0, 1.0))
     assert "the load is 7.2 on 2 cores" in str(crowded())
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert "OMP_NUM_THREADS" not in str(crowded())
     monkeypatch.setattr(os, "getloadavg", lambda: (2.0, 1.0, 1.0))
     assert crowded() is None
 
@@ -104,6 +109,30 @@ def test_the_trainer_takes_auto_and_what_is_given(monkeypatch: pytest.MonkeyPatc
     assert Trainer(**quiet).precision == "bf16-mixed"
     given = Trainer(precision="64-true", **quiet)
     assert (given.precision, given.chosen) == ("64-true", None)
+
+
+def test_a_precision_plugin_decides_alone() -> None:
+    quiet = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False}
+    made = Trainer(plugins=[MixedPrecision("bf16-mixed", "cpu")], **quiet)
+    assert (made.precision, made.chosen) == ("bf16-mixed", None)
+
+
+def test_scaled_gradients_are_clipped_after_they_are_unscaled() -> None:
+    # What Lightning does in a step of 16-mixed, on a CPU, where it offers no such precision itself.
+    model = tiny_vlm()
+    stage = Stage(train={"projector": 1e-3})
+    stage.freeze(model)
+    optimizer = stage.make_optimizer(model, fused=False)
+    plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**16))
+    loss = sum(p.sum() for p in model.projector.parameters())
+    plugin.scaler.scale(loss).backward()
+    plugin.scaler.unscale_(optimizer)
+    norm = clip_grad_norm_(list(model.projector.parameters()), 1.0)
+    count = sum(p.numel() for p in model.projector.parameters())
+    assert float(norm) == pytest.approx(count**0.5)
+    plugin.clip_gradients(optimizer, 1.0)  # the fused optimizer is refused here
+    with pytest.raises(RuntimeError, match="gradient clipping"):
+        plugin.clip_gradients(stage.make_optimizer(model), 1.0)
 
 
 def test_a_run_writes_down_its_precision_and_goes_on_in_it(

@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> None:
     disable_progress_bar()
     console = Console(highlight=False)
     device = pick_device(arguments.device)
-    run = load_run(arguments.checkpoint, device, choose(torch.device(device).type).dtype)
+    run = load_run(arguments.checkpoint, device, choose(torch.device(device).type, scaled=False).dtype)
     images = [Image(path=str(path.resolve())) for path in arguments.image]
     messages = _demonstrations(arguments.demos) if arguments.demos else []
     for prompt in [arguments.prompt] if arguments.prompt else _typed(console):

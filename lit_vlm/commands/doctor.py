@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from lit_vlm.mlflow_run import default_uri
+from lit_vlm.mlflow_store import default_uri
 from lit_vlm.precision import choose, crowded
 from lit_vlm.pretrained import cache_dir
 

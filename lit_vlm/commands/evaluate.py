@@ -49,7 +49,9 @@ def main(argv: Sequence[str]) -> None:
     main_process = not dist.is_initialized() or dist.get_rank() == 0
     console = Console(highlight=False, quiet=not main_process)
     checkpoint = find_checkpoint(arguments.checkpoint)
-    chosen = getattr(torch, arguments.dtype) if arguments.dtype else choose(torch.device(device).type).dtype
+    chosen = (
+        getattr(torch, arguments.dtype) if arguments.dtype else choose(torch.device(device).type, scaled=False).dtype
+    )
     dtype = str(chosen).removeprefix("torch.")
     console.print(f"weights in {dtype}{'' if arguments.dtype else ', which this device is fast in'}")
     run = load_run(checkpoint, device, chosen)
@@ -185,7 +187,8 @@ def _log(
     results: dict[tuple[str, int], Evaluated], prompts: dict[int, Shots], checkpoint: str, dtype: str, out: Path
 ) -> None:
     """One run of MLflow with all scores."""
-    from lit_vlm.mlflow_run import MLflowRun, default_uri
+    from lit_vlm.mlflow_run import MLflowRun
+    from lit_vlm.mlflow_store import default_uri
 
     run = MLflowRun(default_uri(), "lit-vlm", "evaluate", {}, out)
     run.params({"checkpoint": checkpoint, "dtype": dtype})

@@ -139,7 +139,8 @@ def _table(results: Mapping[str, ProbeResult], target: str) -> Table:
 
 def _log(results: Mapping[str, ProbeResult], arguments: argparse.Namespace, saved: dict[str, object]) -> None:
     """A run of MLflow for each model; layers are the steps of its curves."""
-    from lit_vlm.mlflow_run import MLflowRun, default_uri
+    from lit_vlm.mlflow_run import MLflowRun
+    from lit_vlm.mlflow_store import default_uri
 
     for label, result in results.items():
         run = MLflowRun(default_uri(), "lit-vlm", f"probe {arguments.target}", {}, arguments.out)

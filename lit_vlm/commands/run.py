@@ -230,24 +230,30 @@ class _ParentRun:
         self._run: Any = None
         if not (_uses_mlflow(state.flags) and _is_first()):
             return
-        from lit_vlm.mlflow_run import MLflowRun, default_uri
+        from lit_vlm.mlflow_run import MLflowRun, known_run
+        from lit_vlm.mlflow_store import default_uri
 
         prefixes = ("--trainer.logger.init_args", "--trainer.logger")
         uri = _flag_value(state.flags, *(f"{prefix}.tracking_uri" for prefix in prefixes))
         name = _flag_value(state.flags, *(f"{prefix}.experiment_name" for prefix in prefixes))
         tags = {"system": recipe.name, "scale": state.scale or "", "strategy": state.strategy, "folder": str(folder)}
         label = "-".join(filter(None, (recipe.name, state.scale)))
-        self._run = MLflowRun(default_uri(uri), name or "lit-vlm", label, tags, folder, state.parent_run)
+        given = uri or os.environ.get("MLFLOW_TRACKING_URI")
+        known = known_run(folder, given) if state.parent_run else None
+        self._run = known or MLflowRun(default_uri(uri), name or "lit-vlm", label, tags, folder, state.parent_run)
+        self._run.owns_folder()
         self._run.going_on()
         if self._run.run_id != state.parent_run:
             state.parent_run = self._run.run_id
             state.save(folder)
 
     def environment(self) -> dict[str, str]:
-        """What a stage needs to become a child."""
+        """What a stage needs to become a child, in the same store."""
         from lit_vlm.mlflow_run import PARENT_RUN
 
-        return {PARENT_RUN: self._run.run_id} if self._run and self._run.run_id else {}
+        if not (self._run and self._run.run_id):
+            return {}
+        return {PARENT_RUN: self._run.run_id, "MLFLOW_TRACKING_URI": self._run.uri}
 
     def end(self, status: str, reason: str | None = None) -> None:
         """Set the status, and why."""

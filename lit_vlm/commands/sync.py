@@ -20,20 +20,25 @@ def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="lit-vlm sync",
         description="Send the metrics, parameters and files that runs could not report while their MLflow server did "
-        f"not answer. They are kept in {UNSENT} of the run's folder.",
+        f"not answer. They are kept in {UNSENT.format('*')} of the run's folder.",
     )
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="of a run, or of several")
     console = Console(highlight=False)
-    left = 0
+    left = broken = 0
     for folder in parser.parse_args(argv).folders:
         if not folder.is_dir():
             raise ValueError(f"there is no folder {folder}")
-        found = sorted(folder.rglob(UNSENT))
+        found = sorted(folder.rglob(UNSENT.format("*")))
         if not found:
             console.print(f"{folder}: nothing waits", soft_wrap=True)
         for file in found:
-            waiting = MLflowRun.of_folder(file.parent).flush()
+            try:
+                waiting = MLflowRun.of_unsent(file).flush()
+            except ValueError as error:
+                console.print(f"[red]{error}[/]", soft_wrap=True)
+                broken += 1
+                continue
             left += waiting
             console.print(f"{file.parent}: {f'{waiting} reports still wait' if waiting else 'sent'}", soft_wrap=True)
-    if left:
-        raise ValueError(f"{left} reports could not be sent; they stay where they are")
+    if left or broken:
+        raise ValueError(f"{left} reports could not be sent, and {broken} files not read; they stay where they are")

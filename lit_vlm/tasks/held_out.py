@@ -83,19 +83,35 @@ def held_out_records(module: LitVLM, data: VLMData, limit: int | None = None) ->
         for source, index in (place for first in range(stride) for place in places[first::stride]):
             try:
                 record = source.record(index)
-                if record.messages[-1].role == "assistant":
-                    # Paths are made absolute, as records of several sources are scored together.
-                    absolute = _absolute(record, source.image_folder)
-                    if _first_of_last_answer(_encode(encode, absolute)) > 0:  # something must be asked
-                        yield absolute
             except RecordError as error:
                 left_out[error.reason] += 1
+                continue
+            if record.messages[-1].role == "assistant":
+                # Paths are made absolute, as records of several sources are scored together.
+                absolute = _absolute(record, source.image_folder)
+                if reason := _why_not(encode, absolute):
+                    left_out[reason] += 1
+                else:
+                    yield absolute
 
     found = list(islice(readable(), limit))
-    if left_out:
+    _tell(left_out)
+    return found
+
+
+def _why_not(encode: SampleEncoder, record: Record) -> str:
+    """Why a record cannot be asked; "" if it can."""
+    try:
+        return "" if _first_of_last_answer(_encode(encode, record)) > 0 else "nothing_asked"
+    except RecordError as error:
+        return error.reason
+
+
+def _tell(left_out: Counter[str]) -> None:
+    """Say on the first rank what is left out, and why."""
+    if left_out and not (dist.is_initialized() and dist.get_rank()):
         reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.most_common())
         log.warning("%d of the held-out records looked at are left out: %s", left_out.total(), reasons)
-    return found
 
 
 def _absolute(record: Record, folder: Path) -> Record:
@@ -112,14 +128,17 @@ def _absolute(record: Record, folder: Path) -> Record:
     return replace(record, messages=messages)
 
 
-def shuffle_images(records: Sequence[Record]) -> list[Record]:
+def shuffle_images(module: LitVLM, data: VLMData, records: Sequence[Record]) -> list[Record]:
     """The same questions with the pictures of other records: what can be answered without seeing.
 
-    Pictures are taken from half-way round the list, so neighbours that share one do not get it back.
+    Pictures are taken from half-way round the list, so neighbours that share one do not get it back. A question that is
+    too long with a larger picture is left out, with a warning.
     """
+    encode = data.format.encoder(module.input_spec.without_teachers())
     pool = [record.images for record in records]
     shift = len(records) // 2
     shuffled = []
+    left_out: Counter[str] = Counter()
     for index, record in enumerate(records):
         others = [
             images for images in pool[index + shift :] + pool[: index + shift] if len(images) == len(record.images)
@@ -129,7 +148,13 @@ def shuffle_images(records: Sequence[Record]) -> list[Record]:
             Message(m.role, tuple(next(images) if isinstance(part, Image) else part for part in m.content))
             for m in record.messages
         )
-        shuffled.append(replace(record, messages=messages))
+        other = replace(record, messages=messages)
+        # A picture of another size may take more positions; one of the same size takes as many.
+        if not data.transform.fixed(module.input_spec.pixels) and (reason := _why_not(encode, other)):
+            left_out[reason] += 1
+        else:
+            shuffled.append(other)
+    _tell(left_out)
     return shuffled
 
 
