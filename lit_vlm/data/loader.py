@@ -143,7 +143,7 @@ class Loader:
         """
         self.batch_sampler.epoch = state["epoch"]
         mine, saved = self.batch_sampler.identity(), state["plan"]
-        if changed := [key for key in {**mine, **saved} if mine.get(key) != saved.get(key)]:
+        if changed := self.batch_sampler.changed(saved):
             found = "; ".join(f"{key}: {saved.get(key)} then, {mine.get(key)} now" for key in changed)
             raise ValueError(
                 f"this run cannot go on exactly, as its order of samples would be another ({found}). "
