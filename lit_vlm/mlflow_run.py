@@ -18,6 +18,7 @@ from typing import Any
 
 from filelock import FileLock
 
+from lit_vlm.metric_names import safe_names
 from lit_vlm.pretrained import cache_dir
 
 DEFAULT_URI = "sqlite:///mlflow.db"
@@ -39,23 +40,6 @@ log = logging.getLogger(__name__)
 def default_uri(uri: str | None = None) -> str:
     """The given URI, or `MLFLOW_TRACKING_URI`, or mlflow.db in the current folder."""
     return uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
-
-
-def safe_name(text: str) -> str:
-    """A name of a metric or parameter that MLflow takes: letters and digits of any script, and `_-./: `."""
-    letters = "".join(letter if letter.isalnum() or letter in "_-./: " else "_" for letter in text)
-    return "/".join(part if part.strip(".") else "_" * max(1, len(part)) for part in letters.split("/"))
-
-
-def safe_names(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The same values under safe names; names that become the same one are numbered."""
-    safe: dict[str, Any] = {}
-    for key, value in values.items():
-        name, number = safe_name(key), 1
-        while (tried := name if number == 1 else f"{name}_{number}") in safe:
-            number += 1
-        safe[tried] = value
-    return safe
 
 
 def absolute_uri(uri: str) -> str:
