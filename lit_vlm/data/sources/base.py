@@ -14,20 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lit_vlm.data.files import list_files
-from lit_vlm.data.media import IMAGE_SUFFIXES, MARK
 from lit_vlm.data.records import Record, RecordError
-
-__all__ = [
-    "IMAGE_SUFFIXES",
-    "MARK",
-    "FileLines",
-    "JsonLines",
-    "Lines",
-    "Source",
-    "hash_files",
-    "list_files",
-    "parse_json",
-]
 
 
 class Source(ABC):
