@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from lit_vlm.batch import Batch
 from lit_vlm.data import ChatML, Packed, Padded, Resize, Scenes, Shapes, VLMData
 from lit_vlm.data.sources import ChatJsonl, Source
 from lit_vlm.data.spec import InputSpec
+from lit_vlm.data.split import Subset
+from lit_vlm.data.usable import check_sources
 
 
 class Model(L.LightningModule):
@@ -134,6 +137,12 @@ def test_an_empty_source_is_named(key: str, model: Model, tmp_path: Path) -> Non
     with pytest.raises(ValueError, match=rf"data\.{key}: the source 'none' \(.*none\.jsonl\) holds no sample"):
         trainer(tmp_path).fit(model, made)
     assert model.steps == 0
+
+
+def test_a_share_without_samples_is_named_by_its_file(tmp_path: Path) -> None:
+    source = chat(tmp_path / "a.jsonl", 4, range(0))
+    with pytest.raises(ValueError, match=r"the source 'a' \(.*a\.jsonl\) holds no sample"):
+        check_sources([Subset(source, np.zeros(0, np.int64))], {}, "data.train")
 
 
 # ----- maps that pictures carry -----
