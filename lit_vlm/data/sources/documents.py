@@ -133,7 +133,7 @@ def _mmc4_image(info: Any, where: str, num_sentences: int, links: bool) -> tuple
     place = info.get("matched_text_index") if isinstance(info, dict) else None
     if not isinstance(place, int) or not 0 <= place < num_sentences:
         raise RecordError("malformed", f"{where}.matched_text_index is {place!r}; there are {num_sentences} sentences")
-    if isinstance(encoded := info.get("image_base64"), str):
+    if isinstance(encoded := info.get("image_base64"), str) and encoded:
         return place, Image(data=decode_base64(encoded, where))
     if isinstance(path := info.get("image_name"), str) and path:
         return place, image_of(path, f"{where}.image_name", links)
@@ -189,9 +189,10 @@ class Texts(JsonLines):
             refuse_unread(
                 raw, (), False, f"line {index}", "Texts reads text alone; pictures with captions are for Captions"
             )
-        if isinstance(raw, dict) and isinstance(raw.get("text"), str):
+        asks = isinstance(raw, dict) and isinstance(raw.get("inputs"), str) and isinstance(raw.get("targets"), str)
+        if isinstance(raw, dict) and isinstance(raw.get("text"), str) and (raw["text"] or not asks):
             return Record(identity, self.name, (Message("document", (Text(raw["text"]),)),))
-        if isinstance(raw, dict) and isinstance(raw.get("inputs"), str) and isinstance(raw.get("targets"), str):
+        if asks:
             question, answer = Message("user", (Text(raw["inputs"]),)), Message("assistant", (Text(raw["targets"]),))
             return with_system(Record(identity, self.name, (question, answer)), self.system)
         raise RecordError("malformed", f"line {index} has neither 'text' nor 'inputs' and 'targets'")

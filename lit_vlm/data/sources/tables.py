@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from lit_vlm.data.files import list_files
 from lit_vlm.data.media import IMAGE_KEYS, MARK, is_nothing, refuse_marks, refuse_unread, row_images
-from lit_vlm.data.parsing import parse_record
+from lit_vlm.data.parsing import is_chat, parse_record
 from lit_vlm.data.records import Image, Message, Part, Record, RecordError, Text
 from lit_vlm.data.sources.base import Source, hash_files
 from lit_vlm.data.sources.conversations import interleave, llava_record
@@ -75,19 +75,19 @@ class Parquet(Source):
         except (OSError, ValueError) as error:
             raise RecordError("malformed", f"row {index} cannot be read: {error}") from error
         identity = next((str(row[key]) for key in ("id", "idx", "question_id") if row.get(key) is not None), str(index))
-        if any(not is_nothing(row.get(key)) for key in ("messages", "texts")) or {"query", "response"} <= set(row):
+        if is_chat(row):
             return parse_record({**row, "id": identity}, self.name, identity, self.allow_links)
         images = row_images(row, self.allow_links)
-        if row.get("conversations"):
+        if not is_nothing(row.get("conversations")):
             return llava_record({**row, "id": identity}, self.name, index, images, "in_place")
         refuse_unread(row, IMAGE_KEYS, bool(images), f"row {index}", "pictures stand under 'image' or 'images'")
-        if isinstance(row.get("question"), str):
+        if isinstance(row.get("question"), str) and not all(is_nothing(row.get(key)) for key in ("question", "answer")):
             return refuse_marks(_question(row, self.name, identity, images))
         return refuse_marks(self._caption(row, index, identity, images))
 
     def _caption(self, row: dict[str, Any], index: int, identity: str, images: list[Image]) -> Record:
-        caption = next((row[key] for key in ("caption", "text") if isinstance(row.get(key), str)), None)
-        if not caption:
+        caption = next((row[key] for key in ("caption", "text") if row.get(key) and isinstance(row[key], str)), None)
+        if caption is None:
             raise RecordError(
                 "malformed",
                 f"row {index} has none of messages, texts, query, conversations, question, caption, text; columns: "
@@ -117,7 +117,7 @@ class Parquet(Source):
 
 
 def _question(row: dict[str, Any], source: str, identity: str, images: list[Image]) -> Record:
-    answer, choices = row.get("answer"), row.get("choices") or []
+    answer, choices = row.get("answer"), [] if is_nothing(row.get("choices")) else row["choices"]
     if not isinstance(answer, str) or not isinstance(choices, list) or not all(isinstance(c, str) for c in choices):
         raise RecordError("malformed", f"'answer' is {answer!r} and 'choices' {choices!r}; expected text and texts")
     letter = answer.strip().strip("().").upper()
