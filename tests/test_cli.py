@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from mlflow import MlflowClient
 
 from lit_vlm.build import build_on_meta
@@ -320,12 +321,9 @@ def test_a_tiny_run_can_be_asked_inspected_and_exported(tmp_path: Path, caplog: 
         torch.testing.assert_close(again[name][: len(value)] if value.ndim else again[name], value, msg=name)
     # As a run that was trained before such templates were refused.
     config = tmp_path / "out" / "1_align" / "config.yaml"
-    text = (
-        config.read_text()
-        .replace("lit_vlm.data.templates.Plain", "lit_vlm.data.Phi3")
-        .replace("lit_vlm.data.Plain", "lit_vlm.data.Phi3")
-    )
-    config.write_text(text)
+    settings = yaml.safe_load(config.read_text())
+    settings["data"]["template"] = {"class_path": "lit_vlm.data.Phi3"}
+    config.write_text(yaml.safe_dump(settings))
     caplog.clear()
     asked = load_run(config.parent)
     record = Record("0", "asked", (Message("user", (Text("What?"),)),))
