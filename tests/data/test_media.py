@@ -269,6 +269,7 @@ def test_names_and_marks_take_pictures_in_order(folder: Path) -> None:
     [
         ({"1.txt": b"<image> a cat"}, "image_count"),
         ({"1.txt": b"a cat", "1.mp4": b"film"}, r"unread_media: 1\.mp4 is a film"),
+        ({"1.txt": b"a cat", "1.heic": b"picture"}, r"unread_media: 1\.heic is .* a picture of a kind"),
         ({"1.wav": b"sound", "1.json": b'{"caption": "a cat"}'}, r"unread_media: 1\.wav"),
     ],
 )
@@ -322,6 +323,62 @@ def test_a_set_that_was_converted_with_marks_as_text_is_counted(folder: Path) ->
     convert(Old(), folder / "set")
     with pytest.raises(RecordError, match="image_count"):
         Converted(str(folder / "set")).record(0)
+
+
+# ----- keys that are called like pictures and hold none -----
+
+WORDS = {"has_images": "no", "text_image": "no", "media": "BBC", "image_file": "none", "videos": ["n/a", "no"]}
+CLAIMED = {
+    "photo_url": "http://a.b/c",
+    "image_path": "coco/000001",
+    "image_file": "000001.JPG",
+    "image_data": "aGkh" * 30,
+    "media": [{"type": "image", "data": "aGkh" * 30}],
+    "img": {"path": "none"},
+    "picture": {"bytes": "aGk="},
+}
+FORMS: dict[str, tuple[Any, str, list[str]]] = {
+    "chat": ({"messages": ASKED}, "rows.jsonl", ["q", "a"]),
+    "LLaVA": ({"conversations": PLAIN}, "rows.json", ["q", "a"]),
+    "table": ({"question": "q", "answer": "a"}, "rows.parquet", ["q", "a"]),
+    "documents": ({"text_list": ["a"], "image_info": []}, "rows.jsonl", ["a"]),
+    "text": ({"text": "a"}, "rows.jsonl", ["a"]),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_words_under_keys_of_pictures_are_no_pictures(form: str, folder: Path) -> None:
+    row, name, expected = FORMS[form]
+    assert seen(source_of(folder, {**row, **WORDS}, name).record(0)) == expected
+
+
+@pytest.mark.parametrize("key", CLAIMED)
+@pytest.mark.parametrize("form", FORMS)
+def test_a_key_can_be_ignored(form: str, key: str, folder: Path) -> None:
+    row, name, expected = FORMS[form]
+    source = source_of(folder, {**row, key: CLAIMED[key]}, name)
+    with pytest.raises(
+        RecordError, match=rf"unread_media.*'{key}'.*ignore_keys: \[{key}\] of the source leaves it out"
+    ):
+        source.record(0)
+    ignoring = open_source(str(folder / name), settings=[f"ignore_keys=[{key}, other]"])
+    assert seen(ignoring.record(0)) == expected
+    with pytest.raises(RecordError, match=f"unread_media.*'{key}'"):
+        open_source(str(folder / name), settings=["ignore_keys=[other]"]).record(0)
+
+
+def test_keys_of_turns_and_parts_can_be_ignored(folder: Path) -> None:
+    part = {"type": "text", "text": "q", "video_url": "http://a.b/c"}
+    rows: list[tuple[str, Any]] = [
+        ("media", {"conversations": [{**PLAIN[0], "media": "http://a.b/c"}, PLAIN[1]]}),
+        ("img", {"messages": [{**ASKED[0], "img": "a.png"}, ASKED[1]]}),
+        ("video_url", {"messages": [{"role": "user", "content": [part]}, ASKED[1]]}),
+    ]
+    for key, row in rows:
+        with pytest.raises(RecordError, match=rf"unread_media: .*\[0\] holds .* ignore_keys: \[{key}\]"):
+            source_of(folder, row).record(0)
+        source = open_source(str(folder / "rows.jsonl"), settings=[f"ignore_keys=[{key}]"])
+        assert seen(source.record(0)) == ["q", "a"]
 
 
 # ----- what a form is recognised as -----

@@ -36,6 +36,8 @@ class Mmc4(JsonLines):
             writes Llama's `<unk>`, which it takes out again after tokenising.
         name: name of the source; default: that of the file.
         allow_links: whether image files may be links that leave the image folder.
+        ignore_keys: keys that are left out of the rows, and of the turns and parts in them, as if they were not there:
+            those that look like a picture, a film or a sound and are none.
     """
 
     def __init__(
@@ -48,8 +50,9 @@ class Mmc4(JsonLines):
         joint: str = " ",
         name: str | None = None,
         allow_links: bool = False,
+        ignore_keys: list[str] | None = None,
     ) -> None:
-        super().__init__(path, image_folder, name, allow_links)
+        super().__init__(path, image_folder, name, allow_links, ignore_keys)
         self._prefix = self.name  # ids stay as they are when a source is renamed
         if max_images is not None and max_images < 1:
             raise ValueError(f"Mmc4: max_images is at least 1, not {max_images}")
@@ -162,12 +165,16 @@ class Texts(JsonLines):
         path: the .jsonl, .json or .txt file, or a folder of .jsonl files.
         system: system text of questions; "" for none at all; default: the template's.
         name: name of the source; default: that of the file.
+        ignore_keys: keys that are left out of the rows, and of the turns and parts in them, as if they were not there:
+            those that look like a picture, a film or a sound and are none.
     """
 
-    def __init__(self, path: str, system: str | None = None, name: str | None = None) -> None:
+    def __init__(
+        self, path: str, system: str | None = None, name: str | None = None, ignore_keys: list[str] | None = None
+    ) -> None:
         self.system = system
         self.plain = Path(path).suffix.lower() == ".txt"
-        super().__init__(path, None, name)
+        super().__init__(path, None, name, ignore_keys=ignore_keys)
         self._prefix = self.name  # ids stay as they are when a source is renamed
 
     def record(self, index: int) -> Record:

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from lit_vlm.data.files import list_files
-from lit_vlm.data.media import IMAGE_KEYS, MARK, is_nothing, refuse_marks, refuse_unread, row_images
+from lit_vlm.data.media import IMAGE_KEYS, MARK, is_nothing, refuse_marks, refuse_unread, row_images, without_keys
 from lit_vlm.data.parsing import is_chat, parse_record
 from lit_vlm.data.records import Image, Message, Part, Record, RecordError, Text
 from lit_vlm.data.sources.base import Source, hash_files
@@ -34,6 +34,8 @@ class Parquet(Source):
         name: name of the source; default: that of the file or folder.
         image_folder: what image paths are relative to, where a table has paths; default: its folder.
         allow_links: whether image files may be links that leave the image folder.
+        ignore_keys: keys that are left out of the rows, and of the turns and parts in them, as if they were not there:
+            those that look like a picture, a film or a sound and are none.
     """  # noqa: D415
 
     path: Path
@@ -45,9 +47,10 @@ class Parquet(Source):
         name: str | None = None,
         image_folder: str | None = None,
         allow_links: bool = False,
+        ignore_keys: list[str] | None = None,
     ) -> None:
         self.path = self._existing(path)
-        self.prompt, self.allow_links = prompt, allow_links
+        self.prompt, self.allow_links, self.ignore_keys = prompt, allow_links, list(ignore_keys or ())
         self._call(name)
         folder = self.path if self.path.is_dir() else self.path.parent
         self.image_folder = Path(image_folder).expanduser() if image_folder else folder
@@ -110,7 +113,8 @@ class Parquet(Source):
             number, group = self._groups[which]
             self._loaded = (which, pq.ParquetFile(self.files[number]).read_row_group(group))
         local = index - (self._ends[which - 1] if which else 0)
-        return self._loaded[1].slice(local, 1).to_pylist()[0]
+        row = self._loaded[1].slice(local, 1).to_pylist()[0]
+        return without_keys(row, self.ignore_keys) if self.ignore_keys else row
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_loaded": None}
