@@ -24,8 +24,8 @@ from rich.progress import track
 from lit_vlm.checkpoints.run import load_run, pick_device
 from lit_vlm.data.collate import collate_prompts
 from lit_vlm.data.encode import Sample
+from lit_vlm.data.media import MARK
 from lit_vlm.data.records import Image, Message, Record, RecordError, Text
-from lit_vlm.data.sources.base import MARK
 from lit_vlm.data.sources.conversations import interleave
 from lit_vlm.precision import choose
 from lit_vlm.tasks.ask import Reader

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lit_vlm.metric_names import safe_names
 from lit_vlm.mlflow_store import (
     absolute_uri,
     experiment_id,
@@ -37,23 +38,6 @@ QUICK = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": 
 MOST_PARAMS, MOST_LETTERS = 100, 5000
 
 log = logging.getLogger(__name__)
-
-
-def safe_name(text: str) -> str:
-    """A name of a metric or parameter that MLflow takes: letters and digits of any script, and `_-./: `."""
-    letters = "".join(letter if letter.isalnum() or letter in "_-./: " else "_" for letter in text)
-    return "/".join(part if part.strip(".") else "_" * max(1, len(part)) for part in letters.split("/"))
-
-
-def safe_names(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The same values under safe names; names that become the same one are numbered."""
-    safe: dict[str, Any] = {}
-    for key, value in values.items():
-        name, number = safe_name(key), 1
-        while (tried := name if number == 1 else f"{name}_{number}") in safe:
-            number += 1
-        safe[tried] = value
-    return safe
 
 
 class MLflowRun:

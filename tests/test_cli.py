@@ -11,11 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from mlflow import MlflowClient
 
 from lit_vlm.build import build_on_meta
 from lit_vlm.checkpoints.files import checkpoints_in, read_state
+from lit_vlm.checkpoints.run import load_run
 from lit_vlm.cli import lightning_cli, main
+from lit_vlm.data.records import Message, Record, Text
 from lit_vlm.recipe import SHIPPED, find_recipe, shipped_recipes
 from tests.runs import environment, lit_vlm, tiny_fit
 
@@ -294,7 +297,7 @@ def test_a_template_whose_marks_the_decoder_lacks_is_named_before_training(
         assert {"dry run": "ready: config parses", "inspect": "<|eot_id|>"}[how] in capsys.readouterr().out
 
 
-def test_a_tiny_run_can_be_asked_inspected_and_exported(tmp_path: Path) -> None:
+def test_a_tiny_run_can_be_asked_inspected_and_exported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     flags = [f"--trainer.callbacks+=callbacks.{name}" for name in ("HeldOut", "Predictions")]
     recipe = ["llava15", "--scale", "tiny", "--strategy", "single", "--out", "out", "--stages", "1_align"]
     lit_vlm(tmp_path, "run", *recipe, "--trainer.accelerator", "cpu", *flags)
@@ -316,6 +319,17 @@ def test_a_tiny_run_can_be_asked_inspected_and_exported(tmp_path: Path) -> None:
     again = load_published("llava-hf", tmp_path / "hf").state_dict()
     for name, value in read_state(tmp_path / "out" / "1_align").items():
         torch.testing.assert_close(again[name][: len(value)] if value.ndim else again[name], value, msg=name)
+    # As a run that was trained before such templates were refused.
+    config = tmp_path / "out" / "1_align" / "config.yaml"
+    settings = yaml.safe_load(config.read_text())
+    settings["data"]["template"] = {"class_path": "lit_vlm.data.Phi3"}
+    config.write_text(yaml.safe_dump(settings))
+    caplog.clear()
+    asked = load_run(config.parent)
+    record = Record("0", "asked", (Message("user", (Text("What?"),)),))
+    assert asked.prompts([record], tmp_path).input_ids.shape[0] == 1
+    (said,) = [record.message for record in caplog.records if record.name == "lit_vlm.data.spelling"]
+    assert said.startswith("data.template Phi3 writes ")
 
 
 def test_a_run_that_fails_says_so_in_mlflow_and_on_the_terminal(tmp_path: Path) -> None:

@@ -21,7 +21,8 @@ from mlflow.protos import databricks_pb2
 
 from lit_vlm import mlflow_run
 from lit_vlm.cli import main
-from lit_vlm.mlflow_run import UNSENT, MLflowRun, known_run, safe_name, safe_names
+from lit_vlm.metric_names import safe_name
+from lit_vlm.mlflow_run import UNSENT, MLflowRun, known_run
 from lit_vlm.mlflow_store import absolute_uri, may_pass
 from tests.runs import environment, one_step
 
@@ -71,10 +72,6 @@ def test_names_become_such_as_mlflow_takes(uri: str, name: str, safe: str) -> No
     run.params({name: "value"})
     found = MlflowClient(run.uri).get_run(run.run_id).data
     assert (found.metrics, found.params) == ({safe: 2.0}, {safe: "value"})
-
-
-def test_names_that_become_the_same_stay_apart() -> None:
-    assert safe_names({"a(1)": 1, "a[1]": 2, "a_1_": 3}) == {"a_1_": 1, "a_1__2": 2, "a_1__3": 3}
 
 
 def test_a_relative_store_is_found_from_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

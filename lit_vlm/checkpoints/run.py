@@ -60,6 +60,8 @@ def pick_device(name: str | None = None) -> str:
 def load_run(source: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> LoadedRun:
     """Build the model of a run and load its weights.
 
+    Marks of its template that the tokenizer does not know are warned of: the model was trained with them in letters.
+
     Args:
         source: a checkpoint, or the folder of a run (its newest checkpoint is taken).
         device: where to put it.
@@ -87,4 +89,5 @@ def load_run(source: str | Path, device: str | torch.device = "cpu", dtype: torc
     module.model = build(module.slots, str(checkpoint))
     module.to(device=device, dtype=dtype).eval()
     written = SampleFormat(objects.template, objects.transform, data["max_length"], data.get("fast_jpeg", True))
+    written.check_marks(module.input_spec, "warn")
     return LoadedRun(module, written)

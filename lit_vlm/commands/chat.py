@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from lit_vlm.data.media import MARK
 from lit_vlm.data.records import Image, Message, Part, Record, RecordError, Text
 from lit_vlm.data.sources import ChatJsonl
-from lit_vlm.data.sources.base import MARK
 from lit_vlm.data.sources.conversations import interleave
 from lit_vlm.precision import choose
 

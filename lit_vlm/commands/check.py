@@ -50,7 +50,7 @@ def _check(words: Sequence[str], later: bool) -> str | None:
         cli.model.stage.freeze(model, cli.model.slots.removed_heads)
         cli.model.stage.make_optimizer(model)
         cli.model.model = model
-        cli.datamodule.encoder(cli.model.input_spec)  # its tokenizer must know the template's marks
+        cli.datamodule.format.check_marks(cli.model.input_spec, "refuse")
         for key, sources in (("train", cli.datamodule.train_sources), ("val", cli.datamodule.val_sources)):
             check_sources(sources, cli.model.input_spec.known, f"data.{key}")
     except SystemExit:

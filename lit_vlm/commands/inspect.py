@@ -26,6 +26,7 @@ def main(argv: Sequence[str]) -> None:
     assert isinstance(module, LitVLM)
     module.model = build_on_meta(module.slots)
     spec = module.input_spec
+    data.format.check_marks(spec, "refuse")
     sources = data.val_sources if arguments.val else data.train_sources
     dataset = SourceDataset(sources, data.encoder(spec))
     plan = data.plan(sources, spec, 0, Layout(data.batch_size, 1), shuffle=not arguments.val)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 
 from lit_vlm.batch import BadSample, Batch
 from lit_vlm.data.batching import Batching, Integers, Layout, Measures, Padded
@@ -115,14 +116,20 @@ class VLMData(LightningDataModule):
     def encoder(self, spec: InputSpec, prompt: bool = False) -> SampleEncoder:
         """How a record becomes a sample of this stage, with nothing prepared.
 
-        A prompt needs no teacher; one that is too long is refused, as cutting it would cut the question off.
+        A prompt needs no teacher; one that is too long is refused, as cutting it would cut the question off. Marks of
+        the template that the tokenizer does not know are written in letters, with one warning: where that must not be,
+        `SampleFormat.check_marks` refuses them first.
         """
         if prompt:
             return self.format.encoder(spec.without_teachers(), "drop", prompt)
         return self.format.encoder(spec, self.too_long)
 
     def train_encoder(self, spec: InputSpec) -> SampleEncoder:
-        """The same for training, which reads what was prepared; held-out images are always seen anew."""
+        """The same for training, which reads what was prepared; held-out images are always seen anew.
+
+        Raises:
+            ValueError: when `data.prepared` names what the model has not, or a set that does not fit this run.
+        """
         encode = self.encoder(spec)
         for name, prepared in self.prepared.items():
             if name not in spec.networks:
@@ -159,7 +166,12 @@ class VLMData(LightningDataModule):
         return Measures(modality_lengths, sizes, self.max_length)
 
     def train_dataloader(self) -> Loader:
-        """Shuffled; each epoch in an order of its own."""
+        """Shuffled; each epoch in an order of its own.
+
+        Raises:
+            ValueError: for what can never work (a source without samples or maps, marks that the tokenizer lacks,
+                prepared features of something else), and when a run that is resumed could not go on in the same order.
+        """
         self._train = self._loader(self.train_sources, "train")
         self._go_on()
         return self._train
@@ -173,7 +185,11 @@ class VLMData(LightningDataModule):
         return {"train": self._train.state_dict()} if self._train else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from there, now or as soon as the loader is made."""
+        """Go on from there, now or as soon as the loader is made.
+
+        Raises:
+            ValueError: as `Loader.load_state_dict`.
+        """
         self._resume = state_dict.get("train")
         self._go_on()
 
@@ -183,15 +199,23 @@ class VLMData(LightningDataModule):
             self._resume = None
 
     def val_dataloader(self) -> list[Loader]:
-        """Held-out data, in order; a loader for each source."""
+        """Held-out data, in order; a loader for each source.
+
+        Raises:
+            ValueError: for what can never work, as `train_dataloader`.
+        """
         return [self._loader([source], "val") for source in self.val_sources]
 
     def test_dataloader(self) -> list[Loader]:
-        """The same data as for validation."""
+        """The same data as for validation; raises as `val_dataloader`."""
         return self.val_dataloader()
 
     def predict_dataloader(self) -> Loader:
-        """Prompts of the held-out data."""
+        """Prompts of the held-out data.
+
+        Raises:
+            ValueError: when there is none, and as `val_dataloader`.
+        """
         if not self.val_sources:
             raise ValueError("lit-vlm predict answers the questions of data.val, which is empty")
         return self._loader(self.val_sources, "predict")
@@ -203,6 +227,9 @@ class VLMData(LightningDataModule):
         prompt = phase == "predict"
         encode = self.train_encoder(spec) if phase == "train" else self.encoder(spec, prompt)
         dataset = SourceDataset(sources, encode)
+        check_marks = partial(self._check_marks, spec)
+        if self.trainer.ckpt_path is not None or not self.trainer.strategy.restore_checkpoint_after_setup:
+            check_marks()
         check_sources(sources, encode.spec.known, f"data.{'train' if phase == 'train' else 'val'}")
         rank = self.trainer.global_rank
         window = self.trainer.accumulate_grad_batches if phase == "train" else 1
@@ -217,10 +244,28 @@ class VLMData(LightningDataModule):
             log=Path(self.trainer.default_root_dir) / f"bad_samples{f'-rank{rank}' if rank else ''}.jsonl",
             pin_memory=module.device.type == "cuda" or self.trainer.strategy.root_device.type == "cuda",
             stops_at=partial(_stops_at, self.trainer, phase, window),
+            on_start=check_marks,
         )
 
+    def _check_marks(self, spec: InputSpec) -> None:
+        """Refuse a template whose marks the tokenizer does not know where training begins, and warn where it goes on.
+
+        Which of the two it is, Lightning says before a loader is made, but with a sharded strategy only before the
+        loader begins.
+
+        Raises:
+            ValueError: as `SampleFormat.check_marks`.
+        """
+        assert self.trainer is not None
+        begins = self.trainer.state.fn == TrainerFn.FITTING and self.trainer.ckpt_path is None
+        self.format.check_marks(spec, "refuse" if begins else "warn")
+
     def teardown(self, stage: str) -> None:
-        """Judge the samples of a training that was stopped before its loader could know."""
+        """Judge the samples of a training that was stopped before its loader could know.
+
+        Raises:
+            ValueError: when too many of them cannot be used; see `Loader.judge`.
+        """
         if stage == "fit" and self._train is not None:
             self._train.judge()
 

@@ -87,6 +87,9 @@ def encode_pieces(pieces: Sequence[Piece], spec: InputSpec) -> tuple[list[int], 
         ids, and labels aligned with them.
     """
     spelling = spelling_of(spec.tokenizer)
+    marks = {piece.text: None for piece in pieces if isinstance(piece, Span) and piece.mark}
+    if not marks.keys() <= spelling.checked:
+        spelling.check(list(marks), "the template", "warn")  # for whoever encodes without `SampleFormat.check_marks`
     ids: list[int] = []
     labels: list[int] = []
     if spec.bos_id is not None:
@@ -122,9 +125,6 @@ def _encode_chunk(spans: list[Span], spelling: Spelling) -> tuple[list[int], lis
     text = "".join(span.text for span in spans)
     if not text:
         return [], []
-    for span in spans:
-        if span.mark:
-            spelling.require(span.text)
     spelled = spelling.write(text)
     if found := spelling.marks_in(text, spelled):
         typed = b"".join(bytes([span.typed]) * len(span.text) for span in spans)
@@ -172,10 +172,6 @@ class SampleEncoder:
     prompt: bool = False
     fast_jpeg: bool = False
     prepared: Mapping[str, Prepared] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        """Refuse a template whose marks the tokenizer does not know; see `Spelling.check`."""
-        spelling_of(self.spec.tokenizer).check(type(self.template).__name__, self.template.marks(self._eos))
 
     @property
     def _eos(self) -> str:

@@ -28,9 +28,11 @@ def visible(files: Iterable[Path]) -> list[Path]:
 def walk(folder: Path, links: bool = False, skipped: list[Path] | None = None) -> Iterator[Path]:
     """Every file below a folder that is not hidden. The folder itself may lie below a hidden one.
 
+    A link with a name that is not hidden is followed into a hidden folder of `folder`, as it leaves nothing.
+
     Args:
         folder: where to look.
-        links: whether folders that are reached by links out of `folder` are walked, too; each is entered once.
+        links: whether folders that are reached by links out of `folder` are walked, too.
         skipped: links to folders that were not followed are added here.
     """
     root = folder.resolve()
@@ -39,12 +41,14 @@ def walk(folder: Path, links: bool = False, skipped: list[Path] | None = None) -
         here = Path(place)
         entered = []
         for name in folders:
-            target = (here / name).resolve() if (here / name).is_symlink() else None
-            if is_hidden(PurePath(name)) or (target is not None and target.is_relative_to(root)) or target in seen:
+            target, link = (here / name).resolve(), (here / name).is_symlink()
+            inside = target.is_relative_to(root)
+            walked = link and inside and not is_hidden(target.relative_to(root))
+            if is_hidden(PurePath(name)) or walked or target in seen:
                 continue  # a link back into what is walked would give the same files again
-            if target is None or links:
+            if not link or inside or links:
                 entered.append(name)
-                seen |= {target} if target is not None else set()
+                seen.add(target)
             elif skipped is not None:
                 skipped.append(here / name)
         folders[:] = entered

@@ -7,6 +7,7 @@ from typing import Literal
 
 from lit_vlm.data.encode import SampleEncoder
 from lit_vlm.data.spec import InputSpec
+from lit_vlm.data.spelling import spelling_of
 from lit_vlm.data.templates import Template
 from lit_vlm.data.transforms import ImageTransform
 
@@ -27,10 +28,23 @@ class SampleFormat:
     max_length: int
     fast_jpeg: bool
 
+    def check_marks(self, spec: InputSpec, action: Literal["refuse", "warn"]) -> None:
+        """See that the tokenizer knows what the template writes as one token each.
+
+        Args:
+            spec: of the model.
+            action: `refuse` where training begins anew, `warn` where it goes on or a trained model is asked.
+
+        Raises:
+            ValueError: naming the template, the marks and the tokenizer, if the action is `refuse`.
+        """
+        marks = self.template.marks(spec.tokenizer.eos_token or "")
+        spelling_of(spec.tokenizer).check(marks, f"data.template {type(self.template).__name__}", action)
+
     def encoder(
         self, spec: InputSpec, too_long: Literal["truncate", "drop"] = "drop", prompt: bool = False, extra: int = 0
     ) -> SampleEncoder:
-        """What makes samples.
+        """What makes samples; see `check_marks` for marks that the tokenizer does not know.
 
         Args:
             spec: of the model.

@@ -11,7 +11,7 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from lit_vlm.data.files import list_files, walk
-from lit_vlm.data.media import IMAGE_SUFFIXES, unread_key
+from lit_vlm.data.media import IMAGE_SUFFIXES, is_nothing, unread_key
 from lit_vlm.data.sources import Captions, ChatJsonl, LlavaJson, Mmc4, Parquet, Pictures, Source, Texts, WebDataset
 
 FORMS: dict[str, type[Source]] = {
@@ -84,7 +84,8 @@ def _by_row(path: Path) -> str:
     """The form of a .jsonl or .json file, by its first row."""
     first = _first_row(path)
     keys = set(first) if isinstance(first, dict) else set()
-    if form := _form_of(keys):
+    held = {key for key in keys if not is_nothing(first[key])}
+    if form := _form_of(held, keys) or _form_of(keys, keys):
         return form
     if path.suffix.lower() == ".json":
         return "LlavaJson"  # which says what is wrong with the file
@@ -97,17 +98,22 @@ def _by_row(path: Path) -> str:
     )
 
 
-def _form_of(keys: set[str]) -> str | None:
-    """The class that reads rows with these keys; none for text beside a picture that no form names."""
-    if {"text_list", "image_info"} <= keys:
+def _form_of(held: set[str], keys: set[str]) -> str | None:
+    """The class that reads such rows; none for text beside a picture that no form names.
+
+    Args:
+        held: keys that hold something.
+        keys: all of them; an answer or a list of pictures may be empty.
+    """
+    if "text_list" in held and "image_info" in keys:
         return "Mmc4"
-    if "messages" in keys or {"query", "response"} <= keys or "texts" in keys:
+    if held & {"messages", "texts"} or ("query" in held and "response" in keys):
         return "ChatJsonl"
-    if "conversations" in keys:
+    if "conversations" in held:
         return "LlavaJson"
-    if {"image", "caption"} <= keys:
+    if {"image", "caption"} <= held:
         return "Captions"
-    if {"inputs", "targets"} <= keys or ("text" in keys and not keys & {"image", "images", "file_name"}):
+    if ("inputs" in held and "targets" in keys) or ("text" in held and not held & {"image", "images", "file_name"}):
         return "Texts"
     return None
 

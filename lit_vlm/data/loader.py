@@ -84,6 +84,7 @@ class Loader:
         pin_memory: pin batches, for an accelerator.
         stops_at: the batch of an epoch that the run stops in front of, by the batch that it begins with and the batches
             of a whole epoch; default: its end. Samples are judged there, however few they are.
+        on_start: called whenever the batches of an epoch are asked for.
     """
 
     def __init__(
@@ -97,9 +98,11 @@ class Loader:
         log: Path | None,
         pin_memory: bool,
         stops_at: Callable[[int, int], int] | None = None,
+        on_start: Callable[[], None] | None = None,
     ) -> None:
         self.dataset, self.batch_sampler, self.window = dataset, plan, window
         self.bad_samples, self.log, self.stops_at = bad_samples, log, stops_at
+        self.on_start = on_start
         self._loader = DataLoader(
             dataset,
             batch_sampler=plan,
@@ -117,6 +120,8 @@ class Loader:
         return len(self.batch_sampler)
 
     def __iter__(self) -> Iterator[Batch]:
+        if self.on_start is not None:
+            self.on_start()
         self._done = self.batch_sampler.start
         batches = iter(self._loader)
         last = len(self) if self.stops_at is None else min(len(self), self.stops_at(self._done, len(self)))
@@ -143,7 +148,7 @@ class Loader:
         """
         self.batch_sampler.epoch = state["epoch"]
         mine, saved = self.batch_sampler.identity(), state["plan"]
-        if changed := [key for key in {**mine, **saved} if mine.get(key) != saved.get(key)]:
+        if changed := self.batch_sampler.changed(saved):
             found = "; ".join(f"{key}: {saved.get(key)} then, {mine.get(key)} now" for key in changed)
             raise ValueError(
                 f"this run cannot go on exactly, as its order of samples would be another ({found}). "

@@ -24,8 +24,12 @@ MEDIA_KEY = re.compile(
 """Keys that hold a picture, a film or a sound, or say where it is: `image_path`, `imageUrl`, `img`, `videos`,
 `left_image`, `image_2`. `image_size` or `image_id` are none."""
 FILE_KEY = re.compile(r"^(?:file|path|file_?name|file_?path)$")
-MEDIA_FILE = re.compile(r"\.(?:jpe?g|png|webp|bmp|gif|tiff?|mp4|avi|mov|mkv|webm|mp3|wav|flac|ogg|m4a)$")
-"""Under `file_name` and the like, endings that mean a picture, a film or a sound."""
+MEDIA_FILE = re.compile(
+    r"\.(?:jpe?g|jfif|png|webp|bmp|gif|tiff?|heic|heif|avif|svg|mp4|avi|mov|mkv|webm|mp3|wav|flac|ogg|m4a)$"
+)
+"""Under `file_name` and the like, endings in small letters that mean a picture, a film or a sound."""
+ADDRESS = re.compile(r"^(?:data:|file:|[A-Za-z][A-Za-z0-9+.-]{0,20}://|\S{0,4000}[/\\]\S{3,255}$|[A-Za-z0-9+/_-]{64})")
+"""Under a key that names a picture, what is one without such an ending: an URI, a path with folders, base64."""
 MEDIA_PARTS = frozenset({"video", "video_url", "audio", "audio_url", "input_audio", "file"})
 """Types of message parts, as chat APIs have them, that are not read."""
 QWEN_MARK = re.compile(r"<img>[^<]{1,2000}</img>")
@@ -40,6 +44,29 @@ def is_nothing(value: Any) -> bool:
     return value is None or value in ("", b"") or value != value
 
 
+def is_media(value: Any) -> bool:
+    """Whether a value looks like a picture, a film or a sound, and not like a word about one (`no`, `BBC`).
+
+    That is a file name with an ending of `MEDIA_FILE`, an `ADDRESS`, bytes, an object with `path`, `bytes` or `url`, or
+    a list or an object that holds such.
+    """
+    if isinstance(value, str):
+        return MEDIA_FILE.search(value[-8:].lower()) is not None or ADDRESS.match(value) is not None
+    if isinstance(value, Mapping):
+        named = any(isinstance(value.get(key), str | bytes) and value[key] for key in ("path", "bytes", "url"))
+        return named or any(is_media(entry) for entry in value.values())
+    if isinstance(value, list | tuple):
+        return any(is_media(entry) for entry in value)
+    return isinstance(value, bytes) and bool(value)
+
+
+def without_keys(value: Any, keys: Collection[str]) -> Any:
+    """A row without some keys; the objects in it are without them, too."""
+    if isinstance(value, Mapping):
+        return {key: without_keys(entry, keys) for key, entry in value.items() if key not in keys}
+    return [without_keys(entry, keys) for entry in value] if isinstance(value, list) else value
+
+
 def unread_key(row: Mapping[Any, Any], read: Collection[str], pictured: bool) -> str | None:
     """A key of a row that holds a picture, film or sound and that its reader does not look at.
 
@@ -51,7 +78,7 @@ def unread_key(row: Mapping[Any, Any], read: Collection[str], pictured: bool) ->
     """
     for key, value in row.items():
         kind = _kind(key)
-        if kind is None or key in read or isinstance(value, bool | int | float) or is_nothing(value):
+        if kind is None or key in read or not is_media(value):
             continue
         if kind == "file" and (pictured or not isinstance(value, str) or not MEDIA_FILE.search(value.lower())):
             continue
@@ -73,7 +100,9 @@ def refuse_unread(row: Mapping[Any, Any], read: Collection[str], pictured: bool,
     """Raise `RecordError` (`unread_media`) where `unread_key` finds a key."""
     if (key := unread_key(row, read, pictured)) is not None:
         raise RecordError(
-            "unread_media", f"{where} holds {str(row[key])[:80]!r} under '{key}', which is not read: {advice}"
+            "unread_media",
+            f"{where} holds {str(row[key])[:80]!r} under '{key}', which is not read: {advice}; if it is no picture, "
+            f"film or sound, ignore_keys: [{key}] of the source leaves it out",
         )
 
 

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import os
 import posixpath
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from lit_vlm.data.sources.base import Source
+from lit_vlm.metric_names import safe_name
 
 LONGEST = 150
 """Letters of a name: MLflow takes 250 for a metric, whose kind stands in front."""
 
 
 def name_key(name: str) -> str:
-    """What a name is told apart by: other signs become an underscore in a metric, and some databases ignore case."""
-    return re.sub(r"[^\w./ -]", "_", name).casefold()
+    """What a name is told apart by: its letters in a metric, as some databases ignore case."""
+    return safe_name(name).casefold()
 
 
 def tell_apart(sources: Sequence[Source], beside: Sequence[Source] = (), strictly: bool = False) -> None:

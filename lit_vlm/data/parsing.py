@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import PurePath
 from typing import Any, cast
 
 from lit_vlm.data.media import (
@@ -17,6 +18,8 @@ from lit_vlm.data.media import (
 )
 from lit_vlm.data.records import ROLES, Image, Message, Part, Record, RecordError, Role, Text
 
+PICTURE_PARTS = ("image", "image_url")
+"""Types of message parts that are pictures."""
 ADVICE = f"name pictures under 'images', with a mark {MARK} in the text for each, or as parts of type image"
 
 
@@ -24,7 +27,8 @@ def parse_record(raw: Any, source: str, default_id: str, links: bool = False) ->
     """A record from the chat form: `record.schema.json` says what that is.
 
     Besides `messages` there may be the pictures, under `images` (or `image`): marks `<image>` in the text, and parts of
-    type image without a path, take them in order, as ms-swift, LLaMA-Factory and TRL write it. In place of `messages`
+    type image without a path, take them in order, as ms-swift, LLaMA-Factory and TRL write it; so do parts whose path
+    is only the picture's name, where marks and parts together are as many as the pictures. In place of `messages`
     there may be `texts`, a list of `{user, assistant}` (the_cauldron, FineVision), or `query` and `response` with
     `system` and `history` (ms-swift).
 
@@ -41,7 +45,7 @@ def parse_record(raw: Any, source: str, default_id: str, links: bool = False) ->
         raise RecordError("malformed", f"a record is an object with a non-empty list 'messages', not {str(raw)[:80]!r}")
     images = row_images(raw, links)
     turns, key = _turns(raw, len(images))
-    pictures = _Pictures(images, links)
+    pictures = _Pictures(images, links, _name_only(turns, images, links))
     messages = tuple(pictures.message(turn, f"{key}[{i}]") for i, turn in enumerate(turns))
     pictures.check_count()
     options = [] if raw.get("options") is None else raw["options"]
@@ -55,6 +59,15 @@ def parse_record(raw: Any, source: str, default_id: str, links: bool = False) ->
     return refuse_marks(record)
 
 
+def is_chat(row: Mapping[str, Any]) -> bool:
+    """Whether a row holds what `parse_record` reads; in a table every row has every key, many of them with nothing."""
+    return any(not is_nothing(row.get(key)) for key in ("messages", "texts")) or _asks(row)
+
+
+def _asks(row: Mapping[str, Any]) -> bool:
+    return not is_nothing(row.get("query")) and "response" in row
+
+
 def _turns(raw: Mapping[str, Any], num_images: int) -> tuple[list[Any], str]:
     """The messages as dictionaries, and the key that they come from."""
     for key in ("messages", "texts"):
@@ -64,7 +77,7 @@ def _turns(raw: Mapping[str, Any], num_images: int) -> tuple[list[Any], str]:
         if not isinstance(value, list):
             raise RecordError("malformed", f"'{key}' is a {type(value).__name__}; expected a non-empty list")
         return (_cauldron(value, num_images) if key == "texts" else value), key
-    if not is_nothing(raw.get("query")) and "response" in raw:
+    if _asks(raw):
         return _query(raw), "query"
     raise RecordError(
         "malformed", "a record is an object with a non-empty list 'messages' (or 'texts', or 'query' and 'response')"
@@ -94,11 +107,47 @@ def _query(raw: Mapping[str, Any]) -> list[Any]:
     return turns
 
 
-class _Pictures:
-    """Reads messages, and hands the pictures of the row to marks and to parts without a path."""
+def _name_only(turns: Sequence[Any], images: Sequence[Image], links: bool) -> bool:
+    """Whether the paths of image parts only say what the pictures of the row are called.
 
-    def __init__(self, images: Sequence[Image], links: bool) -> None:
-        self.images, self.links, self.asked = images, links, 0
+    So they do where only all marks and parts together are as many as the pictures, and no path has another name than
+    its picture.
+    """
+    if not images:
+        return False
+    places = [place for turn in turns if isinstance(turn, Mapping) for place in _places(turn.get("content"), links)]
+    if places.count(None) == len(images) or len(places) != len(images):
+        return False
+    names = [(name, image.path) for name, image in zip(places, images, strict=True)]
+    return all(PurePath(a).name == PurePath(b).name for a, b in names if a is not None and b is not None)
+
+
+def _places(content: Any, links: bool) -> Iterator[str | None]:
+    """The path of each image part, and None for each mark and each part without one; parts with bytes are none."""
+    for part in content if isinstance(content, list) else [{"type": "text", "text": content}]:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind == "text" and isinstance(part.get("text"), str):
+            yield from [None] * part["text"].count(MARK)
+        elif kind in PICTURE_PARTS:
+            found = _picture_of(part)
+            try:
+                image = Image() if found is None else image_of(found, "", links)
+            except RecordError:
+                continue  # it is told when the part is read
+            if image.data is None:
+                yield image.path
+
+
+def _picture_of(part: Mapping[str, Any]) -> Any:
+    """What an image part says its picture is, or None."""
+    return next((part[key] for key in ("image", "image_url", "url", "path") if not is_nothing(part.get(key))), None)
+
+
+class _Pictures:
+    """Reads messages, and hands the pictures of the row to marks and to parts without a path, or with a mere name."""
+
+    def __init__(self, images: Sequence[Image], links: bool, name_only: bool) -> None:
+        self.images, self.links, self.name_only, self.asked = images, links, name_only, 0
 
     def check_count(self) -> None:
         """Every picture of the row has its place, and every place its picture."""
@@ -129,9 +178,11 @@ class _Pictures:
         if kind == "text" and isinstance(raw.get("text"), str) and isinstance(raw.get("loss"), bool | None):
             refuse_unread(raw, (), False, where, ADVICE)
             yield from self._in_text(raw["text"], raw.get("loss"))
-        elif kind in ("image", "image_url"):
-            found = next((raw[k] for k in ("image", "image_url", "url", "path") if not is_nothing(raw.get(k))), None)
-            yield self._next() if found is None else image_of(found, where, self.links)
+        elif kind in PICTURE_PARTS:
+            found = _picture_of(raw)
+            own = Image() if found is None else image_of(found, where, self.links)
+            named = self.name_only and own.data is None
+            yield self._next() if found is None or named else own
         elif kind in MEDIA_PARTS:
             raise RecordError("unread_media", f"{where} is of type {kind}, which is not read: {ADVICE}")
         else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -96,6 +96,15 @@ class BatchPlan:
     def identity(self) -> dict[str, Any]:
         """What must be the same for the order of samples to be the same; written with every checkpoint."""
         return self._settings | {"samples": self.num_samples, "order": self._order_digest()}
+
+    def changed(self, saved: Mapping[str, Any]) -> list[str]:
+        """Keys of an `identity` that was saved which mean another order now.
+
+        Sources count by their content, one after the other; what they are called is for the reader.
+        """
+        mine = self.identity()
+        compared = [{**one, "sources": [mark for _, mark in one.get("sources", [])]} for one in (mine, saved)]
+        return [key for key in {**mine, **saved} if compared[0].get(key) != compared[1].get(key)]
 
     @cached_property
     def _settings(self) -> dict[str, Any]:

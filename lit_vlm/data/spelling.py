@@ -7,7 +7,7 @@ import logging
 from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property, lru_cache
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from tokenizers import AddedToken, Tokenizer
 
@@ -40,6 +40,7 @@ class Spelling:
 
     Attributes:
         marks: letters of each special token, by id.
+        checked: what `check` was asked about.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -51,6 +52,7 @@ class Spelling:
         self._strips = frozenset(i for i, token in self._added.items() if token.lstrip or token.rstrip)
         self._plain = _Writer(_same_model(self._backend, self._added), {t.content: i for i, t in self._added.items()})
         self._single: dict[str, int | None] = {}
+        self.checked: set[str] = set()
 
     def write(self, text: str) -> Spelled:
         """The ids that the tokenizer gives without special tokens at the ends, and what each covers."""
@@ -108,41 +110,42 @@ class Spelling:
             self._single[text] = both[-1] if both[:-1] == before else None
         return self._single[text]
 
-    def check(self, template: str, marks: Sequence[str]) -> None:
-        """Refuse a template whose marks the tokenizer does not know.
+    def check(self, marks: Sequence[str], template: str, action: Literal["refuse", "warn"]) -> None:
+        """See that marks are one token each; it is looked up once for each mark, and warned of once.
 
         Args:
-            template: its name.
-            marks: what it writes as one token each; "" stands for an end-of-sequence token that is not there.
+            marks: what a template writes as one token each; "" stands for an end-of-sequence token that is not there.
+            template: what writes them, for the message.
+            action: what happens to others. Where training begins anew they are refused. A trained model is asked as it
+                was trained, in letters, and its vocabulary cannot grow any more: then a warning is logged.
 
         Raises:
-            ValueError: naming the template, the marks and the tokenizer.
+            ValueError: naming the template, the marks and the tokenizer, if the action is `refuse`.
         """
-        unknown = [mark for mark in marks if self.single(mark) is None]
+        new = [mark for mark in marks if mark not in self.checked]
+        self.checked.update(new)
+        unknown = [mark for mark in (marks if action == "refuse" else new) if self.single(mark) is None]
+        if not unknown:
+            return
         if "" in unknown:
-            raise ValueError(
-                f"data.template {template} closes answers with the end-of-sequence token, and the decoder's tokenizer "
-                f"({self._name}) has none: set eos_token in its tokenizer_config.json, or take a template that has a "
-                "mark of its own"
+            found = (
+                f"{template} closes answers with the end-of-sequence token, and the decoder's tokenizer "
+                f"({self._name}) has none"
             )
-        if unknown:
-            raise ValueError(
-                f"data.template {template} writes {', '.join(unknown)} as one token each, and the decoder's tokenizer "
-                f"({self._name}) knows no such token: it would be spelled in letters, and no answer would end where "
-                "generation stops. Take the template that the decoder was trained with, or give it new tokens, which "
-                "must then be trained: "
-                f"--model.decoder.init_args.new_tokens '{json.dumps(unknown)}'"
+            advice = "set eos_token in its tokenizer_config.json, or take a template that has a mark of its own"
+        else:
+            found = (
+                f"{template} writes {', '.join(unknown)} as one token each, and the decoder's tokenizer "
+                f"({self._name}) knows no such token: it is spelled in letters, and no answer ends where generation "
+                "stops"
             )
-
-    def require(self, mark: str) -> None:
-        """Log once that a mark is not one token, for whoever encodes without `check`."""
-        if mark not in self._single and self.single(mark) is None:
-            log.warning(
-                "the tokenizer (%s) does not know the template's mark '%s' as one token: it is written in letters, and "
-                "generation does not stop there",
-                self._name,
-                mark,
+            advice = (
+                "take the template that the decoder was trained with, or give it new tokens, which must then be "
+                f"trained: --model.decoder.init_args.new_tokens '{json.dumps(unknown)}'"
             )
+        if action == "refuse":
+            raise ValueError(f"{found}: {advice}")
+        log.warning("%s. A checkpoint that was trained so is used as it is; start no other run like it", found)
 
     @cached_property
     def _private_names(self) -> dict[int, str]:

@@ -22,7 +22,8 @@ class Subset(Source):
 
     def __init__(self, parent: Source, indices: NDArray[np.int64]) -> None:
         self.parent, self.indices = parent, indices
-        self.name, self.image_folder, self.chunked = parent.name, parent.image_folder, parent.chunked
+        self.name, self.named, self.path = parent.name, parent.named, parent.path
+        self.image_folder, self.chunked = parent.image_folder, parent.chunked
 
     def __len__(self) -> int:
         return len(self.indices)

@@ -11,8 +11,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from lit_vlm.data.files import list_files
 from lit_vlm.data.records import Image
-from lit_vlm.data.sources.base import list_files
 from lit_vlm.metrics import chosen_letter
 from lit_vlm.metrics.choice import LETTERS
 

@@ -15,10 +15,11 @@ from lit_vlm.data.sources import Source
 
 
 class Count(Source):
-    """Records 0, 1, ... whose text is their number."""
+    """Records 0, 1, ... whose text is their number; `content` tells two of one name apart."""
 
-    def __init__(self, name: str, count: int) -> None:
+    def __init__(self, name: str, count: int, content: str | None = None) -> None:
         self.name, self.count, self.image_folder = name, count, Path()
+        self._content = content or f"{name}-{count}"
         self._on_record: Callable[[int], None] = lambda index: None
 
     def __len__(self) -> int:
@@ -30,7 +31,7 @@ class Count(Source):
         return Record(f"{self.name}-{index}", self.name, turns)
 
     def fingerprint(self) -> str:
-        return f"{self.name}-{self.count}"
+        return self._content
 
 
 def measures_of(sizes: Sequence[tuple[int, int]], capacity: int) -> Measures:

@@ -8,14 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
+import numpy as np
 import pytest
 import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
 
 from lit_vlm.batch import Batch
-from lit_vlm.data import ChatML, Packed, Padded, Resize, Scenes, Shapes, VLMData
+from lit_vlm.data import ChatML, Packed, Padded, Phi3, Resize, Scenes, Shapes, Template, VLMData
 from lit_vlm.data.sources import ChatJsonl, Source
 from lit_vlm.data.spec import InputSpec
+from lit_vlm.data.split import Subset
+from lit_vlm.data.usable import check_sources
+from lit_vlm.tokenizers import byte_tokenizer
 
 
 class Model(L.LightningModule):
@@ -35,6 +40,9 @@ class Model(L.LightningModule):
         pass
 
     test_step = validation_step
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> None:
+        pass
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         return batch
@@ -136,6 +144,12 @@ def test_an_empty_source_is_named(key: str, model: Model, tmp_path: Path) -> Non
     assert model.steps == 0
 
 
+def test_a_share_without_samples_is_named_by_its_file(tmp_path: Path) -> None:
+    source = chat(tmp_path / "a.jsonl", 4, range(0))
+    with pytest.raises(ValueError, match=r"the source 'a' \(.*a\.jsonl\) holds no sample"):
+        check_sources([Subset(source, np.zeros(0, np.int64))], {}, "data.train")
+
+
 # ----- maps that pictures carry -----
 
 
@@ -164,3 +178,62 @@ def test_maps_that_are_there_and_texts_pass(model: Model, bytes_spec: InputSpec,
     model.input_spec = other
     with pytest.raises(ValueError, match="reads the map 'normals' .* carry depth, segmentation:"):
         trainer(tmp_path, max_steps=2).fit(model, data([drawn, texts]))
+
+
+# ----- marks that the tokenizer does not know -----
+
+
+class Late(SingleDeviceStrategy):
+    """Restores a checkpoint when the model is set up, as sharded strategies do."""
+
+    restore_checkpoint_after_setup = True
+
+
+class Scheduled(Model):
+    """Counts the steps of the run, and so makes the loader, before training begins."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        assert self.trainer.estimated_stepping_batches > 0
+        return super().configure_optimizers()
+
+
+@pytest.mark.parametrize("strategy", [SingleDeviceStrategy, Late])
+def test_marks_in_letters_begin_no_run_and_end_none(
+    strategy: type[SingleDeviceStrategy],
+    bytes_spec: InputSpec,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = Scheduled(replace(bytes_spec, tokenizer=byte_tokenizer()))
+
+    def fit(template: Template, steps: int, checkpoint: Path | None = None) -> None:
+        made = VLMData([chat(tmp_path / "a.jsonl", 40, range(0))], template, Resize(), batch_size=4)
+        run = trainer(tmp_path, max_steps=steps, max_epochs=3, strategy=strategy("cpu"))
+        run.fit(model, made, ckpt_path=checkpoint)
+        run.save_checkpoint(tmp_path / "a.ckpt")
+
+    with pytest.raises(ValueError, match=r"data\.template Phi3 writes .*new_tokens"):
+        fit(Phi3(), 2)
+    assert model.steps == 0
+    fit(ChatML(), 2)
+    assert not marks_logged(caplog)
+    model.input_spec = replace(bytes_spec, tokenizer=byte_tokenizer())  # another process knows nothing of the above
+    fit(Phi3(), 4, tmp_path / "a.ckpt")
+    assert model.steps == 4
+    (logged,) = marks_logged(caplog)
+    assert logged.startswith("data.template Phi3 writes <|system|>, <|end|>")
+
+
+def marks_logged(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.message for record in caplog.records if record.name == "lit_vlm.data.spelling"]
+
+
+@pytest.mark.parametrize("verb", ["validate", "test", "predict"])
+def test_a_model_with_marks_in_letters_is_asked(
+    verb: str, bytes_spec: InputSpec, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = Model(replace(bytes_spec, tokenizer=byte_tokenizer()))
+    sources = [chat(tmp_path / f"{name}.jsonl", 8, range(0)) for name in "abc"]
+    getattr(trainer(tmp_path), verb)(model, VLMData(sources[:1], Phi3(), Resize(), val=sources[1:]))
+    (logged,) = marks_logged(caplog)
+    assert logged.startswith("data.template Phi3 writes <|system|>, <|end|>")

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from lit_vlm.data import Shapes
 from lit_vlm.data.collate import collate_prompts
 from lit_vlm.data.encode import SampleEncoder, encode_pieces
+from lit_vlm.data.format import SampleFormat
 from lit_vlm.data.records import Message, Record, RecordError, Text
 from lit_vlm.data.spec import InputSpec
 from lit_vlm.data.templates import ChatML, Llama3, Phi3, Plain, Template, VicunaV1
@@ -51,30 +52,44 @@ def test_an_answer_that_holds_nothing_is_refused(content: tuple[Text, ...], plac
     ids=["chatml", "llama3", "phi3"],
 )
 def test_a_template_whose_marks_the_tokenizer_lacks_is_refused(
-    template: Template, marks: str, llama_spec: InputSpec
+    template: Template, marks: str, llama_spec: InputSpec, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with pytest.raises(
-        ValueError, match=rf"{marks} as one token each, .* tokenizer \(.*tiny_llama\) knows .*new_tokens '\["
-    ):
-        encoder(llama_spec, template)
+    written = SampleFormat(template, Native(64), 1000, fast_jpeg=False)
+    for _ in range(2):
+        with pytest.raises(
+            ValueError, match=rf"{marks} as one token each, .* tokenizer \(.*tiny_llama\) knows .*new_tokens '\["
+        ):
+            written.check_marks(llama_spec, "refuse")
+    assert not caplog.records
+
+
+def test_a_trained_model_with_marks_in_letters_is_asked_with_one_warning(caplog: pytest.LogCaptureFixture) -> None:
+    spec = make_spec(byte_tokenizer())
+    written = SampleFormat(Phi3(), Native(64), 1000, fast_jpeg=False)
+    for _ in range(2):
+        written.check_marks(spec, "warn")
+        assert written.encoder(spec)(Shapes(1).record(0), Path()).ids
+    (record,) = caplog.records
+    assert record.message.startswith("data.template Phi3 writes <|system|>, <|end|>, <|user|>, <|assistant|> as one")
+    assert "new_tokens" not in record.message  # the vocabulary of a checkpoint stays as it is
+    with pytest.raises(ValueError, match=r"Phi3 writes <\|system\|>, <\|end\|>"):
+        written.check_marks(spec, "refuse")
 
 
 def test_a_template_that_closes_with_an_end_of_sequence_token_needs_one() -> None:
     spec = make_spec(PreTrainedTokenizerFast(tokenizer_object=byte_level(), name_or_path="some/base"))
     for template in (VicunaV1(), Plain(end=None)):
         with pytest.raises(ValueError, match=r"\(some/base\) has none: set eos_token in its tokenizer_config.json"):
-            encoder(spec, template)
-    encoder(spec, Plain())
+            SampleFormat(template, Native(64), 1000, fast_jpeg=False).check_marks(spec, "refuse")
+    SampleFormat(Plain(), Native(64), 1000, fast_jpeg=False).check_marks(spec, "refuse")
 
 
 def test_marks_in_letters_are_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     spec = make_spec(byte_tokenizer())
     for _ in range(2):
         encode_pieces(Phi3().render([QUESTION, Message("assistant", (Text("A"),))], ""), spec)
-    assert [record.message.split(" as one token")[0] for record in caplog.records] == [
-        f"the tokenizer (bytes) does not know the template's mark '{mark}'"
-        for mark in ("<|user|>", "<|end|>", "<|assistant|>")
-    ]
+    (record,) = caplog.records
+    assert record.message.startswith("the template writes <|user|>, <|end|>, <|assistant|> as one token each, and the")
 
 
 @pytest.mark.parametrize(

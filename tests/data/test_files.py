@@ -149,6 +149,25 @@ def test_links_in_a_circle_and_into_the_folder_are_walked_once(linked: Path) -> 
     assert len(list_files(linked, [".png"], links=True)) == 2
 
 
+def test_folders_that_links_give_twice_are_walked_once(linked: Path) -> None:
+    (linked.parent / "disk" / "deep").mkdir()
+    (linked.parent / "disk" / "deep" / "c.png").write_bytes(b"")
+    (linked / "also").symlink_to(linked.parent / "disk" / "deep")
+    (linked / "up").symlink_to(linked.parent)
+    assert sorted(file.name for file in list_files(linked, [".png"], links=True)) == ["a.png", "b.png", "c.png"]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_link_to_a_hidden_folder_of_the_folder_is_followed(links: bool, linked: Path) -> None:
+    (linked / "coco").unlink()
+    (linked / ".store" / "deep").mkdir(parents=True)
+    (linked / ".store" / "deep" / "c.png").write_bytes(b"")
+    (linked / "shown").symlink_to(linked / ".store")
+    (linked / "again").symlink_to(linked / ".store" / "deep")
+    (linked / ".kept").symlink_to(linked / ".store")
+    assert sorted(file.name for file in list_files(linked, [".png"], links)) == ["b.png", "c.png"]
+
+
 def test_a_set_is_written_beside_what_a_system_left(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
     (tmp_path / "out").mkdir()

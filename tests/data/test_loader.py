@@ -202,6 +202,21 @@ def test_a_changed_plan_refuses_to_resume(other: Loader, named: str) -> None:
         other.load_state_dict(make(Numbers(19)).state_dict())
 
 
+def test_sources_count_by_their_content_whatever_they_are_called() -> None:
+    def loader(*sources: Count) -> Loader:
+        return Loader(Numbers(20), plan_over(sources, Layout(2, 1)), make_rows, 0, 1, BadSamples(), None, False)
+
+    saved = json.loads(json.dumps(loader(Count("val", 10, "x"), Count("val", 10, "y")).state_dict()))
+    assert [one for one, _ in saved["plan"]["sources"]] == ["val", "val"]
+    renamed = loader(Count("mnt-docvqa-val", 10, "x"), Count("chartqa-val", 10, "y"))
+    renamed.load_state_dict(saved | {"batches": 3})
+    assert renamed.state_dict()["batches"] == 3
+    for other in (("x", "z"), ("y", "x")):
+        changed = loader(*(Count("val", 10, content) for content in other))
+        with pytest.raises(ValueError, match=r"its order of samples would be another \(sources: .*'x'.* then, .* now"):
+            changed.load_state_dict(saved)
+
+
 # ----- bad samples -----
 
 

@@ -24,6 +24,10 @@ LLAVA = [{"from": "human", "value": "<image>\nq"}, {"from": "gpt", "value": "a"}
 PLAIN = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
 CHAT = [{"role": "user", "content": "<image>q"}, {"role": "assistant", "content": "a"}]
 BARE = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "q"}]}, CHAT[1]]
+NAMED = [
+    {"role": "user", "content": [{"type": "image", "path": "a.png"}, {"type": "text", "text": "q"}]},
+    {"role": "assistant", "content": [{"type": "text", "text": "a"}]},
+]
 ASKED = [{"role": "user", "content": "q"}, CHAT[1]]
 
 
@@ -194,6 +198,8 @@ def test_tables_are_read_alike(folder: Path) -> None:
         ({"question": "q", "answer": "a", "image": image, "image_url": "http://a"}, ["image", "\nq", "a"]),
         ({"question": "q", "answer": "a", "image": {"bytes": None, "path": None}}, ["q", "a"]),
         ({"messages": CHAT, "images": ["a.png"]}, ["image", "q", "a"]),
+        ({"messages": NAMED, "images": [image]}, ["image", "q", "a"]),
+        ({"messages": NAMED, "images": [{"bytes": None, "path": "a.png"}]}, ["image", "q", "a"]),
     ]
     for row, expected in rows:
         source = source_of(folder, row, "rows.parquet")
@@ -204,11 +210,66 @@ def test_tables_are_read_alike(folder: Path) -> None:
         )
 
 
+EVERY_COLUMN = dict.fromkeys(
+    ("messages", "texts", "query", "response", "conversations", "question", "answer", "choices", "caption", "text",
+     "image", "images", "video", "file_name")
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"conversations": LLAVA, "images": [b"x"]}, ["image", "\nq", "a"]),
+        ({"query": "q", "response": "a"}, ["q", "a"]),
+        ({"texts": [{"user": "q", "assistant": "a"}]}, ["q", "a"]),
+        ({"question": "q", "answer": "a"}, ["q", "a"]),
+        ({"question": "q", "answer": "a", "choices": [None]}, ["q", "a"]),
+        ({"caption": "a", "image": b"x"}, ["image", "\nDescribe the image.", "a"]),
+        ({"caption": "a", "image": b"x", "conversations": [None]}, ["image", "\nDescribe the image.", "a"]),
+        ({"caption": "a", "image": b"x", "question": "", "answer": ""}, ["image", "\nDescribe the image.", "a"]),
+        ({"text": "a"}, ["a"]),
+        ({"text": "a", "caption": ""}, ["a"]),
+    ],
+)
+def test_columns_that_hold_nothing_do_not_decide(row: Any, expected: list[str], folder: Path) -> None:
+    assert seen(source_of(folder, {**EVERY_COLUMN, **row}, "rows.parquet").record(0)) == expected
+
+
+@pytest.mark.parametrize(
+    ("part", "images", "expected"),
+    [
+        ({"type": "image", "path": "a.png"}, [{"bytes": "aGk="}], "hi"),
+        ({"type": "image", "image": "x/a.png"}, ["a.png"], "a.png"),
+        ({"type": "image", "image": "b.png"}, ["a.png"], "image_count: 0 <image> marks"),
+        ({"type": "image", "image": "a.png"}, [{"bytes": "aGk="}, {"bytes": "aGk="}], "image_count"),
+        ({"type": "image", "image": "http://a.b/a.png"}, [{"bytes": "aGk="}], "remote_image"),
+        ({"type": "image", "image": "data:,a"}, [{"bytes": "aGk="}], "image_count"),
+    ],
+)
+def test_a_part_with_a_mere_name_takes_the_next_picture(part: Any, images: Any, expected: str, folder: Path) -> None:
+    row = {"messages": [{"role": "user", "content": [part]}, {"role": "assistant", "content": "a"}], "images": images}
+    source = source_of(folder, row)
+    if expected.endswith(("hi", "a.png")):
+        (image,) = source.record(0).images
+        assert (image.path or (image.data or b"").decode()) == expected
+        return
+    with pytest.raises(RecordError, match=expected):
+        source.record(0)
+
+
+def test_names_and_marks_take_pictures_in_order(folder: Path) -> None:
+    content = [{"type": "text", "text": "<image>q"}, {"type": "image", "path": "2.png"}, {"type": "image"}]
+    pictures = [{"bytes": base64.b64encode(name).decode()} for name in (b"1", b"2", b"3")]
+    source = source_of(folder, {"messages": [{"role": "user", "content": content}], "images": pictures})
+    assert [image.data for image in source.record(0).images] == [b"1", b"2", b"3"]
+
+
 @pytest.mark.parametrize(
     ("members", "expected"),
     [
         ({"1.txt": b"<image> a cat"}, "image_count"),
         ({"1.txt": b"a cat", "1.mp4": b"film"}, r"unread_media: 1\.mp4 is a film"),
+        ({"1.txt": b"a cat", "1.heic": b"picture"}, r"unread_media: 1\.heic is .* a picture of a kind"),
         ({"1.wav": b"sound", "1.json": b'{"caption": "a cat"}'}, r"unread_media: 1\.wav"),
     ],
 )
@@ -264,6 +325,62 @@ def test_a_set_that_was_converted_with_marks_as_text_is_counted(folder: Path) ->
         Converted(str(folder / "set")).record(0)
 
 
+# ----- keys that are called like pictures and hold none -----
+
+WORDS = {"has_images": "no", "text_image": "no", "media": "BBC", "image_file": "none", "videos": ["n/a", "no"]}
+CLAIMED = {
+    "photo_url": "http://a.b/c",
+    "image_path": "coco/000001",
+    "image_file": "000001.JPG",
+    "image_data": "aGkh" * 30,
+    "media": [{"type": "image", "data": "aGkh" * 30}],
+    "img": {"path": "none"},
+    "picture": {"bytes": "aGk="},
+}
+FORMS: dict[str, tuple[Any, str, list[str]]] = {
+    "chat": ({"messages": ASKED}, "rows.jsonl", ["q", "a"]),
+    "LLaVA": ({"conversations": PLAIN}, "rows.json", ["q", "a"]),
+    "table": ({"question": "q", "answer": "a"}, "rows.parquet", ["q", "a"]),
+    "documents": ({"text_list": ["a"], "image_info": []}, "rows.jsonl", ["a"]),
+    "text": ({"text": "a"}, "rows.jsonl", ["a"]),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_words_under_keys_of_pictures_are_no_pictures(form: str, folder: Path) -> None:
+    row, name, expected = FORMS[form]
+    assert seen(source_of(folder, {**row, **WORDS}, name).record(0)) == expected
+
+
+@pytest.mark.parametrize("key", CLAIMED)
+@pytest.mark.parametrize("form", FORMS)
+def test_a_key_can_be_ignored(form: str, key: str, folder: Path) -> None:
+    row, name, expected = FORMS[form]
+    source = source_of(folder, {**row, key: CLAIMED[key]}, name)
+    with pytest.raises(
+        RecordError, match=rf"unread_media.*'{key}'.*ignore_keys: \[{key}\] of the source leaves it out"
+    ):
+        source.record(0)
+    ignoring = open_source(str(folder / name), settings=[f"ignore_keys=[{key}, other]"])
+    assert seen(ignoring.record(0)) == expected
+    with pytest.raises(RecordError, match=f"unread_media.*'{key}'"):
+        open_source(str(folder / name), settings=["ignore_keys=[other]"]).record(0)
+
+
+def test_keys_of_turns_and_parts_can_be_ignored(folder: Path) -> None:
+    part = {"type": "text", "text": "q", "video_url": "http://a.b/c"}
+    rows: list[tuple[str, Any]] = [
+        ("media", {"conversations": [{**PLAIN[0], "media": "http://a.b/c"}, PLAIN[1]]}),
+        ("img", {"messages": [{**ASKED[0], "img": "a.png"}, ASKED[1]]}),
+        ("video_url", {"messages": [{"role": "user", "content": [part]}, ASKED[1]]}),
+    ]
+    for key, row in rows:
+        with pytest.raises(RecordError, match=rf"unread_media: .*\[0\] holds .* ignore_keys: \[{key}\]"):
+            source_of(folder, row).record(0)
+        source = open_source(str(folder / "rows.jsonl"), settings=[f"ignore_keys=[{key}]"])
+        assert seen(source.record(0)) == ["q", "a"]
+
+
 # ----- what a form is recognised as -----
 
 
@@ -276,6 +393,32 @@ def test_rows_are_recognised_line_by_line_or_as_a_list(folder: Path) -> None:
         assert [source.record(i).id for i in range(len(source))] == ["0", "1", "2"]
     (folder / "b.json").write_text(json.dumps([{"messages": CHAT, "images": ["a.png"]}]))
     assert isinstance(open_source(str(folder / "b.json")), ChatJsonl)
+
+
+@pytest.mark.parametrize(
+    ("row", "form"),
+    [
+        ({"text": "a", "image": None}, "Texts"),
+        ({"text": "a", "images": [], "file_name": ""}, "Texts"),
+        ({"text": "a", "messages": None, "caption": None}, "Texts"),
+        ({"inputs": "q", "targets": "", "conversations": None}, "Texts"),
+        ({"conversations": PLAIN, "messages": None, "texts": []}, "LlavaJson"),
+        ({"query": "q", "response": None, "conversations": []}, "ChatJsonl"),
+        ({"text_list": ["a"], "image_info": [], "messages": None}, "Mmc4"),
+        ({"image": None, "caption": "a"}, "Captions"),
+        ({"messages": []}, "ChatJsonl"),
+    ],
+)
+def test_keys_that_hold_nothing_do_not_decide_the_form(row: Any, form: str, folder: Path) -> None:
+    (folder / "a.jsonl").write_text(json.dumps(row))
+    assert recognise(folder / "a.jsonl") == form
+
+
+def test_empty_keys_of_documents_do_not_hide_others(folder: Path) -> None:
+    info = {"image_base64": "", "image_name": "a.png", "matched_text_index": 0}
+    source = source_of(folder, {"text_list": ["a"], "image_info": [info]})
+    assert source.record(0).images == [Image(path="a.png")]
+    assert seen(source_of(folder, {"text": "", "inputs": "q", "targets": "a"}).record(0)) == ["q", "a"]
 
 
 def test_a_broken_line_of_llava_rows_is_one_bad_sample(folder: Path) -> None:

@@ -15,6 +15,7 @@ from lit_vlm.data.names import name_key, tell_apart
 from lit_vlm.data.sources import ChatJsonl, Converted, Grouped, LlavaJson, Source, Texts
 from lit_vlm.data.templates import ChatML
 from lit_vlm.data.transforms import Native
+from lit_vlm.metric_names import safe_name
 
 ROW = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}
 
@@ -28,15 +29,10 @@ def llava(file: Path, name: str | None = None) -> LlavaJson:
 def names(sources: list[Source]) -> list[str]:
     tell_apart(sources)
     for source in sources:
-        _validate_metric_name(f"data/samples/{name_for_metric(source.name)}")
+        _validate_metric_name(f"data/samples/{safe_name(source.name)}")
     keys = [name_key(source.name) for source in sources]
     assert len(set(keys)) == len(keys)
     return [source.name for source in sources]
-
-
-def name_for_metric(name: str) -> str:
-    """As names are written into metrics: what MLflow refuses becomes an underscore."""
-    return "".join(letter if letter.isalnum() or letter in "_-./ " else "_" for letter in name)
 
 
 @pytest.mark.parametrize(
@@ -68,6 +64,7 @@ def test_a_given_name_wins_and_equal_ones_are_an_error(tmp_path: Path) -> None:
         tell_apart([given, again])
     with pytest.raises(ValueError, match="would be one metric"):
         tell_apart([llava(tmp_path / "d.json", "a(1)"), llava(tmp_path / "e.json", "a[1]")])
+    assert names([llava(tmp_path / "d.json", "a:1"), llava(tmp_path / "e.json", "a_1")]) == ["a:1", "a_1"]
 
 
 @pytest.mark.parametrize("name", ["", " ", ".", "..", "a/../b", "/a", "a/", "a//b", "x" * 200])

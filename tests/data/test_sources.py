@@ -12,7 +12,7 @@ from typing import Any
 import jsonschema
 import pytest
 
-from lit_vlm.data.media import MEDIA_KEY
+from lit_vlm.data.media import ADDRESS, MEDIA_FILE, MEDIA_KEY
 from lit_vlm.data.parsing import parse_record
 from lit_vlm.data.records import Image, Message, RecordError, Text, open_image
 from lit_vlm.data.sources import Captions, ChatJsonl, LlavaJson, Mmc4, Parquet, Pictures, Texts, WebDataset
@@ -331,6 +331,19 @@ RAW: dict[str, Any] = {
     "second picture": message([{"role": "user", "content": "<image>hi"}], image="a.png", image_2="b.png"),
     "where it comes from": message([{"role": "user", "content": "<image>hi"}], image="a.png", image_url="http://a.b/c"),
     "picture of a message": message([{"role": "user", "content": "hi", "images": ["a.png"]}]),
+    "words about pictures": message(
+        has_images="no", text_image="no", media="BBC", image_file="none", images_list=["n/a"]
+    ),
+    "numbers of pictures": message(image_list=[1, [2.5, True]], video={"id": 3, "path": None}),
+    "words about pictures of a message": message([{"role": "user", "content": "hi", "has_image": "yes"}]),
+    "words about pictures of a part": parts({"type": "text", "text": "a", "image": "none"}),
+    "medium that has an address": message(media="http://a.b/c"),
+    "medium that is a path": message(media="a/clip-1"),
+    "medium in capital letters": message(media_name="A.MP4"),
+    "medium in base64": message(audio="aGk" * 40),
+    "medium in an object": message(audio={"bytes": "aGk="}),
+    "medium in another object": message(video={"id": 3, "file": ["x.mp4"]}),
+    "picture of a part in an object": parts({"type": "text", "text": "a", "image": {"url": "x"}}),
     "size of a picture": message(image_size=[3, 4], image_id="7"),
     "texts": {"texts": [{"user": "q", "assistant": "a", "source": "s"}], "images": ["a.png"]},
     "texts that are text": {"texts": ["a", "b"]},
@@ -411,6 +424,9 @@ def test_the_schema_accepts_what_parse_record_accepts(name: str) -> None:
 def test_the_schema_knows_the_same_keys_as_the_readers() -> None:
     pattern = re.sub(r"\?P<\w+>", "", MEDIA_KEY.pattern)
     assert list(SCHEMA["$defs"]["without_media"]["patternProperties"]) == [pattern]
+    address, ending = (one["pattern"] for one in SCHEMA["$defs"]["media"]["anyOf"][:2])
+    assert address == ADDRESS.pattern
+    assert ending == re.sub("[a-z]", lambda letter: f"[{letter[0].upper()}{letter[0]}]", MEDIA_FILE.pattern)
     beside_a_picture = "|".join(f"({key})" for key in SCHEMA["patternProperties"])
     for key in KEYS:
         found = MEDIA_KEY.match(key)

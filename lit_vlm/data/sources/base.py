@@ -14,20 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lit_vlm.data.files import list_files
-from lit_vlm.data.media import IMAGE_SUFFIXES, MARK
+from lit_vlm.data.media import without_keys
 from lit_vlm.data.records import Record, RecordError
-
-__all__ = [
-    "IMAGE_SUFFIXES",
-    "MARK",
-    "FileLines",
-    "JsonLines",
-    "Lines",
-    "Source",
-    "hash_files",
-    "list_files",
-    "parse_json",
-]
 
 
 class Source(ABC):
@@ -165,15 +153,23 @@ class JsonLines(Source):
     Attributes:
         path: the file or folder.
         allow_links: whether files of pictures may be links that leave the image folder.
+        ignore_keys: keys of rows, and of objects in them, that are left out.
     """
 
     path: Path
 
-    def __init__(self, path: str, image_folder: str | None, name: str | None, allow_links: bool = False) -> None:
+    def __init__(
+        self,
+        path: str,
+        image_folder: str | None,
+        name: str | None,
+        allow_links: bool = False,
+        ignore_keys: Sequence[str] | None = None,
+    ) -> None:
         self.path = self._existing(path)
         folder = self.path if self.path.is_dir() else self.path.parent
         self.image_folder = Path(image_folder).expanduser() if image_folder else folder
-        self.allow_links = allow_links
+        self.allow_links, self.ignore_keys = allow_links, list(ignore_keys or ())
         self._call(name)
         self._lines = read_rows(self.path, allow_links)
 
@@ -185,8 +181,9 @@ class JsonLines(Source):
         return self._lines.fingerprint()
 
     def json(self, index: int) -> Any:
-        """One line; raises `RecordError` if it is not JSON."""
-        return parse_json(self._lines[index], f"{self.path} entry {index}")
+        """One line, without `ignore_keys`; raises `RecordError` if it is not JSON."""
+        row = parse_json(self._lines[index], f"{self.path} entry {index}")
+        return without_keys(row, self.ignore_keys) if self.ignore_keys else row
 
 
 def read_rows(path: Path, links: bool) -> Lines | FileLines:

@@ -34,12 +34,19 @@ class ChatJsonl(JsonLines):
         image_folder: what image paths are relative to; default: the folder of the file.
         name: name of the source; default: that of the file.
         allow_links: whether image files may be links that leave the image folder.
+        ignore_keys: keys that are left out of the rows, and of the turns and parts in them, as if they were not there:
+            those that look like a picture, a film or a sound and are none.
     """
 
     def __init__(
-        self, path: str, image_folder: str | None = None, name: str | None = None, allow_links: bool = False
+        self,
+        path: str,
+        image_folder: str | None = None,
+        name: str | None = None,
+        allow_links: bool = False,
+        ignore_keys: list[str] | None = None,
     ) -> None:
-        super().__init__(path, image_folder, name, allow_links)
+        super().__init__(path, image_folder, name, allow_links, ignore_keys)
 
     def record(self, index: int) -> Record:
         """The record of one line."""
@@ -61,6 +68,8 @@ class LlavaJson(JsonLines):
         system: system text of conversations that have none; "" for none at all; default: the template's.
         name: name of the source; default: that of the file.
         allow_links: whether image files may be links that leave the image folder.
+        ignore_keys: keys that are left out of the rows, and of the turns and parts in them, as if they were not there:
+            those that look like a picture, a film or a sound and are none.
     """
 
     def __init__(
@@ -71,8 +80,9 @@ class LlavaJson(JsonLines):
         system: str | None = None,
         name: str | None = None,
         allow_links: bool = False,
+        ignore_keys: list[str] | None = None,
     ) -> None:
-        super().__init__(path, image_folder, name, allow_links)
+        super().__init__(path, image_folder, name, allow_links, ignore_keys)
         self.image_position, self.system = image_position, system
 
     def record(self, index: int) -> Record:

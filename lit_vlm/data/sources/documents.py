@@ -36,6 +36,8 @@ class Mmc4(JsonLines):
             writes Llama's `<unk>`, which it takes out again after tokenising.
         name: name of the source; default: that of the file.
         allow_links: whether image files may be links that leave the image folder.
+        ignore_keys: keys that are left out of the rows, and of the turns and parts in them, as if they were not there:
+            those that look like a picture, a film or a sound and are none.
     """
 
     def __init__(
@@ -48,8 +50,9 @@ class Mmc4(JsonLines):
         joint: str = " ",
         name: str | None = None,
         allow_links: bool = False,
+        ignore_keys: list[str] | None = None,
     ) -> None:
-        super().__init__(path, image_folder, name, allow_links)
+        super().__init__(path, image_folder, name, allow_links, ignore_keys)
         self._prefix = self.name  # ids stay as they are when a source is renamed
         if max_images is not None and max_images < 1:
             raise ValueError(f"Mmc4: max_images is at least 1, not {max_images}")
@@ -133,7 +136,7 @@ def _mmc4_image(info: Any, where: str, num_sentences: int, links: bool) -> tuple
     place = info.get("matched_text_index") if isinstance(info, dict) else None
     if not isinstance(place, int) or not 0 <= place < num_sentences:
         raise RecordError("malformed", f"{where}.matched_text_index is {place!r}; there are {num_sentences} sentences")
-    if isinstance(encoded := info.get("image_base64"), str):
+    if isinstance(encoded := info.get("image_base64"), str) and encoded:
         return place, Image(data=decode_base64(encoded, where))
     if isinstance(path := info.get("image_name"), str) and path:
         return place, image_of(path, f"{where}.image_name", links)
@@ -162,12 +165,16 @@ class Texts(JsonLines):
         path: the .jsonl, .json or .txt file, or a folder of .jsonl files.
         system: system text of questions; "" for none at all; default: the template's.
         name: name of the source; default: that of the file.
+        ignore_keys: keys that are left out of the rows, and of the turns and parts in them, as if they were not there:
+            those that look like a picture, a film or a sound and are none.
     """
 
-    def __init__(self, path: str, system: str | None = None, name: str | None = None) -> None:
+    def __init__(
+        self, path: str, system: str | None = None, name: str | None = None, ignore_keys: list[str] | None = None
+    ) -> None:
         self.system = system
         self.plain = Path(path).suffix.lower() == ".txt"
-        super().__init__(path, None, name)
+        super().__init__(path, None, name, ignore_keys=ignore_keys)
         self._prefix = self.name  # ids stay as they are when a source is renamed
 
     def record(self, index: int) -> Record:
@@ -189,9 +196,10 @@ class Texts(JsonLines):
             refuse_unread(
                 raw, (), False, f"line {index}", "Texts reads text alone; pictures with captions are for Captions"
             )
-        if isinstance(raw, dict) and isinstance(raw.get("text"), str):
+        asks = isinstance(raw, dict) and isinstance(raw.get("inputs"), str) and isinstance(raw.get("targets"), str)
+        if isinstance(raw, dict) and isinstance(raw.get("text"), str) and (raw["text"] or not asks):
             return Record(identity, self.name, (Message("document", (Text(raw["text"]),)),))
-        if isinstance(raw, dict) and isinstance(raw.get("inputs"), str) and isinstance(raw.get("targets"), str):
+        if asks:
             question, answer = Message("user", (Text(raw["inputs"]),)), Message("assistant", (Text(raw["targets"]),))
             return with_system(Record(identity, self.name, (question, answer)), self.system)
         raise RecordError("malformed", f"line {index} has neither 'text' nor 'inputs' and 'targets'")

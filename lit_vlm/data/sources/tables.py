@@ -11,8 +11,8 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from lit_vlm.data.files import list_files
-from lit_vlm.data.media import IMAGE_KEYS, MARK, is_nothing, refuse_marks, refuse_unread, row_images
-from lit_vlm.data.parsing import parse_record
+from lit_vlm.data.media import IMAGE_KEYS, MARK, is_nothing, refuse_marks, refuse_unread, row_images, without_keys
+from lit_vlm.data.parsing import is_chat, parse_record
 from lit_vlm.data.records import Image, Message, Part, Record, RecordError, Text
 from lit_vlm.data.sources.base import Source, hash_files
 from lit_vlm.data.sources.conversations import interleave, llava_record
@@ -34,6 +34,8 @@ class Parquet(Source):
         name: name of the source; default: that of the file or folder.
         image_folder: what image paths are relative to, where a table has paths; default: its folder.
         allow_links: whether image files may be links that leave the image folder.
+        ignore_keys: keys that are left out of the rows, and of the turns and parts in them, as if they were not there:
+            those that look like a picture, a film or a sound and are none.
     """  # noqa: D415
 
     path: Path
@@ -45,9 +47,10 @@ class Parquet(Source):
         name: str | None = None,
         image_folder: str | None = None,
         allow_links: bool = False,
+        ignore_keys: list[str] | None = None,
     ) -> None:
         self.path = self._existing(path)
-        self.prompt, self.allow_links = prompt, allow_links
+        self.prompt, self.allow_links, self.ignore_keys = prompt, allow_links, list(ignore_keys or ())
         self._call(name)
         folder = self.path if self.path.is_dir() else self.path.parent
         self.image_folder = Path(image_folder).expanduser() if image_folder else folder
@@ -75,19 +78,19 @@ class Parquet(Source):
         except (OSError, ValueError) as error:
             raise RecordError("malformed", f"row {index} cannot be read: {error}") from error
         identity = next((str(row[key]) for key in ("id", "idx", "question_id") if row.get(key) is not None), str(index))
-        if any(not is_nothing(row.get(key)) for key in ("messages", "texts")) or {"query", "response"} <= set(row):
+        if is_chat(row):
             return parse_record({**row, "id": identity}, self.name, identity, self.allow_links)
         images = row_images(row, self.allow_links)
-        if row.get("conversations"):
+        if not is_nothing(row.get("conversations")):
             return llava_record({**row, "id": identity}, self.name, index, images, "in_place")
         refuse_unread(row, IMAGE_KEYS, bool(images), f"row {index}", "pictures stand under 'image' or 'images'")
-        if isinstance(row.get("question"), str):
+        if isinstance(row.get("question"), str) and not all(is_nothing(row.get(key)) for key in ("question", "answer")):
             return refuse_marks(_question(row, self.name, identity, images))
         return refuse_marks(self._caption(row, index, identity, images))
 
     def _caption(self, row: dict[str, Any], index: int, identity: str, images: list[Image]) -> Record:
-        caption = next((row[key] for key in ("caption", "text") if isinstance(row.get(key), str)), None)
-        if not caption:
+        caption = next((row[key] for key in ("caption", "text") if row.get(key) and isinstance(row[key], str)), None)
+        if caption is None:
             raise RecordError(
                 "malformed",
                 f"row {index} has none of messages, texts, query, conversations, question, caption, text; columns: "
@@ -110,14 +113,15 @@ class Parquet(Source):
             number, group = self._groups[which]
             self._loaded = (which, pq.ParquetFile(self.files[number]).read_row_group(group))
         local = index - (self._ends[which - 1] if which else 0)
-        return self._loaded[1].slice(local, 1).to_pylist()[0]
+        row = self._loaded[1].slice(local, 1).to_pylist()[0]
+        return without_keys(row, self.ignore_keys) if self.ignore_keys else row
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_loaded": None}
 
 
 def _question(row: dict[str, Any], source: str, identity: str, images: list[Image]) -> Record:
-    answer, choices = row.get("answer"), row.get("choices") or []
+    answer, choices = row.get("answer"), [] if is_nothing(row.get("choices")) else row["choices"]
     if not isinstance(answer, str) or not isinstance(choices, list) or not all(isinstance(c, str) for c in choices):
         raise RecordError("malformed", f"'answer' is {answer!r} and 'choices' {choices!r}; expected text and texts")
     letter = answer.strip().strip("().").upper()

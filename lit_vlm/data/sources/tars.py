@@ -113,7 +113,7 @@ def _note(member: tarfile.TarInfo, found: dict[str, dict[str, Any]], number: int
         return
     entry = found.setdefault(key, {"key": key, "tar": number})
     if film:
-        entry["bad"] = ("unread_media", f"{member.name} is a film or sound, which is not read")
+        entry["bad"] = ("unread_media", f"{member.name} is a film, a sound or a picture of a kind that is not read")
     elif not member.isfile():
         entry["bad"] = ("outside_folder", f"{member.name} is a link, not a file")
     elif kind in entry:
