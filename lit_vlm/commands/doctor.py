@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> None:
     console.print(table)
     console.print(f"python      {platform.python_version()} on {platform.platform()}")
     for line in _devices():
-        console.print(line)
+        console.print(line, soft_wrap=True)
     free = shutil.disk_usage(cache_dir()).free / 2**30
     console.print(f"cache       {cache_dir()} ({free:.0f} GiB free)", soft_wrap=True)
     console.print(f"tracking    {default_uri()}", soft_wrap=True)
