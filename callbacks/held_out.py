@@ -72,7 +72,7 @@ class HeldOut(L.Callback):
         scores = evaluate_held_out(module, data, records, self.batch_size, self.max_new_tokens, title)
         if trainer.is_global_zero:
             trainer.print(f"held-out questions, {when}: {_line(scores)} ({time.perf_counter() - start:.0f} s)")
-            found = _load(trainer) | {when: asdict(scores), "precision": str(trainer.precision)}
+            found = _load(trainer) | {when: asdict(scores) | {"precision": str(trainer.precision)}}
             (Path(trainer.default_root_dir) / FILE).write_text(json.dumps(found, indent=2))
             for logger in trainer.loggers:
                 metrics = _metrics(f"held_out/{when}", scores)

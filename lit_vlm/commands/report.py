@@ -30,7 +30,6 @@ def report(folder: Path, stages: Sequence[str], next_steps: Sequence[str], conso
         console: where to.
     """
     rows: list[tuple[str, dict[str, Any]]] = []
-    precisions: list[str] = []
     pictures: list[Path] = []
     for stage in stages:
         file = folder / stage / "held_out.json"
@@ -40,13 +39,12 @@ def report(folder: Path, stages: Sequence[str], next_steps: Sequence[str], conso
         first = "before training" if stage == stages[0] else f"before {stage}"
         rows += [(first, found["before"])] if "before" in found else []
         rows += [(f"after {stage}", found["after"])] if "after" in found else []
-        precisions += [found["precision"]] if "precision" in found else []
         pictures += [picture for picture in [folder / stage / "answers.png"] if picture.exists()]
         if stage == stages[-1] and "shuffled" in found:
             rows.append((f"after {stage}, pictures shuffled", found["shuffled"]))
     console.rule("done")
     if rows:
-        console.print(_table(rows, precisions))
+        console.print(_table(rows))
         if rows[-1][1].get("by_source"):
             console.print(_table_by_source(rows))
     for picture in pictures[-1:]:
@@ -60,10 +58,11 @@ def report(folder: Path, stages: Sequence[str], next_steps: Sequence[str], conso
             console.print(f"  {step.replace('{run}', str(folder / stages[-1]))}", soft_wrap=True, highlight=False)
 
 
-def _table(rows: Sequence[tuple[str, dict[str, Any]]], precisions: Sequence[str]) -> Table:
+def _table(rows: Sequence[tuple[str, dict[str, Any]]]) -> Table:
     last = rows[-1][1]
     title = f"{last['num_records']} held-out questions, {last['num_choices']} with answers to choose from"
-    table = Table(title=title, caption=f"scored in {', '.join(dict.fromkeys(precisions))}" if precisions else None)
+    precisions = dict.fromkeys(scores["precision"] for _, scores in rows if "precision" in scores)
+    table = Table(title=title, caption=f"scored in {', '.join(precisions)}" if precisions else None)
     table.add_column("")
     for title, _, _ in COLUMNS:
         table.add_column(title, justify="right")
