@@ -14,7 +14,7 @@ from lit_vlm.data import VLMData
 from lit_vlm.data.records import Record
 from lit_vlm.module import LitVLM
 from lit_vlm.tasks import HeldOutScores, evaluate_held_out
-from lit_vlm.tasks.held_out import held_out_records, shuffle_images
+from lit_vlm.tasks.held_out_records import held_out_records, shuffle_images
 
 FILE = "held_out.json"
 

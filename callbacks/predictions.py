@@ -13,7 +13,7 @@ from lit_vlm.data import VLMData
 from lit_vlm.data.records import Record, open_image
 from lit_vlm.module import LitVLM
 from lit_vlm.tasks import Answer, answer_records
-from lit_vlm.tasks.held_out import held_out_records
+from lit_vlm.tasks.held_out_records import held_out_records
 from lit_vlm.tracking import MLflow
 
 

@@ -22,7 +22,7 @@ from lit_vlm.module import LitVLM
 from lit_vlm.projectors import MLP
 from lit_vlm.stage import Stage
 from lit_vlm.tasks import evaluate_held_out
-from lit_vlm.tasks.held_out import held_out_records
+from lit_vlm.tasks.held_out_records import held_out_records
 from lit_vlm.tracking import MLflow
 from tests.tiny import CLIP, LLAMA
 
