@@ -68,9 +68,8 @@ class LitVLMCLI(LightningCLI):
             config.ckpt_path = str(find_checkpoint(source))
         if self.subcommand == "fit":
             _refuse_other_run(Path(config.trainer.default_root_dir), config.get("ckpt_path"))
-        if config.trainer.precision == AUTO and config.get("ckpt_path"):
-            folder = Path(config.trainer.default_root_dir)
-            config.trainer.precision = _precision_of(folder if config.ckpt_path in WORDS else config.ckpt_path)
+        if config.trainer.precision == AUTO:
+            config.trainer.precision = _precision_begun(Path(config.trainer.default_root_dir), config.get("ckpt_path"))
 
     def instantiate_classes(self) -> None:
         """Tell the trackers which run this is, before Lightning opens one, and write down which precision it has."""
@@ -111,15 +110,27 @@ def _refuse_other_run(folder: Path, checkpoint: str | None) -> None:
     """
     found = checkpoints_in(folder)
     own = checkpoint in WORDS or (checkpoint and Path(checkpoint).resolve().is_relative_to(folder.resolve()))
-    # A job that SLURM has requeued goes on from what Lightning saved when the job was taken away.
-    if found and not own and not any(folder.glob("hpc_ckpt_*.ckpt")):
+    if found and not own and not _requeued(folder):
         raise ValueError(
             f"{folder} holds a run already, whose newest checkpoint is {found[-1].name}: go on with it by --ckpt_path "
             f"{folder}, or name another folder by --trainer.default_root_dir"
         )
 
 
-def _precision_of(checkpoint: str | Path) -> str:
-    """The precision of the run that a checkpoint belongs to: a run goes on in the one that it began in."""
-    config = yaml.safe_load((run_folder(checkpoint) / "config.yaml").read_text(encoding="utf-8"))
+def _requeued(folder: Path) -> bool:
+    """Whether SLURM took the job of this run away: the same command then goes on from what Lightning saved."""
+    return any(folder.glob("hpc_ckpt_*.ckpt"))
+
+
+def _precision_begun(folder: Path, checkpoint: str | None) -> str:
+    """The precision that a run which goes on began in; `auto` for a new run, or where nothing is written about it."""
+    if not checkpoint and not _requeued(folder):
+        return AUTO
+    try:
+        file = run_folder(folder if not checkpoint or checkpoint in WORDS else checkpoint) / "config.yaml"
+    except ValueError:  # a checkpoint that was moved away from its run: it can go on all the same
+        return AUTO
+    config = yaml.safe_load(file.read_text(encoding="utf-8"))
+    if not isinstance(config, dict) or not isinstance(config.get("trainer"), dict):
+        return AUTO  # the config.yaml of something else, in a folder above
     return str(config["trainer"].get("precision") or "32-true")  # Lightning's default, in runs of before

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lit_vlm.lightning_cli import _precision_of, _refuse_other_run
+from lit_vlm.lightning_cli import _precision_begun, _refuse_other_run
 
 
 def checkpoint(folder: Path) -> Path:
@@ -33,9 +33,23 @@ def test_a_folder_with_a_run_is_refused_unless_that_run_goes_on(tmp_path: Path) 
 
 @pytest.mark.parametrize(
     ("written", "found"),
-    [("precision: bf16-mixed", "bf16-mixed"), ("precision: null", "32-true"), ("max_steps: 3", "32-true")],
+    [
+        ("trainer:\n  precision: bf16-mixed", "bf16-mixed"),
+        ("trainer:\n  precision: null", "32-true"),
+        ("trainer:\n  max_steps: 3", "32-true"),
+        ("title: a config of something else", "auto"),
+    ],
 )
 def test_a_run_goes_on_in_its_precision(tmp_path: Path, written: str, found: str) -> None:
-    (tmp_path / "config.yaml").write_text(f"trainer:\n  {written}\n")
-    assert _precision_of(checkpoint(tmp_path)) == found
-    assert _precision_of(tmp_path) == found
+    (tmp_path / "config.yaml").write_text(written)
+    file = checkpoint(tmp_path)
+    assert _precision_begun(tmp_path / "new", str(file)) == found
+    assert _precision_begun(tmp_path, "last") == found
+    assert _precision_begun(tmp_path, None) == "auto"  # begun anew
+    (tmp_path / "hpc_ckpt_1.ckpt").touch()  # the same command, once SLURM has requeued the job
+    assert _precision_begun(tmp_path, None) == found
+
+
+def test_a_checkpoint_far_from_its_run_goes_on_in_what_this_device_is_fast_in(tmp_path: Path) -> None:
+    assert _precision_begun(tmp_path / "new", str(checkpoint(tmp_path))) == "auto"
+    assert _precision_begun(tmp_path, "last") == "auto"
