@@ -9,8 +9,9 @@ from typing import Any
 import lightning.pytorch as L
 
 from lit_vlm.data import VLMData
-from lit_vlm.module import LitVLM
-from lit_vlm.tasks import TASKS, Prompts, Reader, Settings, Shots, Task, run_task
+from lit_vlm.evaluation.asker import Asker
+from lit_vlm.evaluation.tasks import TASKS, Prompts, Shots, Task, TaskSettings, run_task
+from lit_vlm.training.module import LitVLM
 
 
 class Evaluate(L.Callback):
@@ -42,7 +43,7 @@ class Evaluate(L.Callback):
             raise ValueError(f"callbacks.Evaluate: every_n_steps is at least 1, not {every_n_steps}")
         self.task: Task = TASKS[task](folder)
         self.every_n_steps = every_n_steps
-        self.settings = Settings(Shots(shots), limit=limit, batch_size=batch_size)
+        self.settings = TaskSettings(Shots(shots), limit=limit, batch_size=batch_size)
         self._last = -1
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -72,8 +73,8 @@ class Evaluate(L.Callback):
         start = time.perf_counter()
         name = f"{self.task.name}/{self.settings.prompt.name}"
         out = Path(trainer.default_root_dir) / "tasks" / name / str(trainer.global_step)
-        reader = Reader(module, data.format)
-        result = run_task(reader, self.task, self.settings, out, f"step {trainer.global_step}", resume=False)
+        asker = Asker(module, data.format)
+        result = run_task(asker, self.task, self.settings, out, f"step {trainer.global_step}", resume=False)
         if trainer.is_global_zero:
             main = f"{result.main} {result.scores[result.main]:.2f}"
             trainer.print(f"{name}, step {self._last}: {main} ({time.perf_counter() - start:.0f} s)")

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lit_vlm.module import LitVLM
-from lit_vlm.sharding import reshard
-from lit_vlm.stage import frozen_tensors
+from lit_vlm.training.module import LitVLM
+from lit_vlm.training.sharding import reshard
+from lit_vlm.training.stage import frozen_tensors
 
 
 class FreezeGuard(L.Callback):

@@ -13,9 +13,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
-from lit_vlm.batch import Batch
-from lit_vlm.module import LitVLM
-from lit_vlm.precision import SCALED
+from lit_vlm.core.batch import Batch
+from lit_vlm.core.precision import SCALED
+from lit_vlm.training.module import LitVLM
 
 log = logging.getLogger(__name__)
 

@@ -12,9 +12,10 @@ import lightning.pytorch as L
 
 from lit_vlm.data import VLMData
 from lit_vlm.data.records import Record
-from lit_vlm.module import LitVLM
-from lit_vlm.tasks import HeldOutScores, evaluate_held_out
-from lit_vlm.tasks.held_out_records import held_out_records, shuffle_images
+from lit_vlm.evaluation.asker import Asker
+from lit_vlm.evaluation.held_out import HeldOutScores, evaluate_held_out
+from lit_vlm.evaluation.held_out_records import held_out_records, shuffle_images
+from lit_vlm.training.module import LitVLM
 
 FILE = "held_out.json"
 
@@ -61,15 +62,16 @@ class HeldOut(L.Callback):
     def _score(self, trainer: L.Trainer, module: LitVLM, when: str) -> None:
         data = getattr(trainer, "datamodule", None)
         assert isinstance(data, VLMData)
-        self._records = self._records or held_out_records(module, data, self.limit)
+        asker = Asker(module, data.format)
+        self._records = self._records or held_out_records(asker, data.val_sources, self.limit)
         if not self._records:
             raise ValueError("callbacks.HeldOut scores the questions of data.val, and there is no usable one")
-        records = shuffle_images(module, data, self._records) if when == "shuffled" else self._records
+        records = shuffle_images(asker, self._records) if when == "shuffled" else self._records
         if not records:
             return
         start = time.perf_counter()
         title = f"scoring held-out questions, {when}"
-        scores = evaluate_held_out(module, data, records, self.batch_size, self.max_new_tokens, title)
+        scores = evaluate_held_out(asker, records, self.batch_size, self.max_new_tokens, title)
         if trainer.is_global_zero:
             trainer.print(f"held-out questions, {when}: {_line(scores)} ({time.perf_counter() - start:.0f} s)")
             found = _load(trainer) | {when: asdict(scores) | {"precision": str(trainer.precision)}}

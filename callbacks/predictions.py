@@ -11,10 +11,11 @@ import lightning.pytorch as L
 
 from lit_vlm.data import VLMData
 from lit_vlm.data.records import Record, open_image
-from lit_vlm.module import LitVLM
-from lit_vlm.tasks import Answer, answer_records
-from lit_vlm.tasks.held_out_records import held_out_records
-from lit_vlm.tracking import MLflow
+from lit_vlm.evaluation.asker import Asker
+from lit_vlm.evaluation.held_out import Answer, answer_records
+from lit_vlm.evaluation.held_out_records import held_out_records
+from lit_vlm.training.module import LitVLM
+from lit_vlm.training.tracking import MLflow
 
 
 class Predictions(L.Callback):
@@ -53,11 +54,12 @@ class Predictions(L.Callback):
         assert isinstance(module, LitVLM)
         data = getattr(trainer, "datamodule", None)
         assert isinstance(data, VLMData)
+        asker = Asker(module, data.format)
         if not self._records:
-            self._records = held_out_records(module, data, self.num)
+            self._records = held_out_records(asker, data.val_sources, self.num)
         if not self._records:
             raise ValueError("callbacks.Predictions answers the questions of data.val, and there is no usable one")
-        answers = answer_records(module, data, self._records, self.max_new_tokens)
+        answers = answer_records(asker, self._records, self.max_new_tokens)
         if not trainer.is_global_zero:
             return
         folder = Path(trainer.default_root_dir)

@@ -8,7 +8,7 @@ from typing import Any
 import lightning.pytorch as L
 import torch
 
-from lit_vlm.batch import Batch
+from lit_vlm.core.batch import Batch
 from lit_vlm.data import VLMData
 
 KINDS = ("samples", "tokens", "supervised", "images")

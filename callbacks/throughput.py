@@ -12,9 +12,9 @@ from typing import Any, TypeVar
 import lightning.pytorch as L
 import torch
 
-from lit_vlm.batch import Batch, Counts
-from lit_vlm.module import LitVLM
-from lit_vlm.step_flops import StepFlops
+from lit_vlm.core.batch import Batch, Counts
+from lit_vlm.training.module import LitVLM
+from lit_vlm.training.step_flops import StepFlops
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ class Throughput(L.Callback):
     - `throughput/supervised`: share of tokens that carry a loss;
     - `throughput/fill`: share of positions that are not padding;
     - `throughput/data_wait`: share of the time spent waiting for the loader;
-    - `throughput/mfu`: model FLOPs (`lit_vlm.flops`) over the peak of the device, where that is known.
+    - `throughput/mfu`: model FLOPs (`lit_vlm.core.flops`) over the peak of the device, where that is known.
 
     Args:
         peak: peak FLOP/s of one device in the precision used, for devices that are not known.

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from lit_vlm.checkpoints.files import read_state
-from lit_vlm.cli import main
-from lit_vlm.recipe import SHIPPED, find_recipe
+from lit_vlm.checkpoints.weights import read_state
+from lit_vlm.commands.cli import main
+from lit_vlm.commands.recipe import SHIPPED, find_recipe
 from tests.tiny import ROOT
 
 
@@ -27,7 +27,7 @@ def environment(folder: Path) -> dict[str, str]:
 def lit_vlm(folder: Path, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
     """Run the command line in a process of its own."""
     result = subprocess.run(
-        [sys.executable, "-m", "lit_vlm.cli", *arguments],
+        [sys.executable, "-m", "lit_vlm", *arguments],
         cwd=folder,
         env=environment(folder),
         capture_output=True,

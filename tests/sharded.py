@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from lit_vlm.batch import Batch, VisualTokens
-from lit_vlm.build import build, build_on_meta
-from lit_vlm.data.collate import collate
-from lit_vlm.data.encode import Sample
+from lit_vlm.core.batch import Batch, VisualTokens
+from lit_vlm.data.sample.collate import collate
+from lit_vlm.data.sample.encode import Sample
 from lit_vlm.decoders import AbsentDecoder, DivideAndConquer, Lora
 from lit_vlm.embedders import Holistic, Splice
 from lit_vlm.encoders import (
@@ -41,7 +40,8 @@ from lit_vlm.heads import (
     PatchAlignment,
     WordDistillation,
 )
-from lit_vlm.model import VLM
+from lit_vlm.model.build import build, build_on_meta
+from lit_vlm.model.vlm import VLM
 from lit_vlm.projectors import (
     MLP,
     Downsample,
@@ -55,10 +55,10 @@ from lit_vlm.projectors import (
     Resampler,
     Transformer,
 )
-from lit_vlm.sharding import shard
-from lit_vlm.stage import Stage
-from lit_vlm.step_flops import StepFlops
 from lit_vlm.teachers import HFVision
+from lit_vlm.training.sharding import shard
+from lit_vlm.training.stage import Stage
+from lit_vlm.training.step_flops import StepFlops
 from tests.encoders.test_teachers import DINO, SWIN, VIT
 from tests.tiny import CLIP, LLAMA, tiny_decoder, tiny_slots
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from lit_vlm.cli import main
-from lit_vlm.recipe import find_recipe
+from lit_vlm.commands.cli import main
+from lit_vlm.commands.recipe import find_recipe
 
 GPT2 = "{model_type: gpt2, n_embd: 64, n_layer: 3, n_head: 4}"
 GEMMA = (

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from lit_vlm.checkpoints.files import read_state
-from lit_vlm.checkpoints.run import load_run
-from lit_vlm.cli import main
-from lit_vlm.recipe import find_recipe
+from lit_vlm.checkpoints.weights import read_state
+from lit_vlm.commands.cli import main
+from lit_vlm.commands.recipe import find_recipe
+from lit_vlm.evaluation.asker import load_run
 from tests.runs import tiny_fit
 
 RECIPES = (

@@ -9,18 +9,19 @@ from typing import Any
 
 import torch
 
-from lit_vlm.batch import BadSample, Batch
-from lit_vlm.build import Slots, build
-from lit_vlm.data import ChatML, Shapes, SquareCrop
-from lit_vlm.data.batching import first_fit_decreasing
-from lit_vlm.data.collate import collate, make_rows
-from lit_vlm.data.encode import Sample, SampleEncoder
-from lit_vlm.data.spec import InputSpec
+from lit_vlm.core.batch import BadSample, Batch
+from lit_vlm.data import ChatML, SquareCrop
+from lit_vlm.data.feed.batching import first_fit_decreasing
+from lit_vlm.data.sample.collate import collate, make_rows
+from lit_vlm.data.sample.encode import Sample, SampleEncoder
+from lit_vlm.data.sample.spec import InputSpec
 from lit_vlm.decoders import HFDecoder, Lora
 from lit_vlm.embedders import Splice
 from lit_vlm.encoders import HFEncoder
-from lit_vlm.model import VLM
+from lit_vlm.model.build import Slots, build
+from lit_vlm.model.vlm import VLM
 from lit_vlm.projectors import MLP
+from lit_vlm.worlds import Shapes
 
 CLIP = {
     "model_type": "clip_vision_model",

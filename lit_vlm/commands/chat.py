@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from lit_vlm.data.media import MARK
-from lit_vlm.data.records import Image, Message, Part, Record, RecordError, Text
+from lit_vlm.core.precision import choose
+from lit_vlm.data.records import Content, Image, Message, Record, RecordError, Text
+from lit_vlm.data.records.media import MARK
 from lit_vlm.data.sources import ChatJsonl
 from lit_vlm.data.sources.conversations import interleave
-from lit_vlm.precision import choose
 
 
 def main(argv: Sequence[str]) -> None:
@@ -28,25 +28,25 @@ def main(argv: Sequence[str]) -> None:
         raise ValueError(f"--max-new-tokens must be at least 1, not {arguments.max_new_tokens}")
     from transformers.utils.logging import disable_progress_bar
 
-    from lit_vlm.checkpoints.run import load_run, pick_device
+    from lit_vlm.evaluation.asker import load_run, pick_device
 
     disable_progress_bar()
     console = Console(highlight=False)
     device = pick_device(arguments.device)
-    run = load_run(arguments.checkpoint, device, choose(torch.device(device).type, scaled=False).dtype)
+    asker = load_run(arguments.checkpoint, device, choose(torch.device(device).type, scaled=False).dtype)
     images = [Image(path=str(path.resolve())) for path in arguments.image]
     messages = _demonstrations(arguments.demos) if arguments.demos else []
     for prompt in [arguments.prompt] if arguments.prompt else _typed(console):
         messages.append(Message("user", _content(prompt, images, arguments.newline)))
         images = []  # a conversation shows its pictures once
         record = Record("chat", "chat", tuple(messages))
-        batch = run.prompts([record], Path("/"))
-        (answer,) = run.module.answer(batch, arguments.max_new_tokens, arguments.temperature, arguments.top_p)
+        prompt_sample = asker.encode([record])
+        (answer,) = asker.answer(prompt_sample, arguments.max_new_tokens, arguments.temperature, arguments.top_p)
         console.print(answer, markup=False)
         messages.append(Message("assistant", (Text(answer),)))
 
 
-def _content(prompt: str, images: Sequence[Image], newline: bool) -> tuple[Part, ...]:
+def _content(prompt: str, images: Sequence[Image], newline: bool) -> tuple[Content, ...]:
     """Pictures where the prompt says `<image>`, or else in front of it."""
     pieces = prompt.split(MARK)
     if len(pieces) == 1:
@@ -74,7 +74,7 @@ def _demonstrations(file: Path) -> list[Message]:
     return messages
 
 
-def _absolute(part: Part, source: ChatJsonl) -> Part:
+def _absolute(part: Content, source: ChatJsonl) -> Content:
     if isinstance(part, Text) or part.path is None:
         return part
     return Image(path=str((source.image_folder / part.path).resolve()))

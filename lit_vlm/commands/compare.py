@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
-from lit_vlm.checkpoints.files import checkpoints_in, step_of
+from lit_vlm.checkpoints.folder import checkpoints_in, step_of
 from lit_vlm.commands.run import RunState
 
 SEED_FLAG, DEFAULT_SEED = "--seed_everything", "0"

@@ -12,13 +12,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from lit_vlm.build import build_on_meta
-from lit_vlm.cli import lightning_cli
-from lit_vlm.data.check import check_set
-from lit_vlm.data.convert import convert
-from lit_vlm.data.forms import FORMS, open_source
+from lit_vlm.commands.cli import lightning_cli
+from lit_vlm.data.sets.check import check_set
+from lit_vlm.data.sets.convert import convert
+from lit_vlm.data.sets.forms import FORMS, open_source
+from lit_vlm.data.sets.stats import draw, statistics_of, statistics_table
 from lit_vlm.data.sources import Converted, Texts
-from lit_vlm.data.stats import draw, statistics_of, statistics_table
+from lit_vlm.model.build import build_on_meta
 
 
 def main(argv: Sequence[str]) -> None:
@@ -141,7 +141,7 @@ def _stats(arguments: argparse.Namespace, config: Sequence[str]) -> None:
     if config:
         cli = lightning_cli([*config, "--trainer.logger", "false"], run=False)
         cli.model.model = build_on_meta(cli.model.slots)
-        encode = cli.datamodule.encoder(cli.model.input_spec)
+        encode = cli.datamodule.sample_encoder(cli.model.input_spec)
     statistics = statistics_of(Converted(arguments.set), arguments.workers, encode)
     png = arguments.png or (Path(arguments.set) if Path(arguments.set).is_dir() else Path()) / "stats.png"
     draw(statistics, png)

@@ -10,13 +10,11 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
-from lit_vlm.mlflow_store import default_uri
-from lit_vlm.precision import choose, crowded
-from lit_vlm.pretrained import cache_dir
+from lit_vlm.core.cache import cache_dir
+from lit_vlm.training.mlflow_store import default_uri
 
 REQUIRED = ("lit-vlm", "torch", "torchvision", "lightning", "jsonargparse", "transformers", "timm", "peft", "mlflow")
 OPTIONAL = {
@@ -63,6 +61,10 @@ def _version(name: str) -> str | None:
 
 
 def _devices() -> list[str]:
+    import torch  # takes longer than all the rest, which stands on the terminal by now
+
+    from lit_vlm.core.precision import choose, crowded
+
     chosen = choose("cpu")
     lines = [f"cpu         {torch.get_num_threads()} threads, {_memory():.0f} GiB memory, {chosen.name}: {chosen.why}"]
     if warning := crowded():

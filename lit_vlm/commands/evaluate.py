@@ -17,10 +17,10 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TaskID
 from rich.table import Table
 
-from lit_vlm.checkpoints.files import find_checkpoint
-from lit_vlm.precision import choose
-from lit_vlm.tasks import TASKS, Evaluated, Prompts, Reader, Settings, Shots, Task, run_task
-from lit_vlm.tasks.base import Choosing
+from lit_vlm.checkpoints.folder import find_checkpoint
+from lit_vlm.core.precision import choose
+from lit_vlm.evaluation.tasks import TASKS, Evaluated, Prompts, Shots, Task, TaskSettings, run_task
+from lit_vlm.evaluation.tasks.base import Choosing
 
 
 def main(argv: Sequence[str]) -> None:
@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> None:
         Prompts(task, prompt, arguments.choose)  # reads all files: a missing one is named before minutes of work
     from transformers.utils.logging import disable_progress_bar
 
-    from lit_vlm.checkpoints.run import load_run
+    from lit_vlm.evaluation.asker import load_run
 
     disable_progress_bar()
     device = _join_processes(arguments.device)
@@ -56,11 +56,11 @@ def main(argv: Sequence[str]) -> None:
     console.print(f"weights in {dtype}{'' if arguments.dtype else ', which this device is fast in'}")
     run = load_run(checkpoint, device, chosen)
     length = arguments.max_length or run.format.max_length
-    reader = Reader(run.module, replace(run.format, max_length=length))
+    asker = replace(run, format=replace(run.format, max_length=length))
     results: dict[tuple[str, int], Evaluated] = {}
     for task in tasks:
         for count, prompt in prompts.items():
-            settings = Settings(
+            settings = TaskSettings(
                 prompt, arguments.choose, arguments.think, arguments.limit, arguments.batch_size, arguments.workers,
                 arguments.max_new_tokens, dtype,
             )  # fmt: skip
@@ -68,7 +68,7 @@ def main(argv: Sequence[str]) -> None:
             with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=console) as progress:
                 bar = progress.add_task(f"{task.name}, {count} shots", total=None)
                 show = partial(_show, progress, bar)
-                result = run_task(reader, task, settings, out, str(checkpoint.resolve()), on_answer=show)
+                result = run_task(asker, task, settings, out, str(checkpoint.resolve()), on_answer=show)
             results[task.name, count] = result
             console.print(f"{task.name}, {count} shots: {_line(result)}   {out}", soft_wrap=True)
     console.print(_table(results, shots))
@@ -84,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="lit-vlm evaluate",
         description="Score a checkpoint on benchmarks in their official file formats, from local folders. Answers,\n"
         "prompts and settings are saved beside the scores; a run that was cut off goes on where it stopped.\n"
-        "On several devices: torchrun --nproc-per-node N -m lit_vlm.cli evaluate ...",
+        "On several devices: torchrun --nproc-per-node N -m lit_vlm evaluate ...",
         epilog=f"tasks, and the files in --data/TASK:\n{tasks}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -141,7 +141,7 @@ def _task(name: str, data: Path) -> Task:
 
 def _join_processes(device: str | None) -> str:
     """Join the other processes that torchrun started, and choose the device."""
-    from lit_vlm.checkpoints.run import pick_device
+    from lit_vlm.evaluation.asker import pick_device
 
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return pick_device(device)
@@ -187,8 +187,8 @@ def _log(
     results: dict[tuple[str, int], Evaluated], prompts: dict[int, Shots], checkpoint: str, dtype: str, out: Path
 ) -> None:
     """One run of MLflow with all scores."""
-    from lit_vlm.mlflow_run import MLflowRun
-    from lit_vlm.mlflow_store import default_uri
+    from lit_vlm.training.mlflow_run import MLflowRun
+    from lit_vlm.training.mlflow_store import default_uri
 
     run = MLflowRun(default_uri(), "lit-vlm", "evaluate", {}, out)
     run.params({"checkpoint": checkpoint, "dtype": dtype})

@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> None:
     arguments = parser.parse_args(argv)
     from transformers.utils.logging import disable_progress_bar
 
-    from lit_vlm.checkpoints.run import load_run
+    from lit_vlm.evaluation.asker import load_run
 
     disable_progress_bar()
     run = load_run(arguments.checkpoint)

@@ -9,13 +9,13 @@ from itertools import islice
 from rich.console import Console
 from rich.text import Text
 
-from lit_vlm.batch import IGNORE, Batch
-from lit_vlm.build import build_on_meta
-from lit_vlm.cli import lightning_cli
-from lit_vlm.data.batching import Layout
-from lit_vlm.data.loader import SourceDataset, assemble
-from lit_vlm.data.spec import InputSpec
-from lit_vlm.module import LitVLM
+from lit_vlm.commands.cli import lightning_cli
+from lit_vlm.core.batch import IGNORE, Batch
+from lit_vlm.data.feed.batching import GlobalBatch
+from lit_vlm.data.feed.loader import SourceDataset, assemble
+from lit_vlm.data.sample.spec import InputSpec
+from lit_vlm.model.build import build_on_meta
+from lit_vlm.training.module import LitVLM
 
 
 def main(argv: Sequence[str]) -> None:
@@ -28,8 +28,8 @@ def main(argv: Sequence[str]) -> None:
     spec = module.input_spec
     data.format.check_marks(spec, "refuse")
     sources = data.val_sources if arguments.val else data.train_sources
-    dataset = SourceDataset(sources, data.encoder(spec))
-    plan = data.plan(sources, spec, 0, Layout(data.batch_size, 1), shuffle=not arguments.val)
+    dataset = SourceDataset(sources, data.sample_encoder(spec))
+    plan = data.plan(sources, spec, 0, GlobalBatch(data.batch_size, 1), shuffle=not arguments.val)
     places = next(islice(iter(plan), arguments.batch, None), None)
     if places is None:
         raise ValueError(f"there are {len(plan)} batches; --batch counts from 0")

@@ -10,12 +10,12 @@ import torch
 import torch.multiprocessing as mp
 from rich.console import Console
 
-from lit_vlm.batch import ENCODER
-from lit_vlm.build import build_on_meta
-from lit_vlm.cli import lightning_cli
+from lit_vlm.commands.cli import lightning_cli
+from lit_vlm.core.batch import ENCODER
 from lit_vlm.data.datamodule import VLMData
-from lit_vlm.module import LitVLM
-from lit_vlm.prepare import Settings, begin, finish, write_parts
+from lit_vlm.model.build import build_on_meta
+from lit_vlm.training.module import LitVLM
+from lit_vlm.training.prepare import PrepareSettings, begin, finish, write_blocks
 
 
 def main(argv: Sequence[str]) -> None:
@@ -65,8 +65,10 @@ def _write(
     device = f"cuda:{rank}" if torch.cuda.is_available() else "cpu"
     if of == ENCODER:
         module.vlm.encoder.to(device)
-    settings = Settings(arguments.dtype, arguments.batch_size, arguments.workers, device, precision, rank, devices)
-    write_parts(module, data, of, arguments.out, settings)
+    settings = PrepareSettings(
+        arguments.dtype, arguments.batch_size, arguments.workers, device, precision, rank, devices
+    )
+    write_blocks(module, data, of, arguments.out, settings)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -13,10 +13,10 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from lit_vlm.checkpoints.files import find_checkpoint, run_folder
+from lit_vlm.checkpoints.folder import find_checkpoint, run_folder
+from lit_vlm.evaluation.probe import ProbeResult, ProbeSettings, draw, probe
 from lit_vlm.heads import Head
-from lit_vlm.model import VLM
-from lit_vlm.probe import ProbeResult, ProbeSettings, draw, probe
+from lit_vlm.model.vlm import VLM
 from lit_vlm.teachers import KnownMap, MapName, Teacher
 
 KNOWN: dict[str, MapName] = {"depth": "depth", "seg": "segmentation"}
@@ -30,9 +30,10 @@ def main(argv: Sequence[str]) -> None:
         raise ValueError("--steps, --held-out and --batch-size must be at least 1")
     from transformers.utils.logging import disable_progress_bar
 
-    from lit_vlm.checkpoints.run import load_run, pick_device
-    from lit_vlm.data import Pictures, Scenes, Source
-    from lit_vlm.data.split import split
+    from lit_vlm.data import Pictures, Source
+    from lit_vlm.data.feed.split import split
+    from lit_vlm.evaluation.asker import load_run, pick_device
+    from lit_vlm.worlds import Scenes
 
     disable_progress_bar()
     console = Console(highlight=False)
@@ -139,8 +140,8 @@ def _table(results: Mapping[str, ProbeResult], target: str) -> Table:
 
 def _log(results: Mapping[str, ProbeResult], arguments: argparse.Namespace, saved: dict[str, object]) -> None:
     """A run of MLflow for each model; layers are the steps of its curves."""
-    from lit_vlm.mlflow_run import MLflowRun
-    from lit_vlm.mlflow_store import default_uri
+    from lit_vlm.training.mlflow_run import MLflowRun
+    from lit_vlm.training.mlflow_store import default_uri
 
     for label, result in results.items():
         run = MLflowRun(default_uri(), "lit-vlm", f"probe {arguments.target}", {}, arguments.out)

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from lit_vlm.checkpoints.files import checkpoints_in
+from lit_vlm.checkpoints.folder import checkpoints_in
 
 COLUMNS = (
     ("loss", "loss", "{:.3f}"),

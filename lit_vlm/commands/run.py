@@ -18,8 +18,8 @@ from typing import Any
 
 from rich.console import Console
 
-from lit_vlm.checkpoints.files import checkpoints_in
-from lit_vlm.recipe import Recipe, find_recipe, shipped_recipes
+from lit_vlm.checkpoints.folder import checkpoints_in
+from lit_vlm.commands.recipe import Recipe, find_recipe, shipped_recipes
 
 STATE_FILE = "run.json"
 
@@ -84,7 +84,7 @@ def main(argv: Sequence[str]) -> None:
         folder, state = _new_run(arguments, flags)
     recipe = find_recipe(state.recipe)
     if arguments.dry_run:
-        from lit_vlm.commands.check import check_recipe
+        from lit_vlm.commands.dry_run import check_recipe
 
         commands = {stage: _command(recipe, state, stage, folder) for stage in state.stages}
         if not check_recipe(commands, console):
@@ -208,7 +208,7 @@ def _run(recipe: Recipe, state: RunState, folder: Path, console: Console) -> Non
 
 def _execute(words: Sequence[str], environment: dict[str, str]) -> int:
     """Run one stage as a process of its own: its memory is free afterwards, and it dies with this one."""
-    command = [sys.executable, "-m", "lit_vlm.cli", *words]
+    command = [sys.executable, "-P", "-m", "lit_vlm", *words]
     process = subprocess.Popen(command, env=os.environ | environment, preexec_fn=_die_with_parent)
     try:
         return process.wait()
@@ -230,8 +230,8 @@ class _ParentRun:
         self._run: Any = None
         if not (_uses_mlflow(state.flags) and _is_first()):
             return
-        from lit_vlm.mlflow_run import MLflowRun, known_run
-        from lit_vlm.mlflow_store import default_uri
+        from lit_vlm.training.mlflow_run import MLflowRun, known_run
+        from lit_vlm.training.mlflow_store import default_uri
 
         prefixes = ("--trainer.logger.init_args", "--trainer.logger")
         uri = _flag_value(state.flags, *(f"{prefix}.tracking_uri" for prefix in prefixes))
@@ -249,7 +249,7 @@ class _ParentRun:
 
     def environment(self) -> dict[str, str]:
         """What a stage needs to become a child, in the same store."""
-        from lit_vlm.mlflow_run import PARENT_RUN
+        from lit_vlm.training.mlflow_run import PARENT_RUN
 
         if not (self._run and self._run.run_id):
             return {}

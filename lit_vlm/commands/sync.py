@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from lit_vlm.mlflow_run import UNSENT, MLflowRun
+from lit_vlm.training.mlflow_run import UNSENT, MLflowRun
 
 
 def main(argv: Sequence[str]) -> None:

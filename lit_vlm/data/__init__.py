@@ -1,12 +1,22 @@
 """Data: records → sources → mixture and batching → template → transform → collate → data module."""
 
-from lit_vlm.data.batching import Batching, ModalityLength, Packed, Padded
+import importlib
+
 from lit_vlm.data.datamodule import VLMData
-from lit_vlm.data.loader import BadSamples
-from lit_vlm.data.mixture import Interleaved, Mixture, Shuffled, Weighted
-from lit_vlm.data.openmoji import OpenMoji
-from lit_vlm.data.scenes import Scenes
-from lit_vlm.data.shapes import Shapes
+from lit_vlm.data.feed.batching import Batching, ModalityLength, Packed, Padded
+from lit_vlm.data.feed.loader import BadSamples
+from lit_vlm.data.feed.mixture import Interleaved, Mixture, Shuffled, Weighted
+from lit_vlm.data.sample.templates import ChatML, Llama3, Phi3, Plain, Template, VicunaV1
+from lit_vlm.data.sample.tiles import Tiles
+from lit_vlm.data.sample.transforms import (
+    AreaLimit,
+    AspectGrid,
+    ImageTransform,
+    Native,
+    PadSquare,
+    Resize,
+    SquareCrop,
+)
 from lit_vlm.data.sources import (
     Captions,
     ChatJsonl,
@@ -21,17 +31,6 @@ from lit_vlm.data.sources import (
     Texts,
     Unpaired,
     WebDataset,
-)
-from lit_vlm.data.templates import ChatML, Llama3, Phi3, Plain, Template, VicunaV1
-from lit_vlm.data.tiles import Tiles
-from lit_vlm.data.transforms import (
-    AreaLimit,
-    AspectGrid,
-    ImageTransform,
-    Native,
-    PadSquare,
-    Resize,
-    SquareCrop,
 )
 
 __all__ = [
@@ -52,7 +51,6 @@ __all__ = [
     "Mmc4",
     "ModalityLength",
     "Native",
-    "OpenMoji",
     "Packed",
     "PadSquare",
     "Padded",
@@ -62,8 +60,6 @@ __all__ = [
     "Plain",
     "RandomWords",
     "Resize",
-    "Scenes",
-    "Shapes",
     "Shuffled",
     "Source",
     "SquareCrop",
@@ -76,3 +72,10 @@ __all__ = [
     "WebDataset",
     "Weighted",
 ]
+
+
+def __getattr__(name: str) -> object:
+    # Config files of earlier versions name these here; they stand on top of all that is data.
+    if name in ("OpenMoji", "Scenes", "Shapes"):
+        return getattr(importlib.import_module("lit_vlm.worlds"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

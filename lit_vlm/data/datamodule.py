@@ -6,32 +6,42 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, Literal, Protocol, cast
 
 import numpy as np
+import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
-from lit_vlm.batch import BadSample, Batch
-from lit_vlm.data.batching import Batching, Integers, Layout, Measures, Padded
-from lit_vlm.data.collate import collate_prompts, make_rows
-from lit_vlm.data.encode import Sample, SampleEncoder
-from lit_vlm.data.format import SampleFormat
-from lit_vlm.data.loader import BadSamples, Collate, Loader, SourceDataset
-from lit_vlm.data.mixture import Mixture, Shuffled
-from lit_vlm.data.names import tell_apart
-from lit_vlm.data.plan import BatchPlan, Ordering
-from lit_vlm.data.prepared import Prepared
-from lit_vlm.data.scan import modality_length, scan
+from lit_vlm.core.batch import BadSample, Batch
+from lit_vlm.data.feed.batching import Batching, GlobalBatch, Integers, Measures, Padded
+from lit_vlm.data.feed.loader import BadSamples, Collate, Loader, SourceDataset
+from lit_vlm.data.feed.mixture import Mixture, Shuffled
+from lit_vlm.data.feed.names import tell_apart
+from lit_vlm.data.feed.plan import BatchPlan, Ordering
+from lit_vlm.data.feed.split import split
+from lit_vlm.data.feed.usable import check_sources
+from lit_vlm.data.sample.collate import collate_prompts, make_rows
+from lit_vlm.data.sample.encode import Sample, SampleEncoder
+from lit_vlm.data.sample.format import SampleFormat
+from lit_vlm.data.sample.prepared import Prepared
+from lit_vlm.data.sample.spec import InputSpec
+from lit_vlm.data.sample.templates import Template
+from lit_vlm.data.sample.transforms import ImageTransform
+from lit_vlm.data.sets.scan import modality_length, scan
 from lit_vlm.data.sources import Source
-from lit_vlm.data.spec import InputSpec
-from lit_vlm.data.split import split
-from lit_vlm.data.templates import Template
-from lit_vlm.data.transforms import ImageTransform
-from lit_vlm.data.usable import check_sources
 
-if TYPE_CHECKING:
-    from lit_vlm.module import LitVLM
+
+class HasInputSpec(Protocol):
+    """The LightningModule of a run, as far as its data asks it for anything."""
+
+    @property
+    def input_spec(self) -> InputSpec:
+        """What must be known of the model."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the batches go."""
 
 
 class VLMData(LightningDataModule):
@@ -113,7 +123,7 @@ class VLMData(LightningDataModule):
         """How samples are written, for whoever asks the model afterwards."""
         return SampleFormat(self.template, self.transform, self.max_length, self.fast_jpeg)
 
-    def encoder(self, spec: InputSpec, prompt: bool = False) -> SampleEncoder:
+    def sample_encoder(self, spec: InputSpec, prompt: bool = False) -> SampleEncoder:
         """How a record becomes a sample of this stage, with nothing prepared.
 
         A prompt needs no teacher; one that is too long is refused, as cutting it would cut the question off. Marks of
@@ -121,16 +131,16 @@ class VLMData(LightningDataModule):
         `SampleFormat.check_marks` refuses them first.
         """
         if prompt:
-            return self.format.encoder(spec.without_teachers(), "drop", prompt)
-        return self.format.encoder(spec, self.too_long)
+            return self.format.sample_encoder(spec.without_teachers(), "drop", prompt)
+        return self.format.sample_encoder(spec, self.too_long)
 
-    def train_encoder(self, spec: InputSpec) -> SampleEncoder:
+    def train_sample_encoder(self, spec: InputSpec) -> SampleEncoder:
         """The same for training, which reads what was prepared; held-out images are always seen anew.
 
         Raises:
             ValueError: when `data.prepared` names what the model has not, or a set that does not fit this run.
         """
-        encode = self.encoder(spec)
+        encode = self.sample_encoder(spec)
         for name, prepared in self.prepared.items():
             if name not in spec.networks:
                 raise ValueError(f"data.prepared names '{name}'; this model has {', '.join(spec.networks)}")
@@ -146,12 +156,18 @@ class VLMData(LightningDataModule):
         return partial(make_rows, pad_id=pad_id, prepared=prepared)
 
     def plan(
-        self, sources: Sequence[Source], spec: InputSpec, rank: int, layout: Layout, shuffle: bool, prompt: bool = False
+        self,
+        sources: Sequence[Source],
+        spec: InputSpec,
+        rank: int,
+        global_batch: GlobalBatch,
+        shuffle: bool,
+        prompt: bool = False,
     ) -> BatchPlan:
         """Which samples each batch takes."""
         batching = Padded() if prompt else self.batching
         ordering = Ordering(sources, self.mixture, batching, self._measures(sources, spec), self.seed)
-        return BatchPlan(ordering, layout, rank, shuffle)
+        return BatchPlan(ordering, global_batch, rank, shuffle)
 
     def _measures(self, sources: Sequence[Source], spec: InputSpec) -> Measures:
         def modality_lengths() -> Integers:
@@ -159,7 +175,7 @@ class VLMData(LightningDataModule):
             return np.concatenate(found)[:, 0]
 
         def sizes() -> Integers:
-            encode = self.encoder(spec)
+            encode = self.sample_encoder(spec)
             key = encode.measure_key()
             return np.concatenate([scan(s, encode.measure, 2, key, self.num_workers, "tokens of") for s in sources])
 
@@ -222,10 +238,10 @@ class VLMData(LightningDataModule):
 
     def _loader(self, sources: list[Source], phase: Literal["train", "val", "predict"]) -> Loader:
         assert self.trainer is not None
-        module = cast("LitVLM", self.trainer.lightning_module)
+        module = cast(HasInputSpec, self.trainer.lightning_module)
         spec = module.input_spec
         prompt = phase == "predict"
-        encode = self.train_encoder(spec) if phase == "train" else self.encoder(spec, prompt)
+        encode = self.train_sample_encoder(spec) if phase == "train" else self.sample_encoder(spec, prompt)
         dataset = SourceDataset(sources, encode)
         check_marks = partial(self._check_marks, spec)
         if self.trainer.ckpt_path is not None or not self.trainer.strategy.restore_checkpoint_after_setup:
@@ -233,10 +249,10 @@ class VLMData(LightningDataModule):
         check_sources(sources, encode.spec.known, f"data.{'train' if phase == 'train' else 'val'}")
         rank = self.trainer.global_rank
         window = self.trainer.accumulate_grad_batches if phase == "train" else 1
-        layout = Layout(self.batch_size, self.trainer.world_size, window)
+        global_batch = GlobalBatch(self.batch_size, self.trainer.world_size, window)
         return Loader(
             dataset,
-            self.plan(sources, spec, rank, layout, phase == "train", prompt),
+            self.plan(sources, spec, rank, global_batch, phase == "train", prompt),
             self.collator(spec, prompt, (*encode.prepared, *spec.known)),
             num_workers=self.num_workers,
             window=window,

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lit_vlm.batch import Batch
-from lit_vlm.flops import Flops, FlopsOf, Weights, attention, causal_pairs
-from lit_vlm.part import Part
+from lit_vlm.core.batch import Batch
+from lit_vlm.core.flops import Flops, FlopsOf, Weights, attention, causal_pairs
+from lit_vlm.core.part import Part
 
 
 @dataclass

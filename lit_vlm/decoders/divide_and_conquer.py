@@ -10,10 +10,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lit_vlm.core.flops import Weights
+from lit_vlm.core.part import StateDict
 from lit_vlm.decoders.base import DecoderOutput
 from lit_vlm.decoders.hf import Attention, HFDecoder
-from lit_vlm.flops import Weights
-from lit_vlm.part import StateDict
 
 TEXT, VISION, VISION_AND_ATTENTION = "text", "vision", "vision_and_attention"
 BRANCH = re.compile(rf"\.(?:{TEXT}|{VISION})\.")

@@ -13,16 +13,16 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PretrainedConfig
 
-from lit_vlm.checkpoints.safetensors import read_folder
+from lit_vlm.core.flops import Weights
+from lit_vlm.core.part import StateDict
+from lit_vlm.core.pretrained import made_config, read_pretrained, resolve, shortened
+from lit_vlm.core.safetensors import read_folder
+from lit_vlm.core.tokenizers import load_tokenizer
 from lit_vlm.decoders import internlm2
 from lit_vlm.decoders.architecture import language_model
 from lit_vlm.decoders.base import Decoder, DecoderOutput
 from lit_vlm.decoders.lora import Lora, add_adapters, merge_adapters
 from lit_vlm.decoders.stack import run_blocks
-from lit_vlm.flops import Weights
-from lit_vlm.part import StateDict
-from lit_vlm.pretrained import made_config, read_pretrained, resolve, shortened
-from lit_vlm.tokenizers import load_tokenizer
 
 Attention = Literal["sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3"]
 INTERNLM2 = "internlm2"

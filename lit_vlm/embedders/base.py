@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lit_vlm.batch import Batch, VisualTokens
+from lit_vlm.core.batch import Batch, VisualTokens
+from lit_vlm.core.flops import Flops, FlopsOf
+from lit_vlm.core.part import Part
 from lit_vlm.decoders.base import Decoder
-from lit_vlm.flops import Flops, FlopsOf
-from lit_vlm.part import Part
 from lit_vlm.projectors.base import GridMap, same_grid
 
 

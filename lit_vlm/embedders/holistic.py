@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, LlamaConfig, LlamaModel
 
-from lit_vlm.batch import Batch, Grid, VisualTokens
+from lit_vlm.core.batch import Batch, Grid, VisualTokens
+from lit_vlm.core.flops import Flops, FlopsOf, Weights, attention, causal_pairs
 from lit_vlm.decoders.architecture import installed_attention
 from lit_vlm.decoders.base import Decoder
 from lit_vlm.decoders.hf import Attention, HFDecoder
 from lit_vlm.decoders.stack import run_blocks
 from lit_vlm.embedders.base import Embedder, check_grids, scatter_visual
 from lit_vlm.embedders.own_sequence import OwnSequence, own_lengths, refine, see_whole_images
-from lit_vlm.flops import Flops, FlopsOf, Weights, attention, causal_pairs
 from lit_vlm.projectors.downsample import Fold, PatchMerge
 
 LAYERS = "layers"

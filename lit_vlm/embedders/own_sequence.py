@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lit_vlm.batch import Batch, Grid
+from lit_vlm.core.batch import Batch, Grid
 
 
 @dataclass

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_vlm.batch import Batch, Grid, VisualTokens, index_suffixes
+from lit_vlm.core.batch import Batch, Grid, VisualTokens, index_suffixes
 from lit_vlm.decoders.base import Decoder
 from lit_vlm.embedders.base import Embedder, check_grids, scatter_visual
 

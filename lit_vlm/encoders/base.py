@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lit_vlm.batch import Grid, Images, PixelSpec, VisualTokens
-from lit_vlm.part import Part
+from lit_vlm.core.batch import Grid, Images, PixelSpec, VisualTokens
+from lit_vlm.core.part import Part
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_vlm.batch import Grid, Images, PixelSpec, VisualTokens
+from lit_vlm.core.batch import Grid, Images, PixelSpec, VisualTokens
+from lit_vlm.core.part import StateDict, real_parameters
 from lit_vlm.encoders.base import Encoder, PatchGrid
-from lit_vlm.part import StateDict, real_parameters
 
 
 @dataclass(frozen=True)

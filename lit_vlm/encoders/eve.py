@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_vlm.batch import Grid, Images, Patches, PixelSpec, VisualTokens, index_patches
+from lit_vlm.core.batch import Grid, Images, Patches, PixelSpec, VisualTokens, index_patches
 from lit_vlm.encoders.base import CLIP_MEAN, CLIP_STD, Encoder, PatchGrid
 from lit_vlm.encoders.windows import lay_out, pixel_windows
 

@@ -15,14 +15,14 @@ from transformers import (
     PreTrainedModel,
 )
 
-from lit_vlm.batch import Images, PixelSpec, VisualTokens
+from lit_vlm.core.batch import Images, PixelSpec, VisualTokens
+from lit_vlm.core.part import StateDict
+from lit_vlm.core.pretrained import made_config, read_pretrained, resolve, shortened
 from lit_vlm.encoders.base import CLIP_MEAN, CLIP_STD, HALF, IMAGENET_MEAN, IMAGENET_STD, Encoder, PatchGrid
-from lit_vlm.part import StateDict
-from lit_vlm.pretrained import made_config, read_pretrained, resolve, shortened
 
 INTERN_VIT = "internvl_vision"
 # model_type → (tokens before the patches, mean, std, the norm after the last block)
-FAMILIES = {
+VISION_MODELS = {
     "clip_vision_model": (1, CLIP_MEAN, CLIP_STD, "post_layernorm"),
     "siglip_vision_model": (0, HALF, HALF, "post_layernorm"),
     "dinov2": (1, IMAGENET_MEAN, IMAGENET_STD, "layernorm"),
@@ -56,7 +56,7 @@ class HFEncoder(Encoder):
         super().__init__()
         self.name, self.layer = name, layer
         self.config = _vision_config(name, config)
-        prefix, mean, std, norm = FAMILIES[self.config.model_type]
+        prefix, mean, std, norm = VISION_MODELS[self.config.model_type]
         depth = self.config.num_hidden_layers
         kept = layer if layer >= 0 else depth + 1 + layer
         if not 0 <= kept <= depth:
@@ -159,6 +159,6 @@ def _vision_config(name: str | None, config: dict[str, Any] | None) -> Pretraine
         model_type = settings.pop("model_type", "clip_vision_model")
         loaded = made_config(model_type, settings, "HFEncoder")
     loaded = getattr(loaded, "vision_config", loaded)
-    if loaded.model_type not in FAMILIES:
-        raise ValueError(f"HFEncoder knows {', '.join(FAMILIES)}; '{loaded.model_type}' is not one of them")
+    if loaded.model_type not in VISION_MODELS:
+        raise ValueError(f"HFEncoder knows {', '.join(VISION_MODELS)}; '{loaded.model_type}' is not one of them")
     return loaded

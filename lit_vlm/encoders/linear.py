@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lit_vlm.batch import Images, PixelSpec, VisualTokens
+from lit_vlm.core.batch import Images, PixelSpec, VisualTokens
 from lit_vlm.encoders.base import HALF, Encoder, PatchGrid
 
 

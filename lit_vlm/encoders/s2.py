@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_vlm.batch import Images, PixelSpec, VisualTokens
+from lit_vlm.core.batch import Images, PixelSpec, VisualTokens
+from lit_vlm.core.part import StateDict
 from lit_vlm.encoders.base import Encoder, PatchGrid
-from lit_vlm.part import StateDict
 
 
 class S2(Encoder):

@@ -9,10 +9,10 @@ import timm
 import torch
 from torch import nn
 
-from lit_vlm.batch import Images, PixelSpec, VisualTokens
+from lit_vlm.core.batch import Images, PixelSpec, VisualTokens
+from lit_vlm.core.part import StateDict
+from lit_vlm.core.pretrained import load_weights, resolve
 from lit_vlm.encoders.base import Encoder, PatchGrid
-from lit_vlm.part import StateDict
-from lit_vlm.pretrained import load_weights, resolve
 
 
 class TimmEncoder(Encoder):

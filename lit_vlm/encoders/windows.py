@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lit_vlm.batch import Grid, Images, Patches
+from lit_vlm.core.batch import Grid, Images, Patches
 
 
 def pixel_windows(images: Images, patch: int) -> Tensor:

@@ -8,10 +8,10 @@ from typing import Literal
 
 from torch import Tensor
 
-from lit_vlm.batch import Batch
+from lit_vlm.core.batch import Batch
+from lit_vlm.core.flops import FlopsOf, Weights
+from lit_vlm.core.part import Part
 from lit_vlm.embedders.base import Embedder
-from lit_vlm.flops import FlopsOf, Weights
-from lit_vlm.part import Part
 from lit_vlm.teachers.base import Teacher
 
 Normaliser = Literal["samples", "tokens", "supervised", "images", "visual_tokens", "text_tokens"]

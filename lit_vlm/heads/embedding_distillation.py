@@ -8,12 +8,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lit_vlm.batch import Batch, Images, VisualTokens, index_suffixes
+from lit_vlm.core.batch import Batch, Images, VisualTokens, index_suffixes
+from lit_vlm.core.flops import Flops, FlopsOf
+from lit_vlm.core.losses import contrastive_loss, smooth_l1_distance
 from lit_vlm.embedders.base import Embedder
-from lit_vlm.flops import Flops, FlopsOf
 from lit_vlm.heads.base import Head, Tap
 from lit_vlm.heads.perceiver import Perceiver
-from lit_vlm.losses import contrastive_loss, smooth_l1_distance
 from lit_vlm.teachers.base import Teacher
 
 Queries = Literal["parameters", "states", "own"]

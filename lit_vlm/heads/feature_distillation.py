@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_vlm.batch import Batch, Grid, Images, VisualTokens, index_suffixes
+from lit_vlm.core.batch import Batch, Grid, Images, VisualTokens, index_suffixes
+from lit_vlm.core.losses import cosine_distance, smooth_l1_distance
 from lit_vlm.heads.base import Head, Tap
-from lit_vlm.losses import cosine_distance, smooth_l1_distance
 from lit_vlm.teachers.base import Teacher
 
 DISTANCES = {"cosine": cosine_distance, "smooth_l1": smooth_l1_distance}

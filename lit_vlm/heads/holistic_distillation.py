@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lit_vlm.batch import Batch, Grid, Images, VisualTokens
+from lit_vlm.core.batch import Batch, Grid, Images, VisualTokens
 from lit_vlm.heads.base import WORDS, Head, Tap
 from lit_vlm.heads.feature_distillation import DISTANCES
 from lit_vlm.projectors.downsample import fold

@@ -8,10 +8,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lit_vlm.batch import Batch, Grid, Images, Patches, VisualTokens, index_patches
-from lit_vlm.flops import Flops, FlopsOf, Weights, attention
+from lit_vlm.core.batch import Batch, Grid, Images, Patches, VisualTokens, index_patches
+from lit_vlm.core.flops import Flops, FlopsOf, Weights, attention
+from lit_vlm.core.losses import cosine_distance
 from lit_vlm.heads.base import Head, Tap
-from lit_vlm.losses import cosine_distance
 from lit_vlm.teachers.base import Teacher
 
 

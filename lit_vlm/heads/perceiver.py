@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from lit_vlm.flops import Flops, Weights, attention
+from lit_vlm.core.flops import Flops, Weights, attention
 from lit_vlm.projectors import PerceiverLayer
 
 

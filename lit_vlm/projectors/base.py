@@ -6,8 +6,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from lit_vlm.batch import Grid, VisualTokens
-from lit_vlm.part import Part
+from lit_vlm.core.batch import Grid, VisualTokens
+from lit_vlm.core.part import Part
 
 GridMap = Callable[[Grid], Grid]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from lit_vlm.batch import VisualTokens
+from lit_vlm.core.batch import VisualTokens
 from lit_vlm.projectors.base import Projector
 
 

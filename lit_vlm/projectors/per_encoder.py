@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from lit_vlm.batch import VisualTokens, index_suffixes
+from lit_vlm.core.batch import VisualTokens, index_suffixes
 from lit_vlm.projectors.base import Projector
 from lit_vlm.projectors.mlp import MLP
 

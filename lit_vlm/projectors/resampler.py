@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_vlm.batch import Grid, VisualTokens
+from lit_vlm.core.batch import Grid, VisualTokens
 from lit_vlm.projectors.base import Projector
 
 

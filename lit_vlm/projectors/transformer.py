@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel
 
-from lit_vlm.batch import VisualTokens
+from lit_vlm.core.batch import VisualTokens
 from lit_vlm.projectors.base import Projector
 from lit_vlm.projectors.resampler import pad_images
 

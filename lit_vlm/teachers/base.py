@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import torch
 
-from lit_vlm.batch import Images, PixelSpec, VisualTokens
+from lit_vlm.core.batch import Images, PixelSpec, VisualTokens
+from lit_vlm.core.part import load_state, meta_parameters, real_parameters
 from lit_vlm.encoders.base import Encoder
-from lit_vlm.part import load_state, meta_parameters, real_parameters
 
 
 class Teacher(ABC):

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from typing import Literal
 
-from lit_vlm.batch import Images, PixelSpec, VisualTokens
-from lit_vlm.data.scenes.maps import WIDTHS
+from lit_vlm.core.batch import Images, PixelSpec, VisualTokens
 from lit_vlm.teachers.base import Teacher
 
 MapName = Literal["depth", "segmentation"]
+WIDTHS: dict[MapName, int] = {"depth": 16, "segmentation": 15}
+"""Values per cell of the maps that `worlds.Scenes` draws, which are what this teacher stands for."""
 
 
 class KnownMap(Teacher):
     """Exact maps of drawn scenes in place of a network's features: what a perfect teacher would say.
 
     Args:
-        name: `depth` or `segmentation`, as `data.Scenes` hands them out with `maps`.
+        name: `depth` or `segmentation`, as `worlds.Scenes` hands them out with `maps`.
     """
 
     def __init__(self, name: MapName) -> None:

@@ -27,20 +27,20 @@ from rich.console import Console
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from lit_vlm.batch import Batch, PixelSpec
+from lit_vlm.core.batch import Batch, PixelSpec
+from lit_vlm.core.tokenizers import load_tokenizer
 from lit_vlm.data import BadSamples, Converted, LlavaJson, Packed, PadSquare, Shuffled, Source, VicunaV1
-from lit_vlm.data.batching import Batching, Layout, Measures, Padded
-from lit_vlm.data.collate import make_rows
-from lit_vlm.data.convert import convert
-from lit_vlm.data.encode import SampleEncoder
-from lit_vlm.data.loader import Loader, SourceDataset
-from lit_vlm.data.plan import BatchPlan, Ordering
+from lit_vlm.data.feed.batching import Batching, GlobalBatch, Measures, Padded
+from lit_vlm.data.feed.loader import Loader, SourceDataset
+from lit_vlm.data.feed.plan import BatchPlan, Ordering
 from lit_vlm.data.records import Message, Record, Text
-from lit_vlm.data.scan import scan
-from lit_vlm.data.spec import InputSpec
+from lit_vlm.data.sample.collate import make_rows
+from lit_vlm.data.sample.encode import SampleEncoder
+from lit_vlm.data.sample.spec import InputSpec
+from lit_vlm.data.sets.convert import convert
+from lit_vlm.data.sets.scan import scan
 from lit_vlm.encoders import PatchGrid
 from lit_vlm.projectors.base import same_grid
-from lit_vlm.tokenizers import load_tokenizer
 
 TOKENIZER = Path(__file__).parents[1] / "fixtures" / "tiny_llama"
 SIDE, PATCH, CAPACITY, WORKERS, ROUNDS = 336, 14, 2048, 2, 5
@@ -156,7 +156,7 @@ def loader(source: Source, batching: Batching, batch_size: int, workers: int = W
     encode = SampleEncoder(spec(), VicunaV1(), PadSquare(), CAPACITY, fast_jpeg=True)
     sizes = partial(scan, source, encode.measure, 2, encode.measure_key(), WORKERS)
     measures = Measures(lambda: np.empty(0, np.int64), sizes, CAPACITY)
-    plan = BatchPlan(Ordering([source], Shuffled(), batching, measures, seed), Layout(batch_size, 1), 0, True)
+    plan = BatchPlan(Ordering([source], Shuffled(), batching, measures, seed), GlobalBatch(batch_size, 1), 0, True)
     collate = partial(make_rows, pad_id=0)
     return Loader(SourceDataset([source], encode), plan, collate, workers, 1, BadSamples(), None, False)
 
@@ -222,7 +222,7 @@ def fill(console: Console, count: int = 20_000) -> None:
             start = time.perf_counter()
             for rank in range(8):
                 ordering = Ordering([Numbers(count)], Shuffled(), Packed(), measures, 0)
-                plans.append(BatchPlan(ordering, Layout(4, 8), rank, True))
+                plans.append(BatchPlan(ordering, GlobalBatch(4, 8), rank, True))
             seconds = (time.perf_counter() - start) / 8
             taken = np.array([[sizes[[p.sample for p in batch], 0].sum() for batch in plan] for plan in plans])
             full = taken.sum() / (taken.size * 4 * capacity)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_vlm.batch import Images, PixelSpec
+from lit_vlm.core.batch import Images, PixelSpec
 from lit_vlm.data import AspectGrid
 from lit_vlm.decoders import Decoder, DivideAndConquer, HFDecoder
 from lit_vlm.decoders.divide_and_conquer import Routed

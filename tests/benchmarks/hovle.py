@@ -10,15 +10,15 @@ from functools import partial
 import torch
 from rich.console import Console
 
-from lit_vlm.batch import Batch, Images, VisualTokens
-from lit_vlm.build import Slots, build, build_on_meta
-from lit_vlm.data.collate import collate
-from lit_vlm.data.encode import Sample
+from lit_vlm.core.batch import Batch, Images, VisualTokens
+from lit_vlm.data.sample.collate import collate
+from lit_vlm.data.sample.encode import Sample
 from lit_vlm.decoders import AbsentDecoder, HFDecoder
 from lit_vlm.embedders import Holistic
 from lit_vlm.encoders import ConvPatches, TimmEncoder
 from lit_vlm.heads import HolisticDistillation, WordDistillation
-from lit_vlm.model import VLM
+from lit_vlm.model.build import Slots, build, build_on_meta
+from lit_vlm.model.vlm import VLM
 from lit_vlm.projectors import PatchMerge
 from lit_vlm.teachers import EncoderTeacher
 from tests.benchmarks.measure import PRECISION, ratios, show

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 
-from lit_vlm.losses import chunk_rows, next_token_loss
+from lit_vlm.core.losses import chunk_rows, next_token_loss
 from tests.benchmarks.measure import added_mib
 
 POSITIONS, WIDTH, VOCAB, DENSITY = 4096, 512, 49152, 0.2

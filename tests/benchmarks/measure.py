@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from lit_vlm.precision import choose
+from lit_vlm.core.precision import choose
 
 ROUNDS = 7
 PRECISION = choose("cpu")

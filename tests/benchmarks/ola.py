@@ -14,16 +14,16 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from lit_vlm.batch import Batch, Images, VisualTokens
-from lit_vlm.build import build
-from lit_vlm.data.collate import collate
-from lit_vlm.data.encode import Sample
+from lit_vlm.core.batch import Batch, Images, VisualTokens
+from lit_vlm.core.losses import contrastive_loss
+from lit_vlm.data.sample.collate import collate
+from lit_vlm.data.sample.encode import Sample
 from lit_vlm.decoders import HFDecoder
 from lit_vlm.embedders import Splice
 from lit_vlm.encoders import CLIPEmbedding, DepthAnything, HFEncoder, OneFormerSwin
 from lit_vlm.heads import EmbeddingDistillation, Head
-from lit_vlm.losses import contrastive_loss
-from lit_vlm.model import VLM
+from lit_vlm.model.build import build
+from lit_vlm.model.vlm import VLM
 from lit_vlm.teachers import EncoderTeacher, Teacher
 from tests.benchmarks.measure import PRECISION, added_mib, ratios, show
 from tests.tiny import tiny_slots

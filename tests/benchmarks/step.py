@@ -15,11 +15,11 @@ import torch
 from rich.console import Console
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from lit_vlm.batch import IGNORE, Batch
 from lit_vlm.checkpoints import load_published
-from lit_vlm.data.collate import collate
-from lit_vlm.data.encode import Sample
-from lit_vlm.model import VLM
+from lit_vlm.core.batch import IGNORE, Batch
+from lit_vlm.data.sample.collate import collate
+from lit_vlm.data.sample.encode import Sample
+from lit_vlm.model.vlm import VLM
 from tests.benchmarks.measure import PRECISION
 from tests.tiny import collate_packed
 

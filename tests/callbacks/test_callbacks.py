@@ -12,18 +12,20 @@ from mlflow import MlflowClient
 
 from callbacks import Checkpoint, FreezeGuard, GradientMonitor, HeldOut, Predictions, Throughput
 from callbacks.throughput import peak_of
-from lit_vlm.batch import VisualTokens
-from lit_vlm.data import ChatML, Shapes, SquareCrop, VLMData
-from lit_vlm.data.collate import collate
+from lit_vlm.core.batch import VisualTokens
+from lit_vlm.data import ChatML, SquareCrop, VLMData
+from lit_vlm.data.sample.collate import collate
 from lit_vlm.decoders import HFDecoder
 from lit_vlm.embedders import Splice
 from lit_vlm.encoders import HFEncoder, TimmEncoder
-from lit_vlm.module import LitVLM
+from lit_vlm.evaluation.asker import Asker
+from lit_vlm.evaluation.held_out import evaluate_held_out
+from lit_vlm.evaluation.held_out_records import held_out_records
 from lit_vlm.projectors import MLP
-from lit_vlm.stage import Stage
-from lit_vlm.tasks import evaluate_held_out
-from lit_vlm.tasks.held_out_records import held_out_records
-from lit_vlm.tracking import MLflow
+from lit_vlm.training.module import LitVLM
+from lit_vlm.training.stage import Stage
+from lit_vlm.training.tracking import MLflow
+from lit_vlm.worlds import Shapes
 from tests.tiny import CLIP, LLAMA
 
 
@@ -195,12 +197,12 @@ def test_what_is_too_long_to_be_asked_is_left_out_with_a_word(tmp_path: Path, ca
     # Cut, such a record would end in an earlier answer, and its prompt in the middle of a question.
     module, source = lit(), data()
     trainer(tmp_path, max_steps=1).fit(module, source)
-    whole = held_out_records(module, source)
-    encode = source.format.encoder(module.input_spec)
+    whole = held_out_records(Asker(module, source.format), source.val_sources)
+    encode = source.format.sample_encoder(module.input_spec)
     lengths = sorted(len(encode(record, Path("/"))) for record in whole)
     short = data()
     short.max_length = lengths[3]
-    kept = held_out_records(module, short)
+    kept = held_out_records(Asker(module, short.format), short.val_sources)
     assert [len(encode(record, Path("/"))) <= lengths[3] for record in kept] == [True] * len(kept)
     assert 4 <= len(kept) < len(whole)
     assert f"{len(whole) - len(kept)} of the held-out records looked at are left out" in caplog.text
@@ -211,12 +213,12 @@ def test_scores_do_not_depend_on_the_batch_size(tmp_path: Path) -> None:
     module, source = lit(), data()
     run = trainer(tmp_path, max_steps=1)
     run.fit(module, source)
-    records = held_out_records(module, source)
-    one, five = (evaluate_held_out(module, source, records, size) for size in (1, 5))
+    records = held_out_records(Asker(module, source.format), source.val_sources)
+    one, five = (evaluate_held_out(Asker(module, source.format), records, size) for size in (1, 5))
     assert one.loss == pytest.approx(five.loss, rel=1e-5)
     assert one.exact_match == five.exact_match
     assert one.choice_accuracy == five.choice_accuracy
-    encode = source.encoder(module.input_spec)
+    encode = source.sample_encoder(module.input_spec)
     samples = [encode(record, Path("/")) for record in records]
     whole = sum(float(module.vlm.target_nll(collate([sample])).sum()) for sample in samples)
     assert one.loss == pytest.approx(whole / sum(sample.num_supervised for sample in samples), rel=1e-5)
@@ -225,10 +227,10 @@ def test_scores_do_not_depend_on_the_batch_size(tmp_path: Path) -> None:
 def test_a_limit_spreads_the_questions_over_the_held_out_data(tmp_path: Path) -> None:
     module, source = lit(), data()
     trainer(tmp_path, max_steps=1).fit(module, source)
-    every = [record.id for record in held_out_records(module, source)]
-    few = [record.id for record in held_out_records(module, source, 2)]
+    every = [record.id for record in held_out_records(Asker(module, source.format), source.val_sources)]
+    few = [record.id for record in held_out_records(Asker(module, source.format), source.val_sources, 2)]
     assert few == [every[0], every[5]]
-    assert len({record.id for record in held_out_records(module, source, 7)}) == 7
+    assert len({record.id for record in held_out_records(Asker(module, source.format), source.val_sources, 7)}) == 7
 
 
 def test_only_the_samples_of_the_broken_step_are_named_under_accumulation(tmp_path: Path) -> None:

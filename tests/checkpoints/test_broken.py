@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lit_vlm.checkpoints import load_published, read_slots
-from lit_vlm.tokenizers import load_tokenizer
+from lit_vlm.core.tokenizers import load_tokenizer
 from tests.checkpoints import test_eve, test_llava_hf
 
 WEIGHTS, INDEX, PICKLE = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"

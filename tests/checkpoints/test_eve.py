@@ -12,12 +12,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lit_vlm.build import build
-from lit_vlm.checkpoints import eve, eve_v2, load_published
+from lit_vlm.checkpoints import load_published, read_slots
+from lit_vlm.checkpoints.published import eve, eve_v2
 from lit_vlm.decoders import DivideAndConquer, HFDecoder
 from lit_vlm.encoders import EvePatchEmbedding, EveV2PatchEmbedding
 from lit_vlm.heads import PatchAlignment
-from lit_vlm.model import VLM
+from lit_vlm.model.build import build
+from lit_vlm.model.vlm import VLM
 from lit_vlm.projectors import Identity
 from lit_vlm.teachers import HFVision
 from tests.tiny import CLIP, LLAMA, ROOT, tiny_slots, tiny_vlm
@@ -109,7 +110,7 @@ def test_a_stage_starts_from_published_weights_with_pal(tmp_path: Path) -> None:
     save_file(state, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     decoder = partial(HFDecoder, config=LLAMA | {"vocab_size": 300}, tokenizer="bytes")
-    model = build(tiny_slots(**V1, decoder=decoder), start_from=f"eve:{tmp_path}")
+    model = build(tiny_slots(**V1, decoder=decoder), read_slots(f"eve:{tmp_path}"))
     own = model.state_dict()
     compressor = {k.removeprefix("model.vision_tower_compressor."): v for k, v in state.items() if "compressor" in k}
     del compressor["clip_layer.backbone.vision_model.embeddings.class_embedding"]
@@ -128,7 +129,7 @@ def test_keys_that_fit_nowhere_or_are_missing_are_named() -> None:
     with pytest.raises(ValueError, match=r"slot 'projector' \(MLP\): missing: layers.2.bias"):
         load_published("eve", state, CONFIG)
     with pytest.raises(ValueError, match="there is no family 'adam'; families: eve, eve_v2, hovle, hovle_hd, llava-hf"):
-        build(tiny_slots(), start_from="adam:somewhere")
+        build(tiny_slots(), read_slots("adam:somewhere"))
 
 
 @pytest.mark.parametrize("family", ["eve", "eve_v2"])
@@ -146,7 +147,7 @@ def test_what_was_trained_comes_back_from_the_exported_folder(family: str, tmp_p
         assert {"model.layers.2.moe_input_layernorm.weight", "model.vision_tower.patch_embedding.2.bias"} <= written
         assert not any("text" in key or ".vision." in key for key in written)
         assert len(written) == len(model.state_dict())
-    again = build(tiny_slots(**parts), start_from=f"{family}:{tmp_path / 'out'}")
+    again = build(tiny_slots(**parts), read_slots(f"{family}:{tmp_path / 'out'}"))
     for name, value in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], value), name
     with pytest.raises(ValueError, match="is not empty"):
@@ -168,7 +169,7 @@ def test_an_eve_without_one_of_its_attentions_says_so(part: str, tmp_path: Path)
 
 
 def eve_keys(folder: Path) -> set[str]:
-    from lit_vlm.checkpoints.safetensors import read_folder
+    from lit_vlm.core.safetensors import read_folder
 
     return set(read_folder(str(folder)))
 

@@ -10,16 +10,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lit_vlm.build import build
-from lit_vlm.checkpoints import load_published
-from lit_vlm.checkpoints.hovle import BASE, HD, Hovle
+from lit_vlm.checkpoints import load_published, read_slots
+from lit_vlm.checkpoints.published.hovle import BASE, HD, Hovle
+from lit_vlm.core.part import meta_parameters
 from lit_vlm.data import Tiles
 from lit_vlm.decoders import HFDecoder, internlm2
 from lit_vlm.decoders.hf import read_folder
 from lit_vlm.embedders import Holistic
 from lit_vlm.encoders import ConvPatches
-from lit_vlm.model import VLM
-from lit_vlm.part import meta_parameters
+from lit_vlm.model.build import build
+from lit_vlm.model.vlm import VLM
 from lit_vlm.projectors import Identity, PatchMerge
 from tests.embedders.test_holistic import FULL, TOY, model_of
 from tests.tiny import LLAMA, ROOT, tiny_slots
@@ -73,7 +73,7 @@ def test_what_is_exported_is_read_back(name: str, tmp_path: Path) -> None:
             projector=type(model.projector),
             embedder=lambda w, v: Holistic(w, v, 2, 4, 2, 128, merge=model.embedder.merge),  # type: ignore[arg-type]
         ),
-        start_from=f"{name}:{tmp_path / 'out'}",
+        read_slots(f"{name}:{tmp_path / 'out'}"),
     )
     assert slots.keys() >= {"encoder", "embedder", "decoder"}
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in again.state_dict().items())

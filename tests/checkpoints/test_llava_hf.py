@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from lit_vlm.checkpoints import llava_hf, load_published, read_slots
+from lit_vlm.checkpoints import load_published, read_slots
+from lit_vlm.checkpoints.published import llava_hf
 from lit_vlm.data import SquareCrop
 from lit_vlm.decoders import Lora
 from lit_vlm.encoders import HFEncoder

@@ -13,16 +13,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lit_vlm.build import build
 from lit_vlm.checkpoints import load_published
-from lit_vlm.checkpoints.ola_vlm import NAMES, export, own_predictor_key, read
+from lit_vlm.checkpoints.published.ola_vlm import NAMES, export, own_predictor_key, read
+from lit_vlm.core.part import meta_parameters
 from lit_vlm.data import PadSquare
 from lit_vlm.decoders import HFDecoder
 from lit_vlm.embedders import Splice
 from lit_vlm.encoders import HFEncoder, TimmEncoder
 from lit_vlm.heads import EmbeddingDistillation
-from lit_vlm.model import VLM
-from lit_vlm.part import meta_parameters
+from lit_vlm.model.build import build
+from lit_vlm.model.vlm import VLM
 from lit_vlm.projectors import MLP
 from tests.heads.test_embedding_distillation import FIXTURE, Fixed
 from tests.tiny import PHI3, tiny_decoder, tiny_slots

@@ -16,8 +16,8 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from lit_vlm.checkpoints import load_published
 from lit_vlm.checkpoints.published import FAMILIES
-from lit_vlm.checkpoints.safetensors import read_folder, read_json
-from lit_vlm.model import VLM
+from lit_vlm.core.safetensors import read_folder, read_json
+from lit_vlm.model.vlm import VLM
 from tests.checkpoints import test_eve, test_llava_hf, test_ola_vlm, test_vila
 from tests.embedders.test_holistic import model_of as hovle_model
 

@@ -21,8 +21,8 @@ from transformers import (
 )
 
 from lit_vlm.checkpoints import load_published, read_slots
-from lit_vlm.checkpoints.layout import probe
 from lit_vlm.checkpoints.published import export_published
+from lit_vlm.checkpoints.published.layout import trial_batch
 from lit_vlm.data import Resize
 from lit_vlm.encoders import S2, HFEncoder
 from lit_vlm.projectors import MLP, Downsample, Downsample3x3, Linear, Resampler
@@ -133,7 +133,7 @@ def test_a_flat_file_of_release_one_loads() -> None:
     model = load_published("vila", state, config)
     assert torch.equal(model.projector.state_dict()["layers.2.weight"], state["model.mm_projector.2.weight"])
     assert torch.equal(model.decoder.state_dict()["lm.lm_head.weight"], state["lm_head.weight"])
-    assert model.logits(probe(model)).isfinite().all()
+    assert model.logits(trial_batch(model)).isfinite().all()
 
 
 def test_what_fits_nowhere_is_missing_or_unknown_is_an_error(tmp_path: Path) -> None:

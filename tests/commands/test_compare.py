@@ -7,7 +7,7 @@ from zipfile import ZipFile
 
 import pytest
 
-from lit_vlm.cli import main
+from lit_vlm.commands.cli import main
 from lit_vlm.commands.run import RunState
 
 

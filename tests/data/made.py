@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from lit_vlm.data.batching import Batching, Layout, Measures, Padded
-from lit_vlm.data.mixture import Mixture, Shuffled
-from lit_vlm.data.plan import BatchPlan, Ordering
+from lit_vlm.data.feed.batching import Batching, GlobalBatch, Measures, Padded
+from lit_vlm.data.feed.mixture import Mixture, Shuffled
+from lit_vlm.data.feed.plan import BatchPlan, Ordering
 from lit_vlm.data.records import Message, Record, Text
 from lit_vlm.data.sources import Source
 
@@ -43,7 +43,7 @@ def measures_of(sizes: Sequence[tuple[int, int]], capacity: int) -> Measures:
 
 def plan_over(
     sources: Sequence[Source],
-    layout: Layout,
+    layout: GlobalBatch,
     rank: int = 0,
     shuffle: bool = True,
     mixture: Mixture = Shuffled(),  # noqa: B008 - never changed

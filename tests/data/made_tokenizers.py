@@ -9,7 +9,7 @@ from functools import cache
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from lit_vlm.tokenizers import byte_tokenizer
+from lit_vlm.core.tokenizers import byte_tokenizer
 
 OPEN, TURN, CLOSE, EOS, UNKNOWN = "<|im_start|>", "<|turn|>", "<|im_end|>", "</s>", "<unk>"
 SPECIAL = [UNKNOWN, EOS, OPEN, TURN, CLOSE]

@@ -14,13 +14,14 @@ import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
 
-from lit_vlm.batch import Batch
-from lit_vlm.data import ChatML, Packed, Padded, Phi3, Resize, Scenes, Shapes, Template, VLMData
+from lit_vlm.core.batch import Batch
+from lit_vlm.core.tokenizers import byte_tokenizer
+from lit_vlm.data import ChatML, Packed, Padded, Phi3, Resize, Template, VLMData
+from lit_vlm.data.feed.split import Subset
+from lit_vlm.data.feed.usable import check_sources
+from lit_vlm.data.sample.spec import InputSpec
 from lit_vlm.data.sources import ChatJsonl, Source
-from lit_vlm.data.spec import InputSpec
-from lit_vlm.data.split import Subset
-from lit_vlm.data.usable import check_sources
-from lit_vlm.tokenizers import byte_tokenizer
+from lit_vlm.worlds import Scenes, Shapes
 
 
 class Model(L.LightningModule):
@@ -225,7 +226,7 @@ def test_marks_in_letters_begin_no_run_and_end_none(
 
 
 def marks_logged(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.message for record in caplog.records if record.name == "lit_vlm.data.spelling"]
+    return [record.message for record in caplog.records if record.name == "lit_vlm.data.sample.spelling"]
 
 
 @pytest.mark.parametrize("verb", ["validate", "test", "predict"])

@@ -13,24 +13,14 @@ import torch
 from torch import Tensor
 
 from callbacks import Sources
-from lit_vlm.batch import Batch, PixelSpec
-from lit_vlm.data import (
-    ChatML,
-    Interleaved,
-    Mixture,
-    ModalityLength,
-    Packed,
-    Padded,
-    Shapes,
-    Shuffled,
-    VLMData,
-    Weighted,
-)
-from lit_vlm.data.spec import InputSpec
-from lit_vlm.data.transforms import Resize
+from lit_vlm.core.batch import Batch, PixelSpec
+from lit_vlm.core.tokenizers import byte_tokenizer
+from lit_vlm.data import ChatML, Interleaved, Mixture, ModalityLength, Packed, Padded, Shuffled, VLMData, Weighted
+from lit_vlm.data.sample.spec import InputSpec
+from lit_vlm.data.sample.transforms import Resize
 from lit_vlm.encoders import PatchGrid
 from lit_vlm.projectors.base import same_grid
-from lit_vlm.tokenizers import byte_tokenizer
+from lit_vlm.worlds import Shapes
 from tests.data.made import Count
 
 MIXTURES: dict[str, Mixture] = {

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from lit_vlm.build import build
-from lit_vlm.data.collate import collate, collate_prompts
+from lit_vlm.core.part import load_state
+from lit_vlm.data.sample.collate import collate, collate_prompts
 from lit_vlm.decoders import DivideAndConquer, HFDecoder
-from lit_vlm.generate import generate
-from lit_vlm.model import VLM
-from lit_vlm.part import load_state
-from lit_vlm.stage import Stage
+from lit_vlm.model.build import build
+from lit_vlm.model.generate import generate
+from lit_vlm.model.vlm import VLM
+from lit_vlm.training.stage import Stage
 from tests.tiny import LLAMA, batch_of, samples_of, tiny_slots, tiny_vlm
 
 QWEN2 = LLAMA | {"model_type": "qwen2"}

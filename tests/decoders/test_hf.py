@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lit_vlm.build import build
 from lit_vlm.decoders import DivideAndConquer, HFDecoder, Lora
+from lit_vlm.model.build import build
 from tests.tiny import LLAMA, tiny_slots
 
 

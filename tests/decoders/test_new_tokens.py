@@ -11,12 +11,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from lit_vlm.build import build
 from lit_vlm.checkpoints.published import export_published
+from lit_vlm.core.part import load_state
 from lit_vlm.decoders import DivideAndConquer, HFDecoder, Lora
-from lit_vlm.model import VLM
-from lit_vlm.part import load_state
-from lit_vlm.stage import Stage
+from lit_vlm.model.build import build
+from lit_vlm.model.vlm import VLM
+from lit_vlm.training.stage import Stage
 from tests.tiny import LLAMA, batch_of, tiny_slots, tiny_vlm
 
 NEW = ("<|start|>", "<|end|>")

@@ -10,19 +10,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_vlm.batch import Batch, Grid, VisualTokens
-from lit_vlm.build import build
 from lit_vlm.checkpoints import load_published
-from lit_vlm.checkpoints.hovle import fuse_qkv, split_qkv
-from lit_vlm.data.collate import collate, collate_prompts, make_rows
-from lit_vlm.data.encode import Sample
+from lit_vlm.checkpoints.published.hovle import fuse_qkv, split_qkv
+from lit_vlm.core.batch import Batch, Grid, VisualTokens
+from lit_vlm.data.sample.collate import collate, collate_prompts, make_rows
+from lit_vlm.data.sample.encode import Sample
 from lit_vlm.decoders import HFDecoder, Lora
 from lit_vlm.embedders import Holistic
 from lit_vlm.encoders import ConvPatches
-from lit_vlm.generate import Continuation, generate, score_continuations
-from lit_vlm.model import VLM
+from lit_vlm.model.build import build
+from lit_vlm.model.generate import Continuation, generate, score_continuations
+from lit_vlm.model.vlm import VLM
 from lit_vlm.projectors import Identity, PatchMerge
-from lit_vlm.stage import Stage
+from lit_vlm.training.stage import Stage
 from tests.tiny import LLAMA, ROOT, tiny_decoder, tiny_slots, tiny_vlm
 
 FIXTURE = torch.load(ROOT / "tests" / "fixtures" / "hovle.pt", weights_only=True)

@@ -7,14 +7,14 @@ from functools import partial
 import pytest
 import torch
 
-from lit_vlm.batch import Batch, Grid, index_patches, index_suffixes
-from lit_vlm.build import build
-from lit_vlm.data.collate import collate, collate_prompts
-from lit_vlm.data.encode import Sample
+from lit_vlm.core.batch import Batch, Grid, index_patches, index_suffixes
+from lit_vlm.data.sample.collate import collate, collate_prompts
+from lit_vlm.data.sample.encode import Sample
 from lit_vlm.embedders import Splice
-from lit_vlm.generate import generate
 from lit_vlm.heads import FeatureDistillation
-from lit_vlm.model import VLM
+from lit_vlm.model.build import build
+from lit_vlm.model.generate import generate
+from lit_vlm.model.vlm import VLM
 from lit_vlm.teachers import HFVision
 from tests.heads.test_embedding_distillation import PACKED, PADDED, batch_with
 from tests.tiny import CLIP, tiny_slots, tiny_vlm

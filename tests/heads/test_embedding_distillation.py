@@ -10,16 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_vlm.batch import Batch, Grid, Images, PixelSpec, VisualTokens
-from lit_vlm.checkpoints.ola_vlm import own_predictor_key
-from lit_vlm.data.collate import make_rows
-from lit_vlm.data.encode import Sample
+from lit_vlm.checkpoints.published.ola_vlm import own_predictor_key
+from lit_vlm.core.batch import Batch, Grid, Images, PixelSpec, VisualTokens
+from lit_vlm.core.losses import contrastive_loss, smooth_l1_distance
+from lit_vlm.data.sample.collate import make_rows
+from lit_vlm.data.sample.encode import Sample
 from lit_vlm.decoders import HFDecoder
 from lit_vlm.embedders import Splice
 from lit_vlm.heads import EmbeddingDistillation
 from lit_vlm.heads.perceiver import Perceiver
-from lit_vlm.losses import contrastive_loss, smooth_l1_distance
-from lit_vlm.model import VLM
+from lit_vlm.model.vlm import VLM
 from lit_vlm.teachers import Teacher
 from tests.tiny import LLAMA, PHI3, ROOT, tiny_slots, tiny_vlm
 

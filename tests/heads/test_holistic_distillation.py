@@ -9,14 +9,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lit_vlm.batch import Batch, Images
-from lit_vlm.data.collate import collate, make_rows
+from lit_vlm.core.batch import Batch, Images
+from lit_vlm.data.sample.collate import collate, make_rows
 from lit_vlm.decoders import AbsentDecoder
 from lit_vlm.encoders import HFEncoder
 from lit_vlm.heads import HolisticDistillation, WordDistillation
-from lit_vlm.model import VLM
-from lit_vlm.stage import Stage
+from lit_vlm.model.vlm import VLM
 from lit_vlm.teachers import HFVision
+from lit_vlm.training.stage import Stage
 from tests.embedders.test_holistic import model_of, samples_for
 
 VIT = {"model_type": "internvl_vision", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_vlm.batch import Grid, Images, PixelSpec, VisualTokens
+from lit_vlm.core.batch import Grid, Images, PixelSpec, VisualTokens
 from lit_vlm.heads import PatchAlignment
 from lit_vlm.teachers import EncoderTeacher, HFVision, Teacher
 from tests.tiny import CLIP, ROOT

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 import lit_vlm.projectors as slot
-from lit_vlm.batch import Grid, VisualTokens
-from lit_vlm.part import load_state
+from lit_vlm.core.batch import Grid, VisualTokens
+from lit_vlm.core.part import load_state
 from lit_vlm.projectors import (
     MLP,
     Downsample,

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lit_vlm.data.files import list_files
-from lit_vlm.data.media import without_keys
+from lit_vlm._moved import old_name
 from lit_vlm.data.records import Record, RecordError
+from lit_vlm.data.records.files import list_files
+from lit_vlm.data.records.media import without_keys
 
 
 class Source(ABC):
@@ -23,7 +24,7 @@ class Source(ABC):
 
     Attributes:
         name: what samples, counts and losses are reported under. Two sources of one name are told apart by their paths
-            (`lit_vlm.data.names`).
+            (`lit_vlm.data.feed.names`).
         named: whether the user gave the name.
         path: the file, folder or address that is read, if there is one.
         image_folder: what image paths are relative to.
@@ -67,6 +68,21 @@ class Source(ABC):
         if not expanded.exists():
             raise ValueError(f"{type(self).__name__}: {expanded} does not exist")
         return expanded
+
+
+def describe(thing: Any) -> str:
+    """Class and plain settings of an object, as a string that is the same for the same settings.
+
+    A class of the kit goes by the path that it first had, as what was made with it is found again by this string.
+    """
+    plain = (str, int, float, bool, tuple, list, dict, Path, type(None), Source)
+    settings = {
+        key: describe(value) if isinstance(value, Source) else value
+        for key, value in vars(thing).items()
+        if not key.startswith("_") and isinstance(value, plain)
+    }
+    kind = f"{old_name(type(thing).__module__)}.{type(thing).__qualname__}"
+    return f"{kind} {json.dumps(settings, sort_keys=True, default=str)}"
 
 
 def name_of(path: str) -> str:

@@ -6,9 +6,9 @@ import csv
 import json
 from pathlib import Path
 
-from lit_vlm.data.files import list_files
-from lit_vlm.data.media import IMAGE_SUFFIXES, image_of, refuse_marks
 from lit_vlm.data.records import Image, Message, Record, RecordError, Text
+from lit_vlm.data.records.files import list_files
+from lit_vlm.data.records.media import IMAGE_SUFFIXES, image_of, refuse_marks
 from lit_vlm.data.sources.base import Lines, Source, parse_json, read_rows
 
 

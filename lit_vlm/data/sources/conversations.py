@@ -7,9 +7,9 @@ from dataclasses import replace
 from itertools import zip_longest
 from typing import Any, Literal
 
-from lit_vlm.data.media import IMAGE_KEYS, MARK, refuse_marks, refuse_unread, row_images
-from lit_vlm.data.parsing import parse_record
 from lit_vlm.data.records import Image, Message, Record, RecordError, Role, Text
+from lit_vlm.data.records.media import IMAGE_KEYS, MARK, refuse_marks, refuse_unread, row_images
+from lit_vlm.data.records.parsing import parse_record
 from lit_vlm.data.sources.base import JsonLines
 
 ImagePosition = Literal["front", "in_place", "spaced"]
@@ -27,7 +27,7 @@ class ChatJsonl(JsonLines):
     """Chat form of Hugging Face: `messages` of `role` and `content`, one record per line, or a JSON list of them.
 
     Also as ms-swift, LLaMA-Factory and OpenAI write it, and `texts` or `query` in place of `messages`: see
-    `lit_vlm.data.parsing.parse_record`.
+    `lit_vlm.data.records.parsing.parse_record`.
 
     Args:
         path: the .jsonl or .json file, or a folder of .jsonl files.

@@ -23,11 +23,11 @@ from litdata import StreamingDataset
 from litdata.streaming.downloader import get_downloader
 from numpy.typing import NDArray
 
-from lit_vlm.data.media import refuse_marks
-from lit_vlm.data.records import Image, Message, Part, Record, Text
-from lit_vlm.data.shards import read_info
+from lit_vlm.core.cache import cache_dir
+from lit_vlm.data.records import Content, Image, Message, Record, Text
+from lit_vlm.data.records.json_files import read_info
+from lit_vlm.data.records.media import refuse_marks
 from lit_vlm.data.sources.base import Source
-from lit_vlm.pretrained import cache_dir
 
 VERSION = 1
 INFO = "lit_vlm.json"
@@ -172,7 +172,7 @@ def encode_record(record: Record, images: Sequence[tuple[bytes, tuple[int, int]]
     """
     remaining = iter(images)
 
-    def part_to_json(part: Part) -> dict[str, Any]:
+    def part_to_json(part: Content) -> dict[str, Any]:
         if isinstance(part, Text):
             return {"type": "text", "text": part.text} | ({} if part.loss is None else {"loss": part.loss})
         content, size = next(remaining)
@@ -191,7 +191,7 @@ def decode_record(content: bytes, images: bytes | None, source: str) -> Record:
     raw = json.loads(content)
     start = 0
 
-    def parse(part: dict[str, Any]) -> Part:
+    def parse(part: dict[str, Any]) -> Content:
         nonlocal start
         if part["type"] == "text":
             return Text(part["text"], part.get("loss"))

@@ -9,8 +9,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from lit_vlm.data.media import MARK, decode_base64, image_of, refuse_marks, refuse_unread
-from lit_vlm.data.records import Image, Message, Part, Record, RecordError, Text
+from lit_vlm.data.records import Content, Image, Message, Record, RecordError, Text
+from lit_vlm.data.records.media import MARK, decode_base64, image_of, refuse_marks, refuse_unread
 from lit_vlm.data.sources.base import JsonLines
 from lit_vlm.data.sources.conversations import with_system
 
@@ -73,7 +73,7 @@ class Mmc4(JsonLines):
             if number < 0:
                 raise RecordError("malformed", f"line {line} is no document of MMC4")
             place, image = images[number]
-            content: tuple[Part, ...] = (image, Text(sentences[place].strip()))
+            content: tuple[Content, ...] = (image, Text(sentences[place].strip()))
             return Record(f"{identity}-{number}", self.name, (Message("document", content),))
         matched: dict[int, list[Image]] = {}
         for place, image in images:
@@ -105,10 +105,10 @@ class Mmc4(JsonLines):
         ]
         return [sentence.replace(MARK, "<IMAGE>") for sentence in sentences], images
 
-    def _parts(self, sentences: list[str], matched: dict[int, list[Image]]) -> list[Part]:
+    def _parts(self, sentences: list[str], matched: dict[int, list[Image]]) -> list[Content]:
         supervised_all, space = self.loss == "all_text", self.joint.isspace()
         in_place = {} if self.items == "images_first" else matched
-        parts: list[Part] = [] if in_place else [image for images in matched.values() for image in images]
+        parts: list[Content] = [] if in_place else [image for images in matched.values() for image in images]
         for number, sentence in enumerate(sentences):
             if number and not (space and number in in_place):
                 parts.append(Text(self.joint, loss=None if supervised_all else False))
@@ -143,9 +143,9 @@ def _mmc4_image(info: Any, where: str, num_sentences: int, links: bool) -> tuple
     raise RecordError("malformed", f"{where} has neither 'image_name' nor 'image_base64'")
 
 
-def _merged(parts: list[Part]) -> tuple[Part, ...]:
+def _merged(parts: list[Content]) -> tuple[Content, ...]:
     """Neighbouring texts of the same supervision joined, empty ones left out."""
-    merged: list[Part] = []
+    merged: list[Content] = []
     for part in parts:
         last = merged[-1] if merged else None
         if isinstance(part, Text) and isinstance(last, Text) and last.loss == part.loss:

@@ -10,10 +10,18 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from lit_vlm.data.files import list_files
-from lit_vlm.data.media import IMAGE_KEYS, MARK, is_nothing, refuse_marks, refuse_unread, row_images, without_keys
-from lit_vlm.data.parsing import is_chat, parse_record
-from lit_vlm.data.records import Image, Message, Part, Record, RecordError, Text
+from lit_vlm.data.records import Content, Image, Message, Record, RecordError, Text
+from lit_vlm.data.records.files import list_files
+from lit_vlm.data.records.media import (
+    IMAGE_KEYS,
+    MARK,
+    is_nothing,
+    refuse_marks,
+    refuse_unread,
+    row_images,
+    without_keys,
+)
+from lit_vlm.data.records.parsing import is_chat, parse_record
 from lit_vlm.data.sources.base import Source, hash_files
 from lit_vlm.data.sources.conversations import interleave, llava_record
 
@@ -136,7 +144,7 @@ def _question(row: dict[str, Any], source: str, identity: str, images: list[Imag
     return Record(identity, source, messages, tuple(choices))
 
 
-def _with_images(question: str, images: list[Image]) -> tuple[Part, ...]:
+def _with_images(question: str, images: list[Image]) -> tuple[Content, ...]:
     """The pictures where the question marks them, or in front of it."""
     pieces = question.split(MARK)
     if len(pieces) == 1:

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from lit_vlm.data.files import is_hidden, list_files
-from lit_vlm.data.media import IMAGE_SUFFIXES, MEDIA_FILE, refuse_marks
 from lit_vlm.data.records import Image, Message, Record, RecordError, Text
+from lit_vlm.data.records.files import is_hidden, list_files
+from lit_vlm.data.records.media import IMAGE_SUFFIXES, MEDIA_FILE, refuse_marks
 from lit_vlm.data.sources.base import Lines, Source, parse_json
 
 

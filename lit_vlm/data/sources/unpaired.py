@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lit_vlm.core.tokenizers import load_tokenizer
 from lit_vlm.data.records import Image, Message, Record, RecordError, Text
 from lit_vlm.data.sources.base import Source
-from lit_vlm.tokenizers import load_tokenizer
 
 
 class Unpaired(Source):

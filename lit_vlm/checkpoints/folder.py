@@ -1,0 +1,58 @@
+"""The folder that a run leaves: which checkpoints are in it. Loads no PyTorch, so that it answers at once."""
+
+from __future__ import annotations
+
+import re
+import zipfile
+from pathlib import Path
+
+SUFFIX = ".ckpt"
+
+
+def is_complete(path: Path) -> bool:
+    """Whether a checkpoint was written to its end: a whole zip file, or a folder with both metadata files."""
+    if path.is_dir():
+        return (path / ".metadata").exists() and (path / "meta.pt").exists()
+    return path.is_file() and zipfile.is_zipfile(path)
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    found = [path for path in (folder / "checkpoints").glob(f"*{SUFFIX}") if is_complete(path)]
+    return sorted(found, key=lambda path: (step_of(path), path.stat().st_mtime))
+
+
+def step_of(path: Path) -> int:
+    """Optimizer steps of the stage when a checkpoint was written, from its name; -1 if it does not tell."""
+    match = re.search(r"step=(\d+)", path.name)
+    return int(match.group(1)) if match else -1
+
+
+def find_checkpoint(source: str | Path) -> Path:
+    """A checkpoint from its own path, or the newest one in the folder of a run.
+
+    Raises:
+        ValueError: when there is none, naming what was looked at.
+    """
+    path = Path(source).expanduser()
+    if path.suffix == SUFFIX:
+        if not is_complete(path):
+            raise ValueError(f"{path} {'is not a complete checkpoint' if path.exists() else 'does not exist'}")
+        return path
+    found = checkpoints_in(path)
+    if not found:
+        raise ValueError(f"there is no complete checkpoint in {path / 'checkpoints'}")
+    return found[-1]
+
+
+def run_folder(source: str | Path) -> Path:
+    """The folder of the run that a checkpoint belongs to: the one with config.yaml.
+
+    Raises:
+        ValueError: when no folder above has one.
+    """
+    path = Path(source).expanduser().resolve()
+    for folder in (path, *path.parents):
+        if (folder / "config.yaml").is_file():
+            return folder
+    raise ValueError(f"there is no config.yaml in {source} or above it, so the model cannot be built again")

@@ -1,0 +1,79 @@
+"""Weights out of checkpoints: those of a run, whole or sharded, and published ones, by slot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+
+from lit_vlm.checkpoints.folder import find_checkpoint
+from lit_vlm.core.pretrained import resolve
+
+PREFIX = "model."
+"""The model's attribute name in the LightningModule, in front of every key of a checkpoint."""
+
+
+def read_state(source: str | Path) -> dict[str, Tensor]:
+    """All model weights of a checkpoint on the CPU, whole or sharded, under the names of `VLM`."""
+    path = find_checkpoint(source)
+    if path.is_dir():
+        loaded: dict[str, Any] = {}
+        _load_state_dict(
+            loaded,
+            storage_reader=FileSystemReader(path),
+            planner=_EmptyStateDictLoadPlanner(keys={"state_dict"}),
+            no_dist=True,
+        )
+        state = loaded["state_dict"]
+    else:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
+    return {key.removeprefix(PREFIX): value for key, value in state.items()}
+
+
+def _published(source: str | Path) -> tuple[str, str] | None:
+    """Family and place of `FAMILY:PLACE`; None for a path."""
+    family, colon, place = str(source).partition(":")
+    return (family, place) if colon and "/" not in family and not Path(source).exists() else None
+
+
+def find_start(source: str | Path) -> None:
+    """Look whether `read_slots` could begin: a complete checkpoint is there, or a known family and its folder.
+
+    Raises:
+        ValueError: saying what is missing.
+    """
+    if not (found := _published(source)):
+        find_checkpoint(source)
+        return
+    from lit_vlm.checkpoints.published import FAMILIES
+
+    family, place = found
+    if family not in FAMILIES:
+        raise ValueError(f"model.stage.start_from: there is no family '{family}'; families: {', '.join(FAMILIES)}")
+    resolve(place)
+
+
+def read_slots(source: str | Path) -> dict[str, dict[str, Tensor]]:
+    """The weights of a checkpoint by slot: encoder, projector, embedder, decoder, `heads.NAME`.
+
+    Args:
+        source: a checkpoint, the folder of a run, or published weights as `FAMILY:FOLDER` or `FAMILY:HUB_NAME`.
+    """
+    if found := _published(source):
+        # Imported when asked for: most runs read no published weights, and the families load every slot.
+        from lit_vlm.checkpoints.published import read_published
+
+        return read_published(*found)
+    slots: dict[str, dict[str, Tensor]] = {}
+    for key, value in read_state(source).items():
+        slot, rest = key.split(".", 1)
+        if slot == "heads":
+            name, rest = rest.split(".", 1)
+            slot = f"heads.{name}"
+        slots.setdefault(slot, {})[rest] = value
+    return slots

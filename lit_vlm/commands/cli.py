@@ -1,0 +1,125 @@
+"""`lit-vlm`: Lightning's fit, validate, test and predict, and the kit's own verbs."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lit_vlm import __version__
+
+VERBS = {
+    "run": "run the stages of a recipe, one after the other",
+    "compare": "show what finished runs reached, side by side",
+    "probe": "find out what can be read from a decoder's layers about depth, objects or whole pictures",
+    "evaluate": "score a checkpoint on benchmarks, with or without demonstrations",
+    "chat": "ask a trained model about pictures",
+    "data": "convert data to shards, check them, show what is in them",
+    "inspect": "show one batch as the model sees it",
+    "prepare": "compute features of teachers or of a frozen encoder before training",
+    "export": "write a checkpoint in a published format",
+    "sync": "send what runs could not report to MLflow",
+    "doctor": "report versions, devices and optional packages",
+}
+LIGHTNING = {
+    "fit": "train one stage from config files",
+    "validate": "held-out losses of a checkpoint",
+    "test": "the same, under the name test",
+    "predict": "answer the held-out questions",
+}
+RUN_FOLDER = "LIT_VLM_RUN_FOLDER"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of the console script."""
+    _working_folder_last()
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    verb = arguments[0] if arguments else "--help"
+    if verb in ("-h", "--help"):
+        _print_help()
+    elif verb == "--version":
+        sys.stdout.write(f"lit-vlm {__version__}\n")
+    elif verb in VERBS or verb in LIGHTNING:
+        _run(verb, arguments)
+    else:
+        sys.stderr.write(f"lit-vlm: there is no command '{verb}'\n\n")
+        _print_help()
+        raise SystemExit(2)
+
+
+def _working_folder_last() -> None:
+    """Find own modules in the working folder, but none of them in place of the kit's `callbacks` or a library.
+
+    `python -m` puts that folder in front of all others, and a console script leaves it out.
+    """
+    here = os.getcwd()
+    sys.path[:] = [*(folder for folder in sys.path if folder not in ("", here)), here]
+
+
+def _run(verb: str, arguments: list[str]) -> None:
+    """Run one command; what a user got wrong is one line, not a traceback."""
+    try:
+        if verb in VERBS:
+            importlib.import_module(f"lit_vlm.commands.{verb}").main(arguments[1:])
+        else:
+            lightning_cli(arguments)
+    except (ValueError, OSError) as error:
+        if os.environ.get("LIT_VLM_DEBUG"):
+            raise
+        sys.stderr.write(f"\nerror: {error}\n(set LIT_VLM_DEBUG=1 for the traceback)\n")
+        raise SystemExit(1) from error
+
+
+def _print_help() -> None:
+    lines = ["usage: lit-vlm COMMAND ...", "", "train and evaluate vision-language models", ""]
+    for title, verbs in (("recipes and models", VERBS), ("single stages (LightningCLI)", LIGHTNING)):
+        lines.append(f"{title}:")
+        lines += [f"  {verb:10} {text}" for verb, text in verbs.items()]
+        lines.append("")
+    lines.append("lit-vlm COMMAND --help explains each.")
+    sys.stdout.write("\n".join(lines) + "\n")
+
+
+def lightning_cli(arguments: Sequence[str], run: bool = True) -> Any:
+    """Parse config files and flags, and run the subcommand, or with `run=False` only parse and build objects."""
+    _quiet()
+    if run and os.environ.get("LOCAL_RANK", "0") == "0":
+        sys.stderr.write("loading libraries ...\n")  # which takes ten seconds
+    from lit_vlm.commands.lightning_cli import LitVLMCLI
+
+    # Lightning warns when arguments are given twice; they are its own if they came from the command line.
+    given = list(arguments)
+    return LitVLMCLI(args=None if given == sys.argv[1:] else given, run=run)
+
+
+def run_folder_for(stage: str) -> str:
+    """A folder for a run that was given none; the same in all processes of the run."""
+    if RUN_FOLDER not in os.environ:
+        job = os.environ.get("TORCHELASTIC_RUN_ID") or os.environ.get("SLURM_JOB_ID")
+        os.environ[RUN_FOLDER] = str(Path("runs") / f"{stage}-{job or time.strftime('%Y%m%d-%H%M%S')}")
+    return os.environ[RUN_FOLDER]
+
+
+def _quiet() -> None:
+    """Silence notices of the libraries that a user of this kit can do nothing about."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+    for message in (
+        ".*isinstance.treespec, LeafSpec.*",
+        ".*does not have many workers.*",
+        ".*It is recommended to use `self.log.*sync_dist.*",
+        ".*is not a subclass of .LightningModule.*",
+        ".*Checkpoint directory .* exists and is not empty.*",
+        ".*could not find the monitored key.*",
+        ".*module.s. in eval mode at the start of training.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)
+
+
+if __name__ == "__main__":
+    main()

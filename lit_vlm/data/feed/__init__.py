@@ -1,0 +1,1 @@
+"""From sources to batches: mixture, batching, the plan of an epoch, the loader."""

@@ -1,0 +1,203 @@
+"""The loader: a fixed plan of batches, the same on every machine, that can be left and taken up anywhere."""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import accumulate, islice
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from torch.utils.data import DataLoader, Dataset
+
+from lit_vlm.core.batch import BadSample, Batch, Counts
+from lit_vlm.data.feed.plan import BatchPlan, Place
+from lit_vlm.data.records import RecordError
+from lit_vlm.data.sample.encode import Sample, SampleEncoder
+from lit_vlm.data.sources import Source
+
+ENOUGH = 100
+"""Samples from which on the share of unusable ones is judged at every batch; fewer are judged when the run stops."""
+
+Collate = Callable[[Sequence[Sequence[Sample]], Sequence[BadSample]], Batch]
+
+
+@dataclass(frozen=True)
+class BadSamples:
+    """What happens to samples that cannot be used.
+
+    Attributes:
+        action: `skip` counts and lists them in bad_samples.jsonl of the run; `fail` stops at the first.
+        max_share: a run whose share of unusable samples is above this stops, naming the reasons.
+    """
+
+    action: Literal["skip", "fail"] = "skip"
+    max_share: float = 0.05
+
+
+class Placed(NamedTuple):
+    """The samples of a record, and the row of the batch that they go to."""
+
+    row: int
+    items: list[Sample] | BadSample
+
+
+class SourceDataset(Dataset[Placed]):
+    """All samples of several sources, one after the other, encoded."""
+
+    def __init__(self, sources: Sequence[Source], encode: SampleEncoder) -> None:
+        self.sources = list(sources)
+        self.encode = encode
+        self._ends = list(accumulate(len(source) for source in self.sources))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __getitem__(self, place: Place) -> Placed:
+        which = bisect_right(self._ends, place.sample)
+        source = self.sources[which]
+        local = place.sample - (self._ends[which - 1] if which else 0)
+        identity = str(local)
+        try:
+            record = source.record(local)
+            identity = record.id
+            return Placed(place.row, self.encode.sequences(record, source.image_folder))
+        except RecordError as error:
+            return Placed(place.row, BadSample(identity, source.name, error.reason, error.detail))
+
+
+class Loader:
+    """A DataLoader over a plan, with the counts of each optimizer step, a log of bad samples, and exact resume.
+
+    Args:
+        dataset: what is read.
+        plan: in which order.
+        collate: rows of samples, and bad samples → batch.
+        num_workers: loader processes.
+        window: micro-batches per optimizer step; each batch carries the counts of its whole step.
+        bad_samples: what happens to samples that cannot be used.
+        log: where bad samples are listed, or None.
+        pin_memory: pin batches, for an accelerator.
+        stops_at: the batch of an epoch that the run stops in front of, by the batch that it begins with and the batches
+            of a whole epoch; default: its end. Samples are judged there, however few they are.
+        on_start: called whenever the batches of an epoch are asked for.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[Placed],
+        plan: BatchPlan,
+        collate: Collate,
+        num_workers: int,
+        window: int,
+        bad_samples: BadSamples,
+        log: Path | None,
+        pin_memory: bool,
+        stops_at: Callable[[int, int], int] | None = None,
+        on_start: Callable[[], None] | None = None,
+    ) -> None:
+        self.dataset, self.batch_sampler, self.window = dataset, plan, window
+        self.bad_samples, self.log, self.stops_at = bad_samples, log, stops_at
+        self.on_start = on_start
+        self._loader = DataLoader(
+            dataset,
+            batch_sampler=plan,
+            num_workers=num_workers,
+            collate_fn=partial(assemble, collate=collate),
+            pin_memory=pin_memory,
+            prefetch_factor=4 if num_workers else None,
+        )
+        self._done = 0
+        self.seen = 0
+        self.bad: Counter[tuple[str, str]] = Counter()
+        self._dropped: list[BadSample] = []
+
+    def __len__(self) -> int:
+        return len(self.batch_sampler)
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self.on_start is not None:
+            self.on_start()
+        self._done = self.batch_sampler.start
+        batches = iter(self._loader)
+        last = len(self) if self.stops_at is None else min(len(self), self.stops_at(self._done, len(self)))
+        self.batch_sampler.start = 0  # a resumed epoch starts late, the next one does not
+        while group := list(islice(batches, self.window)):
+            counts = sum((batch.counts for batch in group), Counts())
+            for batch in group:
+                self._note(batch)
+                self._done += 1
+                if self.seen >= ENOUGH or self._done >= last:
+                    self.judge()
+                yield replace(batch, window=counts)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where in which epoch's plan the next batch lies, and what decides its order."""
+        plan = self.batch_sampler
+        return {"epoch": plan.epoch, "batches": self._done, "plan": plan.identity()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken.
+
+        Raises:
+            ValueError: when the plan differs, so that the order of samples could not be the same.
+        """
+        self.batch_sampler.epoch = state["epoch"]
+        mine, saved = self.batch_sampler.identity(), state["plan"]
+        if changed := self.batch_sampler.changed(saved):
+            found = "; ".join(f"{key}: {saved.get(key)} then, {mine.get(key)} now" for key in changed)
+            raise ValueError(
+                f"this run cannot go on exactly, as its order of samples would be another ({found}). "
+                "Resume with the same data, seed and devices × batch size, or start a new run from its weights "
+                "with model.stage.start_from"
+            )
+        self.batch_sampler.start = state["batches"] if state["batches"] < len(self) else 0
+        self._done = self.batch_sampler.start
+
+    def _note(self, batch: Batch) -> None:
+        dropped = [sample for sample in batch.bad if sample.dropped]
+        self.seen += len(batch.samples) + len(dropped)
+        self._dropped += dropped
+        for sample in batch.bad:
+            self.bad[sample.source, sample.reason] += 1
+        if self.log is not None and batch.bad:
+            self.log.parent.mkdir(parents=True, exist_ok=True)
+            with self.log.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(sample._asdict()) + "\n" for sample in batch.bad)
+        if dropped and self.bad_samples.action == "fail":
+            sample = dropped[0]
+            raise ValueError(
+                f"sample '{sample.id}' of source '{sample.source}' cannot be used: {sample.reason}: {sample.detail}. "
+                "data.bad_samples.action skip would leave such samples out"
+            )
+
+    def judge(self) -> None:
+        """Stop a run of too many unusable samples.
+
+        Raises:
+            ValueError: naming the reasons and the last of them.
+        """
+        total = len(self._dropped)
+        if total > self.bad_samples.max_share * self.seen:
+            reasons = Counter[str]()
+            for (source, reason), count in self.bad.items():
+                reasons[f"{reason} in {source}"] += count
+            examples = "; ".join(f"{s.id} ({s.source}): {s.reason}: {s.detail}" for s in self._dropped[-3:])
+            raise ValueError(
+                f"{total} of {self.seen} samples cannot be used, more than data.bad_samples.max_share "
+                f"{self.bad_samples.max_share}: {dict(reasons)}. The last: {examples}"
+                + (f". All are listed in {self.log}" if self.log else "")
+            )
+
+
+def assemble(placed: Sequence[Placed], collate: Collate) -> Batch:
+    """Samples to their rows, bad ones apart, and all into a batch; in the worker."""
+    rows: dict[int, list[Sample]] = {}
+    for row, items in placed:
+        if not isinstance(items, BadSample):
+            rows.setdefault(row, []).extend(items)
+    return collate(list(rows.values()), [items for _, items in placed if isinstance(items, BadSample)])

@@ -1,0 +1,35 @@
+"""Records: what a sample is before anything is made of it, and how its pictures are read."""
+
+from lit_vlm.data.records.record import (
+    MAX_DETAIL,
+    MAX_SIDE,
+    ROLES,
+    Content,
+    Image,
+    Message,
+    Record,
+    RecordError,
+    Role,
+    Text,
+    decode_image,
+    image_bytes,
+    image_size,
+    open_image,
+)
+
+__all__ = [
+    "MAX_DETAIL",
+    "MAX_SIDE",
+    "ROLES",
+    "Content",
+    "Image",
+    "Message",
+    "Record",
+    "RecordError",
+    "Role",
+    "Text",
+    "decode_image",
+    "image_bytes",
+    "image_size",
+    "open_image",
+]

@@ -1,0 +1,1 @@
+"""From a record to ids, labels and pixels: templates, transforms, encoding, collation."""

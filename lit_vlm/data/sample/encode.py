@@ -1,0 +1,328 @@
+"""From a record to ids, labels and pixels: labels come from spans of characters, never from counting tokens again."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lit_vlm.core.batch import ENCODER, IGNORE, BadSample, Grid, PixelSpec
+from lit_vlm.data.records import Image, Record, RecordError, decode_image, image_size
+from lit_vlm.data.sample.prepared import Prepared
+from lit_vlm.data.sample.spec import InputSpec
+from lit_vlm.data.sample.spelling import Spelling, spelling_of
+from lit_vlm.data.sample.templates import Piece, Span, Template, is_blank
+from lit_vlm.data.sample.transforms import ImageTransform, Size, transform_for
+from lit_vlm.data.sources.base import Source, describe
+
+IMAGE_SLOT = -200
+"""Stands for a whole image in `encode_pieces`, before it is expanded."""
+
+
+@dataclass
+class Sample:
+    """A record, ready to be put into a batch.
+
+    Attributes:
+        ids: token ids; 0 at image positions.
+        labels: aligned with `ids`, -100 where nothing is supervised.
+        image_starts: index of each image's first position.
+        grids: layout of each image's tokens.
+        images: uint8 `[3, h, w]` each.
+        teacher_images: the same images as each head's teacher wants them.
+        features: what was prepared of the same images, with its layout, by the name of a head or `encoder`.
+        options: answers to choose from.
+        note: what was cut off, if anything.
+        stop_ids: of a prompt: what closes its answer, besides the ids that end any (`InputSpec.stop_ids`).
+    """
+
+    id: str
+    source: str
+    ids: list[int]
+    labels: list[int]
+    image_starts: list[int] = field(default_factory=list)
+    grids: list[Grid] = field(default_factory=list)
+    images: list[Tensor] = field(default_factory=list)
+    teacher_images: dict[str, list[Tensor]] = field(default_factory=dict)
+    features: dict[str, list[tuple[Tensor, Grid]]] = field(default_factory=dict)
+    options: tuple[str, ...] = ()
+    note: BadSample | None = None
+    stop_ids: frozenset[int] = frozenset()
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def num_supervised(self) -> int:
+        """Positions with a loss; the first one has none, as nothing precedes it."""
+        return sum(label != IGNORE for label in self.labels[1:])
+
+
+def documents_of(record: Record) -> list[Record]:
+    """A record of several documents as one record for each; any other as it is."""
+    if len(record.messages) < 2 or any(message.role != "document" for message in record.messages):
+        return [record]
+    return [replace(record, id=f"{record.id}/{n}", messages=(one,)) for n, one in enumerate(record.messages)]
+
+
+def encode_pieces(pieces: Sequence[Piece], spec: InputSpec) -> tuple[list[int], list[int]]:
+    """Token ids and labels, with `IMAGE_SLOT` for each image.
+
+    Text between two images is tokenised on its own, as the published models were trained, and as a whole. A token is
+    supervised if it covers any character of a supervised span. In spans that were typed the letters of a special token
+    stay letters.
+
+    Args:
+        pieces: from a template.
+        spec: whose tokenizer is used.
+
+    Returns:
+        ids, and labels aligned with them.
+    """
+    spelling = spelling_of(spec.tokenizer)
+    marks = {piece.text: None for piece in pieces if isinstance(piece, Span) and piece.mark}
+    if not marks.keys() <= spelling.checked:
+        spelling.check(list(marks), "the template", "warn")  # for whoever encodes without `SampleFormat.check_marks`
+    ids: list[int] = []
+    labels: list[int] = []
+    if spec.bos_id is not None:
+        ids.append(spec.bos_id)
+        labels.append(IGNORE)  # nothing stands before it that could predict it
+    for chunk in _chunks(pieces):
+        if isinstance(chunk, Image):
+            ids.append(IMAGE_SLOT)
+            labels.append(IGNORE)
+        else:
+            chunk_ids, chunk_labels = _encode_chunk(chunk, spelling)
+            ids += chunk_ids
+            labels += chunk_labels
+    return ids, labels
+
+
+def _chunks(pieces: Sequence[Piece]) -> Iterator[Image | list[Span]]:
+    """Images, and the runs of text between them."""
+    run: list[Span] = []
+    for piece in pieces:
+        if isinstance(piece, Span):
+            run.append(piece)
+            continue
+        if run:
+            yield run
+            run = []
+        yield piece
+    if run:
+        yield run
+
+
+def _encode_chunk(spans: list[Span], spelling: Spelling) -> tuple[list[int], list[int]]:
+    text = "".join(span.text for span in spans)
+    if not text:
+        return [], []
+    spelled = spelling.write(text)
+    if found := spelling.marks_in(text, spelled):
+        typed = b"".join(bytes([span.typed]) * len(span.text) for span in spans)
+        meant = [index for index in found if 1 not in typed[slice(*spelled.offsets[index])]]
+        if len(meant) < len(found):
+            spelled = spelling.write_letters(text, spelled, meant)
+    supervised = b"".join(bytes([span.supervised]) * len(span.text) for span in spans) + b"\x00"
+    return spelled.ids, [
+        # A token that covers nothing was put in front of what follows, and goes with it.
+        token if supervised[start] or (end - start > 1 and 1 in supervised[start:end]) else IGNORE
+        for token, (start, end) in zip(*spelled, strict=True)
+    ]
+
+
+def _known(image: Image, name: str) -> tuple[Tensor, Grid]:
+    """A map that the picture carries, as features `[t, width]` and their layout."""
+    if image.maps is None or name not in image.maps:
+        raise RecordError(
+            "no_map", f"the picture carries no map '{name}', only {sorted(image.maps or ())}; see Scenes(maps=...)"
+        )
+    rows, cols, width = image.maps[name].shape
+    return torch.from_numpy(image.maps[name]).view(-1, width), Grid(rows, cols)
+
+
+@dataclass(frozen=True)
+class SampleEncoder:
+    """Record → `Sample`, in a loader worker.
+
+    Attributes:
+        spec: what must be known of the model.
+        template: how messages are written.
+        transform: how pictures are resized.
+        max_length: positions per sample at most.
+        too_long: whether a longer sample loses its tail (whole images only) or is dropped.
+        prompt: write only up to the next answer, for generation.
+        fast_jpeg: decode a JPEG at a fraction of its size where that leaves at least twice what is needed.
+        prepared: features that are read instead of computed, by the name of a head or `encoder`.
+    """
+
+    spec: InputSpec
+    template: Template
+    transform: ImageTransform
+    max_length: int
+    too_long: Literal["truncate", "drop"] = "truncate"
+    prompt: bool = False
+    fast_jpeg: bool = False
+    prepared: Mapping[str, Prepared] = field(default_factory=dict)
+
+    @property
+    def _eos(self) -> str:
+        return self.spec.tokenizer.eos_token or ""
+
+    @cached_property
+    def _stop_ids(self) -> frozenset[int]:
+        closing = spelling_of(self.spec.tokenizer).single(self.template.closing(self._eos))
+        return frozenset() if closing is None else frozenset([closing])
+
+    def sequences(self, record: Record, image_folder: Path) -> list[Sample]:
+        """The samples of a record: one, or of a record of several documents one for each.
+
+        Raises:
+            RecordError: with the reason why it cannot be used.
+        """
+        return [self(part, image_folder) for part in documents_of(record)]
+
+    def __call__(self, record: Record, image_folder: Path) -> Sample:
+        """Encode one record that is a single sequence.
+
+        Raises:
+            RecordError: with the reason why it cannot be used.
+        """
+        pieces = self.template.prompt(record.messages, self._eos) if self.prompt else self._rendered(record)
+        ids, labels = encode_pieces(pieces, self.spec)
+        stop_ids = self._stop_ids if self.prompt else frozenset()
+        sample = Sample(record.id, record.source, [], [], options=record.options, stop_ids=stop_ids)
+        images = iter([piece for piece in pieces if isinstance(piece, Image)])
+        for token, label in zip(ids, labels, strict=True):
+            if token == IMAGE_SLOT:
+                self._add_image(sample, next(images), image_folder)
+            else:
+                sample.ids.append(token)
+                sample.labels.append(label)
+        self._fit(sample)
+        if self.prompt and not sample.ids:
+            name = type(self.template).__name__
+            raise RecordError(
+                "empty_prompt", f"the template {name} writes nothing of this question, which has no image"
+            )
+        if not self.prompt and sample.num_supervised == 0:
+            raise RecordError("no_supervision", "no token of this sample carries a loss")
+        return sample
+
+    def _rendered(self, record: Record) -> list[Piece]:
+        """The whole record; one in which an answer holds nothing is refused, as it would teach to say nothing."""
+        for index, message in enumerate(record.messages):
+            # A blank one that is among the options is a choice like others.
+            if message.role == "assistant" and is_blank(message) and message.text not in record.options:
+                raise RecordError("empty_answer", f"messages[{index}], an answer, holds neither text nor a picture")
+        return self.template.render(record.messages, self._eos)
+
+    def _add_image(self, sample: Sample, image: Image, folder: Path) -> None:
+        for name, prepared in self.prepared.items():
+            sample.features.setdefault(name, []).append(prepared.features(image, folder))
+        for name, wanted in self.spec.known.items():
+            sample.features.setdefault(name, []).append(_known(image, wanted))
+        for name, pixels in self.pixels(image, folder).items():
+            if name == ENCODER:
+                sample.images.append(pixels)
+                grid = self.spec.grid(pixels.shape[1], pixels.shape[2])
+            else:
+                sample.teacher_images.setdefault(name, []).append(pixels)
+        if ENCODER in self.prepared:
+            grid = self.spec.grid_map(sample.features[ENCODER][-1][1])
+        sample.image_starts.append(len(sample.ids))
+        sample.grids.append(grid)
+        sample.ids += [0] * grid.num_tokens
+        sample.labels += [IGNORE] * grid.num_tokens
+
+    def pixels(self, image: Image, folder: Path) -> dict[str, Tensor]:
+        """uint8 `[3, h, w]` of an image for the encoder and for each teacher, where no features were prepared."""
+        wanted = {ENCODER: self.spec.pixels} | self.spec.teacher_pixels
+        missing = {name: pixels for name, pixels in wanted.items() if name not in self.prepared}
+        if not missing:
+            return {}
+        picture, size = decode_image(image, folder, self._scale if self.fast_jpeg else None)
+        return {name: self._transform(name, pixels)(picture, pixels, size) for name, pixels in missing.items()}
+
+    def _transform(self, name: str, pixels: PixelSpec) -> ImageTransform:
+        """The encoder takes pictures as the recipe says, a teacher may ask for its own way."""
+        return self.transform if name == ENCODER else transform_for(pixels, self.transform)
+
+    def preprocessing(self) -> str:
+        """How pictures are decoded and resized, as text: what prepared features depend on besides the network."""
+        wanted = [(name, self.spec.teacher_pixels[name]) for name in sorted(self.spec.teacher_pixels)]
+        return f"{describe(self.transform)} fast_jpeg={self.fast_jpeg} encoder={self.spec.pixels} teachers={wanted}"
+
+    def _scale(self, size: Size) -> float:
+        """By how much a picture is shrunk for whoever wants most of it."""
+        spec = self.spec
+        others = spec.teacher_pixels.values() if spec.decoded_for is None else spec.decoded_for
+        wanted = (transform_for(pixels, self.transform).scale(size, pixels) for pixels in others)
+        return max([self.transform.scale(size, spec.pixels), *wanted])
+
+    def measure(self, record: Record, source: Source) -> tuple[int, int]:
+        """Positions and images of a sample, without decoding an image.
+
+        Positions are an upper bound: a sample that is cut at an image may come out shorter.
+
+        Raises:
+            RecordError: as encoding does, as far as it can be known without pixels.
+        """
+        parts = documents_of(record)
+        if len(parts) > 1:
+            sizes = [self.measure(part, source) for part in parts]
+            return sum(length for length, _ in sizes), sum(images for _, images in sizes)
+        pieces = self._rendered(record)
+        ids, _ = encode_pieces(pieces, self.spec)
+        images = [piece for piece in pieces if isinstance(piece, Image)]
+        length = len(ids) - len(images) + sum(self._image_tokens(image, source) for image in images)
+        if length > self.max_length and self.too_long == "drop":
+            raise RecordError("too_long", f"{length} positions, max_length is {self.max_length}")
+        return min(length, self.max_length), len(images)
+
+    def _image_tokens(self, image: Image, source: Source) -> int:
+        fixed = self.transform.fixed(self.spec.pixels)
+        return self.tokens_of((1, 1) if fixed else image_size(image, source.image_folder))
+
+    def tokens_of(self, size: Size) -> int:
+        """Visual tokens of an image of this (width, height) in pixels."""
+        width, height = self.transform.size(size, self.spec.pixels)
+        return self.spec.grid(height, width).num_tokens
+
+    def measure_key(self) -> str:
+        """What measuring depends on besides the record."""
+        tokenizer = hashlib.sha256(self.spec.tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+        sides = [self.spec.pixels.multiple * factor for factor in (1, 2, 3, 8)]
+        sides = [self.spec.pixels.size] if self.spec.pixels.size else sides
+        grids = [self.spec.grid(height, width) for height in sides for width in sides]
+        how = f"{describe(self.template)} {describe(self.transform)} {self.spec.pixels} {grids}"
+        return f"{tokenizer} {how} {self.max_length} {self.too_long}"
+
+    def _fit(self, sample: Sample) -> None:
+        """Cut the sample to `max_length`; an image that would be cut goes as a whole, with what follows it."""
+        length = len(sample)
+        if length <= self.max_length:
+            return
+        detail = f"{length} positions, max_length is {self.max_length}"
+        if self.too_long == "drop":
+            raise RecordError("too_long", detail)
+        end = self.max_length
+        for index, (start, grid) in enumerate(zip(sample.image_starts, sample.grids, strict=True)):
+            if start + grid.num_tokens > end:
+                end = min(end, start)
+                detail += f"; {len(sample.grids) - index} of {len(sample.grids)} images cut off"
+                for images in (sample.images, *sample.teacher_images.values()):
+                    del images[index:]
+                for features in sample.features.values():
+                    del features[index:]
+                del sample.image_starts[index:], sample.grids[index:]
+                break
+        del sample.ids[end:], sample.labels[end:]
+        sample.note = BadSample(sample.id, sample.source, "truncated", detail, dropped=False)

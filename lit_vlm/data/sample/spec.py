@@ -1,0 +1,79 @@
+"""What the data side must know of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+from lit_vlm.core.batch import Grid, PixelSpec
+
+END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<|end_of_text|>")
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """Everything that loader workers need; it holds no module and no weights, and it pickles.
+
+    Attributes:
+        tokenizer: the decoder's fast tokenizer.
+        pixels: what the encoder wants of an image.
+        patch_grid: (height, width) of an image in pixels → layout after the encoder.
+        grid_map: that → layout in the sequence, after the projector.
+        teacher_pixels: what the teacher of each head wants of an image, by the head's name.
+        known: map that a picture must carry (`records.Image.maps`) in place of a teacher's features, by head.
+        networks: identity of each network whose features may be prepared: teachers by the head's name, and `encoder`.
+        decoded_for: who decides, besides the encoder, at which fraction of its size a JPEG is decoded; None: those of
+            `teacher_pixels`.
+    """
+
+    tokenizer: Any
+    pixels: PixelSpec
+    patch_grid: Callable[[int, int], Grid]
+    grid_map: Callable[[Grid], Grid]
+    teacher_pixels: dict[str, PixelSpec] = field(default_factory=dict)
+    known: dict[str, str] = field(default_factory=dict)
+    networks: dict[str, str] = field(default_factory=dict)
+    decoded_for: tuple[PixelSpec, ...] | None = None
+
+    def grid(self, height: int, width: int) -> Grid:
+        """Layout in the sequence of an image of this size in pixels.
+
+        Raises:
+            ValueError: for a picture of several tiles whose tokens would mix two of them.
+        """
+        grid = self.grid_map(self.patch_grid(height, width))
+        side = self.pixels.size
+        if side and width == side and height > side:
+            one = self.grid_map(self.patch_grid(side, side))
+            if grid.num_tokens != height // side * one.num_tokens:
+                patches = self.patch_grid(side, side)
+                raise ValueError(
+                    f"data.transform makes tiles of {patches.rows} × {patches.cols} patches, and the projector or the "
+                    "embedder would merge patches of two tiles: for a fold set the encoder's image_size to an even "
+                    "number of patches; otherwise take a projector that keeps each patch (MLP, Linear), not Resampler, "
+                    "an encoder without a CLS token, or a data.transform without tiles"
+                )
+        return grid
+
+    def without_teachers(self) -> InputSpec:
+        """What a question needs: nothing that only heads read, but the same pixels for the encoder as in training."""
+        teachers = tuple(self.teacher_pixels.values())
+        return replace(self, teacher_pixels={}, known={}, decoded_for=self.decoded_for or teachers)
+
+    @cached_property
+    def bos_id(self) -> int | None:
+        """The id that the tokenizer puts in front of a text, if it does."""
+        ids = self.tokenizer("a").input_ids
+        return self.tokenizer.bos_token_id if ids and ids[0] == self.tokenizer.bos_token_id else None
+
+    @cached_property
+    def stop_ids(self) -> frozenset[int]:
+        """Ids that end an answer in any template: the end of text, and end-of-turn marks that the tokenizer knows.
+
+        What closes an answer in the template of a prompt comes with the prompt: `Batch.stop_ids`.
+        """
+        vocab = self.tokenizer.get_vocab()
+        ids = {self.tokenizer.eos_token_id, *(vocab[mark] for mark in END_OF_TURN if mark in vocab)}
+        return frozenset(ids - {None})

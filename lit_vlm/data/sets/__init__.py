@@ -1,0 +1,1 @@
+"""Work over whole sources: measuring, converting, checking, counting."""

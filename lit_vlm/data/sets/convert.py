@@ -1,0 +1,210 @@
+"""Conversion: any source → a set of LitData shards, in parallel, resumable, every image decoded once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from litdata.streaming.writer import BinaryWriter
+from numpy.typing import NDArray
+from transformers import AutoTokenizer
+
+import lit_vlm
+from lit_vlm.core.batch import BadSample
+from lit_vlm.core.pretrained import resolve
+from lit_vlm.data.records import Image, RecordError, image_bytes, open_image
+from lit_vlm.data.sets.parallel import Block, blocks_of, run_blocks
+from lit_vlm.data.sets.scan import id_value
+from lit_vlm.data.sets.shards import BLOCKS, CHUNK_BYTES, block_folder, claim, finish_block, merge, read_block
+from lit_vlm.data.sources.base import Source, describe
+from lit_vlm.data.sources.converted import RECORDS, VERSION, SetInfo, encode_record
+
+BLOCK = 4096
+
+
+class TooManyBad(ValueError):
+    """More records cannot be used than the conversion allows."""
+
+
+@dataclass(frozen=True)
+class ConvertBlock:
+    """Writes one block of records as a part of its own; what a finished part has done is not done again.
+
+    Attributes:
+        source: what is converted.
+        out: folder of the set.
+        min_side: an image with a shorter side in pixels cannot be used.
+        tokenizer: tokens are counted with it, if given.
+    """
+
+    source: Source
+    out: Path
+    min_side: int
+    tokenizer: str | None
+
+    def __call__(self, block: Block) -> dict[str, Any]:
+        """Convert a block; returns its statistics."""
+        folder = block_folder(self.out, block.index)
+        shutil.rmtree(folder, ignore_errors=True)
+        items = BinaryWriter(str(folder), chunk_bytes=CHUNK_BYTES)
+        outlines = BinaryWriter(str(folder / RECORDS), chunk_bytes=CHUNK_BYTES)
+        tokenizer = AutoTokenizer.from_pretrained(resolve(self.tokenizer)) if self.tokenizer else None
+        digest = hashlib.sha256()
+        stats: dict[str, Any] = {"records": 0, "images": 0, "image_bytes": 0, "words": [], "tokens": [], "ids": []}
+        bad: list[BadSample] = []
+        for index in range(block.start, block.end):
+            identity = str(index)
+            try:
+                record = self.source.record(index)
+                identity = record.id
+                images = [self._verified(image) for image in record.images]
+            except RecordError as error:
+                bad.append(BadSample(identity, self.source.name, error.reason, error.detail))
+                continue
+            item = encode_record(record, images)
+            items.add_item(stats["records"], item)
+            outlines.add_item(stats["records"], {"record": item["record"]})
+            for content in item.values():
+                digest.update(hashlib.sha256(content).digest())
+            text = " ".join(message.text for message in record.messages)
+            stats["records"] += 1
+            stats["images"] += len(images)
+            stats["image_bytes"] += len(item["images"])
+            stats["words"].append(len(text.split()))
+            stats["ids"].append(id_value(record, self.source)[0])
+            if tokenizer is not None:
+                stats["tokens"].append(len(tokenizer(text, add_special_tokens=False).input_ids))
+        items.done()
+        outlines.done()
+        finished = {**stats, "digest": digest.hexdigest(), "bad": [sample._asdict() for sample in bad]}
+        finish_block(folder, finished)
+        return finished
+
+    def _verified(self, image: Image) -> tuple[bytes, tuple[int, int]]:
+        """Bytes and (width, height) of an image that decodes as a whole."""
+        content = image_bytes(image, self.source.image_folder)
+        name = image.path or "image"
+        if not content:
+            raise RecordError("corrupt_image", f"{name} is empty")
+        picture = open_image(Image(path=image.path, data=content), self.source.image_folder)
+        if min(picture.size) < self.min_side:
+            raise RecordError("too_small", f"{name} has {picture.width}×{picture.height} pixels")
+        return content, picture.size
+
+
+def convert(
+    source: Source,
+    out: Path,
+    workers: int = 0,
+    max_bad_share: float = 0.05,
+    min_side: int = 4,
+    tokenizer: str | None = None,
+) -> SetInfo:
+    """Convert a source; a conversion that was stopped goes on.
+
+    Args:
+        source: what is read.
+        out: folder of the new set.
+        workers: processes.
+        max_bad_share: of the records; above it the conversion fails.
+        min_side: an image with a shorter side in pixels cannot be used.
+        tokenizer: tokens are counted with it, if given.
+
+    Returns:
+        what is in the set.
+
+    Raises:
+        TooManyBad: the finished parts stay, so that a larger share goes on from there.
+        ValueError: when `out` holds something else.
+    """
+    if tokenizer is not None:
+        AutoTokenizer.from_pretrained(resolve(tokenizer))  # a wrong name is told before anything is written
+    if (inside := getattr(source, "path", None)) is not None and out.resolve().is_relative_to(Path(inside).resolve()):
+        raise ValueError(f"{out} lies inside the source {inside}, which would then read it: name another folder")
+    size = max(16, min(BLOCK, -(-len(source) // (8 * max(1, workers)))))
+    plan = {
+        "version": VERSION,
+        "source": source.fingerprint(),
+        "records": len(source),
+        "reader": describe(source),
+        "min_side": min_side,
+    }
+    size = claim(out, plan | {"tokenizer": tokenizer}, size)
+    blocks = blocks_of(len(source), size)
+    missing = [block for block in blocks if read_block(out, block.index) is None]
+    done = [block for block in blocks if block not in missing]
+    work = ConvertBlock(source, out, min_side, tokenizer)
+    for _ in run_blocks(missing, work, workers, f"converting {source.name}", done):
+        pass
+    parts = [part for block in blocks if (part := read_block(out, block.index)) is not None]
+    bad = [BadSample(**sample) for part in parts for sample in part["bad"]]
+    with (out / "bad_samples.jsonl").open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(sample._asdict()) + "\n" for sample in bad)
+    _check_share(bad, len(source), max_bad_share, out)
+    return _finish(source, out, parts, bad, tokenizer)
+
+
+def _check_share(bad: Sequence[BadSample], total: int, share: float, out: Path) -> None:
+    if len(bad) > share * total or len(bad) == total:
+        reasons = ", ".join(f"{reason} {count}" for reason, count in Counter(s.reason for s in bad).most_common())
+        last = f"The first: {bad[0].id}: {bad[0].reason}: {bad[0].detail}. " if bad else ""
+        raise TooManyBad(
+            f"{len(bad)} of {total} records cannot be used ({reasons or 'the source is empty'}), more than "
+            f"--max-bad-share {share}. {last}All are listed in {out / 'bad_samples.jsonl'}. "
+            + ("" if len(bad) == total else "The same command with a larger share finishes at once")
+        )
+
+
+def _finish(
+    source: Source, out: Path, parts: list[dict[str, Any]], bad: list[BadSample], tokenizer: str | None
+) -> SetInfo:
+    """Put the parts together; `lit_vlm.json` comes last, so that a set that has it is whole."""
+    has_images = any(part["images"] for part in parts)
+    folders = [block_folder(out, index) for index in range(len(parts))]
+    chunks = merge(folders, out)
+    if has_images:
+        merge([folder / RECORDS for folder in folders], out / RECORDS)
+    words, ids = _joined(parts, "words"), _joined(parts, "ids")
+    tokens = {"tokenizer": tokenizer, **_statistics(_joined(parts, "tokens"))} if tokenizer else {}
+    info = SetInfo(
+        version=VERSION,
+        kit=lit_vlm.__version__,
+        source={"class": type(source).__name__, "name": source.name, "fingerprint": source.fingerprint()},
+        fingerprint=hashlib.sha256("".join(part["digest"] for part in parts).encode()).hexdigest()[:16],
+        records=sum(part["records"] for part in parts),
+        images=sum(part["images"] for part in parts),
+        image_bytes=sum(part["image_bytes"] for part in parts),
+        duplicate_ids=len(ids) - len(np.unique(ids)),
+        chunks=chunks,
+        parts=np.cumsum([part["records"] for part in parts]).tolist(),
+        bad=dict(Counter(sample.reason for sample in bad).most_common()),
+        words=_statistics(words),
+        tokens=tokens,
+    )
+    info.write(out)
+    shutil.rmtree(out / BLOCKS)
+    return info
+
+
+def _joined(parts: Sequence[dict[str, Any]], key: str) -> NDArray[np.int64]:
+    return np.concatenate([np.asarray(part[key], np.int64) for part in parts])
+
+
+def _statistics(values: NDArray[Any]) -> dict[str, float]:
+    if not len(values):
+        return {}
+    median, high = np.percentile(values, [50, 95])
+    return {
+        "sum": int(values.sum()),
+        "mean": round(float(values.mean()), 2),
+        "median": float(median),
+        "p95": float(high),
+        "max": int(values.max()),
+    }

@@ -1,0 +1,145 @@
+"""Which source reads a file: recognised by its ending and its first line, or named."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser
+
+from lit_vlm.data.records.files import list_files, walk
+from lit_vlm.data.records.media import IMAGE_SUFFIXES, is_nothing, unread_key
+from lit_vlm.data.sources import Captions, ChatJsonl, LlavaJson, Mmc4, Parquet, Pictures, Source, Texts, WebDataset
+
+FORMS: dict[str, type[Source]] = {
+    form.__name__: form for form in (LlavaJson, ChatJsonl, Parquet, WebDataset, Mmc4, Texts, Captions, Pictures)
+}
+
+HEAD = 1 << 22
+"""Bytes of a JSON list in which its first entry is looked for."""
+
+
+def open_source(path: str, form: str | None = None, settings: Sequence[str] = ()) -> Source:
+    """A source by its path.
+
+    Args:
+        path: a file or folder.
+        form: class name; recognised if not given.
+        settings: `key=value` arguments of the class.
+
+    Raises:
+        ValueError: when the form is not recognised, or has no such argument.
+    """
+    if not Path(path).exists():
+        raise ValueError(f"there is no {path}")
+    form = form or recognise(Path(path))
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(FORMS[form], "source")
+    words = [f"--source.path={path}"]
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise ValueError(f"--set {setting}: write KEY=VALUE")
+        words.append(f"--source.{key}={value}")
+    try:
+        return parser.instantiate_classes(parser.parse_args(words)).source
+    except argparse.ArgumentError as error:
+        raise ValueError(f"{form}: {error}") from error
+
+
+def recognise(path: Path) -> str:
+    """The form of a file or folder, by its ending and its first line.
+
+    Raises:
+        ValueError: when it is none of the known ones.
+    """
+    if path.is_dir():
+        suffixes = {file.suffix.lower() for file in walk(path)}
+        for suffix, form in ((".tar", "WebDataset"), (".parquet", "Parquet")):
+            if suffix in suffixes:
+                return form
+        if ".jsonl" in suffixes:
+            return _by_row(list_files(path, [".jsonl"])[0])
+        if suffixes & set(IMAGE_SUFFIXES):
+            return "Captions" if ".txt" in suffixes else "Pictures"
+        raise ValueError(f"{path} holds none of .tar, .parquet, .jsonl or images: name its form with --form")
+    by_suffix = {
+        ".parquet": "Parquet",
+        ".tar": "WebDataset",
+        ".csv": "Captions",
+        ".tsv": "Captions",
+        ".txt": "Texts",
+    }
+    if path.suffix.lower() in by_suffix:
+        return by_suffix[path.suffix.lower()]
+    if path.suffix.lower() in (".jsonl", ".json"):
+        return _by_row(path)
+    raise ValueError(f"{path}: the ending '{path.suffix}' is not known: name its form with --form")
+
+
+def _by_row(path: Path) -> str:
+    """The form of a .jsonl or .json file, by its first row."""
+    first = _first_row(path)
+    keys = set(first) if isinstance(first, dict) else set()
+    held = {key for key in keys if not is_nothing(first[key])}
+    if form := _form_of(held, keys) or _form_of(keys, keys):
+        return form
+    if path.suffix.lower() == ".json":
+        return "LlavaJson"  # which says what is wrong with the file
+    if first is None:
+        raise ValueError(f"{path} has no line of JSON")
+    raise ValueError(
+        f"{path}: a line with the keys {sorted(keys)} is not known. Known are messages, texts, or query and response "
+        "(chat), conversations (LLaVA), text_list and image_info (MMC4), image and caption (captions), inputs and "
+        "targets or text (text only): name the form with --form" + _caption_advice(first)
+    )
+
+
+def _form_of(held: set[str], keys: set[str]) -> str | None:
+    """The class that reads such rows; none for text beside a picture that no form names.
+
+    Args:
+        held: keys that hold something.
+        keys: all of them; an answer or a list of pictures may be empty.
+    """
+    if "text_list" in held and "image_info" in keys:
+        return "Mmc4"
+    if held & {"messages", "texts"} or ("query" in held and "response" in keys):
+        return "ChatJsonl"
+    if "conversations" in held:
+        return "LlavaJson"
+    if {"image", "caption"} <= held:
+        return "Captions"
+    if ("inputs" in held and "targets" in keys) or ("text" in held and not held & {"image", "images", "file_name"}):
+        return "Texts"
+    return None
+
+
+def _caption_advice(row: Any) -> str:
+    """What reads a picture beside a text, as imagefolder's metadata.jsonl has it."""
+    image = unread_key(row, (), False) if isinstance(row, dict) else None
+    text = next((key for key in ("caption", "text") if isinstance(row, dict) and isinstance(row.get(key), str)), None)
+    if image is None or text is None:
+        return ""
+    return f"; a picture with a caption is --form Captions --set image_column={image} --set caption_column={text}"
+
+
+def _first_row(path: Path) -> Any:
+    """The first line that is JSON, or the first entry of a list; None where there is none."""
+    with path.open("rb") as file:
+        head = file.read(HEAD).decode("utf-8-sig", errors="replace").lstrip()
+    if head.startswith("["):
+        try:
+            return json.JSONDecoder().raw_decode(head[1:].lstrip())[0]
+        except (ValueError, RecursionError):
+            return None
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                return json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+    return None

@@ -1,0 +1,87 @@
+"""One number or several for every record of a source: found once, in parallel, and kept in the cache folder."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from filelock import FileLock
+from numpy.typing import NDArray
+
+from lit_vlm.core.cache import cache_dir
+from lit_vlm.data.records import Record, RecordError
+from lit_vlm.data.sets.parallel import Block, blocks_of, run_blocks
+from lit_vlm.data.sources.base import Source, describe
+
+BLOCK = 2048
+UNUSABLE = -1
+"""Every value of a record that cannot be read."""
+
+Measure = Callable[[Record, Source], Sequence[int]]
+"""Integers of a record; raises `RecordError` when it cannot be used."""
+
+
+@dataclass(frozen=True)
+class _ScanBlock:
+    source: Source
+    measure: Measure
+    columns: int
+
+    def __call__(self, block: Block) -> NDArray[np.int64]:
+        found = np.full((block.end - block.start, self.columns), UNUSABLE, np.int64)
+        for line, index in enumerate(range(block.start, block.end)):
+            try:
+                found[line] = self.measure(self.source.outline(index), self.source)
+            except RecordError:
+                continue  # it will be counted and listed when it is met in training
+        return found
+
+
+def scan(
+    source: Source, measure: Measure, columns: int, key: str, workers: int = 0, title: str = "measuring"
+) -> NDArray[np.int64]:
+    """Measure every record.
+
+    Args:
+        source: whose outlines are read.
+        measure: `columns` integers of a record.
+        columns: how many.
+        key: what the result depends on besides the source's content.
+        workers: processes.
+        title: of the progress bar.
+
+    Returns:
+        `[n, columns]`; -1 where a record cannot be used.
+    """
+    identity = f"{describe(source)} {source.fingerprint()} {key}"
+    file = cache_dir() / "scans" / f"{hashlib.sha256(identity.encode()).hexdigest()[:24]}.npy"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    # Of the processes of a machine the first one measures, the others wait for it.
+    with FileLock(file.with_suffix(".lock")):
+        if file.is_file():
+            found = np.load(file)
+            if found.shape == (len(source), columns):
+                return found
+        work = _ScanBlock(source, measure, columns)
+        processes = workers if len(source) > BLOCK else 0
+        parts = list(run_blocks(blocks_of(len(source), BLOCK), work, processes, f"{title} {source.name}"))
+        found = np.concatenate(parts) if parts else np.zeros((0, columns), np.int64)
+        scratch = file.with_suffix(f".{os.getpid()}.partial.npy")
+        np.save(scratch, found)
+        scratch.replace(file)
+    return found
+
+
+def id_value(record: Record, source: Source) -> tuple[int]:
+    """62 bits of a hash of the record id, the same everywhere."""
+    identity = record.id.encode("utf-8", "surrogatepass")
+    return (int.from_bytes(hashlib.blake2b(identity, digest_size=8).digest(), "big") >> 2,)
+
+
+def modality_length(record: Record, source: Source) -> tuple[int]:
+    """Words of a record, at least one, negative when it has no image: what LLaVA groups samples by."""
+    words = sum(len(message.text.split()) for message in record.messages) + len(record.images)
+    return (max(1, words) * (1 if record.images else -1),)

@@ -1,0 +1,1 @@
+"""Trained models asked and scored: held-out records, benchmark tasks, probes."""

@@ -1,0 +1,221 @@
+"""The one way to ask a model: prompts, answers and likelihoods, written as the data of its training was written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from jsonargparse import ArgumentParser
+
+import lit_vlm.heads
+import lit_vlm.teachers  # noqa: F401 - class names of configs
+from lit_vlm.checkpoints.folder import find_checkpoint, run_folder
+from lit_vlm.checkpoints.weights import read_slots
+from lit_vlm.core.batch import IGNORE, Batch
+from lit_vlm.data import ImageTransform, Template
+from lit_vlm.data.records import Message, Record, Text
+from lit_vlm.data.sample.collate import collate_prompts
+from lit_vlm.data.sample.encode import Sample, SampleEncoder
+from lit_vlm.data.sample.format import SampleFormat
+from lit_vlm.data.sample.spec import InputSpec
+from lit_vlm.data.sample.templates import Span
+from lit_vlm.model.build import build
+from lit_vlm.model.generate import Continuation, score_continuations
+from lit_vlm.training.module import LitVLM
+
+LONGEST_ANSWER = 512
+"""Positions that answers to choose from may have on top of the run's `max_length`."""
+Form = Literal["prompt", "answer", "document"]
+"""How a record is written: up to the answer that is asked for, with the answer, or as a text without a question."""
+
+
+@dataclass(frozen=True)
+class Asker:
+    """A model, and how the samples of its run were written. Records name their pictures by absolute paths.
+
+    Under sharded training every rank must call the methods that run the model.
+
+    Attributes:
+        module: with its model built.
+        format: of the run's data.
+    """
+
+    module: LitVLM
+    format: SampleFormat
+
+    @property
+    def spec(self) -> InputSpec:
+        """What a question needs to know of the model."""
+        return self.module.input_spec.without_teachers()
+
+    @property
+    def pad_id(self) -> int:
+        """The token id at padding."""
+        return int(self.module.input_spec.tokenizer.pad_token_id)
+
+    def sample_encoder(self, form: Form) -> SampleEncoder:
+        """What makes samples. A question that is too long is refused, a document is cut; answers come on top."""
+        extra = LONGEST_ANSWER if form == "answer" else 0
+        too_long: Literal["truncate", "drop"] = "truncate" if form == "document" else "drop"
+        return self.format.sample_encoder(self.spec, too_long, form == "prompt", extra)
+
+    def encode(self, records: Sequence[Record], form: Form = "prompt") -> list[Sample]:
+        """Samples of records.
+
+        Raises:
+            RecordError: with the reason why one cannot be used.
+        """
+        encode = self.sample_encoder(form)
+        return [encode(record, Path("/")) for record in records]
+
+    def written(self, record: Record) -> str:
+        """The prompt as text, with `<image>` for each image."""
+        eos = self.module.input_spec.tokenizer.eos_token or ""
+        pieces = self.format.template.prompt(record.messages, eos)
+        return "".join(piece.text if isinstance(piece, Span) else "<image>" for piece in pieces)
+
+    def batch(self, samples: Sequence[Sample]) -> Batch:
+        """Left-padded prompts on the model's device, one per row."""
+        return collate_prompts(samples, pad_id=self.pad_id).to(self.module.device)
+
+    def answer(
+        self, samples: Sequence[Sample], max_new_tokens: int = 64, temperature: float = 0.0, top_p: float = 1.0
+    ) -> list[str]:
+        """The text that the model writes behind each prompt.
+
+        Args:
+            samples: in the form `prompt`.
+            max_new_tokens: length of an answer at most.
+            temperature: 0 takes the likeliest token; above, one is drawn.
+            top_p: draw from the likeliest tokens of this share.
+        """
+        with self.evaluating():
+            return self.module.answer(self.batch(samples), max_new_tokens, temperature, top_p)
+
+    def likelihoods(
+        self, prefixes: Sequence[Sample], continuations: Sequence[Continuation], batch_size: int
+    ) -> list[tuple[float, int]]:
+        """Summed negative log-likelihood in nats, and number of scored tokens, of each continuation.
+
+        Args:
+            prefixes: one per row.
+            continuations: of any rows.
+            batch_size: continuations at a time.
+        """
+        with self.evaluating(), self.module.autocast():
+            nll = score_continuations(self.module.vlm, self.batch(prefixes), continuations, batch_size)
+        counts = [sum(label != IGNORE for label in one.labels) for one in continuations]
+        return list(zip(nll, counts, strict=True))
+
+    def score_answers(self, records: Sequence[Record]) -> tuple[list[tuple[float, int]], list[str]]:
+        """How likely expected answers are, and which options are likeliest.
+
+        Args:
+            records: each ends with the expected answer.
+
+        Returns:
+            (nll, tokens) of each record's expected answer, and the likeliest of its options ("" without options).
+
+        Raises:
+            RecordError: with the reason why a record cannot be used.
+        """
+        answers = [list(dict.fromkeys((record.messages[-1].text, *record.options))) for record in records]
+        prefixes: list[Sample] = []
+        continuations: list[Continuation] = []
+        for row, record in enumerate(records):
+            samples = self.encode([_with_answer(record, answer) for answer in answers[row]], "answer")
+            start = min(first_of_last_answer(samples[0]), *(_common(samples[0].ids, s.ids) for s in samples))
+            prefixes.append(replace(samples[0], ids=samples[0].ids[:start], labels=samples[0].labels[:start]))
+            continuations += [Continuation(row, s.ids[start:], s.labels[start:]) for s in samples]
+        scored = iter(self.likelihoods(prefixes, continuations, 2 * len(records)))
+        found = [{answer: next(scored) for answer in options} for options in answers]
+        expected = [scores[record.messages[-1].text] for scores, record in zip(found, records, strict=True)]
+        likeliest = [
+            min((scores[option][0], option) for option in record.options)[1] if record.options else ""
+            for scores, record in zip(found, records, strict=True)
+        ]
+        return expected, likeliest
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """The model in eval mode, and afterwards as it was."""
+        was_training = self.module.vlm.training
+        self.module.vlm.eval()
+        try:
+            yield
+        finally:
+            self.module.vlm.train(was_training)
+
+
+def first_of_last_answer(sample: Sample) -> int:
+    """Index of the first token of the last supervised run, which is the answer that is scored."""
+    start = max(index for index, label in enumerate(sample.labels) if label != IGNORE)
+    while start and sample.labels[start - 1] != IGNORE:
+        start -= 1
+    return start
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the common start."""
+    return next((index for index, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _with_answer(record: Record, answer: str) -> Record:
+    # An answer that is scored may be blank, as an option may: encoding refuses that only where it would be taught.
+    return replace(record, messages=(*record.messages[:-1], Message("assistant", (Text(answer),))), options=(answer,))
+
+
+def pick_device(name: str | None = None) -> str:
+    """A device by its name, or a GPU if there is one.
+
+    Raises:
+        ValueError: where this machine has no such device.
+    """
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # torch built without it asserts
+        raise ValueError(f"there is no device '{name}' here: {str(error).splitlines()[0]}") from error
+    return name
+
+
+def load_run(source: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Asker:
+    """Build the model of a run, in eval mode with the weights of a checkpoint, and learn how its data was written.
+
+    Marks of its template that the tokenizer does not know are warned of: the model was trained with them in letters.
+
+    Args:
+        source: a checkpoint, or the folder of a run (its newest checkpoint is taken).
+        device: where to put it.
+        dtype: of the weights; `precision.choose(...).dtype` is what the device is fast in.
+
+    Raises:
+        ValueError: when there is no complete checkpoint or no config.yaml, or the stage left parts out.
+    """
+    checkpoint = find_checkpoint(source)
+    config = yaml.safe_load((run_folder(checkpoint) / "config.yaml").read_text(encoding="utf-8"))
+    if left_out := (config["model"].get("stage") or {}).get("leave_out"):
+        raise ValueError(
+            f"{source} is of a stage that trains without its {', '.join(left_out)} (model.stage.leave_out), so it is "
+            "no whole model: name the folder of a later stage"
+        )
+    parser = ArgumentParser(parser_mode="omegaconf")
+    parser.add_class_arguments(LitVLM, "model")
+    parser.add_argument("--template", type=Template)
+    parser.add_argument("--transform", type=ImageTransform)
+    data = config["data"]
+    wanted: dict[str, Any] = {"model": config["model"], "template": data["template"], "transform": data["transform"]}
+    objects = parser.instantiate_classes(parser.parse_object(wanted))
+    module = objects.model
+    assert isinstance(module, LitVLM)
+    module.model = build(module.slots, read_slots(checkpoint), origin=str(checkpoint))
+    module.to(device=device, dtype=dtype).eval()
+    written = SampleFormat(objects.template, objects.transform, data["max_length"], data.get("fast_jpeg", True))
+    written.check_marks(module.input_spec, "warn")
+    return Asker(module, written)

@@ -1,0 +1,115 @@
+"""Which held-out records can be asked, and the same questions with the pictures of others."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import torch.distributed as dist
+
+from lit_vlm.data.records import Image, Message, Record, RecordError
+from lit_vlm.data.sample.encode import SampleEncoder
+from lit_vlm.data.sources import Source
+from lit_vlm.evaluation.asker import Asker, first_of_last_answer
+
+log = logging.getLogger(__name__)
+
+
+def held_out_records(asker: Asker, sources: Sequence[Source], limit: int | None = None) -> list[Record]:
+    """The usable records of held-out sources that ask something: all, or `limit` spread evenly over them.
+
+    What cannot be used is left out, and told by a warning with its reasons.
+    """
+    # A record that is too long is left out: cut, it would end in another answer than the one that is asked for.
+    encode = _whole(asker)
+    places = [(source, index) for source in sources for index in range(len(source))]
+    # An odd stride, as questions of different kinds often take turns.
+    stride = max(1, len(places) // limit) | 1 if limit else 1
+    left_out: Counter[str] = Counter()
+
+    def readable() -> Iterator[Record]:
+        for source, index in (place for first in range(stride) for place in places[first::stride]):
+            try:
+                record = source.record(index)
+            except RecordError as error:
+                left_out[error.reason] += 1
+                continue
+            if record.messages[-1].role == "assistant":
+                # Paths are made absolute, as records of several sources are scored together.
+                absolute = _absolute(record, source.image_folder)
+                if reason := _why_not(encode, absolute):
+                    left_out[reason] += 1
+                else:
+                    yield absolute
+
+    found = list(islice(readable(), limit))
+    _tell(left_out)
+    return found
+
+
+def _whole(asker: Asker) -> SampleEncoder:
+    """What writes a question with its answer within `max_length`, as training does."""
+    return asker.format.sample_encoder(asker.spec)
+
+
+def _why_not(encode: SampleEncoder, record: Record) -> str:
+    """Why a record cannot be asked; "" if it can."""
+    try:
+        return "" if first_of_last_answer(encode(record, Path("/"))) > 0 else "nothing_asked"
+    except RecordError as error:
+        return error.reason
+
+
+def _tell(left_out: Counter[str]) -> None:
+    """Say on the first rank what is left out, and why."""
+    if left_out and not (dist.is_initialized() and dist.get_rank()):
+        reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.most_common())
+        log.warning("%d of the held-out records looked at are left out: %s", left_out.total(), reasons)
+
+
+def _absolute(record: Record, folder: Path) -> Record:
+    messages = tuple(
+        Message(
+            message.role,
+            tuple(
+                Image(path=str((folder / part.path).resolve())) if isinstance(part, Image) and part.path else part
+                for part in message.content
+            ),
+        )
+        for message in record.messages
+    )
+    return replace(record, messages=messages)
+
+
+def shuffle_images(asker: Asker, records: Sequence[Record]) -> list[Record]:
+    """The same questions with the pictures of other records: what can be answered without seeing.
+
+    Pictures are taken from half-way round the list, so neighbours that share one do not get it back. A question that is
+    too long with a larger picture is left out, with a warning.
+    """
+    encode = _whole(asker)
+    pool = [record.images for record in records]
+    shift = len(records) // 2
+    shuffled = []
+    left_out: Counter[str] = Counter()
+    for index, record in enumerate(records):
+        others = [
+            images for images in pool[index + shift :] + pool[: index + shift] if len(images) == len(record.images)
+        ]
+        images = iter(others[0])
+        messages = tuple(
+            Message(m.role, tuple(next(images) if isinstance(part, Image) else part for part in m.content))
+            for m in record.messages
+        )
+        other = replace(record, messages=messages)
+        # A picture of another size may take more positions; one of the same size takes as many.
+        if not asker.format.transform.fixed(asker.spec.pixels) and (reason := _why_not(encode, other)):
+            left_out[reason] += 1
+        else:
+            shuffled.append(other)
+    _tell(left_out)
+    return shuffled

@@ -1,0 +1,34 @@
+"""Metrics that torchmetrics lacks."""
+
+from lit_vlm.evaluation.metrics.captions import Cider
+from lit_vlm.evaluation.metrics.choice import YesNoF1, chosen_letter, first_word_yes_or_no, yes_or_no
+from lit_vlm.evaluation.metrics.text import exact_match, normalise_answer, token_f1
+from lit_vlm.evaluation.metrics.vqa import (
+    ANLS,
+    Accuracy,
+    RelaxedAccuracy,
+    VQAAccuracy,
+    anls,
+    normalise_vqa,
+    relaxed_match,
+    vqa_accuracy,
+)
+
+__all__ = [
+    "ANLS",
+    "Accuracy",
+    "Cider",
+    "RelaxedAccuracy",
+    "VQAAccuracy",
+    "YesNoF1",
+    "anls",
+    "chosen_letter",
+    "exact_match",
+    "first_word_yes_or_no",
+    "normalise_answer",
+    "normalise_vqa",
+    "relaxed_match",
+    "token_f1",
+    "vqa_accuracy",
+    "yes_or_no",
+]

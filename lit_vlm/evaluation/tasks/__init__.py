@@ -1,0 +1,55 @@
+"""What is evaluated: questions in, scores out."""
+
+from lit_vlm.evaluation.tasks.ask import TaskSettings
+from lit_vlm.evaluation.tasks.base import Example, Outcome, Task
+from lit_vlm.evaluation.tasks.captions import CocoCaptions, Flickr30k
+from lit_vlm.evaluation.tasks.choice import AI2D, MMMU, SEED, CVBench, MMBench, MMStar, ScienceQA
+from lit_vlm.evaluation.tasks.evaluate import Evaluated, run_task
+from lit_vlm.evaluation.tasks.prompts import Prompts, Shots
+from lit_vlm.evaluation.tasks.scenes import SceneQuestions, SceneText
+from lit_vlm.evaluation.tasks.text import MMLU, Perplexity
+from lit_vlm.evaluation.tasks.vqa import GQA, OKVQA, ChartQA, DocVQA, TextVQA, VizWiz, VQAv2
+from lit_vlm.evaluation.tasks.yes_no import MME, POPE
+
+TASKS: dict[str, type[Task]] = {
+    task.name: task
+    for task in (
+        VQAv2, OKVQA, TextVQA, VizWiz, GQA, ChartQA, DocVQA, POPE, MME, ScienceQA, MMBench, SEED, MMMU, CVBench, MMStar,
+        AI2D, CocoCaptions, Flickr30k, MMLU, Perplexity, SceneQuestions, SceneText,
+    )
+}  # fmt: skip
+"""By the name on the command line."""
+
+__all__ = [
+    "AI2D",
+    "GQA",
+    "MME",
+    "MMLU",
+    "MMMU",
+    "OKVQA",
+    "POPE",
+    "SEED",
+    "TASKS",
+    "CVBench",
+    "ChartQA",
+    "CocoCaptions",
+    "DocVQA",
+    "Evaluated",
+    "Example",
+    "Flickr30k",
+    "MMBench",
+    "MMStar",
+    "Outcome",
+    "Perplexity",
+    "Prompts",
+    "SceneQuestions",
+    "SceneText",
+    "ScienceQA",
+    "Shots",
+    "Task",
+    "TaskSettings",
+    "TextVQA",
+    "VQAv2",
+    "VizWiz",
+    "run_task",
+]

@@ -1,0 +1,210 @@
+"""Running a task: prompts, batched answers, scores, and files that say how they came about."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from lit_vlm import __version__
+from lit_vlm.data.sources.base import describe
+from lit_vlm.evaluation.asker import Asker
+from lit_vlm.evaluation.tasks.ask import TaskSettings, ask
+from lit_vlm.evaluation.tasks.base import Example, Outcome, Task
+from lit_vlm.evaluation.tasks.prompts import Prompts, in_order
+
+ANSWERS, SCORES = "answers.jsonl", "scores.json"
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """A task's result.
+
+    Attributes:
+        scores: by name, in the unit that papers print.
+        main: name of the one that stands for the task.
+        count: examples.
+        left_out: examples that could not be asked, by reason; they count as wrong.
+    """
+
+    scores: dict[str, float]
+    main: str
+    count: int
+    left_out: dict[str, int]
+
+
+def run_task(
+    asker: Asker,
+    task: Task,
+    settings: TaskSettings,
+    out: Path | None = None,
+    checkpoint: str = "",
+    resume: bool = True,
+    on_answer: Callable[[int, int], None] | None = None,
+) -> Evaluated:
+    """Ask every example, score the answers, and write both.
+
+    With `out`, a run that was cut off goes on: answers that are there are not asked for again. All processes of a
+    distributed run must call this together; they share the examples.
+
+    Args:
+        asker: the model and how its prompts are written.
+        task: what is asked.
+        settings: how.
+        out: folder for answers.jsonl and scores.json.
+        checkpoint: what is evaluated, for the files. With a checkpoint of another time its answers are refused.
+        resume: take answers that `out` holds; otherwise they go.
+        on_answer: called with the number of answers that this process has, and that it will have.
+
+    Raises:
+        ValueError: where `out` holds answers of another checkpoint, task or setting, or no example could be asked.
+    """
+    examples = in_order(task, settings.limit, settings.prompt.seed)
+    prompts = Prompts(task, settings.prompt, settings.choosing)
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    how = _how(asker, task, settings, checkpoint)
+    done = _read_answers(out, how) if out is not None and resume else {}
+    if out is not None and not resume and rank == 0:
+        for old in out.glob("answers*.jsonl"):
+            old.unlink()
+    if dist.is_initialized():
+        dist.barrier()  # nobody writes before all have read
+    left = [example for example in examples if example.id not in done]
+    mine = left[rank::world]
+    found: list[dict[str, Any]] = []
+    with asker.evaluating(), _partial(out, rank, how) as keep:
+        for line in ask(asker, prompts, mine, settings, -(-len(left) // world), out is not None):
+            found.append(line)
+            keep(line)
+            if on_answer is not None:
+                on_answer(len(found), len(mine))
+    lines = done | {line["id"]: line for part in _gathered(found) for line in part}
+    result = _result(task, examples, lines)
+    if out is not None and rank == 0:
+        asked = {example.id for example in examples}
+        others = [line for key, line in done.items() if key not in asked]  # of a run with a larger limit, or none
+        lines_in_order = [*(lines[example.id] for example in examples), *others]
+        _write(out, result, task, settings, checkpoint, how, lines_in_order)
+    if dist.is_initialized():
+        dist.barrier()
+    return result
+
+
+@contextmanager
+def _partial(out: Path | None, rank: int, how: str) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """What writes a line at once, so that a run that is cut off loses none; without `out` it writes nothing."""
+    if out is None:
+        yield lambda line: None
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / f"answers.{rank}.partial.jsonl").open("a", encoding="utf-8") as file:
+
+        def keep(line: dict[str, Any]) -> None:
+            file.write(json.dumps({"how": how} | line, ensure_ascii=False) + "\n")
+            file.flush()
+
+        yield keep
+
+
+def _result(task: Task, examples: Sequence[Example], lines: Mapping[str, dict[str, Any]]) -> Evaluated:
+    outcomes = [_outcome(example, lines[example.id]) for example in examples]
+    left_out = dict(sorted(Counter(lines[one.id]["left_out"] for one in examples if lines[one.id]["left_out"]).items()))
+    if sum(left_out.values()) == len(examples):
+        raise ValueError(
+            f"task {task.name}: none of {len(examples)} examples could be asked: {left_out}, first: "
+            f"{lines[examples[0].id].get('detail', '')}"
+        )
+    return Evaluated(task.score(outcomes), task.main, len(examples), left_out)
+
+
+def _how(asker: Asker, task: Task, settings: TaskSettings, checkpoint: str) -> str:
+    questions, written = hashlib.sha256(), asker.format
+    for one in task.examples:
+        paths = [image.path for image in one.images]
+        questions.update(json.dumps([one.id, one.question, one.options, one.references, paths]).encode())
+    text = json.dumps(
+        [
+            checkpoint, _written(checkpoint), task.name, str(task.folder.resolve()), questions.hexdigest(),
+            settings.decisive(), describe(written.template), describe(written.transform), written.max_length,
+            written.fast_jpeg,
+        ]
+    )  # fmt: skip
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _written(checkpoint: str) -> int:
+    """When it was written: a run that goes on may leave another in its place."""
+    path = Path(checkpoint)
+    file = path / ".metadata" if path.is_dir() else path
+    return file.stat().st_mtime_ns if checkpoint and file.exists() else 0
+
+
+def _outcome(example: Example, line: dict[str, Any]) -> Outcome:
+    return Outcome(example, line["answer"], line["nll"], line["tokens"], bool(line["left_out"]))
+
+
+def _gathered(found: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """The lines of all ranks."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [found]
+    parts: list[list[dict[str, Any]]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(parts, found)
+    return parts
+
+
+def _read_answers(out: Path, how: str) -> dict[str, dict[str, Any]]:
+    """Answers of an earlier run into the same folder; a last line that was cut off is not counted."""
+    done: dict[str, dict[str, Any]] = {}
+    for file in sorted(out.glob("answers*.jsonl")):
+        for text in file.read_text(encoding="utf-8").split("\n"):  # answers may hold other line breaks
+            try:
+                line = json.loads(text)
+            except ValueError:
+                continue
+            if line.pop("how", None) != how:
+                raise ValueError(
+                    f"{file} holds answers of another checkpoint, task or setting: choose another --out, or remove it"
+                )
+            if not line["left_out"]:  # its picture may be there by now
+                done[line["id"]] = line
+    return done
+
+
+def _write(
+    out: Path,
+    result: Evaluated,
+    task: Task,
+    settings: TaskSettings,
+    checkpoint: str,
+    how: str,
+    lines: Sequence[dict[str, Any]],
+) -> None:
+    """All answers in the order of the task, and the scores; partial files go."""
+    scratch = out / f"{ANSWERS}.{os.getpid()}"
+    with scratch.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps({"how": how} | line, ensure_ascii=False) + "\n" for line in lines)
+    scratch.replace(out / ANSWERS)
+    for part in out.glob("answers.*.partial.jsonl"):
+        part.unlink()
+    saved = {
+        "task": task.name,
+        "scores": result.scores,
+        "main": result.main,
+        "count": result.count,
+        "left_out": result.left_out,
+        "checkpoint": checkpoint,
+        "folder": str(task.folder),
+        "settings": asdict(settings),
+        "lit_vlm": __version__,
+        "torch": torch.__version__,
+    }
+    (out / SCORES).write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")

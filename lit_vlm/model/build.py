@@ -1,0 +1,135 @@
+"""From the factories of a recipe to a model with weights."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
+
+import torch
+
+from lit_vlm.core.part import Part, StateDict, load_state, meta_parameters
+from lit_vlm.decoders import Decoder
+from lit_vlm.embedders import Embedder
+from lit_vlm.encoders import Encoder
+from lit_vlm.heads import Head
+from lit_vlm.model.vlm import VLM
+from lit_vlm.projectors import Projector
+
+P = TypeVar("P", bound=Part)
+
+
+@dataclass
+class Slots:
+    """One factory per slot; widths of neighbours come in as arguments."""
+
+    encoder: Callable[[], Encoder]
+    projector: Callable[[int, int], Projector]
+    embedder: Callable[[int, int], Embedder]
+    decoder: Callable[[], Decoder]
+    heads: Mapping[str, Callable[[int, int], Head] | None] = field(default_factory=dict)
+
+    @property
+    def removed_heads(self) -> list[str]:
+        """Heads that are set to null."""
+        return [name for name, factory in self.heads.items() if factory is None]
+
+    def assemble(self, make: Callable[[str, Callable[[], Part]], Part]) -> VLM:
+        """Build all parts through `make(name, factory)`, in an order in which widths are known."""
+        decoder = make("decoder", self.decoder)
+        assert isinstance(decoder, Decoder)
+        encoder = make("encoder", self.encoder)
+        assert isinstance(encoder, Encoder)
+        projector = make("projector", lambda: self.projector(encoder.width, decoder.width))
+        embedder = make("embedder", lambda: self.embedder(decoder.width, decoder.vocab_size))
+        heads = {
+            name: make(f"heads.{name}", partial(_head, name, factory, decoder.width, decoder.num_layers))
+            for name, factory in self.heads.items()
+            if factory is not None
+        }
+        return VLM(encoder, projector, embedder, decoder, heads)  # type: ignore[arg-type]
+
+
+def _head(name: str, factory: Callable[[int, int], Head], width: int, num_layers: int) -> Head:
+    """A head; what it refuses is said of it by name, as there may be several of one class."""
+    try:
+        head = factory(width, num_layers)
+    except ValueError as error:
+        raise ValueError(f"model.heads.{name}: {error}") from error
+    if wrong := [tap for tap in head.taps if isinstance(tap, int) and tap > num_layers]:
+        raise ValueError(f"model.heads.{name} reads layer {wrong[0]}; this decoder has layers 0 to {num_layers}")
+    return head
+
+
+def build_on_meta(slots: Slots) -> VLM:
+    """The architecture without any weights: to check a recipe, and on all ranks but the first of sharded training."""
+    with meta_parameters():
+        return slots.assemble(lambda _name, factory: factory())
+
+
+def build(
+    slots: Slots,
+    saved: Mapping[str, StateDict] | None = None,
+    fresh: tuple[str, ...] = (),
+    only: Collection[str] | None = None,
+    origin: str = "the saved state",
+) -> VLM:
+    """The model with its weights, on the CPU.
+
+    Args:
+        slots: the factories.
+        saved: weights that an earlier stage left, by slot (`heads.NAME` for heads); they take the place of pretrained
+            ones. None: there are none.
+        fresh: slots that do not take part in `saved`.
+        only: parts that are wanted, such as `encoder` or `heads.NAME`; the others stay without weights. Default: all.
+        origin: where `saved` was read, for messages.
+
+    Raises:
+        ValueError: where weights do not fit a slot.
+    """
+    drawn: set[str] = set()
+
+    def make(name: str, factory: Callable[[], P]) -> P:
+        slot = name.split(".")[0]
+        with meta_parameters():
+            part = factory()
+        if only is not None and name not in only:
+            return part
+        state: StateDict | None
+        if saved is not None and slot not in fresh:
+            if name not in saved and part.state_dict():
+                raise ValueError(
+                    f"{origin} has no weights for the slot '{name}', only for {sorted(saved)}. "
+                    f"If this part is meant to start anew, add '{slot}' to model.stage.fresh."
+                )
+            state = part.adapt_state(saved.get(name, {}))
+        else:
+            state = part.pretrained_state()
+        if state is None:
+            drawn.add(name)
+            with _seeded(name):
+                return factory()
+        load_state(part, state, name)
+        return part
+
+    model = slots.assemble(make)
+    model.drawn = frozenset(drawn)
+    anew = saved is None or "embedder" in fresh
+    if anew and (only is None or {"embedder", "decoder"} <= set(only)):
+        model.embedder.adopt(model.decoder)
+        if model.embedder.adopts_all:
+            model.drawn -= {"embedder"}
+    return model
+
+
+@contextmanager
+def _seeded(name: str) -> Iterator[None]:
+    """Random weights from a seed of the slot's own, so that swapping one part leaves the others' start the same."""
+    seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed + zlib.crc32(name.encode()))
+        yield

@@ -1,0 +1,147 @@
+"""Batched generation, and likelihoods of given answers, with a key-value cache."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+
+from lit_vlm.core.batch import IGNORE, Batch
+from lit_vlm.model.vlm import VLM
+
+
+@torch.no_grad()
+def generate(
+    model: VLM,
+    batch: Batch,
+    stop_ids: Collection[int],
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+) -> list[list[int]]:
+    """Continue each row of a batch of prompts.
+
+    Under sharded training every rank must call this together; it runs until the last rank has finished.
+
+    Args:
+        model: in eval mode.
+        batch: left-padded prompts, one sample per row.
+        stop_ids: a row ends with the first of these; it is not returned.
+        max_new_tokens: tokens per row at most.
+        temperature: 0 takes the likeliest token; above, one is drawn.
+        top_p: draw from the smallest set of tokens with this probability.
+
+    Returns:
+        new token ids of each row.
+    """
+    warpers = LogitsProcessorList()
+    if temperature > 0:
+        warpers.append(TemperatureLogitsWarper(temperature))
+        if top_p < 1:
+            warpers.append(TopPLogitsWarper(top_p))
+    cache = model.new_cache()
+    mask = (batch.segment_ids > 0).long()
+    positions = batch.position_ids[:, -1:]
+    stops = torch.tensor(sorted(stop_ids), device=mask.device)
+    done = torch.zeros(len(mask), dtype=torch.bool, device=mask.device)
+    columns: list[Tensor] = []
+    step = batch
+    for index in range(max_new_tokens):
+        logits = model.next_logits(step, cache, mask, start=index == 0).float()
+        if temperature > 0:
+            logits = warpers(step.input_ids, logits)
+            ids = torch.multinomial(logits.softmax(-1), 1)
+        else:
+            ids = logits.argmax(-1, keepdim=True)
+        ids = torch.where(done[:, None], stops[0], ids)
+        columns.append(ids)
+        done |= torch.isin(ids[:, 0], stops)
+        if _all_done(done):
+            break
+        positions = positions + 1
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+        step = batch.text_only(ids, positions)
+    stopped = set(stop_ids)
+    rows = torch.cat(columns, dim=1).tolist()
+    return [row[: next((i for i, token in enumerate(row) if token in stopped), len(row))] for row in rows]
+
+
+class Continuation(NamedTuple):
+    """Text that follows a row of prefixes.
+
+    Attributes:
+        row: of the prefixes.
+        ids: its tokens.
+        labels: aligned with `ids`, -100 where nothing is scored. The prefix predicts the first one.
+    """
+
+    row: int
+    ids: Sequence[int]
+    labels: Sequence[int]
+
+
+@torch.no_grad()
+def score_continuations(
+    model: VLM, prefixes: Batch, continuations: Sequence[Continuation], batch_size: int = 64
+) -> list[float]:
+    """How likely each continuation is; a prefix with its images runs once, however many continue it.
+
+    Under sharded training every rank must call this together.
+
+    Args:
+        model: in eval mode.
+        prefixes: left-padded, one per row.
+        continuations: of any rows, in any order.
+        batch_size: continuations at a time.
+
+    Returns:
+        summed negative log-likelihood of the labels of each continuation, in nats.
+    """
+    cache = model.new_cache()
+    mask = (prefixes.segment_ids > 0).long()
+    first = model.next_logits(prefixes, cache, mask, start=True).float().log_softmax(-1).cpu()
+    device = mask.device
+    scores: list[float] = []
+    for index in range(_most(-(-len(continuations) // batch_size), device)):
+        chunk = continuations[index * batch_size : (index + 1) * batch_size]
+        # Without a chunk of its own a rank still takes part: sharded parts run on all ranks or on none.
+        taken = chunk or [Continuation(0, [0, 0], [0, 0])]
+        shape = (len(taken), max(len(one.ids) for one in taken))
+        ids, labels, own = torch.zeros(shape).long(), torch.full(shape, IGNORE), torch.zeros(shape).long()
+        for line, one in enumerate(taken):
+            length = len(one.ids)
+            ids[line, :length], labels[line, :length] = torch.tensor(one.ids), torch.tensor(one.labels)
+            own[line, :length] = 1
+        rows = torch.tensor([one.row for one in taken], device=device)
+        positions = mask.sum(1)[rows, None] + torch.arange(shape[1], device=device)
+        # Which places are scored is found on the CPU, as in the collator.
+        step = prefixes.text_only(ids, positions, labels).to(device)
+        whole_mask = torch.cat([mask[rows], own.to(device)], dim=1)
+        nll = model.target_nll(step, model.select_cache(cache, rows), whole_mask).cpu().double()
+        owner = torch.arange(len(taken)).repeat_interleave((labels[:, 1:] != IGNORE).sum(1))
+        of_first = F.nll_loss(first[rows.cpu()], labels[:, 0], ignore_index=IGNORE, reduction="none").double()
+        scores += of_first.index_add(0, owner, nll).tolist()[: len(chunk)]
+    return scores
+
+
+def _most(count: int, device: torch.device) -> int:
+    """The largest count of all ranks."""
+    if not dist.is_initialized():
+        return count
+    most = torch.tensor(count, device=device)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    return int(most)
+
+
+def _all_done(done: Tensor) -> bool:
+    """Whether every row of every rank has ended: sharded parts run on all ranks or on none."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        left = (~done).any().float()
+        dist.all_reduce(left)
+        return not left.item()
+    return bool(done.all())

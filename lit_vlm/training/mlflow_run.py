@@ -1,0 +1,308 @@
+"""One run of MLflow, reported to whenever its store can be reached: reporting never ends the work it reports on.
+
+What cannot be sent is kept in a file `mlflow_unsent-KEY.jsonl` of the run's folder, whose first line says whose reports
+they are. It is tried again after a while and at the end, and sent by `lit-vlm sync FOLDER` or by whoever goes on with
+the run.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lit_vlm.core.metric_names import safe_names
+from lit_vlm.training.mlflow_store import (
+    absolute_uri,
+    experiment_id,
+    first_line,
+    has_run,
+    may_pass,
+    opened,
+    read_lines,
+    write_lines,
+)
+
+PARENT_RUN = "LIT_VLM_PARENT_RUN"
+"""Environment variable: the MLflow run that `lit-vlm run` opened for all stages."""
+RUN_FILE, UNSENT = "mlflow.json", "mlflow_unsent-{}.jsonl"
+FIRST_WAIT, LONGEST_WAIT = 30.0, 600.0
+"""Seconds before a store that did not answer is asked again; the wait doubles."""
+QUICK = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
+"""Training waits for a server that is gone: for seconds, not for the four minutes of MLflow's own defaults."""
+MOST_PARAMS, MOST_LETTERS = 100, 5000
+
+log = logging.getLogger(__name__)
+
+
+class MLflowRun:
+    """A run that is opened when something is first sent.
+
+    Args:
+        uri: of the store.
+        experiment: its name; it is made if there is none.
+        name: of a new run.
+        tags: of a new run.
+        folder: where what could not be sent is kept; None keeps it in memory only.
+        run_id: go on with this run, if the store still has it.
+        key: names the file of what could not be sent; a new one by default.
+    """
+
+    def __init__(
+        self,
+        uri: str,
+        experiment: str,
+        name: str | None,
+        tags: Mapping[str, str],
+        folder: Path | None = None,
+        run_id: str | None = None,
+        key: str | None = None,
+    ) -> None:
+        for variable, value in QUICK.items():
+            os.environ.setdefault(variable, value)
+        self.uri, self.experiment, self.name, self.tags = absolute_uri(uri), experiment, name, dict(tags)
+        self.folder, self.run_id, self.key = folder, run_id, key or uuid.uuid4().hex[:12]
+        self.resumed = run_id is not None
+        self._client: Any = None
+        self._owns_folder = False
+        self._pending = read_lines(self.unsent)[1:] if self.unsent is not None else []
+        self._wait, self._again = FIRST_WAIT, 0.0
+
+    @property
+    def unsent(self) -> Path | None:
+        """The file of what could not be sent."""
+        return None if self.folder is None else self.folder / UNSENT.format(self.key)
+
+    @staticmethod
+    def of_folder(folder: Path) -> MLflowRun:
+        """The run that a folder belongs to, with what waits to be sent.
+
+        Raises:
+            ValueError: when it belongs to none.
+        """
+        found = read_lines(folder / RUN_FILE)
+        if not found or not {"tracking_uri", "run_id"} <= found[0].keys():
+            raise ValueError(f"{folder} has no {RUN_FILE} that tells its MLflow run")
+        run = _run_of(found[0], folder)
+        run._owns_folder = True
+        return run
+
+    @staticmethod
+    def of_unsent(file: Path) -> MLflowRun:
+        """The run whose reports a file `mlflow_unsent-KEY.jsonl` keeps.
+
+        Raises:
+            ValueError: when its first line does not tell.
+        """
+        found = read_lines(file)
+        if not found or "tracking_uri" not in found[0]:
+            raise ValueError(f"{file}: its first line does not tell whose reports it keeps")
+        run = _run_of(found[0], file.parent)
+        owner = read_lines(file.parent / RUN_FILE)
+        run._owns_folder = bool(owner) and owner[0].get("key") == run.key
+        return run
+
+    def owns_folder(self) -> None:
+        """Write into the folder that it belongs to this run, which whoever goes on with it looks for."""
+        self._owns_folder = True
+        self._remember()
+
+    # ------------------------------------------------------------------ what is reported
+
+    def params(self, values: Mapping[str, Any]) -> None:
+        """Parameters; MLflow refuses other values for those that a run has."""
+        named = [[key, str(value)[:MOST_LETTERS]] for key, value in safe_names(values).items()]
+        for start in range(0, len(named), MOST_PARAMS):
+            self._send({"kind": "params", "values": named[start : start + MOST_PARAMS]})
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        """Metrics of one step."""
+        named = {key: float(value) for key, value in safe_names(values).items()}
+        self._send({"kind": "metrics", "values": named, "step": step, "time": int(time.time() * 1000)})
+
+    def tag(self, key: str, value: str) -> None:
+        """One tag."""
+        self._send({"kind": "tag", "key": key, "value": value[:MOST_LETTERS]})
+
+    def text(self, text: str, file: str) -> None:
+        """A text as a file among the run's artifacts."""
+        self._send({"kind": "text", "text": text, "file": file})
+
+    def file(self, path: Path) -> None:
+        """A file among the run's artifacts, under its own name."""
+        self._send({"kind": "file", "path": str(path.absolute())})
+
+    def going_on(self) -> None:
+        """The run is running."""
+        self._send({"kind": "status", "status": "RUNNING"})
+
+    def end(self, status: str) -> None:
+        """Set the last status (FINISHED, FAILED or KILLED), and try once more to send what is waiting."""
+        self._again = 0.0
+        self._send({"kind": "status", "status": status, "time": int(time.time() * 1000)})
+        if self._pending:
+            kept = f"are kept: lit-vlm sync {self.folder} sends them" if self.folder else "are lost"
+            log.warning("MLflow: %d reports could not be sent to %s and %s", len(self._pending), self.uri, kept)
+
+    # ------------------------------------------------------------------ how
+
+    def open(self) -> bool:
+        """Try to open the run; whether the store answered. A run that is gone is replaced by a new one."""
+        if self._client is not None:
+            return True
+        try:
+            self._open()
+        except Exception as error:
+            self._fail(error)
+            return False
+        return True
+
+    def flush(self) -> int:
+        """Send what is waiting, now; the number of reports that still wait."""
+        self._again = 0.0
+        self._deliver_all()
+        return len(self._pending)
+
+    def _send(self, entry: dict[str, Any]) -> None:
+        self._pending.append(entry)
+        if self._deliver_all() == 0 and self._pending:
+            self._keep(entry)
+
+    def _deliver_all(self) -> int:
+        """Send what waits, in order, as long as the store answers; how many reports are done with."""
+        done = 0
+        if time.monotonic() >= self._again and self.open():
+            for entry in self._pending:
+                try:
+                    self._deliver(entry)
+                except Exception as error:  # whatever it is, it must not end the work
+                    if may_pass(error, entry["kind"]):
+                        self._fail(error)
+                        break
+                    log.warning("MLflow: a report is left out (%s): %s", entry["kind"], first_line(error))
+                done += 1
+            del self._pending[:done]
+            if not self._pending:
+                self._wait = FIRST_WAIT
+        if done and self.unsent is not None and self.unsent.exists():
+            self._write()
+        return done
+
+    def _fail(self, error: Exception) -> None:
+        """Note that the store does not answer, and when to ask it again."""
+        if self._wait == FIRST_WAIT:
+            log.warning("MLflow: %s does not answer (%s); work goes on, reports wait", self.uri, first_line(error))
+        self._again = time.monotonic() + self._wait
+        self._wait = min(2 * self._wait, LONGEST_WAIT)
+
+    def _open(self) -> None:
+        from mlflow.tracking.context.registry import resolve_tags
+
+        with opened(self.uri) as client:
+            if self.run_id is not None and not has_run(client, self.run_id):
+                log.warning("MLflow: %s has no run %s any more; a new one goes on from here", self.uri, self.run_id)
+                self.run_id, self.resumed = None, False
+            if self.run_id is None:
+                experiment = experiment_id(client, self.experiment)
+                tags = resolve_tags(self.tags)  # with user and source, as MLflow's own start_run has them
+                self.run_id = client.create_run(experiment, run_name=self.name, tags=tags).info.run_id
+        self._client = client
+        self._remember()
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "tracking_uri": self.uri,
+            "run_id": self.run_id,
+            "experiment": self.experiment,
+            "name": self.name,
+            "tags": self.tags,
+            "key": self.key,
+        }
+
+    def _remember(self) -> None:
+        """Write down which run this is, where the folder and waiting reports say so."""
+        if self.folder is not None and self._owns_folder:
+            write_lines(self.folder / RUN_FILE, [self._identity()])
+        if self._pending and self.unsent is not None and self.unsent.exists():
+            self._write()
+
+    def _deliver(self, entry: Mapping[str, Any]) -> None:
+        from mlflow.entities import Metric, Param
+
+        client, run = self._client, self.run_id
+        match entry["kind"]:
+            case "params":
+                client.log_batch(run, params=[Param(key, value) for key, value in entry["values"]])
+            case "metrics":
+                when, step = entry["time"], entry["step"]
+                metrics = [Metric(key, value, when, step) for key, value in entry["values"].items()]
+                client.log_batch(run, metrics=metrics)
+            case "tag":
+                client.set_tag(run, entry["key"], entry["value"])
+            case "text":
+                client.log_text(run, entry["text"], entry["file"])
+            case "file":
+                client.log_artifact(run, entry["path"])
+            case "status" if "time" in entry:
+                client.set_terminated(run, entry["status"], entry["time"])
+            case "status":
+                client.update_run(run, entry["status"])
+
+    def _keep(self, entry: Mapping[str, Any]) -> None:
+        """Add what could not be sent to the file of the run's folder."""
+        if self.unsent is None:
+            return
+        if not self.unsent.exists():
+            self._write()
+            return
+        try:
+            with self.unsent.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+        except OSError as error:
+            log.warning("%s cannot be written: %s", self.unsent, error)
+
+    def _write(self) -> None:
+        """Leave in the file what still waits; no file where nothing does."""
+        assert self.unsent is not None
+        if self._pending:
+            write_lines(self.unsent, [self._identity(), *self._pending])
+        else:
+            self.unsent.unlink(missing_ok=True)
+
+
+def known_run(folder: Path, given: str | None) -> MLflowRun | None:
+    """The run that a folder belongs to, in its own store; None, with a warning, where another one is asked for.
+
+    Args:
+        folder: of a run that goes on.
+        given: the store that a flag or the environment names.
+    """
+    if not (folder / RUN_FILE).is_file():
+        return None
+    try:
+        known = MLflowRun.of_folder(folder)
+    except ValueError as error:
+        log.warning("MLflow: %s; a new run goes on from here", error)
+        return None
+    if given is None or absolute_uri(given) == known.uri:
+        return known
+    log.warning("MLflow: this run began in %s; a new one goes on in %s", known.uri, absolute_uri(given))
+    return None
+
+
+def _run_of(known: Mapping[str, Any], folder: Path) -> MLflowRun:
+    run_id = known.get("run_id")
+    return MLflowRun(
+        known["tracking_uri"],
+        known.get("experiment", "lit-vlm"),
+        known.get("name"),
+        known.get("tags", {}),
+        folder,
+        run_id,
+        known.get("key") or (run_id and run_id[:12]),
+    )

@@ -1,0 +1,129 @@
+"""Stores of MLflow: where they are, whether they answer, and files of JSON lines for what they did not take."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sqlite3
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from lit_vlm.core.cache import cache_dir
+
+DEFAULT_URI = "sqlite:///mlflow.db"
+SQLITE = "sqlite:///"
+REFUSED = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_ALREADY_EXISTS")
+"""Error codes of MLflow for what was sent itself; the others, such as expired credentials, may be gone later."""
+
+log = logging.getLogger(__name__)
+
+
+def default_uri(uri: str | None = None) -> str:
+    """The given URI, or `MLFLOW_TRACKING_URI`, or mlflow.db in the current folder."""
+    return uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
+
+
+def absolute_uri(uri: str) -> str:
+    """The same store from any working folder: a relative SQLite file by its whole path."""
+    if not uri.startswith(SQLITE) or uri.startswith(f"{SQLITE}/"):
+        return uri
+    return f"{SQLITE}{Path(uri.removeprefix(SQLITE)).absolute()}"
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines; a line that was cut off when it was written is left out, with a warning."""
+    found = []
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    except (OSError, UnicodeDecodeError) as error:
+        log.warning("%s cannot be read: %s", file, error)
+        lines = []
+    for number, line in enumerate(lines, 1):
+        try:
+            value = json.loads(line)
+        except ValueError:
+            value = None
+        if isinstance(value, dict):
+            found.append(value)
+        else:
+            log.warning("%s, line %d is no whole report and is left out", file, number)
+    return found
+
+
+def write_lines(file: Path, values: Sequence[Mapping[str, Any]]) -> None:
+    """Write a file of JSON lines, whole or not at all; where it cannot be written, say so and go on."""
+    scratch = file.with_suffix(".partial")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        scratch.write_text("".join(json.dumps(value) + "\n" for value in values), encoding="utf-8")
+        scratch.replace(file)
+    except OSError as error:
+        log.warning("%s cannot be written: %s", file, error)
+
+
+def may_pass(error: Exception, kind: str) -> bool:
+    """Whether the same report may be taken later; what is refused for itself must not hold up the others."""
+    if (code := getattr(error, "error_code", None)) is not None:
+        return code not in REFUSED
+    from requests import RequestException
+
+    # A file that is not there, or a folder of artifacts that cannot be written, is no matter of waiting.
+    return isinstance(error, RequestException) or (isinstance(error, OSError) and kind not in ("file", "text"))
+
+
+def first_line(error: Exception) -> str:
+    """What went wrong, short enough for a warning."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+
+
+@contextmanager
+def opened(uri: str) -> Iterator[Any]:
+    """The client of a store; runs that start together make the tables of a new SQLite file one after the other.
+
+    Raises:
+        Exception: whatever MLflow, or SQLite, raises where the store does not answer.
+    """
+    from mlflow import MlflowClient
+
+    if not uri.startswith(SQLITE):
+        yield MlflowClient(uri)
+        return
+    # MLflow tries for minutes to open a file that cannot be opened.
+    sqlite3.connect(uri.removeprefix(SQLITE)).close()
+    with FileLock(cache_dir() / "mlflow.lock"):
+        yield MlflowClient(uri)
+
+
+def has_run(client: Any, run_id: str) -> bool:
+    """Whether the store has an active run of this id; raises where it does not answer."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return bool(client.get_run(run_id).info.lifecycle_stage == "active")
+    except MlflowException as error:
+        if error.error_code in (*REFUSED, "RESOURCE_DOES_NOT_EXIST"):
+            return False
+        raise
+
+
+def experiment_id(client: Any, name: str) -> str:
+    """The id of an experiment; of two runs that make it at the same time, one takes what the other made."""
+    from mlflow.exceptions import MlflowException
+
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        try:
+            return str(client.create_experiment(name))
+        except MlflowException:
+            found = client.get_experiment_by_name(name)
+            if found is None:
+                raise
+    if found.lifecycle_stage != "active":
+        log.warning("MLflow: the experiment '%s' was deleted; it is restored for the new run", name)
+        client.restore_experiment(found.experiment_id)
+    return str(found.experiment_id)

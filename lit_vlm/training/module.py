@@ -1,0 +1,318 @@
+"""The LightningModule: builds the parts, runs a step, logs."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import zlib
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_, clip_grad_value_
+from torch.optim import Optimizer
+
+from lit_vlm.checkpoints.weights import read_slots
+from lit_vlm.core.batch import ENCODER, Batch, Counts
+from lit_vlm.core.precision import SCALED
+from lit_vlm.data.datamodule import VLMData
+from lit_vlm.data.sample.spec import InputSpec
+from lit_vlm.decoders import AbsentDecoder, Decoder
+from lit_vlm.embedders import Embedder
+from lit_vlm.encoders import Encoder
+from lit_vlm.heads import Head
+from lit_vlm.model.build import Slots, build, build_on_meta
+from lit_vlm.model.generate import generate
+from lit_vlm.model.vlm import NEXT_TOKEN, VLM
+from lit_vlm.projectors import Projector
+from lit_vlm.training.sharding import FSDP2, reshard, shard
+from lit_vlm.training.stage import Stage
+
+log = logging.getLogger(__name__)
+
+
+class LitVLM(LightningModule):
+    """A vision-language model in training: five slots and a stage.
+
+    Args:
+        encoder: pixels → visual tokens.
+        projector: encoder width → decoder width, maybe fewer tokens.
+        embedder: text ids and visual tokens → decoder inputs.
+        decoder: the language model.
+        stage: which slots train, at which learning rate, and which losses are on.
+        heads: auxiliary losses by name; null removes one.
+    """
+
+    def __init__(
+        self,
+        encoder: Callable[[], Encoder],
+        projector: Callable[[int, int], Projector],
+        embedder: Callable[[int, int], Embedder],
+        decoder: Callable[[], Decoder],
+        stage: Stage,
+        heads: dict[str, Callable[[int, int], Head] | None] | None = None,
+    ) -> None:
+        super().__init__()
+        self.slots = Slots(encoder, projector, embedder, decoder, heads or {})
+        self.stage = stage
+        self.model: VLM | None = None
+        self.encoder_digest = ""
+        self._spec: tuple[VLM, InputSpec] | None = None
+        self._denominators: dict[str, Tensor] = {}
+        self._sums: dict[str, Tensor] = {}
+        self._held_out: dict[tuple[int, str], Tensor] = {}
+
+    # ------------------------------------------------------------------ building
+
+    def configure_model(self) -> None:
+        """Build the model, once; sharded where the strategy says so. Lightning calls this for every fit and test."""
+        if self.model is not None:
+            return
+        strategy = self.trainer.strategy
+        self._agree_on_precision()
+        if isinstance(strategy, ModelParallelStrategy):
+            if not isinstance(strategy, FSDP2):
+                raise ValueError(
+                    "shard with lit_vlm.training.sharding.FSDP2: ModelParallelStrategy needs a mesh for tensor "
+                    "parallelism"
+                )
+            self.model = self.build() if self.global_rank == 0 else build_on_meta(self.slots)
+            self.encoder_digest = strategy.broadcast(self.encoder_digest)
+            self._leave_out(self.model)
+            self.stage.freeze(self.model, self.slots.removed_heads)
+            mixed = str(self.trainer.precision) == "bf16-mixed"
+            shard(self.model, strategy.shard_mesh(), torch.bfloat16 if mixed else None)
+        else:
+            self.model = self.build()
+            self._leave_out(self.model)
+        self.stage.freeze(self.model, self.slots.removed_heads)
+        # Modules are born in train mode, and Lightning keeps the mode it finds: frozen parts must be in eval mode.
+        self.model.train()
+
+    def _agree_on_precision(self) -> None:
+        """See that all processes train in the same precision; all of them raise where they do not."""
+        names = [str(self.trainer.precision)] * self.trainer.world_size
+        if dist.is_available() and dist.is_initialized():
+            dist.all_gather_object(names, str(self.trainer.precision))
+        if len(set(names)) > 1:
+            raise ValueError(
+                f"the processes of this run would train in {', '.join(names)}: their machines are not alike, so set "
+                "trainer.precision instead of auto"
+            )
+
+    def build(self, only: Collection[str] | None = None) -> VLM:
+        """The model with its weights, on the CPU and in one piece; or with those of some parts, as in `build.build`."""
+        start = self.stage.start_from
+        saved = read_slots(start) if start else None
+        model = build(self.slots, saved, tuple(self.stage.fresh), only, origin=str(start))
+        if only is None or ENCODER in only:
+            self.encoder_digest = model.encoder.digest()
+        return model
+
+    def _leave_out(self, model: VLM) -> None:
+        """Let go of the decoder where the stage does without it; the embedder has taken what it needs by now."""
+        if self.stage.leave_out:
+            model.decoder = AbsentDecoder(model.decoder)
+
+    @property
+    def vlm(self) -> VLM:
+        """The model, after `configure_model`."""
+        if self.model is None:
+            raise RuntimeError("the model is built in configure_model, which has not run yet")
+        return self.model
+
+    @property
+    def input_spec(self) -> InputSpec:
+        """What the data side must know of this model; made once per model."""
+        if self._spec is None or self._spec[0] is not self.vlm:
+            self._spec = (self.vlm, self._make_input_spec(self.vlm))
+        return self._spec[1]
+
+    def _make_input_spec(self, model: VLM) -> InputSpec:
+        used = {name: head for name, head in model.heads.items() if isinstance(head, Head) and self._uses(name)}
+        teachers = {name: head.teacher for name, head in used.items() if head.teacher is not None}
+        known = {name: teacher.known for name, teacher in teachers.items() if teacher.known is not None}
+        teachers = {name: teacher for name, teacher in teachers.items() if name not in known}
+        return InputSpec(
+            tokenizer=model.decoder.tokenizer,
+            pixels=model.encoder.pixels,
+            patch_grid=model.encoder.patch_grid,
+            grid_map=model.grid_map,
+            teacher_pixels={name: teacher.pixels for name, teacher in teachers.items()},
+            known=known,
+            networks={ENCODER: f"{model.encoder.identity()} weights {self.encoder_digest}"}
+            | {name: teacher.identity() for name, teacher in teachers.items()},
+        )
+
+    def _uses(self, loss: str) -> bool:
+        """Whether the stage gives a loss any weight."""
+        return bool(self.stage.losses.get(loss))
+
+    def on_fit_start(self) -> None:
+        """Warn of what the stage leaves untrained and is rarely meant."""
+        for line in self.stage.remarks(self.vlm):
+            self._warn(line)
+
+    def _warn(self, line: str | None) -> None:
+        """One line on the first process."""
+        if line and self.global_rank == 0:
+            log.warning("stage '%s': %s", self.stage.name, line)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """The stage's optimizer and schedule.
+
+        Lightning calls this when the model is on its device and before any callback begins, so a decoder that mixes up
+        the samples of a row is refused here (`decoders.check_order`).
+        """
+        self._check_decoder()
+        optimizer = self.stage.make_optimizer(self.vlm, fused=str(self.trainer.precision) != SCALED)
+        steps = self.trainer.estimated_stepping_batches
+        if math.isinf(steps):
+            raise ValueError("the schedule needs the number of steps: set trainer.max_steps or trainer.max_epochs")
+        self._warn(self.stage.schedule_remark(int(steps)))
+        scheduler = self.stage.scheduler(optimizer, int(steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _check_decoder(self) -> None:
+        """Ask the decoder what its tokens see; a stage without it has nothing to ask."""
+        if self.stage.leave_out:
+            return
+        data = getattr(self.trainer, "datamodule", None)
+        with self.autocast():
+            self.vlm.check_order(packed=False, device=self.device)
+            if isinstance(data, VLMData) and data.batching.packs:
+                self.vlm.check_order(packed=True, device=self.device)
+        reshard(self.vlm)  # or the optimizer would take what the root of the shards has gathered
+
+    # ------------------------------------------------------------------ training
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Seed dropout from the place in training, so that a resumed run draws what the whole run would have drawn."""
+        place = (int(os.environ.get("PL_GLOBAL_SEED", "0")), self.current_epoch, batch_idx, self.global_rank)
+        torch.manual_seed(zlib.crc32(repr(place).encode()))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Weighted sum of the losses, scaled so that the optimizer sees the mean over the whole global batch.
+
+        Lightning divides by the micro-batches of a step and the strategy averages over ranks; both are undone, as the
+        denominators already count all micro-batches of all ranks.
+        """
+        sums = self.vlm(batch, self.stage.losses)
+        scale = self.trainer.world_size * self.trainer.accumulate_grad_batches
+        total = torch.zeros((), device=self.device)
+        for name, value in sums.items():
+            denominator = self._denominator(name, batch)
+            total = total + self.stage.losses[name] * value * (scale / denominator)
+            self._sums[name] = self._sums.get(name, 0) + value.detach() / denominator
+        return total
+
+    def _denominator(self, name: str, batch: Batch) -> Tensor:
+        """What a loss is divided by: counted over all micro-batches of this step and all ranks, at least 1."""
+        if not self._denominators:
+            window = batch.window or batch.counts
+            counts = torch.tensor([*window, window.text_tokens], dtype=torch.float32, device=self.device)
+            counts = self.trainer.strategy.reduce(counts, reduce_op="sum").clamp(min=1)
+            self._denominators = dict(zip((*Counts._fields, "text_tokens"), counts.unbind(), strict=True))
+        head = self.vlm.heads[name] if name != NEXT_TOKEN else None
+        return self._denominators[head.normaliser if isinstance(head, Head) else "supervised"]
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Log the exact means of the whole step, and the learning rates."""
+        names = sorted(self._sums)
+        values = torch.stack([self._sums[name] for name in names])
+        values = self.trainer.strategy.reduce(values, reduce_op="sum")
+        means = dict(zip(names, values.unbind(), strict=True))
+        total = sum(self.stage.losses[name] * value for name, value in means.items())
+        self.log("train/loss", total, prog_bar=True)
+        self.log_dict({f"train/loss_{name}": value for name, value in means.items()})
+        for group in optimizer.param_groups:
+            self.log(f"lr/{group['slot']}", group["lr"])
+        self._sums, self._denominators = {}, {}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by norm (or value), sharded or not; Lightning's own clipping refuses the fused optimizer."""
+        if gradient_clip_val:
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            clip = clip_grad_value_ if gradient_clip_algorithm == "value" else clip_grad_norm_
+            clip(parameters, gradient_clip_val)
+
+    # ------------------------------------------------------------------ evaluation
+
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Add up the losses of held-out data."""
+        self._hold_out(batch, dataloader_idx)
+
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Add up the losses of test data."""
+        self._hold_out(batch, dataloader_idx)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log `val/loss` and each loss."""
+        self._log_held_out("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log `test/loss` and each loss."""
+        self._log_held_out("test")
+
+    def _hold_out(self, batch: Batch, loader: int) -> None:
+        counts = batch.counts
+        for name, value in self.vlm(batch, self.stage.losses).items():
+            head = self.vlm.heads[name] if name != NEXT_TOKEN else None
+            count = getattr(counts, head.normaliser if isinstance(head, Head) else "supervised")
+            pair = torch.stack([value.detach(), value.new_tensor(float(count))])
+            self._held_out[loader, name] = self._held_out.get((loader, name), 0) + pair
+
+    def _log_held_out(self, prefix: str) -> None:
+        """Mean losses over all held-out data, and of each source if there are several."""
+        sums = {
+            key: self.trainer.strategy.reduce(self._held_out[key], reduce_op="sum") for key in sorted(self._held_out)
+        }
+        self._held_out = {}
+        names = sorted({name for _, name in sums})
+        means = {
+            name: _mean(torch.stack([pair for (_, other), pair in sums.items() if other == name]).sum(0))
+            for name in names
+        }
+        if not means:
+            return
+        self.log(f"{prefix}/loss", sum(self.stage.losses[n] * v for n, v in means.items()), prog_bar=True)
+        self.log_dict({f"{prefix}/loss_{name}": value for name, value in means.items()})
+        sources = self.trainer.datamodule.val_sources  # type: ignore[attr-defined]
+        if len(sources) > 1:
+            self.log_dict({f"{prefix}/loss_{n}/{sources[i].name}": _mean(pair) for (i, n), pair in sums.items()})
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """The trainer's precision, for forward passes that Lightning does not wrap itself."""
+        return self.trainer.precision_plugin.forward_context() if self._trainer is not None else nullcontext()
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
+        """Greedy answers to the last question of each sample."""
+        answers = self.answer(batch)
+        return [
+            {"id": sample.id, "source": sample.source, "answer": answer}
+            for sample, answer in zip(batch.samples, answers, strict=True)
+        ]
+
+    def answer(self, batch: Batch, max_new_tokens: int = 64, temperature: float = 0.0, top_p: float = 1.0) -> list[str]:
+        """Generate the text that follows each left-padded prompt."""
+        spec = self.input_spec
+        with self.autocast():
+            rows = generate(self.vlm, batch, spec.stop_ids | batch.stop_ids, max_new_tokens, temperature, top_p)
+        return [spec.tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows[: len(batch.samples)]]
+
+
+def _mean(pair: Tensor) -> Tensor:
+    """The mean of what was summed: sum and count, as `[2]`."""
+    return pair[0] / pair[1].clamp(min=1)

@@ -1,0 +1,207 @@
+"""Features of teachers, or of a frozen encoder, computed once for all images of a stage's data."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+import torch
+from litdata.streaming.writer import BinaryWriter
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from lit_vlm.core.batch import ENCODER, Images, VisualTokens
+from lit_vlm.core.precision import autocast
+from lit_vlm.data.datamodule import VLMData
+from lit_vlm.data.records import RecordError, image_bytes
+from lit_vlm.data.sample.encode import SampleEncoder
+from lit_vlm.data.sample.prepared import KEYS, VERSION, Dtype, PreparedInfo, image_key, pack_features
+from lit_vlm.data.sets.parallel import Block, blocks_of, progress_bar
+from lit_vlm.data.sets.shards import BLOCKS, CHUNK_BYTES, block_folder, claim, finish_block, merge, read_block
+from lit_vlm.data.sources import Source
+from lit_vlm.heads import Head
+from lit_vlm.training.module import LitVLM
+
+BLOCK = 1024
+Network = Callable[[Images], VisualTokens]
+
+
+@dataclass(frozen=True)
+class PrepareSettings:
+    """How features are prepared.
+
+    Attributes:
+        dtype: how they are stored.
+        batch_size: records whose images are taken together.
+        workers: loader processes.
+        device: where the network runs.
+        precision: in which it runs, as `trainer.precision`: that of the training that will read the features.
+        rank: which of `world_size` processes this is; parts are dealt out in turn.
+        world_size: processes.
+    """
+
+    dtype: Dtype = "bfloat16"
+    batch_size: int = 32
+    workers: int = 0
+    device: str = "cpu"
+    precision: str = "32-true"
+    rank: int = 0
+    world_size: int = 1
+
+
+class _Pictures(Dataset[list[tuple[int, Tensor]]]):
+    """The images of each record as one network wants them, with their keys."""
+
+    def __init__(self, sources: Sequence[Source], encode: SampleEncoder, what: str, block: Block) -> None:
+        self.sources, self.encode, self.what, self.block = sources, encode, what, block
+        self._ends = list(accumulate(len(source) for source in sources))
+
+    def __len__(self) -> int:
+        return self.block.end - self.block.start
+
+    def __getitem__(self, index: int) -> list[tuple[int, Tensor]]:
+        local = index + self.block.start
+        which = bisect_right(self._ends, local)
+        source = self.sources[which]
+        local -= self._ends[which - 1] if which else 0
+        found = []
+        try:
+            for image in source.record(local).images:
+                content = image_bytes(image, source.image_folder)
+                found.append((image_key(content), self.encode.pixels(image, source.image_folder)[self.what]))
+        except RecordError:
+            return []  # training will drop the record and say why
+        return found
+
+
+def _join(records: Sequence[list[tuple[int, Tensor]]]) -> list[tuple[int, Tensor]]:
+    return [pair for record in records for pair in record]
+
+
+def network_of(module: LitVLM, what: str) -> Network:
+    """The encoder, or the teacher of a head.
+
+    Raises:
+        ValueError: when there is none of that name.
+    """
+    if what == ENCODER:
+        return module.vlm.encoder
+    heads = {name: head for name, head in module.vlm.heads.items() if isinstance(head, Head) and head.teacher}
+    if what not in heads:
+        raise ValueError(f"there is nothing to prepare for '{what}'; this model has {', '.join([ENCODER, *heads])}")
+    teacher = heads[what].teacher
+    assert teacher is not None
+    return teacher
+
+
+def write_blocks(module: LitVLM, data: VLMData, what: str, out: Path, settings: PrepareSettings) -> None:
+    """Compute this process's share of the parts; a part that is whole is not done again.
+
+    Args:
+        module: with its model built.
+        data: whose training sources, transform and decoding are used.
+        what: name of a head, or `encoder`.
+        out: folder of the set.
+        settings: how.
+    """
+    sources = data.given_train
+    encode = data.sample_encoder(module.input_spec)
+    network = network_of(module, what)
+    blocks = blocks_of(sum(len(source) for source in sources), BLOCK)[settings.rank :: settings.world_size]
+    missing = [block for block in blocks if read_block(out, block.index) is None]
+    with progress_bar(f"preparing {what}", blocks, missing) as advance:
+        for block in missing:
+            pictures = _Pictures(sources, encode, what, block)
+            loader = DataLoader(pictures, settings.batch_size, num_workers=settings.workers, collate_fn=_join)
+            _write_part(network, loader, block_folder(out, block.index), settings)
+            advance(block)
+
+
+@torch.no_grad()
+def _write_part(
+    network: Network, batches: DataLoader[list[tuple[int, Tensor]]], folder: Path, settings: PrepareSettings
+) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    writer = BinaryWriter(str(folder), chunk_bytes=CHUNK_BYTES)
+    keys: list[int] = []
+    seen: set[int] = set()
+    width, error, total = 0, 0.0, 0.0
+    for pictures in batches:
+        new = [(key, pixels) for key, pixels in dict(pictures).items() if key not in seen]
+        if not new:
+            continue
+        images = Images.pack([pixels for _, pixels in new]).to(settings.device)
+        with autocast(settings.precision, torch.device(settings.device).type):
+            tokens = network(images)
+        width = tokens.features.shape[1]
+        lengths = [grid.num_tokens for grid in tokens.grids]
+        for (key, _), features, grid in zip(new, tokens.features.split(lengths), tokens.grids, strict=True):
+            item, stored = pack_features(features, grid, settings.dtype)
+            writer.add_item(len(keys), item)
+            keys.append(key)
+            seen.add(key)
+            computed = features.float().cpu()
+            error += float((stored.float() - computed).abs().sum())
+            total += float(computed.abs().sum())
+    writer.done()
+    finish_block(folder, {"keys": keys, "width": width, "error": error, "total": total})
+
+
+def begin(module: LitVLM, data: VLMData, what: str, out: Path, dtype: Dtype) -> None:
+    """Make `out` the place of this work, or see that it is; before `write_blocks` of any process.
+
+    Raises:
+        ValueError: when it holds something else, or there is nothing to prepare for `what`.
+    """
+    network_of(module, what)
+    spec = module.input_spec
+    fingerprints = [source.fingerprint() for source in data.given_train]
+    how = f"{spec.networks[what]} {data.sample_encoder(spec).preprocessing()}"
+    digest = hashlib.sha256(how.encode()).hexdigest()[:16]
+    plan = {"version": VERSION, "what": what, "sources": fingerprints, "network": digest, "dtype": dtype}
+    claim(out, plan, BLOCK)
+
+
+def finish(module: LitVLM, data: VLMData, what: str, out: Path, dtype: Dtype) -> PreparedInfo:
+    """Put the parts of all processes together.
+
+    Raises:
+        ValueError: when parts are missing, or hold no features at all.
+    """
+    sources = data.given_train
+    blocks = blocks_of(sum(len(source) for source in sources), BLOCK)
+    parts = [part for block in blocks if (part := read_block(out, block.index)) is not None]
+    if len(parts) < len(blocks):
+        raise ValueError(f"{out}: {len(blocks) - len(parts)} parts are missing; the same command goes on")
+    if not any(part["keys"] for part in parts):
+        names = ", ".join(f"'{source.name}'" for source in sources)
+        raise ValueError(
+            f"there is nothing to prepare: no record of {names} in data.train has an image that can be read. "
+            "lit-vlm data convert lists why"
+        )
+    merge([block_folder(out, block.index) for block in blocks], out)
+    keys = np.array([key for part in parts for key in part["keys"]], np.int64)
+    # An image that several parts met is stored by each; the first one is read.
+    unique, rows = np.unique(keys, return_index=True)
+    np.save(out / KEYS, np.stack([unique, rows.astype(np.int64)]))
+    spec = module.input_spec
+    info = PreparedInfo(
+        version=VERSION,
+        what=what,
+        network=spec.networks[what],
+        preprocessing=data.sample_encoder(spec).preprocessing(),
+        sources={source.name: source.fingerprint() for source in sources},
+        images=len(unique),
+        width=max((part["width"] for part in parts), default=0),
+        dtype=dtype,
+        error=sum(part["error"] for part in parts) / max(1e-12, sum(part["total"] for part in parts)),
+    )
+    info.write(out)
+    shutil.rmtree(out / BLOCKS)
+    return info

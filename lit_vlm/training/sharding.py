@@ -1,0 +1,181 @@
+"""Sharded training with FSDP2: which units are gathered, and how weights reach the shards."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+from lit_vlm.core.part import Part, meta_twins
+from lit_vlm.model.vlm import VLM
+
+
+class FSDP2(ModelParallelStrategy):
+    """Fully sharded data parallelism over all processes; a subclass only so that the right mesh is the default.
+
+    Lightning's own default is tensor parallelism inside a node, which shards nothing here and gives every process the
+    same data.
+
+    Args:
+        replicas: groups that each hold a whole sharded copy (hybrid sharding, HSDP): parameters are gathered inside a
+            group and gradients averaged between groups. 1 shards over all processes; `nodes` makes one group per node.
+        save_distributed_checkpoint: whether each process writes its shard (a folder), or rank 0 one whole file.
+    """
+
+    def __init__(self, replicas: int | str = 1, save_distributed_checkpoint: bool = True) -> None:
+        super().__init__(save_distributed_checkpoint=save_distributed_checkpoint)
+        if not (replicas == "nodes" or (isinstance(replicas, int) and replicas > 0)):
+            raise ValueError(f"replicas is a positive number or 'nodes', not {replicas!r}")
+        self.replicas = replicas
+
+    def setup_environment(self) -> None:
+        """Start the processes with one data-parallel dimension over all of them."""
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        self._tensor_parallel_size = 1
+        super().setup_environment()
+
+    def shard_mesh(self) -> DeviceMesh:
+        """The mesh to shard over: one dimension, or (replicate, shard) for hybrid sharding."""
+        replicas = self.num_nodes if self.replicas == "nodes" else int(self.replicas)
+        if replicas == 1:
+            return self.device_mesh["data_parallel"]
+        if self.world_size % replicas:
+            raise ValueError(f"{self.world_size} processes do not divide into {replicas} replicas")
+        shape = (replicas, self.world_size // replicas)
+        return init_device_mesh(self.root_device.type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def shard(model: VLM, mesh: DeviceMesh, compute_dtype: torch.dtype | None) -> None:
+    """Shard every block on its own and the rest with the root, then fill the shards from rank 0.
+
+    Rank 0 holds the whole model on the CPU, the others hold parameters on the meta device.
+
+    Args:
+        model: with all parameters where the paragraph above says.
+        mesh: from `FSDP2.shard_mesh`.
+        compute_dtype: what parameters are gathered in; gradients are always reduced in fp32. Null: their own.
+
+    Raises:
+        ValueError: where one module has a parameter under two names, of which FSDP2 would shard one.
+    """
+    _check_names(model)
+    aliases = _aliases(model)
+    # Under one name each, as what fills the shards visits a module once.
+    state = {k: v for k, v in model.state_dict().items() if k not in aliases} if dist.get_rank() == 0 else {}
+    meta_twins(model)
+    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
+    for slot, parts in model.slots().items():
+        for part in parts:
+            blocks = list(part.blocks())
+            for block in blocks:
+                fully_shard(block, mesh=mesh, mp_policy=policy)
+            if blocks:
+                OncePerForward(f"{slot} {type(part).__name__}", part, blocks)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    for method in ("logits", "next_logits", "target_nll", "check_order", "check_cache"):
+        register_fsdp_forward_method(model, method)
+    _materialise(
+        model,
+        torch.device(mesh.device_type, torch.cuda.current_device())
+        if mesh.device_type == "cuda"
+        else torch.device("cpu"),
+    )
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
+    filled = set_model_state_dict(model, state, options=options)
+    assert aliases.issuperset(filled.missing_keys), filled.missing_keys
+
+
+def reshard(model: VLM) -> None:
+    """Let go of what a forward pass without a backward has gathered: the root of the shards keeps it otherwise."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+class OncePerForward:
+    """Sees that each block of a part runs exactly once in each forward pass of the part, in the order of `blocks()`.
+
+    A block's weights are gathered when it runs, by all processes together. A process whose block runs more often than
+    another's, because its pictures have more sizes, would take part in gathering another block: the backend aborts or
+    waits for ever, and names neither part nor block. The rule needs no communication, and the first pass that breaks it
+    says so before the block gathers anything. Blocks that are recomputed run outside of the part's forward pass.
+
+    Args:
+        name: slot and class, for the message.
+        part: whose forward pass begins and ends the count.
+        blocks: after `fully_shard`, so that this looks before they are gathered.
+    """
+
+    def __init__(self, name: str, part: Part, blocks: list[nn.Module]) -> None:
+        self._name, self._blocks = name, blocks
+        self._next: int | None = None
+        part.register_forward_pre_hook(self._begin, prepend=True)
+        part.register_forward_hook(self._end)
+        for index, block in enumerate(blocks):
+            block.register_forward_pre_hook(partial(self._run, index), prepend=True)
+
+    def _begin(self, *_: Any) -> None:
+        self._next = 0
+
+    def _run(self, index: int, *_: Any) -> None:
+        if self._next is None:
+            return
+        if index < self._next:
+            self._refuse(f"block {index} runs again")
+        if index > self._next:
+            self._refuse(f"block {index} runs before block {self._next}")
+        self._next += 1
+
+    def _end(self, *_: Any) -> None:
+        if self._next != len(self._blocks):
+            self._refuse(f"block {self._next} does not run")
+        self._next = None
+
+    def _refuse(self, what: str) -> NoReturn:
+        self._next = None
+        raise ValueError(
+            f"{self._name}: {what} in one forward pass ({len(self._blocks)} blocks). Under sharded training each block "
+            "of blocks() must run exactly once per forward pass, in their order, whatever the batch: put pictures of "
+            "all sizes through the blocks together, or do not name these blocks in blocks()"
+        )
+
+
+def _check_names(model: VLM) -> None:
+    for prefix, module in model.named_modules():
+        own = dict(module.named_parameters(recurse=False, remove_duplicate=False))
+        if again := own.keys() - dict(module.named_parameters(recurse=False)).keys():
+            raise ValueError(
+                f"{prefix} ({type(module).__name__}) has a parameter under two names, {min(again)} is the second, and "
+                "FSDP2 shards one of them. Use one name, or put the parameter into a module that is registered twice"
+            )
+
+
+def _aliases(model: VLM) -> set[str]:
+    """Keys of the state dict that are further names of a module which is registered several times."""
+    first = {prefix for prefix, _ in model.named_modules()}
+    return {key for key in model.state_dict() if key.rpartition(".")[0] not in first}
+
+
+def _materialise(model: VLM, device: torch.device) -> None:
+    """Give meta parameters memory on `device`; buffers move there, those of several modules as one.
+
+    They get the values of rank 0, as a constructor may have drawn one at random that no state dict holds.
+    """
+    places = [
+        (module, name, buffer)
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False)
+    ]
+    moved = {id(buffer): buffer.to(device).contiguous() for _, _, buffer in places}
+    for buffer in moved.values():
+        dist.broadcast(buffer.reshape(-1).view(torch.uint8), src=0)  # bytes, as backends do not send every type
+    model.to_empty(device=device)
+    for module, name, buffer in places:
+        setattr(module, name, moved[id(buffer)])

@@ -1,0 +1,250 @@
+"""A stage: which slots train, at which learning rate, and which losses are on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import nn
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import get_scheduler
+
+from lit_vlm.core.part import Part
+from lit_vlm.heads import Head
+from lit_vlm.model.vlm import NEXT_TOKEN, VLM
+from lit_vlm.training.optim import MuonAdamW
+
+SLOTS = ("encoder", "projector", "embedder", "decoder", "heads")
+SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+
+
+class SlotCount(NamedTuple):
+    """Parameters of one slot."""
+
+    slot: str
+    part: str
+    trained: int
+    frozen: int
+    lr: float | None
+
+
+@dataclass
+class Stage:
+    """One stage of a recipe.
+
+    Attributes:
+        name: what the stage is called in paths and in MLflow.
+        train: slot → peak learning rate (encoder, projector, embedder, decoder, heads). A slot that is not named, or
+            named with null, is frozen.
+        only: slot → a group of its parameters, where the part has a name for it; the others stay frozen.
+        losses: loss → weight: `next_token`, or the name of a head. 0 turns it off and skips its work.
+        start_from: weights that an earlier stage left: a checkpoint, or the folder of its run. Or published ones, as
+            `FAMILY:FOLDER` or `FAMILY:HUB_NAME` (eve, eve_v2, hovle, hovle_hd, llava-hf, ola_vlm), such as
+            `eve:BAAI/EVE-7B-Pretrain-v1.0`.
+        fresh: slots that do not take their weights from `start_from`.
+        leave_out: slots that this stage does without, `decoder` at most: where no loss reads it, its weights are
+            neither kept on the device nor saved. A later stage takes them anew, with `fresh: [decoder]`.
+        schedule: learning rate after the warm-up: cosine to 0, linear to 0, or constant.
+        warmup_ratio: share of all steps over which the learning rate rises from 0.
+        optimizer: adamw, or muon for matrices and adamw for all else: about half the steps in short runs of small
+            models; not with sharded parameters.
+        weight_decay: on matrices; never on biases and norms.
+        betas: AdamW's running averages.
+        eps: AdamW's.
+    """
+
+    name: str = "stage"
+    train: dict[str, float | None] = field(default_factory=dict)
+    only: dict[str, str | None] = field(default_factory=dict)
+    losses: dict[str, float] = field(default_factory=lambda: {NEXT_TOKEN: 1.0})
+    start_from: str | None = None
+    fresh: list[str] = field(default_factory=list)
+    leave_out: list[Literal["decoder"]] = field(default_factory=list)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_ratio: float = 0.03
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        for key, names in (("train", self.train), ("only", self.only), ("fresh", self.fresh)):
+            for name in names:
+                if name not in SLOTS:
+                    raise ValueError(f"model.stage.{key} names '{name}', which is no slot; slots: {', '.join(SLOTS)}")
+        if not 0 <= self.warmup_ratio <= 1:
+            raise ValueError(f"model.stage.warmup_ratio is a share between 0 and 1, not {self.warmup_ratio}")
+        if any(lr is not None and lr < 0 for lr in self.train.values()):
+            raise ValueError(f"model.stage.train has a negative learning rate: {self.train}")
+
+    def freeze(self, model: VLM, removed: Collection[str] = ()) -> None:
+        """Let the named slots train and freeze everything else.
+
+        Args:
+            model: the model.
+            removed: heads that a flag has set to null; what the stage says of them is no mistake.
+
+        Raises:
+            ValueError: for a slot that the model lacks or that has nothing to train, an unknown loss, or a head that
+                trains without its loss.
+        """
+        slots = model.slots()
+        model.requires_grad_(False)
+        for slot, lr in self.train.items():
+            if lr is None:
+                continue
+            parameters = self._chosen(slot, slots.get(slot, ()))
+            if not parameters and not (slot == "heads" and removed):
+                raise ValueError(
+                    f"model.stage.train names '{slot}', but this model has nothing to train there: "
+                    "remove it or set it to null"
+                )
+            for parameter in parameters:
+                parameter.requires_grad_(True)
+        for parameter in model.embedder.replaced(model.decoder):
+            parameter.requires_grad_(False)
+        known = {NEXT_TOKEN, *model.heads, *removed}
+        if unknown := set(self.losses) - known:
+            raise ValueError(f"model.stage.losses names {sorted(unknown)}; this model has {sorted(known)}")
+        if not any(self.losses.values()):
+            raise ValueError("model.stage.losses has no loss with a weight other than 0")
+        if "decoder" in self.leave_out:
+            self._check_decoder_idle(model)
+        idle = [name for name in model.heads if not self.losses.get(name)]
+        for name in idle:
+            model.heads[name].requires_grad_(False)
+
+    def _chosen(self, slot: str, parts: Iterable[Part]) -> list[nn.Parameter]:
+        """What of a slot trains."""
+        try:
+            return [p for part in parts for p in part.trainable_parameters(self.only.get(slot))]
+        except ValueError as error:
+            raise ValueError(f"{error}: set model.stage.only.{slot} to null") from error
+
+    def _check_decoder_idle(self, model: VLM) -> None:
+        heads = {name: head for name, head in model.heads.items() if isinstance(head, Head) and self.losses.get(name)}
+        reading = [name for name, head in heads.items() if any(isinstance(tap, int) and tap > 0 for tap in head.taps)]
+        if self.losses.get(NEXT_TOKEN):
+            reading.append(NEXT_TOKEN)
+        if reading:
+            raise ValueError(f"model.stage.leave_out names the decoder, which these losses run: {', '.join(reading)}")
+
+    def remarks(self, model: VLM) -> list[str]:
+        """What is allowed, and rarely meant, about a model after `freeze`: a line each, to warn of.
+
+        A part that stays random for ever is one of them, where its class cannot have pretrained weights: an encoder or
+        a decoder of a `config` is random because someone said so.
+        """
+        lines = [line for name in sorted(model.drawn) if (line := self._stays_random(model, name))]
+        if self.train.get("heads") and model.heads and not any(self.losses.get(name) for name in model.heads):
+            lines.append(
+                "model.stage.train names heads, and no head has a loss with a weight in model.stage.losses, so none "
+                f"trains: {', '.join(model.heads)}"
+            )
+        return lines
+
+    def _stays_random(self, model: VLM, name: str) -> str | None:
+        slot, _, head = name.partition(".")
+        part = model.get_submodule(name)
+        assert isinstance(part, Part)
+        count = sum(parameter.numel() for parameter in part.parameters())
+        if not count or not part.frozen() or type(part).pretrained_state is not Part.pretrained_state:
+            return None
+        if head and not self.losses.get(head):
+            return None
+        why = f", as model.stage.fresh names {slot}" if slot in self.fresh and self.start_from else ""
+        read = f" has a loss of weight {self.losses[head]:g} and" if head else ""
+        return (
+            f"{name} ({type(part).__name__}, {count:,} parameters){read} starts from random weights{why}, and it is "
+            f"frozen, so it stays random: name {slot} in model.stage.train, or give it weights by "
+            "model.stage.start_from"
+        )
+
+    def warm_up(self, total_steps: int) -> int:
+        """Steps over which the learning rate rises: ⌈warmup_ratio · total⌉."""
+        return math.ceil(total_steps * self.warmup_ratio)
+
+    def schedule_remark(self, total_steps: int) -> str | None:
+        """A line to warn of where the learning rate never gets to its peak; None where it does."""
+        if self.warm_up(total_steps) < max(total_steps, 1):
+            return None
+        steps = "the only step has" if total_steps <= 1 else f"the first of {total_steps} steps has"
+        return (
+            f"the warm-up covers all steps: {steps} learning rate 0, and none has the peak rate; set "
+            "model.stage.warmup_ratio to 0, or train for more steps (trainer.max_steps)"
+        )
+
+    def make_optimizer(self, model: VLM, fused: bool = True) -> Optimizer:
+        """The optimizer with one learning rate per slot, over what `freeze` left trainable.
+
+        Args:
+            model: after `freeze`.
+            fused: one kernel for all parameters. Not with scaled gradients, which it would unscale inside, behind
+                clipping and whoever looks at gradients.
+
+        Raises:
+            ValueError: when nothing trains.
+        """
+        groups = list(self._groups(model))
+        if not groups:
+            raise ValueError("model.stage.train names no slot, so there is nothing to train")
+        if self.optimizer == "muon":
+            return MuonAdamW(_split_for_muon(groups), self.betas, self.eps)
+        return AdamW(groups, betas=self.betas, eps=self.eps, fused=fused)
+
+    def _groups(self, model: VLM) -> Iterator[dict[str, Any]]:
+        seen: set[int] = set()
+        for slot, parts in model.slots().items():
+            trained = [p for part in parts for p in part.parameters() if p.requires_grad]
+            parameters = [p for p in trained if id(p) not in seen]
+            seen |= {id(p) for p in parameters}
+            for decay, members in (
+                (self.weight_decay, [p for p in parameters if p.ndim > 1]),
+                (0.0, [p for p in parameters if p.ndim <= 1]),
+            ):
+                if members:
+                    yield {"params": members, "lr": self.train[slot], "weight_decay": decay, "slot": slot}
+
+    def scheduler(self, optimizer: torch.optim.Optimizer, total_steps: int) -> LRScheduler:
+        """Warm-up over ⌈warmup_ratio · total⌉ steps, then the schedule."""
+        return get_scheduler(
+            SCHEDULES[self.schedule],
+            optimizer,
+            num_warmup_steps=self.warm_up(total_steps),
+            num_training_steps=total_steps,
+        )
+
+    def summary(self, model: VLM) -> list[SlotCount]:
+        """Trained and frozen parameters of each slot."""
+        rows = []
+        for slot, parts in model.slots().items():
+            parameters = {id(p): p for part in parts for p in part.parameters()}.values()
+            trained = sum(p.numel() for p in parameters if p.requires_grad)
+            total = sum(p.numel() for p in parameters)
+            names = ", ".join(type(part).__name__ for part in parts)
+            rows.append(SlotCount(slot, names, trained, total - trained, self.train.get(slot) if trained else None))
+        return rows
+
+
+def _split_for_muon(groups: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Matrices, word tables among them, apart from all else."""
+    for group in groups:
+        for muon in (True, False):
+            members = [p for p in group["params"] if (p.ndim == 2) == muon]
+            if members:
+                yield group | {"params": members, "muon": muon}
+
+
+def frozen_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters that do not train, and buffers of modules that hold nothing trainable, by name."""
+    tensors: dict[str, torch.Tensor] = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+    for prefix, module in model.named_modules():
+        if any(p.requires_grad for p in module.parameters()):
+            continue
+        for name, buffer in module.named_buffers(recurse=False):
+            tensors[f"{prefix}.{name}"] = buffer
+    return tensors

@@ -1,0 +1,253 @@
+"""Small pretrained parts that know generated scenes, for the scale `mini`.
+
+They are trained on this machine when they are first asked for, which takes about ten minutes on two cores, and are then
+kept in the cache. `made:scenes-decoder` has read the scenes' language; `made:scenes-encoder` sees what stands where.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+from filelock import FileLock
+from rich.progress import Progress
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor, nn
+from torch.optim import AdamW, Muon, Optimizer
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from lit_vlm.core.precision import choose
+from lit_vlm.data.sample.templates import Span, VicunaV1
+from lit_vlm.worlds.scenes import Scene, Scenes, render, sample_scene
+from lit_vlm.worlds.scenes.world import COLOURS, SHAPES, SIZES
+
+PARTS = {"scenes-decoder": 4, "scenes-encoder": 1}
+"""Each with a number that goes up whenever it comes out otherwise."""
+DECODER = LlamaConfig(
+    vocab_size=600,
+    hidden_size=192,
+    intermediate_size=576,
+    num_hidden_layers=6,
+    num_attention_heads=6,
+    num_key_value_heads=6,
+    max_position_embeddings=2048,
+    tie_word_embeddings=False,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
+)
+"""3.1 million parameters. Six layers: two things are compared by finding both, reading them, and then weighing them."""
+MAX_THINGS, TURNS = 3, 6
+ENCODER, LEVEL, SIZE = "resnet10t", 3, 96
+"""A timm model, read where 16 × 16 pixels have become one token: 1.2 million parameters, 36 tokens of a picture."""
+ANSWERS = re.compile(r"(?:Answer:|ASSISTANT:)(.*?(?:\n|</s>|(?= USER:)|$))")
+REST = 0.1
+"""Weight of all text that is not an answer: most of it, such as what stands in a scene, nobody could predict."""
+
+
+def made(name: str, cache: Path, weights: bool = True) -> Path:
+    """A part by name; it is made if the cache does not have it.
+
+    Args:
+        name: one of `PARTS`.
+        cache: folder that keeps it.
+        weights: whether they are wanted; configuration and tokenizer are there in seconds.
+
+    Returns:
+        a folder as transformers saves it, or a weight file.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    if name not in PARTS:
+        raise ValueError(f"there is no part 'made:{name}'; there are {', '.join(f'made:{part}' for part in PARTS)}")
+    target = cache / f"{name}-{PARTS[name]}"
+    target.mkdir(exist_ok=True)
+    wanted = target / ("config.json" if name == "scenes-decoder" and not weights else "model.safetensors")
+    with FileLock(cache / f"{name}.lock"):
+        if not wanted.exists():
+            # A process of its own: the caller may have set another dtype, device or thread count.
+            goal = "weights" if weights else "config"
+            with tempfile.TemporaryDirectory(dir=cache) as scratch:
+                subprocess.run([sys.executable, "-m", "lit_vlm.worlds.mini", name, goal, scratch], check=True)
+                for file in Path(scratch).iterdir():
+                    shutil.move(file, target / file.name)
+    return target if name == "scenes-decoder" else wanted
+
+
+# ------------------------------------------------------------------ decoder
+
+
+def _texts(count: int, seed: int) -> Iterator[str]:
+    """Documents, conversations and captions about scenes that nobody draws."""
+    template = VicunaV1(system="")
+    texts = Scenes("text", count, seed=seed, turns=TURNS, max_things=MAX_THINGS, wording="plain")
+    captions = Scenes("captions", count, seed=seed, max_things=MAX_THINGS, wording="plain")
+    for index in range(count):
+        pieces = template.render(texts.outline(index).messages, "</s>")
+        yield "".join(piece.text for piece in pieces if isinstance(piece, Span))
+        if index % 3 == 0:
+            yield f"{captions.outline(index).messages[-1].text}\n</s>"
+
+
+def save_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """Learn a small vocabulary and save it with the decoder's configuration."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=DECODER.vocab_size,
+        special_tokens=["<pad>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_texts(600, 900), trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    fast.save_pretrained(folder)
+    DECODER.save_pretrained(folder)
+    return fast
+
+
+def train_decoder(folder: Path, steps: int = 600, rows: int = 12, length: int = 192, documents: int = 10000) -> None:
+    """Read the scenes' text: next-token loss in which answers count most."""
+    torch.manual_seed(0)
+    ids, weights = _tokens(save_tokenizer(folder), documents, length)
+    model = LlamaForCausalLM._from_config(DECODER, attn_implementation="eager")
+    order = torch.cat([torch.randperm(len(ids)) for _ in range(1 + steps * rows // len(ids))])
+
+    def loss(step: int) -> Tensor:
+        chosen = order[step * rows : (step + 1) * rows]
+        logits = model(input_ids=ids[chosen]).logits[:, :-1].float().flatten(0, 1)
+        weight = weights[chosen][:, 1:].flatten()
+        return (F.cross_entropy(logits, ids[chosen][:, 1:].flatten(), reduction="none") * weight).sum() / weight.sum()
+
+    hidden = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    chosen = {id(p) for p in hidden}
+    others = [p for p in model.parameters() if id(p) not in chosen]
+    optimizers = [
+        Muon(hidden, lr=3e-3, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        AdamW(others, lr=3e-3, weight_decay=0.0, betas=(0.9, 0.98)),
+    ]
+    _train(model, optimizers, loss, steps, "training the mini decoder on the scenes' text, once")
+    model.eval().save_pretrained(folder)
+
+
+def _tokens(tokenizer: PreTrainedTokenizerFast, documents: int, length: int) -> tuple[Tensor, Tensor]:
+    """Ids of all texts end to end, and the weight of each, cut into rows of `length`."""
+    ids: list[int] = []
+    weights: list[float] = []
+    for text in _texts(documents, 0):
+        found = tokenizer(text, return_offsets_mapping=True)
+        answers = [match.span(1) for match in ANSWERS.finditer(text)]
+        ids += found.input_ids
+        weights += [
+            1.0 if any(start < right and end > left for left, right in answers) else REST
+            for start, end in found.offset_mapping
+        ]
+    rows = len(ids) // length
+    return (
+        torch.tensor(ids[: rows * length]).view(rows, length),
+        torch.tensor(weights[: rows * length]).view(rows, length),
+    )
+
+
+# ------------------------------------------------------------------ encoder
+
+
+class _Cells(nn.Module):
+    """Of each cell: is a centre here, its shape, colour and size, and its depth and place in the picture."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = timm.create_model(ENCODER, features_only=True, out_indices=(LEVEL,))
+        self.sizes = [1, len(SHAPES), len(COLOURS), len(SIZES), 3]
+        self.read = nn.Conv2d(self.backbone.feature_info.channels()[-1], sum(self.sizes), 1)
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        (features,) = self.backbone(pixels)
+        return self.read(features).float().permute(0, 2, 3, 1).split(self.sizes, -1)
+
+
+def _cell_targets(scenes: list[Scene], side: int) -> tuple[Tensor, Tensor]:
+    """Where centres are, `[n, side, side]`, and what stands there, `[n, side, side, 6]`."""
+    here, what = torch.zeros(len(scenes), side, side), torch.zeros(len(scenes), side, side, 6)
+    for number, scene in enumerate(scenes):
+        # The nearest comes last, so it is the one that a cell with two centres names.
+        for thing in sorted(scene.things, key=lambda thing: -thing.z):
+            column, row, depth = scene.camera.project(thing.centre)
+            i, j = min(side - 1, int(row * side)), min(side - 1, int(column * side))
+            here[number, i, j] = 1
+            look = thing.look
+            kinds = [SHAPES.index(look.shape), COLOURS.index(look.colour), SIZES.index(look.size)]
+            # Place in the whole picture, not in the cell: nothing behind the encoder tells where a token comes from.
+            what[number, i, j] = torch.tensor([*kinds, depth / 3 - 2, row * 4 - 2, column * 4 - 2])
+    return here, what
+
+
+def train_encoder(folder: Path, steps: int = 400, batch: int = 48) -> None:
+    """Learn to say of each cell what stands there."""
+    torch.manual_seed(0)
+    model = _Cells().to(memory_format=torch.channels_last)
+    config = timm.get_pretrained_cfg(ENCODER)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (config.mean, config.std))
+
+    def loss(step: int) -> Tensor:
+        scenes = [sample_scene(f"mini-{step}-{index}") for index in range(batch)]
+        pixels = torch.from_numpy(np.stack([render(scene, SIZE).image for scene in scenes])).permute(0, 3, 1, 2)
+        found = model(((pixels.float() / 255 - mean) / std).contiguous(memory_format=torch.channels_last))
+        here, what = _cell_targets(scenes, found[0].shape[1])
+        places = here > 0
+        total = F.binary_cross_entropy_with_logits(found[0][..., 0], here, pos_weight=torch.tensor(4.0))
+        for column, logits in enumerate(found[1:4]):
+            total = total + F.cross_entropy(logits[places], what[places][:, column].long())
+        return total + 4 * F.smooth_l1_loss(found[4][places], what[places][:, 3:])
+
+    optimizer = AdamW(model.parameters(), lr=3e-3, weight_decay=0.01, betas=(0.9, 0.98))
+    _train(model, [optimizer], loss, steps, "training the mini encoder on scenes, once")
+    state = {name: tensor.contiguous() for name, tensor in model.backbone.state_dict().items()}
+    save_file(state, folder / "model.safetensors")
+
+
+def _train(
+    model: nn.Module, optimizers: list[Optimizer], loss: Callable[[int], Tensor], steps: int, title: str
+) -> None:
+    schedules = [
+        torch.optim.lr_scheduler.OneCycleLR(
+            o, o.defaults["lr"], total_steps=steps + 1, pct_start=0.05, cycle_momentum=False
+        )
+        for o in optimizers
+    ]
+    model.train()
+    precision = choose("cpu")
+    with Progress() as progress:
+        task = progress.add_task(title, total=steps)
+        for step in range(steps):
+            with precision.autocast("cpu"):
+                value = loss(step)
+            value.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for optimizer, schedule in zip(optimizers, schedules, strict=True):
+                optimizer.step()
+                optimizer.zero_grad()
+                schedule.step()
+            progress.update(task, advance=1, description=f"{title} (loss {value.item():.2f})")
+
+
+if __name__ == "__main__":
+    part, goal, out = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+    if part == "scenes-encoder":
+        train_encoder(out)
+    elif goal == "weights":
+        train_decoder(out)
+    else:
+        save_tokenizer(out)

@@ -1,0 +1,241 @@
+"""Scenes as a source of records."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal, get_args
+
+from PIL import Image as PILImage
+
+from lit_vlm.data.records import Content, Image, Message, Record, Text
+from lit_vlm.data.sources.base import Source
+from lit_vlm.worlds.scenes.language import caption, describe_for
+from lit_vlm.worlds.scenes.maps import cell_maps
+from lit_vlm.worlds.scenes.questions import QUESTION_KINDS, Question, QuestionKind, ask, ask_about
+from lit_vlm.worlds.scenes.render import MIN_SIZE, Rendering, render
+from lit_vlm.worlds.scenes.sampling import MAX_THINGS, sample_scene
+from lit_vlm.worlds.scenes.world import Scene, Wording
+
+Kind = Literal["captions", "questions", "text", "interleaved"]
+Split = Literal["train", "held_out"]
+VERSION = 4
+"""Goes up whenever the same arguments give other records."""
+PROMPT = "Describe the scene."
+LEAST_THINGS = 3
+"""Questions about distance compare two things seen from a third."""
+
+
+class Scenes(Source):
+    """Pictures of coloured solids with text that follows from the geometry; needs no file.
+
+    Record i depends on the arguments and i only, and not on `count`.
+
+    Args:
+        kind: `captions`: a picture and its description. `questions`: a picture and a multiple-choice question. `text`:
+            a description without picture, and a question that it answers. `interleaved`: several pictures in one
+            document, each followed by a question of one kind with its answer, or by the answer as a sentence.
+        count: number of samples.
+        seed: another seed gives other scenes.
+        size: height and width of the pictures in pixels.
+        split: `train` or `held_out`; the two have no scene in common.
+        question_kinds: what is asked, taking turns; default: all five. Not for captions.
+        shots: pictures per record; for `interleaved` only.
+        images_first: all pictures in front of the text; for `interleaved` only. An ablation of VILA.
+        turns: questions per record, one after the other; for `questions` and `text`. The first is of the kind whose
+            turn it is, the others are of random kinds, and fewer where a scene offers no more. Options belong to the
+            last one.
+        max_things: the most that a scene holds, 3 to 6: fewer are easier to tell apart.
+        wording: `varied`, or `plain`, which small models learn sooner: things go by their full names, relations are
+            asked for as "which is further left", and places and distances differ more.
+        maps: cells per side of the exact maps of depth and segmentation that each picture carries, for
+            `teachers.KnownMap`; default: none.
+        name: what the source is reported under; default: `scenes_` and its kind.
+
+    Raises:
+        ValueError: if an argument is outside its range.
+    """
+
+    def __init__(
+        self,
+        kind: Kind,
+        count: int,
+        seed: int = 0,
+        size: int = 96,
+        split: Split = "train",
+        question_kinds: list[QuestionKind] | None = None,
+        shots: int = 4,
+        images_first: bool = False,
+        turns: int = 1,
+        max_things: int = MAX_THINGS,
+        wording: Wording = "varied",
+        maps: int | None = None,
+        name: str | None = None,
+    ) -> None:
+        _check_choice("kind", kind, get_args(Kind))
+        _check_choice("split", split, get_args(Split))
+        _check_choice("wording", wording, get_args(Wording))
+        for question_kind in question_kinds or ():
+            _check_choice("question_kinds", question_kind, QUESTION_KINDS)
+        _check_least("count", count, 1)
+        _check_least("size", size, MIN_SIZE)
+        _check_least("shots", shots, 1)
+        _check_least("turns", turns, 1)
+        if not LEAST_THINGS <= max_things <= MAX_THINGS:
+            raise ValueError(f"max_things is {max_things}; it must be from {LEAST_THINGS} to {MAX_THINGS}")
+        if turns > 1 and kind not in ("questions", "text"):
+            raise ValueError(f"turns is {turns} with kind {kind!r}; only questions and text take turns")
+        if question_kinds is not None and (kind == "captions" or not question_kinds):
+            raise ValueError(f"question_kinds is {question_kinds!r} with kind {kind!r}; leave it out")
+        self.name, self.named = name if name is not None else f"scenes_{kind}", name is not None
+        self.image_folder = Path()
+        self.kind, self.count, self.seed, self.size, self.split, self.shots = kind, count, seed, size, split, shots
+        if images_first and kind != "interleaved":
+            raise ValueError(f"images_first is for kind interleaved, not for {kind!r}")
+        self.images_first = images_first
+        self.turns, self.max_things, self.wording = turns, max_things, wording
+        self.cells = maps
+        if maps is not None and (maps < 1 or size % maps):
+            raise ValueError(f"maps is {maps}; pictures of {size} pixels must divide into {maps} cells a side")
+        self.question_kinds = tuple(question_kinds or QUESTION_KINDS)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def record(self, index: int) -> Record:
+        """Draw one sample.
+
+        Raises:
+            IndexError: if `index` is not from 0 to `count` - 1.
+        """
+        record, scenes = self._compose(index)
+        images = iter([self._draw(scene) for scene in scenes])
+        messages = tuple(
+            Message(message.role, tuple(next(images) if isinstance(part, Image) else part for part in message.content))
+            for message in record.messages
+        )
+        return Record(record.id, record.source, messages, record.options)
+
+    def _draw(self, scene: Scene) -> Image:
+        rendering = render(scene, self.size)
+        image = _encode(rendering)
+        return image if self.cells is None else replace(image, maps=cell_maps(scene, rendering, self.cells))
+
+    def outline(self, index: int) -> Record:
+        """The record without the bytes of its images, which are not drawn; raises as `record` does."""
+        return self._compose(index)[0]
+
+    def maps(self, index: int) -> list[Rendering]:
+        """Pixels, depth and segmentation of a record's pictures, in their order; raises as `record` does.
+
+        Returns:
+            one rendering of `size` × `size` per picture; none for `text`.
+        """
+        return [render(scene, self.size) for scene in self._compose(index)[1]]
+
+    def fingerprint(self) -> str:
+        """A hash of the arguments, which decide everything."""
+        # Maps add to a picture and change nothing of it.
+        arguments = {name: value for name, value in sorted(vars(self).items()) if name not in ("image_folder", "cells")}
+        if not self.images_first:
+            del arguments["images_first"]  # came later: sets without it are the same as before
+        return hashlib.sha256(f"scenes-{VERSION}-{arguments}".encode()).hexdigest()[:16]
+
+    def _compose(self, index: int) -> tuple[Record, list[Scene]]:
+        """A record whose images have no bytes yet, and what they show."""
+        if not 0 <= index < self.count:
+            raise IndexError(f"index is {index}; the source has {self.count} samples")
+        seed = f"{self.split}-{self.kind}-{self.seed}-{index}"
+        rng = random.Random(f"record-{seed}")
+        question_kind = self._kind_of(index)
+        if self.kind == "captions":
+            return self._caption(index, seed, rng)
+        if self.kind == "questions":
+            return self._question(index, seed, rng, question_kind)
+        if self.kind == "text":
+            return self._text(index, seed, rng, question_kind), []
+        return self._interleaved(index, seed, rng, question_kind)
+
+    def _kind_of(self, index: int) -> QuestionKind:
+        """Kinds come once in a round, in random order: whoever takes every n-th record meets them all."""
+        turn, place = divmod(index, len(self.question_kinds))
+        rng = random.Random(f"kinds-{self.seed}-{turn}")
+        return rng.sample(self.question_kinds, len(self.question_kinds))[place]
+
+    def _blank(self) -> Image:
+        return Image(size=(self.size, self.size))
+
+    def _caption(self, index: int, seed: str, rng: random.Random) -> tuple[Record, list[Scene]]:
+        scene = replace(sample_scene(seed, max_things=self.max_things), wording=self.wording)
+        user = Message("user", (self._blank(), Text(f"\n{PROMPT}")))
+        answer = Message("assistant", (Text(caption(scene, rng)),))
+        return Record(f"caption-{index}", self.name, (user, answer)), [scene]
+
+    def _ask(self, seed: str, kind: QuestionKind, rng: random.Random) -> tuple[Scene, list[Question]]:
+        """A scene and up to `turns` different questions about it."""
+        scene, first = ask(kind, seed, self.max_things, self.wording)
+        questions = {first.text: first}
+        for _ in range(self.turns - 1):
+            further = ask_about(scene, rng.choice(self.question_kinds), rng)
+            if further is not None:
+                questions.setdefault(further.text, further)
+        return scene, list(questions.values())
+
+    def _question(self, index: int, seed: str, rng: random.Random, kind: QuestionKind) -> tuple[Record, list[Scene]]:
+        scene, questions = self._ask(seed, kind, rng)
+        messages = _dialogue((self._blank(), Text(f"\n{questions[0].text}")), questions)
+        return Record(f"{kind}-{index}", self.name, messages, questions[-1].options), [scene]
+
+    def _text(self, index: int, seed: str, rng: random.Random, kind: QuestionKind) -> Record:
+        scene, questions = self._ask(seed, kind, rng)
+        description = describe_for(scene, questions, rng)
+        name = f"text-{kind}-{index}"
+        if rng.random() < 0.5:
+            asked = [f"Question: {question.text}\nAnswer: {question.answer}" for question in questions]
+            return Record(name, self.name, (Message("document", (Text("\n".join([description, *asked])),)),))
+        messages = _dialogue((Text(f"{description}\n{questions[0].text}"),), questions)
+        return Record(name, self.name, messages, questions[-1].options)
+
+    def _interleaved(self, index: int, seed: str, rng: random.Random, kind: QuestionKind) -> tuple[Record, list[Scene]]:
+        as_statements = rng.random() < 0.5
+        content: list[Content] = []
+        scenes = []
+        for shot in range(self.shots):
+            scene, question = ask(kind, f"{seed}-{shot}", self.max_things, self.wording)
+            told = question.statement if as_statements else f"Question: {question.text}\nAnswer: {question.answer}"
+            content += [self._blank(), Text(f"\n{told}" if shot == self.shots - 1 else f"\n{told}\n\n")]
+            scenes.append(scene)
+        if self.images_first:
+            content.sort(key=lambda part: isinstance(part, Text))
+        return Record(f"interleaved-{kind}-{index}", self.name, (Message("document", tuple(content)),)), scenes
+
+
+def _dialogue(opening: tuple[Content, ...], questions: list[Question]) -> tuple[Message, ...]:
+    """Questions and answers in turn; the first question is part of the opening."""
+    asked = [opening, *((Text(question.text),) for question in questions[1:])]
+    turns = zip(asked, questions, strict=True)
+    return tuple(
+        message
+        for content, question in turns
+        for message in (Message("user", content), Message("assistant", (Text(question.answer),)))
+    )
+
+
+def _check_choice(argument: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{argument}: {value!r} is unknown; use {', '.join(choices)}")
+
+
+def _check_least(argument: str, value: int, least: int) -> None:
+    if value < least:
+        raise ValueError(f"{argument} is {value}; it must be at least {least}")
+
+
+def _encode(rendering: Rendering) -> Image:
+    height, width = rendering.segmentation.shape
+    buffer = io.BytesIO()
+    PILImage.fromarray(rendering.image).save(buffer, format="PNG", compress_level=1)
+    return Image(data=buffer.getvalue(), size=(width, height))

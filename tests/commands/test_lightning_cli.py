@@ -1,0 +1,55 @@
+"""Folders that hold a run, and which precision a run goes on in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from lit_vlm.commands.lightning_cli import _precision_begun, _refuse_other_run
+
+
+def checkpoint(folder: Path) -> Path:
+    file = folder / "checkpoints" / "step=00000002.ckpt"
+    file.parent.mkdir(parents=True)
+    torch.save({}, file)
+    return file
+
+
+def test_a_folder_with_a_run_is_refused_unless_that_run_goes_on(tmp_path: Path) -> None:
+    _refuse_other_run(tmp_path / "new", None)
+    file = checkpoint(tmp_path / "a")
+    other = checkpoint(tmp_path / "b")
+    for given in (None, str(other)):
+        with pytest.raises(ValueError, match="a holds a run already, whose newest checkpoint is step=00000002.ckpt"):
+            _refuse_other_run(tmp_path / "a", given)
+    for given in (str(file), "last", "best", "hpc"):
+        _refuse_other_run(tmp_path / "a", given)
+    # What Lightning saves when SLURM takes a job away: the same command goes on from it.
+    (tmp_path / "a" / "hpc_ckpt_1.ckpt").touch()
+    _refuse_other_run(tmp_path / "a", None)
+
+
+@pytest.mark.parametrize(
+    ("written", "found"),
+    [
+        ("trainer:\n  precision: bf16-mixed", "bf16-mixed"),
+        ("trainer:\n  precision: null", "32-true"),
+        ("trainer:\n  max_steps: 3", "32-true"),
+        ("title: a config of something else", "auto"),
+    ],
+)
+def test_a_run_goes_on_in_its_precision(tmp_path: Path, written: str, found: str) -> None:
+    (tmp_path / "config.yaml").write_text(written)
+    file = checkpoint(tmp_path)
+    assert _precision_begun(tmp_path / "new", str(file)) == found
+    assert _precision_begun(tmp_path, "last") == found
+    assert _precision_begun(tmp_path, None) == "auto"  # begun anew
+    (tmp_path / "hpc_ckpt_1.ckpt").touch()  # the same command, once SLURM has requeued the job
+    assert _precision_begun(tmp_path, None) == found
+
+
+def test_a_checkpoint_far_from_its_run_goes_on_in_what_this_device_is_fast_in(tmp_path: Path) -> None:
+    assert _precision_begun(tmp_path / "new", str(checkpoint(tmp_path))) == "auto"
+    assert _precision_begun(tmp_path, "last") == "auto"

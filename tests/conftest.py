@@ -1,0 +1,80 @@
+"""What several tests of the data side need: a tokenizer, a spec, pictures and samples."""
+
+from __future__ import annotations
+
+import io
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image as PILImage
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from lit_vlm.core.batch import IGNORE, Grid, PixelSpec
+from lit_vlm.core.tokenizers import byte_tokenizer
+from lit_vlm.data.sample.encode import Sample
+from lit_vlm.data.sample.spec import InputSpec
+from lit_vlm.encoders import PatchGrid
+from lit_vlm.projectors.base import same_grid
+
+FIXTURES = Path(__file__).parent / "fixtures"
+
+
+def make_spec(tokenizer: PreTrainedTokenizerFast) -> InputSpec:
+    return InputSpec(tokenizer, PixelSpec(None, 4, (0.5, 0.5, 0.5)), PatchGrid(4), same_grid)
+
+
+@pytest.fixture(scope="session")
+def bytes_spec() -> InputSpec:
+    """One token per byte, patches of 4 pixels, one position per patch."""
+    return make_spec(byte_tokenizer())
+
+
+@pytest.fixture(scope="session")
+def llama_spec() -> InputSpec:
+    """The Llama-like tokenizer of 480 pieces that the reference ids were made with."""
+    return make_spec(AutoTokenizer.from_pretrained(FIXTURES / "tiny_llama"))
+
+
+@pytest.fixture
+def png() -> Callable[..., bytes]:
+    """PNG bytes of a picture of one colour."""
+
+    def make(width: int = 8, height: int = 8, colour: tuple[int, int, int] = (10, 20, 30)) -> bytes:
+        buffer = io.BytesIO()
+        PILImage.new("RGB", (width, height), colour).save(buffer, "PNG")
+        return buffer.getvalue()
+
+    return make
+
+
+@pytest.fixture
+def make_sample() -> Callable[..., Sample]:
+    """A sample of `length` positions; text ids are 1 to 9, so that 0 is found at image positions only."""
+
+    def make(name: str, length: int, grids: Sequence[Grid] = (), seed: int | None = None) -> Sample:
+        rng = random.Random(name if seed is None else seed)
+        text = length - sum(grid.num_tokens for grid in grids)
+        assert text > 0
+        cuts = sorted(rng.randint(0, text) for _ in grids)
+        ids: list[int] = []
+        labels: list[int] = []
+        starts: list[int] = []
+        done = 0
+        for cut, grid in zip([*cuts, text], [*grids, None], strict=True):
+            chunk = [rng.randint(1, 9) for _ in range(cut - done)]
+            ids += chunk
+            labels += [token if rng.random() < 0.6 else IGNORE for token in chunk]
+            done = cut
+            if grid is not None:
+                starts.append(len(ids))
+                ids += [0] * grid.num_tokens
+                labels += [IGNORE] * grid.num_tokens
+        pictures = [
+            torch.full((3, 4 * grid.rows, 4 * grid.cols), rng.randint(0, 255), dtype=torch.uint8) for grid in grids
+        ]
+        return Sample(name, "made", ids, labels, starts, list(grids), pictures)
+
+    return make

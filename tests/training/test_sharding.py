@@ -1,0 +1,119 @@
+"""Every member of every slot trains sharded as it trains whole, and what cannot says so."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.multiprocessing.spawn import spawn
+
+from lit_vlm import decoders, embedders, encoders, heads, projectors
+from lit_vlm.core.batch import Images, VisualTokens
+from lit_vlm.core.part import Part, load_state, meta_parameters
+from lit_vlm.encoders import HFEncoder
+from lit_vlm.model.build import build
+from lit_vlm.projectors import Projector
+from lit_vlm.training.sharding import OncePerForward, shard
+from tests import sharded
+from tests.sharded import CASES, Tangled
+from tests.tiny import CLIP, tiny_slots
+
+
+def members() -> set[str]:
+    """All parts that the kit exports."""
+    found = set()
+    for package in (encoders, projectors, embedders, decoders, heads):
+        classes = {name: getattr(package, name) for name in package.__all__}
+        found |= {
+            name
+            for name, member in classes.items()
+            if inspect.isclass(member) and issubclass(member, Part) and not inspect.isabstract(member)
+        }
+    return found
+
+
+def test_every_member_has_a_case_below() -> None:
+    missing = members() - {name.split("/")[0] for name in CASES}
+    assert not missing, f"add a tiny configuration of {sorted(missing)} to tests/sharded.py"
+
+
+def test_two_processes_one_without_pictures_give_the_losses_and_gradients_of_one(tmp_path: Path) -> None:
+    # All members in one start of two processes, as a start takes longer than all of them.
+    spawn(sharded.main, (tmp_path,), nprocs=2)
+    results = torch.load(tmp_path / "results.pt")
+    assert results.keys() == CASES.keys()
+    assert all(found for found in results.values())
+    wrong = {
+        name: {key: value for key, value in found.items() if value > 1e-4}
+        for name, found in results.items()
+        if any(value > 1e-4 for value in found.values())
+    }
+    assert not wrong
+    first, second = (torch.load(tmp_path / f"ends-{rank}.pt") for rank in range(2))
+    assert second.startswith("ValueError: encoder Looping: block 0 runs again in one forward pass")
+    assert first.startswith("RuntimeError")  # its partner has left; it does not wait for ever
+
+
+class Stack(HFEncoder):
+    """A vision transformer whose forward pass is one list of blocks."""
+
+    def __init__(self, order: list[int]) -> None:
+        super().__init__(config=CLIP)
+        self.order = order
+
+    def forward(self, images: Images) -> VisualTokens:
+        for index in self.order:
+            self.blocks()[index](torch.zeros(1, 4, 32), None)
+        return VisualTokens(torch.zeros(0, 32), ())
+
+
+@pytest.mark.parametrize(
+    ("order", "message"),
+    [
+        ([0, 1, 0], "encoder Stack: block 0 runs again in one forward pass (2 blocks)"),
+        ([1, 0], "encoder Stack: block 1 runs before block 0 in one forward pass"),
+        ([0], "encoder Stack: block 1 does not run in one forward pass"),
+    ],
+)
+def test_blocks_run_once_and_in_order(order: list[int], message: str) -> None:
+    part = Stack(order)
+    OncePerForward("encoder Stack", part, part.blocks())
+    with pytest.raises(ValueError, match=re.escape(message)):
+        part(Images.pack([]))
+    part.order = [0, 1]
+    for _ in range(2):  # the next passes are counted anew
+        part(Images.pack([]))
+        part.blocks()[0](torch.zeros(1, 4, 32), None)  # as recomputing does, outside of the part's forward pass
+
+
+def test_loaded_weights_keep_ties_of_modules_parameters_and_buffers() -> None:
+    with meta_parameters():
+        part = Tangled(8, 8)
+    state = Tangled(8, 8).state_dict()
+    load_state(part, state, "projector")
+    assert part.again is part.hidden
+    assert part.last.weight is part.hidden.weight
+    assert part.norm.get_buffer("scale") is part.scale
+    assert torch.equal(part.scale, state["scale"])
+
+
+class Twice(Projector):
+    """One module with a parameter under two names."""
+
+    def __init__(self, in_width: int, out_width: int) -> None:
+        super().__init__(in_width, out_width)
+        self.linear = nn.Linear(in_width, out_width)
+        self.linear.again = self.linear.weight
+
+    def forward(self, tokens: VisualTokens) -> VisualTokens:
+        return VisualTokens(self.linear(tokens.features), tokens.grids)
+
+
+def test_a_parameter_with_two_names_in_one_module_is_refused() -> None:
+    model = build(tiny_slots(projector=Twice))
+    with pytest.raises(ValueError, match=r"projector.linear \(Linear\) has a parameter under two names, again is"):
+        shard(model, None, None)  # type: ignore[arg-type]

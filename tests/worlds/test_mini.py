@@ -1,0 +1,114 @@
+"""The scale mini: its parts, and a run of it, with parts that have hardly been trained."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lit_vlm import mini
+from lit_vlm.core.precision import DTYPES
+from lit_vlm.core.pretrained import load_weights, resolve
+from lit_vlm.encoders import TimmEncoder
+from lit_vlm.worlds.scenes import QUESTION_KINDS, Look, Scenes, sample_scene
+from lit_vlm.worlds.scenes.world import COLOURS, SHAPES, SIZES
+from tests.runs import environment
+from tests.tiny import ROOT
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache with both parts after two steps."""
+    folder = tmp_path_factory.mktemp("cache")
+    decoder, encoder = (folder / f"{name}-{version}" for name, version in mini.PARTS.items())
+    decoder.mkdir()
+    encoder.mkdir()
+    mini.train_decoder(decoder, steps=2, rows=2, documents=20)
+    mini.train_encoder(encoder, steps=2, batch=4)
+    return folder
+
+
+def test_parts_are_found_by_name(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIT_VLM_CACHE", str(cache))
+    decoder = AutoModelForCausalLM.from_pretrained(resolve("made:scenes-decoder"))
+    assert 3e6 < decoder.num_parameters() < 6e6
+    encoder = TimmEncoder("resnet10t", pretrained="made:scenes-encoder", depth=3, image_size=96)
+    state = encoder.pretrained_state()
+    assert state is not None
+    assert state.keys() == encoder.state_dict().keys()
+    saved = load_weights(resolve("made:scenes-encoder"))
+    assert torch.equal(state["backbone.conv1.0.weight"], saved["conv1.0.weight"])
+    with pytest.raises(ValueError, match="there is no part 'made:poems'; there are made:scenes-decoder, made:scenes-e"):
+        resolve("made:poems")
+
+
+def test_configuration_and_tokenizer_come_without_training(tmp_path: Path) -> None:
+    folder = mini.made("scenes-decoder", tmp_path, weights=False)
+    assert not list(folder.glob("*.safetensors"))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert 256 < len(tokenizer) <= json.loads((folder / "config.json").read_text())["vocab_size"]
+    text = Scenes("text", 1, turns=3).outline(0).messages[0].text
+    assert tokenizer.decode(tokenizer(text).input_ids) == text
+    words = [word.strip(".,?") for word in text.split()]
+    assert len(tokenizer(text).input_ids) < 2 * len(words)  # most words are one token
+
+
+def test_answers_weigh_most(cache: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(cache / f"scenes-decoder-{mini.PARTS['scenes-decoder']}")
+    ids, weights = mini._tokens(tokenizer, 12, 64)
+    answers = tokenizer.decode(ids[weights == 1.0])
+    assert "Question" not in answers
+    assert "USER" not in answers
+    assert "things" not in answers
+    assert weights.unique().tolist() == pytest.approx([mini.REST, 1.0])
+
+
+def test_cell_targets() -> None:
+    look = Look("cone", "cyan", "large")
+    scene = sample_scene("one", [look])
+    here, what = mini._cell_targets([scene], 6)
+    column, row, depth = scene.camera.project(scene.things[0].centre)
+    assert here.sum() == 1
+    found = what[0, int(row * 6), int(column * 6)].tolist()
+    assert found[:3] == [SHAPES.index(look.shape), COLOURS.index(look.colour), SIZES.index(look.size)]
+    assert np.allclose(found[3:], [depth / 3 - 2, row * 4 - 2, column * 4 - 2], atol=1e-5)
+
+
+def test_a_run_scores_every_kind_of_question(cache: Path, tmp_path: Path) -> None:
+    val = [
+        {
+            "class_path": "lit_vlm.worlds.Scenes",
+            "init_args": {"kind": "questions", "count": 4, "question_kinds": [kind], "name": kind, "max_things": 3},
+        }
+        for kind in QUESTION_KINDS
+    ]
+    words = ["run", "llava15", "--scale", "mini", "--out", str(tmp_path / "out")]
+    flags = ["--trainer.max_steps", "2", "--trainer.accelerator", "cpu", "--data.val", json.dumps(val)]
+    result = subprocess.run(
+        [sys.executable, "-m", "lit_vlm", *words, *flags],
+        cwd=tmp_path,
+        env=environment(tmp_path) | {"LIT_VLM_CACHE": str(cache), "COLUMNS": "150", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    scores = json.loads((tmp_path / "out" / "2_sft" / "held_out.json").read_text())
+    assert scores.keys() == {"before", "after", "shuffled"}
+    for found in scores.values():
+        assert found["num_records"] == 20
+        assert found["precision"] in DTYPES
+        parts = found["by_source"]
+        assert parts.keys() == set(QUESTION_KINDS)
+        for key in ("loss", "token_f1", "choice_accuracy"):
+            low, high = (bound(part[key] for part in parts.values()) for bound in (min, max))
+            assert low <= found[key] <= high
+        assert parts["count"]["choice_chance"] == 0.25
+        assert parts["depth"]["choice_chance"] == 0.5
+    assert "multiple choice by source" in result.stdout
+    assert all(kind in result.stdout for kind in QUESTION_KINDS)
