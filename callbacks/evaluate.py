@@ -10,7 +10,7 @@ import lightning.pytorch as L
 
 from lit_vlm.data import VLMData
 from lit_vlm.evaluation.asker import Asker
-from lit_vlm.evaluation.tasks import TASKS, Prompts, Shots, Task, TaskSettings, run_task
+from lit_vlm.evaluation.tasks import Prompts, Shots, Task, TaskSettings, find_task, run_task
 from lit_vlm.training.module import LitVLM
 
 
@@ -20,7 +20,7 @@ class Evaluate(L.Callback):
     Answers and scores are written to tasks/NAME/K-shot/STEP/ of the run.
 
     Args:
-        task: name of a task, as `lit-vlm evaluate --help` lists them.
+        task: name of a task, as `lit-vlm evaluate --help` lists them, or the path of its class.
         folder: its files; not needed for generated scenes.
         every_n_steps: optimizer steps between runs; None runs it at the end only.
         limit: examples; default: all.
@@ -37,11 +37,10 @@ class Evaluate(L.Callback):
         shots: int = 0,
         batch_size: int = 16,
     ) -> None:
-        if task not in TASKS:
-            raise ValueError(f"callbacks.Evaluate: there is no task '{task}'; tasks: {', '.join(TASKS)}")
+        kind = find_task(task, "callbacks.Evaluate: task")
         if every_n_steps is not None and every_n_steps < 1:
             raise ValueError(f"callbacks.Evaluate: every_n_steps is at least 1, not {every_n_steps}")
-        self.task: Task = TASKS[task](folder)
+        self.task: Task = kind(folder)
         self.every_n_steps = every_n_steps
         self.settings = TaskSettings(Shots(shots), limit=limit, batch_size=batch_size)
         self._last = -1

@@ -50,11 +50,13 @@ def find_start(source: str | Path) -> None:
     if not (found := _published(source)):
         find_checkpoint(source)
         return
-    from lit_vlm.checkpoints.published import FAMILIES
+    from lit_vlm.checkpoints.published import find_family
 
     family, place = found
-    if family not in FAMILIES:
-        raise ValueError(f"model.stage.start_from: there is no family '{family}'; families: {', '.join(FAMILIES)}")
+    try:
+        find_family(family)
+    except ValueError as error:
+        raise ValueError(f"model.stage.start_from: {error}") from error
     resolve(place)
 
 

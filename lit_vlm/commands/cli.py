@@ -7,11 +7,13 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from lit_vlm import __version__
+from lit_vlm.core.plugins import find_class, load_plugins, use_plugins
 
 VERBS = {
     "run": "run the stages of a recipe, one after the other",
@@ -24,6 +26,7 @@ VERBS = {
     "prepare": "compute features of teachers or of a frozen encoder before training",
     "export": "write a checkpoint in a published format",
     "sync": "send what runs could not report to MLflow",
+    "parts": "list all that a recipe or a flag can name, with one line each",
     "doctor": "report versions, devices and optional packages",
 }
 LIGHTNING = {
@@ -38,7 +41,7 @@ RUN_FOLDER = "LIT_VLM_RUN_FOLDER"
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of the console script."""
     _working_folder_last()
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    arguments = _take_plugins(list(sys.argv[1:] if argv is None else argv))
     verb = arguments[0] if arguments else "--help"
     if verb in ("-h", "--help"):
         _print_help()
@@ -47,9 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif verb in VERBS or verb in LIGHTNING:
         _run(verb, arguments)
     else:
-        sys.stderr.write(f"lit-vlm: there is no command '{verb}'\n\n")
-        _print_help()
-        raise SystemExit(2)
+        _run_brought(verb, arguments[1:])
 
 
 def _working_folder_last() -> None:
@@ -62,12 +63,40 @@ def _working_folder_last() -> None:
 
 
 def _run(verb: str, arguments: list[str]) -> None:
-    """Run one command; what a user got wrong is one line, not a traceback."""
-    try:
+    """Run one of the kit's commands."""
+    with _in_one_line():
         if verb in VERBS:
             importlib.import_module(f"lit_vlm.commands.{verb}").main(arguments[1:])
         else:
             lightning_cli(arguments)
+
+
+def _run_brought(verb: str, arguments: list[str]) -> None:
+    """Run a command of another package."""
+    from lit_vlm.commands.verb import Verb
+
+    with _in_one_line():
+        find_class(verb, Verb, {}, "lit-vlm COMMAND", [*VERBS, *LIGHTNING])().main(arguments)  # type: ignore[type-abstract]
+
+
+def _take_plugins(arguments: list[str]) -> list[str]:
+    """Take `--plugins A,B` out of the words of any command, and name the plugins."""
+    kept: list[str] = []
+    words = iter(arguments)
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if flag == "--plugins":
+            use_plugins((value if equals else next(words, "")).split(","))
+        else:
+            kept.append(word)
+    return kept
+
+
+@contextmanager
+def _in_one_line() -> Iterator[None]:
+    """What a user got wrong is one line, not a traceback."""
+    try:
+        yield
     except (ValueError, OSError) as error:
         if os.environ.get("LIT_VLM_DEBUG"):
             raise
@@ -81,7 +110,8 @@ def _print_help() -> None:
         lines.append(f"{title}:")
         lines += [f"  {verb:10} {text}" for verb, text in verbs.items()]
         lines.append("")
-    lines.append("lit-vlm COMMAND --help explains each.")
+    lines.append("lit-vlm COMMAND --help explains each. A command of another package is named by its class path, or by")
+    lines.append("its name with --plugins MODULE, which every command takes.")
     sys.stdout.write("\n".join(lines) + "\n")
 
 
@@ -91,6 +121,8 @@ def lightning_cli(arguments: Sequence[str], run: bool = True) -> Any:
     if run and os.environ.get("LOCAL_RANK", "0") == "0":
         sys.stderr.write("loading libraries ...\n")  # which takes ten seconds
     from lit_vlm.commands.lightning_cli import LitVLMCLI
+
+    load_plugins()  # their classes go by their bare names
 
     # Lightning warns when arguments are given twice; they are its own if they came from the command line.
     given = list(arguments)

@@ -50,7 +50,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     convert_.add_argument("source", metavar="SOURCE", help="a file or folder")
     convert_.add_argument("out", metavar="OUT", type=Path, help="folder of the new set")
-    convert_.add_argument("--form", choices=FORMS, help="how to read SOURCE, if not as recognised")
+    convert_.add_argument(
+        "--form", help="how to read SOURCE, if not as recognised: one of those below, or the class path of a source"
+    )
     convert_.add_argument(
         "--set",
         action="append",

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from lit_vlm.checkpoints.folder import find_checkpoint
 from lit_vlm.core.precision import choose
-from lit_vlm.evaluation.tasks import TASKS, Evaluated, Prompts, Shots, Task, TaskSettings, run_task
+from lit_vlm.evaluation.tasks import TASKS, Evaluated, Prompts, Shots, Task, TaskSettings, find_task, run_task
 from lit_vlm.evaluation.tasks.base import Choosing
 
 
@@ -90,7 +90,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("checkpoint", help="a checkpoint, or the folder of a run")
     parser.add_argument(
-        "--task", action="append", required=True, metavar="TASK", help="one of those below; may be given several times"
+        "--task",
+        action="append",
+        required=True,
+        metavar="TASK",
+        help="one of those below, or the class path of a task; may be given several times",
     )
     parser.add_argument(
         "--data", type=Path, default=Path("benchmarks"), help="folder with one folder per task (default: benchmarks)"
@@ -134,9 +138,8 @@ def _shots(text: str) -> list[int]:
 
 
 def _task(name: str, data: Path) -> Task:
-    if name not in TASKS:
-        raise ValueError(f"there is no task '{name}'; tasks: {', '.join(TASKS)}")
-    return TASKS[name](str(data / name if TASKS[name].needs_files else "."))
+    kind = find_task(name)
+    return kind(str(data / kind.name if kind.needs_files else "."))
 
 
 def _join_processes(device: str | None) -> str:

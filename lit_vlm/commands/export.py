@@ -11,7 +11,7 @@ from rich.console import Console
 
 def main(argv: Sequence[str]) -> None:
     """Write, read back, compare, and only then say that it worked."""
-    from lit_vlm.checkpoints.published import FAMILIES, export_published
+    from lit_vlm.checkpoints.published import FAMILIES, export_published, find_family
 
     parser = argparse.ArgumentParser(
         prog="lit-vlm export",
@@ -22,11 +22,12 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--format",
         default="llava-hf",
-        choices=sorted(FAMILIES),
-        help="llava-hf (default): LlavaForConditionalGeneration of transformers; the others: the names of each "
-        "system's own code",
+        metavar="FAMILY",
+        help=f"one of {', '.join(FAMILIES)}, or a family's class path. llava-hf (default) is transformers' "
+        "LlavaForConditionalGeneration, the others are the names of each system's own code",
     )
     arguments = parser.parse_args(argv)
+    find_family(arguments.format)  # before minutes of loading
     from transformers.utils.logging import disable_progress_bar
 
     from lit_vlm.evaluation.asker import load_run

@@ -28,6 +28,7 @@ class Recipe:
         starts: stage → the stage whose weights it starts from, where that is not the one before it.
         skip: scale → stages that are left out there unless they are asked for.
         next: commands to try when it has run.
+        plugins: modules whose classes may be named in it by their bare names.
     """
 
     folder: Path
@@ -38,6 +39,7 @@ class Recipe:
     starts: Mapping[str, str] = field(default_factory=dict)
     skip: Mapping[str, Sequence[str]] = field(default_factory=dict)
     next: tuple[str, ...] = ()
+    plugins: tuple[str, ...] = ()
     about: str = field(default="", compare=False)
 
     @property
@@ -116,7 +118,7 @@ def shipped_recipes() -> list[str]:
 def _read(folder: Path) -> Recipe:
     file = folder / "recipe.yaml"
     raw: Any = yaml.safe_load(file.read_text(encoding="utf-8"))
-    known = {"about", "stages", "scale", "strategy", "strategies", "starts", "skip", "next"}
+    known = {"about", "stages", "scale", "strategy", "strategies", "starts", "skip", "next", "plugins"}
     if not isinstance(raw, dict) or not isinstance(raw.get("stages"), list) or not raw["stages"]:
         raise ValueError(f"{file} needs a list 'stages'")
     if unknown := set(raw) - known:
@@ -130,6 +132,7 @@ def _read(folder: Path) -> Recipe:
         starts=_starts(file, raw),
         skip=raw.get("skip") or {},
         next=tuple(raw.get("next", ())),
+        plugins=tuple(raw.get("plugins") or ()),
         about=raw.get("about", ""),
     )
 

@@ -20,6 +20,7 @@ from rich.console import Console
 
 from lit_vlm.checkpoints.folder import checkpoints_in
 from lit_vlm.commands.recipe import Recipe, find_recipe, shipped_recipes
+from lit_vlm.core.plugins import named_plugins, use_plugins
 
 STATE_FILE = "run.json"
 
@@ -36,6 +37,7 @@ class RunState:
         flags: flags that are passed on to every stage.
         done: stages that have ended.
         parent_run: the MLflow run that the stages are children of.
+        plugins: modules whose classes may be named.
     """
 
     recipe: str
@@ -45,6 +47,7 @@ class RunState:
     flags: list[str]
     done: list[str] = field(default_factory=list)
     parent_run: str | None = None
+    plugins: list[str] = field(default_factory=list)
 
     def save(self, folder: Path) -> None:
         """Write it, whole or not at all; when a launcher started several of us, only the first does."""
@@ -83,6 +86,7 @@ def main(argv: Sequence[str]) -> None:
     else:
         folder, state = _new_run(arguments, flags)
     recipe = find_recipe(state.recipe)
+    use_plugins(state.plugins)
     if arguments.dry_run:
         from lit_vlm.commands.dry_run import check_recipe
 
@@ -129,7 +133,9 @@ def _new_run(arguments: argparse.Namespace, flags: list[str]) -> tuple[Path, Run
     recipe = find_recipe(arguments.recipe)
     scale = arguments.scale or recipe.scale
     stages = arguments.stages.split(",") if arguments.stages else recipe.stages_for(scale)
-    state = RunState(arguments.recipe, scale, arguments.strategy or recipe.strategy_for(scale), stages, flags)
+    plugins = list(dict.fromkeys([*recipe.plugins, *named_plugins()]))
+    strategy = arguments.strategy or recipe.strategy_for(scale)
+    state = RunState(arguments.recipe, scale, strategy, stages, flags, plugins=plugins)
     for stage in stages:
         recipe.configs(stage, scale, state.strategy)
     job = os.environ.get("TORCHELASTIC_RUN_ID") or os.environ.get("SLURM_JOB_ID") or time.strftime("%Y%m%d-%H%M%S")
@@ -154,7 +160,7 @@ def _find_unfinished(arguments: argparse.Namespace, flags: list[str]) -> tuple[P
 
 def _command(recipe: Recipe, state: RunState, stage: str, folder: Path) -> list[str]:
     """Arguments of `lit-vlm` for one stage."""
-    words = ["fit"]
+    words = ["fit", *(["--plugins", ",".join(state.plugins)] if state.plugins else [])]
     for config in recipe.configs(stage, state.scale, state.strategy):
         words += ["--config", os.path.relpath(config)]
     start = recipe.start_of(stage, state.stages)

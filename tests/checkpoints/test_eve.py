@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lit_vlm.checkpoints import load_published, read_slots
-from lit_vlm.checkpoints.published import eve, eve_v2
+from lit_vlm.checkpoints.published import FAMILIES, eve
 from lit_vlm.decoders import DivideAndConquer, HFDecoder
 from lit_vlm.encoders import EvePatchEmbedding, EveV2PatchEmbedding
 from lit_vlm.heads import PatchAlignment
@@ -128,13 +128,13 @@ def test_keys_that_fit_nowhere_or_are_missing_are_named() -> None:
     del state["model.mm_projector.2.bias"]
     with pytest.raises(ValueError, match=r"slot 'projector' \(MLP\): missing: layers.2.bias"):
         load_published("eve", state, CONFIG)
-    with pytest.raises(ValueError, match="there is no family 'adam'; families: eve, eve_v2, hovle, hovle_hd, llava-hf"):
+    with pytest.raises(ValueError, match="family: there is no 'adam'; there are eve, eve_v2, hovle, "):
         build(tiny_slots(), read_slots("adam:somewhere"))
 
 
 @pytest.mark.parametrize("family", ["eve", "eve_v2"])
 def test_what_was_trained_comes_back_from_the_exported_folder(family: str, tmp_path: Path) -> None:
-    parts, module = {"eve": (V1, eve), "eve_v2": (V2, eve_v2)}[family]
+    parts, module = {"eve": V1, "eve_v2": V2}[family], FAMILIES[family]
     model = model_of(parts)
     assert module.export(model, tmp_path / "out") <= 1e-5
     written = eve_keys(tmp_path / "out")
@@ -165,7 +165,7 @@ def test_an_eve_without_one_of_its_attentions_says_so(part: str, tmp_path: Path)
     with pytest.raises(ValueError, match=r"missing: class_embedding \(model.vision_tower.class_embedding\)"):
         load_published("eve", state, CONFIG)
     model = model_of(V1 | {"encoder": partial(V1["encoder"], **{part: False}), "heads": {}})
-    assert eve.export(model, tmp_path / "out") <= 1e-5
+    assert FAMILIES["eve"].export(model, tmp_path / "out") <= 1e-5
 
 
 def eve_keys(folder: Path) -> set[str]:
@@ -175,7 +175,7 @@ def eve_keys(folder: Path) -> set[str]:
 
 
 def test_a_model_of_another_form_is_not_written(tmp_path: Path) -> None:
-    for module in (eve, eve_v2):
+    for module in (FAMILIES["eve"], FAMILIES["eve_v2"]):
         with pytest.raises(ValueError, match=r"eve.* is Eve.*this model is \['HFEncoder'"):
             module.export(tiny_vlm(), tmp_path / "out")
 

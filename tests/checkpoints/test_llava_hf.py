@@ -8,7 +8,7 @@ import torch
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from lit_vlm.checkpoints import load_published, read_slots
-from lit_vlm.checkpoints.published import llava_hf
+from lit_vlm.checkpoints.published import FAMILIES, llava_hf
 from lit_vlm.data import SquareCrop
 from lit_vlm.decoders import Lora
 from lit_vlm.encoders import HFEncoder
@@ -52,7 +52,7 @@ def test_a_key_that_fits_nowhere_or_is_missing_is_an_error(state) -> None:
     name = "model.multi_modal_projector.linear_2.bias"
     with pytest.raises(ValueError, match=r"slot 'projector' \(MLP\): missing: layers.2.bias"):
         load_published("llava-hf", {key: value for key, value in state.items() if key != name}, CONFIG)
-    with pytest.raises(ValueError, match="there is no family 'nothing'; families: .*llava-hf"):
+    with pytest.raises(ValueError, match="family: there is no 'nothing'; there are .*llava-hf"):
         load_published("nothing", state)
     with pytest.raises(ValueError, match="pass config as well"):
         load_published("llava-hf", state)
@@ -65,7 +65,7 @@ def test_what_a_stage_trained_comes_back_from_the_exported_folder(tmp_path: Path
             parameter.normal_(std=0.02)
     batch = batch_of(model)
     before = model.logits(batch)
-    assert llava_hf.export(model, tmp_path / "out", SquareCrop()) <= 1e-5
+    assert FAMILIES["llava-hf"].export(model, tmp_path / "out", SquareCrop()) <= 1e-5
     again = load_published("llava-hf", tmp_path / "out")
     slots = read_slots(f"llava-hf:{tmp_path / 'out'}")
     found = {f"{slot}.{key}": value for slot, state in slots.items() for key, value in state.items()}
@@ -77,7 +77,7 @@ def test_what_a_stage_trained_comes_back_from_the_exported_folder(tmp_path: Path
         f.name for f in (tmp_path / "out").iterdir()
     }
     with pytest.raises(ValueError, match="is not empty"):
-        llava_hf.export(again, tmp_path / "out")
+        FAMILIES["llava-hf"].export(again, tmp_path / "out")
 
 
 def test_an_export_that_gives_other_logits_is_not_called_a_success(tmp_path: Path, monkeypatch) -> None:
@@ -89,18 +89,18 @@ def test_an_export_that_gives_other_logits_is_not_called_a_success(tmp_path: Pat
 
     monkeypatch.setattr(llava_hf, "_fill", broken)
     with pytest.raises(ValueError, match="logits differ by"):
-        llava_hf.export(tiny_vlm(), tmp_path / "out")
+        FAMILIES["llava-hf"].export(tiny_vlm(), tmp_path / "out")
 
 
 def test_models_of_another_form_cannot_be_exported(tmp_path: Path) -> None:
     from lit_vlm.projectors import Resampler
 
     with pytest.raises(ValueError, match="this model is HFEncoder, Resampler, Splice, HFDecoder"):
-        llava_hf.export(tiny_vlm(projector=Resampler), tmp_path / "out")
+        FAMILIES["llava-hf"].export(tiny_vlm(projector=Resampler), tmp_path / "out")
 
 
 @pytest.mark.parametrize("layer", [-1, -2])
 @pytest.mark.parametrize("cls", [False, True])
 def test_every_feature_layer_and_cls_choice_survives(layer: int, cls: bool, tmp_path: Path) -> None:
     model = tiny_vlm(encoder=partial(HFEncoder, config=CLIP, layer=layer, cls=cls))
-    assert llava_hf.export(model, tmp_path / "out") <= 1e-5
+    assert FAMILIES["llava-hf"].export(model, tmp_path / "out") <= 1e-5

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lit_vlm.checkpoints import load_published
-from lit_vlm.checkpoints.published.ola_vlm import NAMES, export, own_predictor_key, read
+from lit_vlm.checkpoints.published.ola_vlm import NAMES, OlaVlm, own_predictor_key
 from lit_vlm.core.part import meta_parameters
 from lit_vlm.data import PadSquare
 from lit_vlm.decoders import HFDecoder
@@ -92,7 +92,7 @@ def test_the_published_numbers_of_parameters() -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_what_is_exported_is_read_back(form: str, heads: bool, convolutional: bool, tmp_path: Path) -> None:
     model = model_of(form, heads, convolutional)
-    assert export(model, tmp_path / "out", PadSquare()) <= 1e-5
+    assert OlaVlm().export(model, tmp_path / "out", PadSquare()) <= 1e-5
     keys = load_file(tmp_path / "out" / "model.safetensors").keys()
     assert {"model.mm_projector.2.bias", "model.special_seg_tokens", "model.embed_tokens.weight"} <= keys
     tower = "stages.0.blocks.0.gamma" if convolutional else "vision_model.encoder.layers.0.mlp.fc1.weight"
@@ -109,7 +109,7 @@ def test_what_is_exported_is_read_back(form: str, heads: bool, convolutional: bo
     assert list(loaded.embedder.task_tokens) == ["gen", "depth", "seg"]
     for name, value in loaded.state_dict().items():
         torch.testing.assert_close(value, model.state_dict()[name])
-    slots = read(str(tmp_path / "out"))
+    slots = OlaVlm().read(str(tmp_path / "out"))
     for name, head in model.heads.items():
         assert slots[f"heads.{name}"].keys() == head.state_dict().keys()
 
@@ -117,7 +117,7 @@ def test_what_is_exported_is_read_back(form: str, heads: bool, convolutional: bo
 def test_a_whole_vision_tower_is_cut_to_the_layer_that_is_read(tmp_path: Path) -> None:
     model = model_of("llama", heads=False)
     assert isinstance(model.encoder, HFEncoder)
-    export(model, tmp_path / "out")
+    OlaVlm().export(model, tmp_path / "out")
     file = tmp_path / "out" / "model.safetensors"
     state = load_file(file)
     prefix = "model.vision_tower.vision_tower.vision_model."
@@ -141,7 +141,7 @@ def test_the_published_convnext_has_a_norm_that_nothing_reads(tmp_path: Path) ->
     own = {name: value.shape for name, value in encoder.state_dict().items()}
     assert {name: value.shape for name, value in slots["encoder"].items()} == own
     model = model_of("llama", heads=False, convolutional=True)
-    export(model, tmp_path / "out")
+    OlaVlm().export(model, tmp_path / "out")
     file = tmp_path / "out" / "model.safetensors"
     save_file(load_file(file) | {f"{prefix}head.norm.{kind}": torch.ones(320) for kind in ("weight", "bias")}, file)
     loaded = load_published("ola_vlm", tmp_path / "out")
@@ -176,7 +176,7 @@ def with_fewer_parameters(state: dict[str, Tensor], config: dict[str, Any]) -> N
     ],
 )
 def test_groups_of_weights_do_not_come_and_go_in_silence(change: Any, message: str, tmp_path: Path) -> None:
-    export(model_of("llama", heads=False), tmp_path / "out")
+    OlaVlm().export(model_of("llama", heads=False), tmp_path / "out")
     state = load_file(tmp_path / "out" / "model.safetensors")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     change(state, config)
@@ -189,4 +189,4 @@ def test_keys_that_belong_nowhere_and_models_of_another_form_are_refused(tmp_pat
         NAMES.slots_of({"image_pose_heads.0.x": torch.zeros(1)}, {})
     slots = tiny_slots(projector=partial(MLP, depth=1))
     with pytest.raises(ValueError, match="ola_vlm is HFEncoder or TimmEncoder, MLP of depth 2"):
-        export(build(slots).eval(), tmp_path / "out")
+        OlaVlm().export(build(slots).eval(), tmp_path / "out")

@@ -259,7 +259,7 @@ def test_dry_run_names_what_is_missing(
     assert capsys.readouterr().out.count("ready") == 2
     for start, message in (
         ("runs/gone", "there is no complete checkpoint in runs/gone/checkpoints"),
-        ("llava:gone", "there is no family 'llava'"),
+        ("llava:gone", "there is no 'llava'"),
         ("eve:./gone", "there are no weights at gone"),
     ):
         tiny = ["run", "llava15", "--dry-run", "--scale", "tiny", "--strategy", "single"]

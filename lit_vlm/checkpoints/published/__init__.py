@@ -9,32 +9,35 @@ from typing import Any
 
 from torch import Tensor
 
-from lit_vlm.checkpoints.published import eve, eve_v2, hovle, llava_hf, ola_vlm, vila
-from lit_vlm.checkpoints.published.layout import read_config
+from lit_vlm.checkpoints.published import hovle
+from lit_vlm.checkpoints.published.eve import Eve
+from lit_vlm.checkpoints.published.eve_v2 import EveV2
+from lit_vlm.checkpoints.published.family import Family
+from lit_vlm.checkpoints.published.layout import SlotStates, read_config
+from lit_vlm.checkpoints.published.llava_hf import LlavaHf
+from lit_vlm.checkpoints.published.ola_vlm import OlaVlm
+from lit_vlm.checkpoints.published.vila import Vila
+from lit_vlm.core.plugins import find_class
 from lit_vlm.core.pretrained import resolve
 from lit_vlm.data import ImageTransform
 from lit_vlm.model.vlm import VLM
 
-FAMILIES = {
-    "eve": eve,
-    "eve_v2": eve_v2,
-    "hovle": hovle.BASE,
-    "hovle_hd": hovle.HD,
-    "llava-hf": llava_hf,
-    "ola_vlm": ola_vlm,
-    "vila": vila,
+FAMILIES: dict[str, Family] = {
+    family.name: family for family in (Eve(), EveV2(), hovle.BASE, hovle.HD, LlavaHf(), OlaVlm(), Vila())
 }
+"""Those of the kit, by name."""
 
-MODEL_TYPES = {
-    "eve": ("eve",),
-    "eve_v2": ("eve", "eve-qwen2"),
-    "hovle": ("internvl_chat",),
-    "hovle_hd": ("internvl_chat",),
-    "llava-hf": ("llava",),
-    "ola_vlm": ("ola_llama", "ola_phi3", "llava_llama", "llava_phi3"),
-    "vila": ("llava_llama",),
-}
-"""Family → what `model_type` is in the config.json of its folders."""
+
+def find_family(name: str) -> Family:
+    """A family by its name, or by the path of its class.
+
+    Raises:
+        ValueError: for an unknown one, with the nearest names.
+    """
+    if name in FAMILIES:
+        return FAMILIES[name]
+    own = {key: type(family) for key, family in FAMILIES.items()}
+    return find_class(name, Family, own, "family")()  # type: ignore[type-abstract]
 
 
 def load_published(
@@ -43,21 +46,20 @@ def load_published(
     """A model from weights under published names.
 
     Args:
-        family: `eve`, `eve_v2`, `hovle`, `hovle_hd`, `llava-hf`, `ola_vlm` or `vila`.
+        family: `eve`, `eve_v2`, `hovle`, `hovle_hd`, `llava-hf`, `ola_vlm`, `vila`, or the path of a `Family`.
         source: a folder (or hub name) with config and weights, or a state dict under published names.
         config: the published configuration; needed with a state dict.
 
     Raises:
         ValueError: for a key that fits nowhere, a weight of the model that no key gives, or a setting that is absent.
     """
-    module = _family(family)
+    found = find_family(family)
     with _reading(family, source):
-        _check_family(family, config if config is not None or isinstance(source, Mapping) else str(source))
-        model: VLM = module.load(source, config)
-    return model
+        _check_family(found, config if config is not None or isinstance(source, Mapping) else str(source))
+        return found.load(source, config)
 
 
-def read_published(family: str, source: str) -> dict[str, dict[str, Tensor]]:
+def read_published(family: str, source: str) -> SlotStates:
     """Published weights by slot: encoder, projector, decoder, and `heads.NAME` for heads that were published too.
 
     Args:
@@ -67,11 +69,10 @@ def read_published(family: str, source: str) -> dict[str, dict[str, Tensor]]:
     Raises:
         ValueError: for an unknown family, or a key that fits nowhere.
     """
-    module = _family(family)
+    found = find_family(family)
     with _reading(family, source):
-        _check_family(family, source)
-        slots: dict[str, dict[str, Tensor]] = module.read(source)
-    return slots
+        _check_family(found, source)
+        return found.read(source)
 
 
 def export_published(family: str, model: VLM, out: Path, transform: ImageTransform | None) -> float:
@@ -89,8 +90,7 @@ def export_published(family: str, model: VLM, out: Path, transform: ImageTransfo
     Raises:
         ValueError: for an unknown family, a model of another form, or logits that differ.
     """
-    difference: float = _family(family).export(model, out, transform)
-    return difference
+    return find_family(family).export(model, out, transform)
 
 
 @contextmanager
@@ -105,16 +105,10 @@ def _reading(family: str, source: object) -> Iterator[None]:
         raise ValueError(f"{where}: {error}") from error
 
 
-def _check_family(family: str, config: Mapping[str, Any] | str | None) -> None:
+def _check_family(family: Family, config: Mapping[str, Any] | str | None) -> None:
     """Refuse a configuration, or that of a folder, that is another family's; one that is nobody's passes."""
     settings = read_config(resolve(config)) if isinstance(config, str) else config or {}
     found = settings.get("model_type")
-    others = [name for name, types in MODEL_TYPES.items() if found in types]
-    if others and family not in others:
+    others = [other.name for other in FAMILIES.values() if found in other.model_types]
+    if others and found not in family.model_types:
         raise ValueError(f"config.json says model_type '{found}', which is the family {' or '.join(others)}")
-
-
-def _family(name: str) -> Any:
-    if name not in FAMILIES:
-        raise ValueError(f"there is no family '{name}'; families: {', '.join(FAMILIES)}")
-    return FAMILIES[name]

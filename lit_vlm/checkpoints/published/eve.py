@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lit_vlm.checkpoints.published.family import Family
 from lit_vlm.checkpoints.published.layout import Layout, Names, SlotStates, export_folder, load_folder
 from lit_vlm.core.part import meta_parameters
 from lit_vlm.core.pretrained import resolve
@@ -40,23 +41,6 @@ NAMES = Names(
 )
 
 
-def read(source: str) -> SlotStates:
-    """Weights of a folder or hub repository by slot; PAL is `heads.align`.
-
-    Raises:
-        ValueError: for a key that belongs nowhere.
-    """
-    return NAMES.slots_of(read_folder(resolve(source)), {})
-
-
-def load(source: str | Path | Mapping[str, Tensor], config: Mapping[str, Any] | None = None) -> VLM:
-    """Build the model that the configuration describes and load all weights; see `load_published`.
-
-    PAL is left out, as only training needs it: name the weights in `model.stage.start_from` for that.
-    """
-    return load_folder(source, config, NAMES, _architecture)
-
-
 def _architecture(layout: Layout) -> VLM:
     weight = layout.weight("encoder", "patch_embedding.weight", 4)
     named = re.search(r"patch(\d+)", str(layout.config.get("mm_vision_tower") or ""))
@@ -73,50 +57,72 @@ def _architecture(layout: Layout) -> VLM:
         return VLM(encoder, projector, Splice(decoder.width, decoder.vocab_size), decoder)
 
 
-def export(model: VLM, out: Path, transform: ImageTransform | None = None) -> float:
-    """Write the model under published names, read it back, and compare logits.
+class Eve(Family):
+    """EVE: a vision-language model without a vision encoder, as its own code saves it."""
 
-    The teacher is not written: EVE's own code reads it from its files too.
+    name = "eve"
+    model_types = ("eve",)
 
-    Args:
-        model: EvePatchEmbedding, MLP of depth 2, Splice and HFDecoder; adapters are merged.
-        out: a folder that is new or empty.
-        transform: how pictures were resized; the name of EVE's preprocessor says the longer side of `AspectGrid`.
+    def read(self, source: str) -> SlotStates:
+        """Weights of a folder or hub repository by slot; PAL is `heads.align`.
 
-    Returns:
-        the largest difference of the logits on a random picture and text, in fp32.
+        Raises:
+            ValueError: for a key that belongs nowhere.
+        """
+        return NAMES.slots_of(read_folder(resolve(source)), {})
 
-    Raises:
-        ValueError: when the model has no such form, or the check fails.
-    """
-    encoder, projector, decoder = model.encoder, model.projector, model.decoder
-    if (
-        not isinstance(encoder, EvePatchEmbedding)
-        or not isinstance(projector, MLP)
-        or len(projector.layers) != 3
-        or not isinstance(model.embedder, Splice)
-        or model.embedder.task_tokens
-        or type(decoder) is not HFDecoder
-    ):
-        parts = [type(part).__name__ for part in (encoder, projector, model.embedder, decoder)]
-        raise ValueError(
-            f"eve is EvePatchEmbedding, MLP of depth 2, Splice without task tokens and HFDecoder; this model is {parts}"
-        )
-    decoder.merge_adapters()
-    head = next((name for name, part in model.heads.items() if isinstance(part, PatchAlignment)), None)
-    config = decoder.config.to_dict() | {
-        "model_type": "eve",
-        "architectures": ["EVELlamaForCausalLM"],
-        "mm_hidden_size": encoder.width,
-        "mm_projector_type": "mlp2x_gelu",
-        "mm_vision_select_layer": -2,
-        "mm_vision_select_feature": "patch",
-        "use_mm_proj": True,
-        "requires_cliploss": head is not None,
-    }
-    for name in ("local_attention", "global_attention"):
-        if getattr(encoder, name) is None:
-            config[name] = False  # ours alone: weights that are absent without this word are refused
-    if isinstance(transform, AspectGrid):
-        config["mm_vision_tower"] = f"openai/eve-patch{encoder.patch}-anypixel-{transform.longest}"
-    return export_folder(model, out, config, NAMES, {f"heads.{head}": HEAD}, load)
+    def load(self, source: str | Path | Mapping[str, Tensor], config: Mapping[str, Any] | None = None) -> VLM:
+        """Build the model that the configuration describes and load all weights; see `load_published`.
+
+        PAL is left out, as only training needs it: name the weights in `model.stage.start_from` for that.
+        """
+        return load_folder(source, config, NAMES, _architecture)
+
+    def export(self, model: VLM, out: Path, transform: ImageTransform | None = None) -> float:
+        """Write the model under published names, read it back, and compare logits.
+
+        The teacher is not written: EVE's own code reads it from its files too.
+
+        Args:
+            model: EvePatchEmbedding, MLP of depth 2, Splice and HFDecoder; adapters are merged.
+            out: a folder that is new or empty.
+            transform: how pictures were resized; the name of EVE's preprocessor says the longer side of `AspectGrid`.
+
+        Returns:
+            the largest difference of the logits on a random picture and text, in fp32.
+
+        Raises:
+            ValueError: when the model has no such form, or the check fails.
+        """
+        encoder, projector, decoder = model.encoder, model.projector, model.decoder
+        if (
+            not isinstance(encoder, EvePatchEmbedding)
+            or not isinstance(projector, MLP)
+            or len(projector.layers) != 3
+            or not isinstance(model.embedder, Splice)
+            or model.embedder.task_tokens
+            or type(decoder) is not HFDecoder
+        ):
+            parts = [type(part).__name__ for part in (encoder, projector, model.embedder, decoder)]
+            raise ValueError(
+                "eve is EvePatchEmbedding, MLP of depth 2, Splice without task tokens and HFDecoder; this model is "
+                f"{parts}"
+            )
+        decoder.merge_adapters()
+        head = next((name for name, part in model.heads.items() if isinstance(part, PatchAlignment)), None)
+        config = decoder.config.to_dict() | {
+            "model_type": "eve",
+            "architectures": ["EVELlamaForCausalLM"],
+            "mm_hidden_size": encoder.width,
+            "mm_projector_type": "mlp2x_gelu",
+            "mm_vision_select_layer": -2,
+            "mm_vision_select_feature": "patch",
+            "use_mm_proj": True,
+            "requires_cliploss": head is not None,
+        }
+        for name in ("local_attention", "global_attention"):
+            if getattr(encoder, name) is None:
+                config[name] = False  # ours alone: weights that are absent without this word are refused
+        if isinstance(transform, AspectGrid):
+            config["mm_vision_tower"] = f"openai/eve-patch{encoder.patch}-anypixel-{transform.longest}"
+        return export_folder(model, out, config, NAMES, {f"heads.{head}": HEAD}, self.load)

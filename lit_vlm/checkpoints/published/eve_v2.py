@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lit_vlm.checkpoints.published.family import Family
 from lit_vlm.checkpoints.published.layout import Layout, Names, SlotStates, export_folder, load_folder
 from lit_vlm.core.part import meta_parameters
 from lit_vlm.core.pretrained import resolve
@@ -48,20 +49,6 @@ NAMES = Names(
 )
 
 
-def read(source: str) -> SlotStates:
-    """Weights of a folder or hub repository by slot.
-
-    Raises:
-        ValueError: for a key that belongs nowhere.
-    """
-    return NAMES.slots_of(read_folder(resolve(source)), {})
-
-
-def load(source: str | Path | Mapping[str, Tensor], config: Mapping[str, Any] | None = None) -> VLM:
-    """Build the model that the configuration describes and load all weights; see `load_published`."""
-    return load_folder(source, config, NAMES, _architecture)
-
-
 def _architecture(layout: Layout) -> VLM:
     first = layout.weight("encoder", "patch_embedding.0.weight", 4)
     bias = layout.weight("encoder", "patch_embedding.0.bias", 1)
@@ -78,38 +65,56 @@ def _architecture(layout: Layout) -> VLM:
         return VLM(encoder, projector, Splice(decoder.width, decoder.vocab_size), decoder)
 
 
-def export(model: VLM, out: Path, transform: ImageTransform | None = None) -> float:
-    """Write the model under published names, read it back, and compare logits.
+class EveV2(Family):
+    """EVEv2, whose decoder has weights of its own for what is seen."""
 
-    Args:
-        model: EveV2PatchEmbedding, Identity, Splice and DivideAndConquer.
-        out: a folder that is new or empty.
-        transform: not written, as EVEv2's configuration says nothing of it.
+    name = "eve_v2"
+    model_types = ("eve", "eve-qwen2")
 
-    Returns:
-        the largest difference of the logits on a random picture and text, in fp32.
+    def read(self, source: str) -> SlotStates:
+        """Weights of a folder or hub repository by slot.
 
-    Raises:
-        ValueError: when the model has no such form, or the check fails.
-    """
-    encoder, decoder = model.encoder, model.decoder
-    if (
-        not isinstance(encoder, EveV2PatchEmbedding)
-        or not isinstance(model.projector, Identity)
-        or not isinstance(model.embedder, Splice)
-        or model.embedder.task_tokens
-        or not isinstance(decoder, DivideAndConquer)
-    ):
-        parts = [type(part).__name__ for part in (encoder, model.projector, model.embedder, decoder)]
-        raise ValueError(
-            "eve_v2 is EveV2PatchEmbedding, Identity, Splice without task tokens and DivideAndConquer; this model is "
-            f"{parts}"
-        )
-    config = decoder.config.to_dict() | {
-        "model_type": "eve",
-        "architectures": ["EVEQwen2ForCausalLM"],
-        "mm_hidden_size": encoder.width,
-        "add_moe": True,
-        "moe_part": "layernorm-self_attn-mlp",
-    }
-    return export_folder(model, out, config, NAMES, {}, load)
+        Raises:
+            ValueError: for a key that belongs nowhere.
+        """
+        return NAMES.slots_of(read_folder(resolve(source)), {})
+
+    def load(self, source: str | Path | Mapping[str, Tensor], config: Mapping[str, Any] | None = None) -> VLM:
+        """Build the model that the configuration describes and load all weights; see `load_published`."""
+        return load_folder(source, config, NAMES, _architecture)
+
+    def export(self, model: VLM, out: Path, transform: ImageTransform | None = None) -> float:
+        """Write the model under published names, read it back, and compare logits.
+
+        Args:
+            model: EveV2PatchEmbedding, Identity, Splice and DivideAndConquer.
+            out: a folder that is new or empty.
+            transform: not written, as EVEv2's configuration says nothing of it.
+
+        Returns:
+            the largest difference of the logits on a random picture and text, in fp32.
+
+        Raises:
+            ValueError: when the model has no such form, or the check fails.
+        """
+        encoder, decoder = model.encoder, model.decoder
+        if (
+            not isinstance(encoder, EveV2PatchEmbedding)
+            or not isinstance(model.projector, Identity)
+            or not isinstance(model.embedder, Splice)
+            or model.embedder.task_tokens
+            or not isinstance(decoder, DivideAndConquer)
+        ):
+            parts = [type(part).__name__ for part in (encoder, model.projector, model.embedder, decoder)]
+            raise ValueError(
+                "eve_v2 is EveV2PatchEmbedding, Identity, Splice without task tokens and DivideAndConquer; this model "
+                f"is {parts}"
+            )
+        config = decoder.config.to_dict() | {
+            "model_type": "eve",
+            "architectures": ["EVEQwen2ForCausalLM"],
+            "mm_hidden_size": encoder.width,
+            "add_moe": True,
+            "moe_part": "layernorm-self_attn-mlp",
+        }
+        return export_folder(model, out, config, NAMES, {}, self.load)

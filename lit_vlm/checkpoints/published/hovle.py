@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lit_vlm.checkpoints.published.family import Family
 from lit_vlm.checkpoints.published.layout import (
     Layout,
     Names,
@@ -56,23 +57,24 @@ def _fused(name: str) -> str:
 
 
 @dataclass(frozen=True)
-class Hovle:
-    """One of the two models.
+class Hovle(Family):
+    """HoVLE, or HoVLE-HD, which merges patches behind the holistic embedding's layers.
 
     Attributes:
-        family: its name.
+        name: of the model.
         hd: whether patches are merged behind the embedding's layers.
     """
 
-    family: str
+    name: str
     hd: bool
+    model_types = ("internvl_chat",)
 
     @property
     def names(self) -> Names:
         """Which key goes where."""
         merge = ("embedder", "merger.layers.") if self.hd else ("projector", "layers.")
         return Names(
-            family=self.family,
+            family=self.name,
             dropped={},
             slots={
                 f"{EMBEDDING}vision_embeddings.": ("encoder", ""),
@@ -117,10 +119,10 @@ class Hovle:
         own, expected = config["embedding_config"], "post" if self.hd else "pre"
         if (found := own.get("pixel_shuffle_loc", expected)) != expected:
             other = BASE if self.hd else HD
-            raise ValueError(f"embedding_config.pixel_shuffle_loc is '{found}': load it as '{other.family}'")
+            raise ValueError(f"embedding_config.pixel_shuffle_loc is '{found}': load it as '{other.name}'")
         for key, accepted in (("special_token_maps", ({}, None)), ("normalize_encoder_output", (False, None))):
             if (found := own.get(key, config.get(key))) not in accepted:
-                raise ValueError(f"config.json: {key} is {found!r}, which {self.family} does not have here")
+                raise ValueError(f"config.json: {key} is {found!r}, which {self.name} does not have here")
 
     def _architecture(self, layout: Layout) -> VLM:
         own = layout.config["embedding_config"]
@@ -177,7 +179,7 @@ class Hovle:
         ):
             parts = [type(part).__name__ for part in (encoder, model.projector, embedder, decoder)]
             between = "Identity, Holistic with merge 2" if self.hd else "PatchMerge, Holistic without merge"
-            raise ValueError(f"{self.family} is ConvPatches, {between} and HFDecoder; this model is {parts}")
+            raise ValueError(f"{self.name} is ConvPatches, {between} and HFDecoder; this model is {parts}")
         decoder.merge_adapters()
         own = embedder.config
         config: dict[str, Any] = {

@@ -18,6 +18,7 @@ from transformers import (
 )
 from transformers.models.llava.image_processing_llava import LlavaImageProcessor
 
+from lit_vlm.checkpoints.published.family import Family
 from lit_vlm.checkpoints.published.layout import TOLERANCE, SlotStates, fill, read_config, trial_batch
 from lit_vlm.core.part import meta_parameters
 from lit_vlm.core.pretrained import resolve
@@ -37,21 +38,6 @@ DROPPED = {
     "rotary_emb.inv_freq": "a buffer that older versions saved",
     "post_layernorm": "the final norm of the vision model, which the feature layer does not reach",
 }
-
-
-def load(source: str | Path | Mapping[str, Tensor], config: Mapping[str, Any] | None = None) -> VLM:
-    """Build the model that the configuration describes and load all weights; see `load_published`."""
-    if isinstance(source, Mapping):
-        if config is None:
-            raise ValueError("a state dict says nothing of heads and layers: pass config as well")
-        settings, state, folder = LlavaConfig(**config), source, None
-    else:
-        folder = resolve(str(source))
-        settings = LlavaConfig(**config) if config else _settings(folder)
-        state = read_folder(folder)
-    model = _architecture(settings, folder)
-    fill(model, _slots(state, settings), _published)
-    return model.eval()
 
 
 def _settings(folder: str) -> LlavaConfig:
@@ -82,16 +68,6 @@ def _architecture(config: LlavaConfig, tokenizer: str | None) -> VLM:
         decoder = HFDecoder(config=text, tokenizer=tokenizer)
         projector = MLP(encoder.width, decoder.width, depth=2)
         return VLM(encoder, projector, Splice(decoder.width, decoder.vocab_size), decoder)
-
-
-def read(source: str) -> SlotStates:
-    """Weights of a folder or hub repository by slot.
-
-    Raises:
-        ValueError: for a key that belongs nowhere.
-    """
-    folder = resolve(source)
-    return _slots(read_folder(folder), _settings(folder))
 
 
 def _slots(state: Mapping[str, Tensor], config: LlavaConfig) -> SlotStates:
@@ -149,67 +125,6 @@ def _place(key: str, num_blocks: int) -> tuple[str, str] | None:
     raise ValueError(f"'{key}' is no key of the family llava-hf")
 
 
-def export(model: VLM, out: Path, transform: ImageTransform | None = None) -> float:
-    """Write the model so that `LlavaForConditionalGeneration.from_pretrained(out)` gives the same logits; checked.
-
-    The vision model is written without the blocks after the feature layer, which is −1 then. The tokenizer gets
-    `<image>`, and the word table a row for it.
-
-    Args:
-        model: HFEncoder, MLP of depth 2, Splice and HFDecoder; adapters are merged.
-        out: a folder that is new or empty.
-        transform: how pictures were resized, for the image processor; SquareCrop and PadSquare can be written.
-
-    Returns:
-        the largest difference of the logits on a random picture and text, in fp32.
-
-    Raises:
-        ValueError: when the model has no such form, or the check fails.
-    """
-    encoder, projector, decoder = model.encoder, model.projector, model.decoder
-    if (
-        not isinstance(encoder, HFEncoder)
-        or not isinstance(projector, MLP)
-        or len(projector.layers) != 3
-        or not isinstance(model.embedder, Splice)
-        or model.embedder.task_tokens
-        or not isinstance(decoder, HFDecoder)
-    ):
-        parts = [type(part).__name__ for part in (encoder, projector, model.embedder, decoder)]
-        raise ValueError(
-            "llava-hf is HFEncoder, MLP of depth 2, Splice without task tokens and HFDecoder; this model is "
-            f"{', '.join(parts)}"
-        )
-    if out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} is not empty")
-    decoder.merge_adapters()
-    model.float().eval()
-    tokenizer = decoder.tokenizer
-    image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) if IMAGE_TOKEN in tokenizer.get_vocab() else None
-    if image_id is None:
-        tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
-        image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    target = LlavaForConditionalGeneration(_config(encoder, decoder, image_id)).eval()
-    _fill(target, model)
-    target.generation_config.suppress_tokens = [image_id]
-    target.save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    processor = _image_processor(encoder, transform)
-    if processor is not None:
-        LlavaProcessor(
-            image_processor=processor,
-            tokenizer=tokenizer,
-            patch_size=encoder.patch_grid.patch,
-            vision_feature_select_strategy=target.config.vision_feature_select_strategy,
-            num_additional_image_tokens=_num_prefix(encoder),
-        ).save_pretrained(out)
-        AutoProcessor.from_pretrained(out)
-    difference = _compare(model, out, image_id)
-    if difference > TOLERANCE:
-        raise ValueError(f"the exported model's logits differ by {difference:.2e}, more than {TOLERANCE:g}: {out}")
-    return difference
-
-
 def _num_prefix(encoder: HFEncoder) -> int:
     return encoder.skip + encoder.patch_grid.prefix
 
@@ -265,3 +180,93 @@ def _compare(model: VLM, out: Path, image_id: int) -> float:
         ours = model.logits(batch)
         theirs = loaded(input_ids=ids, pixel_values=pixels).logits[..., : ours.shape[-1]]
     return float((ours - theirs).abs().max())
+
+
+class LlavaHf(Family):
+    """LLaVA as transformers' `LlavaForConditionalGeneration` saves it."""
+
+    name = "llava-hf"
+    model_types = ("llava",)
+
+    def read(self, source: str) -> SlotStates:
+        """Weights of a folder or hub repository by slot.
+
+        Raises:
+            ValueError: for a key that belongs nowhere.
+        """
+        folder = resolve(source)
+        return _slots(read_folder(folder), _settings(folder))
+
+    def load(self, source: str | Path | Mapping[str, Tensor], config: Mapping[str, Any] | None = None) -> VLM:
+        """Build the model that the configuration describes and load all weights; see `load_published`."""
+        if isinstance(source, Mapping):
+            if config is None:
+                raise ValueError("a state dict says nothing of heads and layers: pass config as well")
+            settings, state, folder = LlavaConfig(**config), source, None
+        else:
+            folder = resolve(str(source))
+            settings = LlavaConfig(**config) if config else _settings(folder)
+            state = read_folder(folder)
+        model = _architecture(settings, folder)
+        fill(model, _slots(state, settings), _published)
+        return model.eval()
+
+    def export(self, model: VLM, out: Path, transform: ImageTransform | None = None) -> float:
+        """Write the model so that `LlavaForConditionalGeneration.from_pretrained(out)` gives the same logits; checked.
+
+        The vision model is written without the blocks after the feature layer, which is −1 then. The tokenizer gets
+        `<image>`, and the word table a row for it.
+
+        Args:
+            model: HFEncoder, MLP of depth 2, Splice and HFDecoder; adapters are merged.
+            out: a folder that is new or empty.
+            transform: how pictures were resized, for the image processor; SquareCrop and PadSquare can be written.
+
+        Returns:
+            the largest difference of the logits on a random picture and text, in fp32.
+
+        Raises:
+            ValueError: when the model has no such form, or the check fails.
+        """
+        encoder, projector, decoder = model.encoder, model.projector, model.decoder
+        if (
+            not isinstance(encoder, HFEncoder)
+            or not isinstance(projector, MLP)
+            or len(projector.layers) != 3
+            or not isinstance(model.embedder, Splice)
+            or model.embedder.task_tokens
+            or not isinstance(decoder, HFDecoder)
+        ):
+            parts = [type(part).__name__ for part in (encoder, projector, model.embedder, decoder)]
+            raise ValueError(
+                "llava-hf is HFEncoder, MLP of depth 2, Splice without task tokens and HFDecoder; this model is "
+                f"{', '.join(parts)}"
+            )
+        if out.exists() and any(out.iterdir()):
+            raise ValueError(f"{out} is not empty")
+        decoder.merge_adapters()
+        model.float().eval()
+        tokenizer = decoder.tokenizer
+        image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) if IMAGE_TOKEN in tokenizer.get_vocab() else None
+        if image_id is None:
+            tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
+            image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        target = LlavaForConditionalGeneration(_config(encoder, decoder, image_id)).eval()
+        _fill(target, model)
+        target.generation_config.suppress_tokens = [image_id]
+        target.save_pretrained(out)
+        tokenizer.save_pretrained(out)
+        processor = _image_processor(encoder, transform)
+        if processor is not None:
+            LlavaProcessor(
+                image_processor=processor,
+                tokenizer=tokenizer,
+                patch_size=encoder.patch_grid.patch,
+                vision_feature_select_strategy=target.config.vision_feature_select_strategy,
+                num_additional_image_tokens=_num_prefix(encoder),
+            ).save_pretrained(out)
+            AutoProcessor.from_pretrained(out)
+        difference = _compare(model, out, image_id)
+        if difference > TOLERANCE:
+            raise ValueError(f"the exported model's logits differ by {difference:.2e}, more than {TOLERANCE:g}: {out}")
+        return difference

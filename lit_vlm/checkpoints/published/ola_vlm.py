@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lit_vlm.checkpoints.published.family import Family
 from lit_vlm.checkpoints.published.layout import Layout, Names, SlotStates, export_folder, load_folder, read_config
 from lit_vlm.core.part import meta_parameters
 from lit_vlm.core.pretrained import resolve
@@ -136,24 +137,6 @@ def _join(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> Mapping[str
 NAMES = _names(convolutional=False)
 
 
-def read(source: str) -> SlotStates:
-    """Weights of a folder or hub repository by slot; predictors are `heads.gen`, `heads.depth` and `heads.seg`.
-
-    Raises:
-        ValueError: for a key that belongs nowhere.
-    """
-    folder = resolve(source)
-    return NAMES.slots_of(read_folder(folder), read_config(folder))
-
-
-def load(source: str | Path | Mapping[str, Tensor], config: Mapping[str, Any] | None = None) -> VLM:
-    """Build the model that the configuration describes and load all weights; see `load_published`.
-
-    Predictors are left out, as only training needs them: name the weights in `model.stage.start_from` for that.
-    """
-    return load_folder(source, config, NAMES, _architecture)
-
-
 def _architecture(layout: Layout) -> VLM:
     model_type = str(layout.config.get("model_type", ""))
     llama = "phi3" not in model_type
@@ -234,62 +217,6 @@ def _is_ola(model: VLM) -> bool:
     )
 
 
-def export(model: VLM, out: Path, transform: ImageTransform | None = None) -> float:
-    """Write the model under published names, read it back, and compare logits.
-
-    Predictors are written if the model has any, as in files after pre-training; blocks of CLIP after the layer that is
-    read are not.
-
-    Args:
-        model: HFEncoder or TimmEncoder, MLP of depth 2, Splice and HFDecoder; adapters are merged.
-        out: a folder that is new or empty.
-        transform: how pictures were resized.
-
-    Returns:
-        the largest difference of the logits on a random picture and text, in fp32.
-
-    Raises:
-        ValueError: when the model has no such form, or the check fails.
-    """
-    if not _is_ola(model):
-        parts = [type(part).__name__ for part in (model.encoder, model.projector, model.embedder, model.decoder)]
-        raise ValueError(
-            f"ola_vlm is HFEncoder or TimmEncoder, MLP of depth 2, Splice with task tokens among {', '.join(TASKS)}, "
-            f"equally many of each, and HFDecoder; this model is {parts} with "
-            f"{ {name: len(places) for name, places in model.embedder.task_tokens.items()} }"
-        )
-    encoder, decoder = model.encoder, model.decoder
-    assert isinstance(decoder, HFDecoder)
-    decoder.merge_adapters()
-    heads = {name: head for name, head in model.heads.items() if isinstance(head, EmbeddingDistillation)}
-    places = {f"heads.{name}": f"heads.{head.tokens or name}" for name, head in heads.items()}
-    form = "phi3" if decoder.config.model_type == "phi3" else "llama"
-    config = decoder.config.to_dict() | {
-        "model_type": f"{'ola' if heads else 'llava'}_{form}",
-        "aux_mode": "-".join(model.embedder.task_tokens),
-        "num_task_tokens": next((len(place) for place in model.embedder.task_tokens.values()), 0),
-        "task_token_format": EXPANDED,
-        "mm_hidden_size": encoder.width,
-        "mm_projector_type": "mlp2x_gelu",
-        "mm_vision_select_layer": -2,
-        "mm_vision_select_feature": "patch",
-        "image_aspect_ratio": "pad" if isinstance(transform, PadSquare) else "square",
-    }
-    convolutional = isinstance(encoder, TimmEncoder)
-    if isinstance(encoder, TimmEncoder):
-        config |= {"mm_vision_tower": f"{encoder.name}-res{encoder.pixels.size}", "timm_name": encoder.name}
-    elif isinstance(encoder, HFEncoder):
-        config |= {"mm_vision_tower": encoder.name, "vision_config": encoder.config.to_dict()}
-    for task in ("depth", "seg"):
-        if task in model.embedder.task_tokens:  # the published classes make as many parameters
-            config[f"image_{task}"] = {"num_tokens": len(model.embedder.task_parameters(task))}
-    for name, head in heads.items():
-        config[f"image_{head.tokens or name}"] = _head_config(head, head.tokens or name)
-        config |= {"pass_text_to_aux": head.text != "none", "use_contrastive": head.contrastive > 0}
-        config |= {"contrastive_loss_weight": head.contrastive}
-    return export_folder(model, out, config, _names(convolutional), places, partial(load, config=None))
-
-
 def _head_config(head: EmbeddingDistillation, task: str) -> dict[str, Any]:
     """As published, layers counted from 1; weights of losses are a stage's, not the model's, so they are absent."""
     first = head.predictors[0]
@@ -306,3 +233,82 @@ def _head_config(head: EmbeddingDistillation, task: str) -> dict[str, Any]:
         f"{'img' if task == 'gen' else task}_layer_indices": "-".join(str(index) for index in head.layers),
         **({"use_intermediate_depth": False} if task == "depth" else {}),
     }
+
+
+class OlaVlm(Family):
+    """OLA-VLM, with its task tokens and predictors."""
+
+    name = "ola_vlm"
+    model_types = ("ola_llama", "ola_phi3", "llava_llama", "llava_phi3")
+
+    def read(self, source: str) -> SlotStates:
+        """Weights of a folder or hub repository by slot; predictors are `heads.gen`, `heads.depth` and `heads.seg`.
+
+        Raises:
+            ValueError: for a key that belongs nowhere.
+        """
+        folder = resolve(source)
+        return NAMES.slots_of(read_folder(folder), read_config(folder))
+
+    def load(self, source: str | Path | Mapping[str, Tensor], config: Mapping[str, Any] | None = None) -> VLM:
+        """Build the model that the configuration describes and load all weights; see `load_published`.
+
+        Predictors are left out, as only training needs them: name the weights in `model.stage.start_from` for that.
+        """
+        return load_folder(source, config, NAMES, _architecture)
+
+    def export(self, model: VLM, out: Path, transform: ImageTransform | None = None) -> float:
+        """Write the model under published names, read it back, and compare logits.
+
+        Predictors are written if the model has any, as in files after pre-training; blocks of CLIP after the layer
+        that is read are not.
+
+        Args:
+            model: HFEncoder or TimmEncoder, MLP of depth 2, Splice and HFDecoder; adapters are merged.
+            out: a folder that is new or empty.
+            transform: how pictures were resized.
+
+        Returns:
+            the largest difference of the logits on a random picture and text, in fp32.
+
+        Raises:
+            ValueError: when the model has no such form, or the check fails.
+        """
+        if not _is_ola(model):
+            parts = [type(part).__name__ for part in (model.encoder, model.projector, model.embedder, model.decoder)]
+            raise ValueError(
+                "ola_vlm is HFEncoder or TimmEncoder, MLP of depth 2, Splice "
+                f"with task tokens among {', '.join(TASKS)}, "
+                f"equally many of each, and HFDecoder; this model is {parts} with "
+                f"{ {name: len(places) for name, places in model.embedder.task_tokens.items()} }"
+            )
+        encoder, decoder = model.encoder, model.decoder
+        assert isinstance(decoder, HFDecoder)
+        decoder.merge_adapters()
+        heads = {name: head for name, head in model.heads.items() if isinstance(head, EmbeddingDistillation)}
+        places = {f"heads.{name}": f"heads.{head.tokens or name}" for name, head in heads.items()}
+        form = "phi3" if decoder.config.model_type == "phi3" else "llama"
+        config = decoder.config.to_dict() | {
+            "model_type": f"{'ola' if heads else 'llava'}_{form}",
+            "aux_mode": "-".join(model.embedder.task_tokens),
+            "num_task_tokens": next((len(place) for place in model.embedder.task_tokens.values()), 0),
+            "task_token_format": EXPANDED,
+            "mm_hidden_size": encoder.width,
+            "mm_projector_type": "mlp2x_gelu",
+            "mm_vision_select_layer": -2,
+            "mm_vision_select_feature": "patch",
+            "image_aspect_ratio": "pad" if isinstance(transform, PadSquare) else "square",
+        }
+        convolutional = isinstance(encoder, TimmEncoder)
+        if isinstance(encoder, TimmEncoder):
+            config |= {"mm_vision_tower": f"{encoder.name}-res{encoder.pixels.size}", "timm_name": encoder.name}
+        elif isinstance(encoder, HFEncoder):
+            config |= {"mm_vision_tower": encoder.name, "vision_config": encoder.config.to_dict()}
+        for task in ("depth", "seg"):
+            if task in model.embedder.task_tokens:  # the published classes make as many parameters
+                config[f"image_{task}"] = {"num_tokens": len(model.embedder.task_parameters(task))}
+        for name, head in heads.items():
+            config[f"image_{head.tokens or name}"] = _head_config(head, head.tokens or name)
+            config |= {"pass_text_to_aux": head.text != "none", "use_contrastive": head.contrastive > 0}
+            config |= {"contrastive_loss_weight": head.contrastive}
+        return export_folder(model, out, config, _names(convolutional), places, partial(self.load, config=None))

@@ -12,6 +12,7 @@ from huggingface_hub import save_torch_state_dict, snapshot_download
 from torch import Tensor
 from transformers import CLIPImageProcessor, SiglipImageProcessor
 
+from lit_vlm.checkpoints.published.family import Family
 from lit_vlm.checkpoints.published.layout import (
     Layout,
     Names,
@@ -154,27 +155,6 @@ def _layout(state: Mapping[str, Tensor], config: Mapping[str, Any], tokenizer: s
     return Layout(config, names.slots_of(state, config), tokenizer, names.seen_in(state))
 
 
-def read(source: str) -> SlotStates:
-    """Weights of a folder or hub repository by slot.
-
-    Raises:
-        ValueError: for a key that belongs nowhere, or a folder that is missing.
-    """
-    return _read(source).slots
-
-
-def load(source: str | Path | Mapping[str, Tensor], config: Mapping[str, Any] | None = None) -> VLM:
-    """Build the model that the configuration describes and load all weights; see `load_published`.
-
-    A state dict of VILA-1.5 has the names of its folders in front: `llm.`, `vision_tower.`, `mm_projector.`; its
-    configuration holds those of the parts as `llm_cfg`, `vision_tower_cfg` and `mm_projector_cfg`.
-    """
-    if isinstance(source, Mapping) and config is None:
-        raise ValueError("a state dict says nothing of heads and layers: pass config as well")
-    layout = _layout(source, config or {}, None) if isinstance(source, Mapping) else _read(str(source), config)
-    return load_layout(layout, _architecture, layout.config.get("llm_cfg") or layout.config)
-
-
 def _architecture(layout: Layout) -> VLM:
     config = layout.config
     llm = checked_sizes(config["llm_cfg"], "llm_cfg") if "llm_cfg" in config else layout.decoder_config("llama")
@@ -227,72 +207,97 @@ def _processor(encoder: HFEncoder) -> CLIPImageProcessor | SiglipImageProcessor:
     return SiglipImageProcessor(size={"height": side, "width": side}, **shared)
 
 
-def export(model: VLM, out: Path, transform: ImageTransform | None = None) -> float:
-    """Write the model in the three folders of VILA-1.5, read it back, and compare logits.
+class Vila(Family):
+    """VILA, of the first version and of 1.5: three folders in one."""
 
-    The vision model is written without the blocks after the feature layer, which is −1 then.
+    name = "vila"
+    model_types = ("llava_llama",)
 
-    Args:
-        model: HFEncoder, or S2 over one; Linear, MLP or a Downsample of VILA; Splice and HFDecoder; adapters are
-            merged.
-        out: a folder that is new or empty.
-        transform: how pictures were resized.
+    def read(self, source: str) -> SlotStates:
+        """Weights of a folder or hub repository by slot.
 
-    Returns:
-        the largest difference of the logits on a random picture and text, in fp32.
+        Raises:
+            ValueError: for a key that belongs nowhere, or a folder that is missing.
+        """
+        return _read(source).slots
 
-    Raises:
-        ValueError: when the model has no such form, or the check fails.
-    """
-    encoder, decoder, kind = model.encoder, model.decoder, _type_of(model.projector)
-    inner = encoder.inner if isinstance(encoder, S2) else encoder
-    splice = isinstance(model.embedder, Splice) and not model.embedder.task_tokens
-    if (
-        not (isinstance(inner, HFEncoder) and inner.patch_grid.prefix == 0)
-        or kind is None
-        or not splice
-        or (type(decoder) is not HFDecoder)
-    ):
-        parts = [type(part).__name__ for part in (encoder, model.projector, model.embedder, decoder)]
-        raise ValueError(
-            "vila is HFEncoder or S2 without CLS token, Linear, MLP or Downsample, Splice without task tokens and "
-            f"HFDecoder; this model is {', '.join(parts)}"
-        )
-    decoder.merge_adapters()
-    new_folder(out)
-    # VILA's loader chooses the class by this name.
-    vision = inner.config.to_dict() | {
-        "architectures": [VISION_CLASSES.get(inner.config.model_type, type(inner.backbone).__name__)]
-    }
-    config: dict[str, Any] = {
-        "model_type": "llava_llama",
-        "architectures": ["LlavaLlamaModel"],
-        "resume_path": ".",
-        "model_dtype": "torch.float32",
-        "llm_cfg": decoder.config.to_dict()
-        | {"tie_word_embeddings": False, "architectures": [type(decoder.lm).__name__]},
-        "vision_tower_cfg": vision,
-        "mm_projector_cfg": {"model_type": "v2l_projector", "mm_projector_type": kind},
-        "hidden_size": decoder.width,
-        "mm_hidden_size": encoder.width,
-        "mm_vision_select_layer": -1,
-        "mm_vision_select_feature": "patch" if inner.skip else "cls_patch",
-        "mm_use_im_start_end": False,
-        "mm_use_im_patch_token": False,
-        "s2": isinstance(encoder, S2),
-    }
-    if isinstance(encoder, S2):
-        config |= {"s2_scales": ",".join(map(str, encoder.scales)), "s2_max_split_size": encoder.side}
-    if isinstance(transform, PadSquare | Resize):
-        config["image_aspect_ratio"] = "pad" if isinstance(transform, PadSquare) else "resize"
-    write_config(out, config)
-    model.float().eval()
-    state = published_state(model, _names(config), {})
-    for part, key in PARTS.items():
-        (out / part).mkdir()
-        own = {name.removeprefix(f"{part}."): value for name, value in state.items() if name.startswith(f"{part}.")}
-        save_torch_state_dict(own, out / part)
-        write_config(out / part, config[key])
-    decoder.tokenizer.save_pretrained(out / "llm")
-    _processor(inner).save_pretrained(out / "vision_tower")
-    return check_written(model, out, partial(load, config=None))
+    def load(self, source: str | Path | Mapping[str, Tensor], config: Mapping[str, Any] | None = None) -> VLM:
+        """Build the model that the configuration describes and load all weights; see `load_published`.
+
+        A state dict of VILA-1.5 has the names of its folders in front: `llm.`, `vision_tower.`, `mm_projector.`; its
+        configuration holds those of the parts as `llm_cfg`, `vision_tower_cfg` and `mm_projector_cfg`.
+        """
+        if isinstance(source, Mapping) and config is None:
+            raise ValueError("a state dict says nothing of heads and layers: pass config as well")
+        layout = _layout(source, config or {}, None) if isinstance(source, Mapping) else _read(str(source), config)
+        return load_layout(layout, _architecture, layout.config.get("llm_cfg") or layout.config)
+
+    def export(self, model: VLM, out: Path, transform: ImageTransform | None = None) -> float:
+        """Write the model in the three folders of VILA-1.5, read it back, and compare logits.
+
+        The vision model is written without the blocks after the feature layer, which is −1 then.
+
+        Args:
+            model: HFEncoder, or S2 over one; Linear, MLP or a Downsample of VILA; Splice and HFDecoder; adapters are
+                merged.
+            out: a folder that is new or empty.
+            transform: how pictures were resized.
+
+        Returns:
+            the largest difference of the logits on a random picture and text, in fp32.
+
+        Raises:
+            ValueError: when the model has no such form, or the check fails.
+        """
+        encoder, decoder, kind = model.encoder, model.decoder, _type_of(model.projector)
+        inner = encoder.inner if isinstance(encoder, S2) else encoder
+        splice = isinstance(model.embedder, Splice) and not model.embedder.task_tokens
+        if (
+            not (isinstance(inner, HFEncoder) and inner.patch_grid.prefix == 0)
+            or kind is None
+            or not splice
+            or (type(decoder) is not HFDecoder)
+        ):
+            parts = [type(part).__name__ for part in (encoder, model.projector, model.embedder, decoder)]
+            raise ValueError(
+                "vila is HFEncoder or S2 without CLS token, Linear, MLP or Downsample, Splice without task tokens and "
+                f"HFDecoder; this model is {', '.join(parts)}"
+            )
+        decoder.merge_adapters()
+        new_folder(out)
+        # VILA's loader chooses the class by this name.
+        vision = inner.config.to_dict() | {
+            "architectures": [VISION_CLASSES.get(inner.config.model_type, type(inner.backbone).__name__)]
+        }
+        config: dict[str, Any] = {
+            "model_type": "llava_llama",
+            "architectures": ["LlavaLlamaModel"],
+            "resume_path": ".",
+            "model_dtype": "torch.float32",
+            "llm_cfg": decoder.config.to_dict()
+            | {"tie_word_embeddings": False, "architectures": [type(decoder.lm).__name__]},
+            "vision_tower_cfg": vision,
+            "mm_projector_cfg": {"model_type": "v2l_projector", "mm_projector_type": kind},
+            "hidden_size": decoder.width,
+            "mm_hidden_size": encoder.width,
+            "mm_vision_select_layer": -1,
+            "mm_vision_select_feature": "patch" if inner.skip else "cls_patch",
+            "mm_use_im_start_end": False,
+            "mm_use_im_patch_token": False,
+            "s2": isinstance(encoder, S2),
+        }
+        if isinstance(encoder, S2):
+            config |= {"s2_scales": ",".join(map(str, encoder.scales)), "s2_max_split_size": encoder.side}
+        if isinstance(transform, PadSquare | Resize):
+            config["image_aspect_ratio"] = "pad" if isinstance(transform, PadSquare) else "resize"
+        write_config(out, config)
+        model.float().eval()
+        state = published_state(model, _names(config), {})
+        for part, key in PARTS.items():
+            (out / part).mkdir()
+            own = {name.removeprefix(f"{part}."): value for name, value in state.items() if name.startswith(f"{part}.")}
+            save_torch_state_dict(own, out / part)
+            write_config(out / part, config[key])
+        decoder.tokenizer.save_pretrained(out / "llm")
+        _processor(inner).save_pretrained(out / "vision_tower")
+        return check_written(model, out, partial(self.load, config=None))

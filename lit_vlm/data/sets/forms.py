@@ -10,6 +10,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
+from lit_vlm.core.plugins import find_class
 from lit_vlm.data.records.files import list_files, walk
 from lit_vlm.data.records.media import IMAGE_SUFFIXES, is_nothing, unread_key
 from lit_vlm.data.sources import Captions, ChatJsonl, LlavaJson, Mmc4, Parquet, Pictures, Source, Texts, WebDataset
@@ -27,7 +28,7 @@ def open_source(path: str, form: str | None = None, settings: Sequence[str] = ()
 
     Args:
         path: a file or folder.
-        form: class name; recognised if not given.
+        form: class name, or the path of a `Source` with the argument `path`; recognised if not given.
         settings: `key=value` arguments of the class.
 
     Raises:
@@ -36,8 +37,9 @@ def open_source(path: str, form: str | None = None, settings: Sequence[str] = ()
     if not Path(path).exists():
         raise ValueError(f"there is no {path}")
     form = form or recognise(Path(path))
+    kind = find_class(form, Source, FORMS, "--form")  # type: ignore[type-abstract]
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(FORMS[form], "source")
+    parser.add_class_arguments(kind, "source")
     words = [f"--source.path={path}"]
     for setting in settings:
         key, equals, value = setting.partition("=")

@@ -1,5 +1,6 @@
 """What is evaluated: questions in, scores out."""
 
+from lit_vlm.core.plugins import find_class
 from lit_vlm.evaluation.tasks.ask import TaskSettings
 from lit_vlm.evaluation.tasks.base import Example, Outcome, Task
 from lit_vlm.evaluation.tasks.captions import CocoCaptions, Flickr30k
@@ -19,6 +20,16 @@ TASKS: dict[str, type[Task]] = {
     )
 }  # fmt: skip
 """By the name on the command line."""
+
+
+def find_task(name: str, what: str = "--task") -> type[Task]:
+    """A task by its name, or by the path of its class; `what` names the flag or key for messages.
+
+    Raises:
+        ValueError: for an unknown one, with the nearest names.
+    """
+    return find_class(name, Task, TASKS, what)  # type: ignore[type-abstract]
+
 
 __all__ = [
     "AI2D",
@@ -51,5 +62,6 @@ __all__ = [
     "TextVQA",
     "VQAv2",
     "VizWiz",
+    "find_task",
     "run_task",
 ]

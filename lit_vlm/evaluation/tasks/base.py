@@ -119,7 +119,7 @@ class Task(ABC):
         Raises:
             ValueError: where there are none, or one has no answer, or an id stands twice.
         """
-        found = self._read(self.split)
+        found = self.read(self.split)
         if not found:
             raise ValueError(f"task {self.name}: the files in {self.folder} hold no question. They are {self.files}")
         if unanswered := [one.id for one in found if not one.references and not self.perplexity]:
@@ -144,10 +144,10 @@ class Task(ABC):
         """
         if not self.demonstration_split:
             raise ValueError(f"task {self.name} has no split to take demonstrations from: use --shots 0")
-        return self._read(self.demonstration_split)
+        return self.read(self.demonstration_split)
 
     @abstractmethod
-    def _read(self, split: str) -> Sequence[Example]:
+    def read(self, split: str) -> Sequence[Example]:
         """Read the questions of a split; raises ValueError naming the file and the field that is wrong."""
 
     @abstractmethod

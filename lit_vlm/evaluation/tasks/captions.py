@@ -23,7 +23,8 @@ class Captions(Task):
     pictures: ClassVar[str] = ""
     """The folder of pictures, where the file does not say it."""
 
-    def _read(self, split: str) -> list[Example]:
+    def read(self, split: str) -> list[Example]:
+        """The questions of a split; see `Task.read`."""
         splits = ("train", "restval") if split == "train" else (split,)  # "restval": COCO's, trained on with the rest
         found = []
         for number, entry in enumerate(self.field(self.json(self.file), "images", list, self.file)):

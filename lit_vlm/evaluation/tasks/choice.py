@@ -79,7 +79,8 @@ class ScienceQA(MultipleChoice):
     groups = "subject"
     demonstration_split = "train"
 
-    def _read(self, split: str) -> list[Example]:
+    def read(self, split: str) -> list[Example]:
+        """The questions of a split; see `Task.read`."""
         problems = self.json("problems.json")
         found = []
         for key in self.field(self.json("pid_splits.json"), split, list, "pid_splits.json"):
@@ -107,7 +108,8 @@ class MMBench(MultipleChoice):
     main = "circular"
     groups = "category"
 
-    def _read(self, split: str) -> list[Example]:
+    def read(self, split: str) -> list[Example]:
+        """The questions of a split; see `Task.read`."""
         tables = visible(self.folder.glob("*.tsv"))
         if not tables:
             raise ValueError(f"task mmbench: {self.folder} has no .tsv. It reads {self.files}")
@@ -162,7 +164,8 @@ class SEED(MultipleChoice):
     files = "SEED-Bench.json and SEED-Bench-image/ (huggingface.co/datasets/AILab-CVC/SEED-Bench)"
     groups = "type"
 
-    def _read(self, split: str) -> list[Example]:
+    def read(self, split: str) -> list[Example]:
+        """The questions of a split; see `Task.read`."""
         file = "SEED-Bench.json"
         found = []
         for number, entry in enumerate(self.field(self.json(file), "questions", list, file)):
@@ -191,7 +194,8 @@ class MMMU(MultipleChoice):
     groups = "subject"
     split = "validation"
 
-    def _read(self, split: str) -> list[Example]:
+    def read(self, split: str) -> list[Example]:
+        """The questions of a split; see `Task.read`."""
         found = []
         for where, row in self.rows(split):
             if self.field(row, "question_type", str, where) != "multiple-choice":
@@ -222,7 +226,8 @@ class CVBench(MultipleChoice):
     main = "mean"
     groups = "task"
 
-    def _read(self, split: str) -> list[Example]:
+    def read(self, split: str) -> list[Example]:
+        """The questions of a split; see `Task.read`."""
         found = []
         for where, row in self.rows(split):
             options = [str(option) for option in self.field(row, "choices", list, where)]
@@ -257,7 +262,8 @@ class MMStar(MultipleChoice):
     files = "mmstar.parquet (huggingface.co/datasets/Lin-Chen/MMStar); options are in the question's text"
     groups = "category"
 
-    def _read(self, split: str) -> list[Example]:
+    def read(self, split: str) -> list[Example]:
+        """The questions of a split; see `Task.read`."""
         found = []
         for where, row in self.rows("mmstar", "val"):
             text = self.field(row, "question", str, where)
@@ -297,7 +303,8 @@ class AI2D(MultipleChoice):
     files = "questions/, images/ and ai2d_test_ids.csv (allenai.org/data/diagrams)"
     groups = ""
 
-    def _read(self, split: str) -> list[Example]:
+    def read(self, split: str) -> list[Example]:
+        """The questions of a split; see `Task.read`."""
         tests = {line.strip() for line in self.path(f"ai2d_{split}_ids.csv").read_text().splitlines() if line.strip()}
         found = []
         for name in sorted(tests):

@@ -37,7 +37,8 @@ class SceneQuestions(MultipleChoice):
         super().__init__(folder)
         self.count = count
 
-    def _read(self, split: str) -> list[Example]:
+    def read(self, split: str) -> list[Example]:
+        """The questions of a split; see `Task.read`."""
         held_out = split == self.split
         count = self.count if held_out else 64
         found = []

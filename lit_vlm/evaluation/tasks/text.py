@@ -21,7 +21,8 @@ class Perplexity(Task):
     main = "perplexity"
     perplexity = True
 
-    def _read(self, split: str) -> list[Example]:
+    def read(self, split: str) -> list[Example]:
+        """The questions of a split; see `Task.read`."""
         found = []
         for file in self.paths(".txt", ".jsonl"):
             source = Texts(str(file))
@@ -50,7 +51,8 @@ class MMLU(MultipleChoice):
     choosing = "letter"
     same_group = True
 
-    def _read(self, split: str) -> list[Example]:
+    def read(self, split: str) -> list[Example]:
+        """The questions of a split; see `Task.read`."""
         tables = visible(self.path(split).glob(f"*_{split}.csv"))
         if not tables:
             raise ValueError(f"task mmlu: {self.folder / split} has no *_{split}.csv. It reads {self.files}")

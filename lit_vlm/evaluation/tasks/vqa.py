@@ -43,7 +43,8 @@ class CocoVQA(ShortAnswers):
     questions: ClassVar[dict[str, tuple[str, ...]]]
     annotations: ClassVar[dict[str, tuple[str, ...]]]
 
-    def _read(self, split: str) -> list[Example]:
+    def read(self, split: str) -> list[Example]:
+        """The questions of a split; see `Task.read`."""
         path = self.path(*self.questions[split]).name
         asked = self.field(self.json(*self.questions[split]), "questions", list, path)
         where = self.path(*self.annotations[split]).name
@@ -101,7 +102,8 @@ class TextVQA(ShortAnswers):
     split = "val"
     demonstration_split = "train"
 
-    def _read(self, split: str) -> list[Example]:
+    def read(self, split: str) -> list[Example]:
+        """The questions of a split; see `Task.read`."""
         file = f"TextVQA_0.5.1_{split}.json"
         found = []
         for number, entry in enumerate(self.field(self.json(file), "data", list, file)):
@@ -127,7 +129,8 @@ class VizWiz(ShortAnswers):
         "Answer the question using a single word or phrase."
     )
 
-    def _read(self, split: str) -> list[Example]:
+    def read(self, split: str) -> list[Example]:
+        """The questions of a split; see `Task.read`."""
         found = []
         for number, entry in enumerate(self.listed(f"{split}.json")):
             where = f"{split}.json entry {number}"
@@ -150,7 +153,8 @@ class GQA(ShortAnswers):
     metric = Accuracy
     split = "testdev"
 
-    def _read(self, split: str) -> list[Example]:
+    def read(self, split: str) -> list[Example]:
+        """The questions of a split; see `Task.read`."""
         file = f"{split}_balanced_questions.json"
         found = []
         asked = self.json(file)
@@ -172,7 +176,8 @@ class ChartQA(ShortAnswers):
     files = "test/test_human.json, test/test_augmented.json and test/png/ (github.com/vis-nlp/ChartQA)"
     metric = RelaxedAccuracy
 
-    def _read(self, split: str) -> list[Example]:
+    def read(self, split: str) -> list[Example]:
+        """The questions of a split; see `Task.read`."""
         found = []
         for group in ("human", "augmented"):
             file = f"{split}/{split}_{group}.json"
@@ -195,7 +200,8 @@ class DocVQA(ShortAnswers):
     main = "anls"
     max_new_tokens = 32
 
-    def _read(self, split: str) -> list[Example]:
+    def read(self, split: str) -> list[Example]:
+        """The questions of a split; see `Task.read`."""
         names = (f"{split}_v1.0_withQT.json", f"{split}_v1.0.json")
         file = self.path(*names).name
         found = []

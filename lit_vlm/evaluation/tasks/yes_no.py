@@ -25,7 +25,8 @@ class POPE(Task):
     main = "f1"
     splits = ("random", "popular", "adversarial")
 
-    def _read(self, split: str) -> list[Example]:
+    def read(self, split: str) -> list[Example]:
+        """The questions of a split; see `Task.read`."""
         found = []
         for part in self.splits:
             file = self.path(f"coco_pope_{part}.json", f"coco/coco_pope_{part}.json")
@@ -78,7 +79,8 @@ class MME(Task):
     )  # fmt: skip
     cognition = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
 
-    def _read(self, split: str) -> list[Example]:
+    def read(self, split: str) -> list[Example]:
+        """The questions of a split; see `Task.read`."""
         found: list[Example] = []
         for category in (*self.perception, *self.cognition):
             folder = self.path(category)

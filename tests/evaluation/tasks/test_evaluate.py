@@ -233,7 +233,7 @@ def test_the_callback_scores_on_a_schedule_and_at_the_end(tmp_path: Path) -> Non
     assert {"task/scenes/0-shot/accuracy", "task/scenes/1-shot/accuracy"} <= set(logged.splitlines()[0].split(","))
     assert sorted(path.name for path in (tmp_path / "tasks" / "scenes" / "0-shot").iterdir()) == ["2", "3"]
     assert [path.name for path in (tmp_path / "tasks" / "scenes" / "1-shot").iterdir()] == ["3"]
-    with pytest.raises(ValueError, match="there is no task 'none'; tasks: .*scenes"):
+    with pytest.raises(ValueError, match="task: there is no 'none'; there are .*scenes"):
         Evaluate("none")
 
 
@@ -264,7 +264,7 @@ def test_from_a_run_to_files_a_table_and_mlflow(
     assert "scenes, 1 shots: accuracy" in printed
     assert "kind/relation" in printed
     assert {path.name for path in (tmp_path / "out" / "scenes").iterdir()} == {"0-shot", "1-shot"}
-    for name, message in (("none", "there is no task 'none'"), ("gqa", "there is no folder benchmarks/gqa")):
+    for name, message in (("none", "--task: there is no 'none'"), ("gqa", "there is no folder benchmarks/gqa")):
         with pytest.raises(SystemExit):
             main(["evaluate", str(run), "--task", name])
         assert message in capsys.readouterr().err

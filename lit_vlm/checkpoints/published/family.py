@@ -1,0 +1,65 @@
+"""What a family of published weights is: the names and files of one system's own code, in and out."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lit_vlm.checkpoints.published.layout import SlotStates
+from lit_vlm.data import ImageTransform
+from lit_vlm.model.vlm import VLM
+
+
+class Family(ABC):
+    """Published weights of one system. A class of another package is named by its path, `my_lab.families.Mine:FOLDER`.
+
+    Attributes:
+        name: what stands in front of the colon in `start_from: NAME:FOLDER`.
+        model_types: what `model_type` is in the config.json of its folders; a folder of another family is refused.
+    """
+
+    name: str
+    model_types: tuple[str, ...] = ()
+
+    @abstractmethod
+    def read(self, source: str) -> SlotStates:
+        """Weights by slot under the parts' own names: encoder, projector, embedder, decoder, and `heads.NAME`.
+
+        Args:
+            source: a folder or hub name with config and weights.
+
+        Raises:
+            ValueError: for a key that fits nowhere, or a setting that is absent.
+        """
+
+    @abstractmethod
+    def load(self, source: str | Path | Mapping[str, Tensor], config: Mapping[str, Any] | None = None) -> VLM:
+        """The model that the configuration describes, with all weights.
+
+        Args:
+            source: a folder or hub name, or a state dict under published names.
+            config: the published configuration; needed with a state dict.
+
+        Raises:
+            ValueError: for a key that fits nowhere, a weight of the model that no key gives, or an absent setting.
+        """
+
+    @abstractmethod
+    def export(self, model: VLM, out: Path, transform: ImageTransform | None = None) -> float:
+        """Write a model under published names, read it back, and compare logits.
+
+        Args:
+            model: of the family's form.
+            out: a folder that is new or empty.
+            transform: how pictures were resized.
+
+        Returns:
+            the largest difference of the logits on a random picture and text, in fp32.
+
+        Raises:
+            ValueError: for a model of another form, or logits that differ.
+        """

@@ -1,0 +1,189 @@
+"""`lit-vlm parts`: all that a recipe or a flag can name, the kit's own and what plugins bring."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from lit_vlm.commands.cli import LIGHTNING, VERBS
+from lit_vlm.commands.recipe import find_recipe, shipped_recipes
+from lit_vlm.commands.verb import Verb
+from lit_vlm.core.plugins import load_plugins, nearest, subclasses
+
+PACKAGES = ("lit_vlm.data", "lit_vlm.worlds", "lit_vlm.teachers", "callbacks")
+
+
+class Entry(NamedTuple):
+    """One line of a list.
+
+    Attributes:
+        name: the bare name.
+        path: what names it anywhere, such as the class path.
+        about: what it is.
+    """
+
+    name: str
+    path: str
+    about: str
+
+
+class Kind(NamedTuple):
+    """One list.
+
+    Attributes:
+        title: its name, also on the command line.
+        flag: where an entry is named.
+        about: what the entries do.
+        entries: finds them.
+    """
+
+    title: str
+    flag: str
+    about: str
+    entries: Callable[[], Iterator[Entry]]
+
+
+def main(argv: Sequence[str]) -> None:
+    """Print the lists."""
+    parser = argparse.ArgumentParser(
+        prog="lit-vlm parts",
+        description="List what a recipe or a flag can name: parts of each slot, data, tasks, families, callbacks, "
+        "verbs and recipes; with --plugins MODULE those of that package, too.",
+    )
+    titles = ", ".join(kind.title for kind in KINDS)
+    parser.add_argument("kind", nargs="*", metavar="KIND", help=f"only these: {titles}")
+    parser.add_argument("--markdown", action="store_true", help="as Markdown tables, for documents")
+    arguments = parser.parse_args(argv)
+    known = {kind.title: kind for kind in KINDS}
+    for name in arguments.kind:
+        if name not in known:
+            raise ValueError(f"there is no list '{name}'{nearest(name, known)}; lists: {', '.join(known)}")
+    for package in PACKAGES:
+        importlib.import_module(package)  # whose classes are found below their bases
+    load_plugins()
+    console = Console(highlight=False)
+    for kind in [known[name] for name in arguments.kind] or KINDS:
+        entries = sorted(set(kind.entries()), key=lambda entry: entry.name.lower())
+        if arguments.markdown:
+            console.out(_markdown(kind, entries), highlight=False)
+        else:
+            console.print(_table(kind, entries))
+
+
+def _table(kind: Kind, entries: Sequence[Entry]) -> Table:
+    title = f"{kind.title} ({kind.flag}): {kind.about}"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column()
+    for entry in entries:
+        own = entry.path.split(".")[0] in ("", "lit_vlm", "callbacks")
+        table.add_row(entry.name, entry.about if own else f"{entry.about} [dim]{entry.path}[/]")
+    return table
+
+
+def _markdown(kind: Kind, entries: Sequence[Entry]) -> str:
+    lines = [
+        f"## {kind.title}",
+        "",
+        f"`{kind.flag}`: {kind.about}.",
+        "",
+        "| name | what it is | path |",
+        "|---|---|---|",
+    ]
+    for entry in entries:
+        about = entry.about.replace("|", "\\|")
+        lines.append(f"| `{entry.name}` | {about} | {f'`{entry.path}`' if entry.path else ''} |")
+    return "\n".join([*lines, ""])
+
+
+def public_path(kind: type) -> str | None:
+    """The shortest path that names a class; None for one of the kit that no package shows."""
+    names = kind.__module__.split(".")
+    for end in range(1, len(names) + 1):
+        package = importlib.import_module(".".join(names[:end]))
+        if kind.__name__ in getattr(package, "__all__", ()) and getattr(package, kind.__name__) is kind:
+            return f"{package.__name__}.{kind.__name__}"
+    return None if names[0] in ("lit_vlm", "callbacks") else f"{kind.__module__}.{kind.__qualname__}"
+
+
+def first_line(thing: object) -> str:
+    """The first line of a docstring, without its full stop."""
+    return (inspect.getdoc(thing) or "").partition("\n")[0].rstrip(".:")
+
+
+def _classes(place: str) -> Callable[[], Iterator[Entry]]:
+    """Classes below the base that `package:Base` names; the package is loaded when it is asked for."""
+
+    def entries() -> Iterator[Entry]:
+        package, _, name = place.partition(":")
+        for kind in subclasses(getattr(importlib.import_module(package), name)):
+            if (path := public_path(kind)) is not None:
+                yield Entry(kind.__name__, path, first_line(kind))
+
+    return entries
+
+
+def _tasks() -> Iterator[Entry]:
+    tasks = importlib.import_module("lit_vlm.evaluation.tasks")
+    for kind in {*tasks.TASKS.values(), *(k for k in subclasses(tasks.Task) if public_path(k))}:
+        yield Entry(kind.name, public_path(kind) or "", kind.about)
+
+
+def _forms() -> Iterator[Entry]:
+    for name, kind in importlib.import_module("lit_vlm.data.sets.forms").FORMS.items():
+        yield Entry(name, public_path(kind) or "", first_line(kind))
+
+
+def _families() -> Iterator[Entry]:
+    published = importlib.import_module("lit_vlm.checkpoints.published")
+    own = {type(family) for family in published.FAMILIES.values()}
+    for family in published.FAMILIES.values():
+        yield Entry(family.name, "", first_line(type(family)))
+    for kind in set(subclasses(published.Family)) - own:
+        yield Entry(kind.name, public_path(kind) or "", first_line(kind))
+
+
+def _callbacks() -> Iterator[Entry]:
+    callbacks = importlib.import_module("callbacks")
+    for name in callbacks.__all__:
+        yield Entry(name, f"callbacks.{name}", first_line(getattr(callbacks, name)))
+
+
+def _verbs() -> Iterator[Entry]:
+    for name, about in (VERBS | LIGHTNING).items():
+        yield Entry(name, "", about)
+    for kind in subclasses(Verb):  # type: ignore[type-abstract]
+        yield Entry(kind.name, public_path(kind) or "", kind.about)
+
+
+def _recipes() -> Iterator[Entry]:
+    for name in shipped_recipes():
+        yield Entry(name, "", find_recipe(name).about.rstrip("."))
+
+
+KINDS = [
+    Kind("encoders", "--model.encoder", "pixels to visual tokens", _classes("lit_vlm.encoders:Encoder")),
+    Kind("projectors", "--model.projector", "encoder width to decoder width", _classes("lit_vlm.projectors:Projector")),
+    Kind("embedders", "--model.embedder", "ids and visual tokens to vectors", _classes("lit_vlm.embedders:Embedder")),
+    Kind("decoders", "--model.decoder", "the language model", _classes("lit_vlm.decoders:Decoder")),
+    Kind("heads", "--model.heads.NAME", "auxiliary losses", _classes("lit_vlm.heads:Head")),
+    Kind("teachers", "--model.heads.NAME.teacher", "what a head learns from", _classes("lit_vlm.teachers:Teacher")),
+    Kind("sources", "--data.train.NAME", "where records come from", _classes("lit_vlm.data:Source")),
+    Kind("templates", "--data.template", "how messages are written", _classes("lit_vlm.data:Template")),
+    Kind("transforms", "--data.transform", "how pictures are resized", _classes("lit_vlm.data:ImageTransform")),
+    Kind("mixtures", "--data.mixture", "how sources are mixed", _classes("lit_vlm.data:Mixture")),
+    Kind("batchings", "--data.batching", "how samples become rows", _classes("lit_vlm.data:Batching")),
+    Kind("forms", "lit-vlm data convert --form", "how a file is read", _forms),
+    Kind("tasks", "lit-vlm evaluate --task", "benchmarks", _tasks),
+    Kind("families", "start_from NAME:FOLDER", "published weights, in and out", _families),
+    Kind("callbacks", "--trainer.callbacks+", "what watches a run", _callbacks),
+    Kind("verbs", "lit-vlm NAME", "commands", _verbs),
+    Kind("recipes", "lit-vlm run NAME", "systems and their stages", _recipes),
+]
