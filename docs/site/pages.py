@@ -26,6 +26,8 @@ TOP_PAGES = {
     "CHANGELOG.md": "changelog.md",
 }
 """File of the repository → page, where the page has another name or place."""
+SECTIONS = {"": "Using it", "systems": "Systems", "design": "Design notes"}
+"""Folder of docs/ → the section of its pages."""
 ROOMS = (
     "core", "projectors", "encoders", "embedders", "decoders", "teachers", "heads", "model", "data", "worlds",
     "checkpoints", "training", "evaluation", "callbacks", "commands",
@@ -55,8 +57,13 @@ LINK_OR_CODE = re.compile(
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Put the reference behind the pages that mkdocs.yml names."""
+    """Put pages that mkdocs.yml does not name behind the others of their section, and the reference behind all."""
     assert config.nav is not None
+    for folder, section in SECTIONS.items():
+        pages = next(entry[section] for entry in config.nav if section in entry)
+        named = {page for entry in pages for page in entry.values()}
+        found = sorted(file.relative_to(ROOT / "docs").as_posix() for file in (ROOT / "docs" / folder).glob("*.md"))
+        pages += [page for page in found if page not in named and f"docs/{page}" not in TOP_PAGES]
     rooms = [{package: page} for page, package, _ in _reference()]
     config.nav.append({"Reference": [{"Index of parts": "parts.md"}, *rooms]})
     return config
@@ -130,7 +137,8 @@ def _room(package: str, modules: list[str]) -> str:
     """A page: what the package says of itself and defines, then its modules."""
     face = _loaded(package.split(".")[0]).modules_collection[package]
     defined = [name for name, one in face.members.items() if not (one.is_alias or one.is_module or name[0] == "_")]
-    own = f"::: {package}\n    options: {{show_root_heading: false, members: {json.dumps(defined or False)}}}"
+    options = {"show_root_heading": False, "show_root_toc_entry": False, "members": defined or False}
+    own = f"::: {package}\n    options: {json.dumps(options)}"
     return "\n\n".join([f"# {package}", own, *(f"::: {name}" for name in modules)])
 
 
