@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar o
 # An exact set of versions that passed CI; CONSTRAINTS= installs the newest that the ranges admit.
 CONSTRAINTS ?= constraints.txt
 
-.PHONY: help install quickstart test test-fast lint bench clean
+.PHONY: help install quickstart test test-fast lint docs bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -33,8 +33,16 @@ test-fast: install  ## the tests without the end-to-end runs
 lint: install  ## ruff and mypy
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
+$(VENV)/.docs: $(VENV)/.installed
+	@$(PIP) $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e ".[docs]"
+	@touch $@
+
+docs: $(VENV)/.docs  ## the documentation as a site, in build/docs; a broken link is an error
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --config-file docs/site/mkdocs.yml
+	@echo "build/docs/index.html"
+
 bench: install  ## measure speed and memory as ratios, side by side in one process
 	@$(BIN)/python -m tests.benchmarks
 
-clean:  ## remove the virtual environment and caches
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+clean:  ## remove the virtual environment, the docs site and caches
+	rm -rf $(VENV) build/docs .pytest_cache .mypy_cache .ruff_cache
