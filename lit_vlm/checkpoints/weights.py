@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
 from lit_vlm.checkpoints.folder import find_checkpoint
@@ -71,8 +73,34 @@ def read_slots(source: str | Path) -> dict[str, dict[str, Tensor]]:
         from lit_vlm.checkpoints.published import read_published
 
         return read_published(*found)
+    return by_slot(read_state(source))
+
+
+def read_shapes(source: str | Path) -> dict[str, dict[str, Tensor]] | None:
+    """The same on the meta device, in a moment whatever the size; None for published weights, which say it not so.
+
+    Raises:
+        ValueError: when there is no complete checkpoint.
+    """
+    if _published(source):
+        return None
+    path = find_checkpoint(source)
+    if path.is_dir():
+        found = FileSystemReader(path).read_metadata().state_dict_metadata
+        state = {
+            key.removeprefix("state_dict."): torch.empty(value.size, dtype=value.properties.dtype, device="meta")
+            for key, value in found.items()
+            if key.startswith("state_dict.") and isinstance(value, TensorStorageMetadata)
+        }
+    else:
+        state = torch.load(path, map_location="meta", weights_only=True)["state_dict"]
+    return by_slot({key.removeprefix(PREFIX): value for key, value in state.items()})
+
+
+def by_slot(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Weights under the names of `VLM`, by slot: encoder, projector, embedder, decoder, `heads.NAME`."""
     slots: dict[str, dict[str, Tensor]] = {}
-    for key, value in read_state(source).items():
+    for key, value in state.items():
         slot, rest = key.split(".", 1)
         if slot == "heads":
             name, rest = rest.split(".", 1)

@@ -103,8 +103,8 @@ def real_parameters() -> AbstractContextManager[None]:
     return _registering(_register)
 
 
-def load_state(part: Part, state: StateDict, name: str) -> None:
-    """Load `state` into `part`, whose parameters may be on the meta device.
+def check_state(part: Part, state: StateDict, name: str) -> None:
+    """See that `state` is one of this part; nothing is loaded, and shapes are enough.
 
     Raises:
         ValueError: naming the slot, the missing and the surplus keys and the shapes that differ.
@@ -128,7 +128,12 @@ def load_state(part: Part, state: StateDict, name: str) -> None:
             f"the weights do not fit the slot '{name}' ({type(part).__name__}): {'; '.join(problems)}. "
             f"If this part is meant to start anew, add '{slot}' to model.stage.fresh."
         )
-    ties = _ties(part)
+
+
+def load_state(part: Part, state: StateDict, name: str) -> None:
+    """Load `state` into `part`, whose parameters may be on the meta device; raises as `check_state`."""
+    check_state(part, state, name)
+    own, ties = part.state_dict(), _ties(part)
     cast = {key: value.to(own[key].dtype) if value.is_floating_point() else value for key, value in state.items()}
     part.load_state_dict(cast, strict=True, assign=any(p.is_meta for p in part.parameters()))
     for places in ties:

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import torch
 
-from lit_vlm.core.part import Part, StateDict, load_state, meta_parameters
+from lit_vlm.core.part import Part, StateDict, check_state, load_state, meta_parameters
 from lit_vlm.decoders import Decoder
 from lit_vlm.embedders import Embedder
 from lit_vlm.encoders import Encoder
@@ -101,12 +101,7 @@ def build(
             return part
         state: StateDict | None
         if saved is not None and slot not in fresh:
-            if name not in saved and part.state_dict():
-                raise ValueError(
-                    f"{origin} has no weights for the slot '{name}', only for {sorted(saved)}. "
-                    f"If this part is meant to start anew, add '{slot}' to model.stage.fresh."
-                )
-            state = part.adapt_state(saved.get(name, {}))
+            state = _saved_state(name, part, saved, origin)
         else:
             state = part.pretrained_state()
         if state is None:
@@ -124,6 +119,38 @@ def build(
         if model.embedder.adopts_all:
             model.drawn -= {"embedder"}
     return model
+
+
+def check_saved(model: VLM, saved: Mapping[str, StateDict], fresh: Collection[str], origin: str) -> None:
+    """See that saved weights fit a model, by names and shapes: nothing is loaded, and both may be on the meta device.
+
+    Args:
+        model: to start from them.
+        saved: by slot, as for `build`.
+        fresh: slots that do not take part.
+        origin: where they were read, for messages.
+
+    Raises:
+        ValueError: naming the slot that they do not fit, and what differs.
+    """
+    parts: dict[str, Part] = {slot: parts[0] for slot, parts in model.slots().items() if slot != "heads"}
+    parts |= {f"heads.{name}": head for name, head in model.heads.items() if isinstance(head, Part)}
+    for name, part in parts.items():
+        if name.split(".")[0] not in fresh:
+            try:
+                check_state(part, _saved_state(name, part, saved, origin), name)
+            except ValueError as error:
+                raise ValueError(f"model.stage.start_from {origin}: {error}") from error
+
+
+def _saved_state(name: str, part: Part, saved: Mapping[str, StateDict], origin: str) -> StateDict:
+    """What is saved of a slot, under the names of the part that is in it now."""
+    if name not in saved and part.state_dict():
+        raise ValueError(
+            f"{origin} has no weights for the slot '{name}', only for {sorted(saved)}. "
+            f"If this part is meant to start anew, add '{name.split('.')[0]}' to model.stage.fresh."
+        )
+    return part.adapt_state(saved.get(name, {}))
 
 
 @contextmanager
