@@ -220,6 +220,18 @@ class Counts(NamedTuple):
         return Counts(*(a + b for a, b in zip(self, other, strict=True)))
 
 
+class Window(NamedTuple):
+    """What all micro-batches of an optimizer step hold together on one rank.
+
+    Attributes:
+        counts: of the batches.
+        own: counts that heads bring, by the head's name.
+    """
+
+    counts: Counts
+    own: Mapping[str, float] = {}
+
+
 @dataclass
 class Batch:
     """One micro-batch; every image already owns its exact number of positions, so the model only scatters.
@@ -241,7 +253,7 @@ class Batch:
         prepared: features that were computed before training and read instead of images: of teachers by the head's
             name, and of a frozen encoder under `encoder`.
         bad: samples that were left out or cut while this batch was made.
-        window: counts over all micro-batches of the optimizer step, when the loader knows them.
+        window: counts over all micro-batches of the optimizer step; None if the loader knows nothing of steps.
         stop_ids: of prompts: what closes an answer in the template that they are written in.
     """
 
@@ -259,7 +271,7 @@ class Batch:
     teacher_images: dict[str, Images] = field(default_factory=dict)
     prepared: dict[str, VisualTokens] = field(default_factory=dict)
     bad: tuple[BadSample, ...] = ()
-    window: Counts | None = None
+    window: Window | None = None
     stop_ids: frozenset[int] = frozenset()
 
     @property

@@ -24,6 +24,14 @@ class Part(nn.Module):
         """Pretrained weights under this part's own keys, or None to keep the random ones."""
         return None
 
+    def find_pretrained(self) -> None:
+        """See that the weights of `pretrained_state` are there, without reading them.
+
+        Raises:
+            ValueError: saying what is missing.
+        """
+        return
+
     def adapt_state(self, state: StateDict) -> StateDict:
         """Rename the keys of weights that an earlier stage saved, where this part wraps its modules differently."""
         return state

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
+import json
 import pickle
 import shutil
 import sys
@@ -60,6 +61,70 @@ def resolve(source: str, weights: bool = True) -> str:
     else:
         return source
     return str(_converted_gguf(path) if path.suffix == ".gguf" else path)
+
+
+def find_weights(source: str, subfolder: str = "") -> None:
+    """See that a source has weights, without reading, fetching or making any.
+
+    Args:
+        source: as for `resolve`.
+        subfolder: where in a folder or repository they are.
+
+    Raises:
+        ValueError: naming the source, and what of it is missing.
+    """
+    if source.startswith("package:"):
+        _package_file(source.removeprefix("package:"))
+        return
+    if source.startswith("made:"):
+        maker, part = importlib.import_module(MAKER), source.removeprefix("made:")
+        if part not in maker.PARTS:
+            maker.made(part, cache_dir())  # which says so
+        return
+    path = Path(source).expanduser()
+    if path.is_dir():
+        _look_into(path / subfolder)
+    elif source.startswith((".", "/", "~")) and not path.exists():
+        raise ValueError(f"there are no weights at {path}")
+    elif not path.exists():
+        cached = _in_hub_cache(source)
+        _ask_hub(source, subfolder) if cached is None else _look_into(cached / subfolder)
+
+
+def _look_into(path: Path) -> None:
+    if not any(file.suffix in WEIGHT_SUFFIXES for file in path.glob("*")):
+        raise ValueError(f"there are no weights at {path}: no file ends in {', '.join(WEIGHT_SUFFIXES)}")
+    for index in path.glob("*.index.json"):
+        parts = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        if missing := sorted(part for part in parts if not (path / part).is_file()):
+            raise ValueError(f"{index} names {shortened(missing)}, missing in that folder")
+
+
+def _in_hub_cache(name: str) -> Path | None:
+    """The folder of a hub name that was fetched before, if it was."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(name, local_files_only=True))
+    except (LocalEntryNotFoundError, ValueError):  # the latter for what is no hub name, of which the hub will say so
+        return None
+    return folder if any(file.suffix in WEIGHT_SUFFIXES for file in folder.rglob("*")) else None
+
+
+def _ask_hub(name: str, subfolder: str) -> None:
+    """See that the hub has weights under a name."""
+    from huggingface_hub import HfApi
+
+    try:
+        files = HfApi().list_repo_files(name)
+    except Exception as error:  # no network, no such name, not allowed, offline: each client has errors of its own
+        reason = next(iter(str(error).strip().splitlines()), repr(error))
+        raise ValueError(
+            f"the weights of {name} are not in the hub cache, and the hub does not list them: {reason}"
+        ) from error
+    if not any(Path(file).suffix in WEIGHT_SUFFIXES and Path(file).parent == Path(subfolder) for file in files):
+        raise ValueError(f"{name} has no weights on the hub: no file ends in {', '.join(WEIGHT_SUFFIXES)}")
 
 
 def load_weights(path: str | Path) -> dict[str, Tensor]:

@@ -261,6 +261,7 @@ class VLMData(LightningDataModule):
             pin_memory=module.device.type == "cuda" or self.trainer.strategy.root_device.type == "cuda",
             stops_at=partial(_stops_at, self.trainer, phase, window),
             on_start=check_marks,
+            own_counts=spec.own_counts if phase == "train" else None,
         )
 
     def _check_marks(self, spec: InputSpec) -> None:

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, Pretrai
 
 from lit_vlm.core.flops import Weights
 from lit_vlm.core.part import StateDict
-from lit_vlm.core.pretrained import made_config, read_pretrained, resolve, shortened
+from lit_vlm.core.pretrained import find_weights, made_config, read_pretrained, resolve, shortened
 from lit_vlm.core.safetensors import read_folder
 from lit_vlm.core.tokenizers import load_tokenizer
 from lit_vlm.decoders import internlm2
@@ -142,6 +142,11 @@ class HFDecoder(Decoder):
     def _find_blocks(self) -> list[nn.Module]:
         found = (getattr(self.base, name, None) for name in ("layers", "h", "blocks"))
         return next((list(layers) for layers in found if layers is not None), [])
+
+    def find_pretrained(self) -> None:
+        """Files of the model."""
+        if self.name is not None:
+            find_weights(self.name)
 
     def pretrained_state(self) -> StateDict | None:
         """The published weights, and new adapters that change nothing yet.

@@ -9,7 +9,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from lit_vlm.core.batch import Grid, Images, PixelSpec, VisualTokens
 from lit_vlm.core.part import StateDict
-from lit_vlm.core.pretrained import made_config, resolve
+from lit_vlm.core.pretrained import find_weights, made_config, resolve
 from lit_vlm.encoders.base import CLIP_MEAN, CLIP_STD, Encoder, PatchGrid
 from lit_vlm.encoders.hf import check_one_source, pretrained_backbone
 
@@ -43,6 +43,11 @@ class CLIPEmbedding(Encoder):
         self.patch_grid = PatchGrid(found.image_size)
         self.pixels = PixelSpec(found.image_size, found.image_size, CLIP_MEAN, "crop")
         self._set_normalisation(CLIP_MEAN, CLIP_STD)
+
+    def find_pretrained(self) -> None:
+        """Files of the vision model and its projection."""
+        if self.name is not None:
+            find_weights(self.name, self.subfolder)
 
     def pretrained_state(self) -> StateDict | None:
         """Weights of the vision model and its projection."""

@@ -80,6 +80,11 @@ class Ensemble(Encoder):
         """Its own settings, and each member's."""
         return " + ".join([super().identity(), *(member.identity() for member in self.parts)])
 
+    def find_pretrained(self) -> None:
+        """Those of all members."""
+        for member in self.parts:
+            member.find_pretrained()
+
     def pretrained_state(self) -> StateDict | None:
         """Weights of all members; None if none of them has any."""
         states = [member.pretrained_state() for member in self.parts]

@@ -17,7 +17,7 @@ from transformers import (
 
 from lit_vlm.core.batch import Images, PixelSpec, VisualTokens
 from lit_vlm.core.part import StateDict
-from lit_vlm.core.pretrained import made_config, read_pretrained, resolve, shortened
+from lit_vlm.core.pretrained import find_weights, made_config, read_pretrained, resolve, shortened
 from lit_vlm.encoders.base import CLIP_MEAN, CLIP_STD, HALF, IMAGENET_MEAN, IMAGENET_STD, Encoder, PatchGrid
 
 INTERN_VIT = "internvl_vision"
@@ -75,6 +75,11 @@ class HFEncoder(Encoder):
         self.patch_grid = PatchGrid(patch, prefix=int(cls))
         self.pixels = PixelSpec(size, patch, mean)
         self._set_normalisation(mean, std)
+
+    def find_pretrained(self) -> None:
+        """Files of the model."""
+        if self.name is not None:
+            find_weights(self.name)
 
     def pretrained_state(self) -> StateDict | None:
         """Weights of the kept blocks."""

@@ -11,7 +11,7 @@ from transformers.models.swin.modeling_swin import SwinLayer
 
 from lit_vlm.core.batch import Grid, Images, PixelSpec, VisualTokens
 from lit_vlm.core.part import StateDict
-from lit_vlm.core.pretrained import made_config, resolve
+from lit_vlm.core.pretrained import find_weights, made_config, resolve
 from lit_vlm.encoders.base import IMAGENET_MEAN, IMAGENET_STD, Encoder, PatchGrid
 from lit_vlm.encoders.hf import check_one_source, pretrained_backbone
 
@@ -48,6 +48,11 @@ class OneFormerSwin(Encoder):
         self.patch_grid = PatchGrid(STRIDE)
         self.pixels = PixelSpec(image_size, STRIDE, IMAGENET_MEAN, "squash")
         self._set_normalisation(IMAGENET_MEAN, IMAGENET_STD)
+
+    def find_pretrained(self) -> None:
+        """Files of the whole model."""
+        if self.name is not None:
+            find_weights(self.name)
 
     def pretrained_state(self) -> StateDict | None:
         """Weights of the backbone."""

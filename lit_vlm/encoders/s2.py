@@ -47,6 +47,10 @@ class S2(Encoder):
         self.register_buffer("pixel_mean", inner.pixel_mean, persistent=False)
         self.register_buffer("pixel_std", inner.pixel_std, persistent=False)
 
+    def find_pretrained(self) -> None:
+        """The encoder's."""
+        self.inner.find_pretrained()
+
     def pretrained_state(self) -> StateDict | None:
         """Weights of the encoder."""
         state = self.inner.pretrained_state()

@@ -11,7 +11,7 @@ from torch import nn
 
 from lit_vlm.core.batch import Images, PixelSpec, VisualTokens
 from lit_vlm.core.part import StateDict
-from lit_vlm.core.pretrained import load_weights, resolve
+from lit_vlm.core.pretrained import find_weights, load_weights, resolve
 from lit_vlm.encoders.base import Encoder, PatchGrid
 
 
@@ -48,6 +48,13 @@ class TimmEncoder(Encoder):
         self.patch_grid = PatchGrid(stride)
         self.pixels = PixelSpec(size, stride, config.mean)
         self._set_normalisation(config.mean, config.std)
+
+    def find_pretrained(self) -> None:
+        """The file, or timm's own."""
+        if self.pretrained not in (None, "hub"):
+            find_weights(self.pretrained)
+        elif self.pretrained and not timm.get_pretrained_cfg(self.name).has_weights:
+            raise ValueError(f"timm has no weights of '{self.name}': set pretrained to a file, or to null")
 
     def pretrained_state(self) -> StateDict | None:
         """Weights of the kept blocks."""

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Literal
+from collections.abc import Callable, Mapping
+from typing import Literal, final
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from lit_vlm.core.batch import Batch
+from lit_vlm.core.batch import Batch, Images, VisualTokens
 from lit_vlm.core.flops import FlopsOf, Weights
 from lit_vlm.core.part import Part
 from lit_vlm.embedders.base import Embedder
 from lit_vlm.teachers.base import Teacher
 
-Normaliser = Literal["samples", "tokens", "supervised", "images", "visual_tokens", "text_tokens"]
+CountName = Literal["samples", "tokens", "supervised", "images", "visual_tokens", "text_tokens"]
+Normaliser = CountName | Callable[[Batch], float]
 WORDS = -1
 """Among the taps of a head: word vectors `[b, s, d]` of the ids, before images and text meet; without a graph."""
 Tap = int | str
@@ -22,16 +25,18 @@ Tap = int | str
 
 
 class Head(Part, ABC):
-    """An auxiliary loss on decoder states.
+    """An auxiliary loss on decoder states: a member writes `loss`, and `forward` does what all of them have in common.
 
     Args:
         width: width of the decoder.
         num_layers: blocks of the decoder.
 
     Attributes:
-        taps: what `forward` reads: layers, numbered as in `DecoderOutput`, `WORDS`, and groups of task tokens. For a
+        taps: what `loss` reads: layers, numbered as in `DecoderOutput`, `WORDS`, and groups of task tokens. For a
             head that reads no layer above 0 the decoder does not run.
-        normaliser: which count of the global batch the summed loss is divided by.
+        normaliser: what the summed loss is divided by, over all micro-batches and ranks of an optimizer step: the name
+            of a count, or a count of the head's own, a function of a batch on the CPU. That one is asked before any
+            forward pass, and must pickle: a small object, or a function of a module (set on the instance).
         teacher: whose images the loader prepares, or None.
     """
 
@@ -50,6 +55,11 @@ class Head(Part, ABC):
             ValueError: when the embedder has none of that name.
         """
 
+    @final
+    def blocks(self) -> tuple[nn.Module, ...]:
+        """None: the blocks of a head would not run on a process without images, and sharded training needs them to."""
+        return ()
+
     def flops(self) -> FlopsOf:
         """Operations on a batch, without those of the teacher: by default all weights read each visual token.
 
@@ -59,14 +69,83 @@ class Head(Part, ABC):
         return lambda batch: weights.on(sum(grid.num_tokens - grid.suffix for grid in batch.image_grids))
 
     @abstractmethod
-    def forward(self, states: Mapping[Tap, Tensor], batch: Batch, teacher_images: object) -> Tensor:
+    def loss(self, states: Mapping[Tap, Tensor], batch: Batch, targets: VisualTokens) -> Tensor:
         """The loss summed over what `normaliser` counts: a fp32 scalar.
 
-        A batch without images must still use every parameter (with weight zero), or sharded training aborts.
+        A head with a teacher, or one that counts images or visual tokens, is not asked for a batch without images.
 
         Args:
             states: `[b, s, d]` for each layer of `taps`, and what the others stand for.
             batch: where everything is.
-            teacher_images: `Images` as the teacher wants them, of the same images in the same order; or the teacher's
-                features of them (`VisualTokens`), if they were prepared; or None.
+            targets: the teacher's features in fp32, without a graph; one grid for each of `batch.image_grids`, in that
+                order. Empty for a head without a teacher.
         """
+
+    def nothing(self, states: Mapping[Tap, Tensor]) -> Tensor:
+        """The loss of a batch without images: a zero in which every parameter and every state takes part.
+
+        Sharded training needs each of them in the graph on every process. A head whose processes talk to each other
+        adds its part of the conversation here.
+        """
+        parts = [parameter.float().sum() for parameter in self.parameters()]
+        parts += [state[..., :1].float().sum() for state in states.values()]
+        return 0 * torch.stack(parts).sum() if parts else torch.zeros(())
+
+    def forward(self, states: Mapping[Tap, Tensor], batch: Batch, given: Images | VisualTokens | None = None) -> Tensor:
+        """The loss against the teacher's targets, which are computed here unless they were prepared.
+
+        Teachers run in the precision of the step, as the head does.
+
+        Args:
+            states: for `loss`.
+            batch: the same.
+            given: `Images` as the teacher wants them, of the batch's images in their order; or its features of them
+                (`VisualTokens`), if they were prepared; or None.
+
+        Raises:
+            ValueError: where the targets do not fit the batch, or the loss is no fp32 scalar.
+        """
+        own = {tap: states[tap] for tap in self.taps}
+        of_images = self.teacher is not None or self.normaliser in ("images", "visual_tokens")
+        if of_images and not batch.image_grids:
+            return self.nothing(own)
+        loss = self.loss(own, batch, self._targets(batch, given))
+        if not isinstance(loss, Tensor) or loss.shape or loss.dtype != torch.float32:
+            found = f"{loss.dtype} {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(
+                f"{type(self).__name__}.loss returned {found} and must return a sum, one fp32 number. What it is "
+                "divided by is known before the forward pass: set `normaliser` to the name of a count, or to a function"
+            )
+        return loss
+
+    def _targets(self, batch: Batch, given: Images | VisualTokens | None) -> VisualTokens:
+        if self.teacher is None:
+            return VisualTokens(torch.empty(0, 0, device=batch.image_positions.device), ())
+        name, expected = type(self).__name__, len(batch.image_grids)
+        if given is None:
+            raise ValueError(
+                f"{name} has a teacher, and the batch brings neither its images (Batch.teacher_images) nor "
+                f"its features (Batch.prepared); expected those of {expected} images"
+            )
+        targets = self.teacher.targets(given)
+        found = (len(targets.grids), targets.features.shape[-1])
+        if found != (expected, self.teacher.width):
+            raise ValueError(
+                f"{name}: its teacher {type(self.teacher).__name__} gives targets of {found[0]} images, {found[1]} "
+                f"wide; expected those of the batch's {expected} images, {self.teacher.width} wide (Teacher.width)"
+            )
+        return targets
+
+
+def counted(normaliser: Normaliser, batch: Batch) -> float:
+    """What a batch counts for in the denominator of a loss.
+
+    Raises:
+        ValueError: where a count of a head's own is no number from 0 up.
+    """
+    if isinstance(normaliser, str):
+        return float(getattr(batch.counts, normaliser))
+    found = float(normaliser(batch))
+    if not (math.isfinite(found) and found >= 0):
+        raise ValueError(f"the count that a loss is divided by is {found}; it must be a number from 0 up")
+    return found

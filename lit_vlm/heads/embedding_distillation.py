@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lit_vlm.core.batch import Batch, Images, VisualTokens, index_suffixes
+from lit_vlm.core.batch import Batch, VisualTokens, index_suffixes
 from lit_vlm.core.flops import Flops, FlopsOf
 from lit_vlm.core.losses import contrastive_loss, smooth_l1_distance
 from lit_vlm.embedders.base import Embedder
@@ -108,19 +108,15 @@ class EmbeddingDistillation(Head):
             )
         self._places = embedder.task_tokens[self.tokens]
 
-    def forward(self, states: Mapping[Tap, Tensor], batch: Batch, teacher_images: object) -> Tensor:
+    def loss(self, states: Mapping[Tap, Tensor], batch: Batch, targets: VisualTokens) -> Tensor:
         """Sum over images of their losses."""
-        if not batch.image_grids:
-            return self._nothing(states)
-        assert self.teacher is not None
-        assert isinstance(teacher_images, Images | VisualTokens)
-        targets = self._targets(self.teacher.targets(teacher_images))
+        expected = self._of_images(targets)
         predictions = self.predict(states, batch)
-        flat = targets.flatten(0, 1)
+        flat = expected.flatten(0, 1)
         distances = [smooth_l1_distance(of_layer.flatten(0, 1), flat).sum() for of_layer in predictions]
         loss = torch.stack(distances).sum() / self.num_targets
         if self.logit_scale is not None:
-            loss = loss + self.contrastive * contrastive_loss(predictions, targets, self.logit_scale).sum()
+            loss = loss + self.contrastive * contrastive_loss(predictions, expected, self.logit_scale).sum()
         return loss
 
     def flops(self) -> FlopsOf:
@@ -182,7 +178,7 @@ class EmbeddingDistillation(Head):
             mask = mask | (same & (owner[rows] == -1))
         return rows, mask, positions[own]
 
-    def _targets(self, features: VisualTokens) -> Tensor:
+    def _of_images(self, features: VisualTokens) -> Tensor:
         """`[n, num_targets, width of the teacher]`."""
         wrong = {grid.num_tokens for grid in features.grids} - {self.num_targets}
         if wrong:
@@ -192,12 +188,11 @@ class EmbeddingDistillation(Head):
             )
         return features.features.view(len(features.grids), self.num_targets, -1)
 
-    def _nothing(self, states: Mapping[Tap, Tensor]) -> Tensor:
-        """Zero, by way of every parameter; and the other ranks still need this one to see their targets."""
-        total = sum((parameter.float().sum() for parameter in self.parameters()), torch.zeros(()))
-        total = sum((state[..., :1].float().sum() for state in states.values()), total)
-        if self.logit_scale is not None:
-            assert self.teacher is not None
-            empty = states[self.layers[0]].new_zeros(len(self.layers), 0, self.num_targets, self.teacher.width)
-            total = total + contrastive_loss(empty, empty[0], self.logit_scale).sum()
-        return 0 * total
+    def nothing(self, states: Mapping[Tap, Tensor]) -> Tensor:
+        """A zero; the other ranks still need this one to see their targets."""
+        zero = super().nothing(states)
+        if self.logit_scale is None:
+            return zero
+        assert self.teacher is not None
+        empty = states[self.layers[0]].new_zeros(len(self.layers), 0, self.num_targets, self.teacher.width)
+        return zero + contrastive_loss(empty, empty[0], self.logit_scale).sum()

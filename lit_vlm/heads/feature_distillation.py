@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_vlm.core.batch import Batch, Grid, Images, VisualTokens, index_suffixes
+from lit_vlm.core.batch import Batch, Grid, VisualTokens, index_suffixes
 from lit_vlm.core.losses import cosine_distance, smooth_l1_distance
 from lit_vlm.heads.base import Head, Tap
 from lit_vlm.teachers.base import Teacher
@@ -46,20 +46,15 @@ class FeatureDistillation(Head):
         self.distance = distance
         self.predictor = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, self.teacher.width))
 
-    def forward(self, states: Mapping[Tap, Tensor], batch: Batch, teacher_images: object) -> Tensor:
+    def loss(self, states: Mapping[Tap, Tensor], batch: Batch, targets: VisualTokens) -> Tensor:
         """Sum over images of the mean distance of their tokens."""
         hidden = states[self.layer].flatten(0, 1)
-        if not batch.image_grids:
-            return 0 * self.predictor(hidden[:1]).float().sum()
-        assert self.teacher is not None
-        assert isinstance(teacher_images, Images | VisualTokens)
         positions, grids = batch.image_positions, batch.image_grids
         if grids[0].suffix:  # task tokens show no part of the image
             positions = positions[index_suffixes(grids)[0].to(positions.device, non_blocking=True)]
             grids = tuple(grid._replace(suffix=0) for grid in grids)
         student = self.predictor(hidden[positions])  # [t, width of the teacher]
-        targets = _on_grids(self.teacher.targets(teacher_images), grids)
-        distances = DISTANCES[self.distance](student, targets)
+        distances = DISTANCES[self.distance](student, _on_grids(targets, grids))
         lengths = torch.tensor([grid.num_tokens for grid in grids], device=distances.device)
         return (distances / lengths.repeat_interleave(lengths)).sum()
 
@@ -76,7 +71,7 @@ def _on_grids(tokens: VisualTokens, grids: tuple[Grid, ...]) -> Tensor:
             raise ValueError(
                 "FeatureDistillation needs plain patch grids, without CLS or row-end tokens, on both sides"
             )
-        feature_map = features.float().view(1, own.rows, own.cols, -1).permute(0, 3, 1, 2)
+        feature_map = features.view(1, own.rows, own.cols, -1).permute(0, 3, 1, 2)
         if grid.rows <= own.rows and grid.cols <= own.cols:
             feature_map = F.adaptive_avg_pool2d(feature_map, (grid.rows, grid.cols))
         else:

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lit_vlm.core.batch import Batch, Grid, Images, VisualTokens
+from lit_vlm.core.batch import Batch, Grid, VisualTokens
 from lit_vlm.heads.base import WORDS, Head, Tap
 from lit_vlm.heads.feature_distillation import DISTANCES
 from lit_vlm.projectors.downsample import fold
@@ -56,17 +56,13 @@ class HolisticDistillation(Head):
             raise ValueError(f"predictor is none, but targets are {target} wide and the decoder is {width}: use linear")
         self.predictor = nn.Linear(width, target) if predictor == "linear" else nn.Identity()
 
-    def forward(self, states: Mapping[Tap, Tensor], batch: Batch, teacher_images: object) -> Tensor:
+    def loss(self, states: Mapping[Tap, Tensor], batch: Batch, targets: VisualTokens) -> Tensor:
         """Sum over image tokens of their distances."""
         hidden = states[0].flatten(0, 1)
-        if not batch.image_grids:
-            return 0 * self.predictor(hidden[:1]).float().sum()
-        assert self.teacher is not None
-        assert isinstance(teacher_images, Images | VisualTokens)
-        targets = self._targets(self.teacher.targets(teacher_images), batch.image_grids)
-        return DISTANCES[self.distance](self.predictor(hidden[batch.image_positions]), targets).sum()
+        expected = self._on_tokens(targets, batch.image_grids)
+        return DISTANCES[self.distance](self.predictor(hidden[batch.image_positions]), expected).sum()
 
-    def _targets(self, teacher: VisualTokens, grids: tuple[Grid, ...]) -> Tensor:
+    def _on_tokens(self, teacher: VisualTokens, grids: tuple[Grid, ...]) -> Tensor:
         """The teacher's features for each image token: `[t, d']`."""
         expected = tuple(grid._replace(rows=grid.rows * self.ratio, cols=grid.cols * self.ratio) for grid in grids)
         if teacher.grids != expected:
@@ -77,7 +73,7 @@ class HolisticDistillation(Head):
         merged = fold(teacher, self.ratio) if self.ratio > 1 else teacher.features
         if self.match == "merge":
             return merged
-        return merged.float().unflatten(1, (self.ratio**2, -1)).mean(1)
+        return merged.unflatten(1, (self.ratio**2, -1)).mean(1)
 
 
 class WordDistillation(Head):
@@ -99,7 +95,7 @@ class WordDistillation(Head):
         super().__init__(width, num_layers)
         self.distance = distance
 
-    def forward(self, states: Mapping[Tap, Tensor], batch: Batch, teacher_images: object) -> Tensor:
+    def loss(self, states: Mapping[Tap, Tensor], batch: Batch, targets: VisualTokens) -> Tensor:
         """Sum over text tokens of their distances."""
         text = (batch.segment_ids > 0).flatten().float()
         text = text.index_fill(0, batch.image_positions, 0.0)

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lit_vlm.core.batch import Batch, Grid, Images, Patches, VisualTokens, index_patches
+from lit_vlm.core.batch import Batch, Grid, Patches, VisualTokens, index_patches
 from lit_vlm.core.flops import Flops, FlopsOf, Weights, attention
 from lit_vlm.core.losses import cosine_distance
 from lit_vlm.heads.base import Head, Tap
@@ -61,26 +61,20 @@ class PatchAlignment(Head):
             )
             self.output_layer = nn.Linear(out, out)
 
-    def forward(self, states: Mapping[Tap, Tensor], batch: Batch, teacher_images: object) -> Tensor:
+    def loss(self, states: Mapping[Tap, Tensor], batch: Batch, targets: VisualTokens) -> Tensor:
         """Sum over images of the mean distance of their patches."""
         hidden = [states[layer].flatten(0, 1) for layer in self.layers]
-        if not batch.image_grids:
-            return 0 * self.student([state[:1] for state in hidden]).float().sum()
-        assert self.teacher is not None
-        assert isinstance(teacher_images, Images | VisualTokens)
-        teacher = self.teacher.targets(teacher_images)
         patches = index_patches(batch.image_grids)
-        ratio = self._ratio = _pool_ratio(batch.image_grids, teacher.grids)
+        ratio = self._ratio = _pool_ratio(batch.image_grids, targets.grids)
         positions = batch.image_positions[patches.position.to(batch.image_positions.device, non_blocking=True)]
         if ratio > 1:
             patches, order = _windows(patches, batch.image_grids, ratio)
             positions = positions[order.to(positions.device, non_blocking=True)]
         at_patches = [state[positions] for state in hidden]
         student = self.student([state.mean(1) if ratio > 1 else state for state in at_patches])
-        targets = teacher.features[
-            _teacher_positions(patches, batch.image_grids, teacher.grids, ratio).to(student.device, non_blocking=True)
-        ]
-        return self._loss(student, targets, patches.image)
+        places = _teacher_positions(patches, batch.image_grids, targets.grids, ratio)
+        expected = targets.features[places.to(student.device, non_blocking=True)]
+        return self._mean_distances(student, expected, patches.image)
 
     def flops(self) -> FlopsOf:
         """Of each patch, or window of patches, that is compared: the layers' weights, and attention over layers."""
@@ -114,7 +108,7 @@ class PatchAlignment(Head):
     def _split(self, states: Tensor) -> Tensor:
         return states.unflatten(-1, (self.num_heads, -1))
 
-    def _loss(self, student: Tensor, targets: Tensor, image: Tensor) -> Tensor:
+    def _mean_distances(self, student: Tensor, targets: Tensor, image: Tensor) -> Tensor:
         """Mean over the patches of each image, summed over images."""
         if self.target == "next":
             # The last patch of an image has no next one.

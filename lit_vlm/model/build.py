@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -151,6 +151,24 @@ def _saved_state(name: str, part: Part, saved: Mapping[str, StateDict], origin: 
             f"If this part is meant to start anew, add '{name.split('.')[0]}' to model.stage.fresh."
         )
     return part.adapt_state(saved.get(name, {}))
+
+
+def load_teachers(model: VLM, names: Iterable[str]) -> None:
+    """Read the weights of the teachers of these heads, so that a missing file is seen before the first step.
+
+    Every process has teachers of its own, sharded or not, as they are no part of the model.
+
+    Raises:
+        ValueError: naming the head, where weights are missing or do not fit.
+    """
+    for name in names:
+        head = model.heads[name]
+        if not isinstance(head, Head) or head.teacher is None:
+            continue
+        try:
+            head.teacher.load()
+        except (ValueError, OSError) as error:
+            raise ValueError(f"model.heads.{name}.teacher: {error}") from error
 
 
 @contextmanager

@@ -91,7 +91,7 @@ def _features(teacher: Teacher, images: Images, mode: FakeTensorMode) -> VisualT
     with meta_parameters():
         twin.encoder = teacher.network()().eval()
     _without_values(twin.encoder, mode)
-    twin._ready = True
+    twin._device = torch.device("cpu")  # as if read: there are no values to read
     return twin(images)
 
 

@@ -37,16 +37,34 @@ class Teacher(ABC):
         """What makes the encoder that it runs, for counting its operations; None if it computes nothing."""
         return None
 
+    def find_pretrained(self) -> None:
+        """See that the weights that `load` reads are there, without reading them.
+
+        Raises:
+            ValueError: saying what is missing.
+        """
+        return
+
+    def load(self) -> None:
+        """Read the weights, onto the CPU, unless that is done; called when the model is built.
+
+        Raises:
+            ValueError: where they are missing or do not fit.
+        """
+        return
+
+    @torch.no_grad()
     def targets(self, given: Images | VisualTokens) -> VisualTokens:
-        """Features of images, computed now or before; fp32 if they were prepared."""
-        return VisualTokens(given.features.float(), given.grids) if isinstance(given, VisualTokens) else self(given)
+        """Features of images, computed now or before: in fp32 and without a graph."""
+        tokens = given if isinstance(given, VisualTokens) else self(given)
+        return VisualTokens(tokens.features.float(), tokens.grids)
 
 
 class EncoderTeacher(Teacher):
     """Any encoder as a teacher.
 
     Args:
-        encoder: the encoder; its `pretrained` weights are loaded when the teacher is first used.
+        encoder: the encoder; its pretrained weights are read by `load`, or when the teacher is first used.
     """
 
     def __init__(self, encoder: Callable[[], Encoder]) -> None:
@@ -55,7 +73,7 @@ class EncoderTeacher(Teacher):
             self.encoder = encoder()
         self.width = self.encoder.width
         self.pixels = self.encoder.pixels
-        self._ready = False
+        self._device: torch.device | None = None
 
     def identity(self) -> str:
         """The encoder's."""
@@ -65,16 +83,31 @@ class EncoderTeacher(Teacher):
         """The factory."""
         return self._factory
 
-    def _prepare(self, device: torch.device) -> None:
-        state = self.encoder.pretrained_state()
-        if state is not None:
-            load_state(self.encoder, state, "teacher")
-        else:
-            with real_parameters(), torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)  # a random teacher is the same one on every rank
-                self.encoder = self._factory()
-        self.encoder.eval().requires_grad_(False).to(device)
-        self._ready = True
+    def find_pretrained(self) -> None:
+        """Those of the encoder."""
+        self.encoder.find_pretrained()
+
+    def load(self) -> None:
+        """The encoder's weights; without pretrained ones, random ones that are the same on every rank."""
+        if self._device is not None:
+            return
+        self._device = torch.device("cpu")
+        # Whoever builds a model may build on an accelerator, and goes on with the random numbers that it had.
+        with self._device, torch.random.fork_rng(devices=[]):
+            if (state := self.encoder.pretrained_state()) is not None:
+                load_state(self.encoder, state, "teacher")
+            else:
+                torch.manual_seed(0)
+                with real_parameters():
+                    self.encoder = self._factory()
+        self.encoder.eval().requires_grad_(False).to(self._device)
+
+    def _on(self, device: torch.device) -> Encoder:
+        self.load()
+        if self._device != device:
+            self.encoder.to(device)
+            self._device = device
+        return self.encoder
 
     @torch.no_grad()
     def __call__(self, images: Images) -> VisualTokens:
@@ -83,8 +116,6 @@ class EncoderTeacher(Teacher):
         Raises:
             ValueError: for pictures of another size than the encoder's.
         """
-        if not self._ready:
-            self._prepare(images.pixels.device)
         side = self.pixels.size
         if side and (wrong := {size for size in images.sizes if size[1] != side or size[0] % side}):
             raise ValueError(
@@ -92,4 +123,4 @@ class EncoderTeacher(Teacher):
                 "for it: take AspectGrid where the encoder takes any size, and a square transform or Tiles where it "
                 "does not"
             )
-        return self.encoder(images)
+        return self._on(images.pixels.device)(images)

@@ -8,27 +8,30 @@ import os
 import zlib
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.optim import Optimizer
 
 from lit_vlm.checkpoints.weights import read_slots
-from lit_vlm.core.batch import ENCODER, Batch, Counts
+from lit_vlm.core.batch import ENCODER, Batch
 from lit_vlm.core.precision import SCALED
 from lit_vlm.data.datamodule import VLMData
 from lit_vlm.data.sample.spec import InputSpec
 from lit_vlm.decoders import AbsentDecoder, Decoder
 from lit_vlm.embedders import Embedder
 from lit_vlm.encoders import Encoder
-from lit_vlm.heads import Head
-from lit_vlm.model.build import Slots, build, build_on_meta
+from lit_vlm.heads import Head, Normaliser
+from lit_vlm.heads.base import counted
+from lit_vlm.model.build import Slots, build, build_on_meta, load_teachers
 from lit_vlm.model.generate import generate
 from lit_vlm.model.vlm import NEXT_TOKEN, VLM
 from lit_vlm.projectors import Projector
@@ -93,8 +96,17 @@ class LitVLM(LightningModule):
             self.model = self.build()
             self._leave_out(self.model)
         self.stage.freeze(self.model, self.slots.removed_heads)
+        load_teachers(self.model, self._asked_teachers(self.model))
         # Modules are born in train mode, and Lightning keeps the mode it finds: frozen parts must be in eval mode.
         self.model.train()
+
+    def _asked_teachers(self, model: VLM) -> list[str]:
+        """Heads whose teachers this run will ask: of losses that are on, and whose features were not prepared."""
+        if self.trainer.state.fn == TrainerFn.PREDICTING:
+            return []
+        data = getattr(self.trainer, "datamodule", None)
+        prepared = data.prepared if isinstance(data, VLMData) and self.trainer.state.fn == TrainerFn.FITTING else {}
+        return [name for name in model.heads if self._uses(name) and name not in prepared]
 
     def _agree_on_precision(self) -> None:
         """See that all processes train in the same precision; all of them raise where they do not."""
@@ -149,6 +161,11 @@ class LitVLM(LightningModule):
             known=known,
             networks={ENCODER: f"{model.encoder.identity()} weights {self.encoder_digest}"}
             | {name: teacher.identity() for name, teacher in teachers.items()},
+            own_counts={
+                name: partial(counted, head.normaliser)
+                for name, head in used.items()
+                if not isinstance(head.normaliser, str)
+            },
         )
 
     def _uses(self, loss: str) -> bool:
@@ -204,24 +221,44 @@ class LitVLM(LightningModule):
         Lightning divides by the micro-batches of a step and the strategy averages over ranks; both are undone, as the
         denominators already count all micro-batches of all ranks.
         """
+        denominators = self._denominators = self._denominators or self._count_step(batch)
         sums = self.vlm(batch, self.stage.losses)
         scale = self.trainer.world_size * self.trainer.accumulate_grad_batches
         total = torch.zeros((), device=self.device)
         for name, value in sums.items():
-            denominator = self._denominator(name, batch)
+            denominator = denominators[name]
             total = total + self.stage.losses[name] * value * (scale / denominator)
             self._sums[name] = self._sums.get(name, 0) + value.detach() / denominator
         return total
 
-    def _denominator(self, name: str, batch: Batch) -> Tensor:
-        """What a loss is divided by: counted over all micro-batches of this step and all ranks, at least 1."""
-        if not self._denominators:
-            window = batch.window or batch.counts
-            counts = torch.tensor([*window, window.text_tokens], dtype=torch.float32, device=self.device)
-            counts = self.trainer.strategy.reduce(counts, reduce_op="sum").clamp(min=1)
-            self._denominators = dict(zip((*Counts._fields, "text_tokens"), counts.unbind(), strict=True))
-        head = self.vlm.heads[name] if name != NEXT_TOKEN else None
-        return self._denominators[head.normaliser if isinstance(head, Head) else "supervised"]
+    def _count_step(self, batch: Batch) -> dict[str, Tensor]:
+        """What each loss is divided by: counted over all micro-batches of this step and all ranks; 1 where that is 0.
+
+        Raises:
+            ValueError: where batches do not bring the counts of their whole step, and gradients would not be exact.
+        """
+        normalisers = {name: self._normaliser(name) for name in (NEXT_TOKEN, *self.vlm.heads) if self._uses(name)}
+        if batch.window is not None:
+            counts, own = batch.window
+            found = [
+                float(getattr(counts, normaliser)) if isinstance(normaliser, str) else own[name]
+                for name, normaliser in normalisers.items()
+            ]
+        elif self.trainer.accumulate_grad_batches == 1:
+            found = [counted(normaliser, batch) for normaliser in normalisers.values()]
+        else:
+            raise ValueError(
+                "trainer.accumulate_grad_batches is above 1, and these batches do not say what their whole step holds "
+                "(Batch.window), which losses are divided by: take the loader of VLMData, or accumulate nothing"
+            )
+        sums = torch.tensor(found, dtype=torch.float32, device=self.device)
+        sums = self.trainer.strategy.reduce(sums, reduce_op="sum")
+        return dict(zip(normalisers, torch.where(sums > 0, sums, 1).unbind(), strict=True))
+
+    def _normaliser(self, loss: str) -> Normaliser:
+        """What a loss is divided by."""
+        head = self.vlm.heads[loss] if loss != NEXT_TOKEN else None
+        return head.normaliser if isinstance(head, Head) else "supervised"
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Log the exact means of the whole step, and the learning rates."""
@@ -267,11 +304,8 @@ class LitVLM(LightningModule):
         self._log_held_out("test")
 
     def _hold_out(self, batch: Batch, loader: int) -> None:
-        counts = batch.counts
         for name, value in self.vlm(batch, self.stage.losses).items():
-            head = self.vlm.heads[name] if name != NEXT_TOKEN else None
-            count = getattr(counts, head.normaliser if isinstance(head, Head) else "supervised")
-            pair = torch.stack([value.detach(), value.new_tensor(float(count))])
+            pair = torch.stack([value.detach(), value.new_tensor(counted(self._normaliser(name), batch))])
             self._held_out[loader, name] = self._held_out.get((loader, name), 0) + pair
 
     def _log_held_out(self, prefix: str) -> None:

@@ -22,6 +22,7 @@ from lit_vlm.data.records import Message, Record, Text
 from lit_vlm.evaluation.asker import load_run
 from lit_vlm.model.build import build_on_meta
 from tests.runs import environment, lit_vlm, tiny_fit
+from tests.tiny import CLIP
 
 STRATEGIES = sorted(path.stem for path in (SHIPPED / "strategies").glob("*.yaml"))
 ONE_NODE = ["--trainer.num_nodes", "1"]
@@ -35,12 +36,21 @@ RUNS = [
 ]
 
 
+OWN = {
+    "class_path": "tests.heads.made.OwnCount",
+    "init_args": {"teacher": {"class_path": "lit_vlm.teachers.HFVision", "init_args": {"name": None, "config": CLIP}}},
+}
+TRAINED = [
+    *("--model.stage.train", json.dumps({"projector": 1e-3, "decoder": 2e-5, "heads": 1e-3})),
+    *("--model.heads.own", json.dumps(OWN), "--model.stage.losses.own", "0.5", "--trainer.logger", "false"),
+]
+"""A projector and a head with a count of its own; a third of the samples has no picture."""
+
+
 @pytest.fixture(scope="module")
 def single(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
     folder = tmp_path_factory.mktemp("strategies")
-    return folder, tiny_fit(
-        folder, "single", "2_sft", "--model.stage.train.projector", "1e-3", "--trainer.logger", "false"
-    )
+    return folder, tiny_fit(folder, "single", "2_sft", *TRAINED)
 
 
 @pytest.mark.parametrize(
@@ -55,8 +65,7 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, to
 def test_every_way_to_run_a_step_gives_the_same_weights(single, strategy: str, flags: list[str]) -> None:
     folder, expected = single
     out = "-".join(flag.strip("-").replace(".", "_") for flag in [strategy, *flags])
-    always = ["--model.stage.train.projector", "1e-3", "--trainer.logger", "false"]
-    state = tiny_fit(folder, out, "2_sft", *always, *flags, strategy=strategy)
+    state = tiny_fit(folder, out, "2_sft", *TRAINED, *flags, strategy=strategy)
     assert state.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(state[name], value, atol=2e-5, rtol=1e-3, msg=name)

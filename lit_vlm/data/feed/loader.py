@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate, islice
@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 from torch.utils.data import DataLoader, Dataset
 
-from lit_vlm.core.batch import BadSample, Batch, Counts
+from lit_vlm.core.batch import BadSample, Batch, Counts, Window
 from lit_vlm.data.feed.plan import BatchPlan, Place
 from lit_vlm.data.records import RecordError
 from lit_vlm.data.sample.encode import Sample, SampleEncoder
@@ -79,6 +79,7 @@ class Loader:
         collate: rows of samples, and bad samples → batch.
         num_workers: loader processes.
         window: micro-batches per optimizer step; each batch carries the counts of its whole step.
+        own_counts: counts that heads bring, by the head's name; each batch is asked before its step begins.
         bad_samples: what happens to samples that cannot be used.
         log: where bad samples are listed, or None.
         pin_memory: pin batches, for an accelerator.
@@ -99,10 +100,11 @@ class Loader:
         pin_memory: bool,
         stops_at: Callable[[int, int], int] | None = None,
         on_start: Callable[[], None] | None = None,
+        own_counts: Mapping[str, Callable[[Batch], float]] | None = None,
     ) -> None:
         self.dataset, self.batch_sampler, self.window = dataset, plan, window
         self.bad_samples, self.log, self.stops_at = bad_samples, log, stops_at
-        self.on_start = on_start
+        self.on_start, self.own_counts = on_start, dict(own_counts or {})
         self._loader = DataLoader(
             dataset,
             batch_sampler=plan,
@@ -127,13 +129,14 @@ class Loader:
         last = len(self) if self.stops_at is None else min(len(self), self.stops_at(self._done, len(self)))
         self.batch_sampler.start = 0  # a resumed epoch starts late, the next one does not
         while group := list(islice(batches, self.window)):
-            counts = sum((batch.counts for batch in group), Counts())
+            own = {name: sum(count(batch) for batch in group) for name, count in self.own_counts.items()}
+            window = Window(sum((batch.counts for batch in group), Counts()), own)
             for batch in group:
                 self._note(batch)
                 self._done += 1
                 if self.seen >= ENOUGH or self._done >= last:
                     self.judge()
-                yield replace(batch, window=counts)
+                yield replace(batch, window=window)
 
     def state_dict(self) -> dict[str, Any]:
         """Where in which epoch's plan the next batch lies, and what decides its order."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from lit_vlm.core.batch import Grid, PixelSpec
+from lit_vlm.core.batch import Batch, Grid, PixelSpec
 
 END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<|end_of_text|>")
 
@@ -24,6 +24,7 @@ class InputSpec:
         teacher_pixels: what the teacher of each head wants of an image, by the head's name.
         known: map that a picture must carry (`records.Image.maps`) in place of a teacher's features, by head.
         networks: identity of each network whose features may be prepared: teachers by the head's name, and `encoder`.
+        own_counts: what the losses of heads are divided by, where it is a count of the head's own, by the head's name.
         decoded_for: who decides, besides the encoder, at which fraction of its size a JPEG is decoded; None: those of
             `teacher_pixels`.
     """
@@ -35,6 +36,7 @@ class InputSpec:
     teacher_pixels: dict[str, PixelSpec] = field(default_factory=dict)
     known: dict[str, str] = field(default_factory=dict)
     networks: dict[str, str] = field(default_factory=dict)
+    own_counts: dict[str, Callable[[Batch], float]] = field(default_factory=dict)
     decoded_for: tuple[PixelSpec, ...] | None = None
 
     def grid(self, height: int, width: int) -> Grid:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from torch.utils.data import Dataset
 
-from lit_vlm.core.batch import BadSample, Batch, Counts
+from lit_vlm.core.batch import BadSample, Batch, Counts, Window
 from lit_vlm.data.feed.batching import GlobalBatch
 from lit_vlm.data.feed.loader import BadSamples, Loader, Placed, SourceDataset
 from lit_vlm.data.feed.plan import BatchPlan, Place
@@ -127,8 +127,14 @@ def test_every_batch_knows_the_counts_of_its_step(window: int) -> None:
     for first in range(0, 10, window):
         step = batches[first : first + window]
         expected = sum((batch.counts for batch in step), Counts())
-        assert all(batch.window == expected for batch in step)
+        assert all(batch.window == Window(expected) for batch in step)
     assert sum((batch.counts for batch in batches), Counts()).samples == 19
+
+
+def test_counts_that_heads_bring_are_those_of_the_whole_step() -> None:
+    loader = make(Numbers(19), window=3)
+    loader.own_counts = {"own": lambda batch: 0.5 * batch.counts.samples}
+    assert [batch.window.own["own"] for batch in loader if batch.window] == [3.0] * 9 + [0.5]
 
 
 def test_a_rank_without_samples_still_gets_a_batch() -> None:
