@@ -36,6 +36,8 @@ LIGHTNING = {
     "predict": "answer the held-out questions",
 }
 RUN_FOLDER = "LIT_VLM_RUN_FOLDER"
+REFUSED = 1
+"""Exit code of a command that says what is wrong with a flag, a file or the data."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -101,7 +103,7 @@ def _in_one_line() -> Iterator[None]:
         if os.environ.get("LIT_VLM_DEBUG"):
             raise
         sys.stderr.write(f"\nerror: {error}\n(set LIT_VLM_DEBUG=1 for the traceback)\n")
-        raise SystemExit(1) from error
+        raise SystemExit(REFUSED) from error
 
 
 def _print_help() -> None:
@@ -129,6 +131,20 @@ def lightning_cli(arguments: Sequence[str], run: bool = True) -> Any:
     return LitVLMCLI(args=None if given == sys.argv[1:] else given, run=run)
 
 
+def check_flags(arguments: Sequence[str]) -> None:
+    """Parse the flags of a stage and make nothing of them.
+
+    Raises:
+        SystemExit: when one is wrong, which is said in one line.
+    """
+    _quiet()
+    from lit_vlm.commands.lightning_cli import ParsedCLI
+
+    with _in_one_line():
+        load_plugins()
+        ParsedCLI(list(arguments))
+
+
 def run_folder_for(stage: str) -> str:
     """A folder for a run that was given none; the same in all processes of the run."""
     if RUN_FOLDER not in os.environ:
@@ -143,6 +159,7 @@ def _quiet() -> None:
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
     for message in (
         ".*isinstance.treespec, LeafSpec.*",
+        ".*LightningCLI.s args parameter is intended to run.*",
         ".*does not have many workers.*",
         ".*It is recommended to use `self.log.*sync_dist.*",
         ".*is not a subclass of .LightningModule.*",

@@ -1,22 +1,43 @@
-"""What `lit-vlm run --dry-run` looks at: every stage parses, its parts build and fit, its data is there."""
+"""`lit-vlm run --dry-run`: a stage is ready when a batch of its data has run forward and backward through its model.
+
+Nothing is trained and no weight is read: parts are built at their full size without values, a few records of each
+source go through template and transform, and a batch takes a step without arithmetic (`model.rehearsal`).
+"""
 
 from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
-from lit_vlm.checkpoints.weights import find_start
+from lit_vlm.checkpoints.weights import by_slot, find_start, read_shapes
 from lit_vlm.commands.cli import lightning_cli
-from lit_vlm.data.feed.usable import check_sources
-from lit_vlm.model.build import build_on_meta
+from lit_vlm.core.part import Part, StateDict
+from lit_vlm.data import VLMData
+from lit_vlm.data.feed.usable import check_sources, try_records
+from lit_vlm.data.sample.encode import Sample
+from lit_vlm.heads import Head
+from lit_vlm.model.build import build_on_meta, check_saved
+from lit_vlm.model.rehearsal import rehearse
+from lit_vlm.model.vlm import VLM
+from lit_vlm.training.module import LitVLM
+from lit_vlm.training.stage import Stage
+
+SlotStates = Mapping[str, StateDict]
+QUIET = ("lightning.pytorch", "lightning.fabric", "torch._subclasses.fake_tensor")
+"""Loggers that speak of devices, seeds and kernels while a stage is checked."""
+LARGEST = 4
+"""Samples of the batch that takes the step."""
 
 
 def check_recipe(commands: Mapping[str, Sequence[str]], console: Console) -> bool:
-    """Check the stages and print what is missing.
+    """Check the stages, print what was looked at and what is wrong.
 
     Args:
         commands: arguments of `lit-vlm` by stage.
@@ -25,50 +46,162 @@ def check_recipe(commands: Mapping[str, Sequence[str]], console: Console) -> boo
     Returns:
         whether every stage could start.
     """
+    left: dict[str, SlotStates] = {}
     ok = True
     for stage, words in commands.items():
         console.print(f"[bold]{stage}[/]  lit-vlm {shlex.join(words)}", soft_wrap=True, highlight=False)
-        problem = _check(words, list(commands).index(stage) > 0)
-        if problem:
+        check = _StageCheck(words, left)
+        try:
+            with _quietly():
+                check.run()
+        except (ValueError, OSError, ImportError) as error:
             ok = False
-            console.print(f"  [red]missing or wrong[/]: {problem}", soft_wrap=True, highlight=False)
+            console.print(f"  [red]missing or wrong[/]: {error}", soft_wrap=True, highlight=False, markup=True)
         else:
-            console.print("  [green]ready[/]: config parses, parts build, data is there")
+            console.print(f"  [green]ready[/]: {'; '.join(check.done)}", soft_wrap=True, highlight=False)
+        for note in check.notes:
+            console.print(f"  [yellow]{note}[/]", soft_wrap=True, highlight=False)
+        if check.leaves is not None:
+            left[stage] = check.leaves
     return ok
 
 
-def _check(words: Sequence[str], later: bool) -> str | None:
-    """What keeps a stage from starting, or None. A later one starts from weights that need not be there yet."""
-    errors = io.StringIO()
+class _StageCheck:
+    """The checks of one stage, each on what the ones before have found.
+
+    Args:
+        words: of its command.
+        left: what earlier stages leave, by stage: weights without values.
+
+    Attributes:
+        done: what was looked at.
+        notes: what is no obstacle, and worth a look.
+        leaves: what this stage leaves; None where its model cannot be built.
+    """
+
+    def __init__(self, words: Sequence[str], left: Mapping[str, SlotStates]) -> None:
+        self.words, self.left = words, left
+        self.done: list[str] = []
+        self.notes: list[str] = []
+        self.leaves: SlotStates | None = None
+
+    def run(self) -> None:
+        """Check everything.
+
+        Raises:
+            ValueError: for the first thing that is missing or wrong, naming the slot or key and the way out.
+        """
+        cli: Any = lightning_cli([*self.words[1:], "--trainer.logger", "false"], run=False)
+        module, data = cli.model, cli.datamodule
+        assert isinstance(module, LitVLM)
+        assert isinstance(data, VLMData)
+        self.done.append("config parses")
+        model = self._build(module)
+        self._start(module.stage, model)
+        self._pretrained(module.stage, model)
+        samples = self._data(module, data)
+        self._step(module, data, model, samples)
+
+    def _build(self, module: LitVLM) -> VLM:
+        """The model without weights, frozen as the stage says; it is what the stage leaves."""
+        model = build_on_meta(module.slots)
+        states = by_slot(model.state_dict())
+        self.leaves = {slot: state for slot, state in states.items() if slot not in module.stage.leave_out}
+        module.stage.freeze(model, module.slots.removed_heads)
+        module.stage.make_optimizer(model)
+        module.model = model
+        count = sum(parameter.numel() for parameter in model.parameters())
+        self.done.append(f"parts build ({count:,} parameters)")
+        return model
+
+    def _start(self, stage: Stage, model: VLM) -> None:
+        """Weights to start from are there and fit; those of an earlier stage of this run will be."""
+        if not (start := stage.start_from):
+            return
+        saved: SlotStates | None
+        if (earlier := Path(start).name) in self.left and not Path(start).exists():
+            saved, origin = self.left[earlier], f"(what {earlier} will leave)"
+        else:
+            find_start(start)
+            saved, origin = read_shapes(start), start
+        if saved is not None:
+            check_saved(model, saved, stage.fresh, origin)
+        self.done.append(f"weights of {start} {'fit' if saved is not None else 'are there'}")
+
+    def _pretrained(self, stage: Stage, model: VLM) -> None:
+        """Files of pretrained weights are there, of teachers too."""
+        parts: dict[str, Part] = {slot: parts[0] for slot, parts in model.slots().items() if slot != "heads"}
+        for slot, part in parts.items():
+            if not stage.start_from or slot in stage.fresh:
+                _name(f"model.{slot}", part.find_pretrained)
+        for name, head in model.heads.items():
+            if isinstance(head, Head) and head.teacher is not None and stage.losses.get(name):
+                _name(f"model.heads.{name}.teacher", head.teacher.find_pretrained)
+        self.done.append("pretrained weights are there")
+
+    def _data(self, module: LitVLM, data: VLMData) -> list[Sample]:
+        """A few records of each source become samples."""
+        spec = module.input_spec
+        data.format.check_marks(spec, "refuse")
+        samples: list[Sample] = []
+        for key, sources in (("train", data.train_sources), ("val", data.val_sources)):
+            encode = data.train_sample_encoder(spec) if key == "train" else data.sample_encoder(spec)
+            check_sources(sources, spec.known, f"data.{key}")
+            for source in sources:
+                tried = try_records(source, encode, f"data.{key}")
+                samples += tried.samples if key == "train" else []
+                if tried.problems:
+                    reasons = ", ".join(sorted({error.reason for error, _ in tried.problems}))
+                    self.notes.append(
+                        f"{len(tried.problems)} of {tried.count} records of '{source.name}' in data.{key} cannot be used: "
+                        f"{reasons}"
+                    )
+        if not samples:
+            raise ValueError("data.train names no source, so there is nothing to train on")
+        count = _count(len(data.train_sources) + len(data.val_sources), "source")
+        self.done.append(f"records of {count} go through template and transform")
+        return samples
+
+    def _step(self, module: LitVLM, data: VLMData, model: VLM, samples: Sequence[Sample]) -> None:
+        """One batch, with pictures and without where there are both, forward and backward."""
+        spec = module.input_spec
+        shown = sorted(samples, key=lambda sample: not sample.grids)[:LARGEST]
+        shown += [sample for sample in samples if not sample.grids][:1] if all(s.grids for s in shown) else []
+        names = (*(data.prepared if shown[0].features else ()), *spec.known)
+        batch = data.collator(spec, prepared=names)([[sample] for sample in shown], [])
+        model.train()
+        rehearse(model, batch, module.stage.losses)
+        pictures = batch.counts.images
+        text = [sample for sample in shown if not sample.grids]
+        if text and pictures:  # what a process meets whose batch has no picture
+            rehearse(model, data.collator(spec, prepared=names)([text], []), module.stage.losses)
+        self.done.append(
+            f"a batch of {_count(len(shown), 'sample')} with {_count(pictures, 'picture')} ran forward and backward"
+        )
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Without what Lightning says of devices, seeds and precision."""
+    logs = [logging.getLogger(name) for name in QUIET]
+    levels = [log.level for log in logs]
+    for log in logs:
+        log.setLevel(logging.ERROR)
     try:
-        with contextlib.redirect_stderr(errors):
-            flags = _without(words[1:], "--model.stage.start_from") if later else words[1:]
-            cli = lightning_cli([*flags, "--trainer.logger", "false"], run=False)
-        if not later and cli.model.stage.start_from:
-            find_start(cli.model.stage.start_from)
-        model = build_on_meta(cli.model.slots)
-        cli.model.stage.freeze(model, cli.model.slots.removed_heads)
-        cli.model.stage.make_optimizer(model)
-        cli.model.model = model
-        cli.datamodule.format.check_marks(cli.model.input_spec, "refuse")
-        for key, sources in (("train", cli.datamodule.train_sources), ("val", cli.datamodule.val_sources)):
-            check_sources(sources, cli.model.input_spec.known, f"data.{key}")
-    except SystemExit:
-        lines = [line for line in errors.getvalue().strip().splitlines() if line.strip()]
-        return _tidy(lines)
-    except (ValueError, OSError, ImportError) as error:
-        return str(error)
-    return None
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        for log, level in zip(logs, levels, strict=True):
+            log.setLevel(level)
 
 
-def _tidy(lines: Sequence[str]) -> str:
-    """The last cause of a parser's error: it nests them, the outermost first."""
-    return " ".join(line.strip(" -") for line in lines[-3:])[-600:] or "the config does not parse"
-
-
-def _without(words: Sequence[str], flag: str) -> list[str]:
-    kept = list(words)
-    while flag in kept:
-        index = kept.index(flag)
-        del kept[index : index + 2]
-    return kept
+def _name(key: str, look: Any) -> None:
+    """Look for weights; what is missing is said of the key."""
+    try:
+        look()
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{key}: {error}") from error

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+from argparse import ArgumentError
 from pathlib import Path
+from typing import Any
 
 import yaml
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
@@ -14,6 +16,7 @@ from transformers.utils.logging import disable_progress_bar
 from callbacks import Checkpoint
 from lit_vlm.checkpoints.folder import checkpoints_in, find_checkpoint, run_folder
 from lit_vlm.commands.cli import run_folder_for
+from lit_vlm.commands.flags import explain
 from lit_vlm.core.precision import AUTO, crowded
 from lit_vlm.data import VLMData
 from lit_vlm.training.module import LitVLM
@@ -49,6 +52,22 @@ class LitVLMCLI(LightningCLI):
             args=args,
             run=run,
         )
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """A parser that raises what is wrong, so that it can be said in one line."""
+        return super().init_parser(**kwargs | {"exit_on_error": False})
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse; raises ValueError with the key, what was found, and the nearest names."""
+        try:
+            super().parse_arguments(parser, args)
+        except ArgumentError as error:
+            raise ValueError(explain(str(error), self._flags(parser))) from error
+
+    def _flags(self, parser: LightningArgumentParser) -> list[str]:
+        """All flags of the command, without dashes."""
+        parsers = [parser, *getattr(self, "_subcommand_parsers", {}).values()]
+        return [flag.lstrip("-") for one in parsers for action in one._actions for flag in action.option_strings]
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """`checkpoint` gets a key of its own, as an item inside a list of callbacks is out of reach of flags."""
@@ -100,6 +119,22 @@ class LitVLMCLI(LightningCLI):
         console.print(f"precision {self.trainer.precision}: {why}")
         if warning := crowded():
             console.print(f"[yellow]{warning}[/]")
+
+
+class ParsedCLI(LitVLMCLI):
+    """The config of a stage, parsed and not instantiated: whether its flags are right."""
+
+    def __init__(self, args: list[str]) -> None:
+        super().__init__(args, run=False)
+
+    def _set_seed(self) -> None:
+        """Nothing is drawn."""
+
+    def before_instantiate_classes(self) -> None:
+        """Nothing is made."""
+
+    def instantiate_classes(self) -> None:
+        """Nothing is made."""
 
 
 def _refuse_other_run(folder: Path, checkpoint: str | None) -> None:

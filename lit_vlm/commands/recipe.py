@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 import lit_vlm
+from lit_vlm.core.plugins import nearest
 
 SHIPPED = Path(lit_vlm.__file__).parent.parent / "recipes"
 """Beside the package, in a checkout as in an installed wheel."""
@@ -75,12 +76,16 @@ class Recipe:
             ValueError: naming what exists.
         """
         if stage not in self.stages:
-            raise ValueError(f"recipe '{self.name}' has no stage '{stage}'; stages: {', '.join(self.stages)}")
+            raise ValueError(
+                f"recipe '{self.name}' has no stage '{stage}'{nearest(stage, self.stages)}; stages: "
+                f"{', '.join(self.stages)}"
+            )
         files = [self.folder / "model.yaml", self.folder / f"{stage}.yaml"]
         if scale is not None:
             if scale not in self.scales:
                 raise ValueError(
-                    f"recipe '{self.name}' has no scale '{scale}'; scales: {', '.join(self.scales) or 'none'}"
+                    f"recipe '{self.name}' has no scale '{scale}'{nearest(scale, self.scales)}; scales: "
+                    f"{', '.join(self.scales) or 'none'}"
                 )
             files.append(self.folder / "scales" / f"{scale}.yaml")
             own = self.folder / "scales" / scale / f"{stage}.yaml"
@@ -88,8 +93,10 @@ class Recipe:
         strategies = self.folder.parent / "strategies"
         file = (strategies if strategies.is_dir() else SHIPPED / "strategies") / f"{strategy}.yaml"
         if not file.exists():
-            known = ", ".join(sorted(path.stem for path in file.parent.glob("*.yaml")))
-            raise ValueError(f"there is no strategy '{strategy}'; strategies: {known}")
+            known = sorted(path.stem for path in file.parent.glob("*.yaml"))
+            raise ValueError(
+                f"there is no strategy '{strategy}'{nearest(strategy, known)}; strategies: {', '.join(known)}"
+            )
         files.append(file)
         for path in files:
             if not path.exists():
@@ -107,7 +114,8 @@ def find_recipe(name: str) -> Recipe:
     for folder in places:
         if (folder / "recipe.yaml").is_file():
             return _read(folder)
-    raise ValueError(f"there is no recipe '{name}'; recipes: {', '.join(shipped_recipes())}")
+    names = shipped_recipes()
+    raise ValueError(f"there is no recipe '{name}'{nearest(name, names)}; recipes: {', '.join(names)}")
 
 
 def shipped_recipes() -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import multiprocessing
 import os
 import shlex
 import signal
@@ -19,6 +20,7 @@ from typing import Any
 from rich.console import Console
 
 from lit_vlm.checkpoints.folder import checkpoints_in
+from lit_vlm.commands.cli import REFUSED
 from lit_vlm.commands.recipe import Recipe, find_recipe, shipped_recipes
 from lit_vlm.core.plugins import named_plugins, use_plugins
 
@@ -94,7 +96,32 @@ def main(argv: Sequence[str]) -> None:
         if not check_recipe(commands, console):
             raise SystemExit(1)
         return
+    _check_flags([_command(recipe, state, stage, folder) for stage in state.stages if stage not in state.done])
     _run(recipe, state, folder, console)
+
+
+def _check_flags(commands: Sequence[Sequence[str]]) -> None:
+    """See that the flags of all stages parse, before anything is written; a wrong one ends the command with one line.
+
+    In a process of its own, so that this one stays small while stages run.
+
+    Raises:
+        SystemExit: when one is wrong, which that process has said.
+    """
+    if not _is_first():
+        return
+    child = multiprocessing.get_context("fork").Process(target=_parse_all, args=(commands,))
+    child.start()
+    child.join()
+    if child.exitcode:
+        raise SystemExit(child.exitcode)
+
+
+def _parse_all(commands: Sequence[Sequence[str]]) -> None:
+    from lit_vlm.commands.cli import check_flags
+
+    for words in commands:
+        check_flags(words[1:])
 
 
 def _is_first() -> bool:
@@ -201,8 +228,9 @@ def _run(recipe: Recipe, state: RunState, folder: Path, console: Console) -> Non
         code = _execute(words, tracker.environment())
         if code != 0:
             tracker.end("KILLED" if code < 0 or code == 130 else "FAILED", f"stage {stage} ended with exit code {code}")
-            hint = f"lit-vlm run --resume --out {folder}"
-            console.print(f"\n[red]stage {stage} ended with exit code {code}[/]; go on with: {hint}", soft_wrap=True)
+            console.print(
+                f"\n[red]stage {stage} ended with exit code {code}[/]; {_advice(folder, stage, code)}", soft_wrap=True
+            )
             raise SystemExit(code if code > 0 else 1)
         state.done.append(stage)
         state.save(folder)
@@ -210,6 +238,17 @@ def _run(recipe: Recipe, state: RunState, folder: Path, console: Console) -> Non
     from lit_vlm.commands.report import report
 
     report(folder, state.stages, recipe.next, console)
+
+
+def _advice(folder: Path, stage: str, code: int) -> str:
+    """How to go on; a stage that refused to start will do so again until what it named is mended."""
+    again = f"lit-vlm run --resume --out {folder}"
+    if code == REFUSED and not checkpoints_in(folder / stage):
+        return (
+            f"mend what is named above. If it is a file: {again}. If it is a flag, give the command again with another "
+            "--out, as --resume takes the same flags"
+        )
+    return f"go on with: {again}"
 
 
 def _execute(words: Sequence[str], environment: dict[str, str]) -> int:

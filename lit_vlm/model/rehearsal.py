@@ -148,12 +148,11 @@ class _Watch:
             return f"the backward pass fails: {_reason(error)}"
         part = self.model.get_submodule(slot)
         way_out = {
-            "encoder": "choose a data.transform that makes pictures of the size it takes, or set its size",
-            "projector": f"model.encoder gives features of width {self.model.encoder.width}; see what it is built for",
+            "encoder": "; choose a data.transform that makes pictures of the size it takes, or set its size",
+            "projector": f"; it is built for the encoder's width, {self.model.encoder.width}, its first argument",
         }.get(slot, "")
-        return f"model.{slot} ({type(part).__name__}) fails on {self.given or 'its input'}: {_reason(error)}" + (
-            f". {way_out[:1].upper()}{way_out[1:]}" if way_out else ""
-        )
+        given = self.given or "its input"
+        return f"model.{slot} ({type(part).__name__}) fails on {given}: {_reason(error)}{way_out}"
 
     def _refuse(self, slot: str, problem: str) -> None:
         raise _Misfit(f"model.{slot} ({type(self.model.get_submodule(slot)).__name__}) {problem}")
@@ -223,5 +222,5 @@ def _sizes(images: Images) -> str:
 
 def _reason(error: Exception) -> str:
     """The first line of an error; its kind too, where that says more than the line."""
-    line = str(error).strip().partition("\n")[0]
+    line = str(error).strip().partition("\n")[0].rstrip(".")
     return line if isinstance(error, ValueError) and line else f"{type(error).__name__}: {line}"

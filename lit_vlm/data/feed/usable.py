@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 from lit_vlm.data.records import Image, RecordError
 from lit_vlm.data.sample.encode import Sample, SampleEncoder
@@ -50,41 +51,54 @@ def check_sources(sources: Sequence[Source], known: Mapping[str, str], key: str)
                 )
 
 
-def try_records(sources: Sequence[Source], encode: SampleEncoder, key: str, count: int = TRIED) -> list[Sample]:
-    """Take a few records of each source, spread over it, through template and transform.
+class Tried(NamedTuple):
+    """What became of a few records of a source.
+
+    Attributes:
+        samples: one with pictures and one without, where there are any.
+        problems: records that cannot be used, each with the reason and whether it holds pictures.
+        count: records that were tried.
+    """
+
+    samples: list[Sample]
+    problems: list[tuple[RecordError, bool]]
+    count: int
+
+
+def try_records(source: Source, encode: SampleEncoder, key: str, count: int = TRIED) -> Tried:
+    """Take a few records of a source, spread over it, through template and transform.
 
     Args:
-        sources: of one key of the config.
-        encode: what makes samples of them.
+        source: of a key of the config.
+        encode: what makes samples of its records.
         key: of the config, for the error.
-        count: records of each source.
-
-    Returns:
-        samples of each source: one with pictures and one without, where there are any.
+        count: records that are tried.
 
     Raises:
-        ValueError: naming a source of which no record can be used, the first reason, and the way out.
+        ValueError: where none can be used, or none of those with pictures: the source, the first reason, the way out.
     """
-    samples: list[Sample] = []
-    for source in sources:
-        found: dict[bool, Sample] = {}
-        problems: list[RecordError] = []
-        places = sorted({round(place * (len(source) - 1) / max(1, count - 1)) for place in range(count)})
-        for index in places:
-            try:
-                for sample in encode.sequences(source.record(index), source.image_folder):
-                    found.setdefault(bool(sample.grids), sample)
-            except RecordError as error:
-                problems.append(error)
-        if not found:
-            first = problems[0]
-            way_out = WAYS_OUT.get(first.reason, "lit-vlm data check and lit-vlm inspect show more")
-            raise ValueError(
-                f"{key}: of the source '{source.name}' ({type(source).__name__} {source.path or ''}) none of the "
-                f"{len(places)} records that were tried can be used; the first: {first}. {way_out}"
-            )
-        samples += found.values()
-    return samples
+    found: dict[bool, Sample] = {}
+    problems: list[tuple[RecordError, bool]] = []
+    places = sorted({round(place * (len(source) - 1) / max(1, count - 1)) for place in range(count)})
+    for index in places:
+        pictures = False
+        try:
+            record = source.record(index)
+            pictures = bool(record.images)
+            for sample in encode.sequences(record, source.image_folder):
+                found.setdefault(bool(sample.grids), sample)
+        except RecordError as error:
+            problems.append((error, pictures))
+    of_pictures = [error for error, pictures in problems if pictures]
+    if not found or (of_pictures and True not in found):
+        first = (of_pictures or [error for error, _ in problems])[0]
+        what = "records" if not found else "records with pictures"
+        way_out = WAYS_OUT.get(first.reason, "lit-vlm data check and lit-vlm inspect show more")
+        raise ValueError(
+            f"{key}: of the source '{source.name}' ({type(source).__name__} {source.path or ''}) none of the {what} can "
+            f"be used, of {len(places)} that were tried; the first: {first}. {way_out}"
+        )
+    return Tried(list(found.values()), problems, len(places))
 
 
 def _first_picture(source: Source) -> Image | None:

@@ -1,0 +1,164 @@
+"""What is wrong with a flag or a key of a config file, in one line with the nearest names.
+
+The parser says it in its own words, nested by the types that it tried; what users need of them is the key, what was
+found, what was expected, and what they may have meant.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+from collections.abc import Callable, Sequence
+
+from lit_vlm.core.plugins import nearest, subclasses
+
+BASES = {
+    "model.encoder": ("encoders", "lit_vlm.encoders:Encoder"),
+    "model.projector": ("projectors", "lit_vlm.projectors:Projector"),
+    "model.embedder": ("embedders", "lit_vlm.embedders:Embedder"),
+    "model.decoder": ("decoders", "lit_vlm.decoders:Decoder"),
+    "model.heads": ("heads", "lit_vlm.heads:Head"),
+    "data.train": ("sources", "lit_vlm.data:Source"),
+    "data.val": ("sources", "lit_vlm.data:Source"),
+    "data.template": ("templates", "lit_vlm.data:Template"),
+    "data.transform": ("transforms", "lit_vlm.data:ImageTransform"),
+    "data.mixture": ("mixtures", "lit_vlm.data:Mixture"),
+    "data.batching": ("batchings", "lit_vlm.data:Batching"),
+    "trainer.callbacks": ("callbacks", "lightning.pytorch:Callback"),
+}
+"""Key → list of `lit-vlm parts`, and the base class of what may stand there."""
+
+
+def explain(message: str, known: Sequence[str]) -> str:
+    """One line for a user.
+
+    Args:
+        message: the parser's.
+        known: all flags, without dashes.
+    """
+    text = message.strip()
+    known = [flag for flag in known if not flag.endswith((".help", "+"))]
+    key = _first(r'Parser key "([^"]+)"', text) or _first(r"argument --([\w.+]+)", text) or ""
+    for pattern, say in RULES:
+        if found := re.search(pattern, text, re.DOTALL):
+            return say(key, found, known)
+    lines = [line.strip(" -") for line in text.splitlines() if line.strip(" -")]
+    return " ".join(lines)[:600] or "the config does not parse"
+
+
+def _first(pattern: str, text: str) -> str | None:
+    found = re.search(pattern, text)
+    return found[1] if found else None
+
+
+def _unknown_flag(key: str, found: re.Match[str], known: Sequence[str]) -> str:
+    flag = found[1].split("=")[0]
+    return f"there is no flag {flag}{_near_flag(flag.removeprefix('--'), known)}"
+
+
+def _near_flag(flag: str, known: Sequence[str]) -> str:
+    return nearest(flag, known).replace("mean ", "mean --").replace(" or ", " or --")
+
+
+def _unknown_key(key: str, found: re.Match[str], known: Sequence[str]) -> str:
+    whole = f"{key}.{found[1]}" if key else found[1]
+    return f"{whole}: there is no such key{_near_flag(whole, known)}"
+
+
+def _unknown_class(key: str, found: re.Match[str], known: Sequence[str]) -> str:
+    return f"{key}: there is no class '{found[1]}'{_near_class(key, found[1])}"
+
+
+def _near_class(key: str, name: str) -> str:
+    """What a class that was meant could be, and where all are listed."""
+    place = next((place for start, place in BASES.items() if key == start or key.startswith(f"{start}.")), None)
+    if place is None:
+        return ""
+    kind, base = place
+    package, _, class_name = base.partition(":")
+    names = [one.__name__ for one in subclasses(getattr(importlib.import_module(package), class_name))]
+    return f"{nearest(name.rpartition('.')[2], names)}; lit-vlm parts {kind} lists them"
+
+
+def _no_module(key: str, found: re.Match[str], known: Sequence[str]) -> str:
+    return (
+        f"{key}: there is no module '{found[1]}'; it must lie in the working folder, on PYTHONPATH or in an installed "
+        "package"
+    )
+
+
+def _no_attribute(key: str, found: re.Match[str], known: Sequence[str]) -> str:
+    module = importlib.import_module(found[1])
+    return (
+        f"{key}: {found[1]} has no '{found[2]}'{nearest(found[2], [name for name in vars(module) if name[0] != '_'])}"
+    )
+
+
+def _unknown_argument(key: str, found: re.Match[str], known: Sequence[str]) -> str:
+    name, path = found["option"], found["path"]
+    own = _arguments(path)
+    listed = f"; its arguments are {', '.join(own)}" if own else "; it takes none"
+    return f"{key}: {path.rpartition('.')[2]} has no argument '{name}'{nearest(name, own)}{listed}"
+
+
+def _missing_argument(key: str, found: re.Match[str], known: Sequence[str]) -> str:
+    path = _first(r"class_path='?([\w.]+)", found.string) or "the class"
+    return (
+        f"{key}: {path.rpartition('.')[2]} needs the argument '{found[1]}': give it, or take a class of "
+        f"this key{_near_class(key, path)}"
+    )
+
+
+def _no_file(key: str, found: re.Match[str], known: Sequence[str]) -> str:
+    return f"--{key}: there is no file {found[1]}"
+
+
+def _no_key(key: str, found: re.Match[str], known: Sequence[str]) -> str:
+    return f"{found[1]} is nowhere given: name the config files of a stage (--config FILE), or give --{found[1]}"
+
+
+def _no_value(key: str, found: re.Match[str], known: Sequence[str]) -> str:
+    return f"--{key} needs a value behind it"
+
+
+def _choice(key: str, found: re.Match[str], known: Sequence[str]) -> str:
+    choices = re.findall(r"'([^']+)'", found[1])
+    return f"{key}: expected one of {', '.join(choices)}, found '{found[2]}'{nearest(found[2], choices)}"
+
+
+def _type(key: str, found: re.Match[str], known: Sequence[str]) -> str:
+    inner = re.findall(r'Parser key "([^"]+)"', found.string)
+    whole = ".".join([key, *inner[1:]]) if key else "?"
+    return f"{whole}: expected {found[1].replace('builtins.', '')}, found '{found[2]}'"
+
+
+def _arguments(path: str) -> list[str]:
+    """What a class takes besides what its neighbours in the model tell it."""
+    package, _, name = path.rpartition(".")
+    try:
+        kind = getattr(importlib.import_module(package), name)
+        parameters = inspect.signature(kind).parameters.values()
+    except (ImportError, AttributeError, ValueError, TypeError):
+        return []
+    given = ("in_width", "out_width", "width", "vocab_size", "num_layers")
+    return [p.name for p in parameters if not (p.name in given and p.default is p.empty)]
+
+
+Say = Callable[[str, re.Match[str], Sequence[str]], str]
+RULES: list[tuple[str, Say]] = [
+    (r"File does not exist: '([^']+)'", _no_file),
+    (r"Option '(?:fit\.|validate\.|test\.|predict\.)?([\w.]+\.[\w.]+)' is required but not provided", _no_key),
+    (r"Unrecognized arguments: (--?\S+)", _unknown_flag),
+    (r"expected (?:one|at least one) argument", _no_value),
+    (r"No module named '([\w.]+)'", _no_module),
+    (r"module '([\w.]+)' has no attribute '(\w+)'", _no_attribute),
+    (r"Option '(?P<option>\w+)' is not accepted.*?class_path='(?P<path>[\w.]+)'", _unknown_argument),
+    (r"class_path '(?P<path>[\w.]+)':\s+Option '(?P<option>\w+)' is not accepted", _unknown_argument),
+    (r"Option '(\w+)' is required but not provided", _missing_argument),
+    (r"Expected a dot import path string: (\S+)", _unknown_class),
+    (r"Option '(\w+)' is not accepted", _unknown_key),
+    (r"Expected a typing\.Literal\[([^\]]*)\]\. Got value: (\S+)", _choice),
+    (r"Expected an? <class '([\w.]+)'>\. Got value: ([^\n]{1,80}?)(?:\. Got value|\n|$)", _type),
+]
+"""What the parser says → what is said of it; the first that fits."""
