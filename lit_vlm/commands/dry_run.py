@@ -152,10 +152,8 @@ class _StageCheck:
                 samples += tried.samples if key == "train" else []
                 if tried.problems:
                     reasons = ", ".join(sorted({error.reason for error, _ in tried.problems}))
-                    self.notes.append(
-                        f"{len(tried.problems)} of {tried.count} records of '{source.name}' in data.{key} cannot be used: "
-                        f"{reasons}"
-                    )
+                    share = f"{len(tried.problems)} of {tried.tried} records"
+                    self.notes.append(f"{share} of '{source.name}' in data.{key} cannot be used: {reasons}")
         if not samples:
             raise ValueError("data.train names no source, so there is nothing to train on")
         count = _count(len(data.train_sources) + len(data.val_sources), "source")

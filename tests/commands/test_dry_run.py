@@ -117,8 +117,9 @@ CASES = {
     ),
     # Data.
     "folder of pictures": Case(
-        FILES, ["data.train", "source 'data' (LlavaJson data.json) none of the records can be used, of 3", "missing_image",
-                "does not exist", "Set image_folder"]
+        FILES,
+        ["data.train", "source 'data' (LlavaJson data.json) none of the records can be used, of 3", "missing_image",
+         "does not exist", "Set image_folder"],
     ),
     "file of data": Case(
         ["--data.train", "[{class_path: LlavaJson, init_args: {path: gone.json}}]"], ["LlavaJson: gone.json does not"]

@@ -57,12 +57,12 @@ class Tried(NamedTuple):
     Attributes:
         samples: one with pictures and one without, where there are any.
         problems: records that cannot be used, each with the reason and whether it holds pictures.
-        count: records that were tried.
+        tried: how many were.
     """
 
     samples: list[Sample]
     problems: list[tuple[RecordError, bool]]
-    count: int
+    tried: int
 
 
 def try_records(source: Source, encode: SampleEncoder, key: str, count: int = TRIED) -> Tried:
@@ -95,8 +95,8 @@ def try_records(source: Source, encode: SampleEncoder, key: str, count: int = TR
         what = "records" if not found else "records with pictures"
         way_out = WAYS_OUT.get(first.reason, "lit-vlm data check and lit-vlm inspect show more")
         raise ValueError(
-            f"{key}: of the source '{source.name}' ({type(source).__name__} {source.path or ''}) none of the {what} can "
-            f"be used, of {len(places)} that were tried; the first: {first}. {way_out}"
+            f"{key}: of the source '{source.name}' ({type(source).__name__} {source.path or ''}) none of the {what} "
+            f"can be used, of {len(places)} that were tried; the first: {first}. {way_out}"
         )
     return Tried(list(found.values()), problems, len(places))
 
