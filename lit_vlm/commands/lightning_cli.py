@@ -14,6 +14,7 @@ from transformers.utils.logging import disable_progress_bar
 from callbacks import Checkpoint
 from lit_vlm.checkpoints.folder import checkpoints_in, find_checkpoint, run_folder
 from lit_vlm.commands.cli import run_folder_for
+from lit_vlm.commands.named_sources import Parser
 from lit_vlm.core.precision import AUTO, crowded
 from lit_vlm.data import VLMData
 from lit_vlm.training.module import LitVLM
@@ -45,6 +46,7 @@ class LitVLMCLI(LightningCLI):
                 "log_every_n_steps": 10,
             },
             parser_kwargs={"parser_mode": "omegaconf"},
+            parser_class=Parser,
             auto_configure_optimizers=False,
             args=args,
             run=run,
@@ -52,6 +54,8 @@ class LitVLMCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """`checkpoint` gets a key of its own, as an item inside a list of callbacks is out of reach of flags."""
+        assert isinstance(parser, Parser)
+        parser.check_names()
         parser.add_lightning_class_args(Checkpoint, "checkpoint")
         parser.set_defaults({"trainer.callbacks": [{"class_path": path} for path in DEFAULT_CALLBACKS]})
 
