@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -30,7 +31,7 @@ DEFAULT_CALLBACKS = ("callbacks.FreezeGuard", "callbacks.GradientMonitor", "call
 class LitVLMCLI(LightningCLI):
     """One model class, one data class; configs in files, each part by class path."""
 
-    def __init__(self, args: list[str] | None, run: bool = True) -> None:
+    def __init__(self, args: list[str] | dict[str, Any] | None, run: bool = True) -> None:
         disable_progress_bar()  # of loading weights from a local file; downloads keep theirs
         super().__init__(
             model_class=LitVLM,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,15 +94,19 @@ class Recipe:
             ValueError: naming what exists.
         """
         if stage not in self.stages:
-            raise ValueError(f"recipe '{self.name}' has no stage '{stage}'; stages: {', '.join(self.stages)}")
+            raise ValueError(
+                f"recipe '{self.name}' has no stage '{stage}'{nearest(stage, self.stages)}; stages: "
+                f"{', '.join(self.stages)}"
+            )
         files = self._files(SYSTEM, stage)
-        for needed in ("model", stage):
+        for needed in ("model", "{stage}"):
             if not self._files((needed,), stage):
-                raise ValueError(f"recipe '{self.name}' lacks {self.folder / needed}.yaml")
+                raise ValueError(f"recipe '{self.name}' lacks {self.folder / needed.format(stage=stage)}.yaml")
         if scale is not None:
             if scale not in self.scales:
                 raise ValueError(
-                    f"recipe '{self.name}' has no scale '{scale}'; scales: {', '.join(self.scales) or 'none'}"
+                    f"recipe '{self.name}' has no scale '{scale}'{nearest(scale, self.scales)}; scales: "
+                    f"{', '.join(self.scales) or 'none'}"
                 )
             files += self._shared(scale) + self._files(SCALE, stage, scale)
         strategies = self.folder.parent / "strategies"
@@ -116,7 +122,7 @@ class Recipe:
         if self.base is not None:
             there = self.in_base.get(stage, stage)
             kept = [name for name in names if not self._leaves_out(name.format(stage=there, scale=scale))]
-            files += self.base._files([there if name == stage else name for name in kept], there, scale)
+            files += self.base._files(kept, there, scale)
         own = [self.folder / f"{name.format(stage=stage, scale=scale)}.yaml" for name in names]
         return files + [file for file in own if file.is_file()]
 
@@ -141,7 +147,14 @@ def find_recipe(name: str) -> Recipe:
     for folder in (Path(name), Path("recipes") / name, SHIPPED / name):
         if (folder / "recipe.yaml").is_file():
             return _read(folder)
-    raise ValueError(f"there is no recipe '{name}'; recipes: {', '.join(shipped_recipes())}")
+    known = shipped_recipes()
+    raise ValueError(f"there is no recipe '{name}'{nearest(name, known)}; recipes: {', '.join(known)}")
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """What an error says of a name that is nearly one of those that are known."""
+    found = difflib.get_close_matches(name, known, 1)
+    return f" (did you mean '{found[0]}'?)" if found else ""
 
 
 def shipped_recipes() -> list[str]:
@@ -192,11 +205,14 @@ def _base(file: Path, name: str | None, below: Sequence[Path]) -> Recipe | None:
         if (folder / "recipe.yaml").is_file():
             break
     else:
-        raise ValueError(f"{file}: there is no recipe '{name}' for a base; recipes: {', '.join(shipped_recipes())}")
+        known = shipped_recipes()
+        raise ValueError(
+            f"{file}: there is no recipe '{name}' for a base{nearest(name, known)}; recipes: {', '.join(known)}"
+        )
     if any(folder.resolve() == one.resolve() for one in below):
         names = " → ".join(one.resolve().name for one in [*below, folder])
         raise ValueError(f"{file}: base leads back to where it began: {names}")
-    return _read(folder, below)
+    return _read(Path(os.path.normpath(folder)), below)
 
 
 def _in_base(file: Path, given: Any, base: Recipe | None) -> dict[str, str]:
