@@ -104,7 +104,7 @@ data:
         (["data: {train: [{class_path: Shpes}]}"], "data.train.0: Expected a dot import path string: Shpes"),
         (
             ["--data.train+", "Shapes"],
-            "adds to a list of sources, and these have names .docs, pairs.: add one by a name",
+            "adds to a list of sources, and these have names (docs, pairs): add one by a name",
         ),
         ([LISTED, "--data.train.pics.path", "/x"], "data.train is a list of sources without names here"),
     ],
@@ -115,5 +115,5 @@ def test_what_is_wrong_is_said_of_one_source(
     with pytest.raises(SystemExit):
         given(NAMED, *words)
     error = capsys.readouterr().err.partition("error: ")[2]
-    assert message.split(".docs, pairs.")[0] in error
+    assert message in error
     assert "Union" not in error
