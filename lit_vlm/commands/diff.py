@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,25 +11,12 @@ import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 from rich.console import Console
 
+from lit_vlm.commands.differences import Row, differences
 from lit_vlm.commands.lightning_cli import LitVLMCLI
-from lit_vlm.commands.named_sources import KEYS
 from lit_vlm.commands.recipe import find_recipe
 from lit_vlm.commands.run import STATE_FILE, RunState
-from lit_vlm.data.sources.base import name_of
 
-CLASS = ""
-"""The key under which the tree of an object's settings has its class."""
-MISSING = "–"
 CONFIG = "config.yaml"
-
-
-@dataclass(frozen=True)
-class Row:
-    """A setting that differs: its key as a flag has it, and what it is on either side."""
-
-    key: str
-    first: str
-    second: str
 
 
 @dataclass(frozen=True)
@@ -143,144 +128,6 @@ def _of_run(file: Path) -> dict[str, Any]:
     if start and folder and Path(start).parent == Path(folder).parent:
         settings["model"]["stage"]["start_from"] = Path(start).name
     return settings
-
-
-def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> Iterator[Row]:
-    """Settings that differ, in reading order."""
-    yield from _compare(_settings_tree(first), _settings_tree(second), "")
-
-
-def _settings_tree(settings: Mapping[str, Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for key in ("model", "data", "trainer", "checkpoint", "seed_everything"):
-        tree[key] = _tree(settings[key])
-    for key in KEYS:
-        tree["data"][key.partition(".")[2]] = _sources(settings["data"][key.partition(".")[2]])
-    tree["trainer"].pop("default_root_dir", None)  # a place, and no setting
-    return tree
-
-
-def _tree(value: Any) -> Any:
-    """A value as nested mappings: objects by their class and arguments, lists of objects by the names of classes."""
-    if isinstance(value, dict) and "class_path" in value:
-        return {CLASS: value["class_path"], **{key: _tree(one) for key, one in (value.get("init_args") or {}).items()}}
-    if isinstance(value, dict):
-        return {key: _tree(one) for key, one in value.items()}
-    if isinstance(value, list) and value and all(isinstance(one, dict) and "class_path" in one for one in value):
-        return _by_name([(_short(one["class_path"]), _tree(one)) for one in value])
-    return value
-
-
-def _sources(given: Any) -> dict[str, Any]:
-    """Sources by name, however they are given."""
-    if isinstance(given, str):
-        return {name_of(given): given}
-    if isinstance(given, dict):
-        named = [(name, _tree(one)) for name, one in given.items() if one is not None]
-    else:
-        named = [(_source_name(one), _tree(one)) for one in given or ()]
-    return _by_name(
-        [(name, {k: v for k, v in one.items() if k != "name"} if isinstance(one, dict) else one) for name, one in named]
-    )
-
-
-def _source_name(source: Mapping[str, Any]) -> str:
-    """What a source of a list goes by: its name, the file that it reads, or its class."""
-    arguments = source.get("init_args") or {}
-    if arguments.get("name"):
-        return str(arguments["name"])
-    path = arguments.get("path")
-    return name_of(path) if isinstance(path, str) else _short(source["class_path"]).lower()
-
-
-def _by_name(named: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, one in named:
-        number, label = 1, name
-        while label in found:
-            number += 1
-            label = f"{name}-{number}"
-        found[label] = one
-    return found
-
-
-def _compare(first: Any, second: Any, key: str) -> Iterator[Row]:
-    if not (isinstance(first, dict) and isinstance(second, dict)):
-        if first != second:
-            yield from _rows_of(first, second, key)
-        return
-    if not _same_class(first.get(CLASS), second.get(CLASS)):
-        called = [_short(one[CLASS]) if CLASS in one else _told(one) for one in (first, second)]
-        yield Row(key, *(called if called[0] != called[1] else (first[CLASS], second[CLASS])))
-    for name in [*first, *(name for name in second if name not in first)]:
-        inner = f"{key}.{name}" if key else name
-        if name == CLASS:
-            continue
-        if name in first and name in second:
-            yield from _compare(first[name], second[name], inner)
-        elif name in first and not _is_default(first, name):
-            yield from _rows_of(first[name], _Missing, inner)
-        elif name in second and not _is_default(second, name):
-            yield from _rows_of(_Missing, second[name], inner)
-
-
-class _Missing:
-    """In place of a value where there is none."""
-
-
-def _rows_of(first: Any, second: Any, key: str) -> Iterator[Row]:
-    """Rows of a value of which at most one side is a mapping; arguments at their defaults say nothing."""
-    value = first if isinstance(first, dict) else second
-    if not isinstance(value, dict) or not value:
-        yield Row(key, _told(first), _told(second))
-        return
-    if CLASS in value:
-        yield Row(key, *(_short(one[CLASS]) if one is value else _told(one) for one in (first, second)))
-    for name, one in value.items():
-        if name != CLASS and not _is_default(value, name):
-            sides = (one, _Missing) if value is first else (_Missing, one)
-            yield from _rows_of(sides[0], sides[1], f"{key}.{name}")
-
-
-def _is_default(tree: Mapping[str, Any], name: str) -> bool:
-    """Whether an object's argument has its default."""
-    found = _class(tree.get(CLASS))
-    parameter = inspect.signature(found).parameters.get(name) if found is not None else None
-    default = None if parameter is None else parameter.default
-    return parameter is not None and (list(default) if isinstance(default, tuple) else default) == tree[name]
-
-
-def _same_class(first: str | None, second: str | None) -> bool:
-    return first == second or (_class(first) is not None and _class(first) is _class(second))
-
-
-def _class(path: str | None) -> Any:
-    """The class of a path; None for one that is not there."""
-    module, _, name = (path or "").rpartition(".")
-    try:
-        return getattr(importlib.import_module(module), name, None) if module else None
-    except ImportError:
-        return None
-
-
-def _short(path: str) -> str:
-    return path.rpartition(".")[2]
-
-
-def _told(value: Any) -> str:
-    if value is _Missing:
-        return MISSING
-    if isinstance(value, str):
-        return value.replace("\n", "\\n") or '""'
-    if isinstance(value, bool) or value is None:
-        return {True: "true", False: "false", None: "null"}[value]
-    if isinstance(value, float):
-        return f"{value:g}"
-    if isinstance(value, list):
-        return f"[{', '.join(map(_told, value))}]"
-    if isinstance(value, dict):
-        return f"{{{', '.join(f'{name}: {_told(one)}' for name, one in value.items())}}}"
-    return str(value)
 
 
 def _columns(rows: Sequence[Row], first: Side, second: Side) -> list[list[str]]:

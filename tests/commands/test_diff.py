@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 import pytest
 
 from lit_vlm.commands.cli import main
-from lit_vlm.commands.diff import differences, pair_stages, resolved
+from lit_vlm.commands.diff import pair_stages, resolved
+from lit_vlm.commands.differences import differences
 from lit_vlm.commands.recipe import SHIPPED, find_recipe
 from tests.tiny import ROOT
 
@@ -84,6 +86,21 @@ def test_how_sources_are_given_is_no_difference(tiny: Any) -> None:
         ("data.train.mix", "LlavaJson", "/a/mix.json"),
         ("data.train.mix.path", "/a/mix.json", "–"),
     ]
+
+
+def test_sources_without_names_are_told_apart_by_what_they_are(tiny: Any) -> None:
+    shapes = [{"class_path": "lit_vlm.worlds.Shapes", "init_args": {"count": count}} for count in (5, 6)]
+    scenes = {"class_path": "lit_vlm.worlds.Scenes", "init_args": {"kind": "captions", "count": 9}}
+    listed = tiny("--data.train", json.dumps([*shapes, scenes]))
+    named = tiny("--data.train", json.dumps({"few": shapes[0], "more": shapes[1], "drawn": scenes}))
+    assert rows(listed, named) == rows(named, listed) == []
+    other = tiny("--data.train", json.dumps([shapes[1], scenes | {"init_args": {"kind": "captions", "count": 8}}]))
+    assert rows(named, other) == [
+        ("data.train.few", "Shapes", "–"),
+        ("data.train.few.count", "5", "–"),
+        ("data.train.drawn.count", "9", "8"),
+    ]
+    assert rows(listed, tiny("--data.train", json.dumps([*shapes, shapes[0], scenes])))[0][0] == "data.train.shapes-3"
 
 
 def test_an_earlier_class_path_is_the_same_class(tiny: Any) -> None:
