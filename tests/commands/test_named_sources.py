@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from PIL import Image
 
+from lit_vlm.commands.cli import lightning_cli, main
 from lit_vlm.commands.diff import resolved
 from lit_vlm.commands.recipe import find_recipe
 
@@ -117,3 +122,38 @@ def test_what_is_wrong_is_said_of_one_source(
     error = capsys.readouterr().err.partition("error: ")[2]
     assert message in error
     assert "Union" not in error
+
+
+@pytest.mark.filterwarnings("ignore:LightningCLI.s args parameter")
+def test_a_run_on_own_data_needs_no_yaml_and_its_config_gives_the_same(tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": "a grey picture"}]
+    rows = [{"id": str(number), "image": "grey.png", "conversations": turns} for number in range(4)]
+    (tmp_path / "mine.json").write_text(json.dumps(rows))
+    Image.new("RGB", (30, 40), "grey").save(tmp_path / "grey.png")
+    own = ["--data.train", '{"shapes": {"class_path": "Shapes"}}', "--data.train.mine", str(tmp_path / "mine.json")]
+    quick = ["--trainer.max_steps", "1", "--trainer.limit_val_batches", "0", "--trainer.logger", "false"]
+    main(["fit", *BASE, *own, "--data.train.shapes", "null", *quick, "--trainer.accelerator", "cpu",
+          "--trainer.default_root_dir", str(tmp_path / "run")])  # fmt: skip
+    saved = tmp_path / "run" / "config.yaml"
+    assert yaml.safe_load(saved.read_text())["data"]["train"] == {"shapes": None, "mine": str(tmp_path / "mine.json")}
+    cli = lightning_cli(["fit", "--config", str(saved), "--trainer.default_root_dir", str(tmp_path / "again")])
+    assert [(source.name, len(source)) for source in cli.datamodule.train_sources] == [("mine", 4)]
+
+
+@pytest.mark.filterwarnings("ignore:LightningCLI.s args parameter")
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("mine.xml", r"data.train: mine.xml: the ending '.xml' is not known: name its reader, as in --data.train.NAME"),
+        ("none.json", r"data.train: there is no none.json"),
+        ('{"a": {"class_path": "Shpes"}}', r"data.train.a: Expected a dot import path string: Shpes"),
+    ],
+)
+def test_a_dry_run_says_what_cannot_be_read(
+    given: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.xml").write_text("<a/>")
+    with pytest.raises(SystemExit, match="1"):
+        main(["run", "llava15", "--scale", "tiny", "--stages", "1_align", "--dry-run", "--data.train", given])
+    assert re.search(message, " ".join(capsys.readouterr().out.split()))
