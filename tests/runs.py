@@ -11,7 +11,7 @@ import torch
 
 from lit_vlm.checkpoints.weights import read_state
 from lit_vlm.commands.cli import main
-from lit_vlm.commands.recipe import SHIPPED, find_recipe
+from lit_vlm.commands.recipe import find_recipe
 from tests.tiny import ROOT
 
 
@@ -41,8 +41,8 @@ def tiny_fit(
     folder: Path, out: str, stage: str, *flags: str, strategy: str = "single", recipe: str = "llava15"
 ) -> dict[str, torch.Tensor]:
     """The weights that a stage leaves after four steps in fp32."""
-    configs = ["model.yaml", f"{stage}.yaml", "scales/tiny.yaml", f"../strategies/{strategy}.yaml"]
-    words = [word for name in configs for word in ("--config", str(SHIPPED / recipe / name))]
+    configs = find_recipe(recipe).configs(stage, "tiny", strategy)
+    words = [word for path in configs for word in ("--config", str(path))]
     lit_vlm(folder, "fit", *words, "--trainer.default_root_dir", out, "--trainer.accelerator", "cpu",
             "--trainer.precision", "32-true", "--trainer.max_steps", "4", *flags)  # fmt: skip
     return read_state(folder / out)

@@ -1,4 +1,4 @@
-"""`lit-vlm inspect`: one batch as the model sees it."""
+"""`lit-vlm inspect`: one batch as the model sees it, or the settings in which two recipes differ."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from lit_vlm.commands.cli import lightning_cli
+from lit_vlm.commands.diff import print_diff
 from lit_vlm.core.batch import IGNORE, Batch
 from lit_vlm.data.feed.batching import GlobalBatch
 from lit_vlm.data.feed.loader import SourceDataset, assemble
@@ -19,8 +20,16 @@ from lit_vlm.training.module import LitVLM
 
 
 def main(argv: Sequence[str]) -> None:
-    """Show one batch of the configs that are given."""
-    arguments, rest = _parser().parse_known_args(argv)
+    """Show one batch of the configs that are given, or what differs between two recipes or runs."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if arguments.diff:
+        if rest:
+            parser.error(f"--diff takes --scale and --stages, not {' '.join(rest)}")
+        print_diff(arguments.diff, arguments.scale, arguments.stages and arguments.stages.split(","), Console())
+        return
+    if arguments.scale or arguments.stages:
+        parser.error("--scale and --stages belong to --diff; a batch is that of config files: --config FILE (several)")
     cli = lightning_cli([*rest, "--trainer.logger", "false"], run=False)
     module, data = cli.model, cli.datamodule
     assert isinstance(module, LitVLM)
@@ -46,6 +55,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--batch", type=int, default=0, help="which batch of the first epoch (default: 0)")
     parser.add_argument("--val", action="store_true", help="of the held-out data")
+    parser.add_argument(
+        "--diff",
+        nargs=2,
+        metavar=("A", "B"),
+        help="show no batch, but the settings in which two of these differ: RECIPE, RECIPE:SCALE, RECIPE:SCALE:STAGE, "
+        "the folder of a run, or of a stage of one",
+    )
+    parser.add_argument("--scale", help="with --diff: of recipes that name none (default: the recipe's)")
+    parser.add_argument("--stages", help="with --diff: only these, separated by commas (default: all)")
     return parser
 
 

@@ -17,6 +17,7 @@ from callbacks import Checkpoint
 from lit_vlm.checkpoints.folder import checkpoints_in, find_checkpoint, run_folder
 from lit_vlm.commands.cli import run_folder_for
 from lit_vlm.commands.flags import explain
+from lit_vlm.commands.named_sources import Parser
 from lit_vlm.core.precision import AUTO, crowded
 from lit_vlm.data import VLMData
 from lit_vlm.training.module import LitVLM
@@ -32,7 +33,7 @@ DEFAULT_CALLBACKS = ("callbacks.FreezeGuard", "callbacks.GradientMonitor", "call
 class LitVLMCLI(LightningCLI):
     """One model class, one data class; configs in files, each part by class path."""
 
-    def __init__(self, args: list[str] | None, run: bool = True) -> None:
+    def __init__(self, args: list[str] | dict[str, Any] | None, run: bool = True) -> None:
         disable_progress_bar()  # of loading weights from a local file; downloads keep theirs
         super().__init__(
             model_class=LitVLM,
@@ -48,6 +49,7 @@ class LitVLMCLI(LightningCLI):
                 "log_every_n_steps": 10,
             },
             parser_kwargs={"parser_mode": "omegaconf"},
+            parser_class=Parser,
             auto_configure_optimizers=False,
             args=args,
             run=run,
@@ -71,6 +73,8 @@ class LitVLMCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """`checkpoint` gets a key of its own, as an item inside a list of callbacks is out of reach of flags."""
+        assert isinstance(parser, Parser)
+        parser.check_names()
         parser.add_lightning_class_args(Checkpoint, "checkpoint")
         parser.set_defaults({"trainer.callbacks": [{"class_path": path} for path in DEFAULT_CALLBACKS]})
 

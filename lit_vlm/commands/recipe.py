@@ -1,7 +1,8 @@
-"""Recipes: a system, its stages in order, and the axes it can be run along."""
+"""Recipes: a system, its stages in order, the axes it can be run along, and the recipe it differs from."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,9 @@ from lit_vlm.core.plugins import nearest
 
 SHIPPED = Path(lit_vlm.__file__).parent.parent / "recipes"
 """Beside the package, in a checkout as in an installed wheel."""
+SYSTEM = ("model", "stages", "{stage}")
+SCALE = ("scales/{scale}", "scales/{scale}/{stage}")
+"""Files of a recipe in the order in which they are read, without `.yaml`."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,9 @@ class Recipe:
         skip: scale → stages that are left out there unless they are asked for.
         next: commands to try when it has run.
         plugins: modules whose classes may be named in it by their bare names.
+        base: the recipe that this one differs from; its files are read before the own ones.
+        in_base: stage → its name in the base, where that is another.
+        without: files of the base that are not read, without `.yaml`.
     """
 
     folder: Path
@@ -42,6 +49,9 @@ class Recipe:
     next: tuple[str, ...] = ()
     plugins: tuple[str, ...] = ()
     about: str = field(default="", compare=False)
+    base: Recipe | None = None
+    in_base: Mapping[str, str] = field(default_factory=dict)
+    without: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -50,8 +60,16 @@ class Recipe:
 
     @property
     def scales(self) -> list[str]:
-        """The scales that this recipe has."""
-        return sorted(path.stem for path in (self.folder / "scales").glob("*.yaml"))
+        """The scales that this recipe has, those of its base among them."""
+        own = {path.stem for path in (self.folder / "scales").glob("*.yaml")}
+        inherited = {
+            scale for scale in (self.base.scales if self.base else ()) if f"scales/{scale}" not in self.without
+        }
+        return sorted(own | inherited)
+
+    def has(self, name: str) -> bool:
+        """Whether this recipe or its base has a file; the name is without `.yaml`."""
+        return (self.folder / f"{name}.yaml").is_file() or (self.base is not None and self.base.has(name))
 
     def strategy_for(self, scale: str | None) -> str:
         """The strategy of a scale when none is named."""
@@ -70,7 +88,9 @@ class Recipe:
     def configs(self, stage: str, scale: str | None, strategy: str) -> list[Path]:
         """The config files of one stage: system, stage, scale, strategy; later ones win.
 
-        A scale may say something of one stage alone, in `scales/SCALE/STAGE.yaml`.
+        What all stages share may stand in `stages.yaml`, and what a scale says of one stage alone in
+        `scales/SCALE/STAGE.yaml`. Files of the base come before the own ones, its scale behind the own stage. What a
+        scale says in several recipes may stand in `scales/SCALE.yaml` beside their folders.
 
         Raises:
             ValueError: naming what exists.
@@ -80,16 +100,17 @@ class Recipe:
                 f"recipe '{self.name}' has no stage '{stage}'{nearest(stage, self.stages)}; stages: "
                 f"{', '.join(self.stages)}"
             )
-        files = [self.folder / "model.yaml", self.folder / f"{stage}.yaml"]
+        files = self._files(SYSTEM, stage)
+        for needed in ("model", "{stage}"):
+            if not self._files((needed,), stage):
+                raise ValueError(f"recipe '{self.name}' lacks {self.folder / needed.format(stage=stage)}.yaml")
         if scale is not None:
             if scale not in self.scales:
                 raise ValueError(
                     f"recipe '{self.name}' has no scale '{scale}'{nearest(scale, self.scales)}; scales: "
                     f"{', '.join(self.scales) or 'none'}"
                 )
-            files.append(self.folder / "scales" / f"{scale}.yaml")
-            own = self.folder / "scales" / scale / f"{stage}.yaml"
-            files += [own] if own.exists() else []
+            files += self._shared(scale) + self._files(SCALE, stage, scale)
         strategies = self.folder.parent / "strategies"
         file = (strategies if strategies.is_dir() else SHIPPED / "strategies") / f"{strategy}.yaml"
         if not file.exists():
@@ -97,11 +118,28 @@ class Recipe:
             raise ValueError(
                 f"there is no strategy '{strategy}'{nearest(strategy, known)}; strategies: {', '.join(known)}"
             )
-        files.append(file)
-        for path in files:
-            if not path.exists():
-                raise ValueError(f"recipe '{self.name}' lacks {path}")
-        return files
+        return [*files, file]
+
+    def _files(self, names: Sequence[str], stage: str, scale: str | None = None) -> list[Path]:
+        """Those of these files that are there, the base's first."""
+        files: list[Path] = []
+        if self.base is not None:
+            there = self.in_base.get(stage, stage)
+            kept = [name for name in names if not self._leaves_out(name.format(stage=there, scale=scale))]
+            files += self.base._files(kept, there, scale)
+        own = [self.folder / f"{name.format(stage=stage, scale=scale)}.yaml" for name in names]
+        return files + [file for file in own if file.is_file()]
+
+    def _leaves_out(self, name: str) -> bool:
+        return any(name == left or name.startswith(f"{left}/") for left in self.without)
+
+    def _shared(self, scale: str) -> list[Path]:
+        """What the scale says in all recipes that lie beside this one or its bases."""
+        inherited = self.base is not None and not self._leaves_out(f"scales/{scale}")
+        files = self.base._shared(scale) if self.base is not None and inherited else []
+        own = self.folder.parent / "scales" / f"{scale}.yaml"
+        known = {file.resolve() for file in files}
+        return files + ([own] if own.is_file() and own.resolve() not in known else [])
 
 
 def find_recipe(name: str) -> Recipe:
@@ -110,8 +148,7 @@ def find_recipe(name: str) -> Recipe:
     Raises:
         ValueError: naming the recipes there are, or the key of recipe.yaml that is wrong.
     """
-    places = [Path(name), Path("recipes") / name, SHIPPED / name]
-    for folder in places:
+    for folder in (Path(name), Path("recipes") / name, SHIPPED / name):
         if (folder / "recipe.yaml").is_file():
             return _read(folder)
     names = shipped_recipes()
@@ -123,32 +160,99 @@ def shipped_recipes() -> list[str]:
     return sorted(file.parent.name for file in SHIPPED.glob("*/recipe.yaml"))
 
 
-def _read(folder: Path) -> Recipe:
+def _read(folder: Path, above: Sequence[Path] = ()) -> Recipe:
+    """The recipe in a folder.
+
+    Args:
+        folder: the folder.
+        above: folders of the recipes that this one is a base of.
+    """
     file = folder / "recipe.yaml"
     raw: Any = yaml.safe_load(file.read_text(encoding="utf-8"))
-    known = {"about", "stages", "scale", "strategy", "strategies", "starts", "skip", "next", "plugins"}
-    if not isinstance(raw, dict) or not isinstance(raw.get("stages"), list) or not raw["stages"]:
-        raise ValueError(f"{file} needs a list 'stages'")
+    if not isinstance(raw, dict):
+        raise ValueError(f"{file} needs a list 'stages', or a 'base'")
+    known = {
+        "about",
+        "base",
+        "stages",
+        "scale",
+        "strategy",
+        "strategies",
+        "starts",
+        "skip",
+        "without",
+        "next",
+        "plugins",
+    }
     if unknown := set(raw) - known:
         raise ValueError(f"{file} has unknown keys {sorted(unknown)}; known: {', '.join(sorted(known))}")
+    base = _base(file, raw.get("base"), [*above, folder])
+    given = raw.get("stages") or (base.stages if base else None)
+    if not isinstance(given, list | tuple | dict):
+        raise ValueError(f"{file} needs a list 'stages', or a 'base' whose stages it has")
+    stages = tuple(str(stage) for stage in given)
     return Recipe(
         folder=folder,
-        stages=tuple(str(stage) for stage in raw["stages"]),
-        scale=raw.get("scale"),
-        strategy=raw.get("strategy", "single"),
-        strategies=raw.get("strategies") or {},
-        starts=_starts(file, raw),
-        skip=raw.get("skip") or {},
+        stages=stages,
+        scale=raw.get("scale", base.scale if base else None),
+        strategy=raw.get("strategy", base.strategy if base else "single"),
+        strategies={**(base.strategies if base else {}), **(raw.get("strategies") or {})},
+        starts=_starts(file, stages, raw.get("starts"), base),
+        skip=raw["skip"] or {} if "skip" in raw else base.skip if base else {},
         next=tuple(raw.get("next", ())),
         plugins=tuple(raw.get("plugins") or ()),
         about=raw.get("about", ""),
+        base=base,
+        in_base=_in_base(file, given, base),
+        without=_without(file, raw.get("without") or (), base),
     )
 
 
-def _starts(file: Path, raw: Mapping[str, Any]) -> dict[str, str]:
-    starts = dict(raw.get("starts") or {})
-    for stage, other in starts.items():
-        order = [str(name) for name in raw["stages"]]
+def _base(file: Path, name: str | None, below: Sequence[Path]) -> Recipe | None:
+    """The recipe that `base` names: a folder beside this one, a path from this one's folder, or a shipped recipe."""
+    if name is None:
+        return None
+    for folder in (file.parent.parent / name, file.parent / name, SHIPPED / name):
+        if (folder / "recipe.yaml").is_file():
+            break
+    else:
+        known = shipped_recipes()
+        raise ValueError(
+            f"{file}: there is no recipe '{name}' for a base{nearest(name, known)}; recipes: {', '.join(known)}"
+        )
+    if any(folder.resolve() == one.resolve() for one in below):
+        names = " → ".join(one.resolve().name for one in [*below, folder])
+        raise ValueError(f"{file}: base leads back to where it began: {names}")
+    return _read(Path(os.path.normpath(folder)), below)
+
+
+def _in_base(file: Path, given: Any, base: Recipe | None) -> dict[str, str]:
+    if not isinstance(given, dict):
+        return {}
+    names = {str(stage): str(name) for stage, name in given.items()}
+    for stage, name in names.items():
+        if base is None or name not in base.stages:
+            raise ValueError(
+                f"{file}: stages says '{stage}: {name}', and '{name}' is no stage of the base; "
+                f"its stages: {', '.join(base.stages) if base else 'none, as there is no base'}"
+            )
+    return names
+
+
+def _without(file: Path, given: Sequence[str], base: Recipe | None) -> tuple[str, ...]:
+    for name in given:
+        if base is None or not base.has(name):
+            raise ValueError(
+                f"{file}: without names '{name}', and the base has no {name}.yaml; "
+                f"write model, stages, a stage, scales/SCALE or scales/SCALE/STAGE"
+            )
+    return tuple(given)
+
+
+def _starts(file: Path, order: Sequence[str], given: Mapping[str, str] | None, base: Recipe | None) -> dict[str, str]:
+    if given is None and base is not None:  # as far as its stages are stages here
+        return {stage: other for stage, other in base.starts.items() if {stage, other} <= set(order)}
+    for stage, other in (given or {}).items():
         if stage not in order or other not in order[: order.index(stage)]:
             raise ValueError(f"{file}: starts says '{stage}: {other}'; both must be stages, the second an earlier one")
-    return starts
+    return dict(given or {})

@@ -21,6 +21,7 @@ from lit_vlm.data.feed.names import tell_apart
 from lit_vlm.data.feed.plan import BatchPlan, Ordering
 from lit_vlm.data.feed.split import split
 from lit_vlm.data.feed.usable import check_sources
+from lit_vlm.data.given import Given, as_sources
 from lit_vlm.data.sample.collate import collate_prompts, make_rows
 from lit_vlm.data.sample.encode import Sample, SampleEncoder
 from lit_vlm.data.sample.format import SampleFormat
@@ -48,10 +49,10 @@ class VLMData(LightningDataModule):
     """Sources, how they are written and resized, and how they are put into batches.
 
     Args:
-        train: sources to train on.
+        train: sources to train on: name → source, a list of them, or the path of a file or folder.
         template: how messages are written for the decoder.
         transform: how pictures are resized for the encoder.
-        val: held-out sources, for validate, test and predict too.
+        val: the same of held-out sources, for validate, test and predict too.
         held_out: share of each training source that is never trained on, by a hash of the record id; it joins `val`.
         batch_size: rows per micro-batch and device. Rows per optimizer step are this × devices ×
             trainer.accumulate_grad_batches. A row is a sample, or, packed, up to `max_length` positions of samples.
@@ -69,10 +70,10 @@ class VLMData(LightningDataModule):
 
     def __init__(
         self,
-        train: list[Source],
+        train: Given,
         template: Template,
         transform: ImageTransform,
-        val: list[Source] | None = None,
+        val: Given | None = None,
         held_out: float = 0.0,
         batch_size: int = 8,
         max_length: int = 2048,
@@ -90,9 +91,10 @@ class VLMData(LightningDataModule):
             raise ValueError(f"data.batch_size and data.max_length are at least 1, not {batch_size} and {max_length}")
         if not 0 <= held_out < 1:
             raise ValueError(f"data.held_out is a share from 0 to below 1, not {held_out}")
-        self.given_train, self.given_val, self.held_out = train, val or [], held_out
-        tell_apart(train)
-        tell_apart(self.given_val, train, strictly=held_out > 0)
+        self.given_train, self.given_val = as_sources(train, "data.train"), as_sources(val, "data.val")
+        self.held_out = held_out
+        tell_apart(self.given_train)
+        tell_apart(self.given_val, self.given_train, strictly=held_out > 0)
         self.template, self.transform = template, transform
         self.batch_size, self.max_length, self.too_long = batch_size, max_length, too_long
         self.mixture, self.batching, self.fast_jpeg = mixture, batching, fast_jpeg

@@ -149,11 +149,11 @@ def _mlflow(trainer: L.Trainer) -> list[MLflow]:
 
 
 def _tags(config: Any, module: LitVLM) -> dict[str, str]:
-    """System and scale from the names of the config files, stage and strategy from what they say."""
+    """System, scale and strategy from the names of the config files, the stage from what they say."""
     tags = {"stage": module.stage.name}
     for path in config.get("config") or ():
         file = Path(str(getattr(path, "absolute", path)))
-        if file.name == "model.yaml":
+        if file.name == "model.yaml" or (file.parent / "recipe.yaml").is_file():  # a base's files come first
             tags["system"] = file.parent.name
         elif file.parent.name == "scales":
             tags["scale"] = file.stem

@@ -21,22 +21,25 @@ FORMS: dict[str, type[Source]] = {
 
 HEAD = 1 << 22
 """Bytes of a JSON list in which its first entry is looked for."""
+ADVICE = "name its form with --form"
+"""The way out for a file that is not recognised, in the flags of `lit-vlm data convert`."""
 
 
-def open_source(path: str, form: str | None = None, settings: Sequence[str] = ()) -> Source:
+def open_source(path: str, form: str | None = None, settings: Sequence[str] = (), advice: str = ADVICE) -> Source:
     """A source by its path.
 
     Args:
         path: a file or folder.
         form: class name, or the path of a `Source` with the argument `path`; recognised if not given.
         settings: `key=value` arguments of the class.
+        advice: what an error says about naming the form.
 
     Raises:
         ValueError: when the form is not recognised, or has no such argument.
     """
     if not Path(path).exists():
         raise ValueError(f"there is no {path}")
-    form = form or recognise(Path(path))
+    form = form or recognise(Path(path), advice)
     kind = find_class(form, Source, FORMS, "--form")  # type: ignore[type-abstract]
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(kind, "source")
@@ -52,7 +55,7 @@ def open_source(path: str, form: str | None = None, settings: Sequence[str] = ()
         raise ValueError(f"{form}: {error}") from error
 
 
-def recognise(path: Path) -> str:
+def recognise(path: Path, advice: str = ADVICE) -> str:
     """The form of a file or folder, by its ending and its first line.
 
     Raises:
@@ -64,10 +67,10 @@ def recognise(path: Path) -> str:
             if suffix in suffixes:
                 return form
         if ".jsonl" in suffixes:
-            return _by_row(list_files(path, [".jsonl"])[0])
+            return _by_row(list_files(path, [".jsonl"])[0], advice)
         if suffixes & set(IMAGE_SUFFIXES):
             return "Captions" if ".txt" in suffixes else "Pictures"
-        raise ValueError(f"{path} holds none of .tar, .parquet, .jsonl or images: name its form with --form")
+        raise ValueError(f"{path} holds none of .tar, .parquet, .jsonl or images: {advice}")
     by_suffix = {
         ".parquet": "Parquet",
         ".tar": "WebDataset",
@@ -78,11 +81,11 @@ def recognise(path: Path) -> str:
     if path.suffix.lower() in by_suffix:
         return by_suffix[path.suffix.lower()]
     if path.suffix.lower() in (".jsonl", ".json"):
-        return _by_row(path)
-    raise ValueError(f"{path}: the ending '{path.suffix}' is not known: name its form with --form")
+        return _by_row(path, advice)
+    raise ValueError(f"{path}: the ending '{path.suffix}' is not known: {advice}")
 
 
-def _by_row(path: Path) -> str:
+def _by_row(path: Path, advice: str) -> str:
     """The form of a .jsonl or .json file, by its first row."""
     first = _first_row(path)
     keys = set(first) if isinstance(first, dict) else set()
@@ -96,7 +99,7 @@ def _by_row(path: Path) -> str:
     raise ValueError(
         f"{path}: a line with the keys {sorted(keys)} is not known. Known are messages, texts, or query and response "
         "(chat), conversations (LLaVA), text_list and image_info (MMC4), image and caption (captions), inputs and "
-        "targets or text (text only): name the form with --form" + _caption_advice(first)
+        f"targets or text (text only): {advice}" + _caption_advice(first)
     )
 
 

@@ -1,0 +1,71 @@
+"""Sources as a config gives them: by name, as a list, or as the path of a file whose reader is recognised."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from jsonargparse.typing import register_type
+
+from lit_vlm.data.sets.forms import open_source
+from lit_vlm.data.sources import Converted, Source
+from lit_vlm.data.sources.converted import INFO
+
+
+class DataPath:
+    """A file or folder that a source is to be made of. JSON is none: whoever writes it means sources."""
+
+    def __init__(self, path: str) -> None:
+        if not isinstance(path, str) or path.lstrip()[:1] in ("[", "{", ""):
+            raise ValueError(f"{path!r} is not the path of a file or folder")
+        self.path = path
+
+    def __str__(self) -> str:
+        return self.path
+
+
+register_type(DataPath)
+
+Given = dict[str, Source | DataPath | None] | list[Source] | DataPath
+"""What `data.train` and `data.val` take; a source that is null is left out."""
+
+
+def as_sources(given: Given | None, key: str) -> list[Source]:
+    """The sources of a key, in order. Those of a mapping go by their names in it.
+
+    Args:
+        given: name → source, a list of sources, or the path of a single one.
+        key: `data.train` or `data.val`, for errors.
+
+    Raises:
+        ValueError: for a path that is not there, or whose reader is not recognised, and for a name with a dot.
+    """
+    if given is None:
+        return []
+    if isinstance(given, DataPath):
+        return [_opened(given, key)]
+    if not isinstance(given, dict):
+        return list(given)
+    return [_named(name, source, key) for name, source in given.items() if source is not None]
+
+
+def _named(name: str, given: Source | DataPath, key: str) -> Source:
+    if "." in name:
+        raise ValueError(
+            f"{key} has the name '{name}'; names have no dot, as flags (--{key}.NAME.path) take them apart"
+        )
+    source = _opened(given, f"{key}.{name}") if isinstance(given, DataPath) else given
+    source.name, source.named = name, True
+    return source
+
+
+def _opened(given: DataPath, key: str) -> Source:
+    """What reads a path: a set that was converted, or a file as `lit-vlm data convert` would read it."""
+    path = os.path.expanduser(given.path)
+    if ":" in path.split("/", 1)[0] or (Path(path) / INFO).is_file():
+        return Converted(path)
+    named = key if key.count(".") > 1 else f"{key}.NAME"
+    try:
+        return open_source(path, advice=f"name its reader, as in --{named} LlavaJson --{named}.path {path}")
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from error
