@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +17,8 @@ from lit_vlm.core.pretrained import load_weights, resolve
 from lit_vlm.encoders import TimmEncoder
 from lit_vlm.worlds.scenes import QUESTION_KINDS, Look, Scenes, sample_scene
 from lit_vlm.worlds.scenes.world import COLOURS, SHAPES, SIZES
+from tests.forkserver import interpreter
 from tests.runs import environment
-from tests.tiny import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -91,9 +90,9 @@ def test_a_run_scores_every_kind_of_question(cache: Path, tmp_path: Path) -> Non
     words = ["run", "llava15", "--scale", "mini", "--out", str(tmp_path / "out")]
     flags = ["--trainer.max_steps", "2", "--trainer.accelerator", "cpu", "--data.val", json.dumps(val)]
     result = subprocess.run(
-        [sys.executable, "-m", "lit_vlm", *words, *flags],
+        [interpreter(), "-m", "lit_vlm", *words, *flags],
         cwd=tmp_path,
-        env=environment(tmp_path) | {"LIT_VLM_CACHE": str(cache), "COLUMNS": "150", "PYTHONPATH": str(ROOT)},
+        env=environment(tmp_path) | {"LIT_VLM_CACHE": str(cache), "COLUMNS": "150"},
         capture_output=True,
         text=True,
     )
