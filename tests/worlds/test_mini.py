@@ -87,8 +87,12 @@ def test_a_run_scores_every_kind_of_question(cache: Path, tmp_path: Path) -> Non
         }
         for kind in QUESTION_KINDS
     ]
+    # Of the 24,000 records that stage 2 would measure, two steps need a few.
+    settings = {"kind": "questions", "count": 200, "turns": 6, "max_things": 3, "wording": "plain"}
+    train = [{"class_path": "lit_vlm.worlds.Scenes", "init_args": settings}]
     words = ["run", "llava15", "--scale", "mini", "--out", str(tmp_path / "out")]
     flags = ["--trainer.max_steps", "2", "--trainer.accelerator", "cpu", "--data.val", json.dumps(val)]
+    flags += ["--2_sft.data.train", json.dumps(train)]
     result = subprocess.run(
         [interpreter(), "-m", "lit_vlm", *words, *flags],
         cwd=tmp_path,
