@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -12,22 +13,18 @@ import torch
 from lit_vlm.checkpoints.weights import read_state
 from lit_vlm.commands.cli import main
 from lit_vlm.commands.recipe import find_recipe
-from tests.tiny import ROOT
+from tests.forkserver import FIXED, interpreter
 
 
 def environment(folder: Path) -> dict[str, str]:
     """Of a process whose runs are tracked in `folder`."""
-    return os.environ | {
-        "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db",
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-    }
+    return os.environ | FIXED | {"MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}
 
 
-def lit_vlm(folder: Path, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Run the command line in a process of its own."""
+def lit_vlm(folder: Path, *arguments: str, check: bool = True, fresh: bool = False) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a process of its own; a fresh one imports everything anew, which takes seconds."""
     result = subprocess.run(
-        [sys.executable, "-m", "lit_vlm", *arguments],
+        [sys.executable if fresh else interpreter(), "-m", "lit_vlm", *arguments],
         cwd=folder,
         env=environment(folder),
         capture_output=True,
@@ -38,14 +35,36 @@ def lit_vlm(folder: Path, *arguments: str, check: bool = True) -> subprocess.Com
 
 
 def tiny_fit(
-    folder: Path, out: str, stage: str, *flags: str, strategy: str = "single", recipe: str = "llava15"
+    folder: Path,
+    out: str,
+    stage: str,
+    *flags: str,
+    strategy: str = "single",
+    recipe: str = "llava15",
+    fresh: bool = False,
 ) -> dict[str, torch.Tensor]:
     """The weights that a stage leaves after four steps in fp32."""
     configs = find_recipe(recipe).configs(stage, "tiny", strategy)
     words = [word for path in configs for word in ("--config", str(path))]
     lit_vlm(folder, "fit", *words, "--trainer.default_root_dir", out, "--trainer.accelerator", "cpu",
-            "--trainer.precision", "32-true", "--trainer.max_steps", "4", *flags)  # fmt: skip
+            "--trainer.precision", "32-true", "--trainer.max_steps", "4", *flags, fresh=fresh)  # fmt: skip
     return read_state(folder / out)
+
+
+def two_ranks(folder: Path, module: str, *arguments: str) -> None:
+    """Run a module twice at a time, as `python -m MODULE RANK ARGUMENTS`; if one fails, the other is ended."""
+    logs = [folder / f"rank-{rank}.log" for rank in range(2)]
+    ranks = []
+    for rank, log in enumerate(logs):
+        command = [interpreter(), "-m", module, str(rank), *arguments]
+        with log.open("w") as file:
+            ranks.append(subprocess.Popen(command, cwd=folder, env=environment(folder), stderr=file))
+    while None in (codes := [process.poll() for process in ranks]) and not any(codes):
+        time.sleep(0.02)
+    for process in ranks:
+        process.kill()
+        process.wait()
+    assert codes == [0, 0], "\n".join(log.read_text()[-3000:] for log in logs)
 
 
 def one_step(folder: Path, recipe: str, stage: str) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -319,3 +320,7 @@ def main(rank: int, folder: Path) -> None:
     torch.save(end, folder / f"ends-{rank}.pt")
     if rank == 1:
         dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]))

@@ -66,7 +66,7 @@ def test_python_m_works_with_both_paths(module: str) -> None:
 @pytest.mark.slow
 def test_an_earlier_run_is_resumed_compared_asked_and_scored(tmp_path: Path) -> None:
     shutil.copytree(OLD, tmp_path / "run")
-    left = lit_vlm(tmp_path, "run", "--resume", "--out", "run")
+    left = lit_vlm(tmp_path, "run", "--resume", "--out", "run", fresh=True)
     assert "Restored all states from the checkpoint at run/2_sft/checkpoints/step=00000002.ckpt" in left.stderr
     assert json.loads((tmp_path / "run" / "run.json").read_text())["done"] == ["1_align", "2_sft"]
     assert find_checkpoint(tmp_path / "run" / "2_sft").name == "step=00000006.ckpt"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from lit_vlm.core.losses import (
     smooth_l1_distance,
     token_nll,
 )
+from tests.runs import two_ranks
 
 ROWS, WIDTH, VOCAB = 23, 8, 31
 
@@ -205,9 +208,13 @@ def _one_rank(rank: int, counts: list[int], folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+if __name__ == "__main__":
+    _one_rank(int(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3])
+
+
 @pytest.mark.parametrize("counts", [[3, 3], [4, 1], [0, 3]])
 def test_gathered_over_processes_it_is_that_of_the_whole_batch(counts: list[int], tmp_path: Path) -> None:
-    torch.multiprocessing.start_processes(_one_rank, (counts, str(tmp_path)), nprocs=2, start_method="spawn")
+    two_ranks(tmp_path, "tests.core.test_losses", json.dumps(counts), str(tmp_path))
     pairs = make_pairs(counts)
     predictions = torch.cat([one for one, _ in pairs], dim=1).requires_grad_()
     targets = torch.cat([one for _, one in pairs])

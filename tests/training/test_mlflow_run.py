@@ -24,6 +24,7 @@ from lit_vlm.commands.cli import main
 from lit_vlm.core.metric_names import safe_name
 from lit_vlm.training.mlflow_run import UNSENT, MLflowRun, known_run
 from lit_vlm.training.mlflow_store import absolute_uri, may_pass
+from tests.forkserver import interpreter
 from tests.runs import environment, one_step
 
 ONE_RUN = """
@@ -82,7 +83,8 @@ def test_a_relative_store_is_found_from_another_folder(tmp_path: Path, monkeypat
 
 
 def test_runs_that_start_together_in_a_new_folder_all_get_a_run(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", ONE_RUN]
+    (tmp_path / "one_run.py").write_text(ONE_RUN)
+    command = [interpreter(), "-m", "one_run"]
     both = [subprocess.Popen(command, cwd=tmp_path, env=environment(tmp_path)) for _ in range(3)]
     assert [process.wait() for process in both] == [0, 0, 0]
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from torch.multiprocessing.spawn import spawn
 
 from lit_vlm import decoders, embedders, encoders, heads, projectors
 from lit_vlm.core.batch import Images, VisualTokens
@@ -18,7 +17,7 @@ from lit_vlm.encoders import HFEncoder
 from lit_vlm.model.build import build
 from lit_vlm.projectors import Projector
 from lit_vlm.training.sharding import OncePerForward, shard
-from tests import sharded
+from tests.runs import two_ranks
 from tests.sharded import CASES, Tangled
 from tests.tiny import CLIP, tiny_slots
 
@@ -43,7 +42,7 @@ def test_every_member_has_a_case_below() -> None:
 
 def test_two_processes_one_without_pictures_give_the_losses_and_gradients_of_one(tmp_path: Path) -> None:
     # All members in one start of two processes, as a start takes longer than all of them.
-    spawn(sharded.main, (tmp_path,), nprocs=2)
+    two_ranks(tmp_path, "tests.sharded", str(tmp_path))
     results = torch.load(tmp_path / "results.pt")
     assert results.keys() == CASES.keys()
     assert all(found for found in results.values())

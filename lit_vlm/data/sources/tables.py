@@ -8,8 +8,6 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from lit_vlm.data.records import Content, Image, Message, Record, RecordError, Text
 from lit_vlm.data.records.files import list_files
 from lit_vlm.data.records.media import (
@@ -57,6 +55,8 @@ class Parquet(Source):
         allow_links: bool = False,
         ignore_keys: list[str] | None = None,
     ) -> None:
+        import pyarrow.parquet as pq  # takes 0.3 s to import, and few processes read tables
+
         self.path = self._existing(path)
         self.prompt, self.allow_links, self.ignore_keys = prompt, allow_links, list(ignore_keys or ())
         self._call(name)
@@ -116,6 +116,8 @@ class Parquet(Source):
         return hash_files(self.files)
 
     def _row(self, index: int) -> dict[str, Any]:
+        import pyarrow.parquet as pq
+
         which = bisect_right(self._ends, index)
         if self._loaded is None or self._loaded[0] != which:
             number, group = self._groups[which]

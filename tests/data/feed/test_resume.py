@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from tests.data.trace import MIXTURES, Stop, run
-
-ROOT = Path(__file__).parents[3]
+from tests.forkserver import interpreter
+from tests.runs import environment
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -43,8 +42,8 @@ def counted(folder: Path, kind: str, devices: int) -> Counter[str]:
 @pytest.mark.slow
 def test_two_processes_resume_and_one_takes_up_what_two_left(tmp_path: Path) -> None:
     def trace(out: str, *arguments: str) -> list[list[list[str]]]:
-        words = [sys.executable, "-m", "tests.data.trace", str(tmp_path / out), *arguments]
-        result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+        words = [interpreter(), "-m", "tests.data.trace", str(tmp_path / out), *arguments]
+        result = subprocess.run(words, cwd=tmp_path, env=environment(tmp_path), capture_output=True, text=True)
         assert result.returncode == 0, result.stderr[-3000:]
         files = sorted((tmp_path / out).glob(f"trace-{'resumed' if '--resume' in arguments else 'new'}-*.json"))
         return [json.loads(file.read_text()) for file in files]

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import subprocess
-import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -40,6 +39,7 @@ from lit_vlm.projectors import MLP
 from lit_vlm.training.module import LitVLM
 from lit_vlm.training.stage import Stage
 from lit_vlm.worlds import Shapes
+from tests.forkserver import interpreter
 from tests.runs import environment, one_step
 from tests.tiny import CLIP, LLAMA
 
@@ -292,7 +292,7 @@ def test_two_processes_give_the_scores_of_one(run: Path, tmp_path: Path) -> None
     flags = ["evaluate", str(run), "--task", "scenes", "--limit", "5", "--batch-size", "2", "--max-length", "2048",
              "--workers", "0", "--no-mlflow", "--device", "cpu", "--out"]  # fmt: skip
     main([*flags, str(tmp_path / "one")])
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0",
+    command = [interpreter(), "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0",
                "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", "lit_vlm"]  # fmt: skip
     result = subprocess.run(
         [*command, *flags, str(tmp_path / "two")], env=environment(tmp_path) | {"PATH": os.environ["PATH"]},
