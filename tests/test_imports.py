@@ -29,6 +29,7 @@ ROOMS = (
     ("checkpoints",),
     ("training",),
     ("evaluation",),
+    ("testing",),
     ("callbacks",),
     ("commands", "__main__"),
 )
