@@ -106,6 +106,20 @@ def test_slots_know_neither_data_nor_each_other_s_insides_in_a_circle() -> None:
     assert back == []
 
 
+def test_what_is_installed_needs_neither_the_tests_nor_pytest() -> None:
+    named = [
+        f"{module}: {name}"
+        for module, file in MODULES.items()
+        for node in ast.walk(ast.parse(file.read_text()))
+        for name in (
+            [alias.name for alias in node.names] if isinstance(node, ast.Import)
+            else [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        )
+        if name.split(".")[0] in ("tests", "pytest", "_pytest")
+    ]  # fmt: skip
+    assert named == []
+
+
 def test_there_is_no_circle() -> None:
     left = {module: {name for name, late in _imports(module) if not late and name != module} for module in MODULES}
     for module, names in left.items():  # a package's face imports its own modules; they do not import the face
