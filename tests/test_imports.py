@@ -29,6 +29,7 @@ ROOMS = (
     ("checkpoints",),
     ("training",),
     ("evaluation",),
+    ("testing",),
     ("callbacks",),
     ("commands", "__main__"),
 )
@@ -103,6 +104,20 @@ def test_slots_know_neither_data_nor_each_other_s_insides_in_a_circle() -> None:
         if order[other[0]] > order[own[0]]
     ]
     assert back == []
+
+
+def test_what_is_installed_needs_neither_the_tests_nor_pytest() -> None:
+    named = [
+        f"{module}: {name}"
+        for module, file in MODULES.items()
+        for node in ast.walk(ast.parse(file.read_text()))
+        for name in (
+            [alias.name for alias in node.names] if isinstance(node, ast.Import)
+            else [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        )
+        if name.split(".")[0] in ("tests", "pytest", "_pytest")
+    ]  # fmt: skip
+    assert named == []
 
 
 def test_there_is_no_circle() -> None:

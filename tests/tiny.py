@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,54 +14,20 @@ from lit_vlm.data.feed.batching import first_fit_decreasing
 from lit_vlm.data.sample.collate import collate, make_rows
 from lit_vlm.data.sample.encode import Sample, SampleEncoder
 from lit_vlm.data.sample.spec import InputSpec
-from lit_vlm.decoders import HFDecoder, Lora
-from lit_vlm.embedders import Splice
-from lit_vlm.encoders import HFEncoder
-from lit_vlm.model.build import Slots, build
+from lit_vlm.model.build import build
 from lit_vlm.model.vlm import VLM
-from lit_vlm.projectors import MLP
+from lit_vlm.testing.tiny import CLIP, LLAMA, tiny_decoder, tiny_slots
 from lit_vlm.worlds import Shapes
 
-CLIP = {
-    "model_type": "clip_vision_model",
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "image_size": 28,
-    "patch_size": 7,
-}
-LLAMA = {
-    "model_type": "llama",
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
 PHI3 = LLAMA | {"model_type": "phi3", "pad_token_id": 0}
 ROOT = Path(__file__).parent.parent
-
-
-def tiny_slots(**changes: Any) -> Slots:
-    """Factories of a tiny LLaVA; any slot may be replaced."""
-    slots = {
-        "encoder": partial(HFEncoder, config=CLIP),
-        "projector": partial(MLP, depth=2),
-        "embedder": Splice,
-        "decoder": partial(HFDecoder, config=LLAMA, tokenizer="bytes"),
-    }
-    return Slots(**(slots | changes))
+__all__ = ["CLIP", "LLAMA", "PHI3", "ROOT", "batch_of", "collate_packed", "gradients", "samples_of", "spec_of",
+           "tiny_decoder", "tiny_slots", "tiny_vlm"]  # fmt: skip
 
 
 def tiny_vlm(**changes: Any) -> VLM:
     """A tiny model in eval mode."""
     return build(tiny_slots(**changes)).eval()
-
-
-def tiny_decoder(lora: Lora | None = None, **changes: Any) -> partial[HFDecoder]:
-    """A factory of a tiny decoder with changed settings."""
-    return partial(HFDecoder, config=LLAMA | changes, tokenizer="bytes", lora=lora)
 
 
 def spec_of(model: VLM) -> InputSpec:

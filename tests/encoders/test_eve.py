@@ -12,6 +12,7 @@ from lit_vlm.core.batch import Grid, Images, index_patches
 from lit_vlm.encoders import EvePatchEmbedding, EveV2PatchEmbedding
 from lit_vlm.encoders.windows import pixel_windows
 from lit_vlm.projectors import MLP
+from lit_vlm.testing import check_encoder
 from tests.tiny import ROOT
 
 SIZES = ((16, 24), (8, 8), (24, 8), (16, 24), (8, 48))
@@ -96,21 +97,8 @@ MEMBERS = {
 
 
 @pytest.mark.parametrize("member", MEMBERS)
-def test_a_mix_of_sizes_equals_each_alone(member: str) -> None:
-    encoder = MEMBERS[member]()
-    with torch.no_grad():
-        together = encoder(Images.pack(pictures()))
-        alone = [encoder(Images.pack([picture])) for picture in pictures()]
-    torch.testing.assert_close(together.features, torch.cat([result.features for result in alone]))
-    assert together.grids == tuple(encoder.patch_grid(*size) for size in SIZES)
-
-
-@pytest.mark.parametrize("member", MEMBERS)
-def test_gradients_reach_every_parameter(member: str) -> None:
-    encoder = MEMBERS[member]()
-    encoder(Images.pack(pictures())).features.square().sum().backward()
-    assert all(p.grad is not None and p.grad.any() for p in encoder.parameters())
-    assert encoder(encoder.dummy_images()).features.isfinite().all()
+def test_each_form_keeps_the_contract(member: str) -> None:
+    check_encoder(MEMBERS[member])
 
 
 def test_without_ca1_a_token_is_the_mean_of_its_patches() -> None:

@@ -1,60 +1,21 @@
-"""Every member of every slot trains sharded as it trains whole, and what cannot says so."""
+"""What cannot be sharded says so; that members can is one of the contract tests."""
 
 from __future__ import annotations
 
-import inspect
 import re
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from lit_vlm import decoders, embedders, encoders, heads, projectors
 from lit_vlm.core.batch import Images, VisualTokens
-from lit_vlm.core.part import Part, load_state, meta_parameters
+from lit_vlm.core.part import load_state, meta_parameters
 from lit_vlm.encoders import HFEncoder
 from lit_vlm.model.build import build
 from lit_vlm.projectors import Projector
 from lit_vlm.training.sharding import OncePerForward, shard
-from tests.runs import two_ranks
-from tests.sharded import CASES, Tangled
+from tests.members import Tangled
 from tests.tiny import CLIP, tiny_slots
-
-
-def members() -> set[str]:
-    """All parts that the kit exports."""
-    found = set()
-    for package in (encoders, projectors, embedders, decoders, heads):
-        classes = {name: getattr(package, name) for name in package.__all__}
-        found |= {
-            name
-            for name, member in classes.items()
-            if inspect.isclass(member) and issubclass(member, Part) and not inspect.isabstract(member)
-        }
-    return found
-
-
-def test_every_member_has_a_case_below() -> None:
-    missing = members() - {name.split("/")[0] for name in CASES}
-    assert not missing, f"add a tiny configuration of {sorted(missing)} to tests/sharded.py"
-
-
-def test_two_processes_one_without_pictures_give_the_losses_and_gradients_of_one(tmp_path: Path) -> None:
-    # All members in one start of two processes, as a start takes longer than all of them.
-    two_ranks(tmp_path, "tests.sharded", str(tmp_path))
-    results = torch.load(tmp_path / "results.pt")
-    assert results.keys() == CASES.keys()
-    assert all(found for found in results.values())
-    wrong = {
-        name: {key: value for key, value in found.items() if value > 1e-4}
-        for name, found in results.items()
-        if any(value > 1e-4 for value in found.values())
-    }
-    assert not wrong
-    first, second = (torch.load(tmp_path / f"ends-{rank}.pt") for rank in range(2))
-    assert second.startswith("ValueError: encoder Looping: block 0 runs again in one forward pass")
-    assert first.startswith("RuntimeError")  # its partner has left; it does not wait for ever
 
 
 class Stack(HFEncoder):

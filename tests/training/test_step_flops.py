@@ -15,9 +15,12 @@ from lit_vlm.core.flops import executed
 from lit_vlm.data.sample.collate import collate, make_rows
 from lit_vlm.model.build import Slots, build
 from lit_vlm.model.vlm import VLM
+from lit_vlm.testing import Case
+from lit_vlm.testing.sharded import ready
+from lit_vlm.testing.tiny import Size, samples_for
 from lit_vlm.training.stage import Stage
 from lit_vlm.training.step_flops import StepFlops
-from tests.sharded import CASES, Case, Size, ready, samples_for
+from tests.members import CASES
 from tests.tiny import tiny_decoder, tiny_slots
 
 ONE: list[Size] = [(28, 28)]

@@ -109,7 +109,7 @@ class Template(ABC):
                 raise RecordError(
                     "role_order", f"turn {index} is of '{message.role}'; user and assistant must alternate"
                 )
-        return [piece for piece in _content(given, supervised=False) if piece != _NOTHING], turns
+        return [piece for piece in content_of(given, supervised=False) if piece != _NOTHING], turns
 
     def _finished(self, pieces: Iterator[Piece]) -> Iterator[Piece]:
         """With the marks of images, and with typed marks as they are meant."""
@@ -145,12 +145,13 @@ def _document(messages: Sequence[Message], eos: str) -> Iterator[Piece]:
         raise RecordError("role_order", "a document stands alone, without other messages")
     if is_blank(messages[0]):
         raise RecordError("empty_document", "the document holds neither text nor a picture")
-    yield from _content(messages[0], supervised=True)
+    yield from content_of(messages[0], supervised=True)
     closing = messages[0].content[-1:]
     yield Span(eos, not (closing and isinstance(closing[0], Text) and closing[0].loss is False))
 
 
-def _content(message: Message, supervised: bool) -> Iterator[Piece]:
+def content_of(message: Message, supervised: bool) -> Iterator[Piece]:
+    """What people wrote in a message, for `_turns`; where a text says whether it carries a loss, that decides."""
     for part in message.content:
         if isinstance(part, Image):
             yield part
@@ -158,7 +159,7 @@ def _content(message: Message, supervised: bool) -> Iterator[Piece]:
             yield Span(part.text, supervised if part.loss is None else part.loss, typed=True)
 
 
-def _loss_of(message: Message) -> bool:
+def closes_with_loss(message: Message) -> bool:
     """Whether the mark that closes an answer is supervised: unless all of its text is not, or it has none."""
     return any(part.text and part.loss is not False for part in message.content if isinstance(part, Text))
 
@@ -190,8 +191,8 @@ class Plain(Template):
         if len(turns) != 2:
             raise RecordError("role_order", "template Plain takes one question and one answer")
         yield from self._asked(system, turns[:1], eos)
-        yield from _content(turns[1], supervised=True)
-        yield Span(eos if self.end is None else self.end, _loss_of(turns[1]), mark=self.end is None)
+        yield from content_of(turns[1], supervised=True)
+        yield Span(eos if self.end is None else self.end, closes_with_loss(turns[1]), mark=self.end is None)
 
     def _asked(self, system: Sequence[Piece], turns: Sequence[Message], eos: str) -> Iterator[Piece]:
         if len(turns) != 1:
@@ -216,12 +217,12 @@ class VicunaV1(Template):
         for message in turns:
             if message.role == "user":
                 yield Span("USER: ")
-                yield from _content(message, supervised=False)
+                yield from content_of(message, supervised=False)
                 yield Span(" ASSISTANT:")
             else:
                 yield Span(" ", _begins_with_loss(message))
-                yield from _content(message, supervised=True)
-                yield Span(eos, _loss_of(message), mark=True)
+                yield from content_of(message, supervised=True)
+                yield Span(eos, closes_with_loss(message), mark=True)
 
 
 def _begins_with_loss(message: Message) -> bool:
@@ -252,8 +253,8 @@ class _Headed(Template):
         for message in turns:
             yield from self._opening(message.role)
             answer = message.role == "assistant"
-            yield from _content(message, supervised=answer)
-            yield Span(self.close, answer and _loss_of(message), mark=True)
+            yield from content_of(message, supervised=answer)
+            yield Span(self.close, answer and closes_with_loss(message), mark=True)
             yield Span(self.after)
 
     def _asked(self, system: Sequence[Piece], turns: Sequence[Message], eos: str) -> Iterator[Piece]:

@@ -1,24 +1,16 @@
-"""Two sharded processes beside one whole one: what `test_sharding` runs, once for all members."""
+"""A tiny model around each member of each slot: what the contract tests are run on."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor
 
-from lit_vlm.core.batch import Batch, VisualTokens
-from lit_vlm.data.sample.collate import collate
-from lit_vlm.data.sample.encode import Sample
-from lit_vlm.decoders import AbsentDecoder, DivideAndConquer, Lora
+from lit_vlm.core.batch import VisualTokens
+from lit_vlm.decoders import DivideAndConquer, Lora
 from lit_vlm.embedders import Holistic, Splice
 from lit_vlm.encoders import (
     S2,
@@ -41,8 +33,6 @@ from lit_vlm.heads import (
     PatchAlignment,
     WordDistillation,
 )
-from lit_vlm.model.build import build, build_on_meta
-from lit_vlm.model.vlm import VLM
 from lit_vlm.projectors import (
     MLP,
     Downsample,
@@ -57,11 +47,9 @@ from lit_vlm.projectors import (
     Transformer,
 )
 from lit_vlm.teachers import HFVision
-from lit_vlm.training.sharding import shard
-from lit_vlm.training.stage import Stage
-from lit_vlm.training.step_flops import StepFlops
+from lit_vlm.testing import Case
 from tests.encoders.test_teachers import DINO, SWIN, VIT
-from tests.tiny import CLIP, LLAMA, tiny_decoder, tiny_slots
+from tests.tiny import CLIP, LLAMA, tiny_decoder
 
 Size = tuple[int, int]
 CLIP_ENCODER = partial(HFEncoder, config=CLIP)
@@ -72,25 +60,6 @@ TEACHER = partial(HFVision, None, CLIP)
 LAYERS = {"num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "ffn_width": 128}
 SIZES: list[Size] = [(28, 28), (14, 28)]
 TILES: list[Size] = [(28, 28), (56, 28)]
-
-
-@dataclass
-class Case:
-    """A tiny model.
-
-    Attributes:
-        slots: what differs from a tiny LLaVA.
-        sizes: of the pictures, which are on one process only.
-        losses: that are on.
-        leave_out: slots that the stage does without.
-        only: as in a stage.
-    """
-
-    slots: dict[str, Any] = field(default_factory=dict)
-    sizes: list[Size] = field(default_factory=lambda: list(SIZES))
-    losses: Mapping[str, float] = field(default_factory=lambda: {"next_token": 1.0})
-    leave_out: bool = False
-    only: dict[str, str | None] = field(default_factory=dict)
 
 
 def encoder(factory: Callable[[], Any], sizes: list[Size], projector: Any = MLP) -> Case:
@@ -146,7 +115,7 @@ CASES: dict[str, Case] = {
     "OneFormerSwin": encoder(SWIN_ENCODER, [(64, 64)]),
     "TimmEncoder": encoder(partial(TimmEncoder, "test_convnext", None, image_size=64), [(64, 64), (128, 64)]),
     "TimmEncoder/transformer": encoder(partial(TimmEncoder, "test_vit", None), [(160, 160)]),
-    "Identity": Case({"encoder": ANY_SIZE, "projector": Identity}),
+    "Identity": Case({"encoder": ANY_SIZE, "projector": Identity}, SIZES),
     "Linear": projector(Linear),
     "MLP": projector(partial(MLP, depth=3)),
     "Downsample": projector(partial(Downsample, token_order="col")),
@@ -194,91 +163,6 @@ CASES: dict[str, Case] = {
         embedder=partial(Splice, task_tokens={"own": 2}),
     ),
 }
-for case in CASES.values():
-    if "encoder" not in case.slots and case.sizes == SIZES:
-        case.sizes = [(28, 28)]
-
-
-def samples_for(model: VLM, sizes: list[Size]) -> tuple[list[Sample], list[Sample]]:
-    """Samples with a picture of each size, and others without any; the same on every process."""
-    generator = torch.Generator().manual_seed(1)
-
-    def made(name: str, picture: Size | None, length: int) -> Sample:
-        text = torch.randint(0, 200, (length,), generator=generator).tolist()
-        if picture is None:
-            return Sample(name, "made", text, [-100, *text[1:]])
-        pixels = torch.randint(0, 256, (3, *picture), generator=generator).byte()
-        grid = model.grid_map(model.encoder.patch_grid(*picture))
-        ids = [text[0], *[0] * grid.num_tokens, *text[1:]]
-        labels = [-100] * (2 + grid.num_tokens) + text[2:]
-        return Sample(name, "made", ids, labels, [1], [grid], [pixels], _for_teachers(model, generator))
-
-    seen = [made(f"image-{i}", size, 5 + i) for i, size in enumerate(sizes)]
-    return seen, [made("text-0", None, 7), made("text-1", None, 4)]
-
-
-def _for_teachers(model: VLM, generator: torch.Generator) -> dict[str, list[Tensor]]:
-    teachers = {name: part.teacher for name, part in model.heads.items() if isinstance(part, Head)}
-    sides = {name: teacher.pixels.size for name, teacher in teachers.items() if teacher is not None}
-    return {
-        name: [torch.randint(0, 256, (3, side, side), generator=generator).byte()]
-        for name, side in sides.items()
-        if side is not None
-    }
-
-
-def ready(model: VLM, case: Case) -> VLM:
-    """Frozen and in train mode, as a stage makes it."""
-    if case.leave_out:
-        model.decoder = AbsentDecoder(model.decoder)
-    rates = {name: 1e-3 for name, parts in model.slots().items() if any(list(part.parameters()) for part in parts)}
-    Stage(train=dict(rates), only=case.only, losses=dict(case.losses)).freeze(model, [])
-    return model.train()
-
-
-def _step(model: VLM, batch: Batch, case: Case, scale: int = 1) -> dict[str, Tensor]:
-    """Losses after their gradients were taken."""
-    sums = model(batch, case.losses)
-    total: Tensor = sum((case.losses[name] * value for name, value in sums.items()), torch.zeros(()))
-    (scale * total).backward()
-    return {name: value.detach() for name, value in sums.items()}
-
-
-def whole(case: Case) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Losses, model FLOPs and gradients of one process."""
-    slots = tiny_slots(**case.slots)
-    model = ready(build(slots), case)
-    seen, text = samples_for(model, case.sizes)
-    batch = collate([*seen, *text])
-    losses = _step(model, batch, case) | {"flops": torch.tensor(StepFlops(model, slots, case.losses)(batch))}
-    return losses, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
-
-def parted(case: Case) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The same of two processes; pictures are on the second one only."""
-    slots, first = tiny_slots(**case.slots), dist.get_rank() == 0
-    torch.manual_seed(dist.get_rank())  # what a process draws for itself must not matter
-    model = ready(build(slots) if first else build_on_meta(slots), case)
-    shard(model, init_device_mesh("cpu", (2,)), None)
-    model = ready(model, Case(losses=case.losses, only=case.only))
-    seen, text = samples_for(model, case.sizes)
-    batch = collate(text if first else seen)
-    losses = _step(model, batch, case, scale=2)  # gradients are averaged
-    losses["flops"] = torch.tensor(StepFlops(model, slots, case.losses)(batch))
-    for name in sorted(losses):
-        dist.all_reduce(losses[name])
-    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return losses, {name: grad.full_tensor() if isinstance(grad, DTensor) else grad for name, grad in grads.items()}
-
-
-def difference(one: Mapping[str, Tensor], two: Mapping[str, Tensor]) -> dict[str, float]:
-    """By name, how far the second is from the first, over its size or a small part of the largest."""
-    least = 1e-4 * max(float(value.norm()) for value in one.values())
-    far = {
-        name: float((two[name] - one[name]).norm() / max(least, float(one[name].norm())))
-        for name in one.keys() & two.keys()
-    }
-    return far | dict.fromkeys(one.keys() ^ two.keys(), 9.0)
 
 
 class Looping(LinearPatches):
@@ -296,31 +180,3 @@ class Looping(LinearPatches):
         patch = self.patch_grid.patch
         x = self.normalise(pixels, torch.float32).unfold(2, patch, patch).unfold(3, patch, patch)
         return self.linear(x.permute(0, 2, 3, 1, 4, 5).flatten(3)).flatten(1, 2)
-
-
-def main(rank: int, folder: Path) -> None:
-    """All cases, by one of two processes; the first leaves `results.pt`, and both `ends-RANK.pt`."""
-    torch.set_num_threads(1)
-    expected = {name: whole(case) for name, case in CASES.items()} if rank == 0 else {}
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=2)
-    results: dict[str, dict[str, float]] = {}
-    for name, case in CASES.items():
-        losses, grads = parted(case)
-        if rank == 0:
-            near = [difference(*pair) for pair in zip(expected[name], (losses, grads), strict=True)]
-            results[name] = near[0] | near[1]
-            torch.save(results, folder / "results.pt")
-    dist.barrier()
-    # The last step, as it ends the processes: the second one alone has pictures of two sizes.
-    try:
-        parted(Case({"encoder": Looping}))
-        end = ""
-    except (ValueError, RuntimeError) as error:
-        end = f"{type(error).__name__}: {error}"
-    torch.save(end, folder / f"ends-{rank}.pt")
-    if rank == 1:
-        dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,418 @@
+"""The kit's own members keep the contracts of `lit_vlm.testing`; one without a case fails, and so does a bad one."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lit_vlm import data, decoders, embedders, encoders, heads, projectors, teachers, worlds
+from lit_vlm.core.batch import Grid, Images, PixelSpec, VisualTokens
+from lit_vlm.core.part import Part
+from lit_vlm.data import (
+    AreaLimit,
+    AspectGrid,
+    Captions,
+    ChatJsonl,
+    ChatML,
+    Converted,
+    Grouped,
+    ImageTransform,
+    Llama3,
+    LlavaJson,
+    Mmc4,
+    Native,
+    PadSquare,
+    Parquet,
+    Phi3,
+    Pictures,
+    Plain,
+    RandomWords,
+    Resize,
+    Source,
+    SquareCrop,
+    Template,
+    Texts,
+    Tiles,
+    Unpaired,
+    VicunaV1,
+    WebDataset,
+)  # fmt: skip
+from lit_vlm.data.records import Message, Record, Text
+from lit_vlm.data.sample.templates import Span
+from lit_vlm.data.sets.convert import convert
+from lit_vlm.encoders import HFEncoder, LinearPatches
+from lit_vlm.evaluation.tasks import TASKS, SceneQuestions, SceneText
+from lit_vlm.heads import FeatureDistillation
+from lit_vlm.projectors import Linear, Projector
+from lit_vlm.teachers import DINOv2, EncoderTeacher, HFVision, KnownMap, Teacher
+from lit_vlm.testing import (
+    Case,
+    check_decoder,
+    check_embedder,
+    check_encoder,
+    check_head,
+    check_projector,
+    check_sharded,
+    check_source,
+    check_task,
+    check_teacher,
+    check_template,
+    check_transform,
+)  # fmt: skip
+from lit_vlm.testing.data import PIXELS
+from lit_vlm.worlds import OpenMoji, Scenes, Shapes
+from tests.encoders.test_teachers import DINO
+from tests.evaluation.tasks.test_files import CASES as TASK_FILES
+from tests.evaluation.tasks.test_files import make as make_task
+from tests.heads.made import OwnCount
+from tests.members import CASES, Looping, Tangled
+from tests.tiny import CLIP
+
+# ------------------------------------------------------------------ members and their cases
+
+
+def public(package: ModuleType, kind: type) -> set[str]:
+    """Names of the classes of a kind that a package exports, without abstract ones."""
+    members = {name: getattr(package, name) for name in package.__all__}
+    return {
+        name
+        for name, member in members.items()
+        if inspect.isclass(member) and issubclass(member, kind) and not inspect.isabstract(member)
+    }
+
+
+SLOTS = (encoders, projectors, embedders, decoders, heads)
+PARTS = {package: public(package, Part) for package in SLOTS}
+TEACHERS: dict[str, Callable[[], Teacher]] = {
+    "EncoderTeacher": partial(EncoderTeacher, partial(LinearPatches, 16, 7)),
+    "DINOv2": partial(DINOv2, None, {"model_type": "dinov2", **DINO}, 4),
+    "HFVision": partial(HFVision, None, CLIP),
+    "KnownMap": partial(KnownMap, "depth"),
+}
+TEMPLATES = {"Plain": Plain, "VicunaV1": VicunaV1, "ChatML": ChatML, "Llama3": Llama3, "Phi3": Phi3}
+ANY = PixelSpec(None, 7, (0.5, 0.5, 0.5))
+TRANSFORMS: dict[str, Callable[[], ImageTransform]] = {
+    "AreaLimit": partial(AreaLimit, 64),
+    "AspectGrid": partial(AspectGrid, 56, 4),
+    "Native": Native,
+    "PadSquare": PadSquare,
+    "Resize": Resize,
+    "SquareCrop": SquareCrop,
+    "Tiles": partial(Tiles, tile=28),
+}
+TURNS = [{"from": "human", "value": "<image>\nWhy?"}, {"from": "gpt", "value": "So."}]
+CHAT = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
+
+
+def written(folder: Path, name: str, content: str) -> str:
+    (folder / name).write_text(content)
+    return str(folder / name)
+
+
+def mmc4(folder: Path) -> Source:
+    row = {"image_info": [{"image_name": "a.png", "matched_text_index": 0}], "text_list": ["One.", "Two."]}
+    return Mmc4(written(folder, "docs.jsonl", json.dumps(row)))
+
+
+def converted(folder: Path) -> Source:
+    if not (folder / "set").exists():
+        convert(Shapes(4), folder / "set")
+    return Converted(str(folder / "set"))
+
+
+def parquet(folder: Path) -> Source:
+    pq.write_table(pa.table({"messages": [CHAT] * 3}), folder / "a.parquet")
+    return Parquet(str(folder / "a.parquet"))
+
+
+def pictures(folder: Path) -> Source:
+    (folder / "a.png").write_bytes(Shapes(1, text_only=False).record(0).images[0].data or b"")
+    return Pictures(str(folder))
+
+
+SOURCES: dict[str, Callable[[Path], Source]] = {
+    "Captions": lambda folder: Captions(written(folder, "a.csv", "image,caption\na.png,a cat\nb.png,a dog\n")),
+    "ChatJsonl": lambda folder: ChatJsonl(written(folder, "a.jsonl", json.dumps({"messages": CHAT}) + "\nbroken\n")),
+    "Converted": converted,
+    "Grouped": lambda _: Grouped(Shapes(6), 2),
+    "LlavaJson": lambda folder: LlavaJson(
+        written(folder, "a.json", json.dumps([{"image": "a.png", "conversations": TURNS}] * 2))
+    ),
+    "Mmc4": mmc4,
+    "Parquet": parquet,
+    "Pictures": pictures,
+    "RandomWords": lambda _: RandomWords("bytes", 16, 4),
+    "Texts": lambda folder: Texts(written(folder, "a.txt", "one\n\ntwo\n")),
+    "Unpaired": lambda folder: Unpaired(
+        Shapes(4, text_only=False), ChatJsonl(written(folder, "t.jsonl", json.dumps({"messages": CHAT})))
+    ),
+    "WebDataset": lambda folder: WebDataset(str(tar_of(folder))),
+    "OpenMoji": lambda _: OpenMoji("held_out", 32, limit=4),
+    "Scenes": lambda _: Scenes("questions", 6, 3, maps=4),
+    "Shapes": lambda _: Shapes(6),
+}
+
+
+def tar_of(folder: Path) -> Path:
+    import tarfile
+
+    written(folder, "0.txt", "a cat")
+    (folder / "0.png").write_bytes(Shapes(1, text_only=False).record(0).images[0].data or b"")
+    with tarfile.open(folder / "a.tar", "w") as tar:
+        for name in ("0.txt", "0.png"):
+            tar.add(folder / name, name)
+    return folder / "a.tar"
+
+
+OWN_KINDS = [
+    *[(package.__name__, members, {name.split("/")[0] for name in CASES}) for package, members in PARTS.items()],
+    ("teachers", public(teachers, Teacher), TEACHERS.keys()),
+    ("templates", public(data, Template), TEMPLATES.keys()),
+    ("transforms", public(data, ImageTransform), TRANSFORMS.keys()),
+    ("sources", public(data, Source) | public(worlds, Source), SOURCES.keys()),
+    ("tasks", set(TASKS), {*TASK_FILES, "perplexity", "scenes", "scenes_text"}),
+]
+
+
+@pytest.mark.parametrize(("kind", "members", "cases"), OWN_KINDS, ids=[kind for kind, *_ in OWN_KINDS])
+def test_every_public_member_has_a_case(kind: str, members: set[str], cases: set[str]) -> None:
+    assert members - set(cases) == set(), f"give each a line in this file or in tests/members.py ({kind})"
+
+
+# ------------------------------------------------------------------ the kit's own
+
+
+def of_slot(package: ModuleType) -> list[str]:
+    return [name for name in CASES if name.split("/")[0] in PARTS[package] and name != "AbsentDecoder"]
+
+
+@pytest.mark.parametrize("name", of_slot(encoders))
+def test_encoders(name: str) -> None:
+    # Published classes carry them, and no feature passes them.
+    unread = (".mask_token", ".swin.layernorm.weight", ".swin.layernorm.bias")
+    check_encoder(CASES[name].slots["encoder"], CASES[name].sizes, unread)
+
+
+@pytest.mark.parametrize("name", of_slot(projectors))
+def test_projectors(name: str) -> None:
+    own: dict[str, Any] = {
+        "Identity": {"out_width": 32},
+        "PerEncoder": {"grids": (Grid(4, 4, suffix=2),) * 2},
+    }
+    check_projector(CASES[name].slots["projector"], **own.get(name, {}))
+
+
+@pytest.mark.parametrize("name", of_slot(embedders))
+def test_embedders(name: str) -> None:
+    slots = dict(CASES[name].slots)
+    check_embedder(slots.pop("embedder"), slots, CASES[name].sizes)
+
+
+@pytest.mark.parametrize("name", of_slot(decoders))
+def test_decoders(name: str) -> None:
+    check_decoder(CASES[name].slots["decoder"])
+
+
+@pytest.mark.parametrize("name", [*of_slot(heads), "OwnCount"])
+def test_heads(name: str) -> None:
+    if name == "OwnCount":
+        check_head(partial(OwnCount, teacher=partial(HFVision, None, CLIP)))
+        return
+    slots = dict(CASES[name].slots)
+    check_head(slots.pop("heads")["own"], slots, adds_up=name != "EmbeddingDistillation")
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+def test_teachers(name: str) -> None:
+    check_teacher(TEACHERS[name])
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_sources(name: str, tmp_path: Path) -> None:
+    check_source(lambda: SOURCES[name](tmp_path))
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_templates(name: str) -> None:
+    check_template(TEMPLATES[name], turns=1 if name == "Plain" else 2)
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_transforms(name: str) -> None:
+    check_transform(TRANSFORMS[name], (ANY,) if name in ("AreaLimit", "Native") else PIXELS)
+
+
+@pytest.mark.parametrize("name", [*TASK_FILES, "perplexity"])
+def test_tasks(name: str, tmp_path: Path) -> None:
+    # A split of POPE without "yes" has no F1, MME adds up points, and of several references the first may not be best.
+    percent = TASKS[name].main == "accuracy" and name not in ("vqav2", "okvqa", "textvqa", "vizwiz")
+    made = iter(range(9))
+
+    def factory() -> Any:
+        folder = tmp_path / str(next(made))
+        folder.mkdir()
+        return make_task(name, folder)
+
+    check_task(factory, best=100.0 if percent else None)
+
+
+@pytest.mark.parametrize("task", [SceneQuestions, SceneText])
+def test_tasks_without_files(task: Any) -> None:
+    check_task(partial(task, count=2), best=None if task.perplexity else 100.0)
+
+
+def test_all_parts_train_on_two_processes_one_without_pictures_as_on_one() -> None:
+    # In one start of two processes, as a start takes longer than all members.
+    # The last case ends them: the process with pictures of two sizes sees it, and its partner does not wait for ever.
+    last = {"looping": Case({"encoder": Looping}, [(28, 28), (14, 28)])}
+    alike = rf"{len(CASES)} cases are alike; looping: encoder Looping: block 0 runs again in one forward pass"
+    with pytest.raises(AssertionError, match=alike):
+        check_sharded(CASES | last)
+
+
+# ------------------------------------------------------------------ what breaks a rule
+
+
+def test_a_block_that_runs_twice_is_named() -> None:
+    with pytest.raises(AssertionError, match=r"block 0 runs again in one forward pass.*docs/extending.md"):
+        check_encoder(Looping)
+
+
+class WithLambda(Linear):
+    def __init__(self, in_width: int, out_width: int) -> None:
+        super().__init__(in_width, out_width)
+        self.grid_map = lambda grid: grid
+
+
+class Wrong(Linear):
+    """Says that it halves the rows."""
+
+    def __init__(self, in_width: int, out_width: int) -> None:
+        super().__init__(in_width, out_width)
+        self.grid_map = half
+
+
+def half(grid: Grid) -> Grid:
+    return grid._replace(rows=grid.rows // 2)
+
+
+class Mixing(Linear):
+    """Centres all tokens of a batch."""
+
+    def forward(self, tokens: VisualTokens) -> VisualTokens:
+        out = super().forward(tokens)
+        return VisualTokens(out.features - out.features.mean(0), out.grids)
+
+
+class Idle(Linear):
+    """Has a weight that nothing reads."""
+
+    def __init__(self, in_width: int, out_width: int) -> None:
+        super().__init__(in_width, out_width)
+        self.spare = nn.Parameter(torch.zeros(1))
+
+
+class Cut(Linear):
+    """Nothing in front of it learns."""
+
+    def forward(self, tokens: VisualTokens) -> VisualTokens:
+        return super().forward(VisualTokens(tokens.features.detach().requires_grad_(), tokens.grids))
+
+
+class NotInMeta(Projector):
+    """Goes around `nn.Parameter` when it is made."""
+
+    def __init__(self, in_width: int, out_width: int) -> None:
+        super().__init__(in_width, out_width)
+        self.linear = nn.Linear(in_width, out_width)
+        self.linear._parameters["bias"] = nn.Parameter(torch.zeros(out_width))
+
+    def forward(self, tokens: VisualTokens) -> VisualTokens:
+        return VisualTokens(self.linear(tokens.features), tokens.grids)
+
+
+class Named(Template):
+    """Leaves the answers without a loss."""
+
+    def _turns(self, system: Any, turns: Any, eos: str) -> Any:
+        yield Span("".join(message.text for message in turns))
+
+
+class Forgetful(Source):
+    """Another record each time."""
+
+    name, image_folder = "f", Path()
+    reads = 0
+
+    def __len__(self) -> int:
+        return 2
+
+    def record(self, index: int) -> Record:
+        self.reads += 1
+        return Record(str(self.reads), "f", (Message("document", (Text(str(self.reads)),)),))
+
+    def fingerprint(self) -> str:
+        return "f"
+
+
+class Larger(SquareCrop):
+    def size(self, size: Any, pixels: PixelSpec) -> Any:
+        side, _ = super().size(size, pixels)
+        return side * 2, side
+
+
+class Reversing(EncoderTeacher):
+    """Gives the features in another order."""
+
+    def __call__(self, images: Images) -> VisualTokens:
+        tokens = super().__call__(images)
+        return VisualTokens(tokens.features.flip(0), tokens.grids[::-1])
+
+
+class Mean(FeatureDistillation):
+    """A mean where a sum is wanted."""
+
+    def loss(self, states: Any, batch: Any, targets: VisualTokens) -> Tensor:
+        return super().loss(states, batch, targets) / len(batch.image_grids)
+
+
+class Backwards(SceneQuestions):
+    def solve(self, example: Any) -> str:
+        return "Z"
+
+
+VIT = partial(HFVision, None, CLIP)
+BROKEN: list[tuple[str, Callable[[], None]]] = [
+    ("WithLambda: grid_map does not pickle", partial(check_projector, WithLambda)),
+    ("Wrong: gives Grid.* where grid_map promises", partial(check_projector, Wrong)),
+    ("Mixing: an image of Grid.* is another in company", partial(check_projector, Mixing)),
+    ("Idle: spare gets no gradient from images", partial(check_projector, Idle)),
+    ("Cut: some visual tokens have no gradient", partial(check_projector, Cut)),
+    ("NotInMeta: linear.bias is not on the meta device", partial(check_projector, NotInMeta)),
+    ("Tangled: is another after save and load", partial(check_projector, Tangled)),
+    ("Linear: is no Encoder", partial(check_encoder, partial(Linear, 8, 8))),  # type: ignore[arg-type]
+    ("Named: of .* only '' is supervised", partial(check_template, Named)),
+    ("Forgetful: record 1 is not always the same", partial(check_source, Forgetful)),
+    ("Larger: makes .* and size.. says", partial(check_transform, Larger)),
+    ("Reversing: picture 0 is another in company, or out of order",
+     partial(check_teacher, partial(Reversing, partial(HFEncoder, config=CLIP)))),
+    ("Mean: the loss of a batch is not the sum over its samples", partial(check_head, partial(Mean, teacher=VIT))),
+    ("Backwards: right answers have accuracy 0", partial(check_task, partial(Backwards, count=2))),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("message", "check"), BROKEN, ids=[message.split(":")[0] for message, _ in BROKEN])
+def test_a_member_that_breaks_a_rule_is_told_which(message: str, check: Callable[[], None]) -> None:
+    with pytest.raises(AssertionError, match=f"{message}.*docs/extending.md"):
+        check()
