@@ -45,7 +45,7 @@ def tiny_fit(
 ) -> dict[str, torch.Tensor]:
     """The weights that a stage leaves after four steps in fp32."""
     configs = find_recipe(recipe).configs(stage, "tiny", strategy)
-    words = [word for path in configs for word in ("--config", str(path))]
+    words = [word for path in configs for word in ("--config", str(path.resolve()))]
     lit_vlm(folder, "fit", *words, "--trainer.default_root_dir", out, "--trainer.accelerator", "cpu",
             "--trainer.precision", "32-true", "--trainer.max_steps", "4", *flags, fresh=fresh)  # fmt: skip
     return read_state(folder / out)

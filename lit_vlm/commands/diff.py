@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from lightning.pytorch.cli import LightningArgumentParser
 from rich.console import Console
 
 from lit_vlm.commands.differences import Row, differences
-from lit_vlm.commands.lightning_cli import LitVLMCLI
+from lit_vlm.commands.lightning_cli import ParsedCLI
 from lit_vlm.commands.recipe import find_recipe
 from lit_vlm.commands.run import STATE_FILE, RunState
 
@@ -95,26 +94,9 @@ def pair_stages(first: Sequence[str], second: Sequence[str]) -> list[tuple[str, 
     return [(one, other) for one, other in pairs if other is not None]
 
 
-class _Settings(LitVLMCLI):
-    """Only parses."""
-
-    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse flags, or a config."""
-        self.config = parser.parse_object(args) if isinstance(args, dict) else parser.parse_args(args)
-
-    def _set_seed(self) -> None:
-        pass
-
-    def before_instantiate_classes(self) -> None:
-        """Leave the config as it is."""
-
-    def instantiate_classes(self) -> None:
-        """Build nothing."""
-
-
 def resolved(arguments: list[str] | dict[str, Any]) -> dict[str, Any]:
     """All settings that these flags, or this config, give."""
-    cli = _Settings(arguments, run=False)
+    cli = ParsedCLI(arguments)
     settings: dict[str, Any] = yaml.safe_load(cli.parser.dump(cli.config, skip_none=False))
     return settings
 

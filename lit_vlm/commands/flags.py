@@ -39,7 +39,8 @@ def explain(message: str, known: Sequence[str]) -> str:
     """
     text = message.strip()
     known = [flag for flag in known if not flag.endswith((".help", "+"))]
-    key = _first(r'Parser key "([^"]+)"', text) or _first(r"argument --([\w.+]+)", text) or ""
+    keys = (r'Parser key "([^"]+)"', r"argument --([\w.+]+)", r"^([\w.]+): ")
+    key = next((one for pattern in keys if (one := _first(pattern, text))), "")
     for pattern, say in RULES:
         if found := re.search(pattern, text, re.DOTALL):
             return say(key, found, known)
@@ -54,16 +55,12 @@ def _first(pattern: str, text: str) -> str | None:
 
 def _unknown_flag(key: str, found: re.Match[str], known: Sequence[str]) -> str:
     flag = found[1].split("=")[0]
-    return f"there is no flag {flag}{_near_flag(flag.removeprefix('--'), known)}"
-
-
-def _near_flag(flag: str, known: Sequence[str]) -> str:
-    return nearest(flag, known).replace("mean ", "mean --").replace(" or ", " or --")
+    return f"there is no flag {flag}{nearest(flag.removeprefix('--'), known, '--')}"
 
 
 def _unknown_key(key: str, found: re.Match[str], known: Sequence[str]) -> str:
     whole = f"{key}.{found[1]}" if key else found[1]
-    return f"{whole}: there is no such key{_near_flag(whole, known)}"
+    return f"{whole}: there is no such key{nearest(whole, known, '--')}"
 
 
 def _unknown_class(key: str, found: re.Match[str], known: Sequence[str]) -> str:

@@ -126,9 +126,9 @@ class LitVLMCLI(LightningCLI):
 
 
 class ParsedCLI(LitVLMCLI):
-    """The config of a stage, parsed and not instantiated: whether its flags are right."""
+    """The config of a stage, parsed and not instantiated: whether its flags are right, and what they say."""
 
-    def __init__(self, args: list[str]) -> None:
+    def __init__(self, args: list[str] | dict[str, Any]) -> None:
         super().__init__(args, run=False)
 
     def _set_seed(self) -> None:

@@ -95,12 +95,13 @@ def subclasses(base: type[T]) -> Iterator[type[T]]:
         yield from subclasses(kind)
 
 
-def nearest(name: str, names: Iterable[str]) -> str:
-    """For a message: the names that are most alike, or nothing."""
+def nearest(name: str, names: Iterable[str], before: str = "") -> str:
+    """For a message: the names that are most alike, each with what stands before it, or nothing."""
     known = list(dict.fromkeys(names))
     close = difflib.get_close_matches(name, known, n=3)
     close = close or [other for other in known if other.lower() == name.lower()]
-    return f" (did you mean {' or '.join(close)}?)" if close else ""
+    meant = " or ".join(f"'{before}{other}'" for other in close)
+    return f" (did you mean {meant}?)" if close else ""
 
 
 def _at(path: str, what: str) -> object:

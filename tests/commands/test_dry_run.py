@@ -156,19 +156,19 @@ CASES = {
         ["--model.stage.leave_out", "[decoder]"], ["model.stage.leave_out names the decoder", "next_token"]
     ),
     # Flags.
-    "flag": Case(["--model.projectr", "Linear"], ["there is no flag --model.projectr (did you mean --model.projector"]),
+    "flag": Case(["--model.projectr", "Linear"], ["there is no flag --model.projectr (did you mean '--model.pro"]),
     "class": Case(["--model.projector", "Linaer"], ["model.projector: there is no class 'Linaer' (did you mean"]),
-    "argument of a class": Case(["--model.projector.dept", "3"], ["MLP has no argument 'dept' (did you mean depth?)"]),
+    "argument of a class": Case(["--model.projector.dept", "3"], ["MLP has no argument 'dept' (did you mean 'depth'"]),
     "type of an argument": Case(["--model.projector.depth", "two"], ["projector.depth: expected int, found 'two'"]),
     "type of a number": Case(["--data.batch_size", "many"], ["data.batch_size: expected int, found 'many'"]),
     "choice": Case(
-        ["--model.stage.schedule", "cosin"], ["model.stage.schedule: expected one of cosine", "did you mean cosine?"]
+        ["--model.stage.schedule", "cosin"], ["model.stage.schedule: expected one of cosine", "did you mean 'cosine'"]
     ),
     "module": Case(["--model.encoder", "my_lab.Eye"], ["model.encoder: there is no module 'my_lab'", "PYTHONPATH"]),
     "class of another slot": Case(
         ["--model.encoder", "lit_vlm.projectors.MLP"], ["model.encoder: MLP needs the argument", "parts encoders"]
     ),
-    "callback": Case(["--trainer.callbacks+", "callbacks.HeldOot"], ["has no 'HeldOot' (did you mean HeldOut"]),
+    "callback": Case(["--trainer.callbacks+", "callbacks.HeldOot"], ["has no 'HeldOot' (did you mean 'HeldOut"]),
 }  # fmt: skip
 
 

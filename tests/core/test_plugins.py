@@ -62,9 +62,9 @@ def test_a_class_goes_by_its_name_once_its_plugin_is_named(lab: str) -> None:
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("vqa2", r"--task: there is no 'vqa2' \(did you mean vqav2"),
+        ("vqa2", r"--task: there is no 'vqa2' \(did you mean 'vqav2"),
         ("no_lab.tasks.Counting", "--task no_lab.tasks.Counting: there is no module 'no_lab'"),
-        ("LAB.Countin", r"has no 'Countin' \(did you mean Counting"),
+        ("LAB.Countin", r"has no 'Countin' \(did you mean 'Counting"),
         ("LAB.Unfinished", "the class lacks read, score"),
         ("LAB.NOT_A_CLASS", "this is no subclass of lit_vlm.evaluation.tasks.base.Task"),
         ("LAB_broken.Counting", "importing LAB_broken fails: No module named 'no_such_library'"),
