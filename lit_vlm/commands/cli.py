@@ -124,10 +124,9 @@ def lightning_cli(arguments: Sequence[str], run: bool = True) -> Any:
         sys.stderr.write("loading libraries ...\n")  # which takes ten seconds
     from lit_vlm.commands.lightning_cli import LitVLMCLI
 
-    load_plugins()  # their classes go by their bare names
-
     # Lightning warns when arguments are given twice; they are its own if they came from the command line.
-    given = list(arguments)
+    given = _take_plugins(list(arguments))
+    load_plugins()  # their classes go by their bare names
     return LitVLMCLI(args=None if given == sys.argv[1:] else given, run=run)
 
 
@@ -141,8 +140,9 @@ def check_flags(arguments: Sequence[str]) -> None:
     from lit_vlm.commands.lightning_cli import ParsedCLI
 
     with _in_one_line():
+        words = _take_plugins(list(arguments))
         load_plugins()
-        ParsedCLI(list(arguments))
+        ParsedCLI(words)
 
 
 def run_folder_for(stage: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -9,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
-from lit_vlm.checkpoints.weights import read_state
+from lit_vlm.checkpoints.weights import by_slot, read_state
 from tests.runs import environment
 from tests.tiny import ROOT
 
@@ -43,6 +45,45 @@ def test_every_block_of_code_is_a_file_of_the_package() -> None:
 
 def test_its_own_contract_tests_pass(lab: Path) -> None:
     assert "4 passed" in run(lab, "pytest", "-q", "-p", "no:cacheprovider", "my_lab/test_my_lab.py")
+
+
+@pytest.mark.slow
+def test_its_classes_go_by_their_paths_and_names_in_every_command(lab: Path) -> None:
+    flags = ["--scale", "tiny", "--trainer.precision", "32-true", "--trainer.accelerator", "cpu"]
+    recipe = ["lit_vlm", "run", "./my_lab/recipe", *flags]
+    run(lab, *recipe, "--stages", "1_align", "--out", "first")
+    run_folder = "first/1_align"
+    # A family.
+    state = by_slot(read_state(lab / run_folder))
+    (lab / "old").mkdir()
+    torch.save(
+        {f"{s}/{name}": value for s, part in state.items() for name, value in part.items()}, lab / "old/weights.pt"
+    )
+    start = ["--stages", "2_tune", "--model.stage.start_from"]
+    assert "weights of my_lab.families.Mine:old are there" in run(
+        lab, *recipe, *start, "my_lab.families.Mine:old", "--dry-run"
+    )
+    run(lab, *recipe, *start, "mine:old", "--plugins", "my_lab.families", "--out", "second")
+    # A command, a task, a form, a template and a projector.
+    numbers = [run(lab, "lit_vlm", verb, run_folder, "--plugins", "my_lab.verbs")
+               for verb in ("count-weights", "my_lab.verbs.CountWeights")]  # fmt: skip
+    assert int(numbers[0]) == int(numbers[1]) == sum(v.numel() for v in read_state(lab / run_folder).values())
+    (lab / "benchmarks" / "counting").mkdir(parents=True)
+    entries = [{"id": str(n), "question": f"How many are {n} and 1?", "answer": str(n + 1)} for n in range(3)]
+    (lab / "benchmarks" / "counting" / "test.json").write_text(json.dumps(entries))
+    scored = run(
+        lab, "lit_vlm", "evaluate", run_folder, "--task", "my_lab.tasks.Counting", "--workers", "0", "--no-mlflow"
+    )
+    assert "counting" in scored
+    Image.new("RGB", (32, 24), "red").save(lab / "red.png")
+    (lab / "pairs.tsv").write_text("red.png\tall red\nred.png\tred again\n")
+    made = run(
+        lab, "lit_vlm", "data", "convert", "pairs.tsv", "set", "--form", "my_lab.forms.TabPairs", "--workers", "1"
+    )
+    assert "TabPairs converted" in made
+    listed = run(lab, "lit_vlm", "parts", "--plugins", "my_lab.verbs,my_lab.tasks,my_lab.families,my_lab.projectors")
+    for name in ("count-weights", "counting", "mine", "RowMeans"):
+        assert name in listed
 
 
 @pytest.mark.slow

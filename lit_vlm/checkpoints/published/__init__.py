@@ -107,6 +107,8 @@ def _reading(family: str, source: object) -> Iterator[None]:
 
 def _check_family(family: Family, config: Mapping[str, Any] | str | None) -> None:
     """Refuse a configuration, or that of a folder, that is another family's; one that is nobody's passes."""
+    if not family.model_types:  # its folders need not have a config.json
+        return
     settings = read_config(resolve(config)) if isinstance(config, str) else config or {}
     found = settings.get("model_type")
     others = [other.name for other in FAMILIES.values() if found in other.model_types]

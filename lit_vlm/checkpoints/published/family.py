@@ -36,21 +36,21 @@ class Family(ABC):
             ValueError: for a key that fits nowhere, or a setting that is absent.
         """
 
-    @abstractmethod
     def load(self, source: str | Path | Mapping[str, Tensor], config: Mapping[str, Any] | None = None) -> VLM:
-        """The model that the configuration describes, with all weights.
+        """The model that the configuration describes, with all weights; a family need not have this.
 
         Args:
             source: a folder or hub name, or a state dict under published names.
             config: the published configuration; needed with a state dict.
 
         Raises:
-            ValueError: for a key that fits nowhere, a weight of the model that no key gives, or an absent setting.
+            ValueError: for a key that fits nowhere, a weight of the model that no key gives, an absent setting, or a
+                family that is only read.
         """
+        raise ValueError(f"the family {self.name} is one to start from (model.stage.start_from); it builds no model")
 
-    @abstractmethod
     def export(self, model: VLM, out: Path, transform: ImageTransform | None = None) -> float:
-        """Write a model under published names, read it back, and compare logits.
+        """Write a model under published names, read it back, and compare logits; a family need not have this.
 
         Args:
             model: of the family's form.
@@ -61,5 +61,6 @@ class Family(ABC):
             the largest difference of the logits on a random picture and text, in fp32.
 
         Raises:
-            ValueError: for a model of another form, or logits that differ.
+            ValueError: for a model of another form, logits that differ, or a family that is only read.
         """
+        raise ValueError(f"the family {self.name} is one to start from (model.stage.start_from); it writes nothing")
