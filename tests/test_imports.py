@@ -121,7 +121,7 @@ def test_what_is_installed_needs_neither_the_tests_nor_pytest() -> None:
 
 
 def test_there_is_no_circle() -> None:
-    left = {module: {name for name, late in _imports(module) if not late and name != module} for module in MODULES}
+    left = {module: {name for name, _ in _imports(module) if name != module} for module in MODULES}
     for module, names in left.items():  # a package's face imports its own modules; they do not import the face
         names.discard(module.rpartition(".")[0])
     while free := [module for module, names in left.items() if not names & left.keys()]:

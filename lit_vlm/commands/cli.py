@@ -5,15 +5,11 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-import time
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 from lit_vlm import __version__
-from lit_vlm.core.plugins import find_class, load_plugins, use_plugins
+from lit_vlm.commands.fit import in_one_line, lightning_cli, take_plugins
+from lit_vlm.core.plugins import find_class
 
 VERBS = {
     "run": "run the stages of a recipe, one after the other",
@@ -22,7 +18,7 @@ VERBS = {
     "evaluate": "score a checkpoint on benchmarks, with or without demonstrations",
     "chat": "ask a trained model about pictures",
     "data": "convert data to shards, check them, show what is in them",
-    "inspect": "show one batch as the model sees it",
+    "inspect": "show one batch as the model sees it, or in which settings two recipes or runs differ",
     "prepare": "compute features of teachers or of a frozen encoder before training",
     "export": "write a checkpoint in a published format",
     "sync": "send what runs could not report to MLflow",
@@ -35,15 +31,12 @@ LIGHTNING = {
     "test": "the same, under the name test",
     "predict": "answer the held-out questions",
 }
-RUN_FOLDER = "LIT_VLM_RUN_FOLDER"
-REFUSED = 1
-"""Exit code of a command that says what is wrong with a flag, a file or the data."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of the console script."""
     _working_folder_last()
-    arguments = _take_plugins(list(sys.argv[1:] if argv is None else argv))
+    arguments = take_plugins(list(sys.argv[1:] if argv is None else argv))
     verb = arguments[0] if arguments else "--help"
     if verb in ("-h", "--help"):
         _print_help()
@@ -66,7 +59,7 @@ def _working_folder_last() -> None:
 
 def _run(verb: str, arguments: list[str]) -> None:
     """Run one of the kit's commands."""
-    with _in_one_line():
+    with in_one_line():
         if verb in VERBS:
             importlib.import_module(f"lit_vlm.commands.{verb}").main(arguments[1:])
         else:
@@ -77,33 +70,8 @@ def _run_brought(verb: str, arguments: list[str]) -> None:
     """Run a command of another package."""
     from lit_vlm.commands.verb import Verb
 
-    with _in_one_line():
+    with in_one_line():
         find_class(verb, Verb, {}, "lit-vlm COMMAND", [*VERBS, *LIGHTNING])().main(arguments)  # type: ignore[type-abstract]
-
-
-def _take_plugins(arguments: list[str]) -> list[str]:
-    """Take `--plugins A,B` out of the words of any command, and name the plugins."""
-    kept: list[str] = []
-    words = iter(arguments)
-    for word in words:
-        flag, equals, value = word.partition("=")
-        if flag == "--plugins":
-            use_plugins((value if equals else next(words, "")).split(","))
-        else:
-            kept.append(word)
-    return kept
-
-
-@contextmanager
-def _in_one_line() -> Iterator[None]:
-    """What a user got wrong is one line, not a traceback."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        if os.environ.get("LIT_VLM_DEBUG"):
-            raise
-        sys.stderr.write(f"\nerror: {error}\n(set LIT_VLM_DEBUG=1 for the traceback)\n")
-        raise SystemExit(REFUSED) from error
 
 
 def _print_help() -> None:
@@ -115,59 +83,6 @@ def _print_help() -> None:
     lines.append("lit-vlm COMMAND --help explains each. A command of another package is named by its class path, or by")
     lines.append("its name with --plugins MODULE, which every command takes.")
     sys.stdout.write("\n".join(lines) + "\n")
-
-
-def lightning_cli(arguments: Sequence[str], run: bool = True) -> Any:
-    """Parse config files and flags, and run the subcommand, or with `run=False` only parse and build objects."""
-    _quiet()
-    if run and os.environ.get("LOCAL_RANK", "0") == "0":
-        sys.stderr.write("loading libraries ...\n")  # which takes ten seconds
-    from lit_vlm.commands.lightning_cli import LitVLMCLI
-
-    # Lightning warns when arguments are given twice; they are its own if they came from the command line.
-    given = _take_plugins(list(arguments))
-    load_plugins()  # their classes go by their bare names
-    return LitVLMCLI(args=None if given == sys.argv[1:] else given, run=run)
-
-
-def check_flags(arguments: Sequence[str]) -> None:
-    """Parse the flags of a stage and make nothing of them.
-
-    Raises:
-        SystemExit: when one is wrong, which is said in one line.
-    """
-    _quiet()
-    from lit_vlm.commands.lightning_cli import ParsedCLI
-
-    with _in_one_line():
-        words = _take_plugins(list(arguments))
-        load_plugins()
-        ParsedCLI(words)
-
-
-def run_folder_for(stage: str) -> str:
-    """A folder for a run that was given none; the same in all processes of the run."""
-    if RUN_FOLDER not in os.environ:
-        job = os.environ.get("TORCHELASTIC_RUN_ID") or os.environ.get("SLURM_JOB_ID")
-        os.environ[RUN_FOLDER] = str(Path("runs") / f"{stage}-{job or time.strftime('%Y%m%d-%H%M%S')}")
-    return os.environ[RUN_FOLDER]
-
-
-def _quiet() -> None:
-    """Silence notices of the libraries that a user of this kit can do nothing about."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
-    for message in (
-        ".*isinstance.treespec, LeafSpec.*",
-        ".*LightningCLI.s args parameter is intended to run.*",
-        ".*does not have many workers.*",
-        ".*It is recommended to use `self.log.*sync_dist.*",
-        ".*is not a subclass of .LightningModule.*",
-        ".*Checkpoint directory .* exists and is not empty.*",
-        ".*could not find the monitored key.*",
-        ".*module.s. in eval mode at the start of training.*",
-    ):
-        warnings.filterwarnings("ignore", message=message)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from lit_vlm.checkpoints.folder import checkpoints_in, step_of
-from lit_vlm.commands.run import RunState
+from lit_vlm.commands.runs import RunState
 
 SEED_FLAG, DEFAULT_SEED = "--seed_everything", "0"
 LOSS, ALL = "loss", "all"

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from lit_vlm.commands.cli import lightning_cli
+from lit_vlm.commands.fit import lightning_cli
 from lit_vlm.data.sets.check import check_set
 from lit_vlm.data.sets.convert import convert
 from lit_vlm.data.sets.forms import FORMS, open_source

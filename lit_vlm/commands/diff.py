@@ -13,7 +13,7 @@ from rich.console import Console
 from lit_vlm.commands.differences import Row, differences
 from lit_vlm.commands.lightning_cli import ParsedCLI
 from lit_vlm.commands.recipe import find_recipe
-from lit_vlm.commands.run import STATE_FILE, RunState
+from lit_vlm.commands.runs import STATE_FILE, RunState
 
 CONFIG = "config.yaml"
 

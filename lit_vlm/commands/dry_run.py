@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console
 
 from lit_vlm.checkpoints.weights import by_slot, find_start, read_shapes
-from lit_vlm.commands.cli import lightning_cli
+from lit_vlm.commands.fit import lightning_cli
 from lit_vlm.core.part import Part, StateDict
 from lit_vlm.data import VLMData
 from lit_vlm.data.feed.usable import check_sources, try_records

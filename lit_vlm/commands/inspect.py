@@ -9,8 +9,8 @@ from itertools import islice
 from rich.console import Console
 from rich.text import Text
 
-from lit_vlm.commands.cli import lightning_cli
 from lit_vlm.commands.diff import print_diff
+from lit_vlm.commands.fit import lightning_cli
 from lit_vlm.core.batch import IGNORE, Batch
 from lit_vlm.data.feed.batching import GlobalBatch
 from lit_vlm.data.feed.loader import SourceDataset, assemble

@@ -15,9 +15,9 @@ from transformers.utils.logging import disable_progress_bar
 
 from callbacks import Checkpoint
 from lit_vlm.checkpoints.folder import checkpoints_in, find_checkpoint, run_folder
-from lit_vlm.commands.cli import run_folder_for
 from lit_vlm.commands.flags import explain
 from lit_vlm.commands.named_sources import Parser
+from lit_vlm.commands.runs import run_folder_for
 from lit_vlm.core.precision import AUTO, crowded
 from lit_vlm.data import VLMData
 from lit_vlm.training.module import LitVLM

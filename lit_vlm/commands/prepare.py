@@ -10,7 +10,7 @@ import torch
 import torch.multiprocessing as mp
 from rich.console import Console
 
-from lit_vlm.commands.cli import lightning_cli
+from lit_vlm.commands.fit import lightning_cli
 from lit_vlm.core.batch import ENCODER
 from lit_vlm.data.datamodule import VLMData
 from lit_vlm.model.build import build_on_meta

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import json
 import multiprocessing
 import os
 import shlex
@@ -13,64 +12,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from lit_vlm.checkpoints.folder import checkpoints_in
-from lit_vlm.commands.cli import REFUSED
+from lit_vlm.commands.fit import REFUSED, check_flags
 from lit_vlm.commands.recipe import Recipe, find_recipe, shipped_recipes
+from lit_vlm.commands.runs import STATE_FILE, RunState, is_first
 from lit_vlm.core.plugins import named_plugins, use_plugins
-
-STATE_FILE = "run.json"
-
-
-@dataclass
-class RunState:
-    """What run.json of a run's folder keeps, so that `--resume` needs no other argument.
-
-    Attributes:
-        recipe: the folder or name that was given.
-        scale: the scale, or None.
-        strategy: the strategy.
-        stages: the stages to run, in order.
-        flags: flags that are passed on to every stage.
-        done: stages that have ended.
-        parent_run: the MLflow run that the stages are children of.
-        plugins: modules whose classes may be named.
-    """
-
-    recipe: str
-    scale: str | None
-    strategy: str
-    stages: list[str]
-    flags: list[str]
-    done: list[str] = field(default_factory=list)
-    parent_run: str | None = None
-    plugins: list[str] = field(default_factory=list)
-
-    def save(self, folder: Path) -> None:
-        """Write it, whole or not at all; when a launcher started several of us, only the first does."""
-        if not _is_first():
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        scratch = folder / f".{STATE_FILE}"
-        scratch.write_text(json.dumps(asdict(self), indent=2))
-        scratch.replace(folder / STATE_FILE)
-
-    @staticmethod
-    def load(folder: Path) -> RunState:
-        """Read it.
-
-        Raises:
-            ValueError: when the folder is not that of a run.
-        """
-        file = folder / STATE_FILE
-        if not file.is_file():
-            raise ValueError(f"{folder} has no {STATE_FILE}, so it is not the folder of a `lit-vlm run`")
-        return RunState(**json.loads(file.read_text()))
 
 
 def main(argv: Sequence[str]) -> None:
@@ -108,7 +59,7 @@ def _check_flags(commands: Sequence[Sequence[str]]) -> None:
     Raises:
         SystemExit: when one is wrong, which that process has said.
     """
-    if not _is_first():
+    if not is_first():
         return
     child = multiprocessing.get_context("fork").Process(target=_parse_all, args=(commands,))
     child.start()
@@ -118,15 +69,8 @@ def _check_flags(commands: Sequence[Sequence[str]]) -> None:
 
 
 def _parse_all(commands: Sequence[Sequence[str]]) -> None:
-    from lit_vlm.commands.cli import check_flags
-
     for words in commands:
         check_flags(words[1:])
-
-
-def _is_first() -> bool:
-    """Whether this is the first, or only, process of a launcher such as srun or torchrun."""
-    return os.environ.get("RANK") in (None, "0") and os.environ.get("SLURM_PROCID") in (None, "0")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -167,7 +111,7 @@ def _new_run(arguments: argparse.Namespace, flags: list[str]) -> tuple[Path, Run
         recipe.configs(stage, scale, state.strategy)
     job = os.environ.get("TORCHELASTIC_RUN_ID") or os.environ.get("SLURM_JOB_ID") or time.strftime("%Y%m%d-%H%M%S")
     folder = arguments.out or Path("runs") / "-".join(filter(None, (recipe.name, scale, job)))
-    if (folder / STATE_FILE).exists() and not arguments.dry_run and _is_first():
+    if (folder / STATE_FILE).exists() and not arguments.dry_run and is_first():
         raise ValueError(f"{folder} holds a run already: add --resume to go on with it, or choose another --out")
     return folder, state
 
@@ -273,7 +217,7 @@ class _ParentRun:
 
     def __init__(self, state: RunState, folder: Path, recipe: Recipe) -> None:
         self._run: Any = None
-        if not (_uses_mlflow(state.flags) and _is_first()):
+        if not (_uses_mlflow(state.flags) and is_first()):
             return
         from lit_vlm.training.mlflow_run import MLflowRun, known_run
         from lit_vlm.training.mlflow_store import default_uri

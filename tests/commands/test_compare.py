@@ -8,7 +8,7 @@ from zipfile import ZipFile
 import pytest
 
 from lit_vlm.commands.cli import main
-from lit_vlm.commands.run import RunState
+from lit_vlm.commands.runs import RunState
 
 
 def finished_run(folder: Path, flags: list[str], choice: float, done: bool = True, scored: bool = True) -> Path:

@@ -1,0 +1,85 @@
+"""Stages by LightningCLI: flags are parsed, checked and run from here; its libraries are loaded when asked for."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from lit_vlm.core.plugins import load_plugins, use_plugins
+
+REFUSED = 1
+"""Exit code of a command that says what is wrong with a flag, a file or the data."""
+
+
+def take_plugins(arguments: list[str]) -> list[str]:
+    """Take `--plugins A,B` out of the words of any command, and name the plugins."""
+    kept: list[str] = []
+    words = iter(arguments)
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if flag == "--plugins":
+            use_plugins((value if equals else next(words, "")).split(","))
+        else:
+            kept.append(word)
+    return kept
+
+
+@contextmanager
+def in_one_line() -> Iterator[None]:
+    """What a user got wrong is one line, not a traceback."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if os.environ.get("LIT_VLM_DEBUG"):
+            raise
+        sys.stderr.write(f"\nerror: {error}\n(set LIT_VLM_DEBUG=1 for the traceback)\n")
+        raise SystemExit(REFUSED) from error
+
+
+def lightning_cli(arguments: Sequence[str], run: bool = True) -> Any:
+    """Parse config files and flags, and run the subcommand, or with `run=False` only parse and build objects."""
+    _quiet()
+    if run and os.environ.get("LOCAL_RANK", "0") == "0":
+        sys.stderr.write("loading libraries ...\n")  # which takes ten seconds
+    from lit_vlm.commands.lightning_cli import LitVLMCLI
+
+    # Lightning warns when arguments are given twice; they are its own if they came from the command line.
+    given = take_plugins(list(arguments))
+    load_plugins()  # their classes go by their bare names
+    return LitVLMCLI(args=None if given == sys.argv[1:] else given, run=run)
+
+
+def check_flags(arguments: Sequence[str]) -> None:
+    """Parse the flags of a stage and make nothing of them.
+
+    Raises:
+        SystemExit: when one is wrong, which is said in one line.
+    """
+    _quiet()
+    from lit_vlm.commands.lightning_cli import ParsedCLI
+
+    with in_one_line():
+        words = take_plugins(list(arguments))
+        load_plugins()
+        ParsedCLI(words)
+
+
+def _quiet() -> None:
+    """Silence notices of the libraries that a user of this kit can do nothing about."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+    for message in (
+        ".*isinstance.treespec, LeafSpec.*",
+        ".*LightningCLI.s args parameter is intended to run.*",
+        ".*does not have many workers.*",
+        ".*It is recommended to use `self.log.*sync_dist.*",
+        ".*is not a subclass of .LightningModule.*",
+        ".*Checkpoint directory .* exists and is not empty.*",
+        ".*could not find the monitored key.*",
+        ".*module.s. in eval mode at the start of training.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)

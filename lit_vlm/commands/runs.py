@@ -1,0 +1,72 @@
+"""Folders of runs: where a run goes, what `lit-vlm run` keeps in run.json, and which process writes it."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+RUN_FOLDER = "LIT_VLM_RUN_FOLDER"
+"""Environment variable: the folder that the first process of a stage chose, for those that it starts."""
+STATE_FILE = "run.json"
+
+
+@dataclass
+class RunState:
+    """What run.json of a run's folder keeps, so that `--resume` needs no other argument.
+
+    Attributes:
+        recipe: the folder or name that was given.
+        scale: the scale, or None.
+        strategy: the strategy.
+        stages: the stages to run, in order.
+        flags: flags that are passed on to every stage.
+        done: stages that have ended.
+        parent_run: the MLflow run that the stages are children of.
+        plugins: modules whose classes may be named.
+    """
+
+    recipe: str
+    scale: str | None
+    strategy: str
+    stages: list[str]
+    flags: list[str]
+    done: list[str] = field(default_factory=list)
+    parent_run: str | None = None
+    plugins: list[str] = field(default_factory=list)
+
+    def save(self, folder: Path) -> None:
+        """Write it, whole or not at all; when a launcher started several of us, only the first does."""
+        if not is_first():
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        scratch = folder / f".{STATE_FILE}"
+        scratch.write_text(json.dumps(asdict(self), indent=2))
+        scratch.replace(folder / STATE_FILE)
+
+    @staticmethod
+    def load(folder: Path) -> RunState:
+        """Read it.
+
+        Raises:
+            ValueError: when the folder is not that of a run.
+        """
+        file = folder / STATE_FILE
+        if not file.is_file():
+            raise ValueError(f"{folder} has no {STATE_FILE}, so it is not the folder of a `lit-vlm run`")
+        return RunState(**json.loads(file.read_text()))
+
+
+def is_first() -> bool:
+    """Whether this is the first, or only, process of a launcher such as srun or torchrun."""
+    return os.environ.get("RANK") in (None, "0") and os.environ.get("SLURM_PROCID") in (None, "0")
+
+
+def run_folder_for(stage: str) -> str:
+    """A folder for a run that was given none; the same in all processes of the run."""
+    if RUN_FOLDER not in os.environ:
+        job = os.environ.get("TORCHELASTIC_RUN_ID") or os.environ.get("SLURM_JOB_ID")
+        os.environ[RUN_FOLDER] = str(Path("runs") / f"{stage}-{job or time.strftime('%Y%m%d-%H%M%S')}")
+    return os.environ[RUN_FOLDER]
