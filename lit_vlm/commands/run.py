@@ -61,6 +61,7 @@ def _check_flags(commands: Sequence[Sequence[str]]) -> None:
     """
     if not is_first():
         return
+    sys.stderr.write("checking flags ...\n")  # a few seconds, as classes must be loaded to know their arguments
     child = multiprocessing.get_context("fork").Process(target=_parse_all, args=(commands,))
     child.start()
     child.join()
