@@ -1,4 +1,4 @@
-"""What the docs site adds to the files of `docs/`: pages from the top level, the reference, the index of parts.
+"""What the docs site adds to the files of `docs/`: pages from the top level, and the reference.
 
 Documents link to each other and to files of the repository by relative paths, so that links work where the repository
 is read. Here the same links lead to the pages that those files became.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import posixpath
 import re
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -33,27 +32,12 @@ ROOMS = (
     "checkpoints", "training", "evaluation", "callbacks", "commands",
 )  # fmt: skip
 """In the order of imports; what is not named here comes behind them."""
-PARTS = {
-    "Encoders": ("lit_vlm.encoders", "Encoder"),
-    "Projectors": ("lit_vlm.projectors", "Projector"),
-    "Embedders": ("lit_vlm.embedders", "Embedder"),
-    "Decoders": ("lit_vlm.decoders", "Decoder"),
-    "Heads": ("lit_vlm.heads", "Head"),
-    "Teachers": ("lit_vlm.teachers", "Teacher"),
-    "Sources": ("lit_vlm.data", "Source"),
-    "Worlds": ("lit_vlm.worlds", "Source"),
-    "Mixtures": ("lit_vlm.data", "Mixture"),
-    "Batchings": ("lit_vlm.data", "Batching"),
-    "Templates": ("lit_vlm.data", "Template"),
-    "Image transforms": ("lit_vlm.data", "ImageTransform"),
-    "Tasks": ("lit_vlm.evaluation.tasks", "Task"),
-    "Callbacks": ("callbacks", None),
-}
-"""Heading → the package whose `__all__` names its members, and the class they are made from, if they share one."""
 LINK_OR_CODE = re.compile(
     r"\[([^\[\]]*)\]\((?![a-z]+:|#)([^)\s#]+)(#[^)\s]*)?\)|^```.*?^```|^    [^\n]*$|`[^`\n]*`", re.MULTILINE | re.DOTALL
 )
 """A link to a file, as text, path and anchor; or code, in which nothing is a link."""
+CLASS_CELL = re.compile(r"\| `((?:lit_vlm|callbacks)\.[\w.]+)` \|$", re.MULTILINE)
+"""The last cell of a row of parts.md."""
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
@@ -65,7 +49,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
         found = sorted(file.relative_to(ROOT / "docs").as_posix() for file in (ROOT / "docs" / folder).glob("*.md"))
         pages += [page for page in found if page not in named and f"docs/{page}" not in TOP_PAGES]
     rooms = [{package: page} for page, package, _ in _reference()]
-    config.nav.append({"Reference": [{"Index of parts": "parts.md"}, *rooms]})
+    config.nav.append({"Reference": rooms})
     return config
 
 
@@ -75,7 +59,6 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         files.append(File.generated(config, page, abs_src_path=str(ROOT / source)))
     style = str(Path(__file__).with_name("style.css"))
     files.append(File.generated(config, "assets/style.css", abs_src_path=style))
-    files.append(File.generated(config, "parts.md", content=_parts()))
     for page, package, modules in _reference():
         files.append(File.generated(config, page, content=_room(package, modules)))
     return files
@@ -96,7 +79,15 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         here, own_anchor = _page_of(path, config, files)
         return f"[{text}]({posixpath.relpath(here, posixpath.dirname(uri) or '.')}{anchor or own_anchor})"
 
-    return LINK_OR_CODE.sub(lead, markdown)
+    led = LINK_OR_CODE.sub(lead, markdown)
+    return CLASS_CELL.sub(_refer, led) if uri == "parts.md" else led
+
+
+def _refer(found: re.Match[str]) -> str:
+    """The class path of a table as a link to the class in the reference."""
+    package, _, name = found[1].rpartition(".")
+    part = _loaded(package.split(".")[0]).modules_collection[package][name]
+    return f"| [`{found[1]}`][{part.canonical_path}] |"
 
 
 def _page_of(path: str, config: MkDocsConfig, files: Files) -> tuple[str, str]:
@@ -142,30 +133,8 @@ def _room(package: str, modules: list[str]) -> str:
     return "\n\n".join([f"# {package}", own, *(f"::: {name}" for name in modules)])
 
 
-def _parts() -> str:
-    """The index: a table for each kind of part, with the first sentence that each says of itself."""
-    lines = ["# Index of parts", "", "Config files name a part by its class path, flags by the bare name."]
-    for heading, (package, kind) in PARTS.items():
-        lines += ["", f"## {heading}", "", f"| in `{package}` | |", "|---|---|"]
-        lines += [f"| [`{part.name}`][{part.canonical_path}] | {_first(part)} |" for part in _members(package, kind)]
-    return "\n".join(lines)
-
-
 @cache
 def _loaded(top: str) -> griffe.GriffeLoader:
     loader = griffe.GriffeLoader(search_paths=[ROOT], allow_inspection=False)
     loader.load(top)
     return loader
-
-
-def _members(package: str, kind: str | None) -> Iterator[griffe.Class]:
-    face = _loaded(package.split(".")[0]).modules_collection[package]
-    for name in sorted(map(str, face.exports or ()), key=str.lower):
-        part = face[name].final_target if face[name].is_alias else face[name]
-        if isinstance(part, griffe.Class) and (kind is None or kind in [base.name for base in part.mro()]):
-            yield part
-
-
-def _first(part: griffe.Class) -> str:
-    text = part.docstring.value if part.docstring else ""
-    return " ".join(text.split("\n\n")[0].split())
