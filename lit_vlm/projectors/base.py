@@ -50,4 +50,4 @@ class Projector(Part, ABC):
 
     @abstractmethod
     def forward(self, tokens: VisualTokens) -> VisualTokens:
-        """Project the tokens of all images at once, `[t, in_width]` → `[t', out_width]`, laid out as `grid_map` says."""
+        """Project the tokens of all images at once: `[t, in_width]` → `[t', out_width]`, laid out by `grid_map`."""
