@@ -16,7 +16,7 @@ from torch import Tensor
 IGNORE = -100
 """The label of a position that carries no loss."""
 ENCODER = "encoder"
-"""Among the names of heads: the encoder itself, where features or images are listed by who wants them."""
+"""Key of the encoder in mappings whose other keys are names of heads, such as `Batch.prepared`."""
 
 
 class Grid(NamedTuple):
@@ -57,7 +57,7 @@ class Patches(NamedTuple):
 
 
 def index_patches(grids: Sequence[Grid]) -> Patches:
-    """Find the patches of all images at once; int64 on the CPU, from plain integers, so it never waits for a device."""
+    """Find the patches of all images at once: int64 on the CPU, from plain integers, so it never waits for a device."""
     rows, cols, prefix, row_end, suffix = torch.tensor(grids, dtype=torch.long).reshape(-1, 5).unbind(1)
     starts = _exclusive_sum(prefix + rows * (cols + row_end) + suffix)
     image = torch.arange(len(grids)).repeat_interleave(rows * cols)
@@ -67,10 +67,11 @@ def index_patches(grids: Sequence[Grid]) -> Patches:
 
 
 def index_suffixes(grids: Sequence[Grid]) -> tuple[Tensor, Tensor]:
-    """Find the suffix tokens of all images; on the CPU, from plain integers, as `index_patches`.
+    """Find the suffix tokens of all images: int64 on the CPU, from plain integers.
 
     Returns:
-        index of all other tokens `[t']` among the t visual tokens, and of each image's suffix `[n, suffix]`.
+        indices into the t visual tokens: of all tokens that are no suffix `[t']`, and of each image's suffix
+        `[n, suffix]`.
 
     Raises:
         ValueError: when images have suffixes of different length.
@@ -99,8 +100,8 @@ class PixelSpec:
         size: side of the square in pixels, or None for any size.
         multiple: sides must be a multiple of this many pixels.
         mean: the colour that counts as zero, 0 to 1: what padding is filled with.
-        resize: how a teacher wants its square made, whatever `data.transform` does for the encoder: `squash` the
-            picture, or `crop` its middle. None: as the encoder's.
+        resize: how a teacher's square is made, whatever `data.transform` does for the encoder: `squash` the picture, or
+            `crop` its middle. None: the picture is resized by `data.transform`, like the encoder's.
     """
 
     size: int | None
@@ -180,7 +181,17 @@ class VisualTokens:
 
 
 class SampleInfo(NamedTuple):
-    """Where a sample sits in the batch, and what it is."""
+    """Where a sample sits in the batch, and what it is.
+
+    Attributes:
+        row: row of the batch.
+        segment: number of the sample in its row, from 1, as in `Batch.segment_ids`.
+        id: id of its record.
+        source: name of the source that the record came from.
+        num_images: images of the sample.
+        num_supervised: positions with a loss.
+        num_tokens: positions, image tokens included.
+    """
 
     row: int
     segment: int
@@ -192,7 +203,15 @@ class SampleInfo(NamedTuple):
 
 
 class BadSample(NamedTuple):
-    """A sample that could not be used, or was used only in part, and why."""
+    """A sample that could not be used, or was used only in part, and why.
+
+    Attributes:
+        id: id of its record.
+        source: name of the source that the record came from.
+        reason: a short code that bad samples are counted by.
+        detail: what was found and what was expected.
+        dropped: False for a sample that is in the batch, cut to the allowed length.
+    """
 
     id: str
     source: str
@@ -202,7 +221,16 @@ class BadSample(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """What a batch holds: the denominators of losses and the numerators of throughput."""
+    """What a batch holds: the denominators of losses and the numerators of throughput.
+
+    Attributes:
+        samples: number of samples.
+        tokens: positions that are not padding.
+        supervised: positions with a next-token loss.
+        images: number of images.
+        visual_tokens: positions of image tokens.
+        positions: all positions, padding included.
+    """
 
     samples: int = 0
     tokens: int = 0
@@ -213,7 +241,7 @@ class Counts(NamedTuple):
 
     @property
     def text_tokens(self) -> int:
-        """Tokens that are not an image's."""
+        """Tokens that belong to no image."""
         return self.tokens - self.visual_tokens
 
     def __add__(self, other: Counts) -> Counts:  # type: ignore[override]
@@ -224,8 +252,8 @@ class Window(NamedTuple):
     """What all micro-batches of an optimizer step hold together on one rank.
 
     Attributes:
-        counts: of the batches.
-        own: counts that heads bring, by the head's name.
+        counts: sum of the counts of the micro-batches.
+        own: sums of the counts that heads define themselves (`Head.normaliser`), by the head's name.
     """
 
     counts: Counts
@@ -247,14 +275,14 @@ class Batch:
         image_positions: `[t]`, index into b·s of each visual token, in the order of `images`.
         target_positions: `[k]`, index into b·s of each position whose next token is supervised.
         targets: `[k]`, those next tokens.
-        num_tokens: positions that are not padding; counted by the collator, as a count on a device would wait for it.
+        num_tokens: positions that are not padding; counted by the collator, as counting on a device would wait for it.
         samples: one entry per sample, in order.
         teacher_images: pixels as each head's teacher wants them, by the head's name; the same images in order.
-        prepared: features that were computed before training and read instead of images: of teachers by the head's
-            name, and of a frozen encoder under `encoder`.
+        prepared: features that were computed before training and are read instead of images: those of a teacher under
+            the head's name, those of a frozen encoder under `encoder`.
         bad: samples that were left out or cut while this batch was made.
         window: counts over all micro-batches of the optimizer step; None if the loader knows nothing of steps.
-        stop_ids: of prompts: what closes an answer in the template that they are written in.
+        stop_ids: token ids that close an answer in the template of the prompts; empty in training.
     """
 
     input_ids: Tensor
@@ -287,7 +315,13 @@ class Batch:
         )
 
     def text_only(self, input_ids: Tensor, position_ids: Tensor, labels: Tensor | None = None) -> Batch:
-        """Text that continues rows of this batch, `[b', s']`, without images: decoding steps, answers to be scored."""
+        """A batch of text that continues rows of this batch, without images: decoding steps, or answers to be scored.
+
+        Args:
+            input_ids: `[b', s']`.
+            position_ids: `[b', s']`, counted on from the rows that are continued.
+            labels: `[b', s']`, -100 wherever nothing is scored; default: everywhere.
+        """
         empty = self.image_positions[:0]
         if labels is None:
             labels, (positions, targets) = torch.full_like(input_ids, IGNORE), (empty, empty)
@@ -331,14 +365,14 @@ class Batch:
 
 
 def find_targets(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the next-token loss is taken, found once on the CPU.
+    """Find where the next-token loss is taken; called once per batch, on the CPU.
 
     Args:
         labels: `[b, s]` aligned with the inputs: the label at i is the token at i. The label at the first position of
             a segment must be -100, so that no segment predicts the start of the next one.
 
     Returns:
-        positions `[k]` into b·s whose next position is supervised, and those labels `[k]`.
+        positions `[k]`, indices into b·s whose next position is supervised, and the labels `[k]` of those next ones.
     """
     flat = labels.reshape(-1)
     supervised = (labels[:, 1:] != IGNORE).nonzero()

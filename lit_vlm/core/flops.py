@@ -1,8 +1,8 @@
 """Model FLOPs: how many operations a training step needs, whatever the machine does beyond that.
 
-Counted are matrix products and convolutions, a multiplication and an addition as two operations. What a program may do
-besides is not: padding, the dummy picture of a batch without images, recomputed blocks, masked attention scores, and
-gradients that nothing needs.
+Matrix products and convolutions are counted; a multiplication with its addition is two operations. Work that a program
+may do besides is not counted: padding, the dummy picture of a batch without images, recomputed blocks, masked attention
+scores, and gradients that nothing needs.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ class Flops(NamedTuple):
     """Operations of a part on one micro-batch.
 
     Attributes:
-        forward: of the forward pass.
-        inputs: of the gradients of all that weights and attention read; taken only behind something that trains.
-        weights: of the gradients of weights, of those that train.
+        forward: operations of the forward pass.
+        inputs: operations for the gradients of the inputs of weights and of attention. A backward pass takes them only
+            where something in front of the part trains, or an earlier layer of it.
+        weights: operations for the gradients of the weights that train.
     """
 
     forward: float = 0.0
@@ -35,20 +36,24 @@ class Flops(NamedTuple):
         return Flops(*(a + b for a, b in zip(self, other, strict=True)))
 
     def total(self, gradients: bool) -> float:
-        """All of them; without `inputs` where no gradient passes the part."""
+        """Operations of forward and backward pass together.
+
+        Args:
+            gradients: whether the backward pass goes through this part; if not, `inputs` is left out.
+        """
         return self.forward + self.weights + (self.inputs if gradients else 0.0)
 
 
 FlopsOf = Callable[[Batch], Flops]
-"""From a batch to the operations of a part; it holds what it needs of the part's weights, so that it is quick."""
+"""Batch → operations of a part. The function holds the numbers that it needs of the part's weights, so it is quick."""
 
 
 class Weights(NamedTuple):
-    """Numbers of the matrices that a vector is multiplied with.
+    """How many weights the matrices have that a vector is multiplied with.
 
     Attributes:
-        all: how many.
-        trained: how many of them train.
+        all: number of weights.
+        trained: number of those that train.
     """
 
     all: float = 0.0
@@ -59,8 +64,9 @@ class Weights(NamedTuple):
         """Count matrices and kernels; biases and norms cost next to nothing.
 
         Args:
-            parameters: of which those of two dimensions or more count.
-            experts: that a token goes to, where parameters of three dimensions hold one matrix per expert.
+            parameters: parameters of a module; those with fewer than two dimensions do not count.
+            experts: number of experts that a token goes to, where parameters of three dimensions hold one matrix per
+                expert; None: no mixture of experts.
         """
         size = trained = 0.0
         for parameter in parameters:
@@ -71,17 +77,22 @@ class Weights(NamedTuple):
         return Weights(size, trained)
 
     def on(self, vectors: float) -> Flops:
-        """Products with so many vectors."""
+        """Operations of multiplying this number of vectors with the matrices."""
         return Flops(2 * self.all * vectors, 2 * self.all * vectors, 2 * self.trained * vectors)
 
 
 def attention(width: int, pairs: float) -> Flops:
-    """Scores and weighted sums of so many pairs of a query and a key; `width` is that of all heads together."""
+    """Operations of attention: scores, and weighted sums of the values.
+
+    Args:
+        width: width of all query heads together.
+        pairs: pairs of a query and a key.
+    """
     return Flops(4 * width * pairs, 8 * width * pairs)
 
 
 def causal_pairs(lengths: Iterable[int]) -> float:
-    """Pairs where each position of a sequence sees itself and those before it: about half of all."""
+    """Pairs of a query and a key over all sequences, where each position sees itself and those before it."""
     return sum(_pairs(length) for length in lengths)
 
 
@@ -90,7 +101,7 @@ def _pairs(length: int) -> float:
 
 
 class _Counter(TorchDispatchMode):
-    """Adds up the operations that run."""
+    """Adds up the operations of all calls inside its context."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -105,10 +116,12 @@ class _Counter(TorchDispatchMode):
 
 
 def executed(run: Callable[[], Tensor]) -> float:
-    """Operations of a computation and of its backward pass, by running it; on the meta device that takes no arithmetic.
+    """Count the operations of a computation and of its backward pass by running it.
+
+    On the meta device that takes no arithmetic.
 
     Args:
-        run: gives the result; its gradient is taken where it needs one.
+        run: the computation; the backward pass runs where its result needs a gradient.
     """
     with _Counter() as counter, sdpa_kernel(SDPBackend.MATH):
         out = run()

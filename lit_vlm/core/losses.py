@@ -16,7 +16,7 @@ from torch import Tensor
 
 Head = Callable[[Tensor], Tensor]
 MOST_SCALE = 100.0
-"""Of the cosines in a contrastive loss: the smallest temperature is a hundredth, as in CLIP."""
+"""Largest factor on the cosines in a contrastive loss: the smallest temperature is a hundredth, as in CLIP."""
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 CHUNK_BYTES = 128 * 2**20
 
@@ -30,8 +30,8 @@ def token_nll(hidden: Tensor, targets: Tensor, head: Head, chunk: int) -> Tensor
     """Negative log-likelihood of each target, in nats, without a graph.
 
     Args:
-        hidden: `[k, d]`.
-        targets: `[k]`.
+        hidden: `[k, d]`, states of the positions whose next token is supervised.
+        targets: `[k]`, ids of those next tokens.
         head: `[m, d]` → logits `[m, v]`.
         chunk: rows whose logits are alive at one time.
 
@@ -54,7 +54,7 @@ def next_token_loss(hidden: Tensor, targets: Tensor, head: Head, params: Sequenc
 
     Args:
         hidden: `[k, d]`, states of the positions whose next token is supervised.
-        targets: `[k]`.
+        targets: `[k]`, ids of those next tokens.
         head: `[m, d]` → logits `[m, v]`.
         params: the trainable parameters that `head` uses.
         chunk: rows per chunk.
@@ -109,16 +109,17 @@ def smooth_l1_distance(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def contrastive_loss(predictions: Tensor, targets: Tensor, log_scale: Tensor) -> Tensor:
-    """How badly each prediction tells its own target from those of all images of all ranks: one direction only.
+    """InfoNCE: each prediction must pick its own image's target among those of all images of all ranks (OLA-VLM).
 
-    A prediction and a target are one vector each, however many features an image has (OLA-VLM, InfoNCE). Of the other
-    ranks' targets one rank's are in memory at a time, and none is kept for the backward pass: memory does not grow with
-    the number of ranks. Ranks may have different numbers of images, also none; all of them must call it.
+    Only predictions choose among targets, not the reverse. The q features of an image are flattened to one vector, in
+    predictions and targets alike. Targets of the other ranks are in memory one rank at a time, and none is kept for the
+    backward pass: memory does not grow with the number of ranks. Ranks may have different numbers of images, also none;
+    all of them must call it.
 
     Args:
-        predictions: `[layers, n, q, w]`.
+        predictions: `[layers, n, q, w]`: q features of width w for each of n images.
         targets: `[n, q, w]`, without a graph.
-        log_scale: logarithm of what cosines are multiplied by, at most log 100; one number.
+        log_scale: one number: logarithm of the factor on the cosines. Factors above 100 count as 100.
 
     Returns:
         cross-entropy of each prediction, in nats: fp32 `[layers · n]`.
@@ -131,7 +132,7 @@ def contrastive_loss(predictions: Tensor, targets: Tensor, log_scale: Tensor) ->
 
 
 class _GatheredInfoNCE(torch.autograd.Function):
-    """Softmax over targets that come by one rank after the other, with its gradient taken on the way."""
+    """Cross-entropy over targets that arrive one rank after the other; its gradient is summed up on the way."""
 
     @staticmethod
     def forward(ctx: Any, predictions: Tensor, targets: Tensor, scale: Tensor) -> Tensor:
@@ -163,11 +164,12 @@ class _GatheredInfoNCE(torch.autograd.Function):
 
 
 def _of_each_rank(own: Tensor) -> Iterator[Tensor]:
-    """Rows `[n, f]` of each rank that has any, in order; n may differ."""
+    """Yield the rows `[n, f]` of each rank that has any, in the order of ranks; n may differ between ranks."""
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         yield from [own] if len(own) else []
         return
-    # With the type: a rank without images made its empty rows of states, whose type may be another than predictions'.
+    # Counts travel with dtypes: a rank without images makes its empty rows from decoder states, whose dtype may differ
+    # from that of predictions.
     sent = torch.zeros(dist.get_world_size(), 2, dtype=torch.long, device=own.device)
     sent[dist.get_rank(), 0], sent[dist.get_rank(), 1] = len(own), FLOATS.index(own.dtype)
     dist.all_reduce(sent)

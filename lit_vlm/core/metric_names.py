@@ -1,4 +1,4 @@
-"""Names of metrics and parameters that every store takes."""
+"""Names of metrics and parameters that every metric store accepts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def safe_name(text: str) -> str:
-    """A name of a metric or parameter that MLflow takes: letters and digits of any script, and `_-./: `."""
+    """Make a text a name of a metric or parameter that MLflow takes: letters and digits of any script, and `_-./: `."""
     letters = "".join(letter if letter.isalnum() or letter in "_-./: " else "_" for letter in text)
     return "/".join(part if part.strip(".") else "_" * max(1, len(part)) for part in letters.split("/"))
 

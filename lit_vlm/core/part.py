@@ -25,7 +25,7 @@ class Part(nn.Module):
         return None
 
     def find_pretrained(self) -> None:
-        """See that the weights of `pretrained_state` are there, without reading them.
+        """Check that the weights of `pretrained_state` are there, without reading them.
 
         Raises:
             ValueError: saying what is missing.
@@ -54,7 +54,7 @@ class Part(nn.Module):
         return ()
 
     def identity(self) -> str:
-        """Class, plain settings, and names and shapes of all weights, as text that two alike parts have in common."""
+        """Class, plain settings, and names and shapes of all weights, as text: equal for parts that are built alike."""
         settings = {
             key: value
             for key, value in sorted(vars(self).items())
@@ -81,7 +81,7 @@ _register = nn.Module.register_parameter
 
 
 def _register_on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
-    # One that is on the meta device already is kept as it is: a copy would break the tie of shared parameters.
+    # A parameter that is on the meta device already stays as it is: a copy would break the tie of shared parameters.
     if param is not None and not param.is_meta:
         param = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
     _register(module, name, param)
@@ -112,10 +112,10 @@ def real_parameters() -> AbstractContextManager[None]:
 
 
 def check_state(part: Part, state: StateDict, name: str) -> None:
-    """See that `state` is one of this part; nothing is loaded, and shapes are enough.
+    """Check that `state` has the names and shapes of this part's weights; nothing is loaded.
 
     Raises:
-        ValueError: naming the slot, the missing and the surplus keys and the shapes that differ.
+        ValueError: naming the slot, the missing and the surplus keys, and the shapes that differ.
     """
     own = part.state_dict()
     missing = sorted(own.keys() - state.keys())
@@ -159,9 +159,9 @@ class _Place(NamedTuple):
 
 
 def _ties(part: nn.Module) -> list[list[_Place]]:
-    """The places of each parameter or buffer that is registered more than once.
+    """The places of each parameter or buffer that is registered more than once: a tie.
 
-    Assigning a state dict gives each name a tensor of its own; these ties are what must be made again.
+    Assigning a state dict gives each name a tensor of its own, so ties must be made again afterwards.
     """
     places: dict[int, list[_Place]] = {}
     for prefix, module in part.named_modules():
@@ -172,7 +172,7 @@ def _ties(part: nn.Module) -> list[list[_Place]]:
 
 
 def _registered(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """A module's own parameters and buffers, one with two names under both."""
+    """Yield a module's own parameters and buffers with their names; a tensor with two names comes twice."""
     yield from module.named_parameters(recurse=False, remove_duplicate=False)
     yield from module.named_buffers(recurse=False, remove_duplicate=False)
 

@@ -16,13 +16,13 @@ from importlib.metadata import entry_points
 from typing import TypeVar
 
 VARIABLE = "LIT_VLM_PLUGINS"
-"""Environment variable: names of plugins, separated by commas; what a process is given, those that it starts have."""
+"""Environment variable: names of plugins, separated by commas; processes that are started inherit it."""
 GROUP = "lit_vlm.plugins"
 T = TypeVar("T")
 
 
 def use_plugins(names: Iterable[str]) -> None:
-    """Name plugins for this process and those that it starts."""
+    """Name plugins for this process and for those that it starts."""
     known = (name.strip() for name in (*named_plugins(), *names))
     os.environ[VARIABLE] = ",".join(dict.fromkeys(name for name in known if name))
 
@@ -36,7 +36,7 @@ def load_plugins() -> None:
     """Import all plugins that are named, and those of installed packages.
 
     Raises:
-        ValueError: for one that cannot be imported, saying who named it.
+        ValueError: for a plugin that cannot be imported, saying who named it.
     """
     named = {name: f"the plugin '{name}'" for name in named_plugins()}
     installed = {
@@ -57,14 +57,14 @@ def find_class(name: str, base: type[T], own: Mapping[str, type[T]], what: str, 
     """A class by its bare name or by its path.
 
     Args:
-        name: a name of the kit's or of a plugin, or `package.module.Class`.
-        base: what it must be a subclass of.
-        own: those of the kit, by name.
+        name: bare name of a class of the kit or of a plugin, or `package.module.Class`.
+        base: what the class must be a subclass of.
+        own: the kit's classes, by bare name.
         what: which flag or key names it, for messages, e.g. `--task`.
         others: names that are no classes but could be meant, for messages.
 
     Raises:
-        ValueError: for a name or path that leads nowhere, with the nearest ones, or to something else.
+        ValueError: for a name or path that leads nowhere, with the nearest names, or to no such class.
     """
     if name in own:
         return own[name]
@@ -88,7 +88,7 @@ def find_class(name: str, base: type[T], own: Mapping[str, type[T]], what: str, 
 
 
 def subclasses(base: type[T]) -> Iterator[type[T]]:
-    """All concrete and public classes below a base, of modules that are loaded."""
+    """All concrete and public subclasses of a base, direct or not, in modules that are loaded."""
     for kind in base.__subclasses__():
         if not inspect.isabstract(kind) and not kind.__name__.startswith("_"):
             yield kind
@@ -96,7 +96,13 @@ def subclasses(base: type[T]) -> Iterator[type[T]]:
 
 
 def nearest(name: str, names: Iterable[str], before: str = "") -> str:
-    """For a message: the names that are most alike, each with what stands before it, or nothing."""
+    """Words for a message: " (did you mean 'a' or 'b'?)" with the most similar names, or "" if none is similar.
+
+    Args:
+        name: what was given.
+        names: what there is.
+        before: text in front of each name that is shown.
+    """
     known = list(dict.fromkeys(names))
     close = difflib.get_close_matches(name, known, n=3)
     close = close or [other for other in known if other.lower() == name.lower()]
@@ -105,7 +111,7 @@ def nearest(name: str, names: Iterable[str], before: str = "") -> str:
 
 
 def _at(path: str, what: str) -> object:
-    """What a dotted path leads to."""
+    """The object that a dotted path leads to; raises ValueError where there is none."""
     place, _, attribute = path.rpartition(".")
     try:
         module = importlib.import_module(place)

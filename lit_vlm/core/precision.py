@@ -1,4 +1,4 @@
-"""Which number format matrix products run in: what the device does fast, by a query and a short measurement.
+"""Choice of the number format of matrix products: the one that the device is fast in, by a query or a measurement.
 
 bf16 products are two to four times as fast as fp32 on processors with AMX or AVX512-BF16 and on recent GPUs, and a
 hundred times slower on processors that have to emulate them, so no recipe can name one format for all machines.
@@ -18,7 +18,7 @@ AUTO: Literal["auto"] = "auto"
 CHOSEN = "LIT_VLM_PRECISION"
 """Environment variable: what the first process chose, as DEVICE:NAME, for the processes that it starts."""
 SIDE, SECONDS = 256, 0.012
-"""Of the matrices that are multiplied, and for how long in each format; a product in emulated bf16 takes 40 ms."""
+"""Side of the matrices that are multiplied, and seconds per format; one product in emulated bf16 takes 40 ms."""
 GAIN = 1.2
 """bf16 must be faster than fp32 by this factor, as casting takes time, too."""
 
@@ -46,7 +46,7 @@ class Precision:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the operands of matrix products; of the weights, where nothing trains."""
+        """Type of the operands of matrix products, and of the weights where nothing trains."""
         return DTYPES[self.name]
 
     def autocast(self, device_type: str) -> AbstractContextManager[object]:
@@ -65,9 +65,9 @@ def choose(device_type: str, scaled: bool = True, index: int | None = None) -> P
 
     Args:
         device_type: `cpu`, `cuda` or another one of torch's.
-        scaled: whether fp16 with scaled gradients may be used, on cards without bf16: by training that is not sharded.
-            Whoever only asks a model passes False: weights that were trained in bf16 may overflow in fp16.
-        index: of the card; default: that of this process.
+        scaled: whether fp16 with scaled gradients may be used on cards without bf16: True for training that is not
+            sharded, False for inference, as weights that were trained in bf16 may overflow in fp16.
+        index: number of the card; default: `LOCAL_RANK`, the card of this process.
     """
     if device_type == "cuda":
         return _of_card(scaled, int(os.environ.get("LOCAL_RANK", "0")) if index is None else index)
@@ -101,7 +101,7 @@ def _of_processor() -> Precision:
 
 
 def matmul_speed(dtype: torch.dtype) -> float:
-    """FLOP/s of one thread in square matrix products: the best of what fits into 12 ms, and at least one.
+    """FLOP/s of one thread in square matrix products: the best of the products that fit into 12 ms, at least one.
 
     One thread, because several wait for each other where other work runs, and measure that.
     """

@@ -32,22 +32,23 @@ from lit_vlm.core.cache import cache_dir
 from lit_vlm.core.part import real_parameters
 
 MAKER = "lit_vlm.worlds.mini"
-"""The module that makes parts; named and not imported, as it stands on top of all that is here."""
+"""The module that trains the `made:` parts; imported by name when asked for, as it imports this package itself."""
 WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".pth", ".pt", ".bin")
 
 
 def resolve(source: str, weights: bool = True) -> str:
-    """A source as something that transformers and `load_weights` can open.
+    """Turn a source into what transformers and `load_weights` can open.
 
     Args:
-        source: see above.
-        weights: whether they are wanted, or only configuration and tokenizer: a part that is made is not trained yet.
+        source: written in one of the ways that the module's docstring lists.
+        weights: whether the weights are wanted; False, for configuration or tokenizer alone, leaves a `made:` part
+            untrained.
 
     Returns:
         a hub name as it is, otherwise a path. A GGUF file becomes a folder in safetensors form, converted once.
 
     Raises:
-        ValueError: for a path or a package that is not there.
+        ValueError: for a path, package or `made:` part that does not exist, or a GGUF file without the package gguf.
     """
     if source.startswith("made:"):
         made = importlib.import_module(MAKER).made
@@ -64,14 +65,14 @@ def resolve(source: str, weights: bool = True) -> str:
 
 
 def find_weights(source: str, subfolder: str = "") -> None:
-    """See that a source has weights, without reading, fetching or making any.
+    """Check that a source has weights, without reading, fetching or making any.
 
     Args:
         source: as for `resolve`.
-        subfolder: where in a folder or repository they are.
+        subfolder: where in a folder or repository the weights are.
 
     Raises:
-        ValueError: naming the source, and what of it is missing.
+        ValueError: naming the source, and which of its weights are missing.
     """
     if source.startswith("package:"):
         _package_file(source.removeprefix("package:"))
@@ -79,7 +80,7 @@ def find_weights(source: str, subfolder: str = "") -> None:
     if source.startswith("made:"):
         maker, part = importlib.import_module(MAKER), source.removeprefix("made:")
         if part not in maker.PARTS:
-            maker.made(part, cache_dir())  # which says so
+            maker.made(part, cache_dir())  # raises the error that names the parts there are
         return
     path = Path(source).expanduser()
     if path.is_dir():
@@ -101,19 +102,19 @@ def _look_into(path: Path) -> None:
 
 
 def _in_hub_cache(name: str) -> Path | None:
-    """The folder of a hub name that was fetched before, if it was."""
+    """The folder of a hub name in the local hub cache; None where no weights of it were fetched."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
         folder = Path(snapshot_download(name, local_files_only=True))
-    except (LocalEntryNotFoundError, ValueError):  # the latter for what is no hub name, of which the hub will say so
+    except (LocalEntryNotFoundError, ValueError):  # ValueError: it is no hub name, which asking the hub will report
         return None
     return folder if any(file.suffix in WEIGHT_SUFFIXES for file in folder.rglob("*")) else None
 
 
 def _ask_hub(name: str, subfolder: str) -> None:
-    """See that the hub has weights under a name."""
+    """Check that the hub has weights under a name."""
     from huggingface_hub import HfApi
 
     try:
@@ -131,8 +132,8 @@ def load_weights(path: str | Path) -> dict[str, Tensor]:
     """The tensors of one weight file (safetensors, or a pickle that holds nothing but tensors).
 
     Raises:
-        ValueError: for a file that is cut short, damaged, or holds something else, naming it.
-        OSError: for one that is not there.
+        ValueError: for a file that is cut short, damaged, or holds something else; names the file.
+        OSError: for a file that does not exist.
     """
     try:
         if str(path).endswith(".safetensors"):
@@ -162,14 +163,14 @@ def read_pretrained(whole: Any, source: str, **options: Any) -> tuple[dict[str, 
     Args:
         whole: the model's class, or an auto class.
         source: its folder or hub name, as `resolve` gives it.
-        options: of `from_pretrained`.
+        options: arguments of `from_pretrained`.
 
     Returns:
-        all weights under the model's names, and those among them that the files do not give, each with the reason;
-        without those that are tied to others, or that the class lists as not needed.
+        all weights under the model's names, and name → reason of those that the files lack or have in another shape.
+        Weights that are tied to others, or that the class lists as not needed, are not among the lacking ones.
 
     Raises:
-        ValueError: for a file that is cut short or damaged.
+        ValueError: for a file that is cut short, damaged or missing.
     """
     try:
         model, info = whole.from_pretrained(source, output_loading_info=True, ignore_mismatched_sizes=True, **options)
@@ -185,9 +186,9 @@ def made_config(model_type: str, settings: Mapping[str, Any], slot: str) -> Any:
     """A configuration of transformers from its settings.
 
     Args:
-        model_type: which.
-        settings: of it; others keep their defaults.
-        slot: whose `config` it is, for messages.
+        model_type: name of the architecture, as transformers has it.
+        settings: its settings; the others keep their defaults.
+        slot: the slot or class whose argument `config` this is, for messages.
 
     Raises:
         ValueError: for a model type that transformers does not know, or settings that do not go together.
@@ -204,7 +205,7 @@ def made_config(model_type: str, settings: Mapping[str, Any], slot: str) -> Any:
 
 
 def shortened(names: Sequence[str], most: int = 4) -> str:
-    """Names for a message: the first few, and how many more there are."""
+    """A list of names for a message: the first `most`, and how many more there are."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
@@ -232,7 +233,7 @@ def _package_file(name: str) -> Path:
 
 
 def _converted_gguf(path: Path) -> Path:
-    """A GGUF file as a folder with safetensors and tokenizer, converted on first use."""
+    """The folder with safetensors and tokenizer that a GGUF file is converted to, on first use."""
     key = hashlib.sha256(f"{path.name}-{path.stat().st_size}".encode()).hexdigest()[:12]
     target = cache_dir() / f"{path.stem}-{key}"
     if target.exists():

@@ -1,4 +1,4 @@
-"""Progress: a bar in a terminal, a line now and then elsewhere, so that no long work is silent."""
+"""Progress: a bar in a terminal, a line every few seconds elsewhere, so that no long work is silent."""
 
 from __future__ import annotations
 
@@ -10,18 +10,21 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 SECONDS = 5.0
-"""Between two lines where there is no terminal."""
+"""Least time between two lines of progress where there is no terminal."""
 
 
 @contextmanager
 def progress(title: str, total: int, done: int = 0, shown: bool = True) -> Iterator[Callable[[int], None]]:
-    """Show how far work is; gives a function that says how many more are done.
+    """Show how far work has come, as a context manager.
 
     Args:
         title: what is being done.
-        total: of how many.
-        done: what was done before.
+        total: number of items of the whole work.
+        done: items that were done before.
         shown: False shows nothing, for all processes but the first.
+
+    Yields:
+        a function to call with the number of items that were done since its last call.
     """
     console = Console(highlight=False)
     if not shown:
@@ -55,7 +58,7 @@ def _bar(console: Console) -> Progress:
 
 
 class _Lines:
-    """The same as text: a line at the start, every few seconds, and at the end of work that took longer."""
+    """Progress as lines of text: at the start, every few seconds, and at the end of work that took longer than that."""
 
     def __init__(self, console: Console, title: str, total: int, done: int) -> None:
         self.console, self.title, self.total, self.done = console, title, total, done

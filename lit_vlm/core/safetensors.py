@@ -18,7 +18,7 @@ def read_folder(source: str) -> dict[str, Tensor]:
     """All tensors of a folder or hub repository: safetensors, whole or in shards, or else pickled shards.
 
     Raises:
-        ValueError: when there is no weight file, one is damaged, or one that the index names is missing.
+        ValueError: when there is no weight file, a file is damaged, or a file that the index names is missing.
     """
     folder = Path(source)
     if not folder.is_dir():
@@ -33,7 +33,7 @@ def read_folder(source: str) -> dict[str, Tensor]:
 
 
 def _read_shards(folder: Path, index: Path) -> dict[str, Tensor]:
-    """All tensors of the files that an index names, and no fewer than it names."""
+    """All tensors of the files that an index names; raises ValueError where one that it names is missing."""
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict):
         raise ValueError(f"{index} has no weight_map, which says where each weight is")
@@ -47,10 +47,10 @@ def _read_shards(folder: Path, index: Path) -> dict[str, Tensor]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """What a JSON file holds.
+    """Read a JSON file that holds an object.
 
     Raises:
-        ValueError: when it is absent, or is no JSON object, naming it.
+        ValueError: when the file is absent, is no JSON, or holds no object; names the file.
     """
     if not path.is_file():
         raise ValueError(f"{path.parent} has no {path.name}")

@@ -1,4 +1,4 @@
-"""Tokenizers that need no file."""
+"""Tokenizers: loaded from a hub name, folder or package, or built here without any file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ SPECIAL = ("<pad>", "<|im_start|>", "<|im_end|>")
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte, and the marks of ChatML: 259 tokens, for tiny models with random weights."""
+    """A tokenizer with one token per byte and the marks of ChatML: 259 tokens, for tiny models with random weights."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: index for index, token in enumerate([*SPECIAL, *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
@@ -24,11 +24,14 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerFast:
-    """A fast tokenizer with a pad token: `bytes`, a hub name, a local path or `package:NAME`.
+    """Load a fast tokenizer and give it a pad token.
+
+    Args:
+        source: `bytes`, a hub name, a local path or `package:NAME`.
 
     Raises:
-        ValueError: when there is none, or only a slow tokenizer, as labels need character offsets; or nothing to pad
-            with.
+        ValueError: when the source has no tokenizer, only a slow one (labels need character offsets), or one without a
+            token to pad with; and as `resolve`.
     """
     if source == "bytes":
         return byte_tokenizer()

@@ -1,4 +1,4 @@
-"""The place of a decoder that a stage leaves out."""
+"""A decoder without weights, for stages that leave the decoder out."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from lit_vlm.decoders.base import Decoder, DecoderOutput
 
 
 class AbsentDecoder(Decoder):
-    """What the data side must know of a decoder, without its weights: for stages whose losses never run it.
+    """Width, layers, vocabulary and tokenizer of a decoder without its weights, for stages whose losses never run it.
 
     Args:
-        decoder: the one that is left out.
+        decoder: the decoder that is left out.
     """
 
     def __init__(self, decoder: Decoder) -> None:
@@ -24,11 +24,15 @@ class AbsentDecoder(Decoder):
 
     @property
     def tokenizer(self) -> Any:
-        """The tokenizer of the one that is left out."""
+        """The tokenizer of the decoder that is left out."""
         return self._tokenizer
 
     def embed(self, input_ids: Tensor) -> Tensor:
-        """Raises, as all that follow."""
+        """Refuse to run.
+
+        Raises:
+            ValueError: always, naming `model.stage.leave_out`.
+        """
         self._refuse()
 
     def forward(
@@ -40,26 +44,42 @@ class AbsentDecoder(Decoder):
         attention_mask: Tensor | None = None,
         visual: Tensor | None = None,
     ) -> DecoderOutput:
-        """Raises."""
+        """Refuse to run.
+
+        Raises:
+            ValueError: always, naming `model.stage.leave_out`.
+        """
         self._refuse()
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Raises."""
+        """Refuse to run.
+
+        Raises:
+            ValueError: always, naming `model.stage.leave_out`.
+        """
         self._refuse()
 
     def head_parameters(self) -> list[nn.Parameter]:
-        """None."""
+        """An empty list, as there is no output layer."""
         return []
 
     def recompute_blocks(self, enabled: bool) -> None:
-        """Nothing to do."""
+        """Do nothing, as there are no blocks."""
 
     def new_cache(self) -> Any:
-        """Raises."""
+        """Refuse to run.
+
+        Raises:
+            ValueError: always, naming `model.stage.leave_out`.
+        """
         self._refuse()
 
     def select_cache(self, cache: Any, rows: Tensor) -> Any:
-        """Raises."""
+        """Refuse to run.
+
+        Raises:
+            ValueError: always, naming `model.stage.leave_out`.
+        """
         self._refuse()
 
     def _refuse(self) -> NoReturn:

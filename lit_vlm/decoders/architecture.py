@@ -1,4 +1,4 @@
-"""Architectures of transformers from configurations, with errors that name what to change."""
+"""Building architectures of transformers from configurations, with errors that name the setting to change."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ ATTENTIONS = {
     "flash_attention_2": "_supports_flash_attn",
     "flash_attention_3": "_supports_flash_attn",
 }
-"""Attention → where a model's class says whether it has it."""
+"""Implementation of attention → attribute of a model's class that says whether it has this one; None: all have it."""
 
 
 def language_model(config: PretrainedConfig, attention: str) -> Any:
     """A causal language model with random weights.
 
     Args:
-        config: of the model.
-        attention: which implementation.
+        config: configuration of the model.
+        attention: implementation of attention, a key of `ATTENTIONS`.
 
     Raises:
         ValueError: for a model that is no causal language model, or an attention that it lacks or that is not
@@ -47,7 +47,15 @@ def language_model(config: PretrainedConfig, attention: str) -> Any:
 
 @contextmanager
 def installed_attention(slot: str, attention: str) -> Iterator[None]:
-    """Name the setting that asks for a package which is not installed."""
+    """Turn the import error of an attention's package into one that names the setting which asks for it.
+
+    Args:
+        slot: key of the part in the config, such as `model.decoder`.
+        attention: implementation of attention, a key of `ATTENTIONS`.
+
+    Raises:
+        ValueError: in place of an `ImportError` inside the context.
+    """
     try:
         yield
     except ImportError as error:

@@ -16,7 +16,7 @@ from lit_vlm.core.part import Part
 
 @dataclass
 class DecoderOutput:
-    """What a decoder gives.
+    """What the blocks of a decoder give for a batch.
 
     Attributes:
         hidden: `[b, s, d]`, after the final norm; what `logits` reads.
@@ -32,7 +32,7 @@ class Decoder(Part, ABC):
     """A causal language model, in three pieces: word table, blocks, logits.
 
     Attributes:
-        width: d.
+        width: width d of the decoder's states.
         num_layers: number of blocks.
         vocab_size: rows of the word table.
         tokenizer: the fast tokenizer that made the vocabulary.
@@ -46,16 +46,16 @@ class Decoder(Part, ABC):
 
     @property
     def family(self) -> str:
-        """What messages call it."""
+        """Name of the decoder in messages."""
         return type(self).__name__
 
     @property
     @abstractmethod
     def tokenizer(self) -> Any:
-        """The fast tokenizer."""
+        """The fast tokenizer that made the vocabulary."""
 
     def carried(self) -> str | None:
-        """Layers that hand a state along a row, as a recurrent layer or a convolution does, in words; None without."""
+        """In words, the layers that carry a state along a row, such as recurrent ones; None if there are none."""
         return None
 
     @abstractmethod
@@ -80,12 +80,15 @@ class Decoder(Part, ABC):
             taps: layers whose states are wanted; no other state is kept.
             cache: from `new_cache`, while decoding; then s counts the new positions only.
             attention_mask: `[b, past + s]`, 0 for padding; only with a cache.
-            visual: `[t]`, index into b·s of the image tokens, for decoders that treat them otherwise.
+            visual: `[t]`, index into b·s of the image tokens, for decoders that treat them differently from text.
+
+        Raises:
+            ValueError: for a tap that is no layer of this decoder.
         """
 
     @abstractmethod
     def logits(self, hidden: Tensor) -> Tensor:
-        """`[..., d]` → `[..., v]`."""
+        """States after the final norm → logits over the vocabulary: `[..., d]` → `[..., v]`."""
 
     @property
     def attention_width(self) -> int:
@@ -93,7 +96,11 @@ class Decoder(Part, ABC):
         return self.num_layers * self.width
 
     def token_weights(self, visual: bool) -> Weights:
-        """What a token is multiplied with in the blocks: a text token, or an image token."""
+        """The weights of the blocks that a token is multiplied with.
+
+        Args:
+            visual: True for an image token, False for a text token.
+        """
         return Weights.of(parameter for block in self.blocks() for parameter in block.parameters())
 
     def flops(self) -> FlopsOf:
@@ -113,7 +120,7 @@ class Decoder(Part, ABC):
 
     @abstractmethod
     def recompute_blocks(self, enabled: bool) -> None:
-        """Recompute blocks in the backward pass from now on, or not; nothing to do where `recompute` is off."""
+        """Switch the recomputation of blocks in the backward pass on or off; does nothing where `recompute` is off."""
 
     @abstractmethod
     def new_cache(self) -> Any:
@@ -121,4 +128,4 @@ class Decoder(Part, ABC):
 
     @abstractmethod
     def select_cache(self, cache: Any, rows: Tensor) -> Any:
-        """A new cache that holds these rows `[b']` of another, which stays as it is; a row may be taken repeatedly."""
+        """A new cache of the rows `rows` `[b']` of another, which stays as it is; a row may be taken repeatedly."""

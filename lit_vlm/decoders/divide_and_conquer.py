@@ -20,7 +20,7 @@ BRANCH = re.compile(rf"\.(?:{TEXT}|{VISION})\.")
 
 
 class _Permute(torch.autograd.Function):
-    """Rows in another order; backward is a gather too, instead of an addition row by row."""
+    """Puts rows `[r, d]` into another order; its backward pass gathers rows too, instead of adding them one by one."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
@@ -38,8 +38,8 @@ class Routing:
 
     Attributes:
         order: `[b·s]`, text positions and then image positions; None sends everything through the text branch.
-        inverse: `[b·s]`, back again.
-        num_text: where image positions begin.
+        inverse: `[b·s]`, the order that undoes `order`.
+        num_text: number of text positions: index into `order` where image positions begin.
     """
 
     def __init__(self) -> None:
@@ -48,7 +48,12 @@ class Routing:
         self.num_text = 0
 
     def set(self, shape: torch.Size, visual: Tensor | None) -> None:
-        """Begin a batch of `shape` `[b, s, d]`; it stays until the next one, as blocks may be recomputed."""
+        """Route a new batch; the routing stays until the next one, as blocks may be recomputed in the backward pass.
+
+        Args:
+            shape: shape `[b, s, d]` of the states.
+            visual: `[t]`, index into b·s of the image tokens; None sends everything through the text branch.
+        """
         self.order = self.inverse = None
         if visual is not None:
             mark = torch.zeros(shape[0] * shape[1], dtype=torch.uint8, device=visual.device)
@@ -60,13 +65,14 @@ class Routing:
 class Routed(nn.Module):
     """A module and its copy for image tokens; each token goes through one of them.
 
-    Between a norm and the projections behind it the rows stay sorted by branch, so that these only take slices.
+    Between a norm and the projections behind it the rows stay sorted by branch, so that the projections only take
+    slices.
 
     Args:
         module: the text branch; the vision branch starts as its copy.
-        routing: shared with all others.
-        sort: whether rows arrive in the order of the sequence; otherwise they are sorted already.
-        restore: whether rows are handed on in the order of the sequence.
+        routing: the decoder's routing, one object for all routed modules.
+        sort: whether rows arrive in the order of the sequence; otherwise they are sorted by branch already.
+        restore: whether rows are handed on in the order of the sequence; otherwise sorted by branch.
     """
 
     def __init__(self, module: nn.Module, routing: Routing, sort: bool, restore: bool) -> None:
@@ -76,7 +82,7 @@ class Routed(nn.Module):
         self._routing, self._sort, self._restore = routing, sort, restore
 
     def forward(self, states: Tensor) -> Tensor:
-        """`[b, s, d]` → `[b, s, d']`."""
+        """`[b, s, d]` → `[b, s, d']`, each position through its own branch."""
         order, inverse = self._routing.order, self._routing.inverse
         if order is None or inverse is None:
             return self.text(states)
@@ -104,9 +110,12 @@ class DivideAndConquer(HFDecoder):
         config: a model configuration with `model_type`, for random weights; `vocab_size` defaults to the tokenizer's.
         tokenizer: source of the tokenizer; default: `name`. `bytes` needs no file.
         recompute: recompute blocks in the backward pass (gradient checkpointing): less memory, a third more compute.
-        attention: which implementation; all of them keep the segments of a packed row apart.
+        attention: implementation of attention; all of them keep the segments of a packed row apart.
         split: `all` of a block, or its `mlp` alone: the visual experts of Mono-InternVL (arXiv 2410.08202).
         new_tokens: see `HFDecoder`.
+
+    Raises:
+        ValueError: for a decoder whose blocks are not built like those of Llama and Qwen2; and as `HFDecoder`.
     """
 
     def __init__(
@@ -149,18 +158,22 @@ class DivideAndConquer(HFDecoder):
             block.set_submodule(name, Routed(modules[name], self._routing, sort, restore))
 
     def adapt_state(self, state: StateDict) -> StateDict:
-        """Weights of a plain decoder for both branches."""
+        """Give both branches the weights of a plain decoder; weights of a split decoder stay as they are."""
         state = self._with_new_rows(state)
         if any(BRANCH.search(key) for key in state):
             return state
         plain = {key: BRANCH.sub(".", key, count=1) for key in self.state_dict()}
-        # Cloned, as the branches part ways from here. What is nobody's stays, so that it is refused by name.
+        # Cloned, as the branches part ways from here. Keys of no parameter stay, so that loading refuses them by name.
         split = {key: state[name].clone() for key, name in plain.items() if name in state}
         used = set(plain.values())
         return split | {key: value for key, value in state.items() if key not in used}
 
     def trainable_parameters(self, only: str | None = None) -> Iterable[nn.Parameter]:
-        """All parameters, the `vision` branches, or `vision_and_attention`."""
+        """All parameters, the `vision` branches alone, or with all of the attention: `vision_and_attention`.
+
+        Raises:
+            ValueError: for another group.
+        """
         if only is None:
             return self.parameters()
         if only not in (VISION, VISION_AND_ATTENTION):
@@ -169,7 +182,7 @@ class DivideAndConquer(HFDecoder):
         return [p for name, p in self.named_parameters() if ".vision." in name or attention in name]
 
     def token_weights(self, visual: bool) -> Weights:
-        """Those of one branch, and what is shared."""
+        """The weights of one branch of the blocks, and those that both share; see `Decoder.token_weights`."""
         other = f".{TEXT if visual else VISION}."
         named = (item for block in self.blocks() for item in block.named_parameters())
         return Weights.of(parameter for name, parameter in named if other not in name)

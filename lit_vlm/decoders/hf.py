@@ -31,7 +31,7 @@ RECURRENT = ("linear_attention", "mamba", "recurrent", "conv")
 
 
 class HFDecoder(Decoder):
-    """A causal language model of transformers; InternLM2, which it lacks, is taken for the Llama that it is.
+    """A causal language model of transformers; InternLM2, which transformers lacks, runs as a Llama with its weights.
 
     Args:
         name: hub name, local folder, or `package:NAME` for a package that carries a GGUF file. Or null, with `config`.
@@ -39,12 +39,17 @@ class HFDecoder(Decoder):
         tokenizer: source of the tokenizer; default: `name`. `bytes` needs no file.
         lora: adapters; with them the base weights stay frozen.
         recompute: recompute blocks in the backward pass (gradient checkpointing): less memory, a third more compute.
-        attention: which implementation; all of them keep the segments of a packed row apart. Layers that are no
-            attention do so only where transformers' kernels for them take the borders; others are refused when training
-            on packed rows starts.
+        attention: implementation of attention; all of them keep the segments of a packed row apart. Recurrent layers do
+            so only where transformers' kernels for them take the borders; others are refused when training on packed
+            rows starts.
         new_tokens: special tokens that the tokenizer gets where it lacks them, such as a template's marks. Their rows
             of word table and output layer start as the mean of the others (Hewitt 2021, "Initializing new word
             embeddings for pretrained language models"). With adapters these two layers train as well.
+
+    Raises:
+        ValueError: when not exactly one of `name` and `config` is given; for a model that is no causal language model
+            of transformers, an attention that it lacks, a `vocab_size` below the tokenizer's, or names of layers for
+            adapters that it does not have.
     """
 
     def __init__(
@@ -95,7 +100,11 @@ class HFDecoder(Decoder):
 
     @property
     def tokenizer(self) -> Any:
-        """The fast tokenizer, with a pad token and the new tokens."""
+        """The fast tokenizer, with a pad token and the new tokens.
+
+        Raises:
+            ValueError: for a decoder that was built from a config without a tokenizer; and as `load_tokenizer`.
+        """
         return self._tokenizer[0]
 
     @cached_property
@@ -112,11 +121,11 @@ class HFDecoder(Decoder):
 
     @property
     def family(self) -> str:
-        """The model type."""
+        """Name of the decoder in messages: the class and the model type."""
         return f"HFDecoder ({self.config.model_type})"
 
     def carried(self) -> str | None:
-        """Recurrent and convolutional layers, as far as the family or its modules tell."""
+        """In words, recurrent and convolutional layers that the configuration or the modules show; None without."""
         kinds = [kind for kind in dict.fromkeys(getattr(self.config, "layer_types", None) or ()) if kind in RECURRENT]
         if kinds:
             return f"layers of type {' and '.join(kinds)}"
@@ -126,14 +135,18 @@ class HFDecoder(Decoder):
 
     @property
     def base(self) -> Any:
-        """The blocks with the final norm, without the head."""
+        """The model's blocks with the final norm, without the output layer."""
         found = self.lm.get_decoder()
-        if found is self.lm:  # Llama 4's text model does not say
+        if found is self.lm:  # Llama 4's text model does not name its inner model
             found = next((child for child in self.lm.children() if hasattr(child, "layers")), found)
         return found
 
     def blocks(self) -> list[nn.Module]:
-        """Transformer blocks."""
+        """Transformer blocks.
+
+        Raises:
+            ValueError: for an architecture whose blocks are not found.
+        """
         blocks = self._find_blocks()
         if not blocks:
             raise ValueError(f"HFDecoder does not find the blocks of {type(self.base).__name__}")
@@ -144,7 +157,11 @@ class HFDecoder(Decoder):
         return next((list(layers) for layers in found if layers is not None), [])
 
     def find_pretrained(self) -> None:
-        """Files of the model."""
+        """Check that the files of the model are there.
+
+        Raises:
+            ValueError: saying what is missing.
+        """
         if self.name is not None:
             find_weights(self.name)
 
@@ -176,7 +193,12 @@ class HFDecoder(Decoder):
         return self.adapt_state(self._with_new_rows(state, first))
 
     def _with_new_rows(self, state: StateDict, learnt: int | None = None) -> StateDict:
-        """Weights with rows for new tokens, the mean of those that were learnt: all that are there, or the first."""
+        """Add rows for new tokens to word table and output layer, each the mean of the learnt rows.
+
+        Args:
+            state: weights by name.
+            learnt: number of rows that were learnt; default: all that are there.
+        """
         grown = dict(state)
         for name in self._table_names() if self.new_tokens else ():
             if name in state and len(old := state[name][:learnt]) < self.vocab_size:
@@ -191,7 +213,7 @@ class HFDecoder(Decoder):
         return [f"lm.{name}.{parameter}" for name, module in modules for parameter, _ in module.named_parameters()]
 
     def adapt_state(self, state: StateDict) -> StateDict:
-        """Weights of a decoder without adapters, under the names of this one with new adapters."""
+        """Give weights of a decoder without adapters this one's names, and add new adapters that change nothing yet."""
         state = self._with_new_rows(state)
         if self.lora is None or any(".lora_A." in key for key in state):
             return state
@@ -204,28 +226,33 @@ class HFDecoder(Decoder):
                 adapted[key] = torch.zeros(own.shape, dtype=own.dtype)
             elif (plain := key.replace(".base_layer.", ".")) in state:
                 adapted[key] = state[plain]
-        # What is nobody's stays, so that it is refused by name.
+        # Keys of no parameter stay, so that loading refuses them by name.
         used = {key.replace(".base_layer.", ".") for key in adapted}
         return adapted | {key: value for key, value in state.items() if key not in used}
 
     def trainable_parameters(self, only: str | None = None) -> Iterable[nn.Parameter]:
-        """All parameters, or only those of the adapters and of the layers that new tokens have rows in."""
+        """All parameters; with adapters, only theirs and those of the layers that new tokens have rows in.
+
+        Raises:
+            ValueError: for any group, as this decoder has none.
+        """
         if only is not None or self.lora is None:
             return super().trainable_parameters(only)
         tables = self._table_names() if self.new_tokens else []
         return [p for name, p in self.named_parameters() if ".lora_" in name or name in tables]
 
     def merge_adapters(self) -> None:
-        """Add adapters into the weights they adapt and remove them; without adapters, nothing."""
+        """Add adapters into the weights that they adapt and remove them; does nothing without adapters."""
         if self.lora is None:
             return
         merge_adapters(self.lm)
         self.lora = None
 
     def recompute_blocks(self, enabled: bool) -> None:
-        """Let the blocks recompute although the decoder is frozen and so in eval mode.
+        """Switch recomputation on or off, also for a frozen decoder, which is in eval mode.
 
-        transformers asks each block whether it is training. Only that flag is set, never that of dropout inside.
+        transformers recomputes a block whose flag `training` is set. Only that flag is set, never that of the dropout
+        inside the block.
         """
         for block in self.blocks() if self.recompute else ():
             block.training = enabled
@@ -243,7 +270,7 @@ class HFDecoder(Decoder):
         attention_mask: Tensor | None = None,
         visual: Tensor | None = None,
     ) -> DecoderOutput:
-        """Run the blocks; see `Decoder.forward`. Image tokens are treated as all others."""
+        """Run the blocks; arguments and errors as in `Decoder.forward`. Image tokens are treated like text tokens."""
         states: dict[int, Tensor] = {}
         with ExitStack() as hooks:
             for layer in taps:
@@ -288,7 +315,7 @@ class HFDecoder(Decoder):
         return width * sum(kind not in RECURRENT for kind in kinds)
 
     def token_weights(self, visual: bool) -> Weights:
-        """What a token is multiplied with in the blocks; of a mixture of experts, its experts'."""
+        """The weights of the blocks that a token is multiplied with; in a mixture of experts, those of its experts."""
         parameters = (parameter for block in self.blocks() for parameter in block.parameters())
         return Weights.of(parameters, getattr(self.config, "num_experts_per_tok", None))
 
@@ -301,7 +328,7 @@ class HFDecoder(Decoder):
         return DynamicCache(config=self.config)
 
     def select_cache(self, cache: DynamicCache, rows: Tensor) -> DynamicCache:
-        """Rows of a cache, as a copy."""
+        """A new cache of the rows `rows` `[b']` of another, which stays as it is."""
         selected = copy.deepcopy(cache)
         selected.reorder_cache(rows)  # of any length; unlike `batch_select_indices` it knows recurrent states
         return selected

@@ -1,4 +1,4 @@
-"""InternLM2 as a Llama: the blocks are the same, but for names and for query, key and value in one matrix."""
+"""InternLM2 as a Llama: the blocks differ in names only, and in one fused matrix for query, key and value."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ KEPT = (
 
 
 def as_llama(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration, under Llama's names."""
+    """Turn a configuration of InternLM2 into one of Llama."""
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.get("rope_theta", 10000.0)}
     if scaling := config.get("rope_scaling"):
         rope |= {"rope_type": scaling["type"], "factor": scaling["factor"]}
@@ -48,12 +48,12 @@ def as_llama(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def to_llama(name: str) -> str:
-    """A key of a block under Llama's name."""
+    """Llama's name for a key of InternLM2's blocks, such as `0.attention.wq.weight`."""
     return _renamed(name, LAYER)
 
 
 def from_llama(name: str) -> str:
-    """The way back."""
+    """InternLM2's name for a key of Llama's blocks: the inverse of `to_llama`."""
     return _renamed(name, {own: theirs for theirs, own in LAYER.items()})
 
 
@@ -64,7 +64,15 @@ def _renamed(name: str, names: Mapping[str, str]) -> str:
 
 
 def state_as_llama(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """All weights of a published InternLM2, for `LlamaForCausalLM`."""
+    """Rename and split all weights of a published InternLM2 for `LlamaForCausalLM`.
+
+    Args:
+        state: weights by their published names.
+        config: its published configuration, for the numbers of heads.
+
+    Raises:
+        ValueError: as `split_qkv`.
+    """
     renamed = {}
     for key, value in split_qkv(state, config).items():
         for theirs, own in TOP.items():
@@ -74,10 +82,16 @@ def state_as_llama(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> di
 
 
 def split_qkv(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Fused projections apart: rows stand group by group, the queries of a group before its key and its value.
+    """Split each fused matrix `wqkv` into `wq`, `wk` and `wv`; other weights stay as they are.
+
+    Its rows stand group by group, the queries of a group before its key and its value.
+
+    Args:
+        state: weights by InternLM2's names.
+        config: its configuration, for the numbers of heads.
 
     Raises:
-        ValueError: for a fused projection whose rows do not divide so.
+        ValueError: for a fused matrix whose rows do not divide into such groups.
     """
     groups, queries = _groups(config)
     parts = groups * (queries + 2)
@@ -100,7 +114,7 @@ def split_qkv(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[st
 
 
 def fuse_qkv(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The way back."""
+    """Join `wq`, `wk` and `wv` to the fused matrix `wqkv`: the inverse of `split_qkv`."""
     groups, queries = _groups(config)
     fused = {key: value for key, value in state.items() if not re.search(r"attention\.w[qkv]\.weight$", key)}
     for key in state:
@@ -113,6 +127,6 @@ def fuse_qkv(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str
 
 
 def _groups(config: Mapping[str, Any]) -> tuple[int, int]:
-    """Key-value heads, and query heads for each."""
+    """Number of key-value heads, and of query heads for each of them."""
     heads, groups = int(config["num_attention_heads"]), int(config["num_key_value_heads"])
     return groups, heads // groups

@@ -17,8 +17,8 @@ class Lora:
     """Low-rank adapters on linear layers of the decoder; with them only the adapters train.
 
     Attributes:
-        rank: rank of each update.
-        alpha: scale; the update is multiplied by alpha / rank.
+        rank: rank of the update of a weight.
+        alpha: scale: the update is multiplied by alpha / rank.
         dropout: dropout on the adapter's input.
         targets: names of the linear layers that get an adapter; the decoder must have layers of each name.
     """
@@ -30,10 +30,15 @@ class Lora:
 
 
 def add_adapters(lora: Lora, lm: nn.Module, model_type: str) -> None:
-    """Put adapters on the layers of a causal language model.
+    """Put adapters on the linear layers of a causal language model, in place.
+
+    Args:
+        lora: rank, scale and names of the layers.
+        lm: the model.
+        model_type: name of its architecture, for the message.
 
     Raises:
-        ValueError: when there is no layer of one of the names, as adapters that are asked for would be left out.
+        ValueError: when the model has no layer of one of the names, as its adapter would silently be left out.
     """
     linear = {name.rpartition(".")[2] for name, module in lm.named_modules() if isinstance(module, nn.Linear | Conv1D)}
     if absent := [target for target in lora.targets if target.rpartition(".")[2] not in linear]:
@@ -48,7 +53,7 @@ def add_adapters(lora: Lora, lm: nn.Module, model_type: str) -> None:
 
 
 def merge_adapters(lm: nn.Module) -> None:
-    """Add adapters into the weights they adapt, and remove them."""
+    """Add adapters into the weights that they adapt, and remove them, in place."""
     for name, module in list(lm.named_modules()):
         if isinstance(module, BaseTunerLayer):
             module.merge()

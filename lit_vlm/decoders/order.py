@@ -1,8 +1,8 @@
-"""What a decoder's tokens see: only what stands before them, and in a packed row only their own sample.
+"""Checks of what a decoder's tokens see: only what stands before them, and in a packed row only their own sample.
 
 Restarting positions keep the samples of a packed row apart in softmax attention. Recurrent layers and convolutions
-along the row carry a state over such a border, and say nothing. So the decoder is asked: the gradient of a token's
-states with respect to the input vector of another token is zero, exactly, where it does not see that token.
+along the row carry a state over such a border without an error. So the checks run the decoder: the gradient of a
+token's states with respect to the input vector of another token is exactly zero where it does not see that token.
 """
 
 from __future__ import annotations
@@ -15,21 +15,22 @@ from torch import Tensor
 from lit_vlm.decoders.base import Decoder
 
 FIRST, LENGTH = 13, 24
-"""Positions of the first sample of a packed row, and of a row."""
+"""Positions of the first sample of a packed row, and of the whole row."""
 
 
 def check_order(decoder: Decoder, packed: bool, device: torch.device) -> None:
-    """Run a short row, or two packed ones, forward and backward; weights and their gradients stay as they are.
+    """Check that no token sees a later one or, in packed rows, another sample.
 
-    Under sharded training every rank must call this, through a method of the root of the shards, once each time.
+    A short row, or two packed ones, run forward and backward; weights and their gradients stay as they are. Under
+    sharded training every rank must call this, through a method of the root of the shards.
 
     Args:
         decoder: with its weights, on `device`.
-        packed: look at rows of several samples, and not at a plain one.
-        device: where it is run.
+        packed: True checks rows of two samples, False a row of one sample.
+        device: where the decoder runs.
 
     Raises:
-        ValueError: when a token sees a later one, or, packed, the sample in front of its own.
+        ValueError: when a token sees a later one, or in packed rows the sample in front of its own.
     """
     whole = list(range(LENGTH))
     if not packed:
@@ -53,7 +54,17 @@ def check_order(decoder: Decoder, packed: bool, device: torch.device) -> None:
 
 
 def _seen(decoder: Decoder, positions: Sequence[Sequence[int]], asked: slice, device: torch.device) -> Tensor:
-    """Which inputs the states of some positions of the last row depend on: bool `[b, s]` on the CPU; nan counts."""
+    """Find the inputs that the states of some positions of the last row depend on.
+
+    Args:
+        decoder: the decoder.
+        positions: `[b, s]`, position ids of each row.
+        asked: the positions of the last row whose states are looked at.
+        device: where the decoder runs.
+
+    Returns:
+        bool `[b, s]` on the CPU, True where the gradient is not zero; a gradient of nan counts as True.
+    """
     generator = torch.Generator().manual_seed(0)
     rows = torch.tensor(positions)
     with torch.enable_grad():
@@ -65,22 +76,22 @@ def _seen(decoder: Decoder, positions: Sequence[Sequence[int]], asked: slice, de
 
 
 PREFIX, PADDING, ANSWER = 8, 3, 2
-"""Positions of a prompt, those of them that are padding, and of what continues it."""
+"""Positions of a prompt, padding among them, and positions of the text that continues it."""
 EXACT, ROUNDED = 1e-3, 0.1
-"""Bounds on the difference of two ways to compute states, over their size, in fp32 and in bf16; forgetting gives 1."""
+"""Bounds on the relative difference of states with and without a cache, in fp32 and in bf16; a lost state gives 1."""
 
 
 def check_cache(decoder: Decoder, device: torch.device) -> None:
-    """See that a decoder says the same with a cache and padding on the left as it says of the whole text at once.
+    """Check that a decoder gives the same states with a cache and padding on the left as for the whole text at once.
 
-    Attention does, recurrent layers need not: some read padding, some forget their state when several tokens come.
+    Attention does; recurrent layers may not: some read padding, some lose their state when several tokens come at once.
 
     Args:
         decoder: with its weights, on `device`.
-        device: where it is run.
+        device: where the decoder runs.
 
     Raises:
-        ValueError: when it does not.
+        ValueError: when the states differ or depend on padding, or the decoder cannot continue from a cache.
     """
     generator = torch.Generator().manual_seed(0)
     embeds = torch.randn(1, PREFIX + ANSWER, decoder.width, generator=generator).to(device, _dtype(decoder))

@@ -17,20 +17,26 @@ def run_blocks(
     attention_mask: Tensor | None,
     carries: bool = False,
 ) -> Tensor:
-    """The last states `[b, s, d]` of a transformers model without head; arguments as in `Decoder.forward`.
+    """Run a transformers model without its output layer.
 
     transformers keeps segments apart by itself where positions restart and no mask is given. Its flash attention does
-    so for a single row, so there the rows are joined into one. Layers that carry a state along the row must be told
-    where segments begin; transformers raises a ValueError where their kernels cannot keep segments apart.
+    so for a single row only, so for it the rows are joined into one. Layers that carry a state along the row must be
+    told where segments begin.
 
     Args:
         stack: the model.
-        attention: which implementation.
+        attention: implementation of attention.
         embeds: `[b, s, d]`.
-        position_ids: `[b, s]`.
+        position_ids: `[b, s]`; where they restart a new segment begins.
         cache: keys and values while decoding.
-        attention_mask: `[b, past + s]`; only with a cache.
-        carries: whether it has layers that carry a state along the row.
+        attention_mask: `[b, past + s]`, 0 for padding; only with a cache.
+        carries: whether the model has layers that carry a state along the row.
+
+    Returns:
+        the last hidden states, `[b, s, d]`.
+
+    Raises:
+        ValueError: by transformers, where its kernels for recurrent layers cannot keep segments apart.
     """
     shape = embeds.shape
     borders = _borders(position_ids) if carries else {}
@@ -48,9 +54,10 @@ def run_blocks(
 
 
 def _borders(position_ids: Tensor) -> dict[str, Any]:
-    """Where segments begin in rows that are joined into one, as transformers' layers take it; {} for whole rows.
+    """Arguments that tell transformers' layers where segments begin in rows that are joined into one.
 
-    The host waits for the positions here, which only happens for decoders with recurrent layers.
+    They are empty when no row has more than one segment. The host waits for the device's positions here, which only
+    happens for decoders with recurrent layers.
     """
     starts = (position_ids.flatten() == 0).nonzero().flatten().tolist()
     if len(starts) <= len(position_ids):

@@ -23,10 +23,10 @@ class Embedder(Part, ABC):
         vocab_size: rows of the decoder's word table.
 
     Attributes:
-        grid_map: from the layout of an image's tokens after the projector to that in the decoder's sequence. It is
-            called in loader workers, as `Projector.grid_map`.
-        task_tokens: where each group of task tokens is among those that the embedder puts behind an image.
-        adopts_all: whether `adopt` fills all of its weights.
+        grid_map: layout of an image's tokens after the projector → layout in the decoder's sequence. It is called in
+            loader workers, like `Projector.grid_map`, so it must pickle.
+        task_tokens: group → places of its task tokens among the tokens that the embedder puts behind an image.
+        adopts_all: whether `adopt` fills all weights of the embedder.
     """
 
     grid_map: GridMap
@@ -53,9 +53,12 @@ class Embedder(Part, ABC):
         Args:
             batch: ids and the positions of the images.
             visual: features `[t, d]` in the order of the batch's images; None while decoding continues.
-            decoder: whose word table may be read.
+            decoder: the model's decoder, whose word table may be read.
             cache: from `new_cache`, while decoding; then s counts the new positions only.
             attention_mask: `[b, past + s]`, 0 for padding; only with a cache.
+
+        Raises:
+            ValueError: where the visual tokens do not fit the batch's images; see `check_grids`.
         """
 
     @abstractmethod
@@ -63,39 +66,53 @@ class Embedder(Part, ABC):
         """Word vectors, before images and text meet: `[b, s]` → `[b, s, d]`."""
 
     def task_parameters(self, name: str) -> Tensor:
-        """Parameters of a group of `task_tokens`, `[q, d]`."""
+        """Parameters of a group of task tokens, before any pooling: `[q, d]`.
+
+        Args:
+            name: the group, a key of `task_tokens`.
+
+        Raises:
+            ValueError: when there is no such group.
+        """
         raise ValueError(f"{type(self).__name__} has no task tokens '{name}'")
 
     def adopt(self, decoder: Decoder) -> None:
-        """Take what starts as the decoder's own weights; called once, when the embedder starts anew."""
+        """Copy the weights that start as the decoder's own; called once, when the embedder starts anew.
+
+        Raises:
+            ValueError: when the decoder's weights do not fit.
+        """
 
     def replaced(self, decoder: Decoder) -> Iterable[nn.Parameter]:
-        """Parameters of the decoder that nothing reads with this embedder in front of it; they never train."""
+        """Parameters of the decoder that nothing reads behind this embedder, so that they never train."""
         return ()
 
     def flops(self) -> FlopsOf:
-        """Operations on a batch: none, as for an embedder without layers of its own."""
+        """Operations of the embedder on a batch; by default none, for an embedder without layers of its own."""
         return lambda batch: Flops()
 
     def new_cache(self) -> Any:
-        """What it must remember while decoding; None if nothing."""
+        """An empty cache of what the embedder must remember while decoding; None if it remembers nothing."""
         return None
 
     def select_cache(self, cache: Any, rows: Tensor) -> Any:
-        """These rows `[b']` of a cache, as a copy."""
+        """A new cache that holds the rows `rows` `[b']` of another, which stays as it is."""
         return cache
 
 
 def scatter_visual(embeds: Tensor, positions: Tensor, visual: VisualTokens) -> Tensor:
-    """Put the visual tokens on their positions: `[b, s, d]`.
+    """Put the visual tokens on their positions in the sequence.
 
-    In a batch without images `visual` is the dummy's. Its tokens are added with weight zero, so that encoder and
-    projector take part in forward and backward on every rank.
+    In a batch without images `visual` holds the tokens of the dummy image. They are added with weight zero, so that
+    encoder and projector take part in forward and backward on every rank.
 
     Args:
         embeds: `[b, s, d]`.
         positions: `[t]`, index into b·s of each visual token; empty in a batch without images.
-        visual: of the same images in the same order.
+        visual: features `[t, d]` of the same images in the same order.
+
+    Returns:
+        `[b, s, d]`.
     """
     if not len(positions):
         return embeds + 0 * visual.features.sum().to(embeds.dtype)
@@ -104,10 +121,15 @@ def scatter_visual(embeds: Tensor, positions: Tensor, visual: VisualTokens) -> T
 
 
 def check_grids(batch: Batch, visual: VisualTokens, grid_map: GridMap = same_grid) -> None:
-    """See that model and collator agree about the number of tokens.
+    """Check that the model's visual tokens fit the image positions that the collator laid out.
+
+    Args:
+        batch: with the layouts that the collator used.
+        visual: tokens after the projector.
+        grid_map: layout after the projector → layout in the sequence.
 
     Raises:
-        ValueError: when they do not.
+        ValueError: when the layouts differ.
     """
     if batch.image_grids and tuple(grid_map(grid) for grid in visual.grids) != batch.image_grids:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""HoVLE's holistic embedding: image and text pass causal layers of their own before the decoder."""
+"""HoVLE's holistic embedding: causal layers that image and text pass together, in front of the decoder."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class HolisticCache:
     """What the layers remember while decoding.
 
     Attributes:
-        past: keys and values.
+        past: keys and values of the positions so far.
         mask: `[b, past]`, 0 for padding, in the layers' own sequence.
-        ahead: `[b, 1]`, how many more positions that sequence has than the decoder's.
+        ahead: `[b, 1]`, how many more positions the layers' own sequence has than the decoder's.
     """
 
     past: DynamicCache
@@ -41,10 +41,14 @@ class HolisticCache:
 
 @dataclass(frozen=True)
 class WholeFold(Fold):
-    """A fold that leaves nothing over: the layers count on the same number of patches in each token."""
+    """A fold of grids without partial squares only: the layers count on the same number of patches in each token."""
 
     def __call__(self, grid: Grid) -> Grid:
-        """The folded grid."""
+        """The folded grid.
+
+        Raises:
+            ValueError: for a grid whose rows or columns `side` does not divide; and as `Fold`.
+        """
         if grid.rows % self.side or grid.cols % self.side:
             raise ValueError(
                 f"model.embedder: merge {self.side} needs images of even patch grids, not {grid.rows} × {grid.cols}: "
@@ -57,7 +61,7 @@ class WholeFold(Fold):
 class Holistic(Embedder):
     """A word table and N causal Llama layers over image and text; no norm behind them (HoVLE, section 3).
 
-    What they give takes the place of the decoder's word vectors, so the decoder's own word table is never read.
+    The layers' output takes the place of the decoder's word vectors, so the decoder's own word table is never read.
 
     With `merge` 2 (HoVLE-HD) the layers see every patch, and the projector gives patches too; behind the layers each
     2 × 2 patches become one token of the decoder. Otherwise patches are merged before, by `projectors.PatchMerge`.
@@ -67,20 +71,24 @@ class Holistic(Embedder):
     Args:
         width: width of the decoder.
         vocab_size: rows of the word table.
-        num_layers: N.
-        num_heads: query heads.
-        num_kv_heads: key-value heads.
+        num_layers: number of layers, N.
+        num_heads: query heads; they must divide `width`.
+        num_kv_heads: key-value heads; they must divide `num_heads`.
         ffn_width: inner width of the SwiGLU.
         rope_theta: base of the rotary frequencies.
         rope_scaling: as transformers takes it, such as `{rope_type: dynamic, factor: 2.0}`.
         max_positions: the longest sequence that the rotary frequencies are meant for.
-        norm_eps: of the RMSNorms.
+        norm_eps: epsilon of the RMSNorms.
         merge: patches per side that become one token behind the layers: 1 or 2.
         start: weights of the layers: `decoder` copies the decoder's first N, `random` draws new ones. The word table
             is always a copy of the decoder's.
         image_attention: `causal` as published, or `bidirectional` within each image.
         recompute: recompute layers in the backward pass: less memory, a third more compute.
-        attention: which implementation; all of them keep the segments of a packed row apart.
+        attention: implementation of attention; all of them keep the segments of a packed row apart.
+
+    Raises:
+        ValueError: for heads that do not divide, `bidirectional` without sdpa or eager attention, or an attention whose
+            package is not installed.
     """
 
     def __init__(
@@ -133,11 +141,15 @@ class Holistic(Embedder):
             self.grid_map = WholeFold(merge)
 
     def blocks(self) -> list[nn.Module]:
-        """The layers."""
+        """The causal layers."""
         return list(self.stack.layers)
 
     def trainable_parameters(self, only: str | None = None) -> Iterable[nn.Parameter]:
-        """All parameters, or all but the word table: `layers`."""
+        """All parameters, or with `only: layers` all but the word table.
+
+        Raises:
+            ValueError: for another group.
+        """
         if only != LAYERS:
             return super().trainable_parameters(only)
         return [p for name, p in self.named_parameters() if not name.startswith("stack.embed_tokens.")]
@@ -146,7 +158,8 @@ class Holistic(Embedder):
         """Copy the decoder's word table, and with `start: decoder` its first layers.
 
         Raises:
-            ValueError: when the decoder's layers are of another kind, have other shapes, or are fewer.
+            ValueError: when the decoder is no `HFDecoder`, its word table has another shape, or its layers are of
+                another kind, have other shapes, or are fewer.
         """
         if not isinstance(decoder, HFDecoder):
             raise ValueError(f"embedder Holistic starts from an HFDecoder, not from {type(decoder).__name__}")
@@ -161,7 +174,7 @@ class Holistic(Embedder):
         if self.start == "random":
             return
         own = self.stack.layers.state_dict()
-        # Adapters, if there are any, start as no change.
+        # A decoder's adapters are left out: new ones change nothing yet.
         layers = nn.ModuleList(decoder.blocks())
         theirs = {key.replace(".base_layer.", "."): value for key, value in layers.state_dict().items()}
         extra = sorted(key for key in theirs if key.startswith("0.") and key not in own and ".lora_" not in key)
@@ -189,7 +202,7 @@ class Holistic(Embedder):
         return [p for p in decoder.lm.get_input_embeddings().parameters() if id(p) not in head]
 
     def words(self, input_ids: Tensor, decoder: Decoder) -> Tensor:
-        """Vectors of its own word table: `[b, s]` → `[b, s, d]`."""
+        """Vectors of the embedder's own word table: `[b, s]` → `[b, s, d]`."""
         return self.stack.embed_tokens(input_ids)
 
     def forward(
@@ -200,7 +213,7 @@ class Holistic(Embedder):
         cache: HolisticCache | None = None,
         attention_mask: Tensor | None = None,
     ) -> Tensor:
-        """Input vectors `[b, s, d]`; see `Embedder.forward`."""
+        """Input vectors `[b, s, d]`; arguments and errors as in `Embedder.forward`."""
         if visual is not None:
             check_grids(batch, visual, self.grid_map)
         if self.merge > 1 and batch.image_grids:
@@ -242,7 +255,7 @@ class Holistic(Embedder):
         return run_blocks(self.stack, self.attention, embeds, positions, past, mask)
 
     def flops(self) -> FlopsOf:
-        """Of the layers over their own sequence, and of the merger."""
+        """Operations of the layers over their own sequence, and of the merger."""
         layers, merger = Weights.of(self.stack.layers.parameters()), Weights()
         if self.merger is not None:
             merger = Weights.of(self.merger.parameters())
@@ -259,11 +272,11 @@ class Holistic(Embedder):
         return of
 
     def new_cache(self) -> HolisticCache:
-        """An empty cache of its layers."""
+        """An empty cache of the layers."""
         return HolisticCache(DynamicCache(config=self.config))
 
     def select_cache(self, cache: HolisticCache, rows: Tensor) -> HolisticCache:
-        """These rows `[b']` of a cache, as a copy."""
+        """A new cache that holds the rows `rows` `[b']` of another, which stays as it is."""
         past = copy.deepcopy(cache.past)
         past.reorder_cache(rows)
         mask, ahead = (None if value is None else value[rows] for value in (cache.mask, cache.ahead))

@@ -1,4 +1,4 @@
-"""The sequence that an embedder's layers see, where images have more tokens in it than in the decoder's."""
+"""An embedder's own sequence: the one that its layers see, with more tokens per image than the decoder's."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ from lit_vlm.core.batch import Batch, Grid
 
 @dataclass
 class OwnSequence:
-    """A batch as the layers see it, `[b, l]`.
+    """A batch as an embedder's layers see it: b rows of l positions.
 
     Attributes:
-        input_ids: `[b, l]`.
+        input_ids: `[b, l]`; at image positions the id means nothing.
         position_ids: `[b, l]`, restarting in each segment.
         image_positions: index into b·l of each visual token before it is merged.
-        places: `[b, s]`, where each position of the batch is in its row of l; None if it is the same sequence.
-        sources: `[b, l]`, the other way; −1 where nothing stands.
-        ahead: `[b, 1]`, how many more positions a row has here.
+        places: `[b, s]`, index into its row of l of each position of the batch (of an image token, its first patch);
+            None if both sequences are the same.
+        sources: `[b, l]`, index into its row of s of the batch's position that each position here comes from; −1 for
+            padding in front; None if both sequences are the same.
+        ahead: `[b, 1]`, how many more positions a row has here than in the batch.
     """
 
     input_ids: Tensor
@@ -33,33 +35,40 @@ class OwnSequence:
 
     @staticmethod
     def same(batch: Batch) -> OwnSequence:
-        """No other than the decoder's."""
+        """The decoder's own sequence, for a batch whose images have as many tokens in the layers as in it."""
         ahead = torch.zeros_like(batch.position_ids[:, :1])
         return OwnSequence(batch.input_ids, batch.position_ids, batch.image_positions, None, None, ahead)
 
     def mask(self, attention_mask: Tensor) -> Tensor:
-        """For the positions of this batch `[b, l]`, from the decoder's mask `[b, past + s]`."""
+        """Attention mask of the positions of this sequence.
+
+        Args:
+            attention_mask: `[b, past + s]`, the decoder's mask, 0 for padding.
+
+        Returns:
+            `[b, l]`, 0 for padding.
+        """
         if self.sources is None:
             return attention_mask[:, -self.input_ids.shape[1] :]
         return attention_mask.gather(1, self.sources.clamp(min=0)) * (self.sources >= 0)
 
 
 def own_lengths(batch: Batch, factor: int) -> list[int]:
-    """Positions of each sample where each visual token has `factor` positions in place of one."""
+    """Positions of each sample in a sequence where each visual token has `factor` positions in place of one."""
     grids = iter(batch.image_grids)
     visual = [sum(next(grids).num_tokens for _ in range(sample.num_images)) for sample in batch.samples]
     return [sample.num_tokens + (factor - 1) * seen for sample, seen in zip(batch.samples, visual, strict=True)]
 
 
 def refine(batch: Batch, factor: int, right: bool) -> OwnSequence:
-    """Give each visual token `factor` positions in place of one.
+    """Make the sequence in which each visual token has `factor` positions in place of one.
 
-    All of it is done for the whole batch at once; lengths come from plain integers, so it never waits for a device.
+    All rows are made at once; lengths come from plain integers, so this never waits for a device.
 
     Args:
-        batch: with images.
+        batch: a batch with images.
         factor: patches that become one token.
-        right: rows end together, for prompts that are padded on the left; otherwise they begin together.
+        right: True lets rows end together, for prompts that are padded on the left; False lets them begin together.
     """
     ids, (b, s), device = batch.input_ids, batch.input_ids.shape, batch.input_ids.device
     images, tokens = [0] * b, [0] * b
@@ -88,12 +97,15 @@ def refine(batch: Batch, factor: int, right: bool) -> OwnSequence:
 
 
 def see_whole_images(own: OwnSequence, grids: Sequence[Grid], mask: Tensor | None) -> Tensor:
-    """Who sees whom, if the tokens of an image see all of it: bool `[b, 1, l, l]`.
+    """Attention mask that is causal but lets the tokens of an image see the whole image.
 
     Args:
         own: the sequence.
-        grids: of its images.
-        mask: `[b, l]`, 0 for padding; None where segments tell.
+        grids: layouts of its images, before tokens are merged.
+        mask: `[b, l]`, 0 for padding; None without a cache, where `position_ids` keep segments and padding apart.
+
+    Returns:
+        bool `[b, 1, l, l]`, True where the position of the third dimension sees that of the fourth.
     """
     ids, device = own.input_ids, own.input_ids.device
     lengths = torch.tensor([grid.num_tokens for grid in grids])

@@ -16,12 +16,16 @@ from lit_vlm.embedders.base import Embedder, check_grids, scatter_visual
 
 @dataclass(frozen=True)
 class WithSuffix:
-    """The layout of an image that some tokens of the embedder's own follow."""
+    """Adds to the layout of an image the `suffix` tokens of the embedder that follow it."""
 
     suffix: int
 
     def __call__(self, grid: Grid) -> Grid:
-        """The longer layout."""
+        """The layout with the suffix.
+
+        Raises:
+            ValueError: when the image has a suffix already.
+        """
         if grid.suffix:
             raise ValueError("embedder Splice: task tokens need images that end with their patches")
         return grid._replace(suffix=self.suffix)
@@ -31,14 +35,17 @@ class Splice(Embedder):
     """The decoder's word vectors, with each image's tokens on its positions (LLaVA, VILA, EVE).
 
     With task tokens (OLA-VLM, section 3) every image is followed by learned vectors, in named groups that heads read.
-    A group may have more parameters than tokens: then each token is the mean of as many consecutive ones.
+    A group may have more parameters than tokens: then each token is the mean of an equal number of consecutive ones.
 
     Args:
         width: width of the decoder.
         vocab_size: rows of the decoder's word table.
-        task_tokens: group → tokens after each image, in the order of the sequence.
-        pooled_from: group → its parameters, where they are more than its tokens.
+        task_tokens: group → number of its tokens after each image, in the order of the sequence.
+        pooled_from: group → number of its parameters, where there are more than tokens; a multiple of these.
         token_std: standard deviation of new parameters; 1, as published, is far above that of word vectors.
+
+    Raises:
+        ValueError: for groups without tokens, or parameters that their tokens do not divide.
     """
 
     def __init__(
@@ -66,7 +73,7 @@ class Splice(Embedder):
             self.grid_map = WithSuffix(start)
 
     def _check_counts(self, counts: Mapping[str, int], parameters: Mapping[str, int]) -> None:
-        """Raises ValueError for numbers that do not fit."""
+        """Refuse numbers of tokens and parameters that do not fit; raises ValueError."""
         for name, count in counts.items():
             if count < 1:
                 raise ValueError(f"embedder.task_tokens.{name} is {count}: leave a group without tokens out")
@@ -85,7 +92,7 @@ class Splice(Embedder):
         cache: Any = None,
         attention_mask: Tensor | None = None,
     ) -> Tensor:
-        """Input vectors `[b, s, d]`; see `Embedder.forward`."""
+        """Input vectors `[b, s, d]`; arguments and errors as in `Embedder.forward`."""
         embeds = self.words(batch.input_ids, decoder)
         if visual is None:
             return embeds
@@ -101,7 +108,7 @@ class Splice(Embedder):
         return embeds.flatten(0, 1).index_copy(0, places, tokens.repeat(len(suffixes), 1)).view_as(embeds)
 
     def _task_vectors(self) -> Tensor:
-        """What follows each image: `[suffix, d]`."""
+        """Vectors of the task tokens that follow each image: `[suffix, d]`."""
         return torch.cat(
             [self.tasks[name].unflatten(0, (len(place), -1)).mean(1) for name, place in self.task_tokens.items()]
         )

@@ -20,7 +20,7 @@ HALF = (0.5, 0.5, 0.5)
 
 @dataclass(frozen=True)
 class PatchGrid:
-    """From the size of an image in pixels to the layout of its tokens.
+    """Maps the size of an image in pixels to the layout of its tokens.
 
     Attributes:
         patch: pixels per token side.
@@ -40,8 +40,15 @@ class PatchGrid:
 class Encoder(Part, ABC):
     """Pixels → visual tokens.
 
-    A member sets `width` (features per token), `pixels` and `patch_grid` in its constructor and calls
-    `_set_normalisation`; `forward` turns n images into the tokens that `patch_grid` promises.
+    A member sets `width`, `pixels` and `patch_grid` in its constructor and calls `_set_normalisation`; `forward` turns
+    n images into the tokens that `patch_grid` promises.
+
+    Attributes:
+        width: features per token, d_e.
+        pixels: what the encoder wants of an image.
+        patch_grid: (height, width) of an image in pixels → layout of its tokens.
+        pixel_mean: `[3, 1, 1]`, mean of each colour channel, 0 to 1.
+        pixel_std: `[3, 1, 1]`, standard deviation of each colour channel.
     """
 
     width: int
@@ -51,7 +58,7 @@ class Encoder(Part, ABC):
     pixel_std: Tensor
 
     def identity(self) -> str:
-        """As of any part, and what it wants of a picture."""
+        """The text of `Part.identity`, followed by `pixels`, which decides the pictures that the encoder gets."""
         return f"{super().identity()} {self.pixels}"
 
     @abstractmethod
@@ -63,14 +70,20 @@ class Encoder(Part, ABC):
         self.register_buffer("pixel_std", torch.tensor(std).view(3, 1, 1), persistent=False)
 
     def normalise(self, pixels: Tensor, dtype: torch.dtype) -> Tensor:
-        """uint8 `[n, 3, h, w]` → normalised, in `dtype`; computed in fp32 on the device."""
+        """uint8 `[n, 3, h, w]` → the same shape in `dtype`, normalised by mean and deviation in fp32 on the device."""
         return ((pixels.float() / 255 - self.pixel_mean) / self.pixel_std).to(dtype)
 
     def tiles(self, images: Images) -> Tensor:
-        """All images as uint8 `[m, 3, size, size]`, for encoders of one size; those of several tiles are taken apart.
+        """Cut all images into squares of the encoder's size, for encoders of one size.
+
+        Args:
+            images: each a square of that size, or a column of several (tiles, see `data.Tiles`).
+
+        Returns:
+            uint8 `[m, 3, size, size]`, image by image, from top to bottom.
 
         Raises:
-            ValueError: when an image is neither of that size nor a column of tiles.
+            ValueError: as `check_sizes`.
         """
         side = self.check_sizes(images)
         parts: list[Tensor | None] = [None] * len(images)
@@ -83,10 +96,13 @@ class Encoder(Part, ABC):
         return torch.cat([part for part in parts if part is not None])
 
     def check_sizes(self, images: Images) -> int:
-        """The encoder's side, which all images must have, or be columns of tiles of.
+        """Check that every image is a square of the encoder's size or a column of such tiles.
+
+        Returns:
+            side of the square in pixels.
 
         Raises:
-            ValueError: naming sizes that are neither.
+            ValueError: naming the sizes of images that are neither, or of columns where there is a CLS token.
         """
         side = self.pixels.size
         assert side is not None
@@ -100,6 +116,6 @@ class Encoder(Part, ABC):
         return side
 
     def dummy_images(self) -> Images:
-        """One smallest image, for a batch without images: every rank must run every sharded part."""
+        """One image of the smallest size, for a batch without images: every rank must run every sharded part."""
         side = self.pixels.size or self.pixels.multiple
         return Images.pack([torch.zeros(3, side, side, dtype=torch.uint8)]).to(self.pixel_mean.device)

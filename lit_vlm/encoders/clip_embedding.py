@@ -17,12 +17,15 @@ from lit_vlm.encoders.hf import check_one_source, pretrained_backbone
 class CLIPEmbedding(Encoder):
     """One token per image: the projected CLS token of a CLIP vision model; the generation target of OLA-VLM.
 
-    That of Stable unCLIP, which pictures are generated from, is CLIP ViT-H/14.
+    The default is the CLIP ViT-H/14 of Stable unCLIP, which generates pictures from this embedding.
 
     Args:
         name: hub name or local folder. Or null, with `config`.
-        config: of a CLIP vision model with `projection_dim`, for random weights.
+        config: settings of a CLIP vision model with `projection_dim`, for random weights.
         subfolder: where the model is in its repository.
+
+    Raises:
+        ValueError: when not exactly one of `name` and `config` is given, or settings do not go together.
     """
 
     def __init__(
@@ -45,12 +48,20 @@ class CLIPEmbedding(Encoder):
         self._set_normalisation(CLIP_MEAN, CLIP_STD)
 
     def find_pretrained(self) -> None:
-        """Files of the vision model and its projection."""
+        """Check that the files of the vision model and its projection are there.
+
+        Raises:
+            ValueError: saying what is missing.
+        """
         if self.name is not None:
             find_weights(self.name, self.subfolder)
 
     def pretrained_state(self) -> StateDict | None:
-        """Weights of the vision model and its projection."""
+        """Weights of the vision model and its projection.
+
+        Raises:
+            ValueError: where the files lack weights, have them in other shapes, or cannot be read.
+        """
         if self.name is None:
             return None
         return pretrained_backbone(

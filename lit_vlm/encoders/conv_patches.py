@@ -20,7 +20,11 @@ class ConvPatches(Encoder):
         width: features per token; with `projectors.PatchMerge` or `Identity` that of the decoder.
         image_size: side of a tile in pixels.
         patch: pixels per patch side.
-        trained_size: side of the tile that the positions were learnt for, if another: they are resampled (bicubic).
+        trained_size: side in pixels of the tile that the positions were learnt for, where it is not `image_size`: they
+            are resampled (bicubic).
+
+    Raises:
+        ValueError: when one of the two sizes is no multiple of `patch`.
     """
 
     def __init__(
@@ -45,7 +49,11 @@ class ConvPatches(Encoder):
         self._set_normalisation(IMAGENET_MEAN, IMAGENET_STD)
 
     def forward(self, images: Images) -> VisualTokens:
-        """Patches `[t, d_e]`: tile by tile, row by row."""
+        """Patches `[t, d_e]`: tile by tile, row by row.
+
+        Raises:
+            ValueError: as `check_sizes`.
+        """
         self.check_sizes(images)
         parts: list[Tensor | None] = [None] * len(images)
         for indices, pixels in images.groups():
@@ -61,7 +69,7 @@ class ConvPatches(Encoder):
         return (tokens.unflatten(1, (-1, self.side**2)) + self._positions()).flatten(1, 2)
 
     def _positions(self) -> Tensor:
-        """Of the patches of one tile, `[patches, d_e]`."""
+        """Position embeddings of the patches of one tile: `[patches, d_e]`."""
         table = self.position_embedding[0, 1:]
         if self.side == self.trained_side:
             return table

@@ -1,4 +1,4 @@
-"""The vision transformer of Depth Anything, whose features know how far things are."""
+"""The vision transformer of Depth Anything, a network that estimates depth."""
 
 from __future__ import annotations
 
@@ -26,10 +26,14 @@ class DepthAnything(Encoder):
 
     Args:
         name: hub name or local folder. Or null, with `config`.
-        config: of a DINOv2 backbone with `out_indices`, for random weights.
+        config: settings of a DINOv2 backbone with `out_indices`, for random weights.
         image_size: side of the square in pixels; 336 gives 24 × 24 patches.
         taps: `mean` of all blocks that are read, or the `last` alone, as in OLA-VLM's probes.
         channels: `bgr`, as OLA-VLM's code hands pictures over by mistake, or `rgb`, as the network was trained.
+
+    Raises:
+        ValueError: when not exactly one of `name` and `config` is given, settings do not go together, or `image_size`
+            is no multiple of the patch.
     """
 
     def __init__(
@@ -55,12 +59,20 @@ class DepthAnything(Encoder):
         self._set_normalisation(IMAGENET_MEAN, IMAGENET_STD)
 
     def find_pretrained(self) -> None:
-        """Files of the whole model."""
+        """Check that the files of the whole model are there.
+
+        Raises:
+            ValueError: saying what is missing.
+        """
         if self.name is not None:
             find_weights(self.name)
 
     def pretrained_state(self) -> StateDict | None:
-        """Weights of the transformer, its positions resized to this image size."""
+        """Weights of the transformer, its positions resized to this image size.
+
+        Raises:
+            ValueError: where the files lack weights, have them in other shapes, or cannot be read.
+        """
         if self.name is None:
             return None
         prefix = "backbone."
@@ -74,7 +86,11 @@ class DepthAnything(Encoder):
         return list(self.backbone.encoder.layer)
 
     def forward(self, images: Images) -> VisualTokens:
-        """Features `[t, d_e]`, row by row."""
+        """Features `[t, d_e]`, row by row.
+
+        Raises:
+            ValueError: as `check_sizes`.
+        """
         pixels = self.tiles(images)
         if self.channels == "bgr":
             pixels = pixels.flip(1)

@@ -18,19 +18,19 @@ from lit_vlm.encoders.base import Encoder, PatchGrid
 
 @dataclass(frozen=True)
 class WithSummaries(PatchGrid):
-    """The first encoder's patches, and behind them so many tokens of the others."""
+    """Layout with the first encoder's patches, and `suffix` tokens of the other encoders behind them."""
 
     suffix: int = 0
 
     def __call__(self, height: int, width: int) -> Grid:
-        """Layout of both."""
+        """Grid of an image of `height` × `width` pixels, with the suffix."""
         return super().__call__(height, width)._replace(suffix=self.suffix)
 
 
 class Ensemble(Encoder):
     """Patches of the first encoder, fused with what further ones see (OLA-VLM, baselines with several encoders).
 
-    All get the first one's picture, resized on the device to the size that each wants.
+    Every encoder gets the picture that was made for the first one, resized on the device to the encoder's own size.
 
     - `channels`: features of all encoders side by side. Where another has fewer or more patches than the first, its
       map is interpolated; a single token goes to every patch. The width is the sum.
@@ -39,9 +39,12 @@ class Ensemble(Encoder):
       them apart again.
 
     Args:
-        encoders: the first gives the layout.
+        encoders: two or more; the first gives the layout.
         fuse: `channels` or `tokens`.
         summary: tokens of each further encoder, with `tokens`.
+
+    Raises:
+        ValueError: for fewer than two encoders, or a first encoder with CLS or row-end tokens.
     """
 
     def __init__(
@@ -77,16 +80,24 @@ class Ensemble(Encoder):
         return [member for member in self.members if isinstance(member, Encoder)]
 
     def identity(self) -> str:
-        """Its own settings, and each member's."""
+        """The text of `Encoder.identity` for the ensemble, then for each member."""
         return " + ".join([super().identity(), *(member.identity() for member in self.parts)])
 
     def find_pretrained(self) -> None:
-        """Those of all members."""
+        """Check that the weights of all members are there.
+
+        Raises:
+            ValueError: saying what is missing.
+        """
         for member in self.parts:
             member.find_pretrained()
 
     def pretrained_state(self) -> StateDict | None:
-        """Weights of all members; None if none of them has any."""
+        """Weights of all members; None if no member has pretrained ones.
+
+        Raises:
+            ValueError: as the members do.
+        """
         states = [member.pretrained_state() for member in self.parts]
         if not any(states):
             return None
@@ -103,7 +114,12 @@ class Ensemble(Encoder):
         return [block for member in self.parts for block in member.blocks()]
 
     def forward(self, images: Images) -> VisualTokens:
-        """Features `[t, d_e]`."""
+        """Features `[t, d_e]`, image by image.
+
+        Raises:
+            ValueError: with `fuse: tokens`, when the tokens of a further encoder do not divide into `summary`, or
+                differ in number between images; and as the encoders do.
+        """
         grids = [self.patch_grid(*size) for size in images.sizes]
         seen = [self._look(member, images) for member in self.parts]
         first, *others = seen
@@ -137,7 +153,7 @@ class Ensemble(Encoder):
 
 
 def _on_patches(tokens: VisualTokens, grids: tuple[Grid, ...]) -> Tensor:
-    """Features on the patches of another encoder: `[t, d]`."""
+    """Resample features to the grids of another encoder's patches: `[t', d]` → `[t, d]`."""
     parts = []
     for features, own, grid in zip(
         tokens.features.split([g.num_tokens for g in tokens.grids]), tokens.grids, grids, strict=True
@@ -154,7 +170,7 @@ def _on_patches(tokens: VisualTokens, grids: tuple[Grid, ...]) -> Tensor:
 
 
 def _summarise(tokens: VisualTokens, count: int) -> Tensor:
-    """Means of consecutive tokens, or one token repeated: `[n, count, d]`."""
+    """Summarise an image by `count` tokens: means of consecutive ones, or its only token repeated. `[n, count, d]`."""
     lengths = {grid.num_tokens for grid in tokens.grids}
     if len(lengths) > 1:
         raise ValueError("Ensemble: fuse tokens needs further encoders of one picture size")

@@ -21,8 +21,11 @@ class CrossAttention(nn.Module):
     operations at m = 4.
 
     Args:
-        width: of queries and vectors.
+        width: width c of queries and vectors.
         num_heads: attention heads.
+
+    Raises:
+        ValueError: when `num_heads` does not divide `width`.
     """
 
     def __init__(self, width: int, num_heads: int) -> None:
@@ -35,7 +38,7 @@ class CrossAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, query: Tensor, vectors: Tensor, mask: Tensor | None = None) -> Tensor:
-        """`[n, c]`, `[n, m, c]` → `[n, c]`; `mask` `[n, m]` is False for vectors that do not count."""
+        """Queries `[n, c]`, vectors `[n, m, c]` → `[n, c]`; `mask` `[n, m]` is False for vectors that do not count."""
         n, width = query.shape
         norm, linear = self.kv
         keys, values = linear.get_parameter("weight").view(2, self.num_heads, -1, width)  # each [heads, c / heads, c]
@@ -58,8 +61,12 @@ class EvePatchEmbedding(Encoder):
         width: features per token.
         patch: pixels per patch side; a token covers 2 × 2 patches.
         num_heads: attention heads.
-        local_attention: whether windows are made tokens by cross-attention; otherwise by their mean (without CA1).
-        global_attention: whether a CLS token that has seen all others comes first; otherwise none (without CA2).
+        local_attention: whether cross-attention (CA1) makes a window one token; False takes the mean of its patches.
+        global_attention: whether a CLS token, made by cross-attention (CA2) over the image's tokens, comes first;
+            False: no CLS token.
+
+    Raises:
+        ValueError: when `num_heads` does not divide `width`.
     """
 
     def __init__(
@@ -92,10 +99,10 @@ class EvePatchEmbedding(Encoder):
 
         Args:
             windows: `[windows, 4, 3, patch, patch]`, as `pixel_windows` orders them.
-            grids: of the images.
+            grids: layout of each image's tokens.
 
         Returns:
-            `[t, d_e]`.
+            `[t, d_e]`, in the order of `forward`.
         """
         cells = F.linear(windows.flatten(2), self.patch_embedding.weight.flatten(1))  # the convolution: [windows, 4, c]
         features = cells.mean(1)
@@ -105,7 +112,7 @@ class EvePatchEmbedding(Encoder):
         return lay_out(features, self._look_at_all(features, patches, len(grids)), self.split_embedding, patches, grids)
 
     def _look_at_all(self, features: Tensor, patches: Patches, n: int) -> Tensor | None:
-        """The CLS token of each image: `[n, c]`."""
+        """The CLS token of each image, `[n, c]`; None without global attention."""
         if self.global_attention is None or self.class_embedding is None:
             return None
         lengths = patches.image.bincount(minlength=n)

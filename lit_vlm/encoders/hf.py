@@ -36,14 +36,18 @@ class HFEncoder(Encoder):
     A picture of several tiles, one below the other as `data.Tiles` lays them out, gives the tokens of each tile in
     turn; so it must go without the CLS token.
 
-    Blocks after that one are not built, and neither are the final norm and the pooling head: they would cost time and
-    memory and never get a gradient (LLaVA-1.5 reads layer −2: the output of block 23 of 24).
+    Blocks behind the one that is read are not built, and neither are the final norm and the pooling head: they would
+    cost time and memory and never get a gradient (LLaVA-1.5 reads layer −2: the output of block 23 of 24).
 
     Args:
         name: hub name or local folder; the weights come from there. Or null, with `config`.
         config: a model configuration with `model_type`, for random weights.
         layer: index into the hidden states: 0 the embeddings, −1 the last block, −2 the one before.
         cls: whether the CLS token is kept, in front of the patches.
+
+    Raises:
+        ValueError: when not exactly one of `name` and `config` is given, for a model of another kind, a layer that it
+            does not have, or `cls` where there is no CLS token.
     """
 
     def __init__(
@@ -77,17 +81,25 @@ class HFEncoder(Encoder):
         self._set_normalisation(mean, std)
 
     def find_pretrained(self) -> None:
-        """Files of the model."""
+        """Check that the files of the model are there.
+
+        Raises:
+            ValueError: saying what is missing.
+        """
         if self.name is not None:
             find_weights(self.name)
 
     def pretrained_state(self) -> StateDict | None:
-        """Weights of the kept blocks."""
+        """Weights of the embeddings and the kept blocks.
+
+        Raises:
+            ValueError: where the files lack weights, have them in other shapes, or cannot be read.
+        """
         if self.name is None:
             return None
         source = resolve(self.name)
         if self.config.model_type == INTERN_VIT:
-            # Published only as a part of InternVL, whose class knows where in it.
+            # InternViT is published as a part of InternVL alone, whose class finds it among the weights.
             return pretrained_backbone(InternVLForConditionalGeneration, source, self.backbone, "model.vision_tower.")
         return pretrained_backbone(type(self.backbone), source, self.backbone, config=self.config)
 
@@ -97,7 +109,11 @@ class HFEncoder(Encoder):
         return list(encoder.layers if hasattr(encoder, "layers") else encoder.layer)
 
     def forward(self, images: Images) -> VisualTokens:
-        """Features `[t, d_e]`, row by row, after the CLS token where it is kept."""
+        """Features `[t, d_e]`, row by row, after the CLS token where it is kept.
+
+        Raises:
+            ValueError: as `check_sizes`.
+        """
         pixels = self.normalise(self.tiles(images), next(self.backbone.parameters()).dtype)
         features = self.backbone(pixels).last_hidden_state[:, self.skip :]  # [n, tokens, d_e]
         grids = tuple(self.patch_grid(*size) for size in images.sizes)
@@ -114,17 +130,19 @@ def pretrained_backbone(
 ) -> StateDict:
     """Weights of `backbone`, which is a part of a published model, under the keys of an encoder that holds it.
 
+    Weights that the backbone's class lists as ignorable may be absent: nothing reads them, and they keep the values
+    they start with.
+
     Args:
         whole: class of the published model.
-        source: its folder or hub name.
-        backbone: what is to be filled.
-        prefix: where it is in the whole.
-        config: of the whole; default: as published.
+        source: folder or hub name of the published model.
+        backbone: the module whose weights are wanted.
+        prefix: keys of the published model begin with this where they are the backbone's.
+        config: configuration of the published model; default: the one in its files.
         subfolder: where the model is in its repository.
 
     Raises:
-        ValueError: when the files do not hold all of its weights, or in other shapes, naming them. Those may be absent
-            that the backbone's class lists as ignorable: nothing reads them, and they keep the values they start with.
+        ValueError: when the files lack weights of the backbone, or have them in other shapes; names them.
     """
     options: dict[str, Any] = {"subfolder": subfolder, "dtype": torch.float32}
     state, lacking = read_pretrained(whole, source, config=config, **options)
@@ -146,10 +164,15 @@ def _sizes(config: PretrainedConfig) -> tuple[int | list[int], int | list[int]]:
 
 
 def check_one_source(encoder: str, name: str | None, config: dict[str, Any] | None) -> None:
-    """See that exactly one of the two says what to build.
+    """Check that exactly one of `name` and `config` says what to build.
+
+    Args:
+        encoder: what is built, for the message.
+        name: hub name or folder.
+        config: settings of a model with random weights.
 
     Raises:
-        ValueError: when it is both or neither.
+        ValueError: when both or neither are given.
     """
     if (name is None) == (config is None):
         raise ValueError(f"give {encoder} either a name or a config (with name: null), not both and not neither")

@@ -12,7 +12,7 @@ from lit_vlm.encoders.base import HALF, Encoder, PatchGrid
 class LinearPatches(Encoder):
     """One linear map from the raw pixels of each patch, and a learned token after each row (Fuyu-8B, Adept 2023).
 
-    Takes images of any size. With `projector: Identity`, set `width` to the width of the decoder.
+    It takes images of any size. With `projector: Identity`, set `width` to the width of the decoder.
 
     Args:
         width: features per token.
@@ -30,7 +30,7 @@ class LinearPatches(Encoder):
         self._set_normalisation(HALF, HALF)
 
     def forward(self, images: Images) -> VisualTokens:
-        """Features `[t, d_e]`, row by row."""
+        """Features `[t, d_e]`, row by row, each row closed by the row-end token where there is one."""
         parts: list[Tensor | None] = [None] * len(images)
         grids = tuple(self.patch_grid(*size) for size in images.sizes)
         for indices, pixels in images.groups():

@@ -1,4 +1,4 @@
-"""The Swin backbone of OneFormer, whose features know what is where."""
+"""The Swin backbone of OneFormer, a network that segments pictures."""
 
 from __future__ import annotations
 
@@ -23,10 +23,14 @@ class OneFormerSwin(Encoder):
 
     Args:
         name: hub name or local folder. Or null, with `config`.
-        config: of a Swin backbone, for random weights.
+        config: settings of a Swin backbone, for random weights.
         image_size: side of the square in pixels; 768 gives 24 × 24 features.
-        input_size: side that the network sees: pictures are resized again, and the map is brought back. 800, as
-            OneFormer's processor does in OLA-VLM's code; null: `image_size`.
+        input_size: side in pixels that the network sees: pictures are resized to it, and the feature map is resized
+            back to the grid of `image_size`. 800, as OneFormer's processor does in OLA-VLM's code; null: `image_size`.
+
+    Raises:
+        ValueError: when not exactly one of `name` and `config` is given, settings do not go together, or `image_size`
+            is no multiple of 32.
     """
 
     def __init__(
@@ -50,22 +54,34 @@ class OneFormerSwin(Encoder):
         self._set_normalisation(IMAGENET_MEAN, IMAGENET_STD)
 
     def find_pretrained(self) -> None:
-        """Files of the whole model."""
+        """Check that the files of the whole model are there.
+
+        Raises:
+            ValueError: saying what is missing.
+        """
         if self.name is not None:
             find_weights(self.name)
 
     def pretrained_state(self) -> StateDict | None:
-        """Weights of the backbone."""
+        """Weights of the backbone.
+
+        Raises:
+            ValueError: where the files lack weights, have them in other shapes, or cannot be read.
+        """
         if self.name is None:
             return None
         return pretrained_backbone(OneFormerModel, resolve(self.name), self.backbone, "pixel_level_module.encoder.")
 
     def blocks(self) -> list[nn.Module]:
-        """The blocks of all stages."""
+        """The Swin blocks of all stages."""
         return [module for module in self.backbone.modules() if isinstance(module, SwinLayer)]
 
     def forward(self, images: Images) -> VisualTokens:
-        """Features `[t, d_e]`, row by row."""
+        """Features `[t, d_e]`, row by row.
+
+        Raises:
+            ValueError: as `check_sizes`.
+        """
         pixels = self.tiles(images)
         side = self.patch_grid(*pixels.shape[2:]).rows
         if self.input_size and self.input_size != pixels.shape[2]:

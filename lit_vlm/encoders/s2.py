@@ -24,8 +24,11 @@ class S2(Encoder):
     for it; leave `encoder` out of `model.stage.train` for that.
 
     Args:
-        encoder: of one picture size, patches only.
+        encoder: an encoder of one picture size that gives patches only.
         scales: sides in pixels, multiples of the encoder's size, rising; default: once and twice its size.
+
+    Raises:
+        ValueError: for an encoder of any size or with CLS or row-end tokens, and for scales that do not fit its size.
     """
 
     def __init__(self, encoder: Callable[[], Encoder], scales: list[int] | None = None) -> None:
@@ -48,11 +51,19 @@ class S2(Encoder):
         self.register_buffer("pixel_std", inner.pixel_std, persistent=False)
 
     def find_pretrained(self) -> None:
-        """The encoder's."""
+        """Check that the weights of the encoder are there.
+
+        Raises:
+            ValueError: saying what is missing.
+        """
         self.inner.find_pretrained()
 
     def pretrained_state(self) -> StateDict | None:
-        """Weights of the encoder."""
+        """Weights of the encoder; None if it has no pretrained ones.
+
+        Raises:
+            ValueError: as the encoder does.
+        """
         state = self.inner.pretrained_state()
         return None if state is None else {f"inner.{key}": value for key, value in state.items()}
 
@@ -61,7 +72,11 @@ class S2(Encoder):
         return list(self.inner.blocks())
 
     def forward(self, images: Images) -> VisualTokens:
-        """Features `[t, d_e · scales]`, those of the smallest scale first."""
+        """Features `[t, d_e · scales]`, those of the smallest scale first.
+
+        Raises:
+            ValueError: when a picture is no square of the largest scale.
+        """
         pixels = self.tiles(images).float()  # [n, 3, largest, largest]
         # All scales in one pass, so that each block runs once.
         cut = [self._cut(pixels, scale) for scale in self.scales]
@@ -78,7 +93,7 @@ class S2(Encoder):
     def _cut(self, pixels: Tensor, scale: int) -> Tensor:
         """The squares of one scale, picture by picture and row by row: `[n · cut², 3, side, side]`."""
         if scale != self.scales[-1]:
-            # Left as floats: the same as resizing what is normalised, as the reference does, overshoots included.
+            # Not rounded to bytes: equal to resizing normalised pixels, as the reference does, overshoots included.
             pixels = F.interpolate(pixels, (scale, scale), mode="bicubic")
         cut = scale // self.side
         tiles = pixels.unflatten(2, (cut, self.side)).unflatten(4, (cut, self.side))  # [n, 3, cut, side, cut, side]

@@ -1,4 +1,4 @@
-"""Any timm backbone."""
+"""Vision backbones of the timm library."""
 
 from __future__ import annotations
 
@@ -25,6 +25,9 @@ class TimmEncoder(Encoder):
         depth: which of the backbone's feature levels is read, as in timm's `out_indices`; the blocks after it are
             dropped. -1 is the last. For transformers a level is a block, for convolutional nets a stride.
         image_size: side of the square input in pixels; default: what the weights were trained with.
+
+    Raises:
+        ValueError: for a name that timm does not have, or an `image_size` that is no multiple of the stride.
     """
 
     def __init__(
@@ -50,14 +53,23 @@ class TimmEncoder(Encoder):
         self._set_normalisation(config.mean, config.std)
 
     def find_pretrained(self) -> None:
-        """The file, or timm's own."""
+        """Check that there is a weight file, or that timm has weights of its own.
+
+        Raises:
+            ValueError: when there is none.
+        """
         if self.pretrained not in (None, "hub"):
             find_weights(self.pretrained)
         elif self.pretrained and not timm.get_pretrained_cfg(self.name).has_weights:
             raise ValueError(f"timm has no weights of '{self.name}': set pretrained to a file, or to null")
 
     def pretrained_state(self) -> StateDict | None:
-        """Weights of the kept blocks."""
+        """Weights of the kept blocks.
+
+        Raises:
+            ValueError: when the weight file cannot be read, or is not one of this model.
+            OSError: when the weight file does not exist.
+        """
         if self.pretrained is None:
             return None
         if self.pretrained == "hub":
@@ -80,7 +92,11 @@ class TimmEncoder(Encoder):
         return [unit for unit in units if any(True for _ in unit.children()) and any(True for _ in unit.parameters())]
 
     def forward(self, images: Images) -> VisualTokens:
-        """Features `[t, d_e]`, row by row."""
+        """Features `[t, d_e]`, row by row.
+
+        Raises:
+            ValueError: as `check_sizes`.
+        """
         pixels = self.tiles(images)
         dtype = next(self.backbone.parameters()).dtype
         # Channels last: convolutions are about 1.6 times faster on a CPU, and so on tensor cores.
@@ -93,7 +109,7 @@ class TimmEncoder(Encoder):
 
 
 def _full_name(key: str, state: StateDict) -> str:
-    """The name in the whole model of a weight of a backbone that was cut off.
+    """The name that a weight of the cut-off backbone has in the whole model.
 
     timm wraps transformers as `model.`, and joins the first two levels of convolutional nets: `stages_0.` is
     `stages.0.`.

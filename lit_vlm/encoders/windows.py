@@ -1,4 +1,4 @@
-"""What encoders without a vision transformer share: windows of 2 × 2 patches, and tokens that mark images and rows."""
+"""Shared by encoders without a vision transformer: windows of 2 × 2 patches, and tokens that mark images and rows."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def pixel_windows(images: Images, patch: int) -> Tensor:
 
 
 def lay_out(features: Tensor, cls: Tensor | None, row_end: Tensor, patches: Patches, grids: Sequence[Grid]) -> Tensor:
-    """Put patches, the token in front of each image, and the token behind each row in their order.
+    """Put patches, the token in front of each image, and the token behind each row into the order of the grids.
 
     Args:
         features: `[p, d_e]`, the patches of all images.
         cls: `[n, d_e]`, or None where the grids have no prefix.
-        row_end: `[d_e]`, the same behind every row.
-        patches: of the grids.
-        grids: with one row-end token.
+        row_end: `[d_e]`, the token that stands behind every row.
+        patches: where the patches are, `index_patches(grids)`.
+        grids: layout of each image, with one row-end token per row.
 
     Returns:
         `[t, d_e]`.

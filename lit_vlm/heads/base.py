@@ -19,9 +19,9 @@ from lit_vlm.teachers.base import Teacher
 CountName = Literal["samples", "tokens", "supervised", "images", "visual_tokens", "text_tokens"]
 Normaliser = CountName | Callable[[Batch], float]
 WORDS = -1
-"""Among the taps of a head: word vectors `[b, s, d]` of the ids, before images and text meet; without a graph."""
+"""The tap that stands for word vectors `[b, s, d]` of the ids, before images and text meet; without a graph."""
 Tap = int | str
-"""A layer, `WORDS`, or the name of a group of task tokens: its parameters `[q, d]`."""
+"""What a head reads: a layer's number, `WORDS`, or the name of a group of task tokens: its parameters `[q, d]`."""
 
 
 class Head(Part, ABC):
@@ -35,9 +35,9 @@ class Head(Part, ABC):
         taps: what `loss` reads: layers, numbered as in `DecoderOutput`, `WORDS`, and groups of task tokens. For a
             head that reads no layer above 0 the decoder does not run.
         normaliser: what the summed loss is divided by, over all micro-batches and ranks of an optimizer step: the name
-            of a count, or a count of the head's own, a function of a batch on the CPU. That one is asked before any
-            forward pass, and must pickle: a small object, or a function of a module (set on the instance).
-        teacher: whose images the loader prepares, or None.
+            of a count, or a count of the head's own: a function of a batch on the CPU. The function is called before
+            any forward pass, and must pickle: a small object, or a function of a module (set on the instance).
+        teacher: the network that gives the targets, whose images the loader prepares; None for a head without one.
     """
 
     taps: tuple[Tap, ...] = ()
@@ -49,21 +49,21 @@ class Head(Part, ABC):
         self.width, self.num_layers = width, num_layers
 
     def connect(self, embedder: Embedder) -> None:
-        """Learn where the task tokens that it reads are; called when a model is put together.
+        """Find the task tokens that the head reads in the embedder; called when a model is put together.
 
         Raises:
-            ValueError: when the embedder has none of that name.
+            ValueError: when the embedder has no group of that name.
         """
 
     @final
     def blocks(self) -> tuple[nn.Module, ...]:
-        """None: the blocks of a head would not run on a process without images, and sharded training needs them to."""
+        """Empty: the blocks of a head would not run on a rank without images, and sharded training needs them to."""
         return ()
 
     def flops(self) -> FlopsOf:
-        """Operations on a batch, without those of the teacher: by default all weights read each visual token.
+        """Operations on a batch, without those of the teacher: by default each visual token meets all weights.
 
-        Tokens behind an image that show no part of it do not count.
+        The suffix tokens of an image, which show no part of it, do not count.
         """
         weights = Weights.of(self.parameters())
         return lambda batch: weights.on(sum(grid.num_tokens - grid.suffix for grid in batch.image_grids))
@@ -75,17 +75,20 @@ class Head(Part, ABC):
         A head with a teacher, or one that counts images or visual tokens, is not asked for a batch without images.
 
         Args:
-            states: `[b, s, d]` for each layer of `taps`, and what the others stand for.
-            batch: where everything is.
+            states: the tensor of each tap: `[b, s, d]` for a layer and for `WORDS`, `[q, d]` for task tokens.
+            batch: the batch that the states belong to, with the positions of images and samples.
             targets: the teacher's features in fp32, without a graph; one grid for each of `batch.image_grids`, in that
                 order. Empty for a head without a teacher.
+
+        Raises:
+            ValueError: where the targets do not fit the batch or the head.
         """
 
     def nothing(self, states: Mapping[Tap, Tensor]) -> Tensor:
-        """The loss of a batch without images: a zero in which every parameter and every state takes part.
+        """The loss of a batch without images: a zero whose graph holds every parameter and every state.
 
-        Sharded training needs each of them in the graph on every process. A head whose processes talk to each other
-        adds its part of the conversation here.
+        Sharded training needs each of them in the graph on every rank. A head whose `loss` makes collective calls makes
+        them here too, as the other ranks wait for this one.
         """
         parts = [parameter.float().sum() for parameter in self.parameters()]
         parts += [state[..., :1].float().sum() for state in states.values()]
@@ -97,10 +100,10 @@ class Head(Part, ABC):
         Teachers run in the precision of the step, as the head does.
 
         Args:
-            states: for `loss`.
-            batch: the same.
-            given: `Images` as the teacher wants them, of the batch's images in their order; or its features of them
-                (`VisualTokens`), if they were prepared; or None.
+            states: tensors by tap, those of `taps` among them.
+            batch: the batch that the states belong to.
+            given: the batch's images in their order, as `Images` that the teacher wants, or as `VisualTokens` with the
+                teacher's features if these were prepared; None for a head without a teacher.
 
         Raises:
             ValueError: where the targets do not fit the batch, or the loss is no fp32 scalar.
@@ -138,10 +141,14 @@ class Head(Part, ABC):
 
 
 def counted(normaliser: Normaliser, batch: Batch) -> float:
-    """What a batch counts for in the denominator of a loss.
+    """What a batch adds to the denominator of a loss.
+
+    Args:
+        normaliser: the head's `normaliser`.
+        batch: a micro-batch.
 
     Raises:
-        ValueError: where a count of a head's own is no number from 0 up.
+        ValueError: where a count of the head's own is no finite number from 0 up.
     """
     if isinstance(normaliser, str):
         return float(getattr(batch.counts, normaliser))

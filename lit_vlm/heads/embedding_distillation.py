@@ -23,11 +23,11 @@ Text = Literal["all", "before", "none"]
 class EmbeddingDistillation(Head):
     """Small predictors, one per layer, read the decoder's states and are compared with a teacher (OLA-VLM, section 3).
 
-    An image's predictor reads its own tokens, the task tokens behind it that belong to this head, and the text of its
-    sample; never another sample, padding, other images or the task tokens of other heads. A head without a group of its
-    own reads all of them. The loss of an image is the
-    mean smooth L1 plus a contrastive term that picks the image's target among those of all images of all ranks, summed
-    over layers. Samples without images take no part.
+    For each image a predictor reads the image's tokens, the task tokens behind it that belong to this head, and the
+    text of its sample; never another sample, padding, other images or the task tokens of other heads. A head without a
+    group of its own reads the task tokens of all groups. The loss of an image is the mean smooth L1 plus a contrastive
+    term that picks the image's target among those of all images of all ranks, summed over layers. Samples without
+    images take no part.
 
     Args:
         width: width of the decoder.
@@ -38,16 +38,20 @@ class EmbeddingDistillation(Head):
         tokens: the group of the embedder's task tokens that is this head's, or null for none.
         queries: what the predictors ask with: the group's `parameters`, its `states` in the layer that is read (one
             query, their mean), or latents of their `own`.
-        inner_width: of the predictors; null: the decoder's.
+        inner_width: inner width of the predictors; null: the decoder's width.
         text: what is read of the sample's text: `all`, as published, which in training includes answers; only what
             stands `before` the image, as system prompts do; or `none`.
-        read_padding: also read the padding of a row, as zeros: that is what the published code reads there, whose
-            padding enters as zeros and leaves flash attention as zeros in every layer of a Llama or Phi-3. Then a loss
-            depends on how long the other rows are. With eager attention, to which that code falls back where flash
-            attention is not installed, padding holds states that look at the sample; those are not reproduced.
+        read_padding: also read the padding of a row, as zeros, like the published code: there padding enters as zeros
+            and leaves flash attention as zeros in every layer of a Llama or Phi-3. Then a loss depends on how long the
+            other rows are. With eager attention, to which that code falls back where flash attention is not installed,
+            padding holds states that look at the sample; those are not reproduced.
         contrastive: weight of the contrastive term; 0 leaves it out.
         num_heads: attention heads of a predictor.
-        head_dim: width of such a head.
+        head_dim: width of an attention head.
+
+    Raises:
+        ValueError: for layers that the decoder does not have, and for `queries` and `tokens`, or `read_padding` and
+            `text`, that do not go together.
     """
 
     def __init__(
@@ -91,13 +95,17 @@ class EmbeddingDistillation(Head):
             )
             for _ in layers
         )
-        # exp of it multiplies the cosines; 2 is the published start. Layers share it. One number in a vector,
-        # as sharding takes no scalars.
+        # The cosines are multiplied by its exponential; 2 is the published start. Layers share it. A vector of one
+        # number, as sharding takes no scalars.
         self.logit_scale = nn.Parameter(torch.tensor([2.0])) if contrastive else None
         self._places = range(0)
 
     def connect(self, embedder: Embedder) -> None:
-        """Find its group among the embedder's task tokens."""
+        """Find the head's group among the embedder's task tokens.
+
+        Raises:
+            ValueError: when the embedder has no such group.
+        """
         if self.tokens is None:
             return
         if self.tokens not in embedder.task_tokens:
@@ -109,7 +117,11 @@ class EmbeddingDistillation(Head):
         self._places = embedder.task_tokens[self.tokens]
 
     def loss(self, states: Mapping[Tap, Tensor], batch: Batch, targets: VisualTokens) -> Tensor:
-        """Sum over images of their losses."""
+        """The losses of all images, summed; see `Head.loss`.
+
+        Raises:
+            ValueError: when the teacher gives another number of features per image than `num_targets`.
+        """
         expected = self._of_images(targets)
         predictions = self.predict(states, batch)
         flat = expected.flatten(0, 1)
@@ -120,7 +132,7 @@ class EmbeddingDistillation(Head):
         return loss
 
     def flops(self) -> FlopsOf:
-        """Of all predictors; an image's reads its sample. Comparing with the targets costs next to nothing."""
+        """Operations of all predictors, which read an image's sample. Comparing with targets costs next to nothing."""
         parts = [predictor.flops(self.queries == "states") for predictor in self.predictors]  # type: ignore[operator]
 
         def of(batch: Batch) -> Flops:
@@ -132,7 +144,7 @@ class EmbeddingDistillation(Head):
         return of
 
     def predict(self, states: Mapping[Tap, Tensor], batch: Batch) -> Tensor:
-        """What each layer says of each image: `[layers, n, num_targets, width of the teacher]`."""
+        """Predictions of the teacher's features from each layer: `[layers, n, num_targets, width of the teacher]`."""
         rows, mask, places = self._reading(batch)
         outputs = []
         for layer, predictor in zip(self.layers, self.predictors, strict=True):
@@ -149,16 +161,21 @@ class EmbeddingDistillation(Head):
         return torch.stack(outputs)
 
     def _reading(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """For each image its row `[n]`, what it reads of it `[n, s]`, and its task tokens `[n, c]`, index into b·s."""
+        """Find what the predictor of each image reads.
+
+        Returns:
+            the image's row of the batch `[n]`; a bool mask `[n, s]`, True at the positions of that row that are read;
+            and the positions of the head's task tokens `[n, c]`, indices into b·s.
+        """
         positions, grids, (b, s) = batch.image_positions, batch.image_grids, batch.input_ids.shape
         device, n = positions.device, len(grids)
         lengths = torch.tensor([grid.num_tokens for grid in grids])
         starts = lengths.cumsum(0) - lengths
         others, suffixes = index_suffixes(grids)
         image = torch.arange(n).repeat_interleave(lengths)  # of each visual token
-        # A token belongs to an image, to the text (−1), or to task tokens of another head (−2).
+        # The owner of a position: an image's number, −1 for text, −2 for task tokens of another head.
         owner = torch.full((len(image),), -2)
-        # Without a group of its own a head reads all of them, and what encoders put behind the patches.
+        # Without a group of its own a head reads the whole suffix: all task tokens, and tokens of further encoders.
         own = suffixes if self.tokens is None else suffixes[:, self._places.start : self._places.stop]
         owner[others] = image[others]
         owner[own] = torch.arange(n)[:, None].expand_as(own)
@@ -179,7 +196,7 @@ class EmbeddingDistillation(Head):
         return rows, mask, positions[own]
 
     def _of_images(self, features: VisualTokens) -> Tensor:
-        """`[n, num_targets, width of the teacher]`."""
+        """Group the teacher's features by image: `[n, num_targets, width of the teacher]`."""
         wrong = {grid.num_tokens for grid in features.grids} - {self.num_targets}
         if wrong:
             raise ValueError(
@@ -189,7 +206,7 @@ class EmbeddingDistillation(Head):
         return features.features.view(len(features.grids), self.num_targets, -1)
 
     def nothing(self, states: Mapping[Tap, Tensor]) -> Tensor:
-        """A zero; the other ranks still need this one to see their targets."""
+        """A zero as `Head.nothing`; this rank still takes part in gathering targets, as the other ranks wait for it."""
         zero = super().nothing(states)
         if self.logit_scale is None:
             return zero

@@ -20,8 +20,8 @@ DISTANCES = {"cosine": cosine_distance, "smooth_l1": smooth_l1_distance}
 class FeatureDistillation(Head):
     """A two-layer MLP reads one layer at the image positions; its output is compared with the teacher's features.
 
-    Where the teacher's grid differs from that of the image's tokens, the teacher's is pooled or interpolated to it.
-    The loss is the mean over an image's tokens, then over images.
+    Where the teacher's grid differs from that of the image's tokens, the teacher's features are pooled or interpolated
+    to the latter. The loss is the mean over an image's tokens, then over images.
 
     Args:
         width: width of the decoder.
@@ -47,7 +47,11 @@ class FeatureDistillation(Head):
         self.predictor = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, self.teacher.width))
 
     def loss(self, states: Mapping[Tap, Tensor], batch: Batch, targets: VisualTokens) -> Tensor:
-        """Sum over images of the mean distance of their tokens."""
+        """The mean distance of each image's tokens, summed over images; see `Head.loss`.
+
+        Raises:
+            ValueError: when grids differ and one of them has other tokens than patches.
+        """
         hidden = states[self.layer].flatten(0, 1)
         positions, grids = batch.image_positions, batch.image_grids
         if grids[0].suffix:  # task tokens show no part of the image

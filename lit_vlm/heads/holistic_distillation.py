@@ -1,4 +1,4 @@
-"""What HoVLE's embedder learns from first: image tokens from a vision model, text tokens from the decoder's words."""
+"""Losses of HoVLE's first stage: image tokens learn from a vision model, text tokens from word vectors."""
 
 from __future__ import annotations
 
@@ -27,12 +27,15 @@ class HolisticDistillation(Head):
         width: width of the decoder.
         num_layers: blocks of the decoder.
         teacher: gives the targets.
-        ratio: the teacher's patches per side of an image token.
+        ratio: how many patches of the teacher lie along each side of an image token.
         match: where the teacher has several patches for a token: `pool` takes their mean, `merge` puts them side by
             side, as a 2 × 2 merge does before a connector.
-        predictor: `linear` reads the embedder's output with a layer that is thrown away afterwards; `none` compares it
-            as it is, for teachers of the decoder's width, such as a vision model with its connector.
+        predictor: `linear` maps the embedder's output by a layer that is thrown away after the stage; `none` compares
+            the output as it is, for teachers of the decoder's width, such as a vision model with its connector.
         distance: `cosine`, or `smooth_l1`.
+
+    Raises:
+        ValueError: with `predictor: none`, when targets have another width than the decoder.
     """
 
     taps = (0,)
@@ -57,7 +60,11 @@ class HolisticDistillation(Head):
         self.predictor = nn.Linear(width, target) if predictor == "linear" else nn.Identity()
 
     def loss(self, states: Mapping[Tap, Tensor], batch: Batch, targets: VisualTokens) -> Tensor:
-        """Sum over image tokens of their distances."""
+        """The distances of all image tokens, summed; see `Head.loss`.
+
+        Raises:
+            ValueError: when the teacher's grids are not `ratio` times those of the image tokens.
+        """
         hidden = states[0].flatten(0, 1)
         expected = self._on_tokens(targets, batch.image_grids)
         return DISTANCES[self.distance](self.predictor(hidden[batch.image_positions]), expected).sum()
@@ -79,8 +86,9 @@ class HolisticDistillation(Head):
 class WordDistillation(Head):
     """The embedder's output at text positions against the word vectors that go in (HoVLE, first stage, text term).
 
-    The word table is the decoder's own, so the decoder finds the words that it knows; keep it frozen while this loss is
-    on. The decoder does not run. The loss is one minus the cosine, averaged over all text tokens of the global batch.
+    The embedder's word table is a copy of the decoder's, so its output stays close to the word vectors that the decoder
+    knows; keep the table frozen while this loss is on. The decoder does not run. The loss is one minus the cosine,
+    averaged over all text tokens of the global batch.
 
     Args:
         width: width of the decoder.
@@ -96,7 +104,7 @@ class WordDistillation(Head):
         self.distance = distance
 
     def loss(self, states: Mapping[Tap, Tensor], batch: Batch, targets: VisualTokens) -> Tensor:
-        """Sum over text tokens of their distances."""
+        """The distances of all text tokens, summed; see `Head.loss`."""
         text = (batch.segment_ids > 0).flatten().float()
         text = text.index_fill(0, batch.image_positions, 0.0)
         distances = DISTANCES[self.distance](states[0].flatten(0, 1), states[WORDS].flatten(0, 1))

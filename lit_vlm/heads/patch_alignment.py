@@ -1,4 +1,4 @@
-"""EVE's patch aligning layer."""
+"""The patch aligning layer (PAL) of EVE."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from lit_vlm.teachers.base import Teacher
 class PatchAlignment(Head):
     """Pull what the decoder knows of each patch towards the features of a frozen vision model (EVE, section 3.2).
 
-    Several layers are read at the patches, CLS and row ends left out. Per patch, the last of them looks at the others
-    by cross-attention over layers (CA3; the scale is width^-½ although there are several heads, as published), and the
-    result is compared with the teacher's feature of the same place. The loss is one minus the cosine, averaged over the
-    patches of an image, then over images.
+    Several layers are read at the patches, CLS and row ends left out. Per patch, the state of the last layer looks at
+    those of the other layers by cross-attention (CA3; the scale is width^-½ although there are several heads, as
+    published), and the result is compared with the teacher's feature of the same place. The loss is one minus the
+    cosine, averaged over the patches of an image, then over images.
 
     Where an image has more tokens per side than the teacher (a high resolution), states are averaged over windows.
 
@@ -31,7 +31,10 @@ class PatchAlignment(Head):
         teacher: gives the targets, on a square with the picture in the middle; see `data.AspectGrid`.
         every: read the last layer and every so many below it, down to the input vectors; null reads the last alone.
         num_heads: attention heads.
-        target: the teacher's patch of the same place, or the `next` one in reading order.
+        target: the teacher's patch that is compared: of the `same` place, or the `next` one in reading order.
+
+    Raises:
+        ValueError: when `num_heads` does not divide the teacher's width, or `every` is below 1.
     """
 
     def __init__(
@@ -53,7 +56,7 @@ class PatchAlignment(Head):
         self.layers = tuple(range(num_layers, -1, -every)) if every else (num_layers,)
         self.taps = tuple(sorted(self.layers))
         self.num_heads, self.target, self.every = num_heads, target, every
-        self._ratio = 1  # tokens per patch of the teacher, along a side; of the last batch with images
+        self._ratio = 1  # image tokens per patch of the teacher, along a side, in the last batch with images
         self.input_layer = nn.Linear(width, out)
         if len(self.layers) > 1:
             self.norm_layer = nn.ModuleList(
@@ -62,7 +65,11 @@ class PatchAlignment(Head):
             self.output_layer = nn.Linear(out, out)
 
     def loss(self, states: Mapping[Tap, Tensor], batch: Batch, targets: VisualTokens) -> Tensor:
-        """Sum over images of the mean distance of their patches."""
+        """The mean distance of each image's patches, summed over images; see `Head.loss`.
+
+        Raises:
+            ValueError: when images and teacher have grids that do not fit.
+        """
         hidden = [states[layer].flatten(0, 1) for layer in self.layers]
         patches = index_patches(batch.image_grids)
         ratio = self._ratio = _pool_ratio(batch.image_grids, targets.grids)
@@ -77,7 +84,7 @@ class PatchAlignment(Head):
         return self._mean_distances(student, expected, patches.image)
 
     def flops(self) -> FlopsOf:
-        """Of each patch, or window of patches, that is compared: the layers' weights, and attention over layers."""
+        """Operations per compared patch, or window of patches: the weights of all layers, and attention over layers."""
         weights, others = Weights.of(self.parameters()), len(self.layers) - 1
 
         def of(batch: Batch) -> Flops:
@@ -87,7 +94,7 @@ class PatchAlignment(Head):
         return of
 
     def student(self, states: Sequence[Tensor]) -> Tensor:
-        """What is compared with the teacher.
+        """Merge the states of all layers to the vector that is compared with the teacher.
 
         Args:
             states: `[p, d]` of each of `layers`, the last layer first.
@@ -109,7 +116,13 @@ class PatchAlignment(Head):
         return states.unflatten(-1, (self.num_heads, -1))
 
     def _mean_distances(self, student: Tensor, targets: Tensor, image: Tensor) -> Tensor:
-        """Mean over the patches of each image, summed over images."""
+        """Distances as a mean over the patches of each image, summed over images.
+
+        Args:
+            student: `[p, width of the teacher]`.
+            targets: `[p, width of the teacher]`.
+            image: `[p]`, the image of each patch, on the CPU.
+        """
         if self.target == "next":
             # The last patch of an image has no next one.
             pairs = (image[1:] == image[:-1]).nonzero().squeeze(1)
@@ -120,10 +133,10 @@ class PatchAlignment(Head):
 
 
 def _pool_ratio(grids: Sequence[Grid], teacher: Sequence[Grid]) -> int:
-    """Tokens per patch of the teacher, along a side; the same for all images.
+    """Image tokens per patch of the teacher, along a side; the same for all images.
 
     Raises:
-        ValueError: where the grids do not fit.
+        ValueError: where no whole number of tokens fits all images.
     """
     ratios = {max(own.rows, own.cols) / max(other.rows, other.cols) for own, other in zip(grids, teacher, strict=True)}
     ratio = max(1, round(next(iter(ratios))))
@@ -140,9 +153,13 @@ def _pool_ratio(grids: Sequence[Grid], teacher: Sequence[Grid]) -> int:
 
 
 def _windows(patches: Patches, grids: Sequence[Grid], ratio: int) -> tuple[Patches, Tensor]:
-    """Windows of ratio × ratio patches in place of patches, and the patches of each: `[windows, ratio²]`."""
+    """Group patches into windows of ratio × ratio.
+
+    Returns:
+        the windows in place of patches, and the indices of each window's patches `[windows, ratio²]`.
+    """
     cols = torch.tensor([grid.cols for grid in grids])[patches.image]
-    # Numbers that grow along an image's windows and from image to image: its start is at least the windows before it.
+    # A number per window, rising within an image and from image to image: no image has more windows than tokens.
     window = patches.starts[patches.image] + (patches.row // ratio) * (cols // ratio) + patches.col // ratio
     order = window.argsort(stable=True).view(-1, ratio * ratio)
     chosen = order[:, 0]
@@ -157,7 +174,7 @@ def _windows(patches: Patches, grids: Sequence[Grid], ratio: int) -> tuple[Patch
 
 
 def _teacher_positions(patches: Patches, grids: Sequence[Grid], teacher: Sequence[Grid], ratio: int) -> Tensor:
-    """Index of each patch's counterpart among the teacher's tokens; the picture is in the middle of the square."""
+    """Index `[p]` of each patch's place among the teacher's tokens, where pictures are centred in a square."""
     own = torch.tensor([(grid.rows, grid.cols) for grid in grids]) // ratio
     other = torch.tensor(teacher)
     rows, cols, prefix, row_end, suffix = other.unbind(1)

@@ -17,15 +17,15 @@ class Perceiver(nn.Module):
     Tokens and queries from outside pass the same input layer; tokens are not updated between layers.
 
     Args:
-        in_width: of tokens, and of queries from outside.
-        out_width: of the target features.
+        in_width: width of tokens, and of queries from outside.
+        out_width: width of the target features.
         num_queries: target features per image.
         width: inner width.
-        own_queries: learned queries instead of those from outside.
-        num_layers: layers.
+        own_queries: whether learned queries take the place of those from outside.
+        num_layers: number of perceiver layers.
         num_heads: attention heads.
-        head_dim: width of a head.
-        ffn_ratio: inner width of the feed-forward layers over `width`.
+        head_dim: width of an attention head.
+        ffn_ratio: inner width of the feed-forward, as a multiple of `width`.
     """
 
     def __init__(
@@ -55,9 +55,9 @@ class Perceiver(nn.Module):
 
         Args:
             tokens: `[b, s, in_width]`.
-            queries: `[n, q, in_width]`, or `[1, q, in_width]` shared by all images; where q is not `num_queries` they
-                are repeated in turn if it divides it, and averaged to one otherwise. None with `own_queries`.
-            rows: `[n]`, the row of `tokens` that each image reads; default: n = b, each its own.
+            queries: `[n, q, in_width]`, or `[1, q, in_width]` shared by all images; if q divides `num_queries` they are
+                repeated in turn, otherwise all become their mean. None with `own_queries`.
+            rows: `[n]`, the row of `tokens` that each image reads; default: n = b, and image i reads row i.
             mask: `[n, s]`, True at the tokens that an image reads; default: all.
         """
         if self.latents is not None:
@@ -72,10 +72,10 @@ class Perceiver(nn.Module):
         return out
 
     def flops(self, own: bool) -> Callable[[int, Sequence[int]], Flops]:
-        """Operations by the number of tokens in all rows, and of tokens that each image reads.
+        """A function that counts operations, from the tokens of all rows and the list of tokens that each image reads.
 
         Args:
-            own: whether each image brings queries of its own; otherwise all share them before the first layer.
+            own: whether each image brings queries of its own; otherwise all images share them before the first layer.
         """
         w_in, w_out = Weights.of(self.proj_in.parameters()), Weights.of(self.proj_out.parameters())
         layers = [layer for layer in self.layers if isinstance(layer, PerceiverLayer)]

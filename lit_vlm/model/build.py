@@ -25,7 +25,15 @@ P = TypeVar("P", bound=Part)
 
 @dataclass
 class Slots:
-    """One factory per slot; widths of neighbours come in as arguments."""
+    """One factory per slot; widths of neighbours come in as arguments.
+
+    Attributes:
+        encoder: () → encoder.
+        projector: (encoder's width, decoder's width) → projector.
+        embedder: (decoder's width, rows of its word table) → embedder.
+        decoder: () → decoder.
+        heads: name → (decoder's width, its number of blocks) → head; None for a head that a config removes.
+    """
 
     encoder: Callable[[], Encoder]
     projector: Callable[[int, int], Projector]
@@ -35,11 +43,20 @@ class Slots:
 
     @property
     def removed_heads(self) -> list[str]:
-        """Heads that are set to null."""
+        """Names of the heads that are set to null."""
         return [name for name, factory in self.heads.items() if factory is None]
 
     def assemble(self, make: Callable[[str, Callable[[], Part]], Part]) -> VLM:
-        """Build all parts through `make(name, factory)`, in an order in which widths are known."""
+        """Build all parts and put them together, in an order in which widths are known.
+
+        Args:
+            make: called as `make(name, factory)` for each part, with `encoder`, `heads.NAME` and so on; returns the
+                part.
+
+        Raises:
+            ValueError: by the constructors of parts; for a head, naming it, also where it reads what model or embedder
+                lacks.
+        """
         decoder = make("decoder", self.decoder)
         assert isinstance(decoder, Decoder)
         encoder = make("encoder", self.encoder)
@@ -55,7 +72,7 @@ class Slots:
 
 
 def _head(name: str, factory: Callable[[int, int], Head], width: int, num_layers: int) -> Head:
-    """A head; what it refuses is said of it by name, as there may be several of one class."""
+    """Build a head; its errors name it, as there may be several heads of one class."""
     try:
         head = factory(width, num_layers)
     except ValueError as error:
@@ -66,7 +83,11 @@ def _head(name: str, factory: Callable[[int, int], Head], width: int, num_layers
 
 
 def build_on_meta(slots: Slots) -> VLM:
-    """The architecture without any weights: to check a recipe, and on all ranks but the first of sharded training."""
+    """The architecture without any weights: to check a recipe, and on all ranks but the first of sharded training.
+
+    Raises:
+        ValueError: as `Slots.assemble`.
+    """
     with meta_parameters():
         return slots.assemble(lambda _name, factory: factory())
 
@@ -84,12 +105,12 @@ def build(
         slots: the factories.
         saved: weights that an earlier stage left, by slot (`heads.NAME` for heads); they take the place of pretrained
             ones. None: there are none.
-        fresh: slots that do not take part in `saved`.
+        fresh: slots that start anew, whatever `saved` holds.
         only: parts that are wanted, such as `encoder` or `heads.NAME`; the others stay without weights. Default: all.
         origin: where `saved` was read, for messages.
 
     Raises:
-        ValueError: where weights do not fit a slot.
+        ValueError: where weights are missing or do not fit a slot; and as `Slots.assemble`.
     """
     drawn: set[str] = set()
 
@@ -122,16 +143,16 @@ def build(
 
 
 def check_saved(model: VLM, saved: Mapping[str, StateDict], fresh: Collection[str], origin: str) -> None:
-    """See that saved weights fit a model, by names and shapes: nothing is loaded, and both may be on the meta device.
+    """Check that saved weights fit a model, by names and shapes: nothing is loaded, and both may be on the meta device.
 
     Args:
-        model: to start from them.
-        saved: by slot, as for `build`.
-        fresh: slots that do not take part.
-        origin: where they were read, for messages.
+        model: the model that is to start from the weights.
+        saved: weights by slot, as for `build`.
+        fresh: slots that start anew, whatever `saved` holds.
+        origin: where the weights were read, for messages.
 
     Raises:
-        ValueError: naming the slot that they do not fit, and what differs.
+        ValueError: naming the slot that the weights do not fit, and what differs.
     """
     parts: dict[str, Part] = {slot: parts[0] for slot, parts in model.slots().items() if slot != "heads"}
     parts |= {f"heads.{name}": head for name, head in model.heads.items() if isinstance(head, Part)}
@@ -144,7 +165,7 @@ def check_saved(model: VLM, saved: Mapping[str, StateDict], fresh: Collection[st
 
 
 def _saved_state(name: str, part: Part, saved: Mapping[str, StateDict], origin: str) -> StateDict:
-    """What is saved of a slot, under the names of the part that is in it now."""
+    """The saved weights of a slot, under the names of the part that is in the slot now."""
     if name not in saved and part.state_dict():
         raise ValueError(
             f"{origin} has no weights for the slot '{name}', only for {sorted(saved)}. "
@@ -154,9 +175,13 @@ def _saved_state(name: str, part: Part, saved: Mapping[str, StateDict], origin: 
 
 
 def load_teachers(model: VLM, names: Iterable[str]) -> None:
-    """Read the weights of the teachers of these heads, so that a missing file is seen before the first step.
+    """Read the weights of heads' teachers, so that a missing file is seen before the first step.
 
     Every process has teachers of its own, sharded or not, as they are no part of the model.
+
+    Args:
+        model: the model.
+        names: heads whose teachers are wanted.
 
     Raises:
         ValueError: naming the head, where weights are missing or do not fit.
@@ -173,7 +198,7 @@ def load_teachers(model: VLM, names: Iterable[str]) -> None:
 
 @contextmanager
 def _seeded(name: str) -> Iterator[None]:
-    """Random weights from a seed of the slot's own, so that swapping one part leaves the others' start the same."""
+    """Draw random weights from a seed of the slot's own, so that swapping a part leaves the others' start the same."""
     seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed + zlib.crc32(name.encode()))

@@ -31,13 +31,16 @@ def generate(
     Args:
         model: in eval mode.
         batch: left-padded prompts, one sample per row.
-        stop_ids: a row ends with the first of these; it is not returned.
+        stop_ids: ids that end a row; the first of them ends it and is not returned.
         max_new_tokens: tokens per row at most.
-        temperature: 0 takes the likeliest token; above, one is drawn.
-        top_p: draw from the smallest set of tokens with this probability.
+        temperature: 0 takes the likeliest token; above 0 a token is drawn.
+        top_p: draw from the smallest set of likeliest tokens whose probabilities add up to this.
 
     Returns:
         new token ids of each row.
+
+    Raises:
+        ValueError: as `VLM.new_cache`.
     """
     warpers = LogitsProcessorList()
     if temperature > 0:
@@ -72,12 +75,12 @@ def generate(
 
 
 class Continuation(NamedTuple):
-    """Text that follows a row of prefixes.
+    """Text that follows a prefix.
 
     Attributes:
-        row: of the prefixes.
-        ids: its tokens.
-        labels: aligned with `ids`, -100 where nothing is scored. The prefix predicts the first one.
+        row: row of the prefix in its batch.
+        ids: token ids of the text.
+        labels: aligned with `ids`, -100 where nothing is scored. The first label is predicted by the prefix.
     """
 
     row: int
@@ -89,18 +92,21 @@ class Continuation(NamedTuple):
 def score_continuations(
     model: VLM, prefixes: Batch, continuations: Sequence[Continuation], batch_size: int = 64
 ) -> list[float]:
-    """How likely each continuation is; a prefix with its images runs once, however many continue it.
+    """Score each continuation by its likelihood; a prefix with its images runs once, however many texts continue it.
 
     Under sharded training every rank must call this together.
 
     Args:
         model: in eval mode.
-        prefixes: left-padded, one per row.
-        continuations: of any rows, in any order.
+        prefixes: left-padded prompts, one per row.
+        continuations: texts that continue any of the rows, in any order.
         batch_size: continuations at a time.
 
     Returns:
         summed negative log-likelihood of the labels of each continuation, in nats.
+
+    Raises:
+        ValueError: as `VLM.new_cache`.
     """
     cache = model.new_cache()
     mask = (prefixes.segment_ids > 0).long()

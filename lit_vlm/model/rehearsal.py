@@ -1,7 +1,7 @@
 """A step without arithmetic: one batch runs forward and backward through weights that have shapes and no values.
 
-So each part meets what its neighbours really hand over, at full size, in seconds and on any machine, and what does not
-fit is said of the slot that is to blame.
+So each part meets what its neighbours really hand over, at full size, in seconds and on any machine, and an error names
+the slot that does not fit.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from lit_vlm.teachers import EncoderTeacher, Teacher
 
 
 class _Misfit(ValueError):
-    """What a part gave is not what it says it gives; the message is whole."""
+    """The output of a part differs from what its attributes promise; the message already names slot and class."""
 
 
 def rehearse(model: VLM, batch: Batch, losses: Mapping[str, float]) -> None:
-    """Run a batch forward and backward, and see that every part keeps its contract.
+    """Run a batch forward and backward, and check that every part keeps its contract.
 
     Args:
-        model: built on the meta device, with what does not train frozen. Its parameters are replaced by ones without
-            values, so it is of no use afterwards.
-        batch: what the collator made; its teachers' images are enough, their features are not needed.
-        losses: weight of each loss.
+        model: built on the meta device, with frozen what a stage does not train. Its parameters are replaced by ones
+            without values, so it is of no use afterwards.
+        batch: what the collator made; teachers' images are enough, and features are filled in.
+        losses: loss → its weight.
 
     Raises:
         ValueError: naming the slot, its class, what it was given and the way out.
@@ -50,7 +50,7 @@ def rehearse(model: VLM, batch: Batch, losses: Mapping[str, float]) -> None:
             total.backward()
     except _Misfit:
         raise
-    except Exception as error:  # of any part, the users' own among them
+    except Exception as error:  # any part may raise anything, those of users too
         raise ValueError(watch.blame(error)) from error
     finally:
         watch.end()
@@ -84,23 +84,23 @@ def _with_targets(model: VLM, batch: Batch, losses: Mapping[str, float], mode: F
 
 
 def _features(teacher: Teacher, images: Images, mode: FakeTensorMode) -> VisualTokens:
-    """What a teacher makes of images: real ones of a teacher that computes nothing with weights."""
+    """The teacher's features of images: without values for an encoder, real ones for a teacher without weights."""
     if not isinstance(teacher, EncoderTeacher):
         return teacher(images)
     twin = copy.copy(teacher)
     with meta_parameters():
         twin.encoder = teacher.network()().eval()
     _without_values(twin.encoder, mode)
-    twin._device = torch.device("cpu")  # as if read: there are no values to read
+    twin._device = torch.device("cpu")  # marks the weights as read, as there are no values to read
     return twin(images)
 
 
 class _Watch:
-    """Knows which slot runs, and looks at what each hands on.
+    """Hooks that keep track of the slot that runs, and check the output of each slot.
 
     Args:
-        model: whose slots are watched.
-        batch: that runs.
+        model: the model whose slots are watched.
+        batch: the batch that runs.
     """
 
     def __init__(self, model: VLM, batch: Batch) -> None:
@@ -135,12 +135,12 @@ class _Watch:
         return hook
 
     def end(self) -> None:
-        """Stop watching."""
+        """Remove all hooks."""
         for handle in self._handles:
             handle.remove()
 
     def blame(self, error: Exception) -> str:
-        """Which slot failed, on what, and why."""
+        """The message of an error: which slot failed, on which input, and why."""
         if not self.at:
             return f"the step fails between two slots: {_reason(error)}"
         slot = self.at[-1]
@@ -221,6 +221,6 @@ def _sizes(images: Images) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """The first line of an error; its kind too, where that says more than the line."""
+    """The first line of an error, with its class in front unless it is a ValueError."""
     line = str(error).strip().partition("\n")[0].rstrip(".")
     return line if isinstance(error, ValueError) and line else f"{type(error).__name__}: {line}"

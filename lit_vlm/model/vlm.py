@@ -23,7 +23,7 @@ NEXT_TOKEN = "next_token"
 
 
 class DecodingCache(NamedTuple):
-    """What embedder and decoder each remember of the positions so far."""
+    """The caches of embedder and decoder: what each remembers of the positions so far."""
 
     embedder: Any
     decoder: Any
@@ -46,6 +46,9 @@ class VLM(nn.Module):
 
     Attributes:
         drawn: parts whose weights were drawn at random when the model was built: `projector`, `heads.NAME`, ....
+
+    Raises:
+        ValueError: naming the head, where it reads task tokens that the embedder does not have.
     """
 
     def __init__(
@@ -72,7 +75,7 @@ class VLM(nn.Module):
 
     @property
     def grid_map(self) -> GridMap:
-        """From the layout of an image's tokens after the encoder to that in the decoder's sequence; it pickles."""
+        """Layout of an image's tokens after the encoder → layout in the decoder's sequence; the map pickles."""
         return InTurn(self.projector.grid_map, self.embedder.grid_map)
 
     def slots(self) -> dict[str, list[Part]]:
@@ -87,7 +90,7 @@ class VLM(nn.Module):
         return parts | ({"heads": heads} if heads else {})
 
     def train(self, mode: bool = True) -> VLM:
-        """Train mode for what trains; frozen parts stay in eval mode: no dropout, no moving batch statistics."""
+        """Set train mode for parts that train; frozen parts stay in eval mode, without dropout or batch statistics."""
         self.training = mode
         for parts in self.slots().values():
             for part in parts:
@@ -103,7 +106,12 @@ class VLM(nn.Module):
             losses: weight of each loss, `next_token` or the name of a head; one that is 0 or absent does no work.
 
         Returns:
-            loss → fp32 scalar, unweighted, summed over what it counts: supervised tokens, or the head's normaliser.
+            loss → fp32 scalar, unweighted, summed over what its denominator counts: supervised tokens for `next_token`,
+            the head's `normaliser` for a head.
+
+        Raises:
+            ValueError: where visual tokens do not fit the batch, or a head's targets or taps do not fit; names the
+                head.
         """
         heads = {name: head for name, head in self.heads.items() if losses.get(name) and isinstance(head, Head)}
         wanted = {layer for head in heads.values() for layer in head.taps}
@@ -131,9 +139,9 @@ class VLM(nn.Module):
         return sums
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> VLM:
-        """Move or cast. Tables that are computed in constructors and saved nowhere keep their type.
+        """Move or cast all tensors, but keep the dtype of tables that are computed in constructors and saved nowhere.
 
-        Rotary frequencies and the means of pixels in bf16 are another model: rounding them shifts positions.
+        Rounding such tables to bf16 changes the model: rotary frequencies shift positions, pixel means shift colours.
         """
         saved = self.state_dict(keep_vars=True).keys()
         tables = [
@@ -150,15 +158,15 @@ class VLM(nn.Module):
         return self
 
     def check_order(self, packed: bool, device: torch.device) -> None:
-        """See that the decoder's tokens see what they may, and nothing else (`decoders.check_order`).
+        """Check that no token of the decoder sees a later one or another sample; see `decoders.check_order`.
 
         Raises:
-            ValueError: when they see more.
+            ValueError: when one does.
         """
         check_order(self.decoder, packed, device)
 
     def check_cache(self) -> None:
-        """See that the decoder goes on from a cache as it should (`decoders.check_cache`).
+        """Check that the decoder continues correctly from a cache; see `decoders.check_cache`.
 
         Raises:
             ValueError: when it does not.
@@ -166,11 +174,15 @@ class VLM(nn.Module):
         check_cache(self.decoder, next(self.parameters()).device)
 
     def embed(self, batch: Batch) -> Tensor:
-        """The decoder's input vectors: `[b, s, d]`."""
+        """The decoder's input vectors: `[b, s, d]`.
+
+        Raises:
+            ValueError: as `see`, and where visual tokens do not fit the batch.
+        """
         return self.embedder(batch, self.see(batch), self.decoder)
 
     def see(self, batch: Batch) -> VisualTokens:
-        """Visual tokens of the batch's images, `[t, d]`; of a dummy image if it has none, to keep ranks in step.
+        """Visual tokens `[t, d]` of the batch's images, or of a dummy image if it has none, to keep ranks in step.
 
         Raises:
             ValueError: when features were prepared for an encoder that trains.
@@ -202,7 +214,10 @@ class VLM(nn.Module):
     ) -> Tensor:
         """Negative log-likelihood of each supervised token, in nats: fp32 `[k]`, without a graph.
 
-        With a cache and a mask (as in `next_logits`) the batch holds text that continues what the cache has seen.
+        Args:
+            batch: whole samples; with a cache, text that continues what the cache has seen.
+            cache: from `new_cache`.
+            attention_mask: `[b, past + s]`, 0 for padding; only with a cache.
         """
         with torch.no_grad():
             visual = self.see(batch) if cache is None else None
@@ -212,23 +227,24 @@ class VLM(nn.Module):
         return token_nll(hidden[batch.target_positions], batch.targets, self.decoder.logits, chunk)
 
     def next_logits(self, batch: Batch, cache: DecodingCache, attention_mask: Tensor, start: bool) -> Tensor:
-        """Logits after the last position of each row: `[b, v]`; `cache` takes up the batch's positions.
+        """Logits after the last position of each row: `[b, v]`; the batch's positions are added to `cache`.
 
         Args:
             batch: left-padded prompts, or the tokens that continue them.
             cache: from `new_cache`.
             attention_mask: `[b, past + s]`, 0 for padding.
-            start: whether this is the prompt, whose images are to be seen.
+            start: whether the batch is the prompts, whose images run through the encoder.
         """
         visual = self.see(batch) if start else None
         output = self._continue(batch, visual, cache, attention_mask)
         return self.decoder.logits(output.hidden[:, -1])
 
     def new_cache(self) -> DecodingCache:
-        """What decoding remembers; empty.
+        """An empty cache for decoding.
 
         Raises:
-            ValueError: for a decoder that does not go on from a cache; one with recurrent layers is asked once.
+            ValueError: for a decoder that does not continue correctly from a cache; the first call checks one with
+                recurrent layers.
         """
         if not self._cache_checked:
             if self.decoder.carried() is not None:
@@ -237,7 +253,7 @@ class VLM(nn.Module):
         return DecodingCache(self.embedder.new_cache(), self.decoder.new_cache())
 
     def select_cache(self, cache: DecodingCache, rows: Tensor) -> DecodingCache:
-        """A new cache that holds these rows `[b']` of another, which stays as it is; a row may be taken repeatedly."""
+        """A new cache of the rows `rows` `[b']` of another, which stays as it is; a row may be taken repeatedly."""
         return DecodingCache(
             self.embedder.select_cache(cache.embedder, rows), self.decoder.select_cache(cache.decoder, rows)
         )

@@ -14,7 +14,7 @@ GridMap = Callable[[Grid], Grid]
 
 @dataclass(frozen=True)
 class InTurn:
-    """One map after the other."""
+    """A map of layouts that applies `first`, and `then` to its result."""
 
     first: GridMap
     then: GridMap
@@ -25,7 +25,7 @@ class InTurn:
 
 
 def same_grid(grid: Grid) -> Grid:
-    """The layout of a projector that maps each token on its own."""
+    """The layout unchanged: the map of a part that gives one token for each that it gets."""
     return grid
 
 
@@ -37,8 +37,8 @@ class Projector(Part, ABC):
         out_width: width of the decoder.
 
     Attributes:
-        grid_map: the layout of an image's tokens after projection, from that before. It is called in loader workers,
-            so it must be a function or a small object that pickles, never a bound method of the module.
+        grid_map: layout of an image's tokens before projection → layout after it. It is called in loader workers, so it
+            must be a function or a small object that pickles, never a bound method of the module.
     """
 
     grid_map: GridMap
@@ -50,4 +50,4 @@ class Projector(Part, ABC):
 
     @abstractmethod
     def forward(self, tokens: VisualTokens) -> VisualTokens:
-        """Project all images at once."""
+        """Project the tokens of all images at once: `[t, in_width]` → `[t', out_width]`, laid out by `grid_map`."""

@@ -19,13 +19,17 @@ TokenOrder = Literal["row", "col"]
 
 @dataclass(frozen=True)
 class Fold:
-    """Grid after folding side × side tokens into one; a last partial row or column counts as a whole one."""
+    """Map of layouts that folds side × side tokens into one; a last partial row or column counts as a whole one."""
 
     side: int
     token_order: TokenOrder = "row"
 
     def __call__(self, grid: Grid) -> Grid:
-        """The folded grid; in column order the tokens read column by column, so rows and columns swap."""
+        """The folded grid; in column order the tokens read column by column, so rows and columns swap.
+
+        Raises:
+            ValueError: for a grid with other tokens than patches.
+        """
         if grid.prefix or grid.row_end or grid.suffix:
             raise ValueError(
                 f"model.projector (or model.embedder's merge) folds {self.side} × {self.side} patches and takes "
@@ -49,14 +53,14 @@ def _sources(grid: Grid, side: int, token_order: TokenOrder) -> Tensor:
 
 
 def fold(tokens: VisualTokens, side: int, token_order: TokenOrder = "row") -> Tensor:
-    """Fold each side × side square into channels, for images of any mix of sizes.
+    """Fold each side × side square of tokens into the channels of one, for images of any mix of sizes.
 
-    A side that is not a multiple is padded with zeros at its end. Channels of an output token are its inputs row by
-    row: (r0c0, r0c1, r1c0, r1c1).
+    Rows or columns that `side` does not divide are padded with zeros at their end. The channels of an output token are
+    those of its inputs row by row: (r0c0, r0c1, r1c0, r1c1).
 
     Args:
         tokens: features `[t, d_e]`, patches only.
-        side: side of the square.
+        side: tokens per side of the square.
         token_order: whether output tokens read row by row, or column by column (VILA-1.5 weights).
 
     Returns:

@@ -9,7 +9,15 @@ from lit_vlm.projectors.base import Projector
 
 
 class Identity(Projector):
-    """No projection: the encoder already has the decoder's width (Fuyu-style models)."""
+    """No projection: the encoder already has the decoder's width (Fuyu-style models).
+
+    Args:
+        in_width: width of the encoder.
+        out_width: width of the decoder, which must be the same.
+
+    Raises:
+        ValueError: when the widths differ.
+    """
 
     def __init__(self, in_width: int, out_width: int) -> None:
         super().__init__(in_width, out_width)
@@ -20,7 +28,7 @@ class Identity(Projector):
             )
 
     def forward(self, tokens: VisualTokens) -> VisualTokens:
-        """The same tokens."""
+        """`[t, in_width]` → the same tokens."""
         return tokens
 
 
@@ -31,6 +39,9 @@ class MLP(Projector):
         in_width: width of the encoder.
         out_width: width of the decoder, and of every hidden layer.
         depth: number of linear layers.
+
+    Raises:
+        ValueError: for a depth below 1.
     """
 
     def __init__(self, in_width: int, out_width: int, depth: int = 2) -> None:

@@ -14,10 +14,13 @@ class PerEncoder(Projector):
     """An MLP for each encoder of `encoders.Ensemble` with `fuse: tokens` (OLA-VLM's baseline with joined tokens).
 
     Args:
-        in_width: width of the ensemble, that of its widest encoder.
+        in_width: width of the ensemble, which is that of its widest encoder.
         out_width: width of the decoder.
-        widths: width of each encoder, in their order.
+        widths: width of each encoder, in the ensemble's order.
         depth: linear layers of each MLP.
+
+    Raises:
+        ValueError: for fewer than two widths, or widths whose largest is not `in_width`.
     """
 
     def __init__(self, in_width: int, out_width: int, widths: list[int], depth: int = 2) -> None:

@@ -23,7 +23,7 @@ class PerceiverLayer(nn.Module):
         width: width d of tokens and queries.
         num_heads: attention heads.
         head_dim: width of a head; the inner width is num_heads · head_dim.
-        ffn_ratio: width of the feed-forward over d.
+        ffn_ratio: inner width of the feed-forward, as a multiple of d.
     """
 
     def __init__(self, width: int, num_heads: int, head_dim: int, ffn_ratio: float) -> None:
@@ -45,13 +45,15 @@ class PerceiverLayer(nn.Module):
     def forward(
         self, tokens: Tensor, queries: Tensor, mask: Tensor | None = None, rows: Tensor | None = None
     ) -> Tensor:
-        """Update the queries. Keys and values are computed once per row, and what all readers share is computed once.
+        """Update the queries of n readers.
+
+        Keys and values of tokens are computed once per row, and those of shared queries once for all readers.
 
         Args:
             tokens: `[b, p, d]`.
             queries: `[n, q, d]`, or `[1, q, d]` that all n readers share.
             mask: bool `[n, p]`, False for tokens that are not to be read.
-            rows: `[n]`, the row of `tokens` that each reader reads; default: n = b, each its own.
+            rows: `[n]`, the row of `tokens` that each reader reads; default: n = b, and reader i reads row i.
 
         Returns:
             `[n, q, d]`.
@@ -77,7 +79,7 @@ class PerceiverLayer(nn.Module):
 
 @dataclass(frozen=True)
 class FixedTokens:
-    """Every image becomes the same number of tokens, whatever its size."""
+    """Map of layouts that gives every image the same number of tokens, whatever its size."""
 
     num_tokens: int
 
@@ -95,7 +97,7 @@ class Resampler(Projector):
         num_queries: tokens per image.
         depth: perceiver layers.
         head_dim: width of an attention head.
-        ffn_ratio: width of the feed-forward over that of the encoder.
+        ffn_ratio: inner width of the feed-forward, as a multiple of the encoder's width.
     """
 
     def __init__(
@@ -125,7 +127,11 @@ class Resampler(Projector):
 
 
 def pad_images(tokens: VisualTokens) -> tuple[Tensor, Tensor | None]:
-    """Tokens as `[n, p, d_e]`, and a bool mask `[n, p]` when the images differ in size."""
+    """Put the tokens of each image into a row of its own, padded with zeros on the right.
+
+    Returns:
+        `[n, p, d_e]`, and a bool mask `[n, p]`, False for padding; None when all images have p tokens.
+    """
     lengths = [grid.num_tokens for grid in tokens.grids]
     if len(set(lengths)) == 1:
         return tokens.features.view(len(lengths), lengths[0], -1), None

@@ -19,9 +19,12 @@ class Transformer(Projector):
     Args:
         in_width: width of the encoder.
         out_width: width of the decoder, and of the blocks.
-        depth: blocks.
+        depth: number of Llama blocks.
         head_dim: width of an attention head.
-        ffn_ratio: width of the feed-forward over that of the decoder; Llama-2-7B has 11008 / 4096.
+        ffn_ratio: inner width of the feed-forward, as a multiple of the decoder's width; Llama-2-7B has 11008 / 4096.
+
+    Raises:
+        ValueError: for a depth below 1, or a width that does not divide into heads of even width.
     """
 
     def __init__(
@@ -45,7 +48,7 @@ class Transformer(Projector):
         )
         self.stack = LlamaModel(config)
         self.stack.norm = nn.Identity()
-        self.stack.embed_tokens = nn.Identity()  # a table of words that nothing would read
+        self.stack.embed_tokens = nn.Identity()  # in place of a word table that nothing would read
 
     def blocks(self) -> list[nn.Module]:
         """The Llama blocks."""

@@ -17,8 +17,9 @@ class Teacher(ABC):
 
     Attributes:
         width: features per token.
-        pixels: what it wants of an image; the loader's workers prepare its images.
-        known: the map of a picture that takes the place of its features, so that it never sees an image; or None.
+        pixels: what the teacher wants of an image; the loader's workers prepare its images.
+        known: name of the map, carried by each picture, that takes the place of computed features; None for a teacher
+            that computes them from images.
     """
 
     width: int
@@ -27,18 +28,22 @@ class Teacher(ABC):
 
     @abstractmethod
     def __call__(self, images: Images) -> VisualTokens:
-        """Target features of all images, `[t, width]`, without a graph; on the device of the pixels."""
+        """Target features of all images, `[t, width]`, without a graph; on the device of the pixels.
+
+        Raises:
+            ValueError: for images that the teacher does not take.
+        """
 
     @abstractmethod
     def identity(self) -> str:
-        """What decides its features, as text: prepared features of another teacher are refused."""
+        """What decides the teacher's features, as text: prepared features of another identity are refused."""
 
     def network(self) -> Callable[[], Encoder] | None:
-        """What makes the encoder that it runs, for counting its operations; None if it computes nothing."""
+        """A factory of the encoder that the teacher runs, for counting its operations; None if it runs none."""
         return None
 
     def find_pretrained(self) -> None:
-        """See that the weights that `load` reads are there, without reading them.
+        """Check that the weights that `load` reads are there, without reading them.
 
         Raises:
             ValueError: saying what is missing.
@@ -46,7 +51,7 @@ class Teacher(ABC):
         return
 
     def load(self) -> None:
-        """Read the weights, onto the CPU, unless that is done; called when the model is built.
+        """Read the weights onto the CPU, unless they were read; called when the model is built.
 
         Raises:
             ValueError: where they are missing or do not fit.
@@ -55,7 +60,14 @@ class Teacher(ABC):
 
     @torch.no_grad()
     def targets(self, given: Images | VisualTokens) -> VisualTokens:
-        """Features of images, computed now or before: in fp32 and without a graph."""
+        """Target features `[t, width]` in fp32, without a graph.
+
+        Args:
+            given: images, whose features are computed, or features that were computed before.
+
+        Raises:
+            ValueError: for images that the teacher does not take.
+        """
         tokens = given if isinstance(given, VisualTokens) else self(given)
         return VisualTokens(tokens.features.float(), tokens.grids)
 
@@ -64,7 +76,7 @@ class EncoderTeacher(Teacher):
     """Any encoder as a teacher.
 
     Args:
-        encoder: the encoder; its pretrained weights are read by `load`, or when the teacher is first used.
+        encoder: factory of the encoder; its pretrained weights are read by `load`, or when the teacher is first used.
     """
 
     def __init__(self, encoder: Callable[[], Encoder]) -> None:
@@ -76,23 +88,31 @@ class EncoderTeacher(Teacher):
         self._device: torch.device | None = None
 
     def identity(self) -> str:
-        """The encoder's."""
+        """The identity of the encoder."""
         return self.encoder.identity()
 
     def network(self) -> Callable[[], Encoder]:
-        """The factory."""
+        """The factory of the encoder."""
         return self._factory
 
     def find_pretrained(self) -> None:
-        """Those of the encoder."""
+        """Check that the weights of the encoder are there.
+
+        Raises:
+            ValueError: saying what is missing.
+        """
         self.encoder.find_pretrained()
 
     def load(self) -> None:
-        """The encoder's weights; without pretrained ones, random ones that are the same on every rank."""
+        """Read the encoder's weights; without pretrained ones, draw random ones that are the same on every rank.
+
+        Raises:
+            ValueError: where weights are missing or do not fit.
+        """
         if self._device is not None:
             return
         self._device = torch.device("cpu")
-        # Whoever builds a model may build on an accelerator, and goes on with the random numbers that it had.
+        # The model may be built on an accelerator, and its random numbers must not depend on the teacher.
         with self._device, torch.random.fork_rng(devices=[]):
             if (state := self.encoder.pretrained_state()) is not None:
                 load_state(self.encoder, state, "teacher")
@@ -111,7 +131,7 @@ class EncoderTeacher(Teacher):
 
     @torch.no_grad()
     def __call__(self, images: Images) -> VisualTokens:
-        """Features of all images.
+        """Features of all images, `[t, width]`, without a graph.
 
         Raises:
             ValueError: for pictures of another size than the encoder's.

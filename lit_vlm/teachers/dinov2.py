@@ -1,4 +1,4 @@
-"""DINOv2 as a target, on a grid of any size: also an example of how little a new target takes."""
+"""DINOv2 as a teacher, on a grid of any size; also an example of how little code a new teacher takes."""
 
 from __future__ import annotations
 
@@ -15,12 +15,15 @@ from lit_vlm.teachers.base import EncoderTeacher
 
 
 class DINOv2(EncoderTeacher):
-    """Patch features of DINOv2's last block, pooled to `side` × `side` targets of the whole picture, squashed.
+    """Patch features of DINOv2's last block, pooled to `side` × `side` targets of the picture, squashed to a square.
 
     Args:
         name: hub name or local folder. Or null, with `config`.
-        config: of a DINOv2 model, for random weights.
-        side: targets per side.
+        config: settings of a DINOv2 model, for random weights.
+        side: targets per side of the square.
+
+    Raises:
+        ValueError: when not exactly one of `name` and `config` is given; and as `HFEncoder`.
     """
 
     def __init__(
@@ -32,11 +35,15 @@ class DINOv2(EncoderTeacher):
         self.pixels = replace(self.pixels, resize="squash")
 
     def identity(self) -> str:
-        """The encoder's, and the grid."""
+        """The identity of the encoder, and the side of the grid."""
         return f"{super().identity()} {self.side}"
 
     def __call__(self, images: Images) -> VisualTokens:
-        """Features `[n · side², width]`."""
+        """Features `[n · side², width]`.
+
+        Raises:
+            ValueError: for pictures of another size than the encoder's.
+        """
         tokens = super().__call__(images)
         maps = tokens.features.float().view(len(images), *tokens.grids[0][:2], self.width).permute(0, 3, 1, 2)
         pooled = F.interpolate(maps, (self.side, self.side), mode="bilinear", antialias=True, align_corners=False)

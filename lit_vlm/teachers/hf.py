@@ -16,6 +16,9 @@ class HFVision(EncoderTeacher):
         name: hub name or local folder. Or null, with `config`.
         config: a model configuration with `model_type`, for random weights.
         layer: index into the hidden states; −2, the one before the last, is what EVE's code takes.
+
+    Raises:
+        ValueError: when not exactly one of `name` and `config` is given; and as `HFEncoder`.
     """
 
     def __init__(

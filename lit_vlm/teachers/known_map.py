@@ -1,4 +1,4 @@
-"""Targets that come with the picture."""
+"""A teacher whose targets are maps that come with each picture."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from lit_vlm.teachers.base import Teacher
 
 MapName = Literal["depth", "segmentation"]
 WIDTHS: dict[MapName, int] = {"depth": 16, "segmentation": 15}
-"""Values per cell of the maps that `worlds.Scenes` draws, which are what this teacher stands for."""
+"""Map → values per cell, as `worlds.Scenes` draws it."""
 
 
 class KnownMap(Teacher):
-    """Exact maps of drawn scenes in place of a network's features: what a perfect teacher would say.
+    """Exact maps of drawn scenes in place of a network's features: the targets of a perfect teacher.
 
     Args:
         name: `depth` or `segmentation`, as `worlds.Scenes` hands them out with `maps`.
@@ -25,7 +25,7 @@ class KnownMap(Teacher):
         self.pixels = PixelSpec(None, 1, (0.5, 0.5, 0.5))
 
     def __call__(self, images: Images) -> VisualTokens:
-        """Nothing to compute from.
+        """Refuse to compute features, as they come with the picture.
 
         Raises:
             ValueError: always.
@@ -33,5 +33,5 @@ class KnownMap(Teacher):
         raise ValueError(f"KnownMap reads the map '{self.known}' of a picture and computes nothing from pixels")
 
     def identity(self) -> str:
-        """The name of the map."""
+        """`KnownMap` and the name of the map."""
         return f"KnownMap {self.known}"
