@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lit_vlm.core.plugins import VARIABLE, find_class, load_plugins, named_plugins, use_plugins
+from lit_vlm.core.plugins import GROUP, VARIABLE, find_class, load_plugins, named_plugins, use_plugins
 from lit_vlm.evaluation.tasks import TASKS, Task, find_task
 
 LAB = """
@@ -78,4 +78,18 @@ def test_what_leads_nowhere_is_said_with_the_way_out(lab: str, path: str, messag
 def test_a_plugin_that_cannot_be_imported_is_named(lab: str) -> None:
     use_plugins([f"{lab}_broken"])
     with pytest.raises(ValueError, match=f"the plugin '{lab}_broken' cannot be imported.*no_such_library.*--plugins"):
+        load_plugins()
+
+
+def test_an_installed_package_names_its_plugin_by_an_entry_point(lab: str, tmp_path: Path) -> None:
+    info = tmp_path / f"{lab}-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {lab}\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[{GROUP}]\nlab = {lab}\n")
+    load_plugins()
+    assert find_task(f"counting_{lab}").__module__ == lab
+    (info / "entry_points.txt").write_text(f"[{GROUP}]\nlab = {lab}_broken\n")
+    with pytest.raises(
+        ValueError, match=f"the plugin '{lab}_broken' of the installed package {lab} cannot be imported"
+    ):
         load_plugins()
