@@ -1,4 +1,7 @@
-"""Features of teachers, or of a frozen encoder, computed once for all images of a stage's data."""
+"""Features of a teacher or of a frozen encoder, computed once for all images of a stage's data.
+
+The records are cut into parts, which processes compute independently and which are merged at the end.
+"""
 
 from __future__ import annotations
 
@@ -37,13 +40,13 @@ class PrepareSettings:
     """How features are prepared.
 
     Attributes:
-        dtype: how they are stored.
+        dtype: number format in which features are stored.
         batch_size: records whose images are taken together.
         workers: loader processes.
-        device: where the network runs.
-        precision: in which it runs, as `trainer.precision`: that of the training that will read the features.
+        device: device that the network runs on.
+        precision: precision that the network runs in: `trainer.precision` of the training that will read the features.
         rank: which of `world_size` processes this is; parts are dealt out in turn.
-        world_size: processes.
+        world_size: number of processes.
     """
 
     dtype: Dtype = "bfloat16"
@@ -56,7 +59,7 @@ class PrepareSettings:
 
 
 class _Pictures(Dataset[list[tuple[int, Tensor]]]):
-    """The images of each record as one network wants them, with their keys."""
+    """The images of each record of one part, as (key, pixels) in the form that one network takes."""
 
     def __init__(self, sources: Sequence[Source], encode: SampleEncoder, what: str, block: Block) -> None:
         self.sources, self.encode, self.what, self.block = sources, encode, what, block
@@ -85,10 +88,10 @@ def _join(records: Sequence[list[tuple[int, Tensor]]]) -> list[tuple[int, Tensor
 
 
 def network_of(module: LitVLM, what: str) -> Network:
-    """The encoder, or the teacher of a head.
+    """The encoder, or the teacher of the head named `what`.
 
     Raises:
-        ValueError: when there is none of that name.
+        ValueError: when the model has neither.
     """
     if what == ENCODER:
         return module.vlm.encoder
@@ -101,14 +104,17 @@ def network_of(module: LitVLM, what: str) -> Network:
 
 
 def write_blocks(module: LitVLM, data: VLMData, what: str, out: Path, settings: PrepareSettings) -> None:
-    """Compute this process's share of the parts; a part that is whole is not done again.
+    """Compute this process's share of the parts; a part that is complete is not computed again.
 
     Args:
         module: with its model built.
-        data: whose training sources, transform and decoding are used.
+        data: gives training sources, transform and decoding of images.
         what: name of a head, or `encoder`.
         out: folder of the set.
-        settings: how.
+        settings: how features are computed and stored.
+
+    Raises:
+        ValueError: when the model has no such network.
     """
     sources = data.given_train
     encode = data.sample_encoder(module.input_spec)
@@ -154,10 +160,10 @@ def _write_part(
 
 
 def begin(module: LitVLM, data: VLMData, what: str, out: Path, dtype: Dtype) -> None:
-    """Make `out` the place of this work, or see that it is; before `write_blocks` of any process.
+    """Claim the folder `out` for these features, or check that it is theirs; call it before any `write_blocks`.
 
     Raises:
-        ValueError: when it holds something else, or there is nothing to prepare for `what`.
+        ValueError: when the folder holds something else, or the model has no network of that name.
     """
     network_of(module, what)
     spec = module.input_spec
@@ -169,7 +175,7 @@ def begin(module: LitVLM, data: VLMData, what: str, out: Path, dtype: Dtype) -> 
 
 
 def finish(module: LitVLM, data: VLMData, what: str, out: Path, dtype: Dtype) -> PreparedInfo:
-    """Put the parts of all processes together.
+    """Merge the parts of all processes into one set.
 
     Raises:
         ValueError: when parts are missing, or hold no features at all.
@@ -187,7 +193,7 @@ def finish(module: LitVLM, data: VLMData, what: str, out: Path, dtype: Dtype) ->
         )
     merge([block_folder(out, block.index) for block in blocks], out)
     keys = np.array([key for part in parts for key in part["keys"]], np.int64)
-    # An image that several parts met is stored by each; the first one is read.
+    # Parts that have the same image each store it; the first copy is read.
     unique, rows = np.unique(keys, return_index=True)
     np.save(out / KEYS, np.stack([unique, rows.astype(np.int64)]))
     spec = module.input_spec
