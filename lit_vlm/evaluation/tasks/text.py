@@ -13,7 +13,7 @@ from lit_vlm.evaluation.tasks.choice import MultipleChoice
 
 
 class Perplexity(Task):
-    """How well a decoder predicts documents: e to the mean negative log-likelihood of a token."""
+    """Perplexity of documents: e to the mean negative log-likelihood of a token."""
 
     name = "perplexity"
     about = "text only: perplexity of documents, which are cut at the run's max_length"

@@ -15,13 +15,13 @@ SHORT = "Answer the question using a single word or phrase."
 
 
 class ShortAnswers(Task):
-    """Short answers with a mean over questions in percent."""
+    """Short answers; the score is the mean of a metric over questions, in percent."""
 
     instruction = SHORT
     metric: ClassVar[type[Metric]] = VQAAccuracy
 
     def score(self, outcomes: Sequence[Outcome]) -> dict[str, float]:
-        """The metric, of everything and of each group."""
+        """The metric in percent, over all questions and of each group."""
         scores = {self.main: self._mean(outcomes)}
         groups = sorted({one.example.group for one in outcomes} - {""})
         return scores | {f"{self.main}/{g}": self._mean([o for o in outcomes if o.example.group == g]) for g in groups}
@@ -31,7 +31,7 @@ class ShortAnswers(Task):
         answered = [one for one in outcomes if not one.left_out]
         for one in answered:
             metric.update(one.answer, one.example.references)
-        # What was left out is wrong, also where the reference's normal form is as empty as its answer.
+        # Questions that were left out are wrong, even where the normalised reference is empty, as their answer is.
         return 100 * float(metric.compute()) * len(answered) / len(outcomes) if answered else 0.0
 
 

@@ -47,7 +47,7 @@ class POPE(Task):
         return found
 
     def score(self, outcomes: Sequence[Outcome]) -> dict[str, float]:
-        """Means over the splits, and those of each."""
+        """Scores of `YesNoF1` in percent: their means over the splits, and those of each split."""
         scores: dict[str, float] = {}
         means: dict[str, list[float]] = defaultdict(list)
         for split in sorted({one.example.group for one in outcomes}):
@@ -104,7 +104,7 @@ class MME(Task):
                 continue
             if not tab or answer.strip().lower() not in ("yes", "no"):
                 raise ValueError(f"task mme: {text} line {number} is not a question, a tab, and Yes or No")
-            # The official questions bring their own "Please answer yes or no."
+            # The official questions end with "Please answer yes or no."; `ask` adds the instruction of this task.
             question = question.replace(" Please answer yes or no.", "")
             path = Image(path=str(image.relative_to(self.folder)))
             name = f"{category}/{text.stem}/{number}"
@@ -116,7 +116,7 @@ class MME(Task):
         return example.id.rsplit("/", 1)[0]
 
     def score(self, outcomes: Sequence[Outcome]) -> dict[str, float]:
-        """Of each category accuracy + accuracy of pairs, each in percent, and the sums."""
+        """Accuracy plus accuracy of pairs of each category, in percent, and their sums over categories."""
         scores: dict[str, float] = {}
         for category in sorted({one.example.group for one in outcomes}):
             pairs: dict[str, list[bool]] = defaultdict(list)
