@@ -37,11 +37,15 @@ LIGHTNING = {
 }
 RUN_FOLDER = "LIT_VLM_RUN_FOLDER"
 REFUSED = 1
-"""Exit code of a command that says what is wrong with a flag, a file or the data."""
+"""Exit code of a command that refuses a flag, a file or the data, and says why in one line."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point of the console script."""
+    """Entry point of the console script.
+
+    Raises:
+        SystemExit: when a command refuses its flags, files or data.
+    """
     _working_folder_last()
     arguments = _take_plugins(list(sys.argv[1:] if argv is None else argv))
     verb = arguments[0] if arguments else "--help"
@@ -56,9 +60,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _working_folder_last() -> None:
-    """Find own modules in the working folder, but none of them in place of the kit's `callbacks` or a library.
+    """Let users' modules be imported from the working folder, but none in place of `callbacks` or a library.
 
-    `python -m` puts that folder in front of all others, and a console script leaves it out.
+    `python -m` puts the working folder in front of all others, and a console script leaves it out.
     """
     here = os.getcwd()
     sys.path[:] = [*(folder for folder in sys.path if folder not in ("", here)), here]
@@ -82,7 +86,7 @@ def _run_brought(verb: str, arguments: list[str]) -> None:
 
 
 def _take_plugins(arguments: list[str]) -> list[str]:
-    """Take `--plugins A,B` out of the words of any command, and name the plugins."""
+    """Make the plugins of `--plugins A,B` known; returns the other arguments of the command."""
     kept: list[str] = []
     words = iter(arguments)
     for word in words:
@@ -96,7 +100,7 @@ def _take_plugins(arguments: list[str]) -> list[str]:
 
 @contextmanager
 def _in_one_line() -> Iterator[None]:
-    """What a user got wrong is one line, not a traceback."""
+    """A context that prints a ValueError or OSError in one line, without traceback, and exits."""
     try:
         yield
     except (ValueError, OSError) as error:
@@ -118,24 +122,28 @@ def _print_help() -> None:
 
 
 def lightning_cli(arguments: Sequence[str], run: bool = True) -> Any:
-    """Parse config files and flags, and run the subcommand, or with `run=False` only parse and build objects."""
+    """Parse config files and flags, and run the subcommand, or with `run=False` only parse and build objects.
+
+    Raises:
+        ValueError: for a wrong flag or key, and for anything that training refuses.
+    """
     _quiet()
     if run and os.environ.get("LOCAL_RANK", "0") == "0":
-        sys.stderr.write("loading libraries ...\n")  # which takes ten seconds
+        sys.stderr.write("loading libraries ...\n")  # it takes ten seconds
     from lit_vlm.commands.lightning_cli import LitVLMCLI
 
-    load_plugins()  # their classes go by their bare names
+    load_plugins()  # so that flags can name their classes by bare names
 
-    # Lightning warns when arguments are given twice; they are its own if they came from the command line.
+    # Lightning warns if `args` come beside a command line; None makes it read the command line itself.
     given = list(arguments)
     return LitVLMCLI(args=None if given == sys.argv[1:] else given, run=run)
 
 
 def check_flags(arguments: Sequence[str]) -> None:
-    """Parse the flags of a stage and make nothing of them.
+    """Parse the flags of a stage without building anything.
 
     Raises:
-        SystemExit: when one is wrong, which is said in one line.
+        SystemExit: for a wrong flag, after a line that says what is wrong.
     """
     _quiet()
     from lit_vlm.commands.lightning_cli import ParsedCLI
@@ -146,7 +154,7 @@ def check_flags(arguments: Sequence[str]) -> None:
 
 
 def run_folder_for(stage: str) -> str:
-    """A folder for a run that was given none; the same in all processes of the run."""
+    """A new folder for a run that was given none; the same in all processes of the run."""
     if RUN_FOLDER not in os.environ:
         job = os.environ.get("TORCHELASTIC_RUN_ID") or os.environ.get("SLURM_JOB_ID")
         os.environ[RUN_FOLDER] = str(Path("runs") / f"{stage}-{job or time.strftime('%Y%m%d-%H%M%S')}")
@@ -154,7 +162,7 @@ def run_folder_for(stage: str) -> str:
 
 
 def _quiet() -> None:
-    """Silence notices of the libraries that a user of this kit can do nothing about."""
+    """Silence notices of libraries that a user of this kit cannot act on."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
     for message in (

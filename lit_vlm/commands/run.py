@@ -1,4 +1,4 @@
-"""`lit-vlm run`: the stages of a recipe, each from the weights that the one before left."""
+"""`lit-vlm run`: runs the stages of a recipe, each from the weights of the stage before."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ STATE_FILE = "run.json"
 
 @dataclass
 class RunState:
-    """What run.json of a run's folder keeps, so that `--resume` needs no other argument.
+    """The state of a run, kept in run.json of its folder, so that `--resume` needs no other argument.
 
     Attributes:
-        recipe: the folder or name that was given.
+        recipe: folder or name of the recipe, as it was given.
         scale: the scale, or None.
         strategy: the strategy.
         stages: the stages to run, in order.
         flags: flags that are passed on to every stage.
         done: stages that have ended.
         parent_run: the MLflow run that the stages are children of.
-        plugins: modules whose classes may be named.
+        plugins: modules whose classes flags may name by bare names.
     """
 
     recipe: str
@@ -52,7 +52,7 @@ class RunState:
     plugins: list[str] = field(default_factory=list)
 
     def save(self, folder: Path) -> None:
-        """Write it, whole or not at all; when a launcher started several of us, only the first does."""
+        """Write run.json, whole or not at all; of several processes of a launcher, only the first does."""
         if not _is_first():
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -62,7 +62,7 @@ class RunState:
 
     @staticmethod
     def load(folder: Path) -> RunState:
-        """Read it.
+        """Read run.json of a folder.
 
         Raises:
             ValueError: when the folder is not that of a run.
@@ -74,8 +74,13 @@ class RunState:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Parse the arguments and run, check or resume."""
-    # The recipe comes first: behind a flag it could not be told from that flag's value.
+    """Parse the arguments, and run, check or resume a recipe.
+
+    Raises:
+        ValueError: for a wrong argument or recipe, a folder that holds a run, or nothing to resume.
+        SystemExit: when a flag is wrong, a check fails, or a stage ends with an error.
+    """
+    # The recipe is the first argument: behind a flag it could not be told from the flag's value.
     named = bool(argv) and not argv[0].startswith("-")
     arguments, flags = _parser().parse_known_args(argv[1:] if named else argv)
     arguments.recipe = argv[0] if named else None
@@ -101,12 +106,12 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _check_flags(commands: Sequence[Sequence[str]]) -> None:
-    """See that the flags of all stages parse, before anything is written; a wrong one ends the command with one line.
+    """Check that the flags of all stages parse, before anything is written.
 
-    In a process of its own, so that this one stays small while stages run.
+    A separate process parses them, so that this one stays small while stages run.
 
     Raises:
-        SystemExit: when one is wrong, which that process has said.
+        SystemExit: for a wrong flag, which the separate process has reported in one line.
     """
     if not _is_first():
         return
@@ -193,13 +198,13 @@ def _command(recipe: Recipe, state: RunState, stage: str, folder: Path) -> list[
     start = recipe.start_of(stage, state.stages)
     words += ["--trainer.default_root_dir", str(folder / stage)]
     words += flags_for(stage, state.flags, recipe.stages)
-    if start:  # behind the flags: a start_from among them is that of the first stage
+    if start:  # last, as a start_from among the flags is meant for the first stage
         words += ["--model.stage.start_from", str(folder / start)]
     return words
 
 
 def flags_for(stage: str, flags: Sequence[str], stages: Collection[str]) -> list[str]:
-    """The flags of one stage: those for all, and those that begin with its name, without it."""
+    """The flags of one stage: those for all stages, and those that begin with `--STAGE.`, without that."""
     chosen: list[str] = []
     mine = True
     for flag in flags:
@@ -241,7 +246,7 @@ def _run(recipe: Recipe, state: RunState, folder: Path, console: Console) -> Non
 
 
 def _advice(folder: Path, stage: str, code: int) -> str:
-    """How to go on; a stage that refused to start will do so again until what it named is mended."""
+    """Advice after a failed stage: one that refused to start needs a fix first, any other is resumed."""
     again = f"lit-vlm run --resume --out {folder}"
     if code == REFUSED and not checkpoints_in(folder / stage):
         return (
@@ -252,7 +257,7 @@ def _advice(folder: Path, stage: str, code: int) -> str:
 
 
 def _execute(words: Sequence[str], environment: dict[str, str]) -> int:
-    """Run one stage as a process of its own: its memory is free afterwards, and it dies with this one."""
+    """Run one stage in a process of its own, which frees its memory and dies with this one; returns its exit code."""
     command = [sys.executable, "-P", "-m", "lit_vlm", *words]
     process = subprocess.Popen(command, env=os.environ | environment, preexec_fn=_die_with_parent)
     try:
@@ -293,7 +298,7 @@ class _ParentRun:
             state.save(folder)
 
     def environment(self) -> dict[str, str]:
-        """What a stage needs to become a child, in the same store."""
+        """Environment variables by which a stage's MLflow run becomes a child of this one, in the same store."""
         from lit_vlm.training.mlflow_run import PARENT_RUN
 
         if not (self._run and self._run.run_id):
@@ -301,7 +306,7 @@ class _ParentRun:
         return {PARENT_RUN: self._run.run_id, "MLFLOW_TRACKING_URI": self._run.uri}
 
     def end(self, status: str, reason: str | None = None) -> None:
-        """Set the status, and why."""
+        """Report the last status, and the reason of a failure."""
         if self._run:
             if reason:
                 self._run.tag("failure", reason)
