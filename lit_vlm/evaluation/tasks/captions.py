@@ -24,7 +24,7 @@ class Captions(Task):
     """The folder of pictures, where the JSON file does not name it."""
 
     def read(self, split: str) -> list[Example]:
-        """The questions of a split; see `Task.read`."""
+        """The questions of a split; raises as `Task.read` does."""
         splits = ("train", "restval") if split == "train" else (split,)  # "restval": COCO's, trained on as well
         found = []
         for number, entry in enumerate(self.field(self.json(self.file), "images", list, self.file)):

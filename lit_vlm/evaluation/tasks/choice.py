@@ -84,7 +84,7 @@ class ScienceQA(MultipleChoice):
     demonstration_split = "train"
 
     def read(self, split: str) -> list[Example]:
-        """The questions of a split; see `Task.read`."""
+        """The questions of a split; raises as `Task.read` does."""
         problems = self.json("problems.json")
         found = []
         for key in self.field(self.json("pid_splits.json"), split, list, "pid_splits.json"):
@@ -113,7 +113,7 @@ class MMBench(MultipleChoice):
     groups = "category"
 
     def read(self, split: str) -> list[Example]:
-        """The questions of a split; see `Task.read`."""
+        """The questions of a split; raises as `Task.read` does."""
         tables = visible(self.folder.glob("*.tsv"))
         if not tables:
             raise ValueError(f"task mmbench: {self.folder} has no .tsv. It reads {self.files}")
@@ -169,7 +169,7 @@ class SEED(MultipleChoice):
     groups = "type"
 
     def read(self, split: str) -> list[Example]:
-        """The questions of a split; see `Task.read`."""
+        """The questions of a split; raises as `Task.read` does."""
         file = "SEED-Bench.json"
         found = []
         for number, entry in enumerate(self.field(self.json(file), "questions", list, file)):
@@ -199,7 +199,7 @@ class MMMU(MultipleChoice):
     split = "validation"
 
     def read(self, split: str) -> list[Example]:
-        """The questions of a split; see `Task.read`."""
+        """The questions of a split; raises as `Task.read` does."""
         found = []
         for where, row in self.rows(split):
             if self.field(row, "question_type", str, where) != "multiple-choice":
@@ -231,7 +231,7 @@ class CVBench(MultipleChoice):
     groups = "task"
 
     def read(self, split: str) -> list[Example]:
-        """The questions of a split; see `Task.read`."""
+        """The questions of a split; raises as `Task.read` does."""
         found = []
         for where, row in self.rows(split):
             options = [str(option) for option in self.field(row, "choices", list, where)]
@@ -267,7 +267,7 @@ class MMStar(MultipleChoice):
     groups = "category"
 
     def read(self, split: str) -> list[Example]:
-        """The questions of a split; see `Task.read`."""
+        """The questions of a split; raises as `Task.read` does."""
         found = []
         for where, row in self.rows("mmstar", "val"):
             text = self.field(row, "question", str, where)
@@ -308,7 +308,7 @@ class AI2D(MultipleChoice):
     groups = ""
 
     def read(self, split: str) -> list[Example]:
-        """The questions of a split; see `Task.read`."""
+        """The questions of a split; raises as `Task.read` does."""
         tests = {line.strip() for line in self.path(f"ai2d_{split}_ids.csv").read_text().splitlines() if line.strip()}
         found = []
         for name in sorted(tests):

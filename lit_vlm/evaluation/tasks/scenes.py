@@ -38,7 +38,7 @@ class SceneQuestions(MultipleChoice):
         self.count = count
 
     def read(self, split: str) -> list[Example]:
-        """The questions of a split; see `Task.read`."""
+        """The questions of a split; raises as `Task.read` does."""
         held_out = split == self.split
         count = self.count if held_out else 64
         found = []

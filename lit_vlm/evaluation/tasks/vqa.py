@@ -44,7 +44,7 @@ class CocoVQA(ShortAnswers):
     annotations: ClassVar[dict[str, tuple[str, ...]]]
 
     def read(self, split: str) -> list[Example]:
-        """The questions of a split; see `Task.read`."""
+        """The questions of a split; raises as `Task.read` does."""
         path = self.path(*self.questions[split]).name
         asked = self.field(self.json(*self.questions[split]), "questions", list, path)
         where = self.path(*self.annotations[split]).name
@@ -103,7 +103,7 @@ class TextVQA(ShortAnswers):
     demonstration_split = "train"
 
     def read(self, split: str) -> list[Example]:
-        """The questions of a split; see `Task.read`."""
+        """The questions of a split; raises as `Task.read` does."""
         file = f"TextVQA_0.5.1_{split}.json"
         found = []
         for number, entry in enumerate(self.field(self.json(file), "data", list, file)):
@@ -130,7 +130,7 @@ class VizWiz(ShortAnswers):
     )
 
     def read(self, split: str) -> list[Example]:
-        """The questions of a split; see `Task.read`."""
+        """The questions of a split; raises as `Task.read` does."""
         found = []
         for number, entry in enumerate(self.listed(f"{split}.json")):
             where = f"{split}.json entry {number}"
@@ -154,7 +154,7 @@ class GQA(ShortAnswers):
     split = "testdev"
 
     def read(self, split: str) -> list[Example]:
-        """The questions of a split; see `Task.read`."""
+        """The questions of a split; raises as `Task.read` does."""
         file = f"{split}_balanced_questions.json"
         found = []
         asked = self.json(file)
@@ -177,7 +177,7 @@ class ChartQA(ShortAnswers):
     metric = RelaxedAccuracy
 
     def read(self, split: str) -> list[Example]:
-        """The questions of a split; see `Task.read`."""
+        """The questions of a split; raises as `Task.read` does."""
         found = []
         for group in ("human", "augmented"):
             file = f"{split}/{split}_{group}.json"
@@ -201,7 +201,7 @@ class DocVQA(ShortAnswers):
     max_new_tokens = 32
 
     def read(self, split: str) -> list[Example]:
-        """The questions of a split; see `Task.read`."""
+        """The questions of a split; raises as `Task.read` does."""
         names = (f"{split}_v1.0_withQT.json", f"{split}_v1.0.json")
         file = self.path(*names).name
         found = []

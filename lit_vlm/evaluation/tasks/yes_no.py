@@ -26,7 +26,7 @@ class POPE(Task):
     splits = ("random", "popular", "adversarial")
 
     def read(self, split: str) -> list[Example]:
-        """The questions of a split; see `Task.read`."""
+        """The questions of a split; raises as `Task.read` does."""
         found = []
         for part in self.splits:
             file = self.path(f"coco_pope_{part}.json", f"coco/coco_pope_{part}.json")
@@ -80,7 +80,7 @@ class MME(Task):
     cognition = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
 
     def read(self, split: str) -> list[Example]:
-        """The questions of a split; see `Task.read`."""
+        """The questions of a split; raises as `Task.read` does."""
         found: list[Example] = []
         for category in (*self.perception, *self.cognition):
             folder = self.path(category)
