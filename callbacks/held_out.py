@@ -81,8 +81,8 @@ class HeldOut(L.Callback):
             (Path(trainer.default_root_dir) / FILE).write_text(json.dumps(found, indent=2))
             for logger in trainer.loggers:
                 metrics = _metrics(f"held_out/{when}", scores)
-                for source, part in scores.by_source.items():
-                    metrics |= _metrics(f"held_out/{source}/{when}", part)
+                for source, own in scores.by_source.items():
+                    metrics |= _metrics(f"held_out/{source}/{when}", own)
                 logger.log_metrics(metrics, step=trainer.global_step)
 
 

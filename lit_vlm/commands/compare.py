@@ -103,10 +103,10 @@ def _without_seed(flags: Sequence[str]) -> tuple[str, list[str]]:
 
 def _scores(after: dict[str, Any]) -> tuple[dict[str, float], dict[str, float]]:
     scores, chance = {LOSS: after["loss"]}, {}
-    for name, part in {ALL: after, **after["by_source"]}.items():
-        scores[name] = part["choice_accuracy" if part["num_choices"] else "exact_match"]
-        if part["num_choices"]:
-            chance[name] = part["choice_chance"]
+    for name, own in {ALL: after, **after["by_source"]}.items():
+        scores[name] = own["choice_accuracy" if own["num_choices"] else "exact_match"]
+        if own["num_choices"]:
+            chance[name] = own["choice_chance"]
     return scores, chance
 
 
@@ -133,9 +133,9 @@ def _print(groups: dict[tuple[str, ...], list[Finished]], console: Console) -> N
     console.width = max(console.width, wanted)  # a number that is cut off would be misread
     console.print(table)
     if common:
-        console.print("all: " + " ".join(part for part in next(iter(groups)) if part in common), soft_wrap=True)
+        console.print("all: " + " ".join(flag for flag in next(iter(groups)) if flag in common), soft_wrap=True)
     for settings, letter in letters.items():
-        own = " ".join(part for part in settings if part not in common) or "(no other flag)"
+        own = " ".join(flag for flag in settings if flag not in common) or "(no other flag)"
         console.print(f"{letter}: {own}", soft_wrap=True)
 
 

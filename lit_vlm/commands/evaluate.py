@@ -135,10 +135,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _shots(text: str) -> list[int]:
-    parts = text.split(",")
-    if not all(part.strip().isdecimal() for part in parts):
+    numbers = text.split(",")
+    if not all(number.strip().isdecimal() for number in numbers):
         raise ValueError(f"--shots {text!r}: write numbers from 0 on, separated by commas")
-    return [int(part) for part in parts]
+    return [int(number) for number in numbers]
 
 
 def _task(name: str, data: Path) -> Task:

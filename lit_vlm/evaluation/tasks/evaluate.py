@@ -88,7 +88,7 @@ def run_task(
             keep(line)
             if on_answer is not None:
                 on_answer(len(found), len(mine))
-    lines = done | {line["id"]: line for part in _gathered(found) for line in part}
+    lines = done | {line["id"]: line for of_rank in _gathered(found) for line in of_rank}
     result = _result(task, examples, lines)
     if out is not None and rank == 0:
         asked = {example.id for example in examples}
@@ -194,8 +194,8 @@ def _write(
     with scratch.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps({"how": how} | line, ensure_ascii=False) + "\n" for line in lines)
     scratch.replace(out / ANSWERS)
-    for part in out.glob("answers.*.partial.jsonl"):
-        part.unlink()
+    for partial in out.glob("answers.*.partial.jsonl"):
+        partial.unlink()
     saved = {
         "task": task.name,
         "scores": result.scores,

@@ -28,8 +28,8 @@ class POPE(Task):
     def read(self, split: str) -> list[Example]:
         """The questions of a split; raises as `Task.read` does."""
         found = []
-        for part in self.splits:
-            file = self.path(f"coco_pope_{part}.json", f"coco/coco_pope_{part}.json")
+        for name in self.splits:
+            file = self.path(f"coco_pope_{name}.json", f"coco/coco_pope_{name}.json")
             for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
                 if not line.strip():
                     continue
@@ -43,7 +43,7 @@ class POPE(Task):
                     raise ValueError(f"task pope: {where}: label is {label!r}, and must be yes or no")
                 image = Image(path=f"val2014/{self.field(entry, 'image', str, where)}")
                 question = self.field(entry, "text", str, where)
-                found.append(Example(f"{part}-{number}", (image,), question, (label,), group=part))
+                found.append(Example(f"{name}-{number}", (image,), question, (label,), group=name))
         return found
 
     def score(self, outcomes: Sequence[Outcome]) -> dict[str, float]:
