@@ -84,7 +84,7 @@ def read_slots(source: str | Path) -> dict[str, dict[str, Tensor]]:
 
 
 def read_shapes(source: str | Path) -> dict[str, dict[str, Tensor]] | None:
-    """What `read_slots` gives, on the meta device and without reading values; None for published weights.
+    """The tensors of `read_slots` on the meta device, without reading values; None for published weights.
 
     Raises:
         ValueError: when there is no complete checkpoint.

@@ -1,4 +1,4 @@
-"""What can be read from each layer of a frozen model: OLA-VLM's probing study."""
+"""Probes: how well a teacher's features can be predicted from each layer of a frozen model (OLA-VLM's study)."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ def default_uri(uri: str | None = None) -> str:
 
 
 def absolute_uri(uri: str) -> str:
-    """The same store from any working folder: a relative SQLite file by its whole path."""
+    """A URI that names the same store from any working folder: a SQLite file by its absolute path."""
     if not uri.startswith(SQLITE) or uri.startswith(f"{SQLITE}/"):
         return uri
     return f"{SQLITE}{Path(uri.removeprefix(SQLITE)).absolute()}"

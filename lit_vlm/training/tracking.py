@@ -133,7 +133,7 @@ class RunRecord(SaveConfigCallback):
 
 
 def freeze_table(stage: str, rows: list[SlotCount]) -> Table:
-    """What trains and what is frozen, as a table for the terminal."""
+    """A table for the terminal of the trained and frozen parameters of each slot."""
     table = Table(title=f"stage '{stage}': what trains")
     for title in ("slot", "part", "trained", "frozen", "peak LR"):
         table.add_column(title, justify="left" if title in ("slot", "part") else "right")

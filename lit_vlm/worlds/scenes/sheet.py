@@ -63,7 +63,7 @@ def sheet(count: int, seed: int = 0) -> PILImage.Image:
 
 @dataclass(frozen=True)
 class _Sample:
-    """What is drawn of one scene: square pictures, and lines of text with their colours."""
+    """The drawing of one scene: square pictures, and lines of text with their colours."""
 
     tiles: list[NDArray[np.uint8]]
     lines: list[tuple[str, str]]
