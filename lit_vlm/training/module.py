@@ -217,7 +217,7 @@ class LitVLM(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _check_decoder(self) -> None:
-        """Check that the decoder keeps the order and borders of samples, unless the stage does without the decoder."""
+        """Check that tokens in the decoder see only what they may (`decoders.check_order`), unless it is left out."""
         if self.stage.leave_out:
             return
         data = getattr(self.trainer, "datamodule", None)
