@@ -1,4 +1,4 @@
-"""Checkpoints that a killed run can be taken up from."""
+"""Checkpoints that a killed run can be resumed from."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 class Checkpoint(ModelCheckpoint):
     """Saves every so many steps and at the end, under `checkpoints/` of the run's folder.
 
-    A new file is complete before the old one goes, so a run that is killed at any moment leaves one to resume from.
+    The old file is removed only when the new one is complete, so a run that is killed at any moment can be resumed.
 
     Args:
         every_n_steps: optimizer steps between two checkpoints.
@@ -33,7 +33,7 @@ class Checkpoint(ModelCheckpoint):
         super().setup(trainer, pl_module, stage)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save what the next stage starts from."""
+        """Save the last checkpoint, which the next stage starts from."""
         super().on_train_end(trainer, pl_module)
         if self._last_global_step_saved != trainer.global_step and not getattr(trainer, "fast_dev_run", False):
             self._save_none_monitor_checkpoint(trainer, self._monitor_candidates(trainer))

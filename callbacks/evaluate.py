@@ -21,11 +21,14 @@ class Evaluate(L.Callback):
 
     Args:
         task: name of a task, as `lit-vlm evaluate --help` lists them, or the path of its class.
-        folder: its files; not needed for generated scenes.
-        every_n_steps: optimizer steps between runs; None runs it at the end only.
-        limit: examples; default: all.
+        folder: folder of the task's files; not needed for generated scenes.
+        every_n_steps: optimizer steps between two runs of the task; None runs it at the end only.
+        limit: number of examples; default: all.
         shots: demonstrations with pictures.
         batch_size: examples at a time.
+
+    Raises:
+        ValueError: for an unknown task, a missing folder, or an interval below 1.
     """
 
     def __init__(
@@ -46,7 +49,11 @@ class Evaluate(L.Callback):
         self._last = -1
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Read the files now, so that a missing one, or a decoder that cannot be asked, stops no run in its middle."""
+        """Read the task's files, and check that the decoder can generate, before anything is trained.
+
+        Raises:
+            ValueError: for a missing or wrong file, or a decoder that does not go on from a cache.
+        """
         assert isinstance(pl_module, LitVLM)
         Prompts(self.task, self.settings.prompt)
         pl_module.vlm.new_cache()
@@ -54,13 +61,13 @@ class Evaluate(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Run it where the schedule says so; a step of several micro-batches is one step."""
+        """Run the task every `every_n_steps` optimizer steps; micro-batches of one step run it once."""
         step = trainer.global_step
         if self.every_n_steps is not None and step and step % self.every_n_steps == 0 and step != self._last:
             self._run(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Run it on what was reached."""
+        """Run the task on the trained model, unless the last step has run it."""
         if trainer.global_step != self._last:
             self._run(trainer, pl_module)
 

@@ -1,4 +1,4 @@
-"""Frozen means frozen."""
+"""A check that frozen parameters stay as they are."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ class FreezeGuard(L.Callback):
         self._before: dict[str, Tensor] = {}
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Note the frozen tensors."""
+        """Keep a hash of each frozen tensor."""
         assert isinstance(pl_module, LitVLM)
         self._before = {name: _hash(tensor) for name, tensor in frozen_tensors(pl_module.vlm).items()}
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Compare.
+        """Compare the frozen tensors with those at the start.
 
         Raises:
             RuntimeError: naming the frozen tensors that changed.
         """
         assert isinstance(pl_module, LitVLM)
-        reshard(pl_module.vlm)  # a validation may have come last
+        reshard(pl_module.vlm)  # a validation may have left the root unit gathered
         after = frozen_tensors(pl_module.vlm)
         changed = [name for name, before in self._before.items() if not torch.equal(before, _hash(after[name]))]
         if changed:

@@ -1,4 +1,4 @@
-"""Gradient norms per slot, and an early end when they are no longer numbers."""
+"""Gradient norms per slot, and an early end when they are not finite."""
 
 from __future__ import annotations
 
@@ -29,9 +29,12 @@ class _Step(NamedTuple):
 class GradientMonitor(L.Callback):
     """Logs `grad_norm/SLOT` and `grad_norm/total`; stops on a non-finite gradient and names the samples of that step.
 
-    A step is judged when the next one ends, or before a checkpoint is written: asking at once would make the host wait
-    for the device in every step. In fp16 a gradient that overflows ends nothing, as scaling leaves that step out, but a
-    loss that is no number does. Once, it warns of parameters that train but get no gradient.
+    A step is checked when the next one ends, or before a checkpoint is written, as an immediate check would make the
+    host wait for the device in every step. In fp16 only a non-finite loss stops training, as loss scaling leaves out a
+    step whose gradients overflow. Parameters that train but get no gradient are warned of once.
+
+    Raises:
+        ValueError: during training, for a non-finite loss or gradient.
     """
 
     def __init__(self) -> None:
@@ -47,14 +50,14 @@ class GradientMonitor(L.Callback):
         loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs
         entry = (loss.detach(), [f"{sample.source}/{sample.id}" for sample in batch.samples])
         if self._stepping is not None:
-            # The optimizer has stepped inside this batch, which is the last one of that step.
+            # The optimizer has stepped within this batch, the last one of that step.
             self._stepping.append(entry)
             self._stepping = None
         else:
             self._batches.append(entry)
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
-        """Norms, before clipping."""
+        """Log gradient norms, before clipping, and check the step before."""
         assert isinstance(pl_module, LitVLM)
         self._judge(trainer)
         if not self._warned:
@@ -71,11 +74,11 @@ class GradientMonitor(L.Callback):
         self._stepping, self._batches = self._batches, []
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Never save weights that a broken step has touched."""
+        """Check the last step, so that no weights are saved after a non-finite gradient."""
         self._judge(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Judge the last step."""
+        """Check the last step."""
         self._judge(trainer)
 
     def _judge(self, trainer: L.Trainer) -> None:

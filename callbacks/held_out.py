@@ -23,14 +23,17 @@ FILE = "held_out.json"
 class HeldOut(L.Callback):
     """Scores held-out questions when a stage starts and when it ends, into held_out.json and MLflow.
 
-    At the end it also scores the same questions with the pictures of others (`shuffled`), which shows what can be
+    At the end it also scores each question with the picture of another question (`shuffled`), which shows what can be
     answered without seeing.
 
     Args:
-        limit: records to score, spread evenly over data.val; default: all of it.
+        limit: number of records to score, spread evenly over data.val; default: all.
         batch_size: records at a time.
         shuffled: whether the control with shuffled pictures is made.
         max_new_tokens: length of an answer at most.
+
+    Raises:
+        ValueError: when training starts or ends, if data.val has no usable question.
     """
 
     def __init__(
@@ -45,7 +48,7 @@ class HeldOut(L.Callback):
         self._records: list[Record] = []
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Score the start; a stage that goes on from one that was scored has that one's end as its start."""
+        """Score the model before training, unless this run, or the stage that it starts from, has scored it already."""
         assert isinstance(pl_module, LitVLM)
         start = pl_module.stage.start_from
         earlier = [Path(start), *list(Path(start).parents)[:2]] if start else []  # a run's folder, or a file in it
@@ -53,7 +56,7 @@ class HeldOut(L.Callback):
             self._score(trainer, pl_module, "before")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Score the end, and draw."""
+        """Score the trained model, and draw the scores."""
         assert isinstance(pl_module, LitVLM)
         self._score(trainer, pl_module, "after")
         if self.shuffled:
@@ -78,8 +81,8 @@ class HeldOut(L.Callback):
             (Path(trainer.default_root_dir) / FILE).write_text(json.dumps(found, indent=2))
             for logger in trainer.loggers:
                 metrics = _metrics(f"held_out/{when}", scores)
-                for source, part in scores.by_source.items():
-                    metrics |= _metrics(f"held_out/{source}/{when}", part)
+                for source, own in scores.by_source.items():
+                    metrics |= _metrics(f"held_out/{source}/{when}", own)
                 logger.log_metrics(metrics, step=trainer.global_step)
 
 

@@ -22,9 +22,12 @@ class Predictions(L.Callback):
     """Answers some held-out questions now and then and at the end: a PNG and a JSON file in the run and in MLflow.
 
     Args:
-        num: questions, spread over all of data.val.
+        num: number of questions, spread over all of data.val.
         every_n_steps: optimizer steps between two sheets; default: only at the end.
         max_new_tokens: length of an answer at most.
+
+    Raises:
+        ValueError: during training, if data.val has no usable question.
     """
 
     def __init__(self, num: int = 8, every_n_steps: int | None = None, max_new_tokens: int = 16) -> None:
@@ -33,21 +36,25 @@ class Predictions(L.Callback):
         self._last = -1
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Refuse a decoder that cannot be asked now, and not when a stage is done."""
+        """Check that the decoder can generate, before anything is trained.
+
+        Raises:
+            ValueError: for a decoder that does not go on from a cache.
+        """
         assert isinstance(pl_module, LitVLM)
         pl_module.vlm.new_cache()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Answer, if it is time."""
+        """Answer the questions every `every_n_steps` optimizer steps."""
         step = trainer.global_step
         if self.every_n_steps and step > self._last and step % self.every_n_steps == 0:
             self._answer(trainer, pl_module, f"answers-step={step:08d}")
             self._last = step
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Answer once more."""
+        """Answer the questions with the trained model."""
         self._answer(trainer, pl_module, "answers")
 
     def _answer(self, trainer: L.Trainer, module: L.LightningModule, name: str) -> None:
@@ -73,7 +80,7 @@ class Predictions(L.Callback):
 
 
 def draw_answers(answers: Sequence[Answer], path: Path) -> None:
-    """A sheet of pictures with question, answer and the expected answer; green where they agree."""
+    """Draw pictures with question, answer and expected answer, green where both agree, into a PNG file."""
     from matplotlib.figure import Figure
 
     columns = 4

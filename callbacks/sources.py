@@ -1,4 +1,4 @@
-"""What a run has seen of each source."""
+"""Counts of what a run has seen of each source."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Sources(L.Callback):
     """Logs, over all devices and since the start of the run, at each `log_every_n_steps`:
 
     - `data/samples/SOURCE`, `data/tokens/SOURCE` (visual ones too), `data/supervised/SOURCE`, `data/images/SOURCE`;
-    - `data/epochs/SOURCE`: how often the source was gone through.
+    - `data/epochs/SOURCE`: samples seen, over the size of the source.
 
     The counts are in the checkpoint, so a resumed run goes on counting.
     """  # noqa: D415
@@ -30,7 +30,7 @@ class Sources(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        """Count, and log now and then."""
+        """Count the batch, and log each `log_every_n_steps`."""
         for sample in batch.samples:
             counted = (1, sample.num_tokens, sample.num_supervised, sample.num_images)
             for kind, count in zip(KINDS, counted, strict=True):
@@ -41,17 +41,17 @@ class Sources(L.Callback):
             self._log(trainer, pl_module)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Every rank comes here: bring the counts together, so that what rank 0 saves is of all."""
+        """Sum the counts over all ranks, which all call this, so that rank 0 saves the total."""
         self._gather(trainer, pl_module)
         checkpoint["sources"] = [[source, kind, count] for (source, kind), count in self.seen.items()]
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Go on counting."""
+        """Go on from the counts of the checkpoint."""
         self.seen = Counter({(source, kind): count for source, kind, count in checkpoint.get("sources", [])})
 
     def _gather(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         keys = [(name, kind) for name in _sizes(trainer) for kind in KINDS]
-        # Integers: numbers above 2²⁴ would be rounded in fp32, which is what some devices add up in.
+        # Integers, as fp32 rounds numbers above 2²⁴.
         counts = torch.tensor([self._new[key] for key in keys], dtype=torch.int64, device=module.device)
         summed = trainer.strategy.reduce(counts, reduce_op="sum")
         self.seen.update(dict(zip(keys, summed.tolist(), strict=True)))

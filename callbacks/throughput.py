@@ -1,4 +1,4 @@
-"""How fast training is, and what it waits for."""
+"""Throughput of training, and the share of time that it waits for data."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 # Dense peak of one device in TFLOP/s without sparsity, from the vendors' data sheets: bf16, or fp16 where there is no
-# bf16 (V100, T4). By the name that the driver gives, without maker, series, and kind and size of memory.
+# bf16 (V100, T4). Keys are names from the driver, without maker, series, and kind and size of memory.
 PEAKS = {
     "t4": 65,
     "v100": 125,
@@ -62,7 +62,7 @@ class Throughput(L.Callback):
     - `throughput/mfu`: model FLOPs (`lit_vlm.core.flops`) over the peak of the device, where that is known.
 
     Args:
-        peak: peak FLOP/s of one device in the precision used, for devices that are not known.
+        peak: peak FLOP/s of one device in the precision used; default: that of a known device.
     """  # noqa: D415
 
     def __init__(self, peak: float | None = None) -> None:
@@ -76,7 +76,7 @@ class Throughput(L.Callback):
         self._start = 0.0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Prepare to count operations, where there is a peak to compare them with."""
+        """Prepare to count model FLOPs, if the peak of the device is known."""
         assert isinstance(pl_module, LitVLM)
         self._peak = self.peak or known_peak(pl_module.device)
         if self._peak:
@@ -89,13 +89,13 @@ class Throughput(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
-        """The batch has come."""
+        """Add up the time that was spent waiting for this batch."""
         self._wait += time.perf_counter() - self._mark
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        """Count, and log now and then."""
+        """Count the batch, and log each `log_every_n_steps`."""
         assert isinstance(pl_module, LitVLM)
         self._counts = self._counts + batch.counts
         if (count := self._count) is not None:
@@ -134,7 +134,7 @@ class Throughput(L.Callback):
 
 
 def _attempt(work: Callable[[], T]) -> T | None:
-    """What `work` gives; None where it fails, as what only reports must not end training."""
+    """The result of `work`; None, with a warning, where it fails, as a mere report must not end training."""
     try:
         return work()
     except Exception as error:
@@ -148,12 +148,12 @@ def _attempt(work: Callable[[], T]) -> T | None:
 
 
 def known_peak(device: torch.device) -> float | None:
-    """Peak FLOP/s of a device, or None: for other devices than GPUs, unknown ones and slices of one (MIG)."""
+    """Peak FLOP/s of a device; None for unknown GPUs, slices of a GPU (MIG) and devices other than GPUs."""
     return peak_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
 def peak_of(name: str) -> float | None:
-    """Peak FLOP/s by the name of a device."""
+    """Peak FLOP/s of a device by its name; None for an unknown one."""
     words = [word for word in re.split(r"[\s-]+", name.lower()) if not PLAIN.fullmatch(word)]
     found = PEAKS.get(" ".join(words))
     return found * 1e12 if found else None

@@ -1,8 +1,8 @@
-"""Module paths of earlier versions, which config files, checkpoints of runs and other packages go on naming.
+"""Module paths of earlier versions, which existing config files, checkpoints and other packages still name.
 
-`import lit_vlm.batch` gives the very module that is now `lit_vlm.core.batch`, so that a class has one identity
-whichever path names it. `old_name` is the way back: identities on disk (caches, prepared features, order of samples)
-were made with the earlier paths and stay what they were.
+`import lit_vlm.batch` gives the same module object as `lit_vlm.core.batch`, so that a class is one class under both
+paths. `old_name` is the inverse: identities on disk (caches, prepared features, order of samples) were made with the
+earlier paths and must not change.
 """
 
 from __future__ import annotations
@@ -89,11 +89,11 @@ MOVED = {
     "tracking": "training.tracking",
     "trainer": "training.trainer",
 }
-"""Earlier path → path now, both below `lit_vlm`; of a package with all that is in it."""
+"""Earlier path → present path, both below `lit_vlm`; the modules of a package move with it."""
 
 
 def new_name(name: str) -> str | None:
-    """What a module path of an earlier version is now; None for a path that has not moved."""
+    """The present path of an earlier module path; None for a path that has not moved."""
     parts = name.removeprefix("lit_vlm.").split(".")
     for end in range(len(parts), 0, -1):
         if (found := MOVED.get(".".join(parts[:end]))) is not None:
@@ -102,7 +102,7 @@ def new_name(name: str) -> str | None:
 
 
 def old_name(name: str) -> str:
-    """The path under which a module was known before it moved; any other as it is."""
+    """The earlier path of a module that has moved; any other path unchanged."""
     own = name.removeprefix("lit_vlm.")
     for old, new in MOVED.items():
         if own == new or own.startswith(f"{new}."):
@@ -111,12 +111,12 @@ def old_name(name: str) -> str:
 
 
 class _MovedFinder(importlib.abc.MetaPathFinder):
-    """Finds a moved module under its earlier path; it is asked last, when no file of that name exists."""
+    """Finds a moved module under its earlier path; Python asks it last, when no file of that name exists."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        """The spec of an earlier path."""
+        """The import spec of an earlier path; None for any other path."""
         name = new_name(fullname) if fullname.startswith("lit_vlm.") else None
         found = importlib.util.find_spec(name) if name else None
         if name is None or found is None:
@@ -125,20 +125,20 @@ class _MovedFinder(importlib.abc.MetaPathFinder):
 
 
 class _SameModule(importlib.abc.InspectLoader):
-    """Gives the module that stands under another path, and leaves it as it is."""
+    """Loads an earlier path as the module at the present path, without changing that module."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         self._spec: importlib.machinery.ModuleSpec | None = None
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
-        """The module under its path of now."""
+        """The module at the present path."""
         module = importlib.import_module(self.name)
         self._spec = module.__spec__
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        """Nothing is left to execute; the import system has put the earlier path on the module, which is undone."""
+        """Restore the module's own spec, which the import system has overwritten; there is nothing to execute."""
         module.__spec__ = self._spec
 
     def get_code(self, fullname: str) -> CodeType | None:

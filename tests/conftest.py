@@ -1,4 +1,4 @@
-"""What several tests of the data side need: a tokenizer, a spec, pictures and samples."""
+"""Fixtures that several tests of the data side share: specs with tokenizers, pictures and samples."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ def make_spec(tokenizer: PreTrainedTokenizerFast) -> InputSpec:
 
 @pytest.fixture(scope="session")
 def bytes_spec() -> InputSpec:
-    """One token per byte, patches of 4 pixels, one position per patch."""
+    """A spec with one token per byte, patches of 4 pixels, and one position per patch."""
     return make_spec(byte_tokenizer())
 
 
 @pytest.fixture(scope="session")
 def llama_spec() -> InputSpec:
-    """The Llama-like tokenizer of 480 pieces that the reference ids were made with."""
+    """A spec with the Llama-like tokenizer of 480 pieces that the reference ids were made with."""
     return make_spec(AutoTokenizer.from_pretrained(FIXTURES / "tiny_llama"))
 
 
 @pytest.fixture
 def png() -> Callable[..., bytes]:
-    """PNG bytes of a picture of one colour."""
+    """A function that makes the PNG bytes of a picture of one colour."""
 
     def make(width: int = 8, height: int = 8, colour: tuple[int, int, int] = (10, 20, 30)) -> bytes:
         buffer = io.BytesIO()
@@ -52,7 +52,7 @@ def png() -> Callable[..., bytes]:
 
 @pytest.fixture
 def make_sample() -> Callable[..., Sample]:
-    """A sample of `length` positions; text ids are 1 to 9, so that 0 is found at image positions only."""
+    """A function that makes a sample of `length` positions; text ids are 1 to 9, so that 0 marks image positions."""
 
     def make(name: str, length: int, grids: Sequence[Grid] = (), seed: int | None = None) -> Sample:
         rng = random.Random(name if seed is None else seed)

@@ -31,9 +31,9 @@ from typing import NoReturn
 
 ROOT = Path(__file__).parent.parent
 FIXED = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-"""Variables that are read while libraries are imported: of the server, and of everything that asks for a fork."""
+"""Variables that libraries read on import; the server and each program that asks for a fork must have them alike."""
 QUIET = {"JE_ARROW_MALLOC_CONF": "background_thread:false", "GIT_PYTHON_REFRESH": "quiet"}
-"""For the server alone, as a fork has none of the threads of what it comes from; the second as the command sets it."""
+"""Variables of the server alone: no background thread, as a fork has none of its threads; Git's as in `cli._quiet`."""
 PRELOAD = (
     "lit_vlm.commands.lightning_cli",
     "mlflow.store.tracking.sqlalchemy_store",
@@ -42,12 +42,12 @@ PRELOAD = (
     "omegaconf.grammar_visitor",
     "torch.distributed.run",
 )
-"""What most commands come to import."""
+"""Modules that most commands import."""
 
 
 @functools.cache
 def interpreter() -> str:
-    """The program, with its server."""
+    """Path of the program; its server is started with it."""
     scratch = tempfile.TemporaryDirectory(prefix="forks-")
     address, program = (Path(scratch.name) / name for name in ("socket", "python"))
     words = f'"{sys.executable}" -IS "{__file__}" ask "{address}" "{program}" "{sys.executable}"'
@@ -60,7 +60,7 @@ def interpreter() -> str:
 
     @atexit.register
     def end() -> None:
-        server.communicate()  # its standard input ends
+        server.communicate()  # closes its standard input, which ends it
         scratch.cleanup()
 
     return str(program)
@@ -84,7 +84,7 @@ def ask(address: str, program: str, python: str, *words: str) -> NoReturn:
         connection.sendall(json.dumps(request).encode())
         connection.shutdown(socket.SHUT_WR)
         code = int(connection.recv(8) or 1)
-    if code < 0:  # by a signal
+    if code < 0:  # the fork was killed by a signal
         os.kill(os.getpid(), -code)
     sys.exit(code)
 
@@ -100,7 +100,7 @@ def serve(address: str) -> NoReturn:
         for module in PRELOAD:
             importlib.import_module(module)
         assert len(os.listdir("/proc/self/task")) == 1, "a library has started threads"
-        gc.freeze()  # or the collector would copy every page into every fork
+        gc.freeze()  # otherwise the garbage collector would copy every page into every fork
         os.write(1, b"ready\n")
         connection = Forks().answer(listener)
     if connection is None:
@@ -109,15 +109,15 @@ def serve(address: str) -> NoReturn:
 
 
 class Forks:
-    """The forks of the server, each beside the connection that wants to know how it ends."""
+    """The running forks of the server, each with the connection that is told its exit code."""
 
     def __init__(self) -> None:
         self.events = select.poll()
-        self.running: dict[int, tuple[int, socket.socket]] = {}  # by a descriptor that is ready when it has ended
-        self.asking: dict[int, int] = {}  # by the descriptor of the connection, while somebody is at its other end
+        self.running: dict[int, tuple[int, socket.socket]] = {}  # pidfd of a fork → its process id, connection
+        self.asking: dict[int, int] = {}  # descriptor of a connection → id of its fork
 
     def answer(self, listener: socket.socket) -> socket.socket | None:
-        """Returns in each fork its connection, and in the server nothing, when the standard input has ended."""
+        """Fork for each connection. Returns the connection in a fork; None in the server, when its input ends."""
         self.events.register(0, select.POLLIN)
         self.events.register(listener, select.POLLIN)
         while True:
@@ -144,7 +144,7 @@ class Forks:
             return fork
         ended = os.pidfd_open(fork)
         self.events.register(ended, select.POLLIN)
-        self.events.register(connection, 0)  # says that it was hung up, whatever is asked for
+        self.events.register(connection, 0)  # poll reports a hang-up even for no events
         self.running[ended], self.asking[connection.fileno()] = (fork, connection), fork
         return fork
 
@@ -161,7 +161,7 @@ class Forks:
 
 
 def _run(connection: socket.socket) -> NoReturn:
-    """Run a module as `python -m` would."""
+    """Run in a fork the module that the connection names, as `python -m` would."""
     with connection:
         _, streams, _, _ = socket.recv_fds(connection, 1, 3)
         with connection.makefile("rb") as file:
@@ -191,7 +191,7 @@ def _run(connection: socket.socket) -> NoReturn:
 
 
 def _end(code: int) -> NoReturn:
-    """Wait for threads and run what was registered; to take the libraries down as well would cost a second."""
+    """End a fork after its threads and exit functions, without a full shutdown, which would take a second."""
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     sys.stdout.flush()

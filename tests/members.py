@@ -1,4 +1,4 @@
-"""A tiny model around each member of each slot: what the contract tests are run on."""
+"""A case for each class of each slot: the tiny models that the contract tests run on."""
 
 from __future__ import annotations
 
@@ -63,22 +63,22 @@ TILES: list[Size] = [(28, 28), (56, 28)]
 
 
 def encoder(factory: Callable[[], Any], sizes: list[Size], projector: Any = MLP) -> Case:
-    """A case of another encoder."""
+    """A case with this encoder in place of the tiny LLaVA's."""
     return Case({"encoder": factory, "projector": projector}, sizes)
 
 
 def projector(factory: Callable[[int, int], Projector], sizes: list[Size] = SIZES) -> Case:
-    """A case of another projector, behind patches of pictures of two sizes."""
+    """A case with this projector, behind an encoder of patches, with pictures of two sizes."""
     return Case({"encoder": PLAIN, "projector": factory}, sizes)
 
 
 def head(factory: Callable[[int, int], Head], **slots: Any) -> Case:
-    """A case of a head, beside the next token."""
+    """A case with this head beside the next-token loss."""
     return Case({"heads": {"own": factory}} | slots, [(28, 28)] * 2, {"next_token": 1.0, "own": 0.5})
 
 
 class Tangled(Projector):
-    """What goes by two names: modules, parameters and buffers; and a buffer that is drawn and saved nowhere."""
+    """A projector with a module, a parameter and a buffer under two names each, and an unsaved random buffer."""
 
     def __init__(self, in_width: int, out_width: int) -> None:
         super().__init__(in_width, out_width)
@@ -166,14 +166,14 @@ CASES: dict[str, Case] = {
 
 
 class Looping(LinearPatches):
-    """Names a block and runs it once per size, against the rule."""
+    """An encoder that breaks a rule: its block runs once for each size of picture."""
 
     def __init__(self) -> None:
         super().__init__(width=32, patch=7, row_end=False)
         self.linear = nn.Sequential(self.linear)  # type: ignore[assignment]
 
     def blocks(self) -> list[nn.Module]:
-        """Its only layer."""
+        """The only layer."""
         return [self.linear]
 
     def _encode(self, pixels: Tensor) -> Tensor:

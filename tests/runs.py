@@ -17,12 +17,12 @@ from tests.forkserver import FIXED, interpreter
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """Of a process whose runs are tracked in `folder`."""
+    """Environment variables of a process whose MLflow runs are stored in `folder`."""
     return os.environ | FIXED | {"MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}
 
 
 def lit_vlm(folder: Path, *arguments: str, check: bool = True, fresh: bool = False) -> subprocess.CompletedProcess[str]:
-    """Run the command line in a process of its own; a fresh one imports everything anew, which takes seconds."""
+    """Run the command line in a process: a fork (`forkserver`), or a fresh one that imports everything anew."""
     result = subprocess.run(
         [sys.executable if fresh else interpreter(), "-m", "lit_vlm", *arguments],
         cwd=folder,
@@ -43,7 +43,7 @@ def tiny_fit(
     recipe: str = "llava15",
     fresh: bool = False,
 ) -> dict[str, torch.Tensor]:
-    """The weights that a stage leaves after four steps in fp32."""
+    """Train a tiny stage for four steps in fp32; returns its weights by name."""
     configs = find_recipe(recipe).configs(stage, "tiny", strategy)
     words = [word for path in configs for word in ("--config", str(path.resolve()))]
     lit_vlm(folder, "fit", *words, "--trainer.default_root_dir", out, "--trainer.accelerator", "cpu",
@@ -52,7 +52,7 @@ def tiny_fit(
 
 
 def two_ranks(folder: Path, module: str, *arguments: str) -> None:
-    """Run a module twice at a time, as `python -m MODULE RANK ARGUMENTS`; if one fails, the other is ended."""
+    """Run `python -m MODULE RANK ARGUMENTS` for ranks 0 and 1 at the same time; if one fails, the other is killed."""
     logs = [folder / f"rank-{rank}.log" for rank in range(2)]
     ranks = []
     for rank, log in enumerate(logs):
@@ -68,7 +68,7 @@ def two_ranks(folder: Path, module: str, *arguments: str) -> None:
 
 
 def one_step(folder: Path, recipe: str, stage: str) -> Path:
-    """A run of one step in this process; its folder."""
+    """Train a tiny stage for one step in this process; returns the folder of the run."""
     words = [word for path in find_recipe(recipe).configs(stage, "tiny", "single") for word in ("--config", str(path))]
     flags = ["--trainer.max_steps", "1", "--trainer.limit_val_batches", "0", "--trainer.logger", "false"]
     main(["fit", *words, *flags, "--trainer.accelerator", "cpu", "--trainer.default_root_dir", str(folder)])

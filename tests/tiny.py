@@ -31,29 +31,29 @@ def tiny_vlm(**changes: Any) -> VLM:
 
 
 def spec_of(model: VLM) -> InputSpec:
-    """What the data side must know."""
+    """What the data side must know of a model, as `LitVLM.input_spec`."""
     return InputSpec(model.decoder.tokenizer, model.encoder.pixels, model.encoder.patch_grid, model.grid_map)
 
 
 def samples_of(model: VLM, count: int = 6, text_only: bool = True, prompt: bool = False) -> list[Sample]:
-    """Encoded drawn shapes."""
+    """Encoded samples of `Shapes`; with `prompt`, without their answers."""
     source = Shapes(count, text_only=text_only)
     encode = SampleEncoder(spec_of(model), ChatML(), SquareCrop(), max_length=256, prompt=prompt)
     return [encode(source.record(index), source.image_folder) for index in range(count)]
 
 
 def batch_of(model: VLM, count: int = 6, packed: bool = False, text_only: bool = True) -> Batch:
-    """A batch of drawn shapes, padded or packed."""
+    """A batch of samples of `Shapes`, padded or packed."""
     samples = samples_of(model, count, text_only)
     return collate_packed(samples, capacity=256) if packed else collate(samples)
 
 
 def collate_packed(samples: Sequence[Sample], capacity: int, bad: Sequence[BadSample] = (), pad_id: int = 0) -> Batch:
-    """Several samples per row of at most `capacity` positions, as a plan would pack them."""
+    """A batch with several samples per row of at most `capacity` positions, packed as a plan packs them."""
     rows = first_fit_decreasing([len(sample) for sample in samples], capacity)
     return make_rows([[samples[i] for i in row] for row in rows], bad, pad_id)
 
 
 def gradients(model: VLM) -> dict[str, torch.Tensor]:
-    """All gradients by name."""
+    """All gradients of a model by parameter name."""
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}

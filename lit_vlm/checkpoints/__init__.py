@@ -25,7 +25,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    # Loaded when asked for: whoever looks into a folder needs no PyTorch, and who reads a state no family.
+    # Imported when asked for: looking into a folder needs no PyTorch, and reading a checkpoint no published family.
     if name in ("find_start", "read_slots", "read_state"):
         return getattr(importlib.import_module("lit_vlm.checkpoints.weights"), name)
     if name == "load_published":

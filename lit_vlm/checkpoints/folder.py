@@ -23,7 +23,7 @@ def checkpoints_in(folder: Path) -> list[Path]:
 
 
 def step_of(path: Path) -> int:
-    """Optimizer steps of the stage when a checkpoint was written, from its name; -1 if it does not tell."""
+    """Optimizer steps of the stage when a checkpoint was written, from its file name; -1 if the name has no step."""
     match = re.search(r"step=(\d+)", path.name)
     return int(match.group(1)) if match else -1
 
@@ -32,7 +32,7 @@ def find_checkpoint(source: str | Path) -> Path:
     """A checkpoint from its own path, or the newest one in the folder of a run.
 
     Raises:
-        ValueError: when there is none, naming what was looked at.
+        ValueError: when there is no complete checkpoint, naming the path that was searched.
     """
     path = Path(source).expanduser()
     if path.suffix == SUFFIX:
@@ -49,7 +49,7 @@ def run_folder(source: str | Path) -> Path:
     """The folder of the run that a checkpoint belongs to: the one with config.yaml.
 
     Raises:
-        ValueError: when no folder above has one.
+        ValueError: when neither `source` nor a folder above it has a config.yaml.
     """
     path = Path(source).expanduser().resolve()
     for folder in (path, *path.parents):

@@ -1,4 +1,4 @@
-"""Weights out of checkpoints: those of a run, whole or sharded, and published ones, by slot."""
+"""Weights by slot, read from the checkpoint of a run, whole or sharded, or from a folder of published weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,11 @@ PREFIX = "model."
 
 
 def read_state(source: str | Path) -> dict[str, Tensor]:
-    """All model weights of a checkpoint on the CPU, whole or sharded, under the names of `VLM`."""
+    """All model weights of a checkpoint, whole or sharded, on the CPU, under the names of `VLM`.
+
+    Raises:
+        ValueError: when there is no complete checkpoint.
+    """
     path = find_checkpoint(source)
     if path.is_dir():
         loaded: dict[str, Any] = {}
@@ -44,7 +48,7 @@ def _published(source: str | Path) -> tuple[str, str] | None:
 
 
 def find_start(source: str | Path) -> None:
-    """Look whether `read_slots` could begin: a complete checkpoint is there, or a known family and its folder.
+    """Check that `read_slots` has something to read: a complete checkpoint, or a known family and its folder.
 
     Raises:
         ValueError: saying what is missing.
@@ -67,6 +71,9 @@ def read_slots(source: str | Path) -> dict[str, dict[str, Tensor]]:
 
     Args:
         source: a checkpoint, the folder of a run, or published weights as `FAMILY:FOLDER` or `FAMILY:HUB_NAME`.
+
+    Raises:
+        ValueError: when there is no complete checkpoint; for published weights, as `read_published`.
     """
     if found := _published(source):
         # Imported when asked for: most runs read no published weights, and the families load every slot.
@@ -77,7 +84,7 @@ def read_slots(source: str | Path) -> dict[str, dict[str, Tensor]]:
 
 
 def read_shapes(source: str | Path) -> dict[str, dict[str, Tensor]] | None:
-    """The same on the meta device, in a moment whatever the size; None for published weights, which say it not so.
+    """The tensors of `read_slots` on the meta device, without reading values; None for published weights.
 
     Raises:
         ValueError: when there is no complete checkpoint.

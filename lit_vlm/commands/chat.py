@@ -19,7 +19,12 @@ from lit_vlm.data.sources.conversations import interleave
 
 
 def main(argv: Sequence[str]) -> None:
-    """Answer one prompt, or talk until the input ends."""
+    """Answer one prompt, or each line of the input until it ends.
+
+    Raises:
+        ValueError: for a missing picture, a wrong value of a flag, or as `load_run`.
+        RecordError: for a prompt that cannot be asked, such as one that is too long.
+    """
     arguments = _parser().parse_args(argv)
     for image in arguments.image:
         if not image.is_file():
@@ -38,7 +43,7 @@ def main(argv: Sequence[str]) -> None:
     messages = _demonstrations(arguments.demos) if arguments.demos else []
     for prompt in [arguments.prompt] if arguments.prompt else _typed(console):
         messages.append(Message("user", _content(prompt, images, arguments.newline)))
-        images = []  # a conversation shows its pictures once
+        images = []  # the first prompt shows all pictures
         record = Record("chat", "chat", tuple(messages))
         prompt_sample = asker.encode([record])
         (answer,) = asker.answer(prompt_sample, arguments.max_new_tokens, arguments.temperature, arguments.top_p)
@@ -47,7 +52,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _content(prompt: str, images: Sequence[Image], newline: bool) -> tuple[Content, ...]:
-    """Pictures where the prompt says `<image>`, or else in front of it."""
+    """The prompt with pictures at its `<image>` marks, or in front of it if it has none."""
     pieces = prompt.split(MARK)
     if len(pieces) == 1:
         return (*images, Text(f"\n{prompt}" if images and newline else prompt))
@@ -113,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _typed(console: Console) -> Iterator[str]:
-    """Lines that are typed or piped in, until the end of input or an empty line."""
+    """Lines from the keyboard or a pipe, until an empty line or the end of the input."""
     interactive = sys.stdin.isatty()
     if interactive:
         console.print("type a question; an empty line ends", style="dim")

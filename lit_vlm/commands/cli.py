@@ -34,7 +34,11 @@ LIGHTNING = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point of the console script."""
+    """Entry point of the console script.
+
+    Raises:
+        SystemExit: when a command refuses its flags, files or data.
+    """
     _working_folder_last()
     arguments = take_plugins(list(sys.argv[1:] if argv is None else argv))
     verb = arguments[0] if arguments else "--help"
@@ -49,9 +53,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _working_folder_last() -> None:
-    """Find own modules in the working folder, but none of them in place of the kit's `callbacks` or a library.
+    """Let users' modules be imported from the working folder, but none in place of `callbacks` or a library.
 
-    `python -m` puts that folder in front of all others, and a console script leaves it out.
+    `python -m` puts the working folder in front of all others, and a console script leaves it out.
     """
     here = os.getcwd()
     sys.path[:] = [*(folder for folder in sys.path if folder not in ("", here)), here]

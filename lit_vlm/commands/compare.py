@@ -1,4 +1,4 @@
-"""`lit-vlm compare`: what finished runs reached, those that differ in the seed alone taken together."""
+"""`lit-vlm compare`: scores of finished runs; runs that differ only in the seed share a column."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ LOSS, ALL = "loss", "all"
 
 @dataclass(frozen=True)
 class Finished:
-    """One run.
+    """Settings and scores of a finished run.
 
     Attributes:
-        settings: command line without what names the run or draws its numbers: equal for runs to be taken together.
-        seed: of `--seed_everything`.
+        settings: its command line without folder and seed; runs with equal settings share a column.
+        seed: value of `--seed_everything`.
         steps: optimizer steps of all stages.
-        scores: of its last stage, by column: `loss`, `all`, and the source of each kind of question.
-        chance: the same for guessing, where there are answers to choose from.
+        scores: held-out scores of its last stage, by row: `loss`, `all`, and each source.
+        chance: accuracy of guessing, by row, where there are options to choose from.
     """
 
     settings: tuple[str, ...]
@@ -45,7 +45,11 @@ class Finished:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Read the runs and print a table."""
+    """Read the runs and print a table.
+
+    Raises:
+        ValueError: as `read_run`.
+    """
     parser = argparse.ArgumentParser(
         prog="lit-vlm compare",
         description="Held-out scores at the end of runs, side by side: the share of right choices, or of exact answers "
@@ -61,10 +65,10 @@ def main(argv: Sequence[str]) -> None:
 
 
 def read_run(folder: Path) -> Finished:
-    """What a run reached.
+    """Read the settings and scores of a run.
 
     Raises:
-        ValueError: when the folder is not that of a run, or the run has not been scored to its end.
+        ValueError: when the folder is not that of a run, or the run has not ended or has no scores.
     """
     state = RunState.load(folder)
     if missing := [stage for stage in state.stages if stage not in state.done]:
@@ -81,7 +85,7 @@ def read_run(folder: Path) -> Finished:
 
 
 def _without_seed(flags: Sequence[str]) -> tuple[str, list[str]]:
-    """The seed, and the other flags with their values, sorted: order means nothing."""
+    """The seed, and the other flags with their values, sorted, as their order does not matter."""
     rest: list[str] = []
     seed, index = DEFAULT_SEED, 0
     while index < len(flags):
@@ -99,15 +103,15 @@ def _without_seed(flags: Sequence[str]) -> tuple[str, list[str]]:
 
 def _scores(after: dict[str, Any]) -> tuple[dict[str, float], dict[str, float]]:
     scores, chance = {LOSS: after["loss"]}, {}
-    for name, part in {ALL: after, **after["by_source"]}.items():
-        scores[name] = part["choice_accuracy" if part["num_choices"] else "exact_match"]
-        if part["num_choices"]:
-            chance[name] = part["choice_chance"]
+    for name, own in {ALL: after, **after["by_source"]}.items():
+        scores[name] = own["choice_accuracy" if own["num_choices"] else "exact_match"]
+        if own["num_choices"]:
+            chance[name] = own["choice_chance"]
     return scores, chance
 
 
 def _print(groups: dict[tuple[str, ...], list[Finished]], console: Console) -> None:
-    """A column for each setting, which has room in a terminal, and below what the settings are."""
+    """Print a table with a lettered column for each group of runs, and below it the settings of each letter."""
     rows = list(dict.fromkeys(name for runs in groups.values() for run in runs for name in run.scores))
     chance = {name: share for runs in groups.values() for run in runs for name, share in run.chance.items()}
     common = set.intersection(*(set(settings) for settings in groups))
@@ -126,12 +130,12 @@ def _print(groups: dict[tuple[str, ...], list[Finished]], console: Console) -> N
         ]
         table.add_row(name, *cells, f"{chance[name]:.1%}" if name in chance else "")
     wanted = Measurement.get(console, console.options.update(max_width=10_000), table).maximum
-    console.width = max(console.width, wanted)  # a number that is cut would be a wrong one
+    console.width = max(console.width, wanted)  # a number that is cut off would be misread
     console.print(table)
     if common:
-        console.print("all: " + " ".join(part for part in next(iter(groups)) if part in common), soft_wrap=True)
+        console.print("all: " + " ".join(flag for flag in next(iter(groups)) if flag in common), soft_wrap=True)
     for settings, letter in letters.items():
-        own = " ".join(part for part in settings if part not in common) or "(no other flag)"
+        own = " ".join(flag for flag in settings if flag not in common) or "(no other flag)"
         console.print(f"{letter}: {own}", soft_wrap=True)
 
 

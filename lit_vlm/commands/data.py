@@ -22,7 +22,11 @@ from lit_vlm.model.build import build_on_meta
 
 
 def main(argv: Sequence[str]) -> None:
-    """Run one of convert, check and stats."""
+    """Run one of convert, check and stats.
+
+    Raises:
+        ValueError: for a source, shard or config that cannot be used.
+    """
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     if rest and arguments.verb != "stats":

@@ -1,4 +1,4 @@
-"""`lit-vlm inspect --diff`: the settings in which two recipes, scales, stages or runs differ, and no others."""
+"""`lit-vlm inspect --diff`: the settings in which two recipes, scales, stages or runs differ."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ CONFIG = "config.yaml"
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two: what it is called, and the settings of its stages, in order."""
+    """One of the two sides: its label, and the settings of its stages, in order."""
 
     label: str
     stages: dict[str, dict[str, Any]]
 
 
 def print_diff(names: Sequence[str], scale: str | None, stages: Sequence[str] | None, console: Console) -> None:
-    """Print the settings that differ, stage by stage; what differs alike in all stages comes first.
+    """Print the settings that differ, stage by stage; differences that all stages share come first.
 
     Args:
-        names: two of RECIPE, RECIPE:SCALE, RECIPE:SCALE:STAGE, the folder of a run, or of a stage of one.
-        scale: of recipes that name none; default: that of the recipe.
-        stages: only these; default: those that are run at the scale.
-        console: where to.
+        names: two names: RECIPE, RECIPE:SCALE, RECIPE:SCALE:STAGE, the folder of a run, or that of a stage of a run.
+        scale: scale of a recipe whose name has none; default: the recipe's own.
+        stages: stages to compare; default: those that are run at the scale.
+        console: where the differences are printed.
 
     Raises:
-        ValueError: for a name of something that is not there.
+        ValueError: when there is no such recipe, scale, stage or run.
     """
     first, second = (read_side(name, scale, stages) for name in names)
     pairs = pair_stages(list(first.stages), list(second.stages))
@@ -88,21 +88,25 @@ def read_side(name: str, scale: str | None, stages: Sequence[str] | None) -> Sid
 
 
 def pair_stages(first: Sequence[str], second: Sequence[str]) -> list[tuple[str, str]]:
-    """Which stages to compare: those of one name, and the others in their order."""
+    """Pairs of stages to compare: stages of equal names, and the others in their order."""
     others = iter([stage for stage in second if stage not in first])
     pairs = [(stage, stage if stage in second else next(others, None)) for stage in first]
     return [(one, other) for one, other in pairs if other is not None]
 
 
 def resolved(arguments: list[str] | dict[str, Any]) -> dict[str, Any]:
-    """All settings that these flags, or this config, give."""
+    """All settings of a stage, defaults included, from its flags or its config.
+
+    Raises:
+        ValueError: for a wrong flag or key.
+    """
     cli = ParsedCLI(arguments)
     settings: dict[str, Any] = yaml.safe_load(cli.parser.dump(cli.config, skip_none=False))
     return settings
 
 
 def _of_run(file: Path) -> dict[str, Any]:
-    """The settings of a stage that was run, without what is of this run alone."""
+    """The settings of a stage that was run, without paths of this run."""
     config = yaml.safe_load(file.read_text(encoding="utf-8"))
     config = {key: value for key, value in config.items() if key not in ("ckpt_path", "weights_only")}
     settings = resolved(config)

@@ -1,4 +1,4 @@
-"""In which settings two resolved configs differ, whichever way sources and classes are written."""
+"""The settings in which two resolved configs differ, however their sources and classes are written."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from lit_vlm.commands.named_sources import KEYS
 from lit_vlm.data.sources.base import name_of
 
 CLASS = ""
-"""The key under which the tree of an object's settings has its class."""
+"""The key of an object's class in the tree of its settings."""
 MISSING = "–"
 Sources = Sequence[tuple[str | None, Any]]
-"""Trees of sources with their names; None for one without."""
+"""Pairs of a source's name, None for a source without one, and the tree of its settings."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A setting that differs: its key as a flag has it, and what it is on either side."""
+    """A setting that differs: its key as a flag has it, and its value on either side."""
 
     key: str
     first: str
@@ -41,12 +41,12 @@ def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> Iterator
 def _settings_tree(settings: Mapping[str, Any]) -> dict[str, Any]:
     keys = ("model", "data", "trainer", "checkpoint", "seed_everything")
     tree: dict[str, Any] = {key: _tree(settings[key]) for key in keys}
-    tree["trainer"].pop("default_root_dir", None)  # a place, and no setting
+    tree["trainer"].pop("default_root_dir", None)  # the run's folder, which is no setting
     return tree
 
 
 def _tree(value: Any) -> Any:
-    """A value as nested mappings: objects by their class and arguments, lists of objects by the names of classes."""
+    """A value as nested mappings: an object of its class and arguments, a list of objects of their class names."""
     if isinstance(value, dict) and "class_path" in value:
         return {CLASS: value["class_path"], **{key: _tree(one) for key, one in (value.get("init_args") or {}).items()}}
     if isinstance(value, dict):
@@ -57,7 +57,7 @@ def _tree(value: Any) -> Any:
 
 
 def _sources(given: Any) -> Sources:
-    """Sources, however they are given; those of a list may have no name."""
+    """Sources from a path, a mapping of names or a list; those of a list may have no name."""
     if isinstance(given, str):
         return [(name_of(given), given)]
     if isinstance(given, dict):
@@ -70,7 +70,7 @@ def _without_name(tree: Any) -> Any:
 
 
 def _called(own: Sources, other: Sources) -> list[tuple[str, Any]]:
-    """Names for all sources: one without takes that of the same source, or of one of its class, on the other side."""
+    """Names for all sources: one without takes the name of an equal source, or one of its class, on the other side."""
     names = [name for name, _ in own]
     free = [(name, one) for name, one in other if name is None or name not in names]
     for fits in (_equal, _alike):
@@ -91,7 +91,7 @@ def _alike(first: Any, second: Any) -> bool:
 
 
 def _guessed(tree: Mapping[str, Any]) -> str:
-    """What a source without a name goes by: the file that it reads, or its class."""
+    """A name for a source without one: the file that it reads, or its class."""
     path = tree.get("path")
     return name_of(path) if isinstance(path, str) else _short(tree[CLASS]).lower()
 
@@ -128,11 +128,11 @@ def _compare(first: Any, second: Any, key: str) -> Iterator[Row]:
 
 
 class _Missing:
-    """In place of a value where there is none."""
+    """Stands for a value that one side does not have."""
 
 
 def _rows_of(first: Any, second: Any, key: str) -> Iterator[Row]:
-    """Rows of a value of which at most one side is a mapping; arguments at their defaults say nothing."""
+    """Rows of a value that is a mapping on one side at most; arguments at their defaults are left out."""
     value = first if isinstance(first, dict) else second
     if not isinstance(value, dict) or not value:
         yield Row(key, _told(first), _told(second))
@@ -146,7 +146,7 @@ def _rows_of(first: Any, second: Any, key: str) -> Iterator[Row]:
 
 
 def _is_default(tree: Mapping[str, Any], name: str) -> bool:
-    """Whether an object's argument has its default."""
+    """Whether an argument of an object has its default value."""
     found = _class(tree.get(CLASS))
     parameter = inspect.signature(found).parameters.get(name) if found is not None else None
     default = None if parameter is None else parameter.default
@@ -158,7 +158,7 @@ def _same_class(first: str | None, second: str | None) -> bool:
 
 
 def _class(path: str | None) -> Any:
-    """The class of a path; None for one that is not there."""
+    """The class of a path; None if it does not exist."""
     module, _, name = (path or "").rpartition(".")
     try:
         return getattr(importlib.import_module(module), name, None) if module else None

@@ -61,7 +61,7 @@ def _version(name: str) -> str | None:
 
 
 def _devices() -> list[str]:
-    import torch  # takes longer than all the rest, which stands on the terminal by now
+    import torch  # a slow import, so it comes after the rest is printed
 
     from lit_vlm.core.precision import choose, crowded
 

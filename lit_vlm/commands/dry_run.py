@@ -31,17 +31,17 @@ from lit_vlm.training.stage import Stage
 
 SlotStates = Mapping[str, StateDict]
 QUIET = ("lightning.pytorch", "lightning.fabric", "torch._subclasses.fake_tensor")
-"""Loggers that speak of devices, seeds and kernels while a stage is checked."""
+"""Loggers that are silent while a stage is checked, as they speak of devices, seeds and kernels."""
 LARGEST = 4
-"""Samples of the batch that takes the step."""
+"""Number of samples, at most, in the batch that takes the step."""
 
 
 def check_recipe(commands: Mapping[str, Sequence[str]], console: Console) -> bool:
-    """Check the stages, print what was looked at and what is wrong.
+    """Check the stages of a recipe, and print what was checked and what is wrong.
 
     Args:
         commands: arguments of `lit-vlm` by stage.
-        console: where the findings go.
+        console: where findings are printed.
 
     Returns:
         whether every stage could start.
@@ -67,16 +67,16 @@ def check_recipe(commands: Mapping[str, Sequence[str]], console: Console) -> boo
 
 
 class _StageCheck:
-    """The checks of one stage, each on what the ones before have found.
+    """The checks of one stage; each builds on the ones before.
 
     Args:
-        words: of its command.
-        left: what earlier stages leave, by stage: weights without values.
+        words: arguments of the stage's command.
+        left: weights that earlier stages leave, by stage, without values.
 
     Attributes:
-        done: what was looked at.
-        notes: what is no obstacle, and worth a look.
-        leaves: what this stage leaves; None where its model cannot be built.
+        done: checks that have passed.
+        notes: remarks on settings that do not stop the stage.
+        leaves: weights that this stage leaves, without values; None where its model cannot be built.
     """
 
     def __init__(self, words: Sequence[str], left: Mapping[str, SlotStates]) -> None:
@@ -86,10 +86,10 @@ class _StageCheck:
         self.leaves: SlotStates | None = None
 
     def run(self) -> None:
-        """Check everything.
+        """Run all checks.
 
         Raises:
-            ValueError: for the first thing that is missing or wrong, naming the slot or key and the way out.
+            ValueError: for the first thing that is missing or wrong, naming the slot or key and the fix.
         """
         cli: Any = lightning_cli([*self.words[1:], "--trainer.logger", "false"], run=False)
         module, data = cli.model, cli.datamodule
@@ -103,7 +103,7 @@ class _StageCheck:
         self._step(module, data, model, samples)
 
     def _build(self, module: LitVLM) -> VLM:
-        """The model without weights, frozen as the stage says; it is what the stage leaves."""
+        """Build the model without weights and freeze it as the stage says; keep its shapes in `leaves`."""
         model = build_on_meta(module.slots)
         states = by_slot(model.state_dict())
         self.leaves = {slot: state for slot, state in states.items() if slot not in module.stage.leave_out}
@@ -115,7 +115,7 @@ class _StageCheck:
         return model
 
     def _start(self, stage: Stage, model: VLM) -> None:
-        """Weights to start from are there and fit; those of an earlier stage of this run will be."""
+        """Check that the weights of `start_from` exist and fit, or that an earlier stage of this run leaves them."""
         if not (start := stage.start_from):
             return
         saved: SlotStates | None
@@ -129,7 +129,7 @@ class _StageCheck:
         self.done.append(f"weights of {start} {'fit' if saved is not None else 'are there'}")
 
     def _pretrained(self, stage: Stage, model: VLM) -> None:
-        """Files of pretrained weights are there, of teachers too."""
+        """Check that files of pretrained weights exist, those of teachers too."""
         parts: dict[str, Part] = {slot: parts[0] for slot, parts in model.slots().items() if slot != "heads"}
         for slot, part in parts.items():
             if not stage.start_from or slot in stage.fresh:
@@ -140,7 +140,7 @@ class _StageCheck:
         self.done.append("pretrained weights are there")
 
     def _data(self, module: LitVLM, data: VLMData) -> list[Sample]:
-        """A few records of each source become samples."""
+        """Check that records of each source can be encoded; returns a few samples."""
         spec = module.input_spec
         data.format.check_marks(spec, "refuse")
         samples: list[Sample] = []
@@ -161,7 +161,7 @@ class _StageCheck:
         return samples
 
     def _step(self, module: LitVLM, data: VLMData, model: VLM, samples: Sequence[Sample]) -> None:
-        """One batch, with pictures and without where there are both, forward and backward."""
+        """Run one batch forward and backward, and one without pictures if there are samples with and without."""
         spec = module.input_spec
         shown = sorted(samples, key=lambda sample: not sample.grids)[:LARGEST]
         shown += [sample for sample in samples if not sample.grids][:1] if all(s.grids for s in shown) else []
@@ -171,7 +171,7 @@ class _StageCheck:
         rehearse(model, batch, module.stage.losses)
         pictures = batch.counts.images
         text = [sample for sample in shown if not sample.grids]
-        if text and pictures:  # what a process meets whose batch has no picture
+        if text and pictures:  # the batch of a process that has no picture
             rehearse(model, data.collator(spec, prepared=names)([text], []), module.stage.losses)
         self.done.append(
             f"a batch of {_count(len(shown), 'sample')} with {_count(pictures, 'picture')} ran forward and backward"
@@ -184,7 +184,7 @@ def _count(number: int, what: str) -> str:
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Without what Lightning says of devices, seeds and precision."""
+    """A context without Lightning's messages about devices, seeds and precision."""
     logs = [logging.getLogger(name) for name in QUIET]
     levels = [log.level for log in logs]
     for log in logs:
@@ -198,7 +198,7 @@ def _quietly() -> Iterator[None]:
 
 
 def _name(key: str, look: Any) -> None:
-    """Look for weights; what is missing is said of the key."""
+    """Call `look`, which looks for weights; an error of it is raised with the key in front."""
     try:
         look()
     except (ValueError, OSError) as error:

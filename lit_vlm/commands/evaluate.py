@@ -24,7 +24,11 @@ from lit_vlm.evaluation.tasks.base import Choosing
 
 
 def main(argv: Sequence[str]) -> None:
-    """Run each task at each number of demonstrations, and print a table."""
+    """Run each task at each number of demonstrations, and print a table.
+
+    Raises:
+        ValueError: for a wrong value of a flag, a missing file, or as `load_run` and `run_task`.
+    """
     arguments = _parser().parse_args(argv)
     shots = _shots(arguments.shots)
     for flag in ("batch_size", "limit", "max_length", "max_new_tokens"):
@@ -39,7 +43,7 @@ def main(argv: Sequence[str]) -> None:
     }
     tasks = [_task(name, arguments.data) for name in dict.fromkeys(arguments.task)]
     for task, prompt in product(tasks, prompts.values()):
-        Prompts(task, prompt, arguments.choose)  # reads all files: a missing one is named before minutes of work
+        Prompts(task, prompt, arguments.choose)  # reads all files before minutes of work
     from transformers.utils.logging import disable_progress_bar
 
     from lit_vlm.evaluation.asker import load_run
@@ -131,10 +135,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _shots(text: str) -> list[int]:
-    parts = text.split(",")
-    if not all(part.strip().isdecimal() for part in parts):
+    numbers = text.split(",")
+    if not all(number.strip().isdecimal() for number in numbers):
         raise ValueError(f"--shots {text!r}: write numbers from 0 on, separated by commas")
-    return [int(part) for part in parts]
+    return [int(number) for number in numbers]
 
 
 def _task(name: str, data: Path) -> Task:
@@ -152,7 +156,7 @@ def _join_processes(device: str | None) -> str:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     device = pick_device(device)
     if device != "cpu":
-        torch.cuda.set_device(device)  # NCCL sends objects by way of the current device
+        torch.cuda.set_device(device)  # NCCL sends objects through the current device
     if not dist.is_initialized():
         dist.init_process_group("gloo" if device == "cpu" else "nccl")
     return device
@@ -189,7 +193,7 @@ def _table(results: dict[tuple[str, int], Evaluated], shots: Sequence[int]) -> T
 def _log(
     results: dict[tuple[str, int], Evaluated], prompts: dict[int, Shots], checkpoint: str, dtype: str, out: Path
 ) -> None:
-    """One run of MLflow with all scores."""
+    """Report all scores as one run of MLflow."""
     from lit_vlm.training.mlflow_run import MLflowRun
     from lit_vlm.training.mlflow_store import default_uri
 

@@ -10,7 +10,11 @@ from rich.console import Console
 
 
 def main(argv: Sequence[str]) -> None:
-    """Write, read back, compare, and only then say that it worked."""
+    """Export a checkpoint: write it, read it back, compare logits, and only then report success.
+
+    Raises:
+        ValueError: as `load_run` and `export_published`.
+    """
     from lit_vlm.checkpoints.published import FAMILIES, export_published, find_family
 
     parser = argparse.ArgumentParser(
@@ -27,7 +31,7 @@ def main(argv: Sequence[str]) -> None:
         "LlavaForConditionalGeneration, the others are the names of each system's own code",
     )
     arguments = parser.parse_args(argv)
-    find_family(arguments.format)  # before minutes of loading
+    find_family(arguments.format)  # an unknown format is reported before minutes of loading
     from transformers.utils.logging import disable_progress_bar
 
     from lit_vlm.evaluation.asker import load_run

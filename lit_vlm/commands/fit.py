@@ -12,11 +12,11 @@ from typing import Any
 from lit_vlm.core.plugins import load_plugins, use_plugins
 
 REFUSED = 1
-"""Exit code of a command that says what is wrong with a flag, a file or the data."""
+"""Exit code of a command that refuses a flag, a file or the data, and says why in one line."""
 
 
 def take_plugins(arguments: list[str]) -> list[str]:
-    """Take `--plugins A,B` out of the words of any command, and name the plugins."""
+    """Make the plugins of `--plugins A,B` known; returns the other arguments of the command."""
     kept: list[str] = []
     words = iter(arguments)
     for word in words:
@@ -30,7 +30,7 @@ def take_plugins(arguments: list[str]) -> list[str]:
 
 @contextmanager
 def in_one_line() -> Iterator[None]:
-    """What a user got wrong is one line, not a traceback."""
+    """A context that prints a ValueError or OSError in one line, without traceback, and exits."""
     try:
         yield
     except (ValueError, OSError) as error:
@@ -41,23 +41,27 @@ def in_one_line() -> Iterator[None]:
 
 
 def lightning_cli(arguments: Sequence[str], run: bool = True) -> Any:
-    """Parse config files and flags, and run the subcommand, or with `run=False` only parse and build objects."""
+    """Parse config files and flags, and run the subcommand, or with `run=False` only parse and build objects.
+
+    Raises:
+        ValueError: for a wrong flag or key, and for anything that training refuses.
+    """
     _quiet()
     if run and os.environ.get("LOCAL_RANK", "0") == "0":
         sys.stderr.write("loading libraries ...\n")  # which takes ten seconds
     from lit_vlm.commands.lightning_cli import LitVLMCLI
 
-    # Lightning warns when arguments are given twice; they are its own if they came from the command line.
+    # Lightning warns if `args` come beside a command line; None makes it read the command line itself.
     given = take_plugins(list(arguments))
     load_plugins()  # their classes go by their bare names
     return LitVLMCLI(args=None if given == sys.argv[1:] else given, run=run)
 
 
 def check_flags(arguments: Sequence[str]) -> None:
-    """Parse the flags of a stage and make nothing of them.
+    """Parse the flags of a stage without building anything.
 
     Raises:
-        SystemExit: when one is wrong, which is said in one line.
+        SystemExit: for a wrong flag, after a line that says what is wrong.
     """
     _quiet()
     from lit_vlm.commands.lightning_cli import ParsedCLI
@@ -69,7 +73,7 @@ def check_flags(arguments: Sequence[str]) -> None:
 
 
 def _quiet() -> None:
-    """Silence notices of the libraries that a user of this kit can do nothing about."""
+    """Silence notices of libraries that a user of this kit cannot act on."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
     for message in (

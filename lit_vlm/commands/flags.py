@@ -1,7 +1,7 @@
-"""What is wrong with a flag or a key of a config file, in one line with the nearest names.
+"""The parser's errors about flags and config files, rewritten as one line with the nearest names.
 
-The parser says it in its own words, nested by the types that it tried; what users need of them is the key, what was
-found, what was expected, and what they may have meant.
+The parser's own message nests an error for each type that it tried; users need the key, what was found, what was
+expected, and what they may have meant.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ BASES = {
     "data.batching": ("batchings", "lit_vlm.data:Batching"),
     "trainer.callbacks": ("callbacks", "lightning.pytorch:Callback"),
 }
-"""Key → list of `lit-vlm parts`, and the base class of what may stand there."""
+"""Key of a config → the list of `lit-vlm parts` and the base class of what the key may name."""
 
 
 def explain(message: str, known: Sequence[str]) -> str:
-    """One line for a user.
+    """Rewrite a parser's message as one line for users.
 
     Args:
-        message: the parser's.
-        known: all flags, without dashes.
+        message: the parser's message.
+        known: all flags of the command, without dashes.
     """
     text = message.strip()
     known = [flag for flag in known if not flag.endswith((".help", "+"))]
@@ -68,7 +68,7 @@ def _unknown_class(key: str, found: re.Match[str], known: Sequence[str]) -> str:
 
 
 def _near_class(key: str, name: str) -> str:
-    """What a class that was meant could be, and where all are listed."""
+    """A hint: the classes that may have been meant, and the command that lists all."""
     place = next((place for start, place in BASES.items() if key == start or key.startswith(f"{start}.")), None)
     if place is None:
         return ""
@@ -131,7 +131,7 @@ def _type(key: str, found: re.Match[str], known: Sequence[str]) -> str:
 
 
 def _arguments(path: str) -> list[str]:
-    """What a class takes besides what its neighbours in the model tell it."""
+    """Names of a class's arguments, without those that come from neighbouring parts of the model."""
     package, _, name = path.rpartition(".")
     try:
         kind = getattr(importlib.import_module(package), name)
@@ -158,4 +158,4 @@ RULES: list[tuple[str, Say]] = [
     (r"Expected a typing\.Literal\[([^\]]*)\]\. Got value: (\S+)", _choice),
     (r"Expected an? <class '([\w.]+)'>\. Got value: ([^\n]{1,80}?)(?:\. Got value|\n|$)", _type),
 ]
-"""What the parser says → what is said of it; the first that fits."""
+"""Pattern of a parser's message → function that rewrites it; the first pattern that fits counts."""

@@ -20,7 +20,11 @@ from lit_vlm.training.module import LitVLM
 
 
 def main(argv: Sequence[str]) -> None:
-    """Show one batch of the configs that are given, or what differs between two recipes or runs."""
+    """Show one batch of a stage's data, or the settings in which two recipes or runs differ.
+
+    Raises:
+        ValueError: for a wrong flag or key, a batch number that does not exist, or as `print_diff`.
+    """
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     if arguments.diff:
@@ -68,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def show(batch: Batch, spec: InputSpec, console: Console) -> None:
-    """Print a batch."""
+    """Print a batch: the text, images and supervised tokens of each row."""
     console.print(
         Text.assemble(
             ("supervised", "bold green"), "  prompt  ", ("[image]", "cyan"), "  ", ("|", "red"), " next sample"

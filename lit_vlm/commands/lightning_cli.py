@@ -1,4 +1,4 @@
-"""LightningCLI, set up for this kit. The module imports every slot, which is what makes bare class names work."""
+"""LightningCLI, set up for this kit. The module imports every slot, so that flags can name classes by bare names."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from lit_vlm.training.tracking import MLflow, RunRecord
 from lit_vlm.training.trainer import Trainer
 
 WORDS = ("last", "best", "hpc")
-"""What Lightning takes for `--ckpt_path` besides paths: checkpoints of the run's own folder."""
+"""Words that Lightning takes for `--ckpt_path` besides paths: they name checkpoints in the run's own folder."""
 DEFAULT_CALLBACKS = ("callbacks.FreezeGuard", "callbacks.GradientMonitor", "callbacks.Sources", "callbacks.Throughput")
 
 
 class LitVLMCLI(LightningCLI):
-    """One model class, one data class; configs in files, each part by class path."""
+    """LightningCLI with this kit's module, data, trainer, parser and defaults."""
 
     def __init__(self, args: list[str] | dict[str, Any] | None, run: bool = True) -> None:
-        disable_progress_bar()  # of loading weights from a local file; downloads keep theirs
+        disable_progress_bar()  # the bars of loading local weights; downloads keep theirs
         super().__init__(
             model_class=LitVLM,
             datamodule_class=VLMData,
@@ -56,11 +56,15 @@ class LitVLMCLI(LightningCLI):
         )
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        """A parser that raises what is wrong, so that it can be said in one line."""
+        """A parser that raises its errors instead of exiting, so that they can be rewritten in one line."""
         return super().init_parser(**kwargs | {"exit_on_error": False})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parse; raises ValueError with the key, what was found, and the nearest names."""
+        """Parse config files and flags.
+
+        Raises:
+            ValueError: for a wrong flag or key, with what was found, and the nearest names.
+        """
         try:
             super().parse_arguments(parser, args)
         except ArgumentError as error:
@@ -72,14 +76,18 @@ class LitVLMCLI(LightningCLI):
         return [flag.lstrip("-") for one in parsers for action in one._actions for flag in action.option_strings]
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """`checkpoint` gets a key of its own, as an item inside a list of callbacks is out of reach of flags."""
+        """Give `checkpoint` a key of its own, as flags cannot change an item inside the list of callbacks."""
         assert isinstance(parser, Parser)
         parser.check_names()
         parser.add_lightning_class_args(Checkpoint, "checkpoint")
         parser.set_defaults({"trainer.callbacks": [{"class_path": path} for path in DEFAULT_CALLBACKS]})
 
     def before_instantiate_classes(self) -> None:
-        """Give the run a folder, and keep Lightning's adverts out of the output."""
+        """Choose the run's folder, checkpoint and precision, and keep Lightning's adverts out of the output.
+
+        Raises:
+            ValueError: when the folder holds another run, or has no complete checkpoint to resume from.
+        """
         logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
             lambda r: "litlogger" not in r.getMessage()
         )
@@ -95,7 +103,7 @@ class LitVLMCLI(LightningCLI):
             config.trainer.precision = _precision_begun(Path(config.trainer.default_root_dir), config.get("ckpt_path"))
 
     def instantiate_classes(self) -> None:
-        """Tell the trackers which run this is, before Lightning opens one, and write down which precision it has."""
+        """Build all objects, keep the precision in the config, and tell MLflow the run's folder before it is used."""
         super().instantiate_classes()
         config = self.config[self.subcommand] if self.subcommand else self.config
         config.trainer.precision = str(self.trainer.precision)
@@ -109,7 +117,7 @@ class LitVLMCLI(LightningCLI):
                     logger.belongs_to(folder, self.model.stage.name, go_on)
 
     def _began_so(self, folder: Path) -> bool:
-        """Whether the run in a folder was started with the same settings: then it is begun again, not another one."""
+        """Whether the run in a folder was started with the same settings, so that its MLflow run can go on."""
         file = folder / "config.yaml"
         text = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False)
         return file.is_file() and file.read_text(encoding="utf-8") == text
@@ -126,26 +134,26 @@ class LitVLMCLI(LightningCLI):
 
 
 class ParsedCLI(LitVLMCLI):
-    """The config of a stage, parsed and not instantiated: whether its flags are right, and what they say."""
+    """Parses the config of a stage and builds nothing, to check flags or to read settings."""
 
     def __init__(self, args: list[str] | dict[str, Any]) -> None:
         super().__init__(args, run=False)
 
     def _set_seed(self) -> None:
-        """Nothing is drawn."""
+        """Set no seed, as nothing random is done."""
 
     def before_instantiate_classes(self) -> None:
-        """Nothing is made."""
+        """Do nothing, as no run begins."""
 
     def instantiate_classes(self) -> None:
-        """Nothing is made."""
+        """Build nothing."""
 
 
 def _refuse_other_run(folder: Path, checkpoint: str | None) -> None:
-    """Two models in one folder, and in one run of MLflow, cannot be told apart.
+    """Refuse a folder that holds another run, as two models in one folder cannot be told apart.
 
     Raises:
-        ValueError: when the folder holds a run that has saved something, and this is not that run going on.
+        ValueError: when the folder holds a checkpoint that this run does not go on from.
     """
     found = checkpoints_in(folder)
     own = checkpoint in WORDS or (checkpoint and Path(checkpoint).resolve().is_relative_to(folder.resolve()))
@@ -157,19 +165,19 @@ def _refuse_other_run(folder: Path, checkpoint: str | None) -> None:
 
 
 def _requeued(folder: Path) -> bool:
-    """Whether SLURM took the job of this run away: the same command then goes on from what Lightning saved."""
+    """Whether SLURM requeued the job of this run: the same command then goes on from Lightning's own checkpoint."""
     return any(folder.glob("hpc_ckpt_*.ckpt"))
 
 
 def _precision_begun(folder: Path, checkpoint: str | None) -> str:
-    """The precision that a run which goes on began in; `auto` for a new run, or where nothing is written about it."""
+    """The precision in which a resumed run began; `auto` for a new run, or where its config does not tell."""
     if not checkpoint and not _requeued(folder):
         return AUTO
     try:
         file = run_folder(folder if not checkpoint or checkpoint in WORDS else checkpoint) / "config.yaml"
-    except ValueError:  # a checkpoint that was moved away from its run: it can go on all the same
+    except ValueError:  # the checkpoint was moved away from its run, and can be resumed all the same
         return AUTO
     config = yaml.safe_load(file.read_text(encoding="utf-8"))
     if not isinstance(config, dict) or not isinstance(config.get("trainer"), dict):
-        return AUTO  # the config.yaml of something else, in a folder above
-    return str(config["trainer"].get("precision") or "32-true")  # Lightning's default, in runs of before
+        return AUTO  # config.yaml of another program, in a folder above
+    return str(config["trainer"].get("precision") or "32-true")  # Lightning's default, in runs of earlier versions

@@ -15,13 +15,13 @@ KEYS = ("data.train", "data.val")
 
 
 class Parser(LightningArgumentParser):
-    """Reads a mapping of sources on top of the mapping of an earlier file; a list replaces it, and the other way round.
+    """Merges a mapping of sources into that of an earlier file; a list replaces a mapping, and a mapping a list.
 
-    jsonargparse itself takes the later mapping alone.
+    jsonargparse itself keeps only the later mapping.
     """
 
     def merge_config(self, cfg_from: Namespace, cfg_to: Namespace) -> Namespace:
-        """The second config with what the first one says."""
+        """`cfg_to`, changed by the settings of `cfg_from`."""
         cfg_from = cfg_from.clone()
         for key in KEYS:
             later, earlier = cfg_from.get(key), cfg_to.get(key)
@@ -30,14 +30,14 @@ class Parser(LightningArgumentParser):
         return super().merge_config(cfg_from, cfg_to)
 
     def check_names(self) -> None:
-        """Have the values of `data.train` and `data.val` checked by name; once they are arguments of this parser."""
+        """Check the values of `data.train` and `data.val` by name; call it once they are arguments of this parser."""
         for action in self._actions:
             if action.dest in KEYS and type(action) is ActionTypeHint:
                 action.__class__ = _Sources
 
 
 class _Sources(ActionTypeHint):
-    """Says which source is wrong, where jsonargparse lists all forms that the key could have had."""
+    """Names the source that is wrong; jsonargparse itself would list an error for each type that the key may have."""
 
     def _check_type(
         self, value: Any, append: bool = False, cfg: Namespace | None = None, mode: str | None = None
@@ -65,7 +65,7 @@ class _Sources(ActionTypeHint):
         """Raise the error of the one source that is wrong, if one is.
 
         Args:
-            value: of the key, or of what follows it in a flag.
+            value: value of the key, or of a key below it that a flag names.
             earlier: the sources so far, by name.
         """
         if isinstance(value, NestedArg):
@@ -91,5 +91,5 @@ class _Sources(ActionTypeHint):
 
 
 def _parsed(value: Any) -> Any:
-    """What YAML makes of a text that is JSON; anything else as it is."""
+    """The value of a text that holds a JSON list or object; any other value unchanged."""
     return yaml.safe_load(value) if isinstance(value, str) and value.lstrip()[:1] in ("[", "{") else value

@@ -1,4 +1,4 @@
-"""`lit-vlm parts`: all that a recipe or a flag can name, the kit's own and what plugins bring."""
+"""`lit-vlm parts`: lists of all classes, tasks and recipes that flags can name, the kit's own and those of plugins."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Entry(NamedTuple):
 
     Attributes:
         name: the bare name.
-        path: what names it anywhere, such as the class path.
-        about: what it is.
+        path: the full name, such as the class path, or "".
+        about: one line that describes it.
     """
 
     name: str
@@ -39,9 +39,9 @@ class Kind(NamedTuple):
 
     Attributes:
         title: its name, also on the command line.
-        flag: where an entry is named.
+        flag: the flag or key that names an entry.
         about: what the entries do.
-        entries: finds them.
+        entries: finds the entries.
     """
 
     title: str
@@ -51,7 +51,11 @@ class Kind(NamedTuple):
 
 
 def main(argv: Sequence[str]) -> None:
-    """Print the lists."""
+    """Print the lists.
+
+    Raises:
+        ValueError: for an unknown list, with the nearest names.
+    """
     parser = argparse.ArgumentParser(
         prog="lit-vlm parts",
         description="List what a recipe or a flag can name: parts of each slot, data, tasks, families, callbacks, "
@@ -66,7 +70,7 @@ def main(argv: Sequence[str]) -> None:
         if name not in known:
             raise ValueError(f"there is no list '{name}'{nearest(name, known)}; lists: {', '.join(known)}")
     for package in PACKAGES:
-        importlib.import_module(package)  # whose classes are found below their bases
+        importlib.import_module(package)  # defines the classes that are listed as subclasses of their bases
     load_plugins()
     console = Console(highlight=False)
     for kind in [known[name] for name in arguments.kind] or KINDS:
@@ -104,7 +108,7 @@ def _markdown(kind: Kind, entries: Sequence[Entry]) -> str:
 
 
 def public_path(kind: type) -> str | None:
-    """The shortest path that names a class; None for one of the kit that no package shows."""
+    """The shortest path that names a class; None for a class of the kit that no `__all__` lists."""
     names = kind.__module__.split(".")
     for end in range(1, len(names) + 1):
         package = importlib.import_module(".".join(names[:end]))
@@ -119,7 +123,7 @@ def first_line(thing: object) -> str:
 
 
 def _classes(place: str) -> Callable[[], Iterator[Entry]]:
-    """Classes below the base that `package:Base` names; the package is loaded when it is asked for."""
+    """A function that imports the package of `package:Base` and lists the subclasses of that base."""
 
     def entries() -> Iterator[Entry]:
         package, _, name = place.partition(":")

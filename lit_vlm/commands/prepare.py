@@ -19,7 +19,11 @@ from lit_vlm.training.prepare import PrepareSettings, begin, finish, write_block
 
 
 def main(argv: Sequence[str]) -> None:
-    """Prepare the features of one network over the training data of a stage."""
+    """Prepare the features of one network over the training data of a stage.
+
+    Raises:
+        ValueError: for a wrong flag or key, or as `begin`, `write_blocks` and `finish`.
+    """
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     if arguments.what != "targets":
@@ -42,7 +46,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _open(config: Sequence[str], of: str | None) -> tuple[LitVLM, VLMData, str, str]:
-    """The stage with the weights of nothing but the network in question, its data, the network's name, precision."""
+    """The stage's module, with weights of only the network to prepare, its data, the network's name, the precision."""
     cli = lightning_cli([*config, "--trainer.logger", "false"], run=False)
     module: LitVLM = cli.model
     module.model = build_on_meta(module.slots)

@@ -1,4 +1,4 @@
-"""`lit-vlm probe`: what can be read from each layer of trained models."""
+"""`lit-vlm probe`: how well a teacher's features can be predicted from each layer of trained models."""
 
 from __future__ import annotations
 
@@ -20,11 +20,15 @@ from lit_vlm.model.vlm import VLM
 from lit_vlm.teachers import KnownMap, MapName, Teacher
 
 KNOWN: dict[str, MapName] = {"depth": "depth", "seg": "segmentation"}
-"""Targets that generated scenes hold."""
+"""Target → the exact map of generated scenes that it may be."""
 
 
 def main(argv: Sequence[str]) -> None:
-    """Probe each checkpoint, print a table, draw the curves, and log them."""
+    """Probe each checkpoint, print a table, draw the curves, and log them.
+
+    Raises:
+        ValueError: for a wrong value of a flag, a target that no run has, or as `load_run` and `probe`.
+    """
     arguments = _parser().parse_args(argv)
     if arguments.steps < 1 or arguments.held_out < 1 or arguments.batch_size < 1:
         raise ValueError("--steps, --held-out and --batch-size must be at least 1")
@@ -50,7 +54,7 @@ def main(argv: Sequence[str]) -> None:
         held_out = Scenes("captions", settings.held_out, split="held_out", **scenes)
     found_by: dict[str, ProbeResult] = {}
     teacher: Teacher | None = None
-    # Those that can give a teacher first: one model is in memory at a time.
+    # Runs that have a teacher first, as one model is in memory at a time.
     for label in sorted(labels, key=lambda label: not _has_head(label, arguments.target)):
         run = load_run(label, device)
         teacher = teacher or _teacher(arguments, run.module.vlm)
@@ -83,7 +87,7 @@ def _has_head(source: str, name: str) -> bool:
 
 
 def _teacher(arguments: argparse.Namespace, model: VLM) -> Teacher:
-    """That of the model's head of this name, or exact maps."""
+    """The teacher of the model's head named `--target`, or one that gives exact maps."""
     target, pictures = arguments.target, arguments.images is not None
     head = dict(model.heads.items()).get(target)
     teacher = head.teacher if isinstance(head, Head) and not arguments.exact else None
@@ -139,7 +143,7 @@ def _table(results: Mapping[str, ProbeResult], target: str) -> Table:
 
 
 def _log(results: Mapping[str, ProbeResult], arguments: argparse.Namespace, saved: dict[str, object]) -> None:
-    """A run of MLflow for each model; layers are the steps of its curves."""
+    """Report a run of MLflow for each model; steps of its curves are layers."""
     from lit_vlm.training.mlflow_run import MLflowRun
     from lit_vlm.training.mlflow_store import default_uri
 

@@ -14,7 +14,7 @@ import lit_vlm
 from lit_vlm.core.plugins import nearest
 
 SHIPPED = Path(lit_vlm.__file__).parent.parent / "recipes"
-"""Beside the package, in a checkout as in an installed wheel."""
+"""Folder of the shipped recipes: beside the package, in a checkout and in an installed wheel."""
 SYSTEM = ("model", "stages", "{stage}")
 SCALE = ("scales/{scale}", "scales/{scale}/{stage}")
 """Files of a recipe in the order in which they are read, without `.yaml`."""
@@ -22,20 +22,20 @@ SCALE = ("scales/{scale}", "scales/{scale}/{stage}")
 
 @dataclass(frozen=True)
 class Recipe:
-    """What `recipe.yaml` of a folder says.
+    """A recipe: the content of `recipe.yaml` in its folder.
 
     Attributes:
-        folder: the folder.
-        stages: stage files in order, without `.yaml`.
+        folder: folder of the recipe.
+        stages: names of stage files in order, without `.yaml`.
         scale: the scale that is used when none is named.
         strategy: the strategy that is used when none is named.
-        strategies: the same for some scales.
+        strategies: scale → the strategy that is used when none is named, where it is another.
         starts: stage → the stage whose weights it starts from, where that is not the one before it.
         skip: scale → stages that are left out there unless they are asked for.
-        next: commands to try when it has run.
-        plugins: modules whose classes may be named in it by their bare names.
-        base: the recipe that this one differs from; its files are read before the own ones.
-        in_base: stage → its name in the base, where that is another.
+        next: commands to try after a run.
+        plugins: modules whose classes its files may name by bare names.
+        base: the recipe that this one builds on; its files are read first.
+        in_base: stage → its name in the base, where it is another.
         without: files of the base that are not read, without `.yaml`.
     """
 
@@ -88,12 +88,13 @@ class Recipe:
     def configs(self, stage: str, scale: str | None, strategy: str) -> list[Path]:
         """The config files of one stage: system, stage, scale, strategy; later ones win.
 
-        What all stages share may stand in `stages.yaml`, and what a scale says of one stage alone in
-        `scales/SCALE/STAGE.yaml`. Files of the base come before the own ones, its scale behind the own stage. What a
-        scale says in several recipes may stand in `scales/SCALE.yaml` beside their folders.
+        Settings of all stages may stand in `stages.yaml`, and those of one stage at a scale in
+        `scales/SCALE/STAGE.yaml`. Each file of the base comes before the recipe's own file of that kind, so that the
+        base's scale follows this recipe's stage. Settings of a scale for several recipes may stand in
+        `scales/SCALE.yaml` beside their folders.
 
         Raises:
-            ValueError: naming what exists.
+            ValueError: for an unknown stage, scale or strategy, naming those that exist, or a missing file.
         """
         if stage not in self.stages:
             raise ValueError(
@@ -121,7 +122,7 @@ class Recipe:
         return [*files, file]
 
     def _files(self, names: Sequence[str], stage: str, scale: str | None = None) -> list[Path]:
-        """Those of these files that are there, the base's first."""
+        """Paths of the files of these names that exist, the base's first."""
         files: list[Path] = []
         if self.base is not None:
             there = self.in_base.get(stage, stage)
@@ -134,7 +135,7 @@ class Recipe:
         return any(name == left or name.startswith(f"{left}/") for left in self.without)
 
     def _shared(self, scale: str) -> list[Path]:
-        """What the scale says in all recipes that lie beside this one or its bases."""
+        """Files of the scale that all recipes beside this one, or beside its bases, share."""
         inherited = self.base is not None and not self._leaves_out(f"scales/{scale}")
         files = self.base._shared(scale) if self.base is not None and inherited else []
         own = self.folder.parent / "scales" / f"{scale}.yaml"
@@ -146,7 +147,7 @@ def find_recipe(name: str) -> Recipe:
     """A recipe by its folder, or by its name in ./recipes or among the shipped ones.
 
     Raises:
-        ValueError: naming the recipes there are, or the key of recipe.yaml that is wrong.
+        ValueError: for an unknown recipe, naming those that exist, or a wrong key of recipe.yaml.
     """
     for folder in (Path(name), Path("recipes") / name, SHIPPED / name):
         if (folder / "recipe.yaml").is_file():
@@ -161,11 +162,11 @@ def shipped_recipes() -> list[str]:
 
 
 def _read(folder: Path, above: Sequence[Path] = ()) -> Recipe:
-    """The recipe in a folder.
+    """Read the recipe in a folder; raises as `find_recipe` does.
 
     Args:
         folder: the folder.
-        above: folders of the recipes that this one is a base of.
+        above: folders of the recipes that this one is a base of, to find circles.
     """
     file = folder / "recipe.yaml"
     raw: Any = yaml.safe_load(file.read_text(encoding="utf-8"))

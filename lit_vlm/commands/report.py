@@ -1,4 +1,4 @@
-"""What a finished run shows: held-out scores of its stages side by side, pictures, and what to try next."""
+"""The report of a finished run: held-out scores of its stages, its pictures, and commands to try next."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ COLUMNS = (
 
 
 def report(folder: Path, stages: Sequence[str], next_steps: Sequence[str], console: Console) -> None:
-    """Print it.
+    """Print the report of a finished run.
 
     Args:
-        folder: of the whole run.
-        stages: in order.
+        folder: folder of the whole run.
+        stages: its stages, in order.
         next_steps: commands to try; `{run}` stands for the folder.
-        console: where to.
+        console: where the report is printed.
     """
     rows: list[tuple[str, dict[str, Any]]] = []
     pictures: list[Path] = []

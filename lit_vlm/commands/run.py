@@ -1,4 +1,4 @@
-"""`lit-vlm run`: the stages of a recipe, each from the weights that the one before left."""
+"""`lit-vlm run`: runs the stages of a recipe, each from the weights of the stage before."""
 
 from __future__ import annotations
 
@@ -25,8 +25,13 @@ from lit_vlm.core.plugins import named_plugins, use_plugins
 
 
 def main(argv: Sequence[str]) -> None:
-    """Parse the arguments and run, check or resume."""
-    # The recipe comes first: behind a flag it could not be told from that flag's value.
+    """Parse the arguments, and run, check or resume a recipe.
+
+    Raises:
+        ValueError: for a wrong argument or recipe, a folder that holds a run, or nothing to resume.
+        SystemExit: when a flag is wrong, a check fails, or a stage ends with an error.
+    """
+    # The recipe is the first argument: behind a flag it could not be told from the flag's value.
     named = bool(argv) and not argv[0].startswith("-")
     arguments, flags = _parser().parse_known_args(argv[1:] if named else argv)
     arguments.recipe = argv[0] if named else None
@@ -52,12 +57,12 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _check_flags(commands: Sequence[Sequence[str]]) -> None:
-    """See that the flags of all stages parse, before anything is written; a wrong one ends the command with one line.
+    """Check that the flags of all stages parse, before anything is written.
 
-    In a process of its own, so that this one stays small while stages run.
+    A separate process parses them, so that this one stays small while stages run.
 
     Raises:
-        SystemExit: when one is wrong, which that process has said.
+        SystemExit: for a wrong flag, which the separate process has reported in one line.
     """
     if not is_first():
         return
@@ -138,13 +143,13 @@ def _command(recipe: Recipe, state: RunState, stage: str, folder: Path) -> list[
     start = recipe.start_of(stage, state.stages)
     words += ["--trainer.default_root_dir", str(folder / stage)]
     words += flags_for(stage, state.flags, recipe.stages)
-    if start:  # behind the flags: a start_from among them is that of the first stage
+    if start:  # last, as a start_from among the flags is meant for the first stage
         words += ["--model.stage.start_from", str(folder / start)]
     return words
 
 
 def flags_for(stage: str, flags: Sequence[str], stages: Collection[str]) -> list[str]:
-    """The flags of one stage: those for all, and those that begin with its name, without it."""
+    """The flags of one stage: those for all stages, and those that begin with `--STAGE.`, without that."""
     chosen: list[str] = []
     mine = True
     for flag in flags:
@@ -186,7 +191,7 @@ def _run(recipe: Recipe, state: RunState, folder: Path, console: Console) -> Non
 
 
 def _advice(folder: Path, stage: str, code: int) -> str:
-    """How to go on; a stage that refused to start will do so again until what it named is mended."""
+    """Advice after a failed stage: one that refused to start needs a fix first, any other is resumed."""
     again = f"lit-vlm run --resume --out {folder}"
     if code == REFUSED and not checkpoints_in(folder / stage):
         return (
@@ -197,7 +202,7 @@ def _advice(folder: Path, stage: str, code: int) -> str:
 
 
 def _execute(words: Sequence[str], environment: dict[str, str]) -> int:
-    """Run one stage as a process of its own: its memory is free afterwards, and it dies with this one."""
+    """Run one stage in a process of its own, which frees its memory and dies with this one; returns its exit code."""
     command = [sys.executable, "-P", "-m", "lit_vlm", *words]
     process = subprocess.Popen(command, env=os.environ | environment, preexec_fn=_die_with_parent)
     try:
@@ -238,7 +243,7 @@ class _ParentRun:
             state.save(folder)
 
     def environment(self) -> dict[str, str]:
-        """What a stage needs to become a child, in the same store."""
+        """Environment variables by which a stage's MLflow run becomes a child of this one, in the same store."""
         from lit_vlm.training.mlflow_run import PARENT_RUN
 
         if not (self._run and self._run.run_id):
@@ -246,7 +251,7 @@ class _ParentRun:
         return {PARENT_RUN: self._run.run_id, "MLFLOW_TRACKING_URI": self._run.uri}
 
     def end(self, status: str, reason: str | None = None) -> None:
-        """Set the status, and why."""
+        """Report the last status, and the reason of a failure."""
         if self._run:
             if reason:
                 self._run.tag("failure", reason)

@@ -15,17 +15,17 @@ STATE_FILE = "run.json"
 
 @dataclass
 class RunState:
-    """What run.json of a run's folder keeps, so that `--resume` needs no other argument.
+    """The state of a run, kept in run.json of its folder, so that `--resume` needs no other argument.
 
     Attributes:
-        recipe: the folder or name that was given.
+        recipe: folder or name of the recipe, as it was given.
         scale: the scale, or None.
         strategy: the strategy.
         stages: the stages to run, in order.
         flags: flags that are passed on to every stage.
         done: stages that have ended.
         parent_run: the MLflow run that the stages are children of.
-        plugins: modules whose classes may be named.
+        plugins: modules whose classes flags may name by bare names.
     """
 
     recipe: str
@@ -38,7 +38,7 @@ class RunState:
     plugins: list[str] = field(default_factory=list)
 
     def save(self, folder: Path) -> None:
-        """Write it, whole or not at all; when a launcher started several of us, only the first does."""
+        """Write run.json, whole or not at all; of several processes of a launcher, only the first does."""
         if not is_first():
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -48,7 +48,7 @@ class RunState:
 
     @staticmethod
     def load(folder: Path) -> RunState:
-        """Read it.
+        """Read run.json of a folder.
 
         Raises:
             ValueError: when the folder is not that of a run.
@@ -65,7 +65,7 @@ def is_first() -> bool:
 
 
 def run_folder_for(stage: str) -> str:
-    """A folder for a run that was given none; the same in all processes of the run."""
+    """A new folder for a run that was given none; the same in all processes of the run."""
     if RUN_FOLDER not in os.environ:
         job = os.environ.get("TORCHELASTIC_RUN_ID") or os.environ.get("SLURM_JOB_ID")
         os.environ[RUN_FOLDER] = str(Path("runs") / f"{stage}-{job or time.strftime('%Y%m%d-%H%M%S')}")

@@ -1,4 +1,4 @@
-"""`lit-vlm sync`: reports that waited for their MLflow server."""
+"""`lit-vlm sync`: sends reports that are waiting for their MLflow server."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from lit_vlm.training.mlflow_run import UNSENT, MLflowRun
 
 
 def main(argv: Sequence[str]) -> None:
-    """Send what is kept in each folder, and in those below it.
+    """Send the unsent reports of each folder and of those below it.
 
     Raises:
-        ValueError: when a folder does not exist, or a server still does not answer.
+        ValueError: when a folder does not exist, a server still does not answer, or a file of reports is broken.
     """
     parser = argparse.ArgumentParser(
         prog="lit-vlm sync",

@@ -8,10 +8,10 @@ from typing import ClassVar
 
 
 class Verb(ABC):
-    """`lit-vlm NAME ...`, by the name of a plugin's class or by the class's path.
+    """A command `lit-vlm NAME ...`, found by the class's bare name (of a plugin) or by its path.
 
     Attributes:
-        name: as on the command line.
+        name: name on the command line.
         about: one line for `lit-vlm --help` and `lit-vlm parts`.
     """
 
@@ -20,4 +20,8 @@ class Verb(ABC):
 
     @abstractmethod
     def main(self, argv: Sequence[str]) -> None:
-        """Run with the words behind the name; a `ValueError` or `OSError` becomes one line on the terminal."""
+        """Run the command; a `ValueError` or `OSError` becomes one line on the terminal.
+
+        Args:
+            argv: arguments behind the command's name.
+        """

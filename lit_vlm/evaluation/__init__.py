@@ -1,1 +1,1 @@
-"""Trained models asked and scored: held-out records, benchmark tasks, probes."""
+"""Evaluation of trained models: held-out records, benchmark tasks, probes."""

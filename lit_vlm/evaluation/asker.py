@@ -1,4 +1,4 @@
-"""The one way to ask a model: prompts, answers and likelihoods, written as the data of its training was written."""
+"""Prompts for a model, its answers and their likelihoods, written as the data of its training was written."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ from lit_vlm.model.generate import Continuation, score_continuations
 from lit_vlm.training.module import LitVLM
 
 LONGEST_ANSWER = 512
-"""Positions that answers to choose from may have on top of the run's `max_length`."""
+"""Positions of an answer that is scored, at most, which a sample may have beyond the run's `max_length`."""
 Form = Literal["prompt", "answer", "document"]
-"""How a record is written: up to the answer that is asked for, with the answer, or as a text without a question."""
+"""Which sample a record becomes: one that ends before the last answer, one with the answer, or text to predict."""
 
 
 @dataclass(frozen=True)
 class Asker:
-    """A model, and how the samples of its run were written. Records name their pictures by absolute paths.
+    """A model with template and transform of its run. The records that it takes name their pictures by absolute paths.
 
     Under sharded training every rank must call the methods that run the model.
 
     Attributes:
-        module: with its model built.
-        format: of the run's data.
+        module: the LightningModule, with its model built.
+        format: template, image transform and `max_length` of the run's data.
     """
 
     module: LitVLM
@@ -50,25 +50,25 @@ class Asker:
 
     @property
     def spec(self) -> InputSpec:
-        """What a question needs to know of the model."""
+        """What the data side must know of the model; see `LitVLM.input_spec`."""
         return self.module.input_spec.without_teachers()
 
     @property
     def pad_id(self) -> int:
-        """The token id at padding."""
+        """The token id at padded positions."""
         return int(self.module.input_spec.tokenizer.pad_token_id)
 
     def sample_encoder(self, form: Form) -> SampleEncoder:
-        """What makes samples. A question that is too long is refused, a document is cut; answers come on top."""
+        """An encoder of records: it refuses prompts beyond `max_length`, cuts documents, gives answers more room."""
         extra = LONGEST_ANSWER if form == "answer" else 0
         too_long: Literal["truncate", "drop"] = "truncate" if form == "document" else "drop"
         return self.format.sample_encoder(self.spec, too_long, form == "prompt", extra)
 
     def encode(self, records: Sequence[Record], form: Form = "prompt") -> list[Sample]:
-        """Samples of records.
+        """Encode records as samples of a form.
 
         Raises:
-            RecordError: with the reason why one cannot be used.
+            RecordError: with the reason why a record cannot be used.
         """
         encode = self.sample_encoder(form)
         return [encode(record, Path("/")) for record in records]
@@ -80,7 +80,7 @@ class Asker:
         return "".join(piece.text if isinstance(piece, Span) else "<image>" for piece in pieces)
 
     def batch(self, samples: Sequence[Sample]) -> Batch:
-        """Left-padded prompts on the model's device, one per row."""
+        """A batch of left-padded prompts on the model's device, one sample per row."""
         return collate_prompts(samples, pad_id=self.pad_id).to(self.module.device)
 
     def answer(
@@ -93,6 +93,9 @@ class Asker:
             max_new_tokens: length of an answer at most.
             temperature: 0 takes the likeliest token; above, one is drawn.
             top_p: draw from the likeliest tokens of this share.
+
+        Raises:
+            ValueError: as `LitVLM.answer`.
         """
         with self.evaluating():
             return self.module.answer(self.batch(samples), max_new_tokens, temperature, top_p)
@@ -103,8 +106,8 @@ class Asker:
         """Summed negative log-likelihood in nats, and number of scored tokens, of each continuation.
 
         Args:
-            prefixes: one per row.
-            continuations: of any rows.
+            prefixes: samples that continuations go on from, one per row.
+            continuations: each names the row of its prefix.
             batch_size: continuations at a time.
         """
         with self.evaluating(), self.module.autocast():
@@ -113,13 +116,14 @@ class Asker:
         return list(zip(nll, counts, strict=True))
 
     def score_answers(self, records: Sequence[Record]) -> tuple[list[tuple[float, int]], list[str]]:
-        """How likely expected answers are, and which options are likeliest.
+        """The likelihood of each expected answer, and the likeliest option of each record.
 
         Args:
             records: each ends with the expected answer.
 
         Returns:
-            (nll, tokens) of each record's expected answer, and the likeliest of its options ("" without options).
+            negative log-likelihood in nats and number of tokens of each record's expected answer, and the likeliest of
+            its options ("" without options).
 
         Raises:
             RecordError: with the reason why a record cannot be used.
@@ -143,7 +147,7 @@ class Asker:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """The model in eval mode, and afterwards as it was."""
+        """A context with the model in eval mode; afterwards its mode is as before."""
         was_training = self.module.vlm.training
         self.module.vlm.eval()
         try:
@@ -161,12 +165,12 @@ def first_of_last_answer(sample: Sample) -> int:
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    """Length of the common start."""
+    """Number of equal tokens at the start of both."""
     return next((index for index, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _with_answer(record: Record, answer: str) -> Record:
-    # An answer that is scored may be blank, as an option may: encoding refuses that only where it would be taught.
+    # As an option, a blank answer is allowed; encoding refuses one that is not among the options.
     return replace(record, messages=(*record.messages[:-1], Message("assistant", (Text(answer),))), options=(answer,))
 
 
@@ -180,23 +184,23 @@ def pick_device(name: str | None = None) -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:  # torch built without it asserts
+    except (RuntimeError, AssertionError) as error:  # a torch that was built without the device raises AssertionError
         raise ValueError(f"there is no device '{name}' here: {str(error).splitlines()[0]}") from error
     return name
 
 
 def load_run(source: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Asker:
-    """Build the model of a run, in eval mode with the weights of a checkpoint, and learn how its data was written.
+    """Build the model of a run in eval mode, with a checkpoint's weights, and the template and transform of its data.
 
-    Marks of its template that the tokenizer does not know are warned of: the model was trained with them in letters.
+    Warns of marks of the template that are no tokens of the tokenizer: the model was trained on them in pieces.
 
     Args:
         source: a checkpoint, or the folder of a run (its newest checkpoint is taken).
-        device: where to put it.
-        dtype: of the weights; `precision.choose(...).dtype` is what the device is fast in.
+        device: device that the model is put on.
+        dtype: type of the weights; `precision.choose(...).dtype` is the one that the device is fast in.
 
     Raises:
-        ValueError: when there is no complete checkpoint or no config.yaml, or the stage left parts out.
+        ValueError: when there is no complete checkpoint or no config.yaml, or the stage left out the decoder.
     """
     checkpoint = find_checkpoint(source)
     config = yaml.safe_load((run_folder(checkpoint) / "config.yaml").read_text(encoding="utf-8"))

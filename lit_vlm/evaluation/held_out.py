@@ -16,7 +16,7 @@ from lit_vlm.evaluation.metrics import exact_match, token_f1
 
 
 class Answer(NamedTuple):
-    """What the model said to one record."""
+    """A model's answer to the last question of one record."""
 
     record: Record
     question: str
@@ -33,10 +33,10 @@ class HeldOutScores:
         exact_match: share of generated answers that are the expected one, normalised.
         token_f1: mean F1 over words.
         choice_accuracy: share of records with options whose likeliest option is the expected one.
-        choice_chance: what guessing would give, 1 / options on average.
+        choice_chance: accuracy of guessing: the mean of 1 / number of options.
         num_records: records that were scored.
-        num_choices: those of them with options.
-        by_source: the same for each source, where there are several.
+        num_choices: records with options that were scored.
+        by_source: the scores of each source, where there are several.
     """
 
     loss: float
@@ -57,20 +57,23 @@ def evaluate_held_out(
     max_new_tokens: int = 16,
     title: str | None = None,
 ) -> HeldOutScores:
-    """Score records; ranks share the work.
+    """Score a model's answers to records; ranks share the records.
 
     Args:
         asker: whose model is scored.
         records: each ends with the expected answer.
         batch_size: records at a time.
         max_new_tokens: length of an answer at most.
-        title: of the progress that the first rank shows; None shows none.
+        title: title of the progress bar that the first rank shows; None shows no bar.
 
     Returns:
         the scores over all ranks, of each source too.
+
+    Raises:
+        RecordError: for a record that cannot be asked; `held_out_records` leaves those out.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    # Ranks run the same number of batches, or the sharded parts would wait for each other: the last may be repeated.
+    # All ranks run the same number of batches, as sharded parts run on all ranks together; records may repeat.
     per_rank = -(-len(records) // world)
     mine = list(records[rank::world])
     padding = [records[0]] * (per_rank - len(mine))
@@ -80,7 +83,7 @@ def evaluate_held_out(
         for start in range(0, per_rank, batch_size):
             chunk = (mine + padding)[start : start + batch_size]
             found = _score_batch(asker, chunk, max_new_tokens)
-            # What only keeps ranks in step is scored and not counted.
+            # Repeated records are scored, to keep ranks in step, and not counted.
             for record, sums in zip(chunk[: max(0, len(mine) - start)], found, strict=False):
                 totals[sources.index(record.source)] += torch.tensor(sums, dtype=torch.float64)
             advance(len(chunk))
@@ -97,7 +100,11 @@ def evaluate_held_out(
 
 @torch.no_grad()
 def answer_records(asker: Asker, records: Sequence[Record], max_new_tokens: int = 16) -> list[Answer]:
-    """Greedy answers to the last question of each record; under sharded training every rank must call this."""
+    """Greedy answers to the last question of each record; under sharded training every rank must call this.
+
+    Raises:
+        RecordError: for a record that cannot be asked.
+    """
     given = asker.answer(asker.encode(records), max_new_tokens)
     questions = [next(m.text for m in reversed(record.messages) if m.role == "user").strip() for record in records]
     return [
@@ -107,7 +114,7 @@ def answer_records(asker: Asker, records: Sequence[Record], max_new_tokens: int 
 
 
 class _Sums(NamedTuple):
-    """What the scores of one or several records are made of."""
+    """Sums over one or several records, of which scores are the means."""
 
     nll: float
     tokens: float
@@ -132,7 +139,7 @@ def _means(sums: _Sums) -> HeldOutScores:
 
 
 def _score_batch(asker: Asker, records: Sequence[Record], max_new_tokens: int) -> list[_Sums]:
-    """What each record adds."""
+    """The sums of each record."""
     given = asker.answer(asker.encode(records), max_new_tokens)
     scored = asker.score_answers(records)
     found = []

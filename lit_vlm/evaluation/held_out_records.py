@@ -1,4 +1,4 @@
-"""Which held-out records can be asked, and the same questions with the pictures of others."""
+"""Held-out records that can be asked, and the control in which each has the pictures of another record."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ log = logging.getLogger(__name__)
 
 
 def held_out_records(asker: Asker, sources: Sequence[Source], limit: int | None = None) -> list[Record]:
-    """The usable records of held-out sources that ask something: all, or `limit` spread evenly over them.
+    """The usable records of held-out sources that end with an answer: all, or `limit` spread evenly over them.
 
-    What cannot be used is left out, and told by a warning with its reasons.
+    Records that cannot be used are left out, and a warning counts them by reason.
     """
-    # A record that is too long is left out: cut, it would end in another answer than the one that is asked for.
+    # A record that is too long is left out: it would lose its last answer, which is the one that is scored.
     encode = _whole(asker)
     places = [(source, index) for source in sources for index in range(len(source))]
-    # An odd stride, as questions of different kinds often take turns.
+    # An odd stride meets all kinds of questions where two kinds take turns.
     stride = max(1, len(places) // limit) | 1 if limit else 1
     left_out: Counter[str] = Counter()
 
@@ -52,7 +52,7 @@ def held_out_records(asker: Asker, sources: Sequence[Source], limit: int | None 
 
 
 def _whole(asker: Asker) -> SampleEncoder:
-    """What writes a question with its answer within `max_length`, as training does."""
+    """The encoder of training, which writes a question with its answer within `max_length`."""
     return asker.format.sample_encoder(asker.spec)
 
 
@@ -65,7 +65,7 @@ def _why_not(encode: SampleEncoder, record: Record) -> str:
 
 
 def _tell(left_out: Counter[str]) -> None:
-    """Say on the first rank what is left out, and why."""
+    """Warn on the first rank of records that were left out, by reason."""
     if left_out and not (dist.is_initialized() and dist.get_rank()):
         reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.most_common())
         log.warning("%d of the held-out records looked at are left out: %s", left_out.total(), reasons)
@@ -86,10 +86,10 @@ def _absolute(record: Record, folder: Path) -> Record:
 
 
 def shuffle_images(asker: Asker, records: Sequence[Record]) -> list[Record]:
-    """The same questions with the pictures of other records: what can be answered without seeing.
+    """The records with the pictures of other records: a score on them shows what can be answered without seeing.
 
-    Pictures are taken from half-way round the list, so neighbours that share one do not get it back. A question that is
-    too long with a larger picture is left out, with a warning.
+    Each record gets the pictures of the record half a list away, so that neighbours with the same picture do not get it
+    back. A question that is too long with a larger picture is left out, with a warning.
     """
     encode = _whole(asker)
     pool = [record.images for record in records]
@@ -106,7 +106,7 @@ def shuffle_images(asker: Asker, records: Sequence[Record]) -> list[Record]:
             for m in record.messages
         )
         other = replace(record, messages=messages)
-        # A picture of another size may take more positions; one of the same size takes as many.
+        # Only pictures that may differ in size can make a record too long.
         if not asker.format.transform.fixed(asker.spec.pixels) and (reason := _why_not(encode, other)):
             left_out[reason] += 1
         else:

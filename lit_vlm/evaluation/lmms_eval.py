@@ -32,13 +32,16 @@ MANIFEST = ModelManifest(model_id="lit_vlm", simple_class_path="lit_vlm.evaluati
 
 
 class LmmsEvalModel(lmms):
-    """Answers lmms-eval's requests with the template and the image transform that the run was trained with.
+    """A model of lmms-eval that answers requests with the template and the image transform of its run.
 
     Args:
         checkpoint: a checkpoint, or the folder of a run.
         device: where the model runs; default: a GPU if there is one.
         batch_size: requests at a time.
         max_length: positions of a prompt at most; default: that of the run.
+
+    Raises:
+        ValueError: when lmms-eval was started with several processes, or as `load_run`.
     """
 
     is_simple = True
@@ -60,11 +63,15 @@ class LmmsEvalModel(lmms):
         self.asker = replace(asker, format=replace(asker.format, max_length=length))
 
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:
-        """Greedy answers, or drawn ones where a task sets a temperature; cut at its stop texts."""
+        """An answer to each request, greedy or drawn at the task's temperature, cut at the task's stop texts.
+
+        Raises:
+            ValueError: for a request with video or sound.
+        """
         answers: list[str] = []
         for start in track(range(0, len(requests), self.rows), description="answering"):
             chunk = requests[start : start + self.rows]
-            # A task may set other lengths for single requests: these are asked alone.
+            # A task may give each request its own settings: such requests are asked one by one.
             settings = [dict(request.args[1]) for request in chunk]
             groups = [chunk] if all(one == settings[0] for one in settings) else [[request] for request in chunk]
             for group in groups:
@@ -72,7 +79,7 @@ class LmmsEvalModel(lmms):
         return answers
 
     def _generate(self, requests: Sequence[Instance]) -> list[str]:
-        """Answers of requests with the same settings; "" for those that cannot be asked."""
+        """Answers to requests with equal settings; "" for those that cannot be asked."""
         settings = dict(requests[0].args[1])
         samples = [self._encode(self._record(*self._asked(request)), request) for request in requests]
         asked = [sample for sample in samples if sample is not None]
@@ -89,9 +96,12 @@ class LmmsEvalModel(lmms):
         return ["" if sample is None else _cut(next(given), stops) for sample in samples]
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
-        """Log-likelihood of each continuation as an answer; −inf where it cannot be asked.
+        """Log-likelihood in nats of each continuation as an answer, and whether it is the greedy answer.
 
-        Whether it is the greedy one is found by generating it.
+        A request that cannot be asked has −inf and False.
+
+        Raises:
+            ValueError: for a request with video or sound.
         """
         found = []
         for request in track(requests, description="scoring"):
@@ -113,7 +123,7 @@ class LmmsEvalModel(lmms):
         raise NotImplementedError("lit_vlm answers single rounds only; tasks of several rounds are not supported")
 
     def _encode(self, record: Record, request: Instance) -> Sample | None:
-        """A prompt; None, with a warning, for one that is too long or whose picture is broken."""
+        """The prompt of a request; None, with a warning, if it is too long or its picture is broken."""
         try:
             return self.asker.encode([record])[0]
         except RecordError as error:

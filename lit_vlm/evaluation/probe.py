@@ -1,4 +1,4 @@
-"""What can be read from each layer of a frozen model: OLA-VLM's probing study."""
+"""Probes: how well a teacher's features can be predicted from each layer of a frozen model (OLA-VLM's study)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from lit_vlm.worlds.scenes.maps import SHAPE_SHARES
 NAME, OTHER = "probe", "segmentation"
 PROMPT = "\nDescribe the image in two lines."
 DEPTH_MARGIN = 0.5
-"""Ranges of depth: cells that differ by less are no pair."""
+"""Number of depth ranges by which two cells differ, at least, to be a pair whose order is scored."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class ProbeSettings:
         lr: peak learning rate; warm-up over 3 % of the steps, then cosine to 0, as published. The published 1e-3 is for
             thousands of steps: AdamW moves no weight by more than their number times the rate, and the last norm's must
             shrink to the size of the targets.
-        held_out: pictures that are measured.
-        seed: of the probes' start and the order of pictures.
+        held_out: number of pictures that probes are measured on.
+        seed: draws the probes' initial weights and the order of pictures.
     """
 
     steps: int = 300
@@ -54,12 +54,12 @@ class ProbeSettings:
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """What was found in each layer, the first block's first.
+    """What the probe of each layer reached, the first block first.
 
     Attributes:
-        cosine: between prediction and target, each image's features as one vector, averaged over held-out images.
-        score: of the task, where the targets are exact maps: share of right depth orders, or mIoU.
-        score_name: what it is.
+        cosine: cosine between prediction and target, each image's features as one vector; mean of held-out images.
+        score: where the targets are exact maps, the share of right depth orders, or mIoU; else empty.
+        score_name: name of that score; "" without one.
     """
 
     cosine: list[float]
@@ -68,7 +68,7 @@ class ProbeResult:
 
 
 class _Pictures(Dataset[Sample | None]):
-    """The first image of each record behind a fixed question, up to where the answer would begin."""
+    """A prompt for each record: its first image and a fixed question; None where the image cannot be read."""
 
     def __init__(self, source: Source, encode: SampleEncoder) -> None:
         self.source, self.encode = source, encode
@@ -88,21 +88,21 @@ class _Pictures(Dataset[Sample | None]):
 def probe(
     asker: Asker, teacher: Teacher, train: Source, held_out: Source, settings: ProbeSettings, workers: int = 0
 ) -> Iterator[int | ProbeResult]:
-    """Train one probe per layer, all of them in one pass over frozen states, and measure them.
+    """Train one probe for each layer of a frozen model, all of them together, and measure them.
 
     Args:
-        asker: whose model is probed; it is not changed.
+        asker: has the model that is probed; its weights do not change.
         teacher: gives the targets.
-        train: pictures to learn from.
-        held_out: pictures to measure on.
-        settings: how.
+        train: pictures that probes learn from.
+        held_out: pictures that probes are measured on.
+        settings: how probes are trained.
         workers: loader processes.
 
     Yields:
-        the number of each step that is done, and at last the result.
+        the number of each finished step, and at last the result.
 
     Raises:
-        ValueError: when no picture can be read.
+        ValueError: when no picture of a source can be read.
     """
     model = asker.module.vlm.eval().requires_grad_(False)
     device = asker.module.device
@@ -143,7 +143,7 @@ def probe(
 
 
 def _encoder(asker: Asker, teacher: Teacher) -> SampleEncoder:
-    """What the probes' teacher wants, in place of those of the model's own heads."""
+    """An encoder of prompts with the pictures or maps of the probes' teacher, without those of the model's heads."""
     known = {} if teacher.known is None else {NAME: teacher.known, OTHER: "segmentation"}
     pixels = {NAME: teacher.pixels} if teacher.known is None else {}
     spec = replace(asker.spec, teacher_pixels=pixels, known=known)
@@ -151,7 +151,7 @@ def _encoder(asker: Asker, teacher: Teacher) -> SampleEncoder:
 
 
 def _probes(model: VLM, teacher: Teacher, count: int) -> EmbeddingDistillation:
-    """A predictor for every layer, with queries of its own, that reads all of a sample."""
+    """A predictor for each layer, with queries of its own, which reads all positions of a sample."""
     head = EmbeddingDistillation(
         model.decoder.width,
         model.decoder.num_layers,
@@ -197,7 +197,7 @@ def _measure(model: VLM, probes: EmbeddingDistillation, teacher: Teacher, batche
         raise ValueError("lit-vlm probe: no held-out picture can be read")
     score = []
     if counts:
-        both = torch.stack(counts).sum(0).double()  # [layers, classes, 2]: right and all
+        both = torch.stack(counts).sum(0).double()  # [layers, classes, 2]: numerator and denominator of the score
         score = (both[..., 0] / both[..., 1].clamp(min=1)).mean(1).tolist()
     return ProbeResult(torch.cat(cosines, dim=1).mean(1).tolist(), score, score_name)
 
@@ -210,12 +210,14 @@ def _depth(shares: Tensor) -> Tensor:
 
 
 def _right_orders(found: Tensor, targets: Tensor, things: Tensor) -> Tensor:
-    """Of all pairs of cells on things of one picture that differ in depth, those in the right order: `[layers, 1, 2]`.
+    """Pairs of cells in the right order of depth, and all pairs: `[layers, 1, 2]`.
+
+    A pair is two cells of one picture that show things and differ in depth.
 
     Args:
-        found: depth of each cell, `[layers, n, q]`.
-        targets: the same, `[n, q]`.
-        things: which cells show a thing, `[n, q]`.
+        found: predicted depth of each cell, `[layers, n, q]`.
+        targets: true depth of each cell, `[n, q]`.
+        things: whether a cell shows a thing, `[n, q]`.
     """
     apart = targets[:, :, None] - targets[:, None]
     pairs = (apart > DEPTH_MARGIN) & things[:, :, None] & things[:, None]
@@ -224,7 +226,7 @@ def _right_orders(found: Tensor, targets: Tensor, things: Tensor) -> Tensor:
 
 
 def _overlaps(found: Tensor, targets: Tensor) -> Tensor:
-    """Cells in the intersection and in the union, for background and each shape: `[layers, classes, 2]`."""
+    """Cells in intersection and union of prediction and target, for background and shapes: `[layers, classes, 2]`."""
     classes = torch.arange(SHAPE_SHARES.stop, device=found.device)[:, None, None, None]
     own, other = found == classes, (targets == classes[:, 0])[:, None]
     pair = torch.stack([(own & other).sum((2, 3)), (own | other).sum((2, 3))], dim=-1)
@@ -232,7 +234,7 @@ def _overlaps(found: Tensor, targets: Tensor) -> Tensor:
 
 
 def draw(results: Mapping[str, ProbeResult], title: str, file: Path) -> None:
-    """A curve for each model, as a PNG."""
+    """Draw a curve over layers for each model into a PNG file."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,11 +1,11 @@
-"""Contract tests for classes that are not the kit's: each raises an AssertionError that names the rule.
+"""Contract tests for classes of other packages. A class that breaks a rule ends its test by an AssertionError.
 
-They need no pytest and no file, and run on a CPU in seconds. A test of a part is a line:
+Contract tests need neither pytest nor files, and run on a CPU in seconds. A test of a part is a line:
 
     def test_my_projector() -> None:
         check_projector(MyProjector)
 
-`check_sharded` runs parts on one process and on two under FSDP2. The rules are those of docs/extending.md.
+`check_sharded` runs parts on one process and on two under FSDP2. docs/extending.md explains the rules.
 """
 
 from lit_vlm.testing.data import check_source, check_template, check_transform

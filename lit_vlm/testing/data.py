@@ -21,14 +21,14 @@ PICTURES = ((40, 30), (30, 40), (28, 28), (3, 100), (500, 20), (1, 1))
 
 
 def check_source(factory: Callable[[], Source], most: int = 50) -> None:
-    """Check a source.
+    """Check the rules of a source.
 
     Args:
-        factory: makes one that holds a few records at least; it is called twice.
-        most: records that are read.
+        factory: makes a source that holds at least a few records; it is called twice.
+        most: number of records that are read, at most.
 
     Raises:
-        AssertionError: naming the rule that it breaks.
+        AssertionError: naming the rule that the source breaks.
     """
     source = factory()
     if not len(source):
@@ -39,7 +39,7 @@ def check_source(factory: Callable[[], Source], most: int = 50) -> None:
     if not any(isinstance(record, Record) for record in read):
         broken(source, f"none of its first {len(read)} records can be used: {read[0]}", "Some records are good")
     copy, again = pickled(source, "the source", source), factory()
-    for index in reversed(range(len(read))):  # in any order, as a shuffled epoch reads them
+    for index in reversed(range(len(read))):  # backwards, as a shuffled epoch reads in any order
         if any(_read(other, index) != read[index] for other in (source, copy, again)):
             broken(source, f"record {index} is not always the same", "A record depends on its index alone")
         outline = _read(source, index, outline=True)
@@ -67,14 +67,14 @@ def _texts(record: Record | str) -> list[str]:
 
 
 def check_template(factory: Callable[[], Template], turns: int = 2) -> None:
-    """Check a template.
+    """Check the rules of a template.
 
     Args:
-        factory: makes one.
-        turns: questions and answers of the longest conversation that it takes.
+        factory: makes the template.
+        turns: number of questions in the longest conversation that it takes.
 
     Raises:
-        AssertionError: naming the rule that it breaks.
+        AssertionError: naming the rule that the template breaks.
     """
     template = factory()
     pickled(template, "the template", template)
@@ -122,15 +122,15 @@ def check_transform(
     pixels: Sequence[PixelSpec] = PIXELS,
     pictures: Sequence[tuple[int, int]] = PICTURES,
 ) -> None:
-    """Check a transform.
+    """Check the rules of an image transform.
 
     Args:
-        factory: makes one.
-        pixels: what encoders want; one that it refuses with a ValueError is left out, but not all may be.
-        pictures: (width, height) of pictures.
+        factory: makes the transform.
+        pixels: pixel formats of encoders. The transform may refuse some with a ValueError, but not all.
+        pictures: (width, height) of pictures, in pixels.
 
     Raises:
-        AssertionError: naming the rule that it breaks.
+        AssertionError: naming the rule that the transform breaks.
     """
     transform = factory()
     pickled(transform, "the transform", transform)

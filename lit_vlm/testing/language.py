@@ -23,15 +23,15 @@ def check_embedder(
     slots: Mapping[str, Any] | None = None,
     sizes: Sequence[Size] = ((28, 28), (28, 28)),
 ) -> None:
-    """Check an embedder.
+    """Check the rules of an embedder, in a tiny model.
 
     Args:
-        factory: makes one from the decoder's width and the rows of its word table.
-        slots: factories of other parts that it needs (`tiny_slots`).
-        sizes: (height, width) of pictures that the encoder takes.
+        factory: makes the embedder from the decoder's width and vocabulary size.
+        slots: factories of other parts that the embedder needs (`tiny_slots`).
+        sizes: (height, width) in pixels of pictures that the encoder takes.
 
     Raises:
-        AssertionError: naming the rule that it breaks.
+        AssertionError: naming the rule that the embedder breaks.
     """
     model = build(tiny_slots(**dict(slots or {}), embedder=factory)).eval()
     embedder, decoder = model.embedder, model.decoder
@@ -56,14 +56,14 @@ def check_embedder(
 
 
 def check_decoder(factory: Callable[[], Decoder], sizes: Sequence[Size] = ((28, 28), (28, 28))) -> None:
-    """Check a decoder.
+    """Check the rules of a decoder, in a tiny model.
 
     Args:
-        factory: makes a tiny one with random weights.
-        sizes: of pictures, for the model that it is put into.
+        factory: makes a tiny decoder with random weights.
+        sizes: (height, width) in pixels of the pictures that the model gets.
 
     Raises:
-        AssertionError: naming the rule that it breaks.
+        AssertionError: naming the rule that the decoder breaks.
     """
     decoder = built(factory, Decoder)
     model = build(tiny_slots(decoder=factory)).eval()
@@ -100,7 +100,7 @@ def check_decoder(factory: Callable[[], Decoder], sizes: Sequence[Size] = ((28, 
 
 
 def _check_rows(model: VLM, part: Embedder | Decoder, sizes: Sequence[Size]) -> None:
-    """Samples are the same in a row of their own and packed into one."""
+    """Check that samples give the same logits in rows of their own and packed into one row."""
     seen, text = samples_for(model, sizes)
     samples = [*seen, *text]
     losses = {NEXT_TOKEN: 1.0}
@@ -111,7 +111,7 @@ def _check_rows(model: VLM, part: Embedder | Decoder, sizes: Sequence[Size]) -> 
 
 
 def _check_text(model: VLM, part: Embedder, text: Batch) -> None:
-    """A batch without images still leads through the projector."""
+    """Check that a batch without images still runs the projector, so that its parameters get a gradient."""
     model.zero_grad()
     model(text, {NEXT_TOKEN: 1.0})[NEXT_TOKEN].backward()
     for name, parameter in model.projector.named_parameters():
@@ -122,7 +122,7 @@ def _check_text(model: VLM, part: Embedder, text: Batch) -> None:
 
 @torch.no_grad()
 def _check_decoding(model: VLM, part: Embedder | Decoder, sizes: Sequence[Size]) -> None:
-    """Going on from a cache says what the whole text says, with padding on the left too."""
+    """Check that decoding from a cache gives the logits of the whole text, also with padding on the left."""
     seen, _ = samples_for(model, sizes)
     prompts = collate_prompts(seen)
     mask = (prompts.segment_ids > 0).long()

@@ -26,16 +26,16 @@ def check_head(
     sizes: Sequence[Size] = ((28, 28), (28, 28)),
     adds_up: bool = True,
 ) -> None:
-    """Check a head.
+    """Check the rules of a head, in a tiny model.
 
     Args:
-        factory: makes one from the decoder's width and number of blocks.
+        factory: makes the head from the decoder's width and number of blocks.
         slots: factories of other parts that it needs (`tiny_slots`), such as an embedder with task tokens.
-        sizes: (height, width) of pictures that the encoder takes.
+        sizes: (height, width) in pixels of pictures that the encoder takes.
         adds_up: whether the loss of a batch is the sum over its samples; not where images are compared with each other.
 
     Raises:
-        AssertionError: naming the rule that it breaks.
+        AssertionError: naming the rule that the head breaks.
     """
     model = build(tiny_slots(**dict(slots or {}), heads={NAME: factory})).eval()
     head = model.heads[NAME]
@@ -69,14 +69,15 @@ def check_head(
 
 
 def check_teacher(factory: Callable[[], Teacher], sizes: Sequence[Size] | None = None) -> None:
-    """Check a teacher.
+    """Check the rules of a teacher.
 
     Args:
-        factory: makes a tiny one.
-        sizes: (height, width) of pictures that it takes; default: its square, or several.
+        factory: makes a tiny teacher.
+        sizes: (height, width) in pixels of pictures that it takes; default: several where it takes any size, and its
+            square where it takes one.
 
     Raises:
-        AssertionError: naming the rule that it breaks.
+        AssertionError: naming the rule that the teacher breaks.
     """
     teacher = factory()
     if isinstance(teacher, nn.Module):

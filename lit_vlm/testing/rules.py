@@ -1,4 +1,4 @@
-"""Rules that parts of several slots have in common."""
+"""Rules that parts of several slots have in common; all functions but `numbers` raise AssertionErrors (`broken`)."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ NEAR = 1e-4
 
 
 def broken(thing: object, found: str, rule: str) -> NoReturn:
-    """End a check.
+    """End a check by an error.
 
     Args:
-        thing: what was checked, or its class.
-        found: what it does.
-        rule: what it should do; a sentence.
+        thing: the object that was checked, or its class.
+        found: what the object does.
+        rule: what it should do, as a sentence.
 
     Raises:
         AssertionError: always.
@@ -34,16 +34,16 @@ def broken(thing: object, found: str, rule: str) -> NoReturn:
 
 
 def pickled(thing: object, what: str, value: T) -> T:
-    """A copy as loader workers get it."""
+    """A copy of `value`, pickled and loaded, as loader workers get it; `what` names it in the message."""
     try:
         copy: T = pickle.loads(pickle.dumps(value))
-    except Exception as error:  # whatever a class makes of being pickled
+    except Exception as error:  # a class may raise anything when it is pickled
         broken(thing, f"{what} does not pickle: {error}", "Loader workers get a copy: no lambda, no bound method")
     return copy
 
 
 def built(factory: Callable[[], P], kind: Any) -> P:
-    """A part with real weights in eval mode, after a look at how it is made."""
+    """Check how a part is constructed, and return it with random weights in eval mode."""
     part = factory()
     if not isinstance(part, kind):
         broken(part, f"is no {kind.__name__}", f"It must be a subclass of {kind.__module__}.{kind.__name__}")
@@ -61,9 +61,9 @@ def built(factory: Callable[[], P], kind: Any) -> P:
 
 
 def same_when_loaded(part: P, factory: Callable[[], P], run: Callable[[P], Tensor]) -> None:
-    """See that weights that were saved make the part what it was, also one that was built without weights."""
+    """Check that a part that is built without weights and then loads those of `part` gives the same result of `run`."""
     with meta_parameters(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1234)  # what a constructor draws must be saved, or not matter
+        torch.manual_seed(1234)  # numbers that a constructor draws must be saved, or not matter
         twin = factory()
     load_state(twin, {key: value.clone() for key, value in part.state_dict().items()}, "part")
     twin.eval()
@@ -74,7 +74,7 @@ def same_when_loaded(part: P, factory: Callable[[], P], run: Callable[[P], Tenso
 
 
 def blocks_run_once(part: Part, run: Callable[[], Any], slot: str) -> None:
-    """See that each block runs once and in order, as sharded training asks."""
+    """Check that each block of a part runs once in `run`, and in order, which sharded training needs."""
     blocks = list(part.blocks())
     own = list(part.modules())
     for index, block in enumerate(blocks):
@@ -92,7 +92,7 @@ def blocks_run_once(part: Part, run: Callable[[], Any], slot: str) -> None:
 
 
 def all_train(part: Part, loss: Tensor, why: str, unread: Sequence[str] = ()) -> None:
-    """See that a loss reaches every parameter of a part, but those whose names end as in `unread`."""
+    """Check that a loss gives each parameter of a part a gradient, except names with an ending in `unread`."""
     part.zero_grad()
     loss.backward()
     without = [name for name, p in part.named_parameters() if p.requires_grad and p.grad is None]
@@ -101,11 +101,11 @@ def all_train(part: Part, loss: Tensor, why: str, unread: Sequence[str] = ()) ->
 
 
 def near(thing: object, found: Tensor, expected: Tensor, what: str, rule: str) -> None:
-    """See that two results agree."""
+    """Check that two results agree within a small tolerance."""
     if found.shape != expected.shape or not torch.allclose(found.float(), expected.float(), NEAR, NEAR):
         broken(thing, what, rule)
 
 
 def numbers(found: Sequence[object]) -> str:
-    """A few of them for a message."""
+    """The first three of some numbers, as text for a message."""
     return ", ".join(str(one) for one in found[:3])

@@ -1,4 +1,4 @@
-"""One process against two under FSDP2, of which one has no picture."""
+"""Contract test of sharding: one process against two under FSDP2, one of which has no picture."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ Results = dict[str, dict[str, float]]
 
 @dataclass
 class Case:
-    """A tiny model. Its factories must pickle: classes, functions of a module, and `functools.partial` of them.
+    """A tiny model and its stage. Factories must pickle: classes, functions of a module, `functools.partial` of them.
 
     Attributes:
-        slots: what differs from a tiny LLaVA (`tiny_slots`).
-        sizes: (height, width) of the pictures, which are on one process only.
-        losses: that are on.
+        slots: factories that replace those of a tiny LLaVA (`tiny_slots`).
+        sizes: (height, width) in pixels of the pictures, which only one process gets.
+        losses: weights of losses, as in `Stage`.
         leave_out: whether the stage does without the decoder.
-        only: as in a stage.
+        only: groups of parameters that train, as in `Stage`.
     """
 
     slots: dict[str, Any] = field(default_factory=dict)
@@ -49,16 +49,16 @@ class Case:
 
 
 def check_sharded(cases: Mapping[str, Case], tolerance: float = 1e-4) -> None:
-    """See that two processes under FSDP2, one of them without pictures, give the losses and gradients of one.
+    """Check that two processes under FSDP2, one of them without pictures, give the losses and gradients of one.
 
     All cases share one start of two processes, as a start takes longer than a case.
 
     Args:
         cases: tiny models by name.
-        tolerance: how far a gradient may be off, over its size.
+        tolerance: relative difference of a loss or gradient, at most.
 
     Raises:
-        AssertionError: naming the cases and what differs; or the case in which a part refused to go on, and why.
+        AssertionError: naming the cases and the values that differ, or the case in which a part raised a ValueError.
     """
     refused: list[str] = []
     with tempfile.TemporaryDirectory() as name:
@@ -66,7 +66,7 @@ def check_sharded(cases: Mapping[str, Case], tolerance: float = 1e-4) -> None:
         try:
             spawn(_compare, (dict(cases), folder), nprocs=2)
         except ProcessException:
-            # The process that sees the mistake ends, and its partner with it, by an error of the connection.
+            # The process with the mistake ends, and then the other one, by an error of the connection.
             refused = [file.read_text(encoding="utf-8") for file in sorted(folder.glob("refused-*"))]
             if not refused:
                 raise
@@ -82,7 +82,7 @@ def check_sharded(cases: Mapping[str, Case], tolerance: float = 1e-4) -> None:
 
 
 def _compare(rank: int, cases: Mapping[str, Case], folder: Path) -> None:
-    """All cases, by one of two processes; the first leaves `results.pt`."""
+    """Run all cases in one of two processes; the first writes the differences to `results.pt`."""
     torch.set_num_threads(1)
     expected = {name: whole(case) for name, case in cases.items()} if rank == 0 else {}
     dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=2)
@@ -102,7 +102,7 @@ def _compare(rank: int, cases: Mapping[str, Case], folder: Path) -> None:
 
 
 def ready(model: VLM, case: Case) -> VLM:
-    """Frozen and in train mode, as a stage makes it."""
+    """The model of a case as a stage trains it: frozen, in train mode, and maybe without its decoder."""
     if case.leave_out:
         model.decoder = AbsentDecoder(model.decoder)
     rates = {name: 1e-3 for name, parts in model.slots().items() if any(list(part.parameters()) for part in parts)}
@@ -111,7 +111,7 @@ def ready(model: VLM, case: Case) -> VLM:
 
 
 def _step(model: VLM, batch: Batch, case: Case, scale: int = 1) -> dict[str, Tensor]:
-    """Losses after their gradients were taken."""
+    """Run forward and backward; returns the losses."""
     sums = model(batch, case.losses)
     total: Tensor = sum((case.losses[name] * value for name, value in sums.items()), torch.zeros(()))
     (scale * total).backward()
@@ -129,15 +129,15 @@ def whole(case: Case) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 
 def parted(case: Case) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The same of two processes; pictures are on the second one only."""
+    """Losses, model FLOPs and gradients of two processes, of which only the second has pictures."""
     slots, first = tiny_slots(**case.slots), dist.get_rank() == 0
-    torch.manual_seed(dist.get_rank())  # what a process draws for itself must not matter
+    torch.manual_seed(dist.get_rank())  # numbers that each process draws must not matter
     model = ready(build(slots) if first else build_on_meta(slots), case)
     shard(model, init_device_mesh("cpu", (2,)), None)
     model = ready(model, Case(losses=case.losses, only=case.only))
     seen, text = samples_for(model, case.sizes)
     batch = collate(text if first else seen)
-    losses = _step(model, batch, case, scale=2)  # gradients are averaged
+    losses = _step(model, batch, case, scale=2)  # as gradients are averaged over processes
     losses["flops"] = torch.tensor(StepFlops(model, slots, case.losses)(batch))
     for name in sorted(losses):
         dist.all_reduce(losses[name])
@@ -146,7 +146,10 @@ def parted(case: Case) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 
 def difference(one: Mapping[str, Tensor], two: Mapping[str, Tensor]) -> dict[str, float]:
-    """By name, how far the second is from the first, over its size or a small part of the largest."""
+    """Relative difference of two tensors of each name; 9.0 where only one side has the name.
+
+    The norm of a tensor, by which its difference is divided, counts as 1e-4 of the largest norm at least.
+    """
     least = 1e-4 * max(float(value.norm()) for value in one.values())
     far = {
         name: float((two[name] - one[name]).norm() / max(least, float(one[name].norm())))

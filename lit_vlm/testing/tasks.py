@@ -9,14 +9,14 @@ from lit_vlm.testing.rules import broken
 
 
 def check_task(factory: Callable[[], Task], best: float | None = 100.0) -> None:
-    """Check a task.
+    """Check the rules of a task.
 
     Args:
-        factory: makes one that holds a few examples at least; it is called twice.
-        best: the main score where each example is answered with its reference; null where that says nothing.
+        factory: makes a task that holds at least a few examples; it is called twice.
+        best: the main score when each example is answered with its reference; None to leave that out.
 
     Raises:
-        AssertionError: naming the rule that it breaks.
+        AssertionError: naming the rule that the task breaks.
     """
     task = factory()
     for name in ("name", "about", "files"):

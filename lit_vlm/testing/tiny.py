@@ -1,4 +1,4 @@
-"""Tiny models with random weights, and samples made of nothing."""
+"""Tiny models with random weights, and samples of random pictures and token ids."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ LLAMA: dict[str, Any] = {
 
 
 def tiny_slots(**changes: Any) -> Slots:
-    """Factories of a tiny LLaVA; any slot may be replaced."""
+    """Factories of a tiny LLaVA, with `changes` in place of its slots."""
     slots: dict[str, Any] = {
         "encoder": partial(HFEncoder, config=CLIP),
         "projector": partial(MLP, depth=2),
@@ -52,12 +52,12 @@ def tiny_slots(**changes: Any) -> Slots:
 
 
 def tiny_decoder(lora: Lora | None = None, **changes: Any) -> partial[HFDecoder]:
-    """A factory of a tiny decoder with changed settings."""
+    """A factory of a tiny Llama with `changes` in its configuration."""
     return partial(HFDecoder, config=LLAMA | changes, tokenizer="bytes", lora=lora)
 
 
 def random_images(sizes: Sequence[Size], seed: int = 0) -> Images:
-    """Pictures of these sizes."""
+    """Random pictures of these sizes."""
     generator = torch.Generator().manual_seed(seed)
     return Images.pack([_picture(size, generator) for size in sizes])
 
@@ -67,7 +67,7 @@ def _picture(size: Size, generator: torch.Generator) -> Tensor:
 
 
 def samples_for(model: VLM, sizes: Sequence[Size]) -> tuple[list[Sample], list[Sample]]:
-    """Samples with a picture of each size, and two others without any; always the same."""
+    """Samples with a random picture of each size, and two samples without pictures; the same in each call."""
     generator = torch.Generator().manual_seed(1)
 
     def made(name: str, size: Size | None, length: int) -> Sample:

@@ -16,16 +16,16 @@ from lit_vlm.testing.tiny import Size, random_images
 def check_encoder(
     factory: Callable[[], Encoder], sizes: Sequence[Size] | None = None, unread: Sequence[str] = ()
 ) -> None:
-    """Check an encoder.
+    """Check the rules of an encoder.
 
     Args:
-        factory: makes a tiny one with random weights.
+        factory: makes a tiny encoder with random weights.
         sizes: (height, width) of pictures that it takes; default: several where it takes any size, and its square where
             it takes one.
-        unread: how names of parameters end that no picture reaches, as published classes carry some.
+        unread: endings of names of parameters that get no gradient, as published classes have some.
 
     Raises:
-        AssertionError: naming the rule that it breaks.
+        AssertionError: naming the rule that the encoder breaks.
     """
     encoder = built(factory, Encoder)
     taken = list(sizes or _sizes(encoder))
@@ -52,16 +52,16 @@ def check_projector(
     out_width: int = 48,
     grids: Sequence[Grid] = (Grid(4, 4), Grid(2, 6)),
 ) -> None:
-    """Check a projector.
+    """Check the rules of a projector.
 
     Args:
-        factory: makes one from the widths of its neighbours.
-        in_width: of the encoder.
-        out_width: of the decoder.
-        grids: layouts of images that it takes.
+        factory: makes the projector from the widths of encoder and decoder.
+        in_width: width of the encoder's tokens.
+        out_width: width of the decoder's tokens.
+        grids: grids of tokens that it takes, one per image.
 
     Raises:
-        AssertionError: naming the rule that it breaks.
+        AssertionError: naming the rule that the projector breaks.
     """
     projector = built(lambda: factory(in_width, out_width), Projector)
     generator = torch.Generator().manual_seed(0)

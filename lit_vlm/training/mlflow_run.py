@@ -1,8 +1,7 @@
-"""One run of MLflow, reported to whenever its store can be reached: reporting never ends the work it reports on.
+"""One run of MLflow. Reports wait while its store does not answer, and no failed report ends the training.
 
-What cannot be sent is kept in a file `mlflow_unsent-KEY.jsonl` of the run's folder, whose first line says whose reports
-they are. It is tried again after a while and at the end, and sent by `lit-vlm sync FOLDER` or by whoever goes on with
-the run.
+Reports that cannot be sent are kept in the file `mlflow_unsent-KEY.jsonl` of the run's folder, whose first line names
+their MLflow run. They are sent again after a while, at the end, by `lit-vlm sync FOLDER`, and when the run is resumed.
 """
 
 from __future__ import annotations
@@ -34,23 +33,23 @@ RUN_FILE, UNSENT = "mlflow.json", "mlflow_unsent-{}.jsonl"
 FIRST_WAIT, LONGEST_WAIT = 30.0, 600.0
 """Seconds before a store that did not answer is asked again; the wait doubles."""
 QUICK = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
-"""Training waits for a server that is gone: for seconds, not for the four minutes of MLflow's own defaults."""
+"""Environment variables of MLflow: a server that is gone holds training up for seconds, not for four minutes."""
 MOST_PARAMS, MOST_LETTERS = 100, 5000
 
 log = logging.getLogger(__name__)
 
 
 class MLflowRun:
-    """A run that is opened when something is first sent.
+    """A run of MLflow that is opened when something is first reported.
 
     Args:
-        uri: of the store.
-        experiment: its name; it is made if there is none.
-        name: of a new run.
-        tags: of a new run.
-        folder: where what could not be sent is kept; None keeps it in memory only.
+        uri: URI of the store.
+        experiment: name of the experiment, which is made if the store has none of that name.
+        name: name of the run, if a new one is opened.
+        tags: tags of the run, if a new one is opened.
+        folder: where unsent reports are kept; None keeps them in memory only.
         run_id: go on with this run, if the store still has it.
-        key: names the file of what could not be sent; a new one by default.
+        key: names the file of unsent reports; default: a random one.
     """
 
     def __init__(
@@ -75,15 +74,15 @@ class MLflowRun:
 
     @property
     def unsent(self) -> Path | None:
-        """The file of what could not be sent."""
+        """The file of unsent reports; None without a folder."""
         return None if self.folder is None else self.folder / UNSENT.format(self.key)
 
     @staticmethod
     def of_folder(folder: Path) -> MLflowRun:
-        """The run that a folder belongs to, with what waits to be sent.
+        """The run that a folder belongs to, with its unsent reports.
 
         Raises:
-            ValueError: when it belongs to none.
+            ValueError: when the folder does not tell its run.
         """
         found = read_lines(folder / RUN_FILE)
         if not found or not {"tracking_uri", "run_id"} <= found[0].keys():
@@ -97,7 +96,7 @@ class MLflowRun:
         """The run whose reports a file `mlflow_unsent-KEY.jsonl` keeps.
 
         Raises:
-            ValueError: when its first line does not tell.
+            ValueError: when the first line of the file names no run.
         """
         found = read_lines(file)
         if not found or "tracking_uri" not in found[0]:
@@ -108,51 +107,51 @@ class MLflowRun:
         return run
 
     def owns_folder(self) -> None:
-        """Write into the folder that it belongs to this run, which whoever goes on with it looks for."""
+        """Write into the folder that it belongs to this run; `of_folder` finds the run by it."""
         self._owns_folder = True
         self._remember()
 
-    # ------------------------------------------------------------------ what is reported
+    # ------------------------------------------------------------------ reports
 
     def params(self, values: Mapping[str, Any]) -> None:
-        """Parameters; MLflow refuses other values for those that a run has."""
+        """Report parameters; MLflow refuses a new value for a parameter that the run has."""
         named = [[key, str(value)[:MOST_LETTERS]] for key, value in safe_names(values).items()]
         for start in range(0, len(named), MOST_PARAMS):
             self._send({"kind": "params", "values": named[start : start + MOST_PARAMS]})
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Metrics of one step."""
+        """Report metrics of one step."""
         named = {key: float(value) for key, value in safe_names(values).items()}
         self._send({"kind": "metrics", "values": named, "step": step, "time": int(time.time() * 1000)})
 
     def tag(self, key: str, value: str) -> None:
-        """One tag."""
+        """Report one tag."""
         self._send({"kind": "tag", "key": key, "value": value[:MOST_LETTERS]})
 
     def text(self, text: str, file: str) -> None:
-        """A text as a file among the run's artifacts."""
+        """Report a text, as a file of this name among the run's artifacts."""
         self._send({"kind": "text", "text": text, "file": file})
 
     def file(self, path: Path) -> None:
-        """A file among the run's artifacts, under its own name."""
+        """Report a file, under its own name among the run's artifacts."""
         self._send({"kind": "file", "path": str(path.absolute())})
 
     def going_on(self) -> None:
-        """The run is running."""
+        """Report that the run is running."""
         self._send({"kind": "status", "status": "RUNNING"})
 
     def end(self, status: str) -> None:
-        """Set the last status (FINISHED, FAILED or KILLED), and try once more to send what is waiting."""
+        """Report the last status (FINISHED, FAILED or KILLED), and try once more to send waiting reports."""
         self._again = 0.0
         self._send({"kind": "status", "status": status, "time": int(time.time() * 1000)})
         if self._pending:
             kept = f"are kept: lit-vlm sync {self.folder} sends them" if self.folder else "are lost"
             log.warning("MLflow: %d reports could not be sent to %s and %s", len(self._pending), self.uri, kept)
 
-    # ------------------------------------------------------------------ how
+    # ------------------------------------------------------------------ sending
 
     def open(self) -> bool:
-        """Try to open the run; whether the store answered. A run that is gone is replaced by a new one."""
+        """Try to open the run, or a new one where the store no longer has it. Returns whether the store answered."""
         if self._client is not None:
             return True
         try:
@@ -163,7 +162,7 @@ class MLflowRun:
         return True
 
     def flush(self) -> int:
-        """Send what is waiting, now; the number of reports that still wait."""
+        """Try now to send waiting reports. Returns how many still wait."""
         self._again = 0.0
         self._deliver_all()
         return len(self._pending)
@@ -174,13 +173,13 @@ class MLflowRun:
             self._keep(entry)
 
     def _deliver_all(self) -> int:
-        """Send what waits, in order, as long as the store answers; how many reports are done with."""
+        """Send waiting reports in order while the store answers. Returns how many were sent or refused."""
         done = 0
         if time.monotonic() >= self._again and self.open():
             for entry in self._pending:
                 try:
                     self._deliver(entry)
-                except Exception as error:  # whatever it is, it must not end the work
+                except Exception as error:  # no failed report may end the training
                     if may_pass(error, entry["kind"]):
                         self._fail(error)
                         break
@@ -209,7 +208,7 @@ class MLflowRun:
                 self.run_id, self.resumed = None, False
             if self.run_id is None:
                 experiment = experiment_id(client, self.experiment)
-                tags = resolve_tags(self.tags)  # with user and source, as MLflow's own start_run has them
+                tags = resolve_tags(self.tags)  # adds user and source, as MLflow's start_run does
                 self.run_id = client.create_run(experiment, run_name=self.name, tags=tags).info.run_id
         self._client = client
         self._remember()
@@ -225,7 +224,7 @@ class MLflowRun:
         }
 
     def _remember(self) -> None:
-        """Write down which run this is, where the folder and waiting reports say so."""
+        """Write the run's identity into the folder's file and into the first line of unsent reports."""
         if self.folder is not None and self._owns_folder:
             write_lines(self.folder / RUN_FILE, [self._identity()])
         if self._pending and self.unsent is not None and self.unsent.exists():
@@ -254,7 +253,7 @@ class MLflowRun:
                 client.update_run(run, entry["status"])
 
     def _keep(self, entry: Mapping[str, Any]) -> None:
-        """Add what could not be sent to the file of the run's folder."""
+        """Add a report that could not be sent to the file of unsent reports."""
         if self.unsent is None:
             return
         if not self.unsent.exists():
@@ -267,7 +266,7 @@ class MLflowRun:
             log.warning("%s cannot be written: %s", self.unsent, error)
 
     def _write(self) -> None:
-        """Leave in the file what still waits; no file where nothing does."""
+        """Write the file of unsent reports anew; remove it if none is left."""
         assert self.unsent is not None
         if self._pending:
             write_lines(self.unsent, [self._identity(), *self._pending])
@@ -276,11 +275,11 @@ class MLflowRun:
 
 
 def known_run(folder: Path, given: str | None) -> MLflowRun | None:
-    """The run that a folder belongs to, in its own store; None, with a warning, where another one is asked for.
+    """The MLflow run that a folder belongs to, to go on with; None, with a warning, where another store is named.
 
     Args:
-        folder: of a run that goes on.
-        given: the store that a flag or the environment names.
+        folder: folder of the run that goes on.
+        given: URI of the store that a flag or the environment names; None if neither does.
     """
     if not (folder / RUN_FILE).is_file():
         return None

@@ -1,4 +1,4 @@
-"""Stores of MLflow: where they are, whether they answer, and files of JSON lines for what they did not take."""
+"""Stores of MLflow: their URIs and clients, their errors, and files of JSON lines for unsent reports."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lit_vlm.core.cache import cache_dir
 DEFAULT_URI = "sqlite:///mlflow.db"
 SQLITE = "sqlite:///"
 REFUSED = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_ALREADY_EXISTS")
-"""Error codes of MLflow for what was sent itself; the others, such as expired credentials, may be gone later."""
+"""Error codes by which MLflow refuses a report for good; other errors, such as expired credentials, may pass."""
 
 log = logging.getLogger(__name__)
 
@@ -29,14 +29,14 @@ def default_uri(uri: str | None = None) -> str:
 
 
 def absolute_uri(uri: str) -> str:
-    """The same store from any working folder: a relative SQLite file by its whole path."""
+    """A URI that names the same store from any working folder: a SQLite file by its absolute path."""
     if not uri.startswith(SQLITE) or uri.startswith(f"{SQLITE}/"):
         return uri
     return f"{SQLITE}{Path(uri.removeprefix(SQLITE)).absolute()}"
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines; a line that was cut off when it was written is left out, with a warning."""
+    """The objects in a file of JSON lines; an incomplete line is left out, with a warning."""
     found = []
     try:
         lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
@@ -56,7 +56,7 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
 
 
 def write_lines(file: Path, values: Sequence[Mapping[str, Any]]) -> None:
-    """Write a file of JSON lines, whole or not at all; where it cannot be written, say so and go on."""
+    """Write a file of JSON lines, whole or not at all; a file that cannot be written is only warned of."""
     scratch = file.with_suffix(".partial")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -67,23 +67,23 @@ def write_lines(file: Path, values: Sequence[Mapping[str, Any]]) -> None:
 
 
 def may_pass(error: Exception, kind: str) -> bool:
-    """Whether the same report may be taken later; what is refused for itself must not hold up the others."""
+    """Whether the store may take this report later; one that it refuses for good must not hold up the others."""
     if (code := getattr(error, "error_code", None)) is not None:
         return code not in REFUSED
     from requests import RequestException
 
-    # A file that is not there, or a folder of artifacts that cannot be written, is no matter of waiting.
+    # Waiting does not help where the file is missing or the folder of artifacts cannot be written.
     return isinstance(error, RequestException) or (isinstance(error, OSError) and kind not in ("file", "text"))
 
 
 def first_line(error: Exception) -> str:
-    """What went wrong, short enough for a warning."""
+    """Class and first line of an error, at most 200 characters, for a warning."""
     return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
 @contextmanager
 def opened(uri: str) -> Iterator[Any]:
-    """The client of a store; runs that start together make the tables of a new SQLite file one after the other.
+    """The client of a store. A lock lets runs that start together make a new SQLite file's tables one after the other.
 
     Raises:
         Exception: whatever MLflow, or SQLite, raises where the store does not answer.
@@ -93,14 +93,18 @@ def opened(uri: str) -> Iterator[Any]:
     if not uri.startswith(SQLITE):
         yield MlflowClient(uri)
         return
-    # MLflow tries for minutes to open a file that cannot be opened.
+    # Fails at once where the file cannot be opened, which MLflow tries for minutes.
     sqlite3.connect(uri.removeprefix(SQLITE)).close()
     with FileLock(cache_dir() / "mlflow.lock"):
         yield MlflowClient(uri)
 
 
 def has_run(client: Any, run_id: str) -> bool:
-    """Whether the store has an active run of this id; raises where it does not answer."""
+    """Whether the store has an active run of this id.
+
+    Raises:
+        MlflowException: where the store does not answer.
+    """
     from mlflow.exceptions import MlflowException
 
     try:
@@ -112,14 +116,18 @@ def has_run(client: Any, run_id: str) -> bool:
 
 
 def experiment_id(client: Any, name: str) -> str:
-    """The id of an experiment; of two runs that make it at the same time, one takes what the other made."""
+    """The id of an experiment, which is made if there is none, or restored if it was deleted.
+
+    Raises:
+        MlflowException: where the store does not answer.
+    """
     from mlflow.exceptions import MlflowException
 
     found = client.get_experiment_by_name(name)
     if found is None:
         try:
             return str(client.create_experiment(name))
-        except MlflowException:
+        except MlflowException:  # another run may have made it at the same time
             found = client.get_experiment_by_name(name)
             if found is None:
                 raise

@@ -75,7 +75,12 @@ class LitVLM(LightningModule):
     # ------------------------------------------------------------------ building
 
     def configure_model(self) -> None:
-        """Build the model, once; sharded where the strategy says so. Lightning calls this for every fit and test."""
+        """Build the model, once; sharded where the strategy says so. Lightning calls this for every fit and test.
+
+        Raises:
+            ValueError: for another sharding strategy than FSDP2, processes of different precision, weights that are
+                missing or do not fit, or settings of the stage that do not fit the model (`Stage.freeze`).
+        """
         if self.model is not None:
             return
         strategy = self.trainer.strategy
@@ -101,7 +106,7 @@ class LitVLM(LightningModule):
         self.model.train()
 
     def _asked_teachers(self, model: VLM) -> list[str]:
-        """Heads whose teachers this run will ask: of losses that are on, and whose features were not prepared."""
+        """Heads whose teachers run: those whose loss is on and whose features were not prepared."""
         if self.trainer.state.fn == TrainerFn.PREDICTING:
             return []
         data = getattr(self.trainer, "datamodule", None)
@@ -109,7 +114,7 @@ class LitVLM(LightningModule):
         return [name for name in model.heads if self._uses(name) and name not in prepared]
 
     def _agree_on_precision(self) -> None:
-        """See that all processes train in the same precision; all of them raise where they do not."""
+        """Check that all processes train in the same precision; otherwise all of them raise ValueError."""
         names = [str(self.trainer.precision)] * self.trainer.world_size
         if dist.is_available() and dist.is_initialized():
             dist.all_gather_object(names, str(self.trainer.precision))
@@ -120,7 +125,14 @@ class LitVLM(LightningModule):
             )
 
     def build(self, only: Collection[str] | None = None) -> VLM:
-        """The model with its weights, on the CPU and in one piece; or with those of some parts, as in `build.build`."""
+        """The model with its weights, whole and on the CPU.
+
+        Args:
+            only: parts that get their weights, as in `build.build`; default: all.
+
+        Raises:
+            ValueError: as `read_slots` and `build.build`.
+        """
         start = self.stage.start_from
         saved = read_slots(start) if start else None
         model = build(self.slots, saved, tuple(self.stage.fresh), only, origin=str(start))
@@ -129,20 +141,24 @@ class LitVLM(LightningModule):
         return model
 
     def _leave_out(self, model: VLM) -> None:
-        """Let go of the decoder where the stage does without it; the embedder has taken what it needs by now."""
+        """Replace the decoder by an empty one where the stage does without it; the embedder no longer needs it."""
         if self.stage.leave_out:
             model.decoder = AbsentDecoder(model.decoder)
 
     @property
     def vlm(self) -> VLM:
-        """The model, after `configure_model`."""
+        """The model.
+
+        Raises:
+            RuntimeError: before `configure_model`, which builds it.
+        """
         if self.model is None:
             raise RuntimeError("the model is built in configure_model, which has not run yet")
         return self.model
 
     @property
     def input_spec(self) -> InputSpec:
-        """What the data side must know of this model; made once per model."""
+        """What the data side must know of this model; made once per model. Raises as `vlm` does."""
         if self._spec is None or self._spec[0] is not self.vlm:
             self._spec = (self.vlm, self._make_input_spec(self.vlm))
         return self._spec[1]
@@ -169,16 +185,16 @@ class LitVLM(LightningModule):
         )
 
     def _uses(self, loss: str) -> bool:
-        """Whether the stage gives a loss any weight."""
+        """Whether the stage gives a loss a weight other than 0."""
         return bool(self.stage.losses.get(loss))
 
     def on_fit_start(self) -> None:
-        """Warn of what the stage leaves untrained and is rarely meant."""
+        """Warn of settings of the stage that are allowed but rarely meant (`Stage.remarks`)."""
         for line in self.stage.remarks(self.vlm):
             self._warn(line)
 
     def _warn(self, line: str | None) -> None:
-        """One line on the first process."""
+        """Log a warning on the first process."""
         if line and self.global_rank == 0:
             log.warning("stage '%s': %s", self.stage.name, line)
 
@@ -187,6 +203,9 @@ class LitVLM(LightningModule):
 
         Lightning calls this when the model is on its device and before any callback begins, so a decoder that mixes up
         the samples of a row is refused here (`decoders.check_order`).
+
+        Raises:
+            ValueError: for such a decoder, a run without an end, or as `Stage.make_optimizer`.
         """
         self._check_decoder()
         optimizer = self.stage.make_optimizer(self.vlm, fused=str(self.trainer.precision) != SCALED)
@@ -198,7 +217,7 @@ class LitVLM(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _check_decoder(self) -> None:
-        """Ask the decoder what its tokens see; a stage without it has nothing to ask."""
+        """Check that tokens in the decoder see only what they may (`decoders.check_order`), unless it is left out."""
         if self.stage.leave_out:
             return
         data = getattr(self.trainer, "datamodule", None)
@@ -206,12 +225,12 @@ class LitVLM(LightningModule):
             self.vlm.check_order(packed=False, device=self.device)
             if isinstance(data, VLMData) and data.batching.packs:
                 self.vlm.check_order(packed=True, device=self.device)
-        reshard(self.vlm)  # or the optimizer would take what the root of the shards has gathered
+        reshard(self.vlm)  # frees what the root unit gathered, which the optimizer would take for its parameters
 
     # ------------------------------------------------------------------ training
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Seed dropout from the place in training, so that a resumed run draws what the whole run would have drawn."""
+        """Seed dropout by epoch, batch and rank, so that a resumed run draws the numbers of an uninterrupted one."""
         place = (int(os.environ.get("PL_GLOBAL_SEED", "0")), self.current_epoch, batch_idx, self.global_rank)
         torch.manual_seed(zlib.crc32(repr(place).encode()))
 
@@ -220,6 +239,9 @@ class LitVLM(LightningModule):
 
         Lightning divides by the micro-batches of a step and the strategy averages over ranks; both are undone, as the
         denominators already count all micro-batches of all ranks.
+
+        Raises:
+            ValueError: with accumulated gradients, for batches without the counts of their whole step.
         """
         denominators = self._denominators = self._denominators or self._count_step(batch)
         sums = self.vlm(batch, self.stage.losses)
@@ -232,10 +254,10 @@ class LitVLM(LightningModule):
         return total
 
     def _count_step(self, batch: Batch) -> dict[str, Tensor]:
-        """What each loss is divided by: counted over all micro-batches of this step and all ranks; 1 where that is 0.
+        """The divisor of each loss: its count over all micro-batches of this step and all ranks; 1 where that is 0.
 
         Raises:
-            ValueError: where batches do not bring the counts of their whole step, and gradients would not be exact.
+            ValueError: with accumulated gradients, for batches without the counts of their whole step.
         """
         normalisers = {name: self._normaliser(name) for name in (NEXT_TOKEN, *self.vlm.heads) if self._uses(name)}
         if batch.window is not None:
@@ -256,7 +278,7 @@ class LitVLM(LightningModule):
         return dict(zip(normalisers, torch.where(sums > 0, sums, 1).unbind(), strict=True))
 
     def _normaliser(self, loss: str) -> Normaliser:
-        """What a loss is divided by."""
+        """The count that a loss is divided by, by name or as a function of a batch."""
         head = self.vlm.heads[loss] if loss != NEXT_TOKEN else None
         return head.normaliser if isinstance(head, Head) else "supervised"
 
@@ -279,7 +301,7 @@ class LitVLM(LightningModule):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip by norm (or value), sharded or not; Lightning's own clipping refuses the fused optimizer."""
+        """Clip gradients by norm (or value), sharded or not; Lightning's own clipping refuses the fused optimizer."""
         if gradient_clip_val:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             clip = clip_grad_value_ if gradient_clip_algorithm == "value" else clip_grad_norm_
@@ -309,7 +331,7 @@ class LitVLM(LightningModule):
             self._held_out[loader, name] = self._held_out.get((loader, name), 0) + pair
 
     def _log_held_out(self, prefix: str) -> None:
-        """Mean losses over all held-out data, and of each source if there are several."""
+        """Log mean losses over all held-out data, and of each source if there are several."""
         sums = {
             key: self.trainer.strategy.reduce(self._held_out[key], reduce_op="sum") for key in sorted(self._held_out)
         }
@@ -328,7 +350,7 @@ class LitVLM(LightningModule):
             self.log_dict({f"{prefix}/loss_{n}/{sources[i].name}": _mean(pair) for (i, n), pair in sums.items()})
 
     def autocast(self) -> AbstractContextManager[None]:
-        """The trainer's precision, for forward passes that Lightning does not wrap itself."""
+        """A context in the trainer's precision, for forward passes that Lightning does not wrap itself."""
         return self.trainer.precision_plugin.forward_context() if self._trainer is not None else nullcontext()
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
@@ -340,7 +362,17 @@ class LitVLM(LightningModule):
         ]
 
     def answer(self, batch: Batch, max_new_tokens: int = 64, temperature: float = 0.0, top_p: float = 1.0) -> list[str]:
-        """Generate the text that follows each left-padded prompt."""
+        """Generate the text that follows each prompt.
+
+        Args:
+            batch: left-padded prompts, one per row.
+            max_new_tokens: length of an answer at most.
+            temperature: 0 takes the likeliest token; above, one is drawn.
+            top_p: draw from the likeliest tokens of this share.
+
+        Raises:
+            ValueError: for a decoder that does not go on from a cache.
+        """
         spec = self.input_spec
         with self.autocast():
             rows = generate(self.vlm, batch, spec.stop_ids | batch.stop_ids, max_new_tokens, temperature, top_p)
@@ -348,5 +380,5 @@ class LitVLM(LightningModule):
 
 
 def _mean(pair: Tensor) -> Tensor:
-    """The mean of what was summed: sum and count, as `[2]`."""
+    """The mean, from a sum and a count `[2]`."""
     return pair[0] / pair[1].clamp(min=1)

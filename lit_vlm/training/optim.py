@@ -11,15 +11,15 @@ from torch.optim import AdamW, Muon, Optimizer
 
 
 class MuonAdamW(Optimizer):
-    """Orthogonalised momentum for the groups that say `muon`, AdamW for the others; learning rates mean the same.
+    """Muon (orthogonalised momentum) for groups with `muon`, AdamW for the others, on the same scale of learning rates.
 
     A matrix's update is scaled to the size that AdamW's has (Liu et al. 2025, "Muon is Scalable for LLM Training",
     section 2.2), so one learning rate serves all groups.
 
     Args:
         groups: as for AdamW, each with a bool `muon`; those where it is true hold matrices only.
-        betas: of AdamW.
-        eps: of AdamW.
+        betas: decay rates of AdamW's running averages.
+        eps: added to AdamW's denominator.
 
     Raises:
         ValueError: for sharded parameters, whose matrices are not whole on any rank.
@@ -39,20 +39,20 @@ class MuonAdamW(Optimizer):
         self._share()
 
     def _share(self) -> None:
-        """Let the two work on this optimizer's groups and state, so that schedules and checkpoints see one."""
+        """Let both optimizers use this one's groups and state, so that schedules and checkpoints see only one."""
         for part in self._parts:
             is_muon = isinstance(part, Muon)
             part.param_groups = [group for group in self.param_groups if group["muon"] == is_muon]
             part.state = self.state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up what `state_dict` gave."""
+        """Restore the state that `state_dict` returned."""
         super().load_state_dict(state_dict)
         self._share()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One step of both."""
+        """One step of both optimizers; returns the loss of `closure`, if one is given."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

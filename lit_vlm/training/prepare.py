@@ -1,4 +1,7 @@
-"""Features of teachers, or of a frozen encoder, computed once for all images of a stage's data."""
+"""Features of a teacher or of a frozen encoder, computed once for all images of a stage's data.
+
+Processes compute blocks of records independently; at the end the blocks are merged into one set.
+"""
 
 from __future__ import annotations
 
@@ -37,13 +40,13 @@ class PrepareSettings:
     """How features are prepared.
 
     Attributes:
-        dtype: how they are stored.
+        dtype: number format in which features are stored.
         batch_size: records whose images are taken together.
         workers: loader processes.
-        device: where the network runs.
-        precision: in which it runs, as `trainer.precision`: that of the training that will read the features.
-        rank: which of `world_size` processes this is; parts are dealt out in turn.
-        world_size: processes.
+        device: device that the network runs on.
+        precision: precision that the network runs in: `trainer.precision` of the training that will read the features.
+        rank: which of `world_size` processes this is; blocks are dealt out in turn.
+        world_size: number of processes.
     """
 
     dtype: Dtype = "bfloat16"
@@ -56,7 +59,7 @@ class PrepareSettings:
 
 
 class _Pictures(Dataset[list[tuple[int, Tensor]]]):
-    """The images of each record as one network wants them, with their keys."""
+    """The images of each record of one block, as (key, pixels) in the form that one network takes."""
 
     def __init__(self, sources: Sequence[Source], encode: SampleEncoder, what: str, block: Block) -> None:
         self.sources, self.encode, self.what, self.block = sources, encode, what, block
@@ -85,10 +88,10 @@ def _join(records: Sequence[list[tuple[int, Tensor]]]) -> list[tuple[int, Tensor
 
 
 def network_of(module: LitVLM, what: str) -> Network:
-    """The encoder, or the teacher of a head.
+    """The encoder, or the teacher of the head named `what`.
 
     Raises:
-        ValueError: when there is none of that name.
+        ValueError: when the model has neither.
     """
     if what == ENCODER:
         return module.vlm.encoder
@@ -101,14 +104,17 @@ def network_of(module: LitVLM, what: str) -> Network:
 
 
 def write_blocks(module: LitVLM, data: VLMData, what: str, out: Path, settings: PrepareSettings) -> None:
-    """Compute this process's share of the parts; a part that is whole is not done again.
+    """Compute this process's share of the blocks; a block that is complete is not computed again.
 
     Args:
         module: with its model built.
-        data: whose training sources, transform and decoding are used.
+        data: gives training sources, transform and decoding of images.
         what: name of a head, or `encoder`.
         out: folder of the set.
-        settings: how.
+        settings: how features are computed and stored.
+
+    Raises:
+        ValueError: when the model has no such network.
     """
     sources = data.given_train
     encode = data.sample_encoder(module.input_spec)
@@ -119,12 +125,12 @@ def write_blocks(module: LitVLM, data: VLMData, what: str, out: Path, settings: 
         for block in missing:
             pictures = _Pictures(sources, encode, what, block)
             loader = DataLoader(pictures, settings.batch_size, num_workers=settings.workers, collate_fn=_join)
-            _write_part(network, loader, block_folder(out, block.index), settings)
+            _write_block(network, loader, block_folder(out, block.index), settings)
             advance(block)
 
 
 @torch.no_grad()
-def _write_part(
+def _write_block(
     network: Network, batches: DataLoader[list[tuple[int, Tensor]]], folder: Path, settings: PrepareSettings
 ) -> None:
     shutil.rmtree(folder, ignore_errors=True)
@@ -154,10 +160,10 @@ def _write_part(
 
 
 def begin(module: LitVLM, data: VLMData, what: str, out: Path, dtype: Dtype) -> None:
-    """Make `out` the place of this work, or see that it is; before `write_blocks` of any process.
+    """Claim the folder `out` for these features, or check that it is theirs; call it before any `write_blocks`.
 
     Raises:
-        ValueError: when it holds something else, or there is nothing to prepare for `what`.
+        ValueError: when the folder holds something else, or the model has no network of that name.
     """
     network_of(module, what)
     spec = module.input_spec
@@ -169,25 +175,25 @@ def begin(module: LitVLM, data: VLMData, what: str, out: Path, dtype: Dtype) -> 
 
 
 def finish(module: LitVLM, data: VLMData, what: str, out: Path, dtype: Dtype) -> PreparedInfo:
-    """Put the parts of all processes together.
+    """Merge the blocks of all processes into one set.
 
     Raises:
-        ValueError: when parts are missing, or hold no features at all.
+        ValueError: when blocks are missing, or hold no features at all.
     """
     sources = data.given_train
     blocks = blocks_of(sum(len(source) for source in sources), BLOCK)
-    parts = [part for block in blocks if (part := read_block(out, block.index)) is not None]
-    if len(parts) < len(blocks):
-        raise ValueError(f"{out}: {len(blocks) - len(parts)} parts are missing; the same command goes on")
-    if not any(part["keys"] for part in parts):
+    written = [one for block in blocks if (one := read_block(out, block.index)) is not None]
+    if len(written) < len(blocks):
+        raise ValueError(f"{out}: {len(blocks) - len(written)} blocks are missing; the same command goes on")
+    if not any(one["keys"] for one in written):
         names = ", ".join(f"'{source.name}'" for source in sources)
         raise ValueError(
             f"there is nothing to prepare: no record of {names} in data.train has an image that can be read. "
             "lit-vlm data convert lists why"
         )
     merge([block_folder(out, block.index) for block in blocks], out)
-    keys = np.array([key for part in parts for key in part["keys"]], np.int64)
-    # An image that several parts met is stored by each; the first one is read.
+    keys = np.array([key for one in written for key in one["keys"]], np.int64)
+    # Blocks that have the same image each store it; the first copy is read.
     unique, rows = np.unique(keys, return_index=True)
     np.save(out / KEYS, np.stack([unique, rows.astype(np.int64)]))
     spec = module.input_spec
@@ -198,9 +204,9 @@ def finish(module: LitVLM, data: VLMData, what: str, out: Path, dtype: Dtype) ->
         preprocessing=data.sample_encoder(spec).preprocessing(),
         sources={source.name: source.fingerprint() for source in sources},
         images=len(unique),
-        width=max((part["width"] for part in parts), default=0),
+        width=max((one["width"] for one in written), default=0),
         dtype=dtype,
-        error=sum(part["error"] for part in parts) / max(1e-12, sum(part["total"] for part in parts)),
+        error=sum(one["error"] for one in written) / max(1e-12, sum(one["total"] for one in written)),
     )
     info.write(out)
     shutil.rmtree(out / BLOCKS)

@@ -1,4 +1,4 @@
-"""Sharded training with FSDP2: which units are gathered, and how weights reach the shards."""
+"""Sharded training with FSDP2: which modules are gathered together, and how weights reach the shards."""
 
 from __future__ import annotations
 
@@ -27,6 +27,9 @@ class FSDP2(ModelParallelStrategy):
         replicas: groups that each hold a whole sharded copy (hybrid sharding, HSDP): parameters are gathered inside a
             group and gradients averaged between groups. 1 shards over all processes; `nodes` makes one group per node.
         save_distributed_checkpoint: whether each process writes its shard (a folder), or rank 0 one whole file.
+
+    Raises:
+        ValueError: for another value of `replicas`.
     """
 
     def __init__(self, replicas: int | str = 1, save_distributed_checkpoint: bool = True) -> None:
@@ -42,7 +45,11 @@ class FSDP2(ModelParallelStrategy):
         super().setup_environment()
 
     def shard_mesh(self) -> DeviceMesh:
-        """The mesh to shard over: one dimension, or (replicate, shard) for hybrid sharding."""
+        """The mesh to shard over: one dimension, or (replicate, shard) for hybrid sharding.
+
+        Raises:
+            ValueError: when the processes do not divide into `replicas` groups.
+        """
         replicas = self.num_nodes if self.replicas == "nodes" else int(self.replicas)
         if replicas == 1:
             return self.device_mesh["data_parallel"]
@@ -58,16 +65,16 @@ def shard(model: VLM, mesh: DeviceMesh, compute_dtype: torch.dtype | None) -> No
     Rank 0 holds the whole model on the CPU, the others hold parameters on the meta device.
 
     Args:
-        model: with all parameters where the paragraph above says.
+        model: parameters on the CPU (rank 0) or on the meta device (others).
         mesh: from `FSDP2.shard_mesh`.
-        compute_dtype: what parameters are gathered in; gradients are always reduced in fp32. Null: their own.
+        compute_dtype: type that parameters are gathered in; None keeps their own. Gradients are always reduced in fp32.
 
     Raises:
         ValueError: where one module has a parameter under two names, of which FSDP2 would shard one.
     """
     _check_names(model)
     aliases = _aliases(model)
-    # Under one name each, as what fills the shards visits a module once.
+    # One name per module, as the function that fills the shards visits each module once.
     state = {k: v for k, v in model.state_dict().items() if k not in aliases} if dist.get_rank() == 0 else {}
     meta_twins(model)
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
@@ -93,24 +100,25 @@ def shard(model: VLM, mesh: DeviceMesh, compute_dtype: torch.dtype | None) -> No
 
 
 def reshard(model: VLM) -> None:
-    """Let go of what a forward pass without a backward has gathered: the root of the shards keeps it otherwise."""
+    """Free the parameters that a forward pass gathered and no backward pass freed; the root unit keeps them."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 class OncePerForward:
-    """Sees that each block of a part runs exactly once in each forward pass of the part, in the order of `blocks()`.
+    """Checks that each block of a part runs exactly once in each forward pass of the part, in the order of `blocks()`.
 
     A block's weights are gathered when it runs, by all processes together. A process whose block runs more often than
     another's, because its pictures have more sizes, would take part in gathering another block: the backend aborts or
-    waits for ever, and names neither part nor block. The rule needs no communication, and the first pass that breaks it
-    says so before the block gathers anything. Blocks that are recomputed run outside of the part's forward pass.
+    waits for ever, and names neither part nor block. This check needs no communication: the first pass that breaks the
+    rule raises a ValueError before the block gathers anything. Blocks that are recomputed for the backward pass run
+    outside of the part's forward pass.
 
     Args:
-        name: slot and class, for the message.
-        part: whose forward pass begins and ends the count.
-        blocks: after `fully_shard`, so that this looks before they are gathered.
+        name: slot and class of the part, for the message.
+        part: the part; its forward pass begins and ends the count.
+        blocks: its blocks, after `fully_shard`, so that the check runs before they are gathered.
     """
 
     def __init__(self, name: str, part: Part, blocks: list[nn.Module]) -> None:
@@ -158,15 +166,15 @@ def _check_names(model: VLM) -> None:
 
 
 def _aliases(model: VLM) -> set[str]:
-    """Keys of the state dict that are further names of a module which is registered several times."""
+    """Keys of the state dict under the second and later names of a module that is registered several times."""
     first = {prefix for prefix, _ in model.named_modules()}
     return {key for key in model.state_dict() if key.rpartition(".")[0] not in first}
 
 
 def _materialise(model: VLM, device: torch.device) -> None:
-    """Give meta parameters memory on `device`; buffers move there, those of several modules as one.
+    """Give meta parameters memory on `device`, and move buffers there; a buffer that modules share stays one tensor.
 
-    They get the values of rank 0, as a constructor may have drawn one at random that no state dict holds.
+    Buffers get the values of rank 0, as a constructor may draw one at random that no state dict holds.
     """
     places = [
         (module, name, buffer)

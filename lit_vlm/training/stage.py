@@ -23,7 +23,7 @@ SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_
 
 
 class SlotCount(NamedTuple):
-    """Parameters of one slot."""
+    """Numbers of trained and frozen parameters of one slot."""
 
     slot: str
     part: str
@@ -40,7 +40,7 @@ class Stage:
         name: what the stage is called in paths and in MLflow.
         train: slot → peak learning rate (encoder, projector, embedder, decoder, heads). A slot that is not named, or
             named with null, is frozen.
-        only: slot → a group of its parameters, where the part has a name for it; the others stay frozen.
+        only: slot → name of a group of its parameters, as the part defines it; the others stay frozen.
         losses: loss → weight: `next_token`, or the name of a head. 0 turns it off and skips its work.
         start_from: weights that an earlier stage left: a checkpoint, or the folder of its run. Or published ones, as
             `FAMILY:FOLDER` or `FAMILY:HUB_NAME` (eve, eve_v2, hovle, hovle_hd, llava-hf, ola_vlm), such as
@@ -53,8 +53,11 @@ class Stage:
         optimizer: adamw, or muon for matrices and adamw for all else: about half the steps in short runs of small
             models; not with sharded parameters.
         weight_decay: on matrices; never on biases and norms.
-        betas: AdamW's running averages.
-        eps: AdamW's.
+        betas: decay rates of AdamW's running averages.
+        eps: added to AdamW's denominator.
+
+    Raises:
+        ValueError: for an unknown slot, or a value that is out of range.
     """
 
     name: str = "stage"
@@ -85,8 +88,8 @@ class Stage:
         """Let the named slots train and freeze everything else.
 
         Args:
-            model: the model.
-            removed: heads that a flag has set to null; what the stage says of them is no mistake.
+            model: the model whose parameters are frozen or not.
+            removed: heads that a flag has set to null; the stage may still name their losses.
 
         Raises:
             ValueError: for a slot that the model lacks or that has nothing to train, an unknown loss, or a head that
@@ -119,7 +122,7 @@ class Stage:
             model.heads[name].requires_grad_(False)
 
     def _chosen(self, slot: str, parts: Iterable[Part]) -> list[nn.Parameter]:
-        """What of a slot trains."""
+        """The parameters of a slot that train."""
         try:
             return [p for part in parts for p in part.trainable_parameters(self.only.get(slot))]
         except ValueError as error:
@@ -134,10 +137,10 @@ class Stage:
             raise ValueError(f"model.stage.leave_out names the decoder, which these losses run: {', '.join(reading)}")
 
     def remarks(self, model: VLM) -> list[str]:
-        """What is allowed, and rarely meant, about a model after `freeze`: a line each, to warn of.
+        """Warnings, a line each, of settings that are allowed but rarely meant; call it after `freeze`.
 
-        A part that stays random for ever is one of them, where its class cannot have pretrained weights: an encoder or
-        a decoder of a `config` is random because someone said so.
+        One is a frozen part that stays random, where its class cannot have pretrained weights: an encoder or a decoder
+        made from a `config` is random on purpose.
         """
         lines = [line for name in sorted(model.drawn) if (line := self._stays_random(model, name))]
         if self.train.get("heads") and model.heads and not any(self.losses.get(name) for name in model.heads):
@@ -169,7 +172,7 @@ class Stage:
         return math.ceil(total_steps * self.warmup_ratio)
 
     def schedule_remark(self, total_steps: int) -> str | None:
-        """A line to warn of where the learning rate never gets to its peak; None where it does."""
+        """A warning where the learning rate never reaches its peak; None where it does."""
         if self.warm_up(total_steps) < max(total_steps, 1):
             return None
         steps = "the only step has" if total_steps <= 1 else f"the first of {total_steps} steps has"
@@ -183,11 +186,11 @@ class Stage:
 
         Args:
             model: after `freeze`.
-            fused: one kernel for all parameters. Not with scaled gradients, which it would unscale inside, behind
-                clipping and whoever looks at gradients.
+            fused: one kernel for all parameters. Not with scaled gradients, which it would unscale inside, after they
+                were clipped and logged.
 
         Raises:
-            ValueError: when nothing trains.
+            ValueError: when nothing trains, or for muon with sharded parameters.
         """
         groups = list(self._groups(model))
         if not groups:
@@ -210,7 +213,7 @@ class Stage:
                     yield {"params": members, "lr": self.train[slot], "weight_decay": decay, "slot": slot}
 
     def scheduler(self, optimizer: torch.optim.Optimizer, total_steps: int) -> LRScheduler:
-        """Warm-up over ⌈warmup_ratio · total⌉ steps, then the schedule."""
+        """The learning-rate schedule: warm-up over ⌈warmup_ratio · total⌉ steps, then `schedule`."""
         return get_scheduler(
             SCHEDULES[self.schedule],
             optimizer,
@@ -231,7 +234,7 @@ class Stage:
 
 
 def _split_for_muon(groups: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Matrices, word tables among them, apart from all else."""
+    """Split each group: matrices, word tables among them, get `muon` true, and all other parameters false."""
     for group in groups:
         for muon in (True, False):
             members = [p for p in group["params"] if (p.ndim == 2) == muon]

@@ -1,4 +1,4 @@
-"""Model FLOPs of a training step: each part's own, and which gradients pass it."""
+"""Model FLOPs of a training step: each part's forward pass, and the gradients that are computed in it."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ class StepFlops:
     state theirs by formula, as they depend on how a batch is put together.
 
     Args:
-        model: sharded or not, with what does not train frozen.
+        model: sharded or not, after `Stage.freeze`.
         slots: the factories that it was built with.
         losses: weight of each loss.
     """
 
     def __init__(self, model: VLM, slots: Slots, losses: Mapping[str, float]) -> None:
-        # Constructors draw random numbers, which training shall not miss.
+        # Constructors draw random numbers; forked, so that training's own sequence does not change.
         with meta_parameters(), torch.random.fork_rng(devices=[]):
             encoder = slots.encoder()
             projector = slots.projector(encoder.width, model.decoder.width)
@@ -62,7 +62,7 @@ class StepFlops:
         self._to_decoder = self._to_embedder or not model.decoder.frozen()
 
     def __call__(self, batch: Batch) -> float:
-        """Model FLOPs of one micro-batch."""
+        """Model FLOPs of one micro-batch, forward and backward."""
         prepared = batch.prepared.get(ENCODER)
         sizes = () if prepared is not None else batch.images.sizes
         grids = (
@@ -81,12 +81,12 @@ class StepFlops:
 
 
 class _Twin(ABC, Generic[P, Key]):
-    """A part that treats one image at a time, on the meta device: its operations are counted once for each key.
+    """A copy of a part on the meta device that runs one image at a time; its FLOPs are counted once for each key.
 
     Args:
-        twin: of the part, with parameters on the meta device.
-        part: what it is a twin of; its frozen parameters are frozen there too. None: all are.
-        read: whether what it reads has a gradient.
+        twin: the copy, with parameters on the meta device.
+        part: the original; its frozen parameters are frozen in the copy too. None: all are.
+        read: whether a gradient flows into the copy's input.
     """
 
     def __init__(self, twin: P, part: Part | None, read: bool = False) -> None:
@@ -99,10 +99,10 @@ class _Twin(ABC, Generic[P, Key]):
 
     @abstractmethod
     def _run(self, key: Key) -> Tensor:
-        """The part's features of one image."""
+        """The copy's features of one image."""
 
     def __call__(self, keys: Iterable[Key]) -> float:
-        """Operations on these images."""
+        """FLOPs of these images, forward and backward."""
         return sum(count * self._count(key) for key, count in Counter(keys).items())
 
     def _count(self, key: Key) -> float:
@@ -113,7 +113,7 @@ class _Twin(ABC, Generic[P, Key]):
 
 
 class _Seeing(_Twin[Encoder, Size]):
-    """An encoder; keys are (height, width) of a picture."""
+    """A copy of an encoder; keys are (height, width) of a picture."""
 
     def _run(self, key: Size) -> Tensor:
         pixels = torch.empty(3 * key[0] * key[1], dtype=torch.uint8, device=META)
@@ -121,7 +121,7 @@ class _Seeing(_Twin[Encoder, Size]):
 
 
 class _Projecting(_Twin[Projector, Grid]):
-    """A projector; keys are layouts of the encoder's tokens."""
+    """A copy of a projector; keys are grids of the encoder's tokens."""
 
     def _run(self, key: Grid) -> Tensor:
         shape = (key.num_tokens, self.part.in_width)

@@ -1,4 +1,4 @@
-"""MLflow: one run per stage, with everything needed to know afterwards what it was."""
+"""MLflow: one run per stage, with config, versions, data and metrics, by which it can be understood later."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ PACKAGES = ("lit-vlm", "torch", "lightning", "transformers", "timm", "peft", "ml
 
 
 class MLflow(Logger):
-    """Metrics, parameters and files of a run, kept by MLflow; training goes on whatever becomes of the store.
+    """Logger that keeps metrics, parameters and files of a run in MLflow; training goes on if the store fails.
 
     Args:
         tracking_uri: where runs are kept; default: `MLFLOW_TRACKING_URI`, or sqlite:///mlflow.db.
-        experiment_name: the experiment.
-        run_name: name of the run; default: the stage.
-        tags: more tags.
+        experiment_name: name of the experiment.
+        run_name: name of the run; default: the name of the stage.
+        tags: tags of the run, besides those that the kit sets.
 
     Attributes:
-        run: what is reported to, on rank 0.
+        run: the MLflow run that rank 0 reports to.
     """
 
     def __init__(
@@ -55,34 +55,34 @@ class MLflow(Logger):
         self.run = MLflowRun(default_uri(tracking_uri), experiment_name, run_name, self._tags)
 
     def belongs_to(self, folder: Path, run_name: str, go_on: bool) -> None:
-        """Report for this folder; called once, before anything is reported.
+        """Say which folder the reports are about; called once, before the first report.
 
         Args:
-            folder: of the run.
+            folder: folder of the run.
             run_name: the name of a new run, if none was given.
-            go_on: go on with the MLflow run that the folder belongs to: in its store, unless another one was named.
+            go_on: go on with the MLflow run that the folder belongs to, unless another store was named.
         """
         known = known_run(folder, self._given) if go_on else None
         self.run = known or MLflowRun(self.run.uri, self._experiment, self._name or run_name, self._tags, folder)
 
     @property
     def name(self) -> str:
-        """The experiment."""
+        """The name of the experiment."""
         return self._experiment
 
     @property
     def version(self) -> str | None:
-        """The run's id, once it is open."""
+        """The run's id; None until it is open."""
         return self.run.run_id
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Metrics of one step."""
+        """Report metrics of one step."""
         self.run.metrics(metrics, step or 0)
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
-        """Parameters."""
+        """Report parameters."""
         self.run.params(vars(params) if isinstance(params, Namespace) else params)
 
     @rank_zero_only
@@ -92,16 +92,16 @@ class MLflow(Logger):
 
 
 class RunRecord(SaveConfigCallback):
-    """Keeps what a run was: the resolved config, environment, data and freeze table, in its folder and in MLflow."""
+    """Keeps the resolved config, environment, data and freeze table of a run, in its folder and in MLflow."""
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Before anything is built: the config, and the tags by which runs are told apart. Rank 0 only."""
+        """Keep the config, and the tags by which runs are told apart; rank 0 only, before the model is built."""
         assert isinstance(pl_module, LitVLM)
         text = self.parser.dump(self.config, skip_none=False)
         folder = Path(trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
         if stage == "fit":
-            # What the run was started with stays; what it was resumed with stands beside it.
+            # The config that started the run stays; the one that resumes it is written beside it.
             resumed = bool(self.config.get("ckpt_path")) and (folder / "config.yaml").exists()
             (folder / ("config-resumed.yaml" if resumed else "config.yaml")).write_text(text, encoding="utf-8")
         for logger in _mlflow(trainer):
@@ -117,7 +117,7 @@ class RunRecord(SaveConfigCallback):
                 logger.run.tag(key, value)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Once the model stands: print and keep what trains and what is frozen."""
+        """Print and keep which parameters train and which are frozen, once the model is built."""
         assert isinstance(pl_module, LitVLM)
         rows = pl_module.stage.summary(pl_module.vlm)
         if trainer.is_global_zero:
@@ -133,7 +133,7 @@ class RunRecord(SaveConfigCallback):
 
 
 def freeze_table(stage: str, rows: list[SlotCount]) -> Table:
-    """What trains and what is frozen, as a table for the terminal."""
+    """A table for the terminal of the trained and frozen parameters of each slot."""
     table = Table(title=f"stage '{stage}': what trains")
     for title in ("slot", "part", "trained", "frozen", "peak LR"):
         table.add_column(title, justify="left" if title in ("slot", "part") else "right")
@@ -153,7 +153,7 @@ def _tags(config: Any, module: LitVLM) -> dict[str, str]:
     tags = {"stage": module.stage.name}
     for path in config.get("config") or ():
         file = Path(str(getattr(path, "absolute", path)))
-        if file.name == "model.yaml" or (file.parent / "recipe.yaml").is_file():  # a base's files come first
+        if file.name == "model.yaml" or (file.parent / "recipe.yaml").is_file():  # files of a recipe's base come first
             tags["system"] = file.parent.name
         elif file.parent.name == "scales":
             tags["scale"] = file.stem

@@ -34,7 +34,7 @@ class Trainer(L.Trainer):
         plugins = kwargs.get("plugins") or ()
         plugins = plugins if isinstance(plugins, list | tuple) else [plugins]
         if precision == "auto" and any(isinstance(plugin, PrecisionPlugin) for plugin in plugins):
-            super().__init__(**kwargs)  # a plugin decides; Lightning takes no second word
+            super().__init__(**kwargs)  # the plugin decides; Lightning refuses both
         elif precision == "auto":
             scaled = not isinstance(kwargs.get("strategy"), ModelParallelStrategy)
             self.chosen = choose(_device_type(kwargs.get("accelerator", "auto")), scaled)

@@ -32,7 +32,7 @@ from lit_vlm.worlds.scenes import Scene, Scenes, render, sample_scene
 from lit_vlm.worlds.scenes.world import COLOURS, SHAPES, SIZES
 
 PARTS = {"scenes-decoder": 4, "scenes-encoder": 1}
-"""Each with a number that goes up whenever it comes out otherwise."""
+"""Names of the parts, each with a version that goes up whenever its training gives other weights."""
 DECODER = LlamaConfig(
     vocab_size=600,
     hidden_size=192,
@@ -46,28 +46,31 @@ DECODER = LlamaConfig(
     eos_token_id=2,
     pad_token_id=0,
 )
-"""3.1 million parameters. Six layers: two things are compared by finding both, reading them, and then weighing them."""
+"""A decoder of 3.1 million parameters. Six layers, as a comparison takes several: find two things, read, weigh them."""
 MAX_THINGS, TURNS = 3, 6
 ENCODER, LEVEL, SIZE = "resnet10t", 3, 96
-"""A timm model, read where 16 × 16 pixels have become one token: 1.2 million parameters, 36 tokens of a picture."""
+"""Name of a timm model of 1.2 million parameters, the feature level that is read (16 × 16 pixels per token), and the
+picture's side in pixels: 36 tokens a picture."""
 ANSWERS = re.compile(r"(?:Answer:|ASSISTANT:)(.*?(?:\n|</s>|(?= USER:)|$))")
 REST = 0.1
-"""Weight of all text that is not an answer: most of it, such as what stands in a scene, nobody could predict."""
+"""Loss weight of text outside the answers, which have 1: most of it, such as a list of things, cannot be predicted."""
 
 
 def made(name: str, cache: Path, weights: bool = True) -> Path:
-    """A part by name; it is made if the cache does not have it.
+    """The path of a pretrained part; it is trained first if the cache does not hold it.
 
     Args:
         name: one of `PARTS`.
-        cache: folder that keeps it.
-        weights: whether they are wanted; configuration and tokenizer are there in seconds.
+        cache: folder that keeps the parts.
+        weights: whether the decoder's weights are needed; without them its configuration and tokenizer are made in
+            seconds.
 
     Returns:
-        a folder as transformers saves it, or a weight file.
+        the decoder's folder as transformers saves it, or the encoder's weight file.
 
     Raises:
         ValueError: for an unknown name.
+        subprocess.CalledProcessError: when the process that trains the part fails.
     """
     if name not in PARTS:
         raise ValueError(f"there is no part 'made:{name}'; there are {', '.join(f'made:{part}' for part in PARTS)}")
@@ -89,7 +92,7 @@ def made(name: str, cache: Path, weights: bool = True) -> Path:
 
 
 def _texts(count: int, seed: int) -> Iterator[str]:
-    """Documents, conversations and captions about scenes that nobody draws."""
+    """Conversations, documents and captions about scenes, without pictures."""
     template = VicunaV1(system="")
     texts = Scenes("text", count, seed=seed, turns=TURNS, max_things=MAX_THINGS, wording="plain")
     captions = Scenes("captions", count, seed=seed, max_things=MAX_THINGS, wording="plain")
@@ -101,7 +104,7 @@ def _texts(count: int, seed: int) -> Iterator[str]:
 
 
 def save_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """Learn a small vocabulary and save it with the decoder's configuration."""
+    """Learn the decoder's tokenizer from the scenes' text; save it, and the decoder's configuration, in `folder`."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -119,7 +122,15 @@ def save_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 
 
 def train_decoder(folder: Path, steps: int = 600, rows: int = 12, length: int = 192, documents: int = 10000) -> None:
-    """Read the scenes' text: next-token loss in which answers count most."""
+    """Train the decoder on the scenes' text and save it with its tokenizer; in the loss, answers weigh most.
+
+    Args:
+        folder: where both are saved.
+        steps: optimizer steps.
+        rows: rows of tokens per step.
+        length: tokens per row.
+        documents: texts that the rows are cut from.
+    """
     torch.manual_seed(0)
     ids, weights = _tokens(save_tokenizer(folder), documents, length)
     model = LlamaForCausalLM._from_config(DECODER, attn_implementation="eager")
@@ -143,7 +154,7 @@ def train_decoder(folder: Path, steps: int = 600, rows: int = 12, length: int = 
 
 
 def _tokens(tokenizer: PreTrainedTokenizerFast, documents: int, length: int) -> tuple[Tensor, Tensor]:
-    """Ids of all texts end to end, and the weight of each, cut into rows of `length`."""
+    """Ids of all texts end to end, and the loss weight of each id, cut into rows: `[rows, length]` both."""
     ids: list[int] = []
     weights: list[float] = []
     for text in _texts(documents, 0):
@@ -165,7 +176,7 @@ def _tokens(tokenizer: PreTrainedTokenizerFast, documents: int, length: int) -> 
 
 
 class _Cells(nn.Module):
-    """Of each cell: is a centre here, its shape, colour and size, and its depth and place in the picture."""
+    """Predicts for each cell whether a thing's centre is there, the thing's shape, colour and size, depth and place."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -179,23 +190,29 @@ class _Cells(nn.Module):
 
 
 def _cell_targets(scenes: list[Scene], side: int) -> tuple[Tensor, Tensor]:
-    """Where centres are, `[n, side, side]`, and what stands there, `[n, side, side, 6]`."""
+    """1 where a centre is, `[n, side, side]`; shape, colour, size, depth, row, column there, `[n, side, side, 6]`."""
     here, what = torch.zeros(len(scenes), side, side), torch.zeros(len(scenes), side, side, 6)
     for number, scene in enumerate(scenes):
-        # The nearest comes last, so it is the one that a cell with two centres names.
+        # Nearest last: where two centres share a cell, the nearer thing overwrites the other.
         for thing in sorted(scene.things, key=lambda thing: -thing.z):
             column, row, depth = scene.camera.project(thing.centre)
             i, j = min(side - 1, int(row * side)), min(side - 1, int(column * side))
             here[number, i, j] = 1
             look = thing.look
             kinds = [SHAPES.index(look.shape), COLOURS.index(look.colour), SIZES.index(look.size)]
-            # Place in the whole picture, not in the cell: nothing behind the encoder tells where a token comes from.
+            # Place in the whole picture, not in the cell: no later part tells which cell a token is from.
             what[number, i, j] = torch.tensor([*kinds, depth / 3 - 2, row * 4 - 2, column * 4 - 2])
     return here, what
 
 
 def train_encoder(folder: Path, steps: int = 400, batch: int = 48) -> None:
-    """Learn to say of each cell what stands there."""
+    """Train the encoder to name what stands in each cell of a picture, and save its backbone.
+
+    Args:
+        folder: where `model.safetensors` is saved.
+        steps: optimizer steps.
+        batch: pictures per step.
+    """
     torch.manual_seed(0)
     model = _Cells().to(memory_format=torch.channels_last)
     config = timm.get_pretrained_cfg(ENCODER)

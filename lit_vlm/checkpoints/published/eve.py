@@ -30,7 +30,7 @@ NAMES = Names(
         "model.vision_tower_compressor.clip_layer.": "the teacher again",
         "model.vision_clip.": "the teacher, a frozen copy of the public CLIP, which is read from its own files",
     },
-    # The more special ones first: the decoder's names begin like all others.
+    # Longer beginnings first: the decoder's, `model.`, is the beginning of others too.
     slots={
         "model.vision_tower_compressor.": (HEAD, ""),
         "model.vision_tower.": ("encoder", ""),
@@ -48,7 +48,7 @@ def _architecture(layout: Layout) -> VLM:
         encoder = EvePatchEmbedding(
             width=layout.setting("mm_hidden_size", weight.shape[0]),
             patch=int(named[1]) if named else weight.shape[-1],
-            # Published EVE has both, and says nothing of them.
+            # Published EVE has both, but its config.json names neither.
             local_attention=layout.config.get("local_attention", True),
             global_attention=layout.config.get("global_attention", True),
         )
@@ -67,12 +67,12 @@ class Eve(Family):
         """Weights of a folder or hub repository by slot; PAL is `heads.align`.
 
         Raises:
-            ValueError: for a key that belongs nowhere.
+            ValueError: for a key that belongs to no slot.
         """
         return NAMES.slots_of(read_folder(resolve(source)), {})
 
     def load(self, source: str | Path | Mapping[str, Tensor], config: Mapping[str, Any] | None = None) -> VLM:
-        """Build the model that the configuration describes and load all weights; see `load_published`.
+        """Build the model that the configuration describes, with all weights; raises as `load_published` does.
 
         PAL is left out, as only training needs it: name the weights in `model.stage.start_from` for that.
         """
@@ -81,7 +81,7 @@ class Eve(Family):
     def export(self, model: VLM, out: Path, transform: ImageTransform | None = None) -> float:
         """Write the model under published names, read it back, and compare logits.
 
-        The teacher is not written: EVE's own code reads it from its files too.
+        The teacher is not written: EVE's own code, too, reads the teacher from files of its own.
 
         Args:
             model: EvePatchEmbedding, MLP of depth 2, Splice and HFDecoder; adapters are merged.
@@ -92,7 +92,7 @@ class Eve(Family):
             the largest difference of the logits on a random picture and text, in fp32.
 
         Raises:
-            ValueError: when the model has no such form, or the check fails.
+            ValueError: for a model of other parts, a folder that is not empty, or logits that differ.
         """
         encoder, projector, decoder = model.encoder, model.projector, model.decoder
         if (
@@ -122,7 +122,7 @@ class Eve(Family):
         }
         for name in ("local_attention", "global_attention"):
             if getattr(encoder, name) is None:
-                config[name] = False  # ours alone: weights that are absent without this word are refused
+                config[name] = False  # only this kit reads it: it expects these weights unless the config says false
         if isinstance(transform, AspectGrid):
             config["mm_vision_tower"] = f"openai/eve-patch{encoder.patch}-anypixel-{transform.longest}"
         return export_folder(model, out, config, NAMES, {f"heads.{head}": HEAD}, self.load)

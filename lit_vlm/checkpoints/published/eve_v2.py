@@ -26,7 +26,7 @@ SPLIT = r"(q_proj|k_proj|v_proj|o_proj|mlp|input_layernorm|post_attention_layern
 
 
 def _from_published(name: str) -> str:
-    """`moe_` marks the weights for image tokens."""
+    """Our name of a published weight of the decoder; `moe_` marks the weights for image tokens."""
     name, moved = re.subn(rf"\.moe_{SPLIT}", r".\1.vision.", name)
     return name if moved else re.sub(rf"(layers\.\d+\.(?:self_attn\.)?){SPLIT}", r"\1\2.text.", name)
 
@@ -53,7 +53,7 @@ def _architecture(layout: Layout) -> VLM:
     first = layout.weight("encoder", "patch_embedding.0.weight", 4)
     bias = layout.weight("encoder", "patch_embedding.0.bias", 1)
     second = layout.weight("encoder", "patch_embedding.2.weight", 4)
-    # Nothing in config.json says how many channels: what two of three weights agree on, so that the third is named.
+    # config.json has no number of channels. Take the one that most weights have: the error then names the odd weight.
     hidden = mode([first.shape[0], bias.shape[0], second.shape[1]])
     width = layout.setting("hidden_size", second.shape[0])
     named = re.search(r"patch(\d+)", str(layout.config.get("mm_vision_tower") or ""))
@@ -66,7 +66,7 @@ def _architecture(layout: Layout) -> VLM:
 
 
 class EveV2(Family):
-    """EVEv2, whose decoder has weights of its own for what is seen."""
+    """EVEv2, whose decoder has a second set of weights for image tokens."""
 
     name = "eve_v2"
     model_types = ("eve", "eve-qwen2")
@@ -75,12 +75,12 @@ class EveV2(Family):
         """Weights of a folder or hub repository by slot.
 
         Raises:
-            ValueError: for a key that belongs nowhere.
+            ValueError: for a key that belongs to no slot.
         """
         return NAMES.slots_of(read_folder(resolve(source)), {})
 
     def load(self, source: str | Path | Mapping[str, Tensor], config: Mapping[str, Any] | None = None) -> VLM:
-        """Build the model that the configuration describes and load all weights; see `load_published`."""
+        """Build the model that the configuration describes, with all weights; raises as `load_published` does."""
         return load_folder(source, config, NAMES, _architecture)
 
     def export(self, model: VLM, out: Path, transform: ImageTransform | None = None) -> float:
@@ -89,13 +89,13 @@ class EveV2(Family):
         Args:
             model: EveV2PatchEmbedding, Identity, Splice and DivideAndConquer.
             out: a folder that is new or empty.
-            transform: not written, as EVEv2's configuration says nothing of it.
+            transform: not written, as EVEv2's configuration has no setting for it.
 
         Returns:
             the largest difference of the logits on a random picture and text, in fp32.
 
         Raises:
-            ValueError: when the model has no such form, or the check fails.
+            ValueError: for a model of other parts, a folder that is not empty, or logits that differ.
         """
         encoder, decoder = model.encoder, model.decoder
         if (

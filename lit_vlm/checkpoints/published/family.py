@@ -1,4 +1,4 @@
-"""What a family of published weights is: the names and files of one system's own code, in and out."""
+"""The interface of a family of published weights: one system's own names and files, read and written."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Family(ABC):
 
     Attributes:
         name: what stands in front of the colon in `start_from: NAME:FOLDER`.
-        model_types: what `model_type` is in the config.json of its folders; a folder of another family is refused.
+        model_types: values of `model_type` in the config.json of the family's folders; another family's are refused.
     """
 
     name: str
@@ -33,7 +33,7 @@ class Family(ABC):
             source: a folder or hub name with config and weights.
 
         Raises:
-            ValueError: for a key that fits nowhere, or a setting that is absent.
+            ValueError: for a key that belongs to no slot, or an absent setting.
         """
 
     def load(self, source: str | Path | Mapping[str, Tensor], config: Mapping[str, Any] | None = None) -> VLM:
@@ -44,8 +44,8 @@ class Family(ABC):
             config: the published configuration; needed with a state dict.
 
         Raises:
-            ValueError: for a key that fits nowhere, a weight of the model that no key gives, an absent setting, or a
-                family that is only read.
+            ValueError: for a key that belongs to no slot, a weight that no key gives, an absent setting, or a family
+                that is only read.
         """
         raise ValueError(f"the family {self.name} is one to start from (model.stage.start_from); it builds no model")
 
@@ -53,7 +53,7 @@ class Family(ABC):
         """Write a model under published names, read it back, and compare logits; a family need not have this.
 
         Args:
-            model: of the family's form.
+            model: of the parts that the family consists of.
             out: a folder that is new or empty.
             transform: how pictures were resized.
 
@@ -61,6 +61,7 @@ class Family(ABC):
             the largest difference of the logits on a random picture and text, in fp32.
 
         Raises:
-            ValueError: for a model of another form, logits that differ, or a family that is only read.
+            ValueError: for a model of other parts, a folder that is not empty, logits that differ, or a family that is
+                only read.
         """
         raise ValueError(f"the family {self.name} is one to start from (model.stage.start_from); it writes nothing")

@@ -1,4 +1,4 @@
-"""HoVLE's published weights: a holistic embedding in front of an InternLM2, query, key and value in one matrix."""
+"""HoVLE's published weights: a holistic embedding and an InternLM2, both with query, key and value in one matrix."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ EMBEDDING, LANGUAGE = "embedding_model.", "language_model."
 
 
 def split_qkv(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Query, key and value apart, in both stacks."""
+    """Take the published query-key-value matrices apart, in the holistic embedding and in the decoder."""
     own, language = _stacks(state)
     return internlm2.split_qkv(own, config["embedding_config"]) | internlm2.split_qkv(language, config["llm_config"])
 
 
 def fuse_qkv(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The way back."""
+    """Join query, key and value again: the inverse of `split_qkv`."""
     own, language = _stacks(state)
     return internlm2.fuse_qkv(own, config["embedding_config"]) | internlm2.fuse_qkv(language, config["llm_config"])
 
@@ -61,7 +61,7 @@ class Hovle(Family):
     """HoVLE, or HoVLE-HD, which merges patches behind the holistic embedding's layers.
 
     Attributes:
-        name: of the model.
+        name: the family's name, `hovle` or `hovle_hd`.
         hd: whether patches are merged behind the embedding's layers.
     """
 
@@ -71,7 +71,7 @@ class Hovle(Family):
 
     @property
     def names(self) -> Names:
-        """Which key goes where."""
+        """The published keys and the slots that they belong to."""
         merge = ("embedder", "merger.layers.") if self.hd else ("projector", "layers.")
         return Names(
             family=self.name,
@@ -97,18 +97,18 @@ class Hovle(Family):
         """Weights of a folder or hub repository by slot.
 
         Raises:
-            ValueError: for a key that belongs nowhere.
+            ValueError: for a key that belongs to no slot.
         """
         folder = resolve(source)
         config = read_config(folder)
         return self.names.slots_of(read_folder(folder), config)
 
     def load(self, source: str | Path | Mapping[str, Tensor], config: Mapping[str, Any] | None = None) -> VLM:
-        """Build the model that the configuration describes and load all weights; see `load_published`."""
+        """Build the model that the configuration describes, with all weights; raises as `load_published` does."""
         return load_folder(source, config, self.names, self._architecture)
 
     def _split(self, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
-        # What the configuration asks for is looked at first: it decides which keys belong here.
+        # The configuration is checked first, as it decides which keys belong to the model.
         self._check(config)
         return split_qkv(state, config)
 
@@ -166,7 +166,7 @@ class Hovle(Family):
             the largest difference of the logits on a random picture and text, in fp32.
 
         Raises:
-            ValueError: when the model has no such form, or the check fails.
+            ValueError: for a model of other parts, a folder that is not empty, or logits that differ.
         """
         encoder, embedder, decoder = model.encoder, model.embedder, model.decoder
         if (

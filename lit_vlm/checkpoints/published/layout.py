@@ -1,4 +1,4 @@
-"""What published formats of our own loaders share: names of keys, folders in, folders out."""
+"""What families without a loader in transformers share: names of keys, reading and writing of folders."""
 
 from __future__ import annotations
 
@@ -42,14 +42,15 @@ class Names:
     """How a family names its weights.
 
     Attributes:
-        family: for messages.
-        dropped: part of a key → why such keys are left out.
-        slots: beginning of a published key → (slot, what stands there in that slot's own names); the first that fits.
-        rename: what else changes, from published to own names.
-        restore: the way back.
-        split: what changes in the published weights themselves, before names: several in one matrix, taken apart.
-        join: the way back, after names.
-        whole: name of a part that `split` made → that of the published weight.
+        family: name of the family, for messages.
+        dropped: substring of a published key → why such keys are left out.
+        slots: beginning of a published key → (slot, the beginning that replaces it in the slot's own names); the first
+            beginning that fits counts.
+        rename: changes the rest of a published name to our own name.
+        restore: the inverse of `rename`.
+        split: changes the published weights before they are renamed, such as one matrix that is taken apart.
+        join: the inverse of `split`, after names are published ones again.
+        whole: name of a weight that `split` made → name of the published weight that it was taken from.
     """
 
     family: str
@@ -62,10 +63,10 @@ class Names:
     whole: Callable[[str], str] = _same
 
     def slots_of(self, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> SlotStates:
-        """Weights by slot, under its own names; `config` is the published one.
+        """Published weights by slot, under the slot's own names; `config` is the published configuration.
 
         Raises:
-            ValueError: for a key that belongs nowhere.
+            ValueError: for a key that belongs to no slot.
         """
         slots: SlotStates = {}
         for key, value in self.split(state, config).items():
@@ -80,21 +81,25 @@ class Names:
         return slots
 
     def seen_in(self, state: Iterable[str]) -> Names:
-        """The same without beginnings for which these keys use another one."""
+        """These names without each beginning in `slots` for whose place the keys `state` use another beginning."""
         used = {next((begin for begin in self.slots if key.startswith(begin)), None) for key in state}
         taken = {self.slots[begin] for begin in used if begin is not None}
         slots = {begin: place for begin, place in self.slots.items() if begin in used or place not in taken}
         return replace(self, slots=slots)
 
     def published(self, slot: str, name: str) -> str:
-        """The published key of a weight."""
+        """The published key of a weight.
+
+        Raises:
+            ValueError: for a weight that the family does not publish.
+        """
         for begin, (other, own) in self.slots.items():
             if slot == other and name.startswith(own):
                 return begin + self.restore(name.removeprefix(own))
         raise ValueError(f"the family {self.family} has no name for {slot}.{name}")
 
     def shown(self, slot: str, name: str) -> str:
-        """For messages: the key in the files that gives a weight; of one that the family lacks, its own name."""
+        """The key in the files that a weight is read from, for messages; its own name where the family has no key."""
         try:
             return self.whole(self.published(slot, name))
         except ValueError:
@@ -106,10 +111,10 @@ class Layout:
     """A published model before it is built.
 
     Attributes:
-        config: what its config.json says.
-        slots: its weights.
-        tokenizer: its folder or hub name, or None for a bare state dict.
-        names: of the family.
+        config: its config.json.
+        slots: its weights by slot.
+        tokenizer: folder or hub name of the tokenizer; None for a bare state dict.
+        names: the family's names.
     """
 
     config: Mapping[str, Any]
@@ -118,10 +123,10 @@ class Layout:
     names: Names
 
     def weight(self, slot: str, name: str, dims: int) -> Tensor:
-        """A weight whose shape says how large the model is.
+        """A weight whose shape tells a size of the model.
 
         Raises:
-            ValueError: where it is absent, or has another number of dimensions, with its published key.
+            ValueError: where the weight is absent or has not `dims` dimensions, naming its published key.
         """
         found, key = self.slots.get(slot, {}).get(name), self.names.shown(slot, name)
         if found is None:
@@ -131,20 +136,20 @@ class Layout:
         return found
 
     def setting(self, key: str, found: int) -> int:
-        """What config.json says of a size that a weight shows too; what the weight shows where it says nothing."""
+        """A size from config.json; `found`, the size of a weight, where config.json does not have `key`."""
         return int(self.config.get(key) or found)
 
     def decoder_config(self, model_type: str) -> dict[str, Any]:
-        """The configuration under the name that transformers knows the decoder by."""
+        """The decoder's configuration with transformers' `model_type` for it; raises as `checked_sizes` does."""
         plain = {key: value for key, value in self.config.items() if key != "architectures"}
         return checked_sizes(plain, "config.json") | {"model_type": model_type}
 
 
 def checked_sizes(config: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """A decoder's configuration that says how large it is: transformers would take another model's sizes in silence.
+    """A decoder's configuration that has all sizes: transformers would silently fill in those of another model.
 
     Raises:
-        ValueError: for a size that is absent, naming it.
+        ValueError: for an absent size, naming it.
     """
     if absent := [key for key in SIZES if config.get(key) is None]:
         raise ValueError(f"{name} lacks {', '.join(absent)}, sizes of the decoder")
@@ -160,7 +165,8 @@ def load_folder(
     """Build a model and load its weights; heads are left out.
 
     Raises:
-        ValueError: where weights and model do not fit, naming the slot and the keys.
+        ValueError: for a state dict without configuration, a key that belongs to no slot, an absent size, or weights
+            that do not fit the model, naming the slot and the keys.
     """
     if isinstance(source, Mapping):
         if config is None:
@@ -177,7 +183,7 @@ def load_layout(layout: Layout, architecture: Callable[[Layout], VLM], language:
     """Build a model and load the weights of its slots; raises as `load_folder` does.
 
     Args:
-        layout: what was read.
+        layout: what was read from the folder or state dict.
         architecture: builds the model, its parameters on the meta device.
         language: the part of the configuration that is the decoder's.
     """
@@ -190,15 +196,15 @@ def load_layout(layout: Layout, architecture: Callable[[Layout], VLM], language:
 
 
 def fill(model: VLM, slots: SlotStates, shown: Callable[[str, str], str]) -> None:
-    """Load the weights of all slots but heads.
+    """Load the weights of all slots except heads.
 
     Args:
         model: its parameters may be on the meta device.
-        slots: weights by slot, under its own names.
+        slots: weights by slot, under the slot's own names.
         shown: slot and own name → the published key.
 
     Raises:
-        ValueError: where weights are missing, have another shape or are not of the model, with their published keys.
+        ValueError: for weights that are missing, of another shape or not of the model, naming their published keys.
     """
     for slot in LOADED:
         part, state = getattr(model, slot), slots.get(slot, {})
@@ -226,7 +232,7 @@ def read_config(folder: str) -> dict[str, Any]:
     """The published configuration of a folder or hub repository.
 
     Raises:
-        ValueError: when a folder has none, or it is no JSON object.
+        ValueError: when the folder has no config.json, or one that is no JSON object.
     """
     path = Path(folder) / "config.json"
     if not Path(folder).is_dir():
@@ -247,9 +253,9 @@ def export_folder(
     Args:
         model: what to write.
         out: a folder that is new or empty.
-        config: what config.json shall say.
-        names: of the family.
-        heads: own slot → the family's slot, of heads that are written too.
+        config: what is written to config.json.
+        names: the family's names.
+        heads: our slot → the family's slot, for each head that is written.
         load: the family's `load`.
 
     Returns:
@@ -270,19 +276,27 @@ def export_folder(
 
 
 def new_folder(out: Path) -> None:
-    """Make a folder; raises ValueError if it is there and holds anything."""
+    """Make a folder.
+
+    Raises:
+        ValueError: if the folder exists and is not empty.
+    """
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty")
     out.mkdir(parents=True, exist_ok=True)
 
 
 def write_config(folder: Path, config: Mapping[str, Any]) -> None:
-    """Write config.json."""
+    """Write `config` to config.json in a folder."""
     (folder / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n", encoding="utf-8")
 
 
 def published_state(model: VLM, names: Names, heads: Mapping[str, str]) -> dict[str, Tensor]:
-    """All weights under published names; of heads only those that `heads` names."""
+    """All weights of a model under published names, with those heads only that `heads` names.
+
+    Raises:
+        ValueError: for a weight that the family does not publish.
+    """
     state: dict[str, Tensor] = {}
     for key, value in model.state_dict().items():
         slot, name = key.split(".", 1)
@@ -295,7 +309,11 @@ def published_state(model: VLM, names: Names, heads: Mapping[str, str]) -> dict[
 
 
 def check_written(model: VLM, out: Path, load: Callable[[Path], VLM]) -> float:
-    """The largest difference of the logits between a model and what was written of it; raises if it is too large."""
+    """The largest difference of the logits, in fp32, between a model and the one that `load` reads from `out`.
+
+    Raises:
+        ValueError: if the difference is above `TOLERANCE`.
+    """
     batch = trial_batch(model)
     with torch.no_grad():
         difference = float((model.logits(batch) - load(out).logits(batch)).abs().max())
@@ -305,7 +323,7 @@ def check_written(model: VLM, out: Path, load: Callable[[Path], VLM]) -> float:
 
 
 def trial_batch(model: VLM) -> Batch:
-    """A random picture in the middle of random text."""
+    """A batch of one sample: a random picture in the middle of random text."""
     generator = torch.Generator().manual_seed(0)
     side = model.encoder.pixels.size or 3 * model.encoder.pixels.multiple
     image = torch.randint(0, 256, (3, side, side), generator=generator, dtype=torch.uint8)

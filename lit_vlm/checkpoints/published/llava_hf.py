@@ -1,4 +1,4 @@
-"""`LlavaForConditionalGeneration` of transformers: LLaVA-1.5 and models of its form."""
+"""`LlavaForConditionalGeneration` of transformers: LLaVA-1.5 and models of the same parts."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _feature_layer(config: LlavaConfig) -> int:
 
 
 def _kept(config: LlavaConfig) -> int:
-    """Blocks of the vision model up to the feature layer."""
+    """How many blocks the vision model has up to the feature layer."""
     layer = _feature_layer(config)
     return layer if layer >= 0 else config.vision_config.num_hidden_layers + 1 + layer
 
@@ -71,7 +71,7 @@ def _architecture(config: LlavaConfig, tokenizer: str | None) -> VLM:
 
 
 def _slots(state: Mapping[str, Tensor], config: LlavaConfig) -> SlotStates:
-    """Weights by slot; those of the vision model that the feature layer does not reach are left out."""
+    """Weights by slot, without those of the vision model that come after the feature layer."""
     slots: SlotStates = {"encoder": {}, "projector": {}, "decoder": {}}
     kept = _kept(config)
     for key, value in state.items():
@@ -85,7 +85,7 @@ def _slots(state: Mapping[str, Tensor], config: LlavaConfig) -> SlotStates:
 
 
 def _published(slot: str, name: str) -> str:
-    """The key of a weight in files of today's transformers."""
+    """The key of a weight in the state dict of transformers' `LlavaForConditionalGeneration`."""
     if slot == "encoder":
         return f"model.vision_tower.{name.removeprefix('backbone.')}"
     if slot == "projector":
@@ -96,12 +96,12 @@ def _published(slot: str, name: str) -> str:
 
 
 def _place(key: str, num_blocks: int) -> tuple[str, str] | None:
-    """(slot, own key) of a published key, or None for one that is dropped for a stated reason.
+    """(slot, own key) of a published key; None for a key that is dropped, for a reason stated below.
 
-    Takes the names of files from before and after transformers 4.52, with and without `vision_model.`.
+    Keys may be those of files from before or after transformers 4.52, with or without `vision_model.`.
 
     Raises:
-        ValueError: for a key that belongs nowhere.
+        ValueError: for a key that belongs to no slot.
     """
     if any(mark in key for mark in DROPPED):
         return None
@@ -145,7 +145,7 @@ def _config(encoder: HFEncoder, decoder: HFDecoder, image_id: int) -> LlavaConfi
 
 
 def _fill(target: LlavaForConditionalGeneration, model: VLM) -> None:
-    """Copy all weights; new rows of the word table are the mean of the others, norms that nothing reads stay new."""
+    """Copy all weights. New rows of the word table are the mean of the others; an unused final norm stays as made."""
     state = target.state_dict()
     for key, value in model.state_dict().items():
         name = _published(*key.split(".", 1))
@@ -157,7 +157,7 @@ def _fill(target: LlavaForConditionalGeneration, model: VLM) -> None:
 
 
 def _image_processor(encoder: HFEncoder, transform: ImageTransform | None) -> Any:
-    """The processor that resizes as the run did, or None where transformers has none."""
+    """The image processor that resizes as the run did; None where transformers has no such processor."""
     mean, std = encoder.pixel_mean.flatten().tolist(), encoder.pixel_std.flatten().tolist()
     side = encoder.pixels.size
     common = {"image_mean": mean, "image_std": std, "crop_size": {"height": side, "width": side}}
@@ -169,7 +169,7 @@ def _image_processor(encoder: HFEncoder, transform: ImageTransform | None) -> An
 
 
 def _compare(model: VLM, out: Path, image_id: int) -> float:
-    """Largest difference of the logits between the model and what was written, on a random picture and text."""
+    """Largest difference of the logits between the model and the written one, on a random picture and text."""
     loaded = LlavaForConditionalGeneration.from_pretrained(out, dtype=torch.float32).eval()
     batch = trial_batch(model)
     _, images = next(batch.images.groups())
@@ -192,13 +192,13 @@ class LlavaHf(Family):
         """Weights of a folder or hub repository by slot.
 
         Raises:
-            ValueError: for a key that belongs nowhere.
+            ValueError: for a key that belongs to no slot.
         """
         folder = resolve(source)
         return _slots(read_folder(folder), _settings(folder))
 
     def load(self, source: str | Path | Mapping[str, Tensor], config: Mapping[str, Any] | None = None) -> VLM:
-        """Build the model that the configuration describes and load all weights; see `load_published`."""
+        """Build the model that the configuration describes, with all weights; raises as `load_published` does."""
         if isinstance(source, Mapping):
             if config is None:
                 raise ValueError("a state dict says nothing of heads and layers: pass config as well")
@@ -212,10 +212,10 @@ class LlavaHf(Family):
         return model.eval()
 
     def export(self, model: VLM, out: Path, transform: ImageTransform | None = None) -> float:
-        """Write the model so that `LlavaForConditionalGeneration.from_pretrained(out)` gives the same logits; checked.
+        """Write a model that `LlavaForConditionalGeneration.from_pretrained(out)` loads, and check that logits agree.
 
-        The vision model is written without the blocks after the feature layer, which is −1 then. The tokenizer gets
-        `<image>`, and the word table a row for it.
+        The vision model is written without the blocks after the feature layer, so `vision_feature_layer` becomes −1.
+        The token `<image>` is added to the tokenizer, and a row for it to the word table.
 
         Args:
             model: HFEncoder, MLP of depth 2, Splice and HFDecoder; adapters are merged.
@@ -226,7 +226,7 @@ class LlavaHf(Family):
             the largest difference of the logits on a random picture and text, in fp32.
 
         Raises:
-            ValueError: when the model has no such form, or the check fails.
+            ValueError: for a model of other parts, a folder that is not empty, or logits that differ.
         """
         encoder, projector, decoder = model.encoder, model.projector, model.decoder
         if (

@@ -53,7 +53,7 @@ CLIP_L = {
 
 
 def own_predictor_key(key: str) -> str:
-    """Our name of a weight of a predictor."""
+    """Our name of a predictor's weight, from its published name."""
     return _rename(key, PREDICTOR)
 
 
@@ -79,8 +79,8 @@ def _to_published(key: str) -> str:
 
 
 def _names(convolutional: bool) -> Names:
-    """The two encoders are published under one prefix, CLIP's with one level more."""
-    # The more special ones first: the decoder's names begin like all others.
+    """Names of a model; the encoder's depend on whether it is a ConvNeXt or a CLIP, whose keys have one level more."""
+    # Longer beginnings first: the decoder's, `model.`, is the beginning of others too.
     slots = {
         CLIP_TOWER: ("encoder", "backbone."),
         "model.vision_tower.vision_tower.": ("encoder", "backbone."),
@@ -97,7 +97,7 @@ def _names(convolutional: bool) -> Names:
 
 
 def _split(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> Mapping[str, Tensor]:
-    """Scales as vectors, and of CLIP only the blocks up to the layer that is read."""
+    """The weights with scales as vectors of one number, and without CLIP's blocks after the layer that is read."""
     if wrong := [key for key, value in state.items() if key.endswith(SCALE) and value.numel() != 1]:
         raise ValueError(f"'{wrong[0]}' is {tuple(state[wrong[0]].shape)}, expected a single number")
     state = {key: value.view(1) if key.endswith(SCALE) else value for key, value in state.items()}
@@ -115,13 +115,13 @@ def _split(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> Mapping[st
 
 
 def _kept(config: Mapping[str, Any], found: int, whole: bool) -> int:
-    """Blocks of CLIP up to layer −2.
+    """How many blocks CLIP has up to layer −2, which is read.
 
     Args:
-        config: the published one. If it has a `vision_config`, that is of the blocks that are in the files, as `export`
-            writes it, or of a whole CLIP; otherwise the files hold all of CLIP-L.
-        found: blocks that the files hold.
-        whole: whether they hold the norm behind the blocks too.
+        config: the published one. Its `vision_config`, if any, describes the blocks in the files, as `export` writes
+            it, or a whole CLIP; without one the files hold all of CLIP-L.
+        found: number of blocks in the files.
+        whole: whether the files also hold the norm after the blocks, which a whole CLIP has.
     """
     said = (config.get("vision_config") or {}).get("num_hidden_layers")
     if said is None:
@@ -130,7 +130,7 @@ def _kept(config: Mapping[str, Any], found: int, whole: bool) -> int:
 
 
 def _join(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> Mapping[str, Tensor]:
-    """Scales as the single numbers that they are in published files."""
+    """The weights with scales as single numbers, as published files have them."""
     return {key: value.view(()) if key.endswith(SCALE) else value for key, value in state.items()}
 
 
@@ -154,7 +154,7 @@ def _architecture(layout: Layout) -> VLM:
 
 
 def _encoder(layout: Layout) -> Encoder:
-    """The encoder that the weights are of; `vision_config` may give CLIP's configuration, otherwise it is CLIP-L/14."""
+    """The encoder of the published weights: ConvNeXt, or CLIP of `vision_config`, or CLIP-L/14 without one."""
     name = str(layout.config.get("mm_vision_tower") or "")
     if any(key.startswith("backbone.stages_") for key in layout.slots.get("encoder", {})):
         match = re.search(r"-res(\d+)$", name)
@@ -173,7 +173,7 @@ def _task_tokens(layout: Layout) -> tuple[dict[str, int], dict[str, int]]:
     """Tokens behind an image by group, in order, and the parameters of each group.
 
     Raises:
-        ValueError: where weights and configuration do not say the same, naming key and setting.
+        ValueError: where weights and configuration disagree, naming key and setting.
     """
     config = layout.config
     found = {key.removeprefix("tasks."): value for key, value in layout.slots.get("embedder", {}).items()}
@@ -218,7 +218,7 @@ def _is_ola(model: VLM) -> bool:
 
 
 def _head_config(head: EmbeddingDistillation, task: str) -> dict[str, Any]:
-    """As published, layers counted from 1; weights of losses are a stage's, not the model's, so they are absent."""
+    """A head's published settings, layers counted from 1; without weights of losses, which a stage has, not a model."""
     first = head.predictors[0]
     assert isinstance(first, Perceiver)
     layer = first.layers[0]
@@ -245,13 +245,13 @@ class OlaVlm(Family):
         """Weights of a folder or hub repository by slot; predictors are `heads.gen`, `heads.depth` and `heads.seg`.
 
         Raises:
-            ValueError: for a key that belongs nowhere.
+            ValueError: for a key that belongs to no slot.
         """
         folder = resolve(source)
         return NAMES.slots_of(read_folder(folder), read_config(folder))
 
     def load(self, source: str | Path | Mapping[str, Tensor], config: Mapping[str, Any] | None = None) -> VLM:
-        """Build the model that the configuration describes and load all weights; see `load_published`.
+        """Build the model that the configuration describes, with all weights; raises as `load_published` does.
 
         Predictors are left out, as only training needs them: name the weights in `model.stage.start_from` for that.
         """
@@ -272,7 +272,7 @@ class OlaVlm(Family):
             the largest difference of the logits on a random picture and text, in fp32.
 
         Raises:
-            ValueError: when the model has no such form, or the check fails.
+            ValueError: for a model of other parts, a folder that is not empty, or logits that differ.
         """
         if not _is_ola(model):
             parts = [type(part).__name__ for part in (model.encoder, model.projector, model.embedder, model.decoder)]
@@ -305,7 +305,7 @@ class OlaVlm(Family):
         elif isinstance(encoder, HFEncoder):
             config |= {"mm_vision_tower": encoder.name, "vision_config": encoder.config.to_dict()}
         for task in ("depth", "seg"):
-            if task in model.embedder.task_tokens:  # the published classes make as many parameters
+            if task in model.embedder.task_tokens:  # the published classes make parameters by this number
                 config[f"image_{task}"] = {"num_tokens": len(model.embedder.task_parameters(task))}
         for name, head in heads.items():
             config[f"image_{head.tokens or name}"] = _head_config(head, head.tokens or name)

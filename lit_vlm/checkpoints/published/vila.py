@@ -36,7 +36,7 @@ from lit_vlm.model.vlm import VLM
 from lit_vlm.projectors import MLP, Downsample, Downsample3x3, Linear, Projector
 
 PARTS = {"llm": "llm_cfg", "vision_tower": "vision_tower_cfg", "mm_projector": "mm_projector_cfg"}
-"""Folders of VILA-1.5, and what the configuration of each is called in that of the whole."""
+"""Folder of VILA-1.5 → the key of that folder's configuration in the config.json of the whole."""
 CLIP_L = {
     "model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
     "num_attention_heads": 16, "image_size": 336, "patch_size": 14,
@@ -49,13 +49,13 @@ DROPPED = {
     "vision_tower.head.": "the same, as transformers 5 saves it",
 }
 FOLDS = {"mlp_downsample": "col", "mlp_downsample_2x2_fix": "row"}
-"""Their order of tokens: column by column in VILA-1.5, row by row from NVILA on."""
+"""Projector type → order of its output tokens: column by column in VILA-1.5, row by row from NVILA on."""
 VISION_CLASSES = {"clip_vision_model": "CLIPVisionModel", "siglip_vision_model": "SiglipVisionModel"}
 _INDEX = re.compile(r"^layers\.(\d+)\.")
 
 
 def _shift(by: int, name: str) -> str:
-    """`layers.2.weight` → `layers.1.weight` for −1: the published list counts the fold, which has no weights."""
+    """Add `by` to the layer number of a name; the published list counts the fold too, which has no weights."""
     return _INDEX.sub(lambda match: f"layers.{int(match[1]) + by}.", name)
 
 
@@ -72,7 +72,7 @@ def _select(config: Mapping[str, Any]) -> int:
 
 
 def _vision(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Configuration of the vision model; VILA-1.0 files do not hold one, and are of CLIP-L/14-336."""
+    """Configuration of the vision model; files of VILA-1.0 hold none, and their vision model is CLIP-L/14-336."""
     return dict(config.get("vision_tower_cfg") or config.get("vision_config") or CLIP_L)
 
 
@@ -84,7 +84,7 @@ def _names(config: Mapping[str, Any]) -> Names:
         slots = {
             "llm.lm_head.": ("decoder", "lm.lm_head."),
             "llm.model.": ("decoder", "lm.model."),
-            # As files have it, as the model in memory has it, and both as transformers 5 writes them.
+            # In published files, in the published model's state dict, and both as transformers 5 writes them.
             "vision_tower.vision_model.": ("encoder", backbone),
             "vision_tower.vision_tower.vision_model.": ("encoder", backbone),
             "vision_tower.vision_tower.": ("encoder", backbone),
@@ -111,7 +111,7 @@ def _names(config: Mapping[str, Any]) -> Names:
 
 
 def _restore(kind: str, rest: str) -> str:
-    """What follows `layers.` in the projector's published names; others stay as they are."""
+    """The published name of a projector's weight behind `layers.`; names of other slots stay as they are."""
     match = re.match(r"^(\d+)\.(weight|bias)$", rest)
     return f"{int(match[1]) + 1}.{match[2]}" if match and "downsample" in kind else rest
 
@@ -128,7 +128,7 @@ def _without_unused_blocks(state: Mapping[str, Tensor], config: Mapping[str, Any
 
 
 def _read(source: str, given: Mapping[str, Any] | None = None) -> Layout:
-    """What a folder or hub repository holds, by slot; `given` takes the place of its configuration."""
+    """A published folder or hub repository by slot; `given` replaces its configuration."""
     folder = Path(resolve(source))
     if not folder.is_dir():
         patterns = [*PATTERNS, *(f"*/{pattern}" for pattern in PATTERNS), "*.model"]
@@ -198,7 +198,7 @@ def _type_of(projector: Projector) -> str | None:
 
 
 def _processor(encoder: HFEncoder) -> CLIPImageProcessor | SiglipImageProcessor:
-    """The image processor that the published folders hold beside the vision model."""
+    """The image processor, which published folders hold beside the vision model."""
     side = encoder.pixels.size
     shared = {"image_mean": encoder.pixel_mean.flatten().tolist(), "image_std": encoder.pixel_std.flatten().tolist()}
     if encoder.config.model_type == "clip_vision_model":
@@ -217,15 +217,15 @@ class Vila(Family):
         """Weights of a folder or hub repository by slot.
 
         Raises:
-            ValueError: for a key that belongs nowhere, or a folder that is missing.
+            ValueError: for a key that belongs to no slot, or a missing folder.
         """
         return _read(source).slots
 
     def load(self, source: str | Path | Mapping[str, Tensor], config: Mapping[str, Any] | None = None) -> VLM:
-        """Build the model that the configuration describes and load all weights; see `load_published`.
+        """Build the model that the configuration describes, with all weights; raises as `load_published` does.
 
-        A state dict of VILA-1.5 has the names of its folders in front: `llm.`, `vision_tower.`, `mm_projector.`; its
-        configuration holds those of the parts as `llm_cfg`, `vision_tower_cfg` and `mm_projector_cfg`.
+        Keys of a state dict of VILA-1.5 begin with the names of its folders: `llm.`, `vision_tower.`, `mm_projector.`.
+        Its configuration holds those of the folders as `llm_cfg`, `vision_tower_cfg` and `mm_projector_cfg`.
         """
         if isinstance(source, Mapping) and config is None:
             raise ValueError("a state dict says nothing of heads and layers: pass config as well")
@@ -235,7 +235,7 @@ class Vila(Family):
     def export(self, model: VLM, out: Path, transform: ImageTransform | None = None) -> float:
         """Write the model in the three folders of VILA-1.5, read it back, and compare logits.
 
-        The vision model is written without the blocks after the feature layer, which is −1 then.
+        The vision model is written without the blocks after the feature layer; `mm_vision_select_layer` becomes −1.
 
         Args:
             model: HFEncoder, or S2 over one; Linear, MLP or a Downsample of VILA; Splice and HFDecoder; adapters are
@@ -247,7 +247,7 @@ class Vila(Family):
             the largest difference of the logits on a random picture and text, in fp32.
 
         Raises:
-            ValueError: when the model has no such form, or the check fails.
+            ValueError: for a model of other parts, a folder that is not empty, or logits that differ.
         """
         encoder, decoder, kind = model.encoder, model.decoder, _type_of(model.projector)
         inner = encoder.inner if isinstance(encoder, S2) else encoder

@@ -14,7 +14,7 @@ from torchmetrics import Metric
 MAX_N, SIGMA = 4, 6.0
 _DROPPED = set("'`.?!,:;-\"“”‘–—…") | {"...", "--", "''", "``"}
 _BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
-"""Not dropped: the reference compares their names in lower case with a list in capitals."""
+"""Brackets become these words, which stay: the reference code drops "-LRB-", and its words are in lower case."""
 _PARTS = {"cannot": "can not", "gonna": "gon na", "gotta": "got ta", "wanna": "wan na", "gimme": "gim me"}
 _CLITIC = re.compile(r"^(.+)(n't|'s|'re|'ve|'ll|'d|'m)$")
 _TOKEN = re.compile(
@@ -36,7 +36,8 @@ Grams = Counter[tuple[str, ...]]
 def tokenize_caption(text: str) -> list[str]:
     """Words of a caption in lower case without punctuation, as the official evaluation gets them from Stanford's tools.
 
-    A period after a single letter stays with it; there the official tokenizer decides by what the next caption is.
+    A period after a single letter stays; the official tokenizer, which gets all captions as one text, decides by the
+    caption that follows.
     """
     words: list[str] = []
     for token in _TOKEN.findall(text.lower().replace("’", "'")):
@@ -50,7 +51,7 @@ def tokenize_caption(text: str) -> list[str]:
 
 
 def count_grams(words: Sequence[str]) -> Grams:
-    """How often each run of one to four words occurs."""
+    """Counts of all n-grams of one to four words."""
     return Counter(tuple(words[i : i + n]) for n in range(1, MAX_N + 1) for i in range(len(words) - n + 1))
 
 
@@ -70,7 +71,7 @@ class Cider(Metric):
         self.pictures = []
 
     def update(self, caption: str, references: Sequence[str]) -> None:
-        """Add one picture's caption; raises ValueError without references."""
+        """Add one picture's caption; raises ValueError if there are no references."""
         if not references:
             raise ValueError("CIDEr needs one reference or more for each picture")
         self.pictures.append((tokenize_caption(caption), [tokenize_caption(reference) for reference in references]))
@@ -85,7 +86,7 @@ class Cider(Metric):
         return torch.tensor(self.scores(), dtype=torch.float64).mean() if self.pictures else torch.zeros(())
 
     def scores(self) -> list[float]:
-        """Of each picture."""
+        """The score of each picture, from 0 to 10."""
         counted = [(count_grams(words), [count_grams(ref) for ref in refs]) for words, refs in self.pictures]
         documents: Grams = Counter(gram for _, refs in counted for gram in set().union(*refs))
         log_total = math.log(float(len(counted)))
@@ -114,7 +115,7 @@ def _score(
 def _vector(
     grams: Grams, documents: Mapping[tuple[str, ...], int], log_n: float
 ) -> tuple[list[dict[tuple[str, ...], float]], list[float], int]:
-    """Weights of the grams of each length, their norms, and the number of pairs of words, which is the length."""
+    """Tf-idf weights of the n-grams for each n, their norms, and the number of bigrams, CIDEr-D's length."""
     vectors: list[dict[tuple[str, ...], float]] = [{} for _ in range(MAX_N)]
     length = 0
     for gram, count in grams.items():

@@ -11,18 +11,18 @@ from torchmetrics import Metric
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _LETTER = re.compile(r"^\s*(?:\(?([A-Za-z])\)|([A-Z])[.:,])")
-"""At the beginning, in brackets or with a mark behind it: "A man" is no A."""
+"""A letter at the beginning, in brackets or with a mark behind it: "A man" does not name option A."""
 _SAYS_LETTER = re.compile(r"(?i:answer|option|choice)(?i: is)?:?\s*\(?([A-Z])\)?(?:[\s.,)]|$)")
 
 
 def chosen_letter(answer: str, options: Sequence[str]) -> str:
     """The letter of the option that an answer names; "" if it names none.
 
-    It may be the letter alone, the option's text, both, "the answer is B", or the letter with a mark behind it.
+    An answer may be the letter alone, the option's text, both, "the answer is B", or the letter with a mark behind it.
 
     Args:
-        answer: what was generated.
-        options: in the order of their letters.
+        answer: generated text.
+        options: texts of the options, in the order of their letters.
     """
     letters = LETTERS[: len(options)]
     text = answer.strip().rstrip(".").lower()
@@ -40,13 +40,13 @@ def chosen_letter(answer: str, options: Sequence[str]) -> str:
 
 
 def yes_or_no(answer: str) -> str:
-    """What an answer says, as POPE reads it: `no` if its first sentence holds "no" or "not", else `yes`."""
+    """`yes` or `no`, as POPE reads an answer: `no` if its first sentence has the word "no" or "not"."""
     words = answer.split(".", 1)[0].replace(",", "").lower().split()
     return "no" if "no" in words or "not" in words else "yes"
 
 
 def first_word_yes_or_no(answer: str) -> str:
-    """What an answer says, as MME reads it: by its first four letters; "other" is always wrong."""
+    """`yes`, `no` or `other`, as MME reads an answer, by its first four letters; `other` is always wrong."""
     begin = answer.strip().lower()[:4]
     return "yes" if "yes" in begin else "no" if "no" in begin else "other"
 
@@ -60,7 +60,7 @@ class YesNoF1(Metric):
 
     def __init__(self) -> None:
         super().__init__()
-        # rows: said no, said yes; columns: it is no, it is yes
+        # rows: the answer is no, yes; columns: the reference is no, yes
         self.add_state("counts", torch.zeros(2, 2, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, answer: str, reference: str) -> None:

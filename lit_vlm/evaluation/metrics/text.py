@@ -16,7 +16,7 @@ def normalise_answer(text: str) -> str:
 
 
 def exact_match(answer: str, expected: str) -> float:
-    """1 if both are the same after normalisation, else 0."""
+    """1 if both texts are the same after normalisation, else 0."""
     return float(normalise_answer(answer) == normalise_answer(expected))
 
 

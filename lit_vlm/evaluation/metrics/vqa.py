@@ -33,7 +33,7 @@ FORMS = (
 
 
 def _spellings(form: str) -> list[str]:
-    """The form with apostrophes missing: the only one, or one of several."""
+    """Spellings of a contraction that miss one apostrophe."""
     places = [index for index, letter in enumerate(form) if letter == "'"]
     return [form[:place] + form[place + 1 :] for place in places]
 
@@ -41,7 +41,7 @@ def _spellings(form: str) -> list[str]:
 CONTRACTIONS = {spelling: form for form in FORMS for spelling in _spellings(form)}
 _COMMA_IN_NUMBER = re.compile(r"(\d)(\,)(\d)")
 _PERIOD = re.compile(r"\.(?!\d)")
-"""The official pattern means to spare periods behind digits too, and through a slip does not: "5." becomes "5"."""
+"""Periods that are removed. By a slip, the official code removes those behind a digit too: "5." becomes "5"."""
 
 
 def normalise_vqa(text: str) -> str:
@@ -52,7 +52,7 @@ def normalise_vqa(text: str) -> str:
     text = text.replace("\n", " ").replace("\t", " ").strip()
     whole = text
     for mark in PUNCTUATION:
-        # Beside a space, or anywhere in an answer with a number like 1,000, a mark goes; elsewhere it parts two words.
+        # A mark beside a space, or in an answer with a number like 1,000, is removed; any other becomes a space.
         glued = f"{mark} " in whole or f" {mark}" in whole or _COMMA_IN_NUMBER.search(whole) is not None
         text = text.replace(mark, "" if glued else " ")
     text = _PERIOD.sub("", text)
@@ -63,7 +63,7 @@ def normalise_vqa(text: str) -> str:
 def vqa_accuracy(answer: str, references: Sequence[str]) -> float:
     """Mean over references, leaving each out, of min(1, matches among the others / 3).
 
-    Both sides are always normalised. The official script leaves them as they are where all references are the same, so
+    Answer and references are always normalised. The official script does not where all references are the same, so
     that "Yes" is wrong there; papers normalise answers before they hand them in, as TextVQA's script does.
     """
     given, wanted = normalise_vqa(answer), [normalise_vqa(reference) for reference in references]
@@ -74,7 +74,7 @@ def vqa_accuracy(answer: str, references: Sequence[str]) -> float:
 
 
 def relaxed_match(answer: str, reference: str, tolerance: float = 0.05) -> float:
-    """1 for a number within 5 % of the reference, or the same text (ChartQA, Masry et al. 2022, section 5.1)."""
+    """1 for a number within 5 % of the reference, or equal text, else 0 (ChartQA, Masry et al. 2022, section 5.1)."""
     given, wanted = _number(answer), _number(reference)
     if given is not None and wanted:
         return float(abs(given - wanted) / abs(wanted) <= tolerance)

@@ -1,4 +1,4 @@
-"""What is evaluated: questions in, scores out."""
+"""Benchmark tasks: how their examples are read, asked and scored."""
 
 from lit_vlm.core.plugins import find_class
 from lit_vlm.evaluation.tasks.ask import TaskSettings
@@ -19,14 +19,14 @@ TASKS: dict[str, type[Task]] = {
         AI2D, CocoCaptions, Flickr30k, MMLU, Perplexity, SceneQuestions, SceneText,
     )
 }  # fmt: skip
-"""By the name on the command line."""
+"""The tasks of the kit by their names on the command line."""
 
 
 def find_task(name: str, what: str = "--task") -> type[Task]:
     """A task by its name, or by the path of its class; `what` names the flag or key for messages.
 
     Raises:
-        ValueError: for an unknown one, with the nearest names.
+        ValueError: for an unknown task, with the nearest names.
     """
     return find_class(name, Task, TASKS, what)  # type: ignore[type-abstract]
 

@@ -1,4 +1,4 @@
-"""Asking a model: prompts to samples, batches of them, generated answers and likelihoods."""
+"""Asking a model the examples of a task: encoded prompts, generated answers and likelihoods."""
 
 from __future__ import annotations
 
@@ -27,14 +27,17 @@ class TaskSettings:
     """How a task is run; saved beside its scores.
 
     Attributes:
-        prompt: what stands in front of a question.
+        prompt: demonstrations and system text in front of a question.
         choosing: how one of several options is chosen; None leaves it to the task.
         think: the model first writes steps, then the answer.
-        limit: examples, drawn by the seed; None takes all.
+        limit: number of examples, drawn by the prompt's seed; None takes all.
         batch_size: examples at a time; scores do not depend on it.
         workers: processes that decode pictures.
         max_new_tokens: length of an answer at most; None leaves it to the task.
-        dtype: of the weights, for the record.
+        dtype: type of the weights; only written to the files.
+
+    Raises:
+        ValueError: for a number below 1.
     """
 
     prompt: Shots = field(default_factory=Shots)
@@ -53,12 +56,12 @@ class TaskSettings:
                 raise ValueError(f"{name} must be at least 1, not {value}")
 
     def decisive(self) -> dict[str, Any]:
-        """Those that answers depend on."""
+        """The settings that answers depend on, as plain values."""
         return {key: value for key, value in asdict(self).items() if key not in ("batch_size", "workers", "limit")}
 
 
 class _Encoded(Dataset[tuple[int, Sample | None, dict[str, str]]]):
-    """Prompts, encoded in loader processes."""
+    """Prompts as (index, sample, reason), encoded in loader processes; the sample is None if it cannot be asked."""
 
     def __init__(self, records: Sequence[Record], encode: SampleEncoder) -> None:
         self.records, self.encode = records, encode
@@ -76,7 +79,16 @@ class _Encoded(Dataset[tuple[int, Sample | None, dict[str, str]]]):
 def ask(
     asker: Asker, prompts: Prompts, examples: Sequence[Example], settings: TaskSettings, length: int, written: bool
 ) -> Iterator[dict[str, Any]]:
-    """A line for each example; all ranks run `length` examples, as sharded parts run on all ranks or on none."""
+    """Ask examples, and yield for each a line for answers.jsonl.
+
+    Args:
+        asker: the model.
+        prompts: make the prompt of an example.
+        examples: this rank's examples.
+        settings: how they are asked.
+        length: number of examples that every rank runs, as sharded parts run on all ranks or on none.
+        written: whether lines have the text of the prompt.
+    """
     if not length:
         return
     padding = list(examples[:1]) or prompts.task.examples[:1]
@@ -92,12 +104,12 @@ def ask(
         batch_size=settings.batch_size,
         num_workers=settings.workers,
         collate_fn=list,
-        generator=torch.Generator(),  # the global one is training's
+        generator=torch.Generator(),  # keeps the global generator, which training draws from, as it is
     )
     for batch in loader:
         asked = [_Asked(padded[index], records[index], sample) for index, sample, _ in batch if sample is not None]
         if not asked and dist.is_initialized():
-            asked = [_stand_in(asker, prompts, padded[batch[0][0]])]  # the other ranks' steps need this one's
+            asked = [_stand_in(asker, prompts, padded[batch[0][0]])]  # this rank must run a step as the others do
         found = iter(_answers(asker, prompts, settings, asked) if asked else [])
         for index, sample, refusal in batch:
             line: dict[str, Any] = {"id": padded[index].id, "answer": "", "nll": 0.0, "tokens": 0, **refusal}
@@ -106,12 +118,12 @@ def ask(
             if written and not task.perplexity:
                 line["prompt"] = asker.written(records[index])
             line["references"] = list(padded[index].references)
-            if index < len(examples):  # the others only keep ranks in step
+            if index < len(examples):  # further ones only keep ranks in step
                 yield line
 
 
 class _Asked(NamedTuple):
-    """A question on its way to the model."""
+    """An example with its prompt, as a record and encoded."""
 
     example: Example
     record: Record
@@ -119,7 +131,7 @@ class _Asked(NamedTuple):
 
 
 def _stand_in(asker: Asker, prompts: Prompts, example: Example) -> _Asked:
-    """A question of the same form that can always be asked: without pictures and demonstrations."""
+    """A prompt that can always be asked, in place of an example's: without pictures and demonstrations."""
     plain = replace(example, images=(), question="?")
     if prompts.task.perplexity:
         record = document(plain, prompts.task.name)
@@ -129,7 +141,7 @@ def _stand_in(asker: Asker, prompts: Prompts, example: Example) -> _Asked:
 
 
 def _answers(asker: Asker, prompts: Prompts, settings: TaskSettings, asked: Sequence[_Asked]) -> list[dict[str, Any]]:
-    """What the model says to each."""
+    """The model's answer to each prompt, as fields of its line."""
     task = prompts.task
     if task.perplexity:
         return _likelihoods(asker, [one.sample for one in asked])
@@ -157,7 +169,7 @@ def _answers(asker: Asker, prompts: Prompts, settings: TaskSettings, asked: Sequ
 
 
 def _concluding(asker: Asker, prompts: Prompts, example: Example, thought: str) -> tuple[Record, Sample]:
-    """The question for the answer behind the steps; steps that leave no room for it are left out."""
+    """The prompt that asks for the answer after the model's steps; without the steps if they leave no room for it."""
     encode = asker.sample_encoder("prompt")
     record = prompts.record(example, think=True, thought=thought)
     try:
@@ -168,7 +180,7 @@ def _concluding(asker: Asker, prompts: Prompts, example: Example, thought: str) 
 
 
 def _letter(example: Example, option: str, prompts: Prompts) -> str:
-    """The likeliest option as its letter."""
+    """The letter of an option, which is a letter already where letters are compared."""
     if prompts.choosing == "letter":
         return option
     return replace(example, references=(option,)).letter

@@ -1,4 +1,4 @@
-"""What a task is: examples with images, questions and references, how they are asked, and how answers are scored."""
+"""The interface of a task: its examples, the text that asks them, and the scores of answers."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class Example:
 
     Attributes:
         id: unique in its task.
-        images: what is asked about, in order; paths are relative to the task's folder.
+        images: pictures of the question, in order; paths are relative to the task's folder.
         question: the text, without options.
-        references: right answers; of a choice the right option, as it is listed.
-        options: what to choose from, in the order of their letters.
-        group: what scores are also given for, such as a category.
+        references: right answers; with options, the text of the right option.
+        options: texts to choose from, in the order of their letters.
+        group: group of examples that has scores of its own, such as a category.
     """
 
     id: str
@@ -47,14 +47,14 @@ class Example:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a model said.
+    """A model's answer to one example.
 
     Attributes:
         example: the question.
         answer: generated text, or the chosen option's letter where options were compared by likelihood.
-        nll: of the example's text in nats, where that is what is measured.
-        tokens: that `nll` is the sum of.
-        left_out: the question could not be asked: no answer is right.
+        nll: negative log-likelihood in nats of the answer or of the example's text, where likelihoods are computed.
+        tokens: number of tokens that `nll` sums over.
+        left_out: the question could not be asked, so that its answer is wrong.
     """
 
     example: Example
@@ -65,7 +65,7 @@ class Outcome:
 
     @property
     def right(self) -> bool:
-        """Of a choice: whether the chosen option reads as the right one; two options may read the same."""
+        """Whether the chosen option has the text of the right one; two options may have the same text."""
         letter = "" if self.left_out else chosen_letter(self.answer, self.example.options)
         return letter != "" and self.example.options[LETTERS.index(letter)] == self.example.references[0]
 
@@ -74,23 +74,26 @@ class Task(ABC):
     """A benchmark in its official files.
 
     Args:
-        folder: where the files are.
+        folder: folder of the files.
 
     Attributes:
-        name: as on the command line.
-        about: what it is, for `--help`.
-        files: which files it reads, and where they are had.
-        instruction: what follows every question, on a line of its own (LLaVA-1.5's evaluation).
+        name: name on the command line.
+        about: one line about the task, for `--help`.
+        files: names of the files that it reads, and where to get them.
+        instruction: line that follows every question (LLaVA-1.5's evaluation).
         max_new_tokens: length of an answer at most.
         main: name of the score that stands for the task.
         choosing: how one of several options is chosen: the model writes its letter (`generate`), or the likeliest
             letter or text of an option counts.
         lists_options: whether the question is followed by its options with their letters.
-        split: what is evaluated, as the benchmark's files call it.
-        demonstration_split: what demonstrations are taken from; "" where there is none.
+        split: the split that is evaluated, as the benchmark's files call it.
+        demonstration_split: the split that demonstrations are taken from; "" where there is none.
         same_group: whether demonstrations are of the example's group.
-        needs_files: whether it reads anything.
+        needs_files: whether the task reads files.
         perplexity: whether the likelihood of the examples' text is measured, and no question is asked.
+
+    Raises:
+        ValueError: when there is no such folder.
     """
 
     name: ClassVar[str]
@@ -117,7 +120,7 @@ class Task(ABC):
         """All questions, in the order of the files.
 
         Raises:
-            ValueError: where there are none, or one has no answer, or an id stands twice.
+            ValueError: where there are none, one has no answer, an id stands twice, or as `read`.
         """
         found = self.read(self.split)
         if not found:
@@ -140,7 +143,7 @@ class Task(ABC):
         """Solved examples for few-shot prompts, of another split.
 
         Raises:
-            ValueError: where the benchmark has none.
+            ValueError: where the benchmark has none, or as `read`.
         """
         if not self.demonstration_split:
             raise ValueError(f"task {self.name} has no split to take demonstrations from: use --shots 0")
@@ -148,14 +151,18 @@ class Task(ABC):
 
     @abstractmethod
     def read(self, split: str) -> Sequence[Example]:
-        """Read the questions of a split; raises ValueError naming the file and the field that is wrong."""
+        """Read the questions of a split.
+
+        Raises:
+            ValueError: for a missing or wrong file, naming the file, and the field that is wrong.
+        """
 
     @abstractmethod
     def score(self, outcomes: Sequence[Outcome]) -> dict[str, float]:
         """Scores by name, in the unit that papers print; `main` is among them."""
 
     def ask(self, example: Example) -> str:
-        """The question as the model reads it, options by letter."""
+        """The text of the question as the model reads it: with its options by letter, and the instruction."""
         lines = [example.question]
         if self.lists_options:
             lines += [f"{letter}. {option}" for letter, option in zip(LETTERS, example.options, strict=False)]
@@ -164,24 +171,24 @@ class Task(ABC):
         return "\n".join(lines)
 
     def solve(self, example: Example) -> str:
-        """The answer of a demonstration."""
+        """The answer that a demonstration gives."""
         return example.letter if example.options else example.references[0]
 
     def unit(self, example: Example) -> str:
-        """What an example is scored together with; a limit takes all of it or nothing."""
+        """Name of the examples that are scored together; `limit` takes all examples of a unit or none."""
         return example.id
 
     # ------------------------------------------------------------------ files
 
     def path(self, *names: str) -> Path:
-        """A file of the folder: the first of the names that is there; raises ValueError if none is."""
+        """A file of the folder: the first of the names that exists; raises ValueError if none does."""
         for name in names:
             if (self.folder / name).exists():
                 return self.folder / name
         raise ValueError(f"task {self.name} needs {self.folder / names[0]}. It reads {self.files}")
 
     def paths(self, *suffixes: str) -> list[Path]:
-        """All files of the folder, at any depth, that end so; raises ValueError if there is none."""
+        """All files of the folder, at any depth, with these suffixes; raises ValueError if there is none."""
         try:
             return list_files(self.folder, suffixes, links=True)
         except ValueError as error:
@@ -203,7 +210,7 @@ class Task(ABC):
         return content
 
     def field(self, entry: Any, key: str, kind: type | tuple[type, ...], where: str) -> Any:
-        """A field of an entry; raises ValueError naming the place, the field and what was expected."""
+        """A field of an entry; raises ValueError naming the place `where`, the field and the expected type."""
         if not isinstance(entry, Mapping) or key not in entry or not isinstance(entry[key], kind):
             found = "nothing" if not isinstance(entry, Mapping) or key not in entry else repr(entry[key])[:60]
             kinds = kind if isinstance(kind, tuple) else (kind,)
@@ -216,8 +223,8 @@ def choice_accuracy(outcomes: Sequence[Outcome], by_group: str = "") -> dict[str
     """Share of right choices in percent, over all and of each group.
 
     Args:
-        outcomes: with options.
-        by_group: what groups are called in the names of scores; "" leaves them out.
+        outcomes: outcomes of examples with options.
+        by_group: word for groups in the names of scores, `WORD/GROUP`; "" leaves groups out.
     """
     right = [one.right for one in outcomes]
     scores = {"accuracy": 100 * sum(right) / max(1, len(right))}

@@ -21,11 +21,11 @@ class Captions(Task):
     demonstration_split = "train"
     file: ClassVar[str]
     pictures: ClassVar[str] = ""
-    """The folder of pictures, where the file does not say it."""
+    """The folder of pictures, where the JSON file does not name it."""
 
     def read(self, split: str) -> list[Example]:
-        """The questions of a split; see `Task.read`."""
-        splits = ("train", "restval") if split == "train" else (split,)  # "restval": COCO's, trained on with the rest
+        """The questions of a split; raises as `Task.read` does."""
+        splits = ("train", "restval") if split == "train" else (split,)  # "restval": COCO's, trained on as well
         found = []
         for number, entry in enumerate(self.field(self.json(self.file), "images", list, self.file)):
             where = f"{self.file} image {number}"

@@ -19,7 +19,7 @@ from lit_vlm.evaluation.tasks.base import Example, Outcome, Task, choice_accurac
 
 LETTER = "Answer with the option's letter from the given choices directly."
 UNLISTED = tuple(LETTERS[:4])
-"""Options of a question that does not say what they are."""
+"""Options of a question whose text does not list them: the letters themselves."""
 
 
 class MultipleChoice(Task):
@@ -28,14 +28,18 @@ class MultipleChoice(Task):
     instruction = LETTER
     max_new_tokens = 8
     groups: ClassVar[str] = "group"
-    """What groups of questions are called in the names of scores."""
+    """Word for groups of questions in the names of scores."""
 
     def score(self, outcomes: Sequence[Outcome]) -> dict[str, float]:
-        """Accuracy of everything and of each group."""
+        """Accuracy in percent, over all questions and of each group."""
         return choice_accuracy(outcomes, self.groups)
 
     def rows(self, *names: str) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Rows of parquet files: of one file, or of all in the folder whose names begin so."""
+        """Rows of all Parquet files in the folder whose file names contain one of `names`, each with its place.
+
+        Raises:
+            ValueError: when there is none, or a file is no Parquet file.
+        """
         import pyarrow.parquet as pq  # takes 0.3 s to import, and few processes read tables
 
         files = [file for file in self.paths(".parquet") if any(name in file.name for name in names)]
@@ -44,13 +48,13 @@ class MultipleChoice(Task):
         for file in files:
             try:
                 table = pq.read_table(file).to_pylist()
-            except (OSError, ValueError) as error:  # what pyarrow raises is one of these
+            except (OSError, ValueError) as error:  # all errors of pyarrow are one of these
                 raise ValueError(f"task {self.name}: {file} is no parquet file: {error}") from error
             for number, row in enumerate(table):
                 yield f"{file.name} row {number}", row
 
     def picture(self, value: Any, where: str) -> Image:
-        """A picture as Hugging Face's tables hold it: bytes, or `{bytes, path}`."""
+        """A picture from a cell of Hugging Face's tables, bytes or `{bytes, path}`; raises ValueError without bytes."""
         data = value.get("bytes") if isinstance(value, dict) else value
         if not isinstance(data, bytes):
             raise ValueError(f"task {self.name}: {where}: the picture has no bytes")
@@ -80,7 +84,7 @@ class ScienceQA(MultipleChoice):
     demonstration_split = "train"
 
     def read(self, split: str) -> list[Example]:
-        """The questions of a split; see `Task.read`."""
+        """The questions of a split; raises as `Task.read` does."""
         problems = self.json("problems.json")
         found = []
         for key in self.field(self.json("pid_splits.json"), split, list, "pid_splits.json"):
@@ -109,7 +113,7 @@ class MMBench(MultipleChoice):
     groups = "category"
 
     def read(self, split: str) -> list[Example]:
-        """The questions of a split; see `Task.read`."""
+        """The questions of a split; raises as `Task.read` does."""
         tables = visible(self.folder.glob("*.tsv"))
         if not tables:
             raise ValueError(f"task mmbench: {self.folder} has no .tsv. It reads {self.files}")
@@ -145,11 +149,11 @@ class MMBench(MultipleChoice):
         return found
 
     def unit(self, example: Example) -> str:
-        """The question; its rows have the options in other orders."""
+        """The question, whose rows list the options in different orders."""
         return str(int(example.id) % 1_000_000)
 
     def score(self, outcomes: Sequence[Outcome]) -> dict[str, float]:
-        """`circular`: of the rows whose index differs by millions, all must be right; `accuracy` of single rows."""
+        """`circular`: share of questions with all rows right (their indices differ by millions); `accuracy` of rows."""
         passes: dict[str, list[bool]] = defaultdict(list)
         for one in outcomes:
             passes[self.unit(one.example)].append(one.right)
@@ -165,7 +169,7 @@ class SEED(MultipleChoice):
     groups = "type"
 
     def read(self, split: str) -> list[Example]:
-        """The questions of a split; see `Task.read`."""
+        """The questions of a split; raises as `Task.read` does."""
         file = "SEED-Bench.json"
         found = []
         for number, entry in enumerate(self.field(self.json(file), "questions", list, file)):
@@ -195,7 +199,7 @@ class MMMU(MultipleChoice):
     split = "validation"
 
     def read(self, split: str) -> list[Example]:
-        """The questions of a split; see `Task.read`."""
+        """The questions of a split; raises as `Task.read` does."""
         found = []
         for where, row in self.rows(split):
             if self.field(row, "question_type", str, where) != "multiple-choice":
@@ -227,7 +231,7 @@ class CVBench(MultipleChoice):
     groups = "task"
 
     def read(self, split: str) -> list[Example]:
-        """The questions of a split; see `Task.read`."""
+        """The questions of a split; raises as `Task.read` does."""
         found = []
         for where, row in self.rows(split):
             options = [str(option) for option in self.field(row, "choices", list, where)]
@@ -239,7 +243,7 @@ class CVBench(MultipleChoice):
         return found
 
     def score(self, outcomes: Sequence[Outcome]) -> dict[str, float]:
-        """`2d`: mean of both sources; `3d`; `mean` of the two; each kind of question."""
+        """Accuracy in percent: `2d` (mean of its two sources), `3d`, the `mean` of both, and each kind of question."""
         scores = {}
         by_source, by_task = defaultdict(list), defaultdict(list)
         for one in outcomes:
@@ -263,7 +267,7 @@ class MMStar(MultipleChoice):
     groups = "category"
 
     def read(self, split: str) -> list[Example]:
-        """The questions of a split; see `Task.read`."""
+        """The questions of a split; raises as `Task.read` does."""
         found = []
         for where, row in self.rows("mmstar", "val"):
             text = self.field(row, "question", str, where)
@@ -275,7 +279,7 @@ class MMStar(MultipleChoice):
         return found
 
     def ask(self, example: Example) -> str:
-        """The question with its options, or as it stands where they are not told apart."""
+        """The question with its options, or only the question where its options are not known."""
         if example.options == UNLISTED:
             return f"{example.question}\n{self.instruction}"
         return super().ask(example)
@@ -284,8 +288,8 @@ class MMStar(MultipleChoice):
 def _options_in_text(text: str) -> tuple[str, list[str]]:
     """The question in front of its options, and the options.
 
-    They stand behind `Options:` or `Choices:`, as `A: red, B: blue`, or as `(A) red` on lines of their own. Without
-    such a list, as where they are in the picture, the letters themselves are the options.
+    Options stand behind `Options:` or `Choices:`, as `A: red, B: blue`, or as `(A) red` on lines of their own. Without
+    such a list, as where the options are in the picture, the letters themselves are the options.
     """
     stem, *rest = re.split(r"\b(?:Options|Choices):", text, maxsplit=1)
     parts = re.split(r"(?:^|[,\n])\s*(?:\(([A-H])\)|([A-H])[:.])\s*", "".join(rest).strip())[1:]
@@ -304,7 +308,7 @@ class AI2D(MultipleChoice):
     groups = ""
 
     def read(self, split: str) -> list[Example]:
-        """The questions of a split; see `Task.read`."""
+        """The questions of a split; raises as `Task.read` does."""
         tests = {line.strip() for line in self.path(f"ai2d_{split}_ids.csv").read_text().splitlines() if line.strip()}
         found = []
         for name in sorted(tests):
@@ -316,7 +320,7 @@ class AI2D(MultipleChoice):
                 options = [str(option) for option in self.field(asked, "answerTexts", list, where)]
                 right = self.by_place(options, self.field(asked, "correctAnswer", int, where), where)
                 key = self.field(asked, "questionId", str, where)
-                # Questions about letters need diagrams with letters drawn in place of labels, which are not given out.
+                # Questions about letters need diagrams with letters in place of labels, which are not published.
                 if not asked.get("abcLabel"):
                     found.append(Example(key, (image,), question, (right,), tuple(options)))
         return found

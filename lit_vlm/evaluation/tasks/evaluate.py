@@ -1,4 +1,4 @@
-"""Running a task: prompts, batched answers, scores, and files that say how they came about."""
+"""Running a task: prompts, batched answers, scores, and files with answers, scores and settings."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class Evaluated:
 
     Attributes:
         scores: by name, in the unit that papers print.
-        main: name of the one that stands for the task.
-        count: examples.
+        main: name of the score that stands for the task.
+        count: number of examples.
         left_out: examples that could not be asked, by reason; they count as wrong.
     """
 
@@ -51,7 +51,7 @@ def run_task(
     resume: bool = True,
     on_answer: Callable[[int, int], None] | None = None,
 ) -> Evaluated:
-    """Ask every example, score the answers, and write both.
+    """Ask every example of a task, score the answers, and write both.
 
     With `out`, a run that was cut off goes on: answers that are there are not asked for again. All processes of a
     distributed run must call this together; they share the examples.
@@ -59,14 +59,15 @@ def run_task(
     Args:
         asker: the model and how its prompts are written.
         task: what is asked.
-        settings: how.
+        settings: how it is asked.
         out: folder for answers.jsonl and scores.json.
-        checkpoint: what is evaluated, for the files. With a checkpoint of another time its answers are refused.
-        resume: take answers that `out` holds; otherwise they go.
-        on_answer: called with the number of answers that this process has, and that it will have.
+        checkpoint: path of the checkpoint, for the files. Answers of another path or time of writing are refused.
+        resume: take answers that `out` holds; otherwise they are removed.
+        on_answer: called after each answer with the number of answers of this process so far and in the end.
 
     Raises:
-        ValueError: where `out` holds answers of another checkpoint, task or setting, or no example could be asked.
+        ValueError: where `out` holds answers of another checkpoint, task or setting, no example could be asked, or as
+            `Task.examples` and `Prompts`.
     """
     examples = in_order(task, settings.limit, settings.prompt.seed)
     prompts = Prompts(task, settings.prompt, settings.choosing)
@@ -77,7 +78,7 @@ def run_task(
         for old in out.glob("answers*.jsonl"):
             old.unlink()
     if dist.is_initialized():
-        dist.barrier()  # nobody writes before all have read
+        dist.barrier()  # no rank writes before all have read
     left = [example for example in examples if example.id not in done]
     mine = left[rank::world]
     found: list[dict[str, Any]] = []
@@ -87,7 +88,7 @@ def run_task(
             keep(line)
             if on_answer is not None:
                 on_answer(len(found), len(mine))
-    lines = done | {line["id"]: line for part in _gathered(found) for line in part}
+    lines = done | {line["id"]: line for of_rank in _gathered(found) for line in of_rank}
     result = _result(task, examples, lines)
     if out is not None and rank == 0:
         asked = {example.id for example in examples}
@@ -101,7 +102,7 @@ def run_task(
 
 @contextmanager
 def _partial(out: Path | None, rank: int, how: str) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """What writes a line at once, so that a run that is cut off loses none; without `out` it writes nothing."""
+    """A function that writes a line at once, so that an interrupted run loses none; without `out` it does nothing."""
     if out is None:
         yield lambda line: None
         return
@@ -142,7 +143,7 @@ def _how(asker: Asker, task: Task, settings: TaskSettings, checkpoint: str) -> s
 
 
 def _written(checkpoint: str) -> int:
-    """When it was written: a run that goes on may leave another in its place."""
+    """Time at which a checkpoint was written, as a run that goes on may replace it; 0 without a file."""
     path = Path(checkpoint)
     file = path / ".metadata" if path.is_dir() else path
     return file.stat().st_mtime_ns if checkpoint and file.exists() else 0
@@ -162,7 +163,7 @@ def _gathered(found: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 
 
 def _read_answers(out: Path, how: str) -> dict[str, dict[str, Any]]:
-    """Answers of an earlier run into the same folder; a last line that was cut off is not counted."""
+    """Answers of an earlier run into the same folder, by example; an incomplete last line is left out."""
     done: dict[str, dict[str, Any]] = {}
     for file in sorted(out.glob("answers*.jsonl")):
         for text in file.read_text(encoding="utf-8").split("\n"):  # answers may hold other line breaks
@@ -174,7 +175,7 @@ def _read_answers(out: Path, how: str) -> dict[str, dict[str, Any]]:
                 raise ValueError(
                     f"{file} holds answers of another checkpoint, task or setting: choose another --out, or remove it"
                 )
-            if not line["left_out"]:  # its picture may be there by now
+            if not line["left_out"]:  # its picture may exist by now
                 done[line["id"]] = line
     return done
 
@@ -188,13 +189,13 @@ def _write(
     how: str,
     lines: Sequence[dict[str, Any]],
 ) -> None:
-    """All answers in the order of the task, and the scores; partial files go."""
+    """Write all answers in the order of the task, and the scores; remove partial files."""
     scratch = out / f"{ANSWERS}.{os.getpid()}"
     with scratch.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps({"how": how} | line, ensure_ascii=False) + "\n" for line in lines)
     scratch.replace(out / ANSWERS)
-    for part in out.glob("answers.*.partial.jsonl"):
-        part.unlink()
+    for partial in out.glob("answers.*.partial.jsonl"):
+        partial.unlink()
     saved = {
         "task": task.name,
         "scores": result.scores,

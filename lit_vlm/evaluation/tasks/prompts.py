@@ -17,14 +17,17 @@ CONCLUDE = "So the answer is?"
 
 @dataclass(frozen=True)
 class Shots:
-    """What stands in front of a question.
+    """The demonstrations and the system text in front of a question.
 
     Attributes:
         shots: demonstrations with their images.
-        text_shots: demonstrations without; VILA's and Flamingo's "0-shot" has two of them.
-        pool: demonstrations are drawn from so many of the training split.
-        seed: of the pool and of every draw.
+        text_shots: demonstrations without images; VILA's and Flamingo's "0-shot" has two of them.
+        pool: number of examples of the training split that demonstrations are drawn from.
+        seed: draws the pool, and the demonstrations of each example.
         system: system text; None takes the template's.
+
+    Raises:
+        ValueError: for a negative number of demonstrations.
     """
 
     shots: int = 0
@@ -35,7 +38,7 @@ class Shots:
 
     @property
     def name(self) -> str:
-        """What results are called: `4-shot`, or `0-shot-2-text` with demonstrations without images."""
+        """Name for results: `4-shot`, or `0-shot-2-text` with demonstrations without images."""
         return f"{self.shots}-shot" + (f"-{self.text_shots}-text" if self.text_shots else "")
 
     def __post_init__(self) -> None:
@@ -46,15 +49,15 @@ class Shots:
 
 
 class Prompts:
-    """Prompts of a task.
+    """Makes the prompts of a task.
 
     Args:
-        task: whose examples are asked.
-        shots: what stands in front of a question.
+        task: task whose examples are asked.
+        shots: demonstrations in front of a question.
         choosing: how one of several options is chosen; None leaves it to the task.
 
     Raises:
-        ValueError: where the task has no such way of choosing, or too few demonstrations.
+        ValueError: where the task has no such way of choosing or too few demonstrations, or as `Task.examples`.
     """
 
     def __init__(self, task: Task, shots: Shots, choosing: Choosing | None = None) -> None:
@@ -64,11 +67,11 @@ class Prompts:
         self.choosing: Choosing = choosing or task.choosing
         if self.choosing != "option" and not task.lists_options:
             raise ValueError(f"task {task.name} shows no letters in its questions: --choose option is its only way")
-        self.demonstrations(task.examples[0])  # missing ones are named now, and not when the first prompt is made
+        self.demonstrations(task.examples[0])  # raises now if there are too few, and not at the first prompt
 
     @cached_property
     def _pool(self) -> dict[str, list[Example]]:
-        """Demonstrations by group; all under "" where groups do not matter."""
+        """Demonstrations by group; all under "" where those of other groups may be shown."""
         examples = list(self.task.demonstrations)
         drawn = random.Random(self.shots.seed).sample(examples, min(self.shots.pool, len(examples)))
         pool: dict[str, list[Example]] = defaultdict(list)
@@ -77,10 +80,10 @@ class Prompts:
         return pool
 
     def demonstrations(self, example: Example) -> list[Example]:
-        """Those of one example: a function of the seed and its id, the same in every run and on every rank.
+        """The demonstrations for one example, drawn by the seed and its id: the same in every run and on every rank.
 
         Raises:
-            ValueError: where there are too few.
+            ValueError: where the task has too few.
         """
         count = self.shots.shots + self.shots.text_shots
         if not count:
@@ -100,7 +103,10 @@ class Prompts:
         Args:
             example: what is asked.
             think: ask for steps before the answer.
-            thought: the steps that were written; the answer is asked for behind them.
+            thought: the steps that the model wrote; the prompt then asks for the answer.
+
+        Raises:
+            ValueError: as `demonstrations`.
         """
         messages: list[Message] = []
         if self.shots.system is not None:
@@ -131,21 +137,24 @@ class Prompts:
         return Message("user", (*shown, Text(f"\n{text}" if shown else text)))
 
     def _absolute(self, image: Image) -> Image:
-        """Benchmarks share pictures through links, so these paths may leave the folder."""
+        """The image under its absolute path, which may be outside of the folder: benchmarks share pictures by links."""
         if image.path is None:
             return image
         return Image(path=str((self.task.folder / image.path).resolve()))
 
 
 def document(example: Example, task: str) -> Record:
-    """An example whose text is measured."""
+    """The record of an example whose text itself is scored (`Task.perplexity`)."""
     return Record(example.id, task, (Message("document", (Text(example.question),)),))
 
 
 def in_order(task: Task, limit: int | None, seed: int) -> list[Example]:
-    """All examples, or so many of them drawn by the seed, in the order of the files.
+    """All examples, or about `limit` of them drawn by the seed, in the order of the files.
 
-    What is scored together is taken together, so a few more than `limit` may come.
+    Whole units (`Task.unit`) are drawn, so that the result may be a few examples longer.
+
+    Raises:
+        ValueError: as `Task.examples`.
     """
     examples = task.examples
     if limit is None or limit >= len(examples):

@@ -27,7 +27,7 @@ class SceneQuestions(MultipleChoice):
     groups = "kind"
     choosing = "option"
     same_group = True
-    lists_options = False  # they are in the question's words, or are numbers, colours or shapes
+    lists_options = False  # options are in the question's words, or are numbers, colours or shapes
     needs_files = False
     source: ClassVar[Literal["questions", "text"]] = "questions"
     split = "held_out"
@@ -38,12 +38,12 @@ class SceneQuestions(MultipleChoice):
         self.count = count
 
     def read(self, split: str) -> list[Example]:
-        """The questions of a split; see `Task.read`."""
+        """The questions of a split; raises as `Task.read` does."""
         held_out = split == self.split
         count = self.count if held_out else 64
         found = []
         for kind in QUESTION_KINDS:
-            # Other scenes than those that recipes train on; of texts, half are documents and not questions.
+            # Seed 1000: no recipe trains on it. 4 × count: half of the texts are documents without a question.
             source = Scenes(
                 self.source,
                 4 * count,
@@ -58,12 +58,12 @@ class SceneQuestions(MultipleChoice):
         return found
 
     def solve(self, example: Example) -> str:
-        """The right option."""
+        """The right option, as the answer that a demonstration gives."""
         return example.references[0]
 
 
 class SceneText(SceneQuestions):
-    """The same questions about descriptions: what a decoder can do without pictures."""
+    """The questions of `SceneQuestions` about descriptions: what a decoder can do without pictures."""
 
     name = "scenes_text"
     about = "the same questions about descriptions in words, without pictures; needs no files"

@@ -13,7 +13,7 @@ from lit_vlm.evaluation.tasks.choice import MultipleChoice
 
 
 class Perplexity(Task):
-    """How well a decoder predicts documents: e to the mean negative log-likelihood of a token."""
+    """Perplexity of documents: e to the mean negative log-likelihood of a token."""
 
     name = "perplexity"
     about = "text only: perplexity of documents, which are cut at the run's max_length"
@@ -22,7 +22,7 @@ class Perplexity(Task):
     perplexity = True
 
     def read(self, split: str) -> list[Example]:
-        """The questions of a split; see `Task.read`."""
+        """The questions of a split; raises as `Task.read` does."""
         found = []
         for file in self.paths(".txt", ".jsonl"):
             source = Texts(str(file))
@@ -52,7 +52,7 @@ class MMLU(MultipleChoice):
     same_group = True
 
     def read(self, split: str) -> list[Example]:
-        """The questions of a split; see `Task.read`."""
+        """The questions of a split; raises as `Task.read` does."""
         tables = visible(self.path(split).glob(f"*_{split}.csv"))
         if not tables:
             raise ValueError(f"task mmlu: {self.folder / split} has no *_{split}.csv. It reads {self.files}")

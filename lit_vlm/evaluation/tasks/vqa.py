@@ -15,13 +15,13 @@ SHORT = "Answer the question using a single word or phrase."
 
 
 class ShortAnswers(Task):
-    """Short answers with a mean over questions in percent."""
+    """Short answers; the score is the mean of a metric over questions, in percent."""
 
     instruction = SHORT
     metric: ClassVar[type[Metric]] = VQAAccuracy
 
     def score(self, outcomes: Sequence[Outcome]) -> dict[str, float]:
-        """The metric, of everything and of each group."""
+        """The metric in percent, over all questions and of each group."""
         scores = {self.main: self._mean(outcomes)}
         groups = sorted({one.example.group for one in outcomes} - {""})
         return scores | {f"{self.main}/{g}": self._mean([o for o in outcomes if o.example.group == g]) for g in groups}
@@ -31,7 +31,7 @@ class ShortAnswers(Task):
         answered = [one for one in outcomes if not one.left_out]
         for one in answered:
             metric.update(one.answer, one.example.references)
-        # What was left out is wrong, also where the reference's normal form is as empty as its answer.
+        # Questions that were left out are wrong, even where the normalised reference is empty, as their answer is.
         return 100 * float(metric.compute()) * len(answered) / len(outcomes) if answered else 0.0
 
 
@@ -44,7 +44,7 @@ class CocoVQA(ShortAnswers):
     annotations: ClassVar[dict[str, tuple[str, ...]]]
 
     def read(self, split: str) -> list[Example]:
-        """The questions of a split; see `Task.read`."""
+        """The questions of a split; raises as `Task.read` does."""
         path = self.path(*self.questions[split]).name
         asked = self.field(self.json(*self.questions[split]), "questions", list, path)
         where = self.path(*self.annotations[split]).name
@@ -103,7 +103,7 @@ class TextVQA(ShortAnswers):
     demonstration_split = "train"
 
     def read(self, split: str) -> list[Example]:
-        """The questions of a split; see `Task.read`."""
+        """The questions of a split; raises as `Task.read` does."""
         file = f"TextVQA_0.5.1_{split}.json"
         found = []
         for number, entry in enumerate(self.field(self.json(file), "data", list, file)):
@@ -130,7 +130,7 @@ class VizWiz(ShortAnswers):
     )
 
     def read(self, split: str) -> list[Example]:
-        """The questions of a split; see `Task.read`."""
+        """The questions of a split; raises as `Task.read` does."""
         found = []
         for number, entry in enumerate(self.listed(f"{split}.json")):
             where = f"{split}.json entry {number}"
@@ -154,7 +154,7 @@ class GQA(ShortAnswers):
     split = "testdev"
 
     def read(self, split: str) -> list[Example]:
-        """The questions of a split; see `Task.read`."""
+        """The questions of a split; raises as `Task.read` does."""
         file = f"{split}_balanced_questions.json"
         found = []
         asked = self.json(file)
@@ -177,7 +177,7 @@ class ChartQA(ShortAnswers):
     metric = RelaxedAccuracy
 
     def read(self, split: str) -> list[Example]:
-        """The questions of a split; see `Task.read`."""
+        """The questions of a split; raises as `Task.read` does."""
         found = []
         for group in ("human", "augmented"):
             file = f"{split}/{split}_{group}.json"
@@ -201,7 +201,7 @@ class DocVQA(ShortAnswers):
     max_new_tokens = 32
 
     def read(self, split: str) -> list[Example]:
-        """The questions of a split; see `Task.read`."""
+        """The questions of a split; raises as `Task.read` does."""
         names = (f"{split}_v1.0_withQT.json", f"{split}_v1.0.json")
         file = self.path(*names).name
         found = []

@@ -26,10 +26,10 @@ class POPE(Task):
     splits = ("random", "popular", "adversarial")
 
     def read(self, split: str) -> list[Example]:
-        """The questions of a split; see `Task.read`."""
+        """The questions of a split; raises as `Task.read` does."""
         found = []
-        for part in self.splits:
-            file = self.path(f"coco_pope_{part}.json", f"coco/coco_pope_{part}.json")
+        for name in self.splits:
+            file = self.path(f"coco_pope_{name}.json", f"coco/coco_pope_{name}.json")
             for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
                 if not line.strip():
                     continue
@@ -43,11 +43,11 @@ class POPE(Task):
                     raise ValueError(f"task pope: {where}: label is {label!r}, and must be yes or no")
                 image = Image(path=f"val2014/{self.field(entry, 'image', str, where)}")
                 question = self.field(entry, "text", str, where)
-                found.append(Example(f"{part}-{number}", (image,), question, (label,), group=part))
+                found.append(Example(f"{name}-{number}", (image,), question, (label,), group=name))
         return found
 
     def score(self, outcomes: Sequence[Outcome]) -> dict[str, float]:
-        """Means over the splits, and those of each."""
+        """Scores of `YesNoF1` in percent: their means over the splits, and those of each split."""
         scores: dict[str, float] = {}
         means: dict[str, list[float]] = defaultdict(list)
         for split in sorted({one.example.group for one in outcomes}):
@@ -80,7 +80,7 @@ class MME(Task):
     cognition = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
 
     def read(self, split: str) -> list[Example]:
-        """The questions of a split; see `Task.read`."""
+        """The questions of a split; raises as `Task.read` does."""
         found: list[Example] = []
         for category in (*self.perception, *self.cognition):
             folder = self.path(category)
@@ -104,7 +104,7 @@ class MME(Task):
                 continue
             if not tab or answer.strip().lower() not in ("yes", "no"):
                 raise ValueError(f"task mme: {text} line {number} is not a question, a tab, and Yes or No")
-            # The official questions bring their own "Please answer yes or no."
+            # The official questions end with "Please answer yes or no."; `ask` adds the instruction of this task.
             question = question.replace(" Please answer yes or no.", "")
             path = Image(path=str(image.relative_to(self.folder)))
             name = f"{category}/{text.stem}/{number}"
@@ -116,7 +116,7 @@ class MME(Task):
         return example.id.rsplit("/", 1)[0]
 
     def score(self, outcomes: Sequence[Outcome]) -> dict[str, float]:
-        """Of each category accuracy + accuracy of pairs, each in percent, and the sums."""
+        """Accuracy plus accuracy of pairs of each category, in percent, and their sums over categories."""
         scores: dict[str, float] = {}
         for category in sorted({one.example.group for one in outcomes}):
             pairs: dict[str, list[bool]] = defaultdict(list)

@@ -34,10 +34,10 @@ def describe_for(scene: Scene, questions: Sequence[Question], rng: random.Random
     Args:
         scene: what to describe.
         questions: about this scene.
-        rng: draws the wording, and more that nobody asked for.
+        rng: draws the wording, and up to `MAX_RELATIONS` sentences that no question asked for.
     """
     facts = [relate(scene, rng) for _ in range(rng.randint(0, MAX_RELATIONS))]
-    # Numbers and attributes follow from the list of things.
+    # The list of things answers questions for numbers and attributes.
     facts += [question.statement for question in questions if question.kind in ("relation", "depth", "distance")]
     rng.shuffle(facts)
     return " ".join([_list(scene, rng), *dict.fromkeys(fact for fact in facts if fact)])
@@ -54,7 +54,7 @@ def relate(scene: Scene, rng: random.Random) -> str | None:
 
 
 def _opening(scene: Scene, rng: random.Random) -> str:
-    """A list of all things; with luck two of them are set in relation to each other within it."""
+    """A list of all things, which sometimes also says how two of them stand to each other."""
     if scene.wording == "varied" and rng.random() < 0.4:
         measure: Measure = rng.choice(("column", "depth"))
         pairs = [pair for pair in clear_pairs(scene, measure) if _looks_alone(scene, pair.less, pair.more)]
@@ -81,7 +81,7 @@ def _list(scene: Scene, rng: random.Random) -> str:
 
 
 def _outermost(scene: Scene, measure: Measure, rng: random.Random) -> str | None:
-    """A sentence about the thing furthest left, right, in front or behind, if it is so by the margin."""
+    """A sentence about the thing furthest left, right, in front or behind; None if no thing is so by the margin."""
     if measure == "column":
         margin, words = PICTURE_MARGIN, ("leftmost", "rightmost")
         values = [scene.camera.project(thing.centre)[0] for thing in scene.things]

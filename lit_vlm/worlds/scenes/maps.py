@@ -1,4 +1,4 @@
-"""Exact targets of a scene, cell by cell: what a teacher of depth or segmentation would have to guess."""
+"""Exact depth and segmentation of a scene, cell by cell: targets that a teacher network would only estimate."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from lit_vlm.worlds.scenes.world import COLOURS, SHAPES, SIZES, Scene
 DEPTHS = 16
 """Ranges of depth, equally wide in log depth."""
 NEAREST, FARTHEST = 2.0, 14.0
-"""Metres: what is nearer or farther counts to the first or last range."""
+"""Bounds of the depth ranges in metres; what is nearer or farther counts to the first or last range."""
 WIDTHS = {"depth": DEPTHS, "segmentation": 1 + len(SHAPES) + len(COLOURS) + len(SIZES)}
 """Numbers per cell of each map."""
 SHAPE_SHARES = slice(0, 1 + len(SHAPES))
-"""Among the shares of a cell: background and shapes, which add up to 1."""
+"""The columns of the segmentation map that hold background and shapes, which add up to 1."""
 
 
 def cell_maps(scene: Scene, rendering: Rendering, cells: int) -> dict[str, Floats]:
@@ -28,7 +28,10 @@ def cell_maps(scene: Scene, rendering: Rendering, cells: int) -> dict[str, Float
     Args:
         scene: what the picture shows.
         rendering: the picture, whose side is a multiple of `cells`.
-        cells: per side.
+        cells: cells per side.
+
+    Returns:
+        the float32 maps by name; their widths are `WIDTHS`.
     """
     size = len(rendering.depth)
     cell = size // cells

@@ -1,4 +1,4 @@
-"""Pairs of things that differ clearly in place, depth or distance, and how they are told."""
+"""Pairs of things that differ clearly in place, depth or distance, and sentences that say so."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ MARGINS: dict[Measure, float] = {
     "distance": DISTANCE_MARGIN,
 }
 PLAIN_MARGINS: dict[Measure, float] = MARGINS | {"column": 0.15, "row": 0.15, "distance": 2.0}
-"""In plain wording: what small models can learn to tell apart in minutes."""
+"""Margins of plain wording: differences that small models learn to tell in minutes."""
 PLAIN_WORDS: dict[Measure, str] = {
     "column": "further left",
     "row": "further up",
     "depth": "closer to the camera",
 }
-"""How plain wording compares."""
+"""The words by which plain wording compares two things."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def _measured(scene: Scene, thing: Thing, measure: Measure, anchor: Thing | None
 
 
 def state_relation(scene: Scene, pair: Pair, measure: Measure, rng: random.Random) -> str:
-    """A sentence about a pair: in varied wording told from either side, in plain wording as questions put it."""
+    """A sentence that compares a pair; varied wording may begin with either thing, plain wording begins with `less`."""
     less, more = the(scene, pair.less, rng), the(scene, pair.more, rng)
     if pair.anchor is not None:
         return sentence(f"{the(scene, pair.anchor, rng)} is closer to {less} than to {more}")

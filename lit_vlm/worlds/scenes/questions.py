@@ -1,8 +1,8 @@
 """Questions about scenes, whose answers follow from the exact geometry.
 
 A question is asked only where its answer is clear: names fit one thing only, and what is compared differs by a margin.
-What has the upper hand by nature (a small thing hides less, so it may stand in front more often) is evened out: whether
-the wider or the narrower of two things is the answer is drawn first, then a scene that has such a pair is looked for.
+By nature some answers are likelier: a small thing hides less, so it may stand in front more often. This is evened out:
+whether the wider or the narrower of two things is the answer is drawn first, then a scene with such a pair is searched.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def ask(
         wording: see `Scene`.
 
     Raises:
-        ValueError: if `kind` is unknown.
+        ValueError: if `kind` is unknown, or no scene of this seed offers a clear question.
     """
     if kind not in QUESTION_KINDS:
         raise ValueError(f"kind is {kind!r}; use one of {', '.join(QUESTION_KINDS)}")
@@ -64,10 +64,10 @@ def ask(
 
 
 def ask_about(scene: Scene, kind: QuestionKind, rng: random.Random) -> Question | None:
-    """A question about a scene that was not looked for, or None if nothing of this kind is clear in it.
+    """A question about a given scene, or None if the scene has no clear answer to a question of this kind.
 
     Answers are less balanced than those of `ask`: where a pair is compared, small things are the closer ones more
-    often, and small numbers are likelier than large ones. So it is for training, and `ask` for scores.
+    often, and small numbers are likelier than large ones. So training may use it, and scores use `ask`.
 
     Args:
         scene: what to ask about.
@@ -96,10 +96,10 @@ def ask_about(scene: Scene, kind: QuestionKind, rng: random.Random) -> Question 
 def _scenes(
     rng: random.Random, seed: int | str, draw_looks: Callable[[], list[Look]], wording: Wording
 ) -> Iterator[Scene]:
-    """Scenes to look for a question in."""
+    """Random scenes, `TRIES` at most, among which the caller looks for one with a clear question."""
     for attempt in range(TRIES):
         looks = draw_looks()
-        rng.shuffle(looks)  # the first ones find room most easily
+        rng.shuffle(looks)  # things placed first find room most easily
         yield replace(sample_scene(f"{seed}-{attempt}", looks), wording=wording)
     raise ValueError(f"seed: no scene of seed {seed!r} offers a clear question; use another")
 
@@ -148,7 +148,7 @@ def _relation(rng: random.Random, scene: Scene, pair: Pair, measure: Measure) ->
 
 
 def _one_of_two(rng: random.Random, scene: Scene, answer: Thing, other: Thing) -> tuple[str, tuple[str, ...]]:
-    """What the answer is called, and both options."""
+    """The name of the thing that is the answer, and the names of both things as options."""
     named = the(scene, answer, rng)
     return named, _shuffled(rng, named, the(scene, other, rng))
 
@@ -195,7 +195,7 @@ def _count(phrase: Phrase, number: int, options: tuple[int, ...]) -> Question:
 
 
 def _looks_with(rng: random.Random, phrase: Phrase, count: int, most: int) -> list[Look]:
-    """Looks of which exactly `count` match; half of the others share a part of the phrase, so that all of it counts."""
+    """Looks of which exactly `count` match; half of the others match only a part of the phrase."""
     total = rng.randint(max(count, 1), most)
     looks: list[Look] = []
     while len(looks) < total:

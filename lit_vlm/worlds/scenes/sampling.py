@@ -27,7 +27,7 @@ from lit_vlm.worlds.scenes.world import (
 
 MAX_THINGS = 6
 MIN_VISIBLE_SHARE = 0.5
-"""Of each thing's outline, on a grid of 48 × 48 rays: what others may not hide."""
+"""Share of each thing's outline, on a grid of 48 × 48 rays, that other things leave visible, at least."""
 GAP = 0.15
 """Metres between the upright cylinders about two things, at least."""
 NEAREST, FARTHEST = 3.5, 8.8
@@ -37,7 +37,7 @@ TRIES_PER_THING, TRIES_PER_SCENE = 30, 100
 
 
 def sample_looks(rng: random.Random, count: int) -> list[Look]:
-    """Shapes, colours and sizes, each drawn on its own."""
+    """`count` random looks; shape, colour and size are drawn independently."""
     return [Look(rng.choice(SHAPES), rng.choice(COLOURS), rng.choice(SIZES)) for _ in range(count)]
 
 
@@ -53,7 +53,7 @@ def sample_scene(seed: int | str, looks: Sequence[Look] | None = None, max_thing
         max_things: see `looks`.
 
     Raises:
-        ValueError: if there are no looks, or more than 6.
+        ValueError: if there are no looks, or more than 6, or no room for them was found.
     """
     rng = random.Random(f"scene-{seed}")
     if looks is None:
@@ -126,7 +126,7 @@ class _View:
 
 
 def _light(rng: random.Random) -> Vector:
-    """From above and behind the camera, so that the sides that are seen are lit."""
+    """A light from above and behind the camera, so that the sides that are seen are lit."""
     azimuth, elevation = math.radians(rng.uniform(-65.0, 65.0)), math.radians(rng.uniform(40.0, 60.0))
     level = math.cos(elevation)
     return level * math.sin(azimuth), math.sin(elevation), -level * math.cos(azimuth)

@@ -21,13 +21,13 @@ GAP, MARGIN = 6, 20
 COLUMNS = 2
 LINE, FONT_SIZE = 17, 13
 NEAR = 2.0
-"""Metres that are drawn white."""
+"""Depth in metres that is drawn white."""
 CELL_WIDTH = 3 * TILE + 2 * GAP
 PALETTE = np.array(
     [(38, 38, 44), (230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (204, 121, 167), (213, 94, 0)],
     np.uint8,
 )
-"""Background and things 1 to 6; told apart by the colour-blind, too."""
+"""Colours of the background and of things 1 to 6, which the colour-blind tell apart, too."""
 
 
 def sheet(count: int, seed: int = 0) -> PILImage.Image:
@@ -63,7 +63,7 @@ def sheet(count: int, seed: int = 0) -> PILImage.Image:
 
 @dataclass(frozen=True)
 class _Sample:
-    """What is drawn of one scene: square pictures, and lines of text with their colours."""
+    """The drawing of one scene: square pictures, and lines of text with their colours."""
 
     tiles: list[NDArray[np.uint8]]
     lines: list[tuple[str, str]]

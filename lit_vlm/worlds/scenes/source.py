@@ -138,14 +138,14 @@ class Scenes(Source):
 
     def fingerprint(self) -> str:
         """A hash of the arguments, which decide everything."""
-        # Maps add to a picture and change nothing of it.
+        # Maps are stored beside a picture and leave the picture as it is.
         arguments = {name: value for name, value in sorted(vars(self).items()) if name not in ("image_folder", "cells")}
         if not self.images_first:
             del arguments["images_first"]  # came later: sets without it are the same as before
         return hashlib.sha256(f"scenes-{VERSION}-{arguments}".encode()).hexdigest()[:16]
 
     def _compose(self, index: int) -> tuple[Record, list[Scene]]:
-        """A record whose images have no bytes yet, and what they show."""
+        """A record whose images have no bytes yet, and the scene that each image shows."""
         if not 0 <= index < self.count:
             raise IndexError(f"index is {index}; the source has {self.count} samples")
         seed = f"{self.split}-{self.kind}-{self.seed}-{index}"
@@ -160,7 +160,7 @@ class Scenes(Source):
         return self._interleaved(index, seed, rng, question_kind)
 
     def _kind_of(self, index: int) -> QuestionKind:
-        """Kinds come once in a round, in random order: whoever takes every n-th record meets them all."""
+        """The kind of a record's question; rounds of all kinds in random order give every n-th record all kinds."""
         turn, place = divmod(index, len(self.question_kinds))
         rng = random.Random(f"kinds-{self.seed}-{turn}")
         return rng.sample(self.question_kinds, len(self.question_kinds))[place]
@@ -214,7 +214,7 @@ class Scenes(Source):
 
 
 def _dialogue(opening: tuple[Content, ...], questions: list[Question]) -> tuple[Message, ...]:
-    """Questions and answers in turn; the first question is part of the opening."""
+    """Messages of questions and answers in turn; `opening` holds the first question."""
     asked = [opening, *((Text(question.text),) for question in questions[1:])]
     turns = zip(asked, questions, strict=True)
     return tuple(

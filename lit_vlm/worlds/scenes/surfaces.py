@@ -25,9 +25,9 @@ class Rays:
     """Rays through a rectangle of pixels.
 
     Attributes:
-        dx: `[columns]`.
-        dy: `[rows, 1]`.
-        dz: `[rows, 1]`.
+        dx: `[columns]`, to the right, per metre of depth.
+        dy: `[rows, 1]`, up, per metre of depth.
+        dz: `[rows, 1]`, away from the camera along the ground, per metre of depth.
         height: metres from the ground to the camera.
     """
 
@@ -38,14 +38,14 @@ class Rays:
 
     @classmethod
     def of(cls, camera: Camera, size: int) -> Rays:
-        """Through the middle of each pixel of a picture of `size` × `size`."""
+        """The rays through the middle of each pixel of a picture of `size` × `size`."""
         ticks = _ticks(size)
         sin, cos = math.sin(camera.pitch), math.cos(camera.pitch)
         up = ticks[::-1, None]
         return cls(ticks, up * cos - sin, up * sin + cos, camera.height)
 
     def crop(self, rows: slice, columns: slice) -> Rays:
-        """Those through a smaller rectangle."""
+        """The rays through a smaller rectangle of pixels."""
         return Rays(self.dx[columns], self.dy[rows], self.dz[rows], self.height)
 
 

@@ -23,12 +23,12 @@ PATTERNS: tuple[tuple[Attribute, ...], ...] = (
     ("size", "colour"),
     ("size", "colour", "shape"),
 )
-"""What a name may say of a thing."""
+"""The sets of attributes that a name may consist of."""
 
 
 @dataclass(frozen=True)
 class Phrase:
-    """A name for the things of some look; None leaves an attribute open."""
+    """A name such as "small red cube", which fits every thing of that look; None leaves an attribute open."""
 
     size: Size | None = None
     colour: Colour | None = None
@@ -36,7 +36,7 @@ class Phrase:
 
     @classmethod
     def of(cls, look: Look, pattern: Iterable[Attribute] = ATTRIBUTES) -> Phrase:
-        """What `pattern` takes from a look."""
+        """The name that says those attributes of a look which are in `pattern`."""
         chosen = tuple(pattern)
         return cls(
             look.size if "size" in chosen else None,
@@ -45,7 +45,7 @@ class Phrase:
         )
 
     def matches(self, look: Look) -> bool:
-        """Whether the name fits."""
+        """Whether the name fits a thing of this look."""
         return (
             self.size in (None, look.size) and self.colour in (None, look.colour) and self.shape in (None, look.shape)
         )
@@ -63,9 +63,9 @@ def references(scene: Scene, thing: Thing, without: Attribute | None = None) -> 
     """All names that fit this thing of the scene and no other.
 
     Args:
-        scene: where it stands.
+        scene: where the thing stands; its wording decides which names are allowed.
         thing: one of the scene's things.
-        without: an attribute that the name may not tell.
+        without: an attribute that the names may not contain.
     """
     patterns = PATTERNS if scene.wording == "varied" else [[part for part in ATTRIBUTES if part != without]]
     phrases = [Phrase.of(thing.look, pattern) for pattern in patterns if without not in pattern]

@@ -29,12 +29,12 @@ FAR = 14.0
 UNIT_RADIUS: dict[Shape, float] = {"sphere": 1.0, "cube": 0.8 * math.sqrt(2.0), "cylinder": 0.85, "cone": 1.0}
 UNIT_HEIGHT: dict[Shape, float] = {"sphere": 2.0, "cube": 1.6, "cylinder": 1.7, "cone": 2.0}
 SCALE: dict[Size, float] = {"small": 0.4, "large": 0.72}
-"""Metres that the units above stand for."""
+"""Metres per unit of `UNIT_RADIUS` and `UNIT_HEIGHT`."""
 
 
 @dataclass(frozen=True)
 class Look:
-    """What is said of a thing by itself."""
+    """Shape, colour and size: what is known of a thing apart from its place."""
 
     shape: Shape
     colour: Colour
@@ -127,9 +127,10 @@ class Scene:
         light: unit vector towards the light, which is far away.
         ground: colour of the ground, 0 to 255.
         backdrop: colour of what is behind it.
-        wording: how it is spoken of. `varied`: things go by any name that fits them alone, and relations are told by a
-            word such as "left". `plain`: things go by all that is known of them, of two opposites (left and right, up
-            and down, closer and farther) only the first is spoken of, and differences of place and distance are larger.
+        wording: how text speaks of the scene. `varied`: things go by any name that fits them alone, and relations are
+            told by a word such as "left". `plain`: things go by size, colour and shape; of two opposites (left and
+            right, up and down, closer and farther) only the first is used; differences of place and distance are
+            larger.
     """
 
     things: tuple[Thing, ...]
