@@ -170,7 +170,7 @@ def load_folder(
     """
     if isinstance(source, Mapping):
         if config is None:
-            raise ValueError("a state dict says nothing of heads and layers: pass config as well")
+            raise ValueError("a state dict says nothing of attention heads and layers: pass config as well")
         state, folder = source, None
     else:
         folder = resolve(str(source))

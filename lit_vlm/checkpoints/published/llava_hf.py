@@ -201,7 +201,7 @@ class LlavaHf(Family):
         """Build the model that the configuration describes, with all weights; raises as `load_published` does."""
         if isinstance(source, Mapping):
             if config is None:
-                raise ValueError("a state dict says nothing of heads and layers: pass config as well")
+                raise ValueError("a state dict says nothing of attention heads and layers: pass config as well")
             settings, state, folder = LlavaConfig(**config), source, None
         else:
             folder = resolve(str(source))

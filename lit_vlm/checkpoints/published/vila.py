@@ -228,7 +228,7 @@ class Vila(Family):
         Its configuration holds those of the folders as `llm_cfg`, `vision_tower_cfg` and `mm_projector_cfg`.
         """
         if isinstance(source, Mapping) and config is None:
-            raise ValueError("a state dict says nothing of heads and layers: pass config as well")
+            raise ValueError("a state dict says nothing of attention heads and layers: pass config as well")
         layout = _layout(source, config or {}, None) if isinstance(source, Mapping) else _read(str(source), config)
         return load_layout(layout, _architecture, layout.config.get("llm_cfg") or layout.config)
 
