@@ -34,38 +34,41 @@ from lit_vlm.data.sources import Source
 
 
 class HasInputSpec(Protocol):
-    """The LightningModule of a run, as far as its data asks it for anything."""
+    """The attributes of a run's LightningModule that the data module reads."""
 
     @property
     def input_spec(self) -> InputSpec:
-        """What must be known of the model."""
+        """What the data side knows of the model."""
 
     @property
     def device(self) -> torch.device:
-        """Where the batches go."""
+        """The device that batches are moved to."""
 
 
 class VLMData(LightningDataModule):
-    """Sources, how they are written and resized, and how they are put into batches.
+    """The data of a stage: sources, how samples are written and resized, and how they are put into batches.
 
     Args:
         train: sources to train on: name → source, a list of them, or the path of a file or folder.
         template: how messages are written for the decoder.
         transform: how pictures are resized for the encoder.
-        val: the same of held-out sources, for validate, test and predict too.
+        val: held-out sources, given like `train`; for validate, test and predict.
         held_out: share of each training source that is never trained on, by a hash of the record id; it joins `val`.
         batch_size: rows per micro-batch and device. Rows per optimizer step are this × devices ×
             trainer.accumulate_grad_batches. A row is a sample, or, packed, up to `max_length` positions of samples.
-        max_length: positions per sample at most, image tokens included; packed, the positions of a row.
+        max_length: most positions of a sample, image tokens included; packed, of a row.
         mixture: how much of each source an epoch takes, and in which order.
         batching: how samples become rows: `Padded`, `ModalityLength` or `Packed`.
         too_long: whether a longer sample loses its tail (images only as a whole) or is dropped.
         fast_jpeg: decode a JPEG at a fraction of its size where at least twice the size that is needed is left.
-        prepared: folders of features that `lit-vlm prepare targets` made, by the name of a head, or `encoder` for those
-            of a frozen encoder; null computes them online.
+        prepared: head, or `encoder` for a frozen encoder → folder of features that `lit-vlm prepare targets` made; null
+            computes them online.
         num_workers: loader processes per device.
-        seed: of the order of samples.
+        seed: seed of the order of samples.
         bad_samples: what happens to samples that cannot be used.
+
+    Raises:
+        ValueError: for numbers out of range, names or paths of sources that do not work, and folders without features.
     """
 
     def __init__(
@@ -112,35 +115,39 @@ class VLMData(LightningDataModule):
 
     @property
     def train_sources(self) -> list[Source]:
-        """What is trained on."""
+        """The sources to train on, without held-out records."""
         return self._split[0]
 
     @property
     def val_sources(self) -> list[Source]:
-        """What is held out."""
+        """The held-out sources, and the held-out records of the training sources."""
         return self._split[1]
 
     @property
     def format(self) -> SampleFormat:
-        """How samples are written, for whoever asks the model afterwards."""
+        """The format of samples, for later questions to the trained model."""
         return SampleFormat(self.template, self.transform, self.max_length, self.fast_jpeg)
 
     def sample_encoder(self, spec: InputSpec, prompt: bool = False) -> SampleEncoder:
-        """How a record becomes a sample of this stage, with nothing prepared.
+        """The encoder of this stage's records, without prepared features.
 
-        A prompt needs no teacher; one that is too long is refused, as cutting it would cut the question off. Marks of
-        the template that the tokenizer does not know are written in letters, with one warning: where that must not be,
-        `SampleFormat.check_marks` refuses them first.
+        A prompt needs no teacher; one that is too long is dropped, as cutting it would cut the question off. Marks of
+        the template that the tokenizer does not know are written in letters, with one warning; call
+        `SampleFormat.check_marks` before to refuse them.
+
+        Args:
+            spec: what the data side knows of the model.
+            prompt: write only up to the next answer, for generation.
         """
         if prompt:
             return self.format.sample_encoder(spec.without_teachers(), "drop", prompt)
         return self.format.sample_encoder(spec, self.too_long)
 
     def train_sample_encoder(self, spec: InputSpec) -> SampleEncoder:
-        """The same for training, which reads what was prepared; held-out images are always seen anew.
+        """The encoder of training records, which reads prepared features; those of held-out images are computed.
 
         Raises:
-            ValueError: when `data.prepared` names what the model has not, or a set that does not fit this run.
+            ValueError: when `data.prepared` names a head that the model does not have, or a set that does not fit.
         """
         encode = self.sample_encoder(spec)
         for name, prepared in self.prepared.items():
@@ -151,7 +158,13 @@ class VLMData(LightningDataModule):
         return replace(encode, prepared=self.prepared)
 
     def collator(self, spec: InputSpec, prompt: bool = False, prepared: Sequence[str] = ()) -> Collate:
-        """How rows of samples become a batch of this stage."""
+        """The function that makes a batch of rows of samples.
+
+        Args:
+            spec: what the data side knows of the model.
+            prompt: whether samples are prompts, which are padded on the left.
+            prepared: heads or `encoder` whose features come with the samples.
+        """
         pad_id = spec.tokenizer.pad_token_id
         if prompt:
             return partial(_collate_rows_of_prompts, pad_id=pad_id)
@@ -166,7 +179,19 @@ class VLMData(LightningDataModule):
         shuffle: bool,
         prompt: bool = False,
     ) -> BatchPlan:
-        """Which samples each batch takes."""
+        """The plan of batches: which samples each batch takes.
+
+        Args:
+            sources: the sources, one after the other.
+            spec: what the data side knows of the model.
+            rank: the rank whose batches these are.
+            global_batch: how rows are dealt out to ranks.
+            shuffle: False takes the samples in order.
+            prompt: whether samples are prompts, which have a row each.
+
+        Raises:
+            ValueError: for a mixture that does not fit the sources.
+        """
         batching = Padded() if prompt else self.batching
         ordering = Ordering(sources, self.mixture, batching, self._measures(sources, spec), self.seed)
         return BatchPlan(ordering, global_batch, rank, shuffle)
@@ -184,26 +209,26 @@ class VLMData(LightningDataModule):
         return Measures(modality_lengths, sizes, self.max_length)
 
     def train_dataloader(self) -> Loader:
-        """Shuffled; each epoch in an order of its own.
+        """The loader of training data, shuffled, each epoch in an order of its own.
 
         Raises:
-            ValueError: for what can never work (a source without samples or maps, marks that the tokenizer lacks,
-                prepared features of something else), and when a run that is resumed could not go on in the same order.
+            ValueError: for data that can never work (a source without samples or maps, marks that the tokenizer lacks,
+                prepared features of something else), and when a resumed run could not continue in the same order.
         """
         self._train = self._loader(self.train_sources, "train")
         self._go_on()
         return self._train
 
     def state_dict(self) -> dict[str, Any]:
-        """Where training is in its data.
+        """State of the training loader: the place of the next batch.
 
-        Kept here and not left to Lightning's fit loop: that one forgets the state when the loader was already made to
-        count the steps of a schedule, which is the usual case, and would start the epoch anew.
+        It is kept here and not left to Lightning's fit loop, which forgets the state when the loader was already made
+        to count the steps of a schedule, as is usual, and would start the epoch anew.
         """
         return {"train": self._train.state_dict()} if self._train else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from there, now or as soon as the loader is made.
+        """Continue from a saved state, now or as soon as the loader is made.
 
         Raises:
             ValueError: as `Loader.load_state_dict`.
@@ -217,22 +242,22 @@ class VLMData(LightningDataModule):
             self._resume = None
 
     def val_dataloader(self) -> list[Loader]:
-        """Held-out data, in order; a loader for each source.
+        """Loaders of held-out data, in order, one for each source.
 
         Raises:
-            ValueError: for what can never work, as `train_dataloader`.
+            ValueError: for data that can never work, as `train_dataloader`.
         """
         return [self._loader([source], "val") for source in self.val_sources]
 
     def test_dataloader(self) -> list[Loader]:
-        """The same data as for validation; raises as `val_dataloader`."""
+        """The loaders of `val_dataloader`; raises as it does."""
         return self.val_dataloader()
 
     def predict_dataloader(self) -> Loader:
-        """Prompts of the held-out data.
+        """The loader of prompts of the held-out data.
 
         Raises:
-            ValueError: when there is none, and as `val_dataloader`.
+            ValueError: when there is no held-out data, and as `val_dataloader`.
         """
         if not self.val_sources:
             raise ValueError("lit-vlm predict answers the questions of data.val, which is empty")
@@ -267,10 +292,10 @@ class VLMData(LightningDataModule):
         )
 
     def _check_marks(self, spec: InputSpec) -> None:
-        """Refuse a template whose marks the tokenizer does not know where training begins, and warn where it goes on.
+        """Refuse a template whose marks the tokenizer does not know where training begins; warn where it continues.
 
-        Which of the two it is, Lightning says before a loader is made, but with a sharded strategy only before the
-        loader begins.
+        Lightning knows which of the two it is before a loader is made; with a sharded strategy, only before the loader
+        begins.
 
         Raises:
             ValueError: as `SampleFormat.check_marks`.
@@ -280,16 +305,16 @@ class VLMData(LightningDataModule):
         self.format.check_marks(spec, "refuse" if begins else "warn")
 
     def teardown(self, stage: str) -> None:
-        """Judge the samples of a training that was stopped before its loader could know.
+        """Judge the samples of a training that stopped before its loader judged them.
 
         Raises:
-            ValueError: when too many of them cannot be used; see `Loader.judge`.
+            ValueError: when too many samples cannot be used; see `Loader.judge`.
         """
         if stage == "fit" and self._train is not None:
             self._train.judge()
 
     def fingerprints(self) -> dict[str, str]:
-        """A hash of the content of each source."""
+        """`train/NAME` or `val/NAME` of each source → hash of its content."""
         parts = {"train": self.train_sources, "val": self.val_sources}
         return {f"{part}/{source.name}": source.fingerprint() for part, sources in parts.items() for source in sources}
 

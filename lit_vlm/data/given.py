@@ -13,7 +13,14 @@ from lit_vlm.data.sources.converted import INFO
 
 
 class DataPath:
-    """A file or folder that a source is to be made of. JSON is none: whoever writes it means sources."""
+    """The path of a file or folder that a source is made of.
+
+    Args:
+        path: the path. A text that begins like JSON is refused, as it is meant as sources.
+
+    Raises:
+        ValueError: for an empty text, JSON, or another type.
+    """
 
     def __init__(self, path: str) -> None:
         if not isinstance(path, str) or path.lstrip()[:1] in ("[", "{", ""):
@@ -27,11 +34,11 @@ class DataPath:
 register_type(DataPath)
 
 Given = dict[str, Source | DataPath | None] | list[Source] | DataPath
-"""What `data.train` and `data.val` take; a source that is null is left out."""
+"""Values that `data.train` and `data.val` take; a source that is null is left out."""
 
 
 def as_sources(given: Given | None, key: str) -> list[Source]:
-    """The sources of a key, in order. Those of a mapping go by their names in it.
+    """The sources of a key, in order. Sources of a mapping get their keys as names.
 
     Args:
         given: name → source, a list of sources, or the path of a single one.
@@ -60,7 +67,7 @@ def _named(name: str, given: Source | DataPath, key: str) -> Source:
 
 
 def _opened(given: DataPath, key: str) -> Source:
-    """What reads a path: a set that was converted, or a file as `lit-vlm data convert` would read it."""
+    """The source that reads a path: a converted set, or files as `lit-vlm data convert` would read them."""
     path = os.path.expanduser(given.path)
     if ":" in path.split("/", 1)[0] or (Path(path) / INFO).is_file():
         return Converted(path)

@@ -21,8 +21,8 @@ class GlobalBatch(NamedTuple):
 
     Attributes:
         batch_size: rows of a micro-batch on one rank.
-        world_size: ranks; a micro-batch goes to each in turn.
-        accumulate: micro-batches of an optimizer step.
+        world_size: number of ranks; each in turn gets a micro-batch.
+        accumulate: micro-batches of an optimizer step on one rank.
     """
 
     batch_size: int
@@ -40,8 +40,8 @@ class EpochPlan:
     """The samples of an epoch in order, cut into rows.
 
     Attributes:
-        samples: `[n]` indices.
-        ends: `[r]`, where each row ends in `samples`.
+        samples: `[n]`, indices into all sources end to end.
+        ends: `[r]`, index into `samples` behind the last sample of each row.
     """
 
     samples: Integers
@@ -49,29 +49,29 @@ class EpochPlan:
 
     @staticmethod
     def of_samples(samples: Integers) -> EpochPlan:
-        """One sample per row."""
+        """A plan with one sample per row."""
         return EpochPlan(samples, np.arange(1, len(samples) + 1))
 
     @staticmethod
     def of_rows(rows: Sequence[Sequence[int]]) -> EpochPlan:
-        """Several samples per row."""
+        """A plan with several samples per row."""
         flat = [sample for row in rows for sample in row]
         return EpochPlan(np.array(flat, np.int64), np.cumsum([len(row) for row in rows], dtype=np.int64))
 
     def rows(self, start: int, stop: int) -> list[list[int]]:
-        """Rows `start` to `stop` (exclusive)."""
+        """The samples of rows `start` to `stop` (exclusive)."""
         rows = range(len(self.ends))[start:stop]
         return [self.samples[self.ends[row - 1] if row else 0 : self.ends[row]].tolist() for row in rows]
 
 
 @dataclass(frozen=True)
 class Measures:
-    """What a batching may ask of all samples, found when it asks.
+    """Measures of all samples that a batching may need; a function is called only by batchings that need it.
 
     Attributes:
-        modality_lengths: words of each sample, negative without an image: `[n]`.
-        sizes: positions and images of each sample: `[n, 2]`.
-        capacity: positions of a row.
+        modality_lengths: gives the words of each sample, negative without an image: `[n]`.
+        sizes: gives the positions and images of each sample: `[n, 2]`.
+        capacity: most positions of a row.
     """
 
     modality_lengths: Callable[[], Integers]
@@ -119,9 +119,10 @@ class Padded(Batching):
 class ModalityLength(Batching):
     """One sample per row; an optimizer step takes samples of one modality and of similar length.
 
-    As LLaVA groups for fine-tuning (`llava_trainer.py`): samples with and without images are permuted apart and cut
-    into optimizer steps; each step is sorted by length and dealt out so that its batches come to similar sums; the
-    steps of both kinds are permuted together. What is left of both kinds comes last, as one mixed step or two.
+    This is LLaVA's grouping for fine-tuning (`llava_trainer.py`): samples with and without images are permuted apart
+    and cut into optimizer steps; each step is sorted by length and dealt out so that its batches come to similar sums;
+    the steps of both kinds are permuted together. Samples of both kinds that fill no step come last, as one mixed step
+    or two.
     """
 
     by_step = True
@@ -145,7 +146,16 @@ class ModalityLength(Batching):
 
 
 def deal_out(samples: Integers, lengths: Integers, parts: int) -> Integers:
-    """Longest first, each sample to the part with the smallest sum that has room; the parts, one after the other."""
+    """Deal samples out to parts of equal size: longest first, each to the part with the smallest sum that has room.
+
+    Args:
+        samples: `[n]`.
+        lengths: `[n]`, not negative.
+        parts: number of parts, which divides n.
+
+    Returns:
+        `[n]`, the samples of each part, one part after the other.
+    """
     size = len(samples) // parts
     members: list[list[int]] = [[] for _ in range(parts)]
     sums = [0] * parts
@@ -164,8 +174,11 @@ class Packed(Batching):
     of a step are of similar fill, so that all ranks get nearly as many tokens.
 
     Args:
-        window: samples that are packed together; more fill better and mix less.
-        max_images: images in a row at most; a sample with more gets a row of its own.
+        window: samples that are packed together; a larger window fills rows better and mixes samples less.
+        max_images: most images of a row; a sample with more gets a row of its own.
+
+    Raises:
+        ValueError: for a window or a number of images below 1.
     """
 
     packs = True
@@ -205,7 +218,7 @@ class Packed(Batching):
         return [[int(items[i]) for i in members] for members in bins]
 
     def _full_enough(self, rows: Sequence[Sequence[int]], fill: Integers, capacity: int) -> int:
-        """How many rows, fullest first, may go: those of 98 % and more, and the others before too many samples wait."""
+        """How many rows, fullest first, are final: those of 98 % fill or more, and others while too many wait."""
         keep = int((fill >= 0.98 * capacity).sum())
         spare = self.window // 4 - sum(len(row) for row in rows[keep:])
         while spare < 0 and keep < len(rows):
@@ -220,10 +233,10 @@ def first_fit_decreasing(
     """Pack items into bins: longest first, each into the first bin that has room.
 
     Args:
-        lengths: of the items.
-        capacity: of a bin.
-        images: of the items.
-        max_images: of a bin; an item with more has a bin of its own.
+        lengths: length of each item.
+        capacity: most length of a bin.
+        images: number of images of each item.
+        max_images: most images of a bin; an item with more has a bin of its own.
 
     Returns:
         indices of the items in each bin, in order.

@@ -21,7 +21,7 @@ from lit_vlm.data.sample.encode import Sample, SampleEncoder
 from lit_vlm.data.sources import Source
 
 ENOUGH = 100
-"""Samples from which on the share of unusable ones is judged at every batch; fewer are judged when the run stops."""
+"""Number of samples after which the share of unusable ones is judged at every batch; before, when the run stops."""
 
 Collate = Callable[[Sequence[Sequence[Sample]], Sequence[BadSample]], Batch]
 
@@ -74,17 +74,18 @@ class Loader:
     """A DataLoader over a plan, with the counts of each optimizer step, a log of bad samples, and exact resume.
 
     Args:
-        dataset: what is read.
-        plan: in which order.
+        dataset: encoded samples by their place.
+        plan: which samples each batch takes.
         collate: rows of samples, and bad samples → batch.
         num_workers: loader processes.
         window: micro-batches per optimizer step; each batch carries the counts of its whole step.
-        own_counts: counts that heads bring, by the head's name; each batch is asked before its step begins.
+        own_counts: head → function that counts a batch for the denominator of the head's loss; called for all batches
+            of a step before the step begins.
         bad_samples: what happens to samples that cannot be used.
         log: where bad samples are listed, or None.
         pin_memory: pin batches, for an accelerator.
-        stops_at: the batch of an epoch that the run stops in front of, by the batch that it begins with and the batches
-            of a whole epoch; default: its end. Samples are judged there, however few they are.
+        stops_at: (batch that the epoch begins with, batches of a whole epoch) → batch that the run stops in front of;
+            default: the epoch's end. Samples are judged there, however few they are.
         on_start: called whenever the batches of an epoch are asked for.
     """
 
@@ -139,12 +140,12 @@ class Loader:
                 yield replace(batch, window=window)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where in which epoch's plan the next batch lies, and what decides its order."""
+        """Epoch, number of batches that were taken, and the identity of the plan."""
         plan = self.batch_sampler
         return {"epoch": plan.epoch, "batches": self._done, "plan": plan.identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken.
+        """Continue where `state_dict` was taken.
 
         Raises:
             ValueError: when the plan differs, so that the order of samples could not be the same.
@@ -179,10 +180,10 @@ class Loader:
             )
 
     def judge(self) -> None:
-        """Stop a run of too many unusable samples.
+        """Stop the run if too many of its samples cannot be used.
 
         Raises:
-            ValueError: naming the reasons and the last of them.
+            ValueError: naming the reasons and the last samples, when their share is above `bad_samples.max_share`.
         """
         total = len(self._dropped)
         if total > self.bad_samples.max_share * self.seen:
@@ -198,7 +199,7 @@ class Loader:
 
 
 def assemble(placed: Sequence[Placed], collate: Collate) -> Batch:
-    """Samples to their rows, bad ones apart, and all into a batch; in the worker."""
+    """Make a batch in a worker: samples are gathered by row, bad ones are listed."""
     rows: dict[int, list[Sample]] = {}
     for row, items in placed:
         if not isinstance(items, BadSample):

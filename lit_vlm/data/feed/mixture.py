@@ -31,7 +31,11 @@ class Mixture(ABC):
 
     @abstractmethod
     def order(self, sources: Sequence[Source], seed: int, epoch: int, global_batch: GlobalBatch) -> Order:
-        """Samples of an epoch, as indices into all sources end to end; as many in every epoch."""
+        """Samples of an epoch, as indices into all sources end to end; as many in every epoch.
+
+        Raises:
+            ValueError: for settings that do not fit the sources.
+        """
 
 
 @dataclass
@@ -39,8 +43,11 @@ class Shuffled(Mixture):
     """Every source in full, shuffled together.
 
     Args:
-        passes: how often a source is gone through in an epoch, by its name; 1 where none is named. A fraction takes
-            other samples in the next epoch, until all were seen.
+        passes: source → how often it is gone through in an epoch; 1 for sources that are not named. With a fraction the
+            next epoch takes other samples, until all were seen.
+
+    Raises:
+        ValueError: for negative numbers.
     """
 
     passes: dict[str, float] | None = None
@@ -50,7 +57,11 @@ class Shuffled(Mixture):
             raise ValueError(f"Shuffled: passes are 0 or more, not {bad}")
 
     def order(self, sources: Sequence[Source], seed: int, epoch: int, global_batch: GlobalBatch) -> Order:
-        """A permutation of all samples."""
+        """All samples in random order.
+
+        Raises:
+            ValueError: when `passes` names an unknown source, or two sources have one name.
+        """
         passes = _by_name(self.passes, sources, "data.mixture.passes")
         counts = [int(len(source) * passes.get(source.name, 1.0)) for source in sources]
         return _merged(_draw(sources, counts, seed, epoch), _generator(seed, epoch, 0))
@@ -64,8 +75,8 @@ class Weighted(Mixture):
         weights: share of each source, by name, relative to each other. Without them, shares are sizes to the power of
             1 / temperature.
         temperature: 1 takes sources by their size, larger ones even them out.
-        samples: per epoch; default: all samples of all sources.
-        max_passes: a source is gone through at most so often in an epoch; the others take over what it cannot give.
+        samples: number of samples per epoch; default: that of all samples of all sources.
+        max_passes: how often a source is gone through in an epoch at most; other sources fill what it cannot give.
     """
 
     weights: dict[str, float] | None = None
@@ -74,12 +85,16 @@ class Weighted(Mixture):
     max_passes: float | None = None
 
     def order(self, sources: Sequence[Source], seed: int, epoch: int, global_batch: GlobalBatch) -> Order:
-        """Exact shares in every epoch, in random order."""
+        """Samples with exact shares in every epoch, in random order.
+
+        Raises:
+            ValueError: as `counts`.
+        """
         counts = self.counts(sources)
         return _merged(_draw(sources, counts, seed, epoch), _generator(seed, epoch, 0))
 
     def counts(self, sources: Sequence[Source]) -> list[int]:
-        """Samples of each source in an epoch.
+        """Number of samples of each source in an epoch.
 
         Raises:
             ValueError: for weights of unknown or missing sources, or when the caps leave too little.
@@ -115,7 +130,11 @@ class Interleaved(Mixture):
     by_rank = True
 
     def order(self, sources: Sequence[Source], seed: int, epoch: int, global_batch: GlobalBatch) -> Order:
-        """The ranks' orders, batch by batch."""
+        """The orders of all ranks, interleaved batch by batch.
+
+        Raises:
+            ValueError: for a source too small to give each rank a whole batch.
+        """
         size, world = global_batch.batch_size, global_batch.world_size
         usable = [len(source) // (world * size) * size for source in sources]
         for source, count in zip(sources, usable, strict=True):
@@ -138,7 +157,7 @@ class Interleaved(Mixture):
 
 
 def _even_places(counts: Sequence[int]) -> list[Order]:
-    """Which places of the whole each part takes: larger parts first, each evenly over the places still free."""
+    """Places in the whole order that each part takes: larger parts first, each evenly over the places still free."""
     free = np.arange(sum(counts))
     places: list[Order] = [np.empty(0, np.int64)] * len(counts)
     for index in sorted(range(len(counts)), key=lambda i: -counts[i]):
@@ -159,7 +178,7 @@ def _by_name(values: Mapping[str, float] | None, sources: Sequence[Source], key:
 
 
 def _shared_out(total: int, shares: NDArray[np.float64], caps: NDArray[np.float64]) -> list[int]:
-    """`total` in proportion to `shares`, none above its cap; largest remainders get what rounding leaves."""
+    """Share `total` out in proportion to `shares`, none above its cap; rounding follows the largest remainders."""
     if caps[shares > 0].sum() < total:
         raise ValueError(
             f"data.mixture: {total} samples an epoch are more than data.mixture.max_passes lets the sources give "
@@ -182,7 +201,7 @@ def _shared_out(total: int, shares: NDArray[np.float64], caps: NDArray[np.float6
 
 
 def _draw(sources: Sequence[Source], counts: Sequence[int], seed: int, epoch: int) -> list[Order]:
-    """The samples of each source in this epoch: it goes on in its own permutations where the last epoch stopped."""
+    """Draw the samples of each source in this epoch: its permutations continue where the last epoch stopped."""
     drawn = []
     start = 0
     for number, (source, count) in enumerate(zip(sources, counts, strict=True)):
@@ -198,7 +217,7 @@ def _draw(sources: Sequence[Source], counts: Sequence[int], seed: int, epoch: in
 
 
 def _merged(parts: Sequence[Order], generator: np.random.Generator) -> Order:
-    """Sequences riffled into one at random; each keeps its own order."""
+    """Merge sequences to one at random; each keeps its own order."""
     owner = generator.permutation(np.repeat(np.arange(len(parts)), [len(part) for part in parts]))
     merged = np.empty(len(owner), np.int64)
     for number, part in enumerate(parts):

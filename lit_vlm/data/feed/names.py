@@ -1,4 +1,4 @@
-"""Names of sources: what samples, counts, losses and weights go by, each for one source only."""
+"""Names of sources, which samples, counts, losses and weights are reported under: each names one source only."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from lit_vlm.core.metric_names import safe_name
 from lit_vlm.data.sources.base import Source
 
 LONGEST = 150
-"""Letters of a name: MLflow takes 250 for a metric, whose kind stands in front."""
+"""Most letters of a name: MLflow takes 250 for a metric, which has its kind in front of the name."""
 
 
 def name_key(name: str) -> str:
-    """What a name is told apart by: its letters in a metric, as some databases ignore case."""
+    """The form of a name that must be unique: its letters in a metric, in small letters, as stores may ignore case."""
     return safe_name(name).casefold()
 
 
 def tell_apart(sources: Sequence[Source], beside: Sequence[Source] = (), strictly: bool = False) -> None:
     """Give sources of one name different ones, from the folders that they lie in: `docvqa-val` and `chartqa-val`.
 
-    A name that the user gave stays. The others become the name of the file with its ending, or as many folders in front
-    of it as it takes; what no path tells apart is numbered (`shapes-2`). The order and the paths of the sources decide,
-    nothing else.
+    A name that the user gave stays. Another becomes the name of the file with its ending, or gets as many folders in
+    front as it takes; sources that no path tells apart are numbered (`shapes-2`). The result depends on the order and
+    the paths of the sources alone.
 
     Args:
-        sources: get their names changed.
-        beside: keep their names; sources that read something else get another one than theirs.
+        sources: sources whose names are changed in place.
+        beside: sources whose names stay; `sources` that read something else get other names.
         strictly: whether no name of `beside` may be used again, not even by a source that reads the same or was named.
 
     Raises:
@@ -48,7 +48,7 @@ def tell_apart(sources: Sequence[Source], beside: Sequence[Source] = (), strictl
 
 
 def _rename(sources: Sequence[Source], taken: set[str]) -> None:
-    """New names for sources of one name."""
+    """Give sources of one name new names, none of which is in `taken`."""
     paths = [Path(os.path.abspath(source.path)) if source.path is not None else None for source in sources]
     deepest = max((len(path.parts) for path in paths if path is not None), default=1)
     for depth in range(1, deepest):

@@ -15,7 +15,7 @@ from lit_vlm.data.feed.mixture import Mixture
 from lit_vlm.data.sources.base import Source, describe
 
 BATCHING_STREAM = 1 << 20
-"""Apart from the random streams of the sources."""
+"""Number of the random stream of batchings, far from those of the sources."""
 
 
 class Place(NamedTuple):
@@ -30,11 +30,11 @@ class Ordering:
     """What decides the order of samples.
 
     Attributes:
-        sources: one after the other.
-        mixture: how much of each an epoch takes.
+        sources: the sources; samples are numbered over them one after the other.
+        mixture: how much of each source an epoch takes.
         batching: how samples become rows.
-        measures: of all samples, for the batching.
-        seed: of every random choice.
+        measures: measures of all samples, for the batching.
+        seed: seed of every random choice.
     """
 
     sources: Sequence[Source]
@@ -55,8 +55,8 @@ class BatchPlan:
     Args:
         ordering: what decides the order.
         global_batch: how rows are dealt out to ranks.
-        rank: whose batches these are.
-        shuffle: off for held-out data, which is taken in order.
+        rank: the rank whose batches these are.
+        shuffle: False for held-out data, which is taken in order.
     """
 
     def __init__(self, ordering: Ordering, global_batch: GlobalBatch, rank: int, shuffle: bool) -> None:
@@ -73,7 +73,7 @@ class BatchPlan:
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the order; Lightning calls this before each epoch."""
+        """Choose the epoch, and so the order of samples; Lightning calls this before each epoch."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -93,13 +93,13 @@ class BatchPlan:
         return ([Place(row, i) for row, items in enumerate(self._rows(plan, b)) for i in items] for b in batches)
 
     def identity(self) -> dict[str, Any]:
-        """What must be the same for the order of samples to be the same; written with every checkpoint."""
+        """All that the order of samples depends on; written with every checkpoint."""
         return self._settings | {"samples": self.num_samples, "order": self._order_digest()}
 
     def changed(self, saved: Mapping[str, Any]) -> list[str]:
-        """Keys of an `identity` that was saved which mean another order now.
+        """Keys of a saved `identity` whose values differ now, so that the order of samples would be another.
 
-        Sources count by their content, one after the other; what they are called is for the reader.
+        Sources are compared by their fingerprints in order; their names may differ.
         """
         mine = self.identity()
         compared = [{**one, "sources": [mark for _, mark in one.get("sources", [])]} for one in (mine, saved)]
@@ -107,7 +107,7 @@ class BatchPlan:
 
     @cached_property
     def _settings(self) -> dict[str, Any]:
-        """What does not change while training goes on; fingerprints read whole files."""
+        """The part of `identity` that is the same in all epochs; kept, as fingerprints read whole files."""
         ordering, global_batch = self.ordering, self.global_batch
         same = {
             "sources": [[source.name, source.fingerprint()] for source in ordering.sources],
@@ -124,7 +124,7 @@ class BatchPlan:
         return same
 
     def _order_digest(self) -> str:
-        """A hash of this epoch's rows; of its steps, where a batching deals a step out by the number of ranks."""
+        """A hash of this epoch's rows, or of its steps for a batching that deals a step out by the number of ranks."""
         if self._digest is not None and self._digest[0] == self.epoch:
             return self._digest[1]
         plan = self._plan(self.epoch)

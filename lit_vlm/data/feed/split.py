@@ -16,8 +16,8 @@ class Subset(Source):
     """Some records of a source, under its name.
 
     Args:
-        parent: whose records these are.
-        indices: `[n]`, which of them, in order.
+        parent: the source that holds the records.
+        indices: `[n]`, indices of the records in the parent, in order.
     """
 
     def __init__(self, parent: Source, indices: NDArray[np.int64]) -> None:
@@ -29,32 +29,43 @@ class Subset(Source):
         return len(self.indices)
 
     def record(self, index: int) -> Record:
-        """One record of the parent."""
+        """The record at an index of this subset.
+
+        Raises:
+            RecordError: as the parent.
+        """
         return self.parent.record(int(self.indices[index]))
 
     def outline(self, index: int) -> Record:
-        """The same without image bytes."""
+        """The record without the bytes of its images.
+
+        Raises:
+            RecordError: as the parent.
+        """
         return self.parent.outline(int(self.indices[index]))
 
     def shuffled(self, generator: np.random.Generator) -> NDArray[np.int64]:
-        """In the parent's shuffled order."""
+        """All indices of the subset in random order, in the order of the parent's `shuffled`."""
         own = np.full(len(self.parent), -1, np.int64)
         own[self.indices] = np.arange(len(self.indices))
         order = own[self.parent.shuffled(generator)]
         return order[order >= 0]
 
     def fingerprint(self) -> str:
-        """A hash of the parent's and of the choice."""
+        """A hash of the parent's fingerprint and the indices."""
         return hashlib.sha256(self.parent.fingerprint().encode() + self.indices.tobytes()).hexdigest()[:16]
 
 
 def split(source: Source, share: float, workers: int = 0) -> tuple[Subset, Subset]:
-    """What is trained on, and what is held out.
+    """Split a source into records to train on and held-out ones.
 
     Args:
-        source: is read once for its ids; the result is kept in the cache folder.
-        share: held out, 0 to 1.
-        workers: processes.
+        source: the source; it is read once for its ids, which are kept in the cache folder.
+        share: share of records that is held out, 0 to 1.
+        workers: number of processes; 0 works in this one.
+
+    Returns:
+        the records to train on, and the held-out ones.
     """
     values = scan(source, id_value, 1, "id", workers, "ids of")[:, 0]
     # A record that cannot be read has no id; it stays in training, where it is counted and listed.

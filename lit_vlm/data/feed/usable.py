@@ -1,4 +1,4 @@
-"""What can never work with the sources of a run, said before its first step."""
+"""Checks before the first step of a run: errors of its sources that would fail every sample."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lit_vlm.data.sample.encode import Sample, SampleEncoder
 from lit_vlm.data.sources.base import Source
 
 TRIED = 8
-"""Records of a source that a dry run takes through template and transform."""
+"""Number of records of a source that a dry run takes through template and transform."""
 WAYS_OUT = {
     "missing_image": "Set image_folder of the source to the folder that its paths are relative to",
     "too_long": "Set data.max_length larger, or data.too_long to truncate",
@@ -20,21 +20,21 @@ WAYS_OUT = {
     "missing_features": "Prepare the features of these pictures again with lit-vlm prepare targets",
     "no_map": "Only worlds.Scenes with maps draws them",
 }
-"""By the reason why a record cannot be used."""
+"""Reason why a record cannot be used → advice for the error."""
 LOOKED_AT = 16
-"""Records of a source among which its first picture is looked for."""
+"""Number of records of a source in which its first picture is looked for."""
 
 
 def check_sources(sources: Sequence[Source], known: Mapping[str, str], key: str) -> None:
-    """See that each source has samples, and that its first picture carries the maps that heads read.
+    """Check that each source has samples, and that its first picture carries the maps that heads read.
 
     Args:
-        sources: of one key of the config.
-        known: the map that each head reads, as in `InputSpec.known`.
-        key: of the config, for the error.
+        sources: the sources of one key of the config.
+        known: head → map that it reads, as in `InputSpec.known`.
+        key: key of the config, for the error.
 
     Raises:
-        ValueError: naming the source; for a map, the head too. A file holds none, so every picture would be dropped.
+        ValueError: for a source without samples, or whose first picture lacks a map, as every sample would be dropped.
     """
     for source in sources:
         if not len(source):
@@ -55,9 +55,9 @@ class Tried(NamedTuple):
     """What became of a few records of a source.
 
     Attributes:
-        samples: one with pictures and one without, where there are any.
-        problems: records that cannot be used, each with the reason and whether it holds pictures.
-        tried: how many were.
+        samples: the first sample with pictures and the first without, where there are any.
+        problems: for each record that cannot be used, its error and whether it holds pictures.
+        tried: number of records that were tried.
     """
 
     samples: list[Sample]
@@ -69,13 +69,13 @@ def try_records(source: Source, encode: SampleEncoder, key: str, count: int = TR
     """Take a few records of a source, spread over it, through template and transform.
 
     Args:
-        source: of a key of the config.
-        encode: what makes samples of its records.
-        key: of the config, for the error.
-        count: records that are tried.
+        source: the source.
+        encode: makes samples of its records.
+        key: key of the source in the config, for the error.
+        count: number of records that are tried.
 
     Raises:
-        ValueError: where none can be used, or none of those with pictures: the source, the first reason, the way out.
+        ValueError: where no record can be used, or none with pictures; names source, first reason and way out.
     """
     found: dict[bool, Sample] = {}
     problems: list[tuple[RecordError, bool]] = []

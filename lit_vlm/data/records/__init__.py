@@ -1,4 +1,4 @@
-"""Records: what a sample is before anything is made of it, and how its pictures are read."""
+"""Records: the samples of a source before templates and transforms, and the reading of their pictures."""
 
 from lit_vlm.data.records.record import (
     MAX_DETAIL,

@@ -1,4 +1,4 @@
-"""Which files of a folder are data."""
+"""Rules for which files of a folder are data."""
 
 from __future__ import annotations
 
@@ -9,26 +9,30 @@ from pathlib import Path, PurePath
 LEFT_BY_SYSTEMS = frozenset(
     {"__MACOSX", "Thumbs.db", "desktop.ini", "$RECYCLE.BIN", "System Volume Information", "@eaDir"}
 )
-"""What macOS, Windows and network storage put into folders; their other leavings begin with a dot."""
+"""Names that macOS, Windows and network storage put into folders; their other files begin with a dot."""
 
 
 def is_hidden(path: PurePath) -> bool:
-    """Whether a path, relative to the folder that is read, is no data.
+    """Whether a path is hidden, and so no data.
 
-    True where a part of it begins with a dot (`.ipynb_checkpoints`, `._a.png`, `.DS_Store`) or is left by a system.
+    It is where a part of it begins with a dot (`.ipynb_checkpoints`, `._a.png`, `.DS_Store`) or is one of
+    `LEFT_BY_SYSTEMS`.
+
+    Args:
+        path: relative to the folder that is read.
     """
     return any(part.startswith(".") or part in LEFT_BY_SYSTEMS for part in path.parts)
 
 
 def visible(files: Iterable[Path]) -> list[Path]:
-    """Those files that are no leavings of a system, by name."""
+    """The files whose own names are not hidden, sorted."""
     return sorted(file for file in files if not is_hidden(PurePath(file.name)))
 
 
 def walk(folder: Path, links: bool = False, skipped: list[Path] | None = None) -> Iterator[Path]:
-    """Every file below a folder that is not hidden. The folder itself may lie below a hidden one.
+    """Yield every file below a folder that is not hidden. The folder itself may lie below a hidden one.
 
-    A link with a name that is not hidden is followed into a hidden folder of `folder`, as it leaves nothing.
+    A link with a name that is not hidden is followed into a hidden folder of `folder`, as it does not leave `folder`.
 
     Args:
         folder: where to look.
@@ -56,7 +60,7 @@ def walk(folder: Path, links: bool = False, skipped: list[Path] | None = None) -
 
 
 def list_files(path: Path, suffixes: Sequence[str], links: bool = False) -> list[Path]:
-    """The file itself, or the files of a folder (and those below it) that end in one of `suffixes`, by name.
+    """The file itself, or the files in and below a folder that end in one of `suffixes`, sorted.
 
     Args:
         path: a file, or a folder whose hidden files are no data.
@@ -64,7 +68,7 @@ def list_files(path: Path, suffixes: Sequence[str], links: bool = False) -> list
         links: whether folders that are reached by links are read, too.
 
     Raises:
-        ValueError: when there is none, or when there are some behind a link that may not be followed.
+        ValueError: when there is no such file, or when some lie behind a link that may not be followed.
     """
     if path.is_file():
         return [path]

@@ -12,10 +12,10 @@ T = TypeVar("T")
 
 
 def read_json(file: Path) -> Any:
-    """A JSON file of a set.
+    """Read a JSON file of a converted or prepared set.
 
     Raises:
-        ValueError: naming the file, when it is damaged.
+        ValueError: when the file is damaged or cannot be read; names it.
     """
     try:
         return json.loads(file.read_text(encoding="utf-8"))
@@ -24,10 +24,15 @@ def read_json(file: Path) -> Any:
 
 
 def read_info(file: Path, kind: type[T], version: int) -> T:
-    """What describes a set: a dataclass with the format's version.
+    """Read the JSON file that describes a set.
+
+    Args:
+        file: the file.
+        kind: dataclass with the file's keys, `version` among them.
+        version: version of the format that this kit reads.
 
     Raises:
-        ValueError: naming the file, when it is damaged or of another format.
+        ValueError: when the file is damaged or has another version; names it.
     """
     raw = read_json(file)
     if not isinstance(raw, dict):

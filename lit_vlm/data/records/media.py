@@ -1,4 +1,4 @@
-"""What a row says about pictures: marks in its text, keys that hold them, and keys that no reader looks at."""
+"""Pictures in the rows of files: marks in the text, keys that hold pictures, and keys that no reader looks at."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lit_vlm.data.records.record import Image, Record, RecordError
 MARK = "<image>"
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 IMAGE_KEYS = ("images", "image")
-"""Under which a row holds its picture, or a list of them."""
+"""Keys under which a row holds its picture, or a list of pictures."""
 
 MEDIA_KEY = re.compile(
     r"^([a-z]+_){0,2}(?P<medium>[Ii]mage|[Ii]mg|[Pp]icture|[Pp]hoto|[Mm]edia|[Vv]ideo|[Aa]udio|IMAGE|VIDEO|AUDIO)s?"
@@ -22,21 +22,21 @@ MEDIA_KEY = re.compile(
     r"|[Ff]ull|str)s?){0,3}(_?(?P<number>[0-9]+))?$"
 )
 """Keys that hold a picture, a film or a sound, or say where it is: `image_path`, `imageUrl`, `img`, `videos`,
-`left_image`, `image_2`. `image_size` or `image_id` are none."""
+`left_image`, `image_2`. It does not match `image_size` or `image_id`."""
 FILE_KEY = re.compile(r"^(?:file|path|file_?name|file_?path)$")
 MEDIA_FILE = re.compile(
     r"\.(?:jpe?g|jfif|png|webp|bmp|gif|tiff?|heic|heif|avif|svg|mp4|avi|mov|mkv|webm|mp3|wav|flac|ogg|m4a)$"
 )
-"""Under `file_name` and the like, endings in small letters that mean a picture, a film or a sound."""
+"""Endings, in small letters, of the names of pictures, films and sounds."""
 ADDRESS = re.compile(r"^(?:data:|file:|[A-Za-z][A-Za-z0-9+.-]{0,20}://|\S{0,4000}[/\\]\S{3,255}$|[A-Za-z0-9+/_-]{64})")
-"""Under a key that names a picture, what is one without such an ending: an URI, a path with folders, base64."""
+"""Values that say where a picture is although they have no such ending: a URI, a path with folders, base64."""
 MEDIA_PARTS = frozenset({"video", "video_url", "audio", "audio_url", "input_audio", "file"})
-"""Types of message parts, as chat APIs have them, that are not read."""
+"""Types of message parts in chat APIs that no reader here reads."""
 QWEN_MARK = re.compile(r"<img>[^<]{1,2000}</img>")
 
 
 def is_nothing(value: Any) -> bool:
-    """Whether a key holds no picture after all: null, NaN, empty, or a list or object of such."""
+    """Whether a value is empty: null, NaN, an empty text, or a list or object of such values only."""
     if isinstance(value, Mapping):
         return all(is_nothing(entry) for entry in value.values())
     if isinstance(value, list | tuple):
@@ -47,8 +47,8 @@ def is_nothing(value: Any) -> bool:
 def is_media(value: Any) -> bool:
     """Whether a value looks like a picture, a film or a sound, and not like a word about one (`no`, `BBC`).
 
-    That is a file name with an ending of `MEDIA_FILE`, an `ADDRESS`, bytes, an object with `path`, `bytes` or `url`, or
-    a list or an object that holds such.
+    It does if it is a file name with an ending of `MEDIA_FILE`, an `ADDRESS`, bytes, an object with `path`, `bytes` or
+    `url`, or a list or an object that holds one of these.
     """
     if isinstance(value, str):
         return MEDIA_FILE.search(value[-8:].lower()) is not None or ADDRESS.match(value) is not None
@@ -61,20 +61,23 @@ def is_media(value: Any) -> bool:
 
 
 def without_keys(value: Any, keys: Collection[str]) -> Any:
-    """A row without some keys; the objects in it are without them, too."""
+    """Remove keys from a row, and from the objects in it."""
     if isinstance(value, Mapping):
         return {key: without_keys(entry, keys) for key, entry in value.items() if key not in keys}
     return [without_keys(entry, keys) for entry in value] if isinstance(value, list) else value
 
 
 def unread_key(row: Mapping[Any, Any], read: Collection[str], pictured: bool) -> str | None:
-    """A key of a row that holds a picture, film or sound and that its reader does not look at.
+    """Find a key of a row that holds a picture, film or sound and that the row's reader does not look at.
 
     Args:
-        row: of a file.
+        row: a row of a file.
         read: keys that the reader looks at.
-        pictured: whether the reader found pictures in the row. Other keys may then repeat where they come from
-            (`image_url`, `file_name`); further pictures by number, films and sounds are still missed.
+        pictured: whether the reader found pictures in the row. Other keys (`image_url`, `file_name`) may then repeat
+            where these come from, and are not reported; numbered further pictures, films and sounds still are.
+
+    Returns:
+        the key, or None.
     """
     for key, value in row.items():
         kind = _kind(key)
@@ -89,7 +92,7 @@ def unread_key(row: Mapping[Any, Any], read: Collection[str], pictured: bool) ->
 
 @lru_cache(maxsize=1024)
 def _kind(key: Any) -> Literal["picture", "other", "file"] | None:
-    """What a key names: a picture, something that is never read (a further picture, a film or sound), or any file."""
+    """Kind of a key: `picture`, `other` (a numbered further picture, a film or sound), `file` of any kind, or None."""
     found = MEDIA_KEY.match(key) if isinstance(key, str) else None
     if found:
         return "other" if found["number"] or found["medium"].lower() in ("video", "audio", "media") else "picture"
@@ -97,7 +100,18 @@ def _kind(key: Any) -> Literal["picture", "other", "file"] | None:
 
 
 def refuse_unread(row: Mapping[Any, Any], read: Collection[str], pictured: bool, where: str, advice: str) -> None:
-    """Raise `RecordError` (`unread_media`) where `unread_key` finds a key."""
+    """Refuse a row with a picture, film or sound that its reader does not look at; see `unread_key`.
+
+    Args:
+        row: a row of a file.
+        read: keys that the reader looks at.
+        pictured: whether the reader found pictures in the row.
+        where: names the row in errors.
+        advice: where the reader looks for pictures, for errors.
+
+    Raises:
+        RecordError: `unread_media`, naming the key.
+    """
     if (key := unread_key(row, read, pictured)) is not None:
         raise RecordError(
             "unread_media",
@@ -107,7 +121,10 @@ def refuse_unread(row: Mapping[Any, Any], read: Collection[str], pictured: bool,
 
 
 def refuse_marks(record: Record) -> Record:
-    """The record, unless marks of pictures are left in its text: their letters would be trained.
+    """Refuse a record whose text still holds marks of pictures, as their letters would be trained.
+
+    Returns:
+        the record.
 
     Raises:
         RecordError: `image_count` for `<image>`, `unread_media` for Qwen-VL's `<img>PATH</img>`.
@@ -130,11 +147,11 @@ def row_images(row: Mapping[str, Any], links: bool) -> list[Image]:
     """The pictures that a row holds under `images` or `image`, in order.
 
     Args:
-        row: of a file.
-        links: whether their files may be links that leave the image folder.
+        row: a row of a file.
+        links: whether picture files may be links that leave the image folder.
 
     Raises:
-        RecordError: for a value of another kind, and for two different ones.
+        RecordError: as `image_of`, and `malformed` when the two keys hold different pictures.
     """
     found = {key: row[key] for key in IMAGE_KEYS if not is_nothing(row.get(key))}
     lists = {key: list(value) if isinstance(value, list | tuple) else [value] for key, value in found.items()}
@@ -146,10 +163,10 @@ def row_images(row: Mapping[str, Any], links: bool) -> list[Image]:
 
 
 def image_of(value: Any, where: str, links: bool = False) -> Image:
-    """A picture by its path, `data:` or `file:` URI or bytes, or an object with one of these.
+    """Make an image of a value in a row.
 
     Args:
-        value: of the row; an object has `bytes`, `path` or `url`.
+        value: a path, a `data:` or `file:` URI, bytes, or an object with one of these under `bytes`, `path` or `url`.
         where: names the place in errors.
         links: whether its file may be a link that leaves the image folder.
 
@@ -189,7 +206,15 @@ def image_of(value: Any, where: str, links: bool = False) -> Image:
 
 
 def decode_base64(text: str, where: str) -> bytes:
-    """Bytes of a picture in a row; raises `RecordError`."""
+    """Decode the bytes of a picture in a row.
+
+    Args:
+        text: the base64 text.
+        where: names the place in errors.
+
+    Raises:
+        RecordError: `corrupt_image` for text that is not base64.
+    """
     try:
         return base64.b64decode(text, validate=True)
     except ValueError as error:

@@ -24,17 +24,17 @@ ADVICE = f"name pictures under 'images', with a mark {MARK} in the text for each
 
 
 def parse_record(raw: Any, source: str, default_id: str, links: bool = False) -> Record:
-    """A record from the chat form: `record.schema.json` says what that is.
+    """Make a record of a row in the chat form, which `record.schema.json` describes.
 
-    Besides `messages` there may be the pictures, under `images` (or `image`): marks `<image>` in the text, and parts of
-    type image without a path, take them in order, as ms-swift, LLaMA-Factory and TRL write it; so do parts whose path
-    is only the picture's name, where marks and parts together are as many as the pictures. In place of `messages`
-    there may be `texts`, a list of `{user, assistant}` (the_cauldron, FineVision), or `query` and `response` with
-    `system` and `history` (ms-swift).
+    Besides `messages` there may be pictures under `images` (or `image`). They are taken in order by the marks `<image>`
+    in the text and by parts of type image without a path, as ms-swift, LLaMA-Factory and TRL write it; also by parts
+    whose path is only the picture's name, if marks and parts together are as many as the pictures. In place of
+    `messages` there may be `texts`, a list of `{user, assistant}` (the_cauldron, FineVision), or `query` and `response`
+    with `system` and `history` (ms-swift).
 
     Args:
         raw: the row.
-        source: name of its source.
+        source: name of the row's source.
         default_id: id of a row that has none.
         links: whether files of pictures may be links that leave the image folder.
 
@@ -60,7 +60,7 @@ def parse_record(raw: Any, source: str, default_id: str, links: bool = False) ->
 
 
 def is_chat(row: Mapping[str, Any]) -> bool:
-    """Whether a row holds what `parse_record` reads; in a table every row has every key, many of them with nothing."""
+    """Whether a row holds what `parse_record` reads; keys with empty values do not count, as tables fill all keys."""
     return any(not is_nothing(row.get(key)) for key in ("messages", "texts")) or _asks(row)
 
 
@@ -85,7 +85,7 @@ def _turns(raw: Mapping[str, Any], num_images: int) -> tuple[list[Any], str]:
 
 
 def _cauldron(pairs: list[Any], num_images: int) -> list[Any]:
-    """Pairs of question and answer; pictures that no text marks stand in front of the first question."""
+    """Turns of pairs of question and answer; if no text marks a picture, all stand in front of the first question."""
     turns: list[dict[str, Any]] = []
     for number, pair in enumerate(pairs):
         sides = [pair.get(role) if isinstance(pair, Mapping) else None for role in ("user", "assistant")]
@@ -108,10 +108,10 @@ def _query(raw: Mapping[str, Any]) -> list[Any]:
 
 
 def _name_only(turns: Sequence[Any], images: Sequence[Image], links: bool) -> bool:
-    """Whether the paths of image parts only say what the pictures of the row are called.
+    """Whether the paths of image parts are only names of the row's pictures, and no further pictures.
 
-    So they do where only all marks and parts together are as many as the pictures, and no path has another name than
-    its picture.
+    They are names if marks and parts without a path are fewer than the pictures, but as many together with the parts
+    that have one, and each path has the same file name as the picture that it stands for.
     """
     if not images:
         return False
@@ -123,7 +123,7 @@ def _name_only(turns: Sequence[Any], images: Sequence[Image], links: bool) -> bo
 
 
 def _places(content: Any, links: bool) -> Iterator[str | None]:
-    """The path of each image part, and None for each mark and each part without one; parts with bytes are none."""
+    """Yield the path of each image part, and None for each mark and each part without one; skip parts with bytes."""
     for part in content if isinstance(content, list) else [{"type": "text", "text": content}]:
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind == "text" and isinstance(part.get("text"), str):
@@ -133,13 +133,13 @@ def _places(content: Any, links: bool) -> Iterator[str | None]:
             try:
                 image = Image() if found is None else image_of(found, "", links)
             except RecordError:
-                continue  # it is told when the part is read
+                continue  # the error is raised when the part is read
             if image.data is None:
                 yield image.path
 
 
 def _picture_of(part: Mapping[str, Any]) -> Any:
-    """What an image part says its picture is, or None."""
+    """The value of an image part that says where its picture is, or None."""
     return next((part[key] for key in ("image", "image_url", "url", "path") if not is_nothing(part.get(key))), None)
 
 
@@ -150,7 +150,7 @@ class _Pictures:
         self.images, self.links, self.name_only, self.asked = images, links, name_only, 0
 
     def check_count(self) -> None:
-        """Every picture of the row has its place, and every place its picture."""
+        """Refuse a row with more pictures than places or fewer; raises `RecordError`."""
         if self.asked != len(self.images):
             raise RecordError(
                 "image_count",
@@ -159,7 +159,7 @@ class _Pictures:
             )
 
     def message(self, raw: Any, where: str) -> Message:
-        """A turn; raises `RecordError` naming the key that is wrong."""
+        """Make a message of a turn; raises `RecordError` naming the key that is wrong."""
         if not isinstance(raw, Mapping):
             raise RecordError("malformed", f"{where} is an object with 'role' and 'content'")
         if raw.get("role") not in ROLES:
@@ -193,7 +193,7 @@ class _Pictures:
             )
 
     def _in_text(self, text: str, loss: bool | None) -> Iterator[Content]:
-        """Text as it is, or cut at its marks."""
+        """Yield a text whole, or in pieces with a picture at each mark."""
         for number, piece in enumerate(text.split(MARK)):
             if number:
                 yield self._next()
@@ -201,6 +201,6 @@ class _Pictures:
                 yield Text(piece, loss)
 
     def _next(self) -> Image:
-        """The next picture of the row; what is wrong with the number is told once all are counted."""
+        """The next picture of the row, or an empty image where none is left, which `check_count` then refuses."""
         self.asked += 1
         return self.images[self.asked - 1] if self.asked <= len(self.images) else Image()

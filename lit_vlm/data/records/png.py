@@ -1,4 +1,4 @@
-"""PNG files that Pillow refuses for what stands beside the pixels: a large text or colour profile, a damaged note."""
+"""PNG files that Pillow refuses for chunks beside the pixels: a large text or colour profile, or a damaged one."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ BESIDE_PIXELS = frozenset({b"tEXt", b"zTXt", b"iTXt", b"iCCP", b"gAMA", b"cHRM",
 
 
 def without_notes(content: bytes) -> bytes | None:
-    """The file without texts, colour profiles and the like, which are read for nothing.
+    """Remove texts, colour profiles and the like from a PNG file; the pixels do not depend on them.
 
     Pillow takes texts and profiles of at most a megabyte (`PngImagePlugin.MAX_TEXT_CHUNK`), a constant that holds for
     the whole process and so is left as it is.
 
     Args:
-        content: of any file.
+        content: bytes of a file of any kind.
 
     Returns:
-        None where there is nothing to leave out, or the file is no PNG.
+        bytes of the smaller file; None where there is nothing to remove, or the file is no PNG.
     """
     if not content.startswith(SIGNATURE):
         return None
@@ -30,7 +30,7 @@ def without_notes(content: bytes) -> bytes | None:
 
 
 def _chunks(content: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Kind and bytes of each chunk: length, kind, data, checksum; of a file that is cut, the rest as one."""
+    """Yield kind and bytes (length, kind, data, checksum) of each chunk; a chunk that is cut short ends the file."""
     place = len(SIGNATURE)
     while place + 8 <= len(content):
         (length,) = struct.unpack_from(">I", content, place)

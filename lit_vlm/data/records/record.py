@@ -35,15 +35,15 @@ TURNS = {
     7: PILImage.Transpose.TRANSVERSE,
     8: PILImage.Transpose.ROTATE_90,
 }
-"""How a picture is turned upright, by the orientation that its EXIF tag names."""
+"""EXIF orientation → the transposition that turns a picture upright."""
 MAX_PIXELS = 100_000_000
-"""Of one image: a larger one is refused before it is decoded. 100 megapixels are 300 MB in memory."""
+"""Most pixels of one image: a larger one is refused before it is decoded. 100 megapixels are 300 MB in memory."""
 MAX_SIDE = 100_000
-"""Of one image, in pixels. A resize holds the long side times the new short side in memory."""
+"""Longest side of one image in pixels. A resize holds the long side times the new short side in memory."""
 MAX_PATH = 4096
-"""Letters of a path, as on Linux; a picture in base64 is not looked for in the file system."""
+"""Most letters of a path, as on Linux; so a picture in base64 is not looked for in the file system."""
 MAX_DETAIL = 600
-"""Letters of a `RecordError`'s detail; what is longer, such as a picture written into a row, is cut in the middle."""
+"""Most letters of a `RecordError`'s detail; a longer one, such as with a picture in base64, is cut in the middle."""
 
 
 UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, OverflowError, MemoryError, struct.error)
@@ -84,11 +84,11 @@ class Image:
     """An image, as a path (relative to the source's image folder) or as encoded bytes.
 
     Attributes:
-        path: where the file is.
-        data: what is in it.
+        path: path of the file.
+        data: encoded content of the file.
         size: (width, height) of the upright picture in pixels, where it is known without decoding.
-        maps: what else is known of the picture, float32 `[rows, cols, width]` by name: exact targets of drawn scenes.
-            Only a source in memory hands them on; converted sets do not hold them.
+        maps: name → float32 `[rows, cols, width]`: exact targets of drawn scenes, such as depth. Only sources that draw
+            their pictures have them; converted sets do not hold them.
         links: whether the file may be reached through a link that leaves the image folder.
     """
 
@@ -104,7 +104,12 @@ Content = Text | Image
 
 @dataclass(frozen=True)
 class Message:
-    """One turn. A `document` is raw text with images: no template is put around it."""
+    """One turn. A `document` is raw text with images: no template is put around it.
+
+    Attributes:
+        role: who speaks.
+        content: texts and images in order.
+    """
 
     role: Role
     content: tuple[Content, ...]
@@ -124,6 +129,9 @@ class Record:
         source: name of the source.
         messages: the turns.
         options: answers to choose from, when the last answer is scored as a multiple choice.
+
+    Raises:
+        RecordError: for text that cannot be written as UTF-8.
     """
 
     id: str
@@ -132,7 +140,7 @@ class Record:
     options: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        """Refuse text that no file and no tokenizer takes."""
+        """Refuse text with half a surrogate pair, which no file and no tokenizer takes."""
         try:
             "".join([self.id, *self.options, *(message.text for message in self.messages)]).encode()
         except UnicodeEncodeError as error:
@@ -149,6 +157,10 @@ def image_file(image: Image, folder: Path) -> Path:
 
     A link may leave the folder where the image's `links` says so, or inside the cache of the Hugging Face hub, where
     the files of `snapshots/REVISION` are links into `blobs` beside it. A path that leaves the folder by itself may not.
+
+    Args:
+        image: an image with a path.
+        folder: the image folder, which the path is relative to.
 
     Raises:
         RecordError: `missing_image` or `outside_folder`.
@@ -190,7 +202,7 @@ def _in_hub_cache(places: list[Path], target: Path) -> bool:
 
 
 def image_bytes(image: Image, folder: Path) -> bytes:
-    """The encoded content.
+    """The encoded content of an image, read from its file where it is not in memory.
 
     Raises:
         RecordError: `missing_image` or `outside_folder`.
@@ -204,12 +216,16 @@ def image_bytes(image: Image, folder: Path) -> bytes:
 
 
 def image_size(image: Image, folder: Path) -> tuple[int, int]:
-    """(width, height) of the upright picture, from its header; raises as `open_image` does."""
+    """(width, height) in pixels of the upright picture, from the header of its file.
+
+    Raises:
+        RecordError: as `open_image`.
+    """
     return image.size if image.size is not None else _read(image, folder, _upright_size)
 
 
 def open_image(image: Image, folder: Path) -> PILImage.Image:
-    """Decode an image to RGB, upright; transparent parts become white, of several frames the first is taken.
+    """Decode an image to RGB, upright, with transparent parts white; of an animation, the first frame.
 
     Raises:
         RecordError: `missing_image`, `outside_folder`, `corrupt_image` or `too_large`.
@@ -220,16 +236,19 @@ def open_image(image: Image, folder: Path) -> PILImage.Image:
 def decode_image(
     image: Image, folder: Path, scale: Callable[[tuple[int, int]], float] | None = None
 ) -> tuple[PILImage.Image, tuple[int, int]]:
-    """As `open_image`, and as much smaller as it may be.
+    """Decode an image as `open_image` does; with `scale`, at a fraction of its size where that is enough.
 
     Args:
         image: path or bytes.
         folder: what the path is relative to.
-        scale: by how much a picture of a given (width, height) will be shrunk. A JPEG is then decoded at 1/2, 1/4 or
-            1/8 of its size, as long as that leaves twice what is needed; it takes a fraction of the time.
+        scale: (width, height) of the original → factor by which it will be resized. A JPEG is then decoded at 1/2, 1/4
+            or 1/8 of its size, as long as that leaves twice what is needed; it takes a fraction of the time.
 
     Returns:
-        the picture, and (width, height) of the original, upright.
+        the picture, and (width, height) of the upright original.
+
+    Raises:
+        RecordError: as `open_image`.
     """
 
     def decode(opened: PILImage.Image) -> tuple[PILImage.Image, tuple[int, int]]:
@@ -246,7 +265,7 @@ def decode_image(
 
 
 def _read(image: Image, folder: Path, use: Callable[[PILImage.Image], T]) -> T:
-    """What is made of an opened picture; a PNG that fails is tried again without texts and profiles."""
+    """Open a picture and return `use` of it; a PNG that fails is tried again without texts and profiles."""
     try:
         with _opened(image, folder) as opened:
             return use(opened)
@@ -260,7 +279,7 @@ def _read(image: Image, folder: Path, use: Callable[[PILImage.Image], T]) -> T:
 
 @contextmanager
 def _opened(image: Image, folder: Path) -> Iterator[PILImage.Image]:
-    """The file with its header read; what goes wrong inside becomes a `RecordError`."""
+    """Open a picture's file, as a context manager; errors of Pillow inside the context become a `RecordError`."""
     file: Path | io.BytesIO = io.BytesIO(image.data) if image.data is not None else image_file(image, folder)
     name = image.path or "image bytes"
     try:
@@ -280,7 +299,7 @@ def _opened(image: Image, folder: Path) -> Iterator[PILImage.Image]:
 
 
 def _orientation(opened: PILImage.Image) -> int:
-    """The EXIF tag; 1, upright, where EXIF is damaged: the pixels are whole all the same."""
+    """The orientation tag of EXIF; 1, upright, where EXIF is damaged, as the pixels may still be whole."""
     try:
         return opened.getexif().get(ExifTags.Base.Orientation, 1)
     except (*UNREADABLE, KeyError, TypeError, IndexError):
@@ -292,7 +311,7 @@ def _upright_size(opened: PILImage.Image) -> tuple[int, int]:
 
 
 def _rgb(picture: PILImage.Image) -> PILImage.Image:
-    """8-bit RGB, transparent parts white."""
+    """A picture as 8-bit RGB, transparent parts white."""
     upright = _eight_bit(picture)
     if upright.mode in ("RGBa", "La"):  # alpha is multiplied into the colours
         upright = upright.convert("RGBA" if upright.mode == "RGBa" else "LA")
@@ -303,7 +322,7 @@ def _rgb(picture: PILImage.Image) -> PILImage.Image:
 
 
 def _eight_bit(image: PILImage.Image) -> PILImage.Image:
-    """16-bit greyscale scaled to 8 bits, where Pillow would clip it to white; other modes as they are."""
+    """Scale 16-bit greyscale to 8 bits, which Pillow would clip to white; other modes stay as they are."""
     if not image.mode.startswith(("I", "F")):
         return image
     if image.mode == "F":

@@ -11,12 +11,12 @@ from lit_vlm.data.sample.encode import Sample
 
 
 def collate(samples: Sequence[Sample], bad: Sequence[BadSample] = (), pad_id: int = 0) -> Batch:
-    """One sample per row, padded on the right."""
+    """Make a batch with one sample per row, padded on the right."""
     return make_rows([[sample] for sample in samples], bad, pad_id)
 
 
 def collate_prompts(samples: Sequence[Sample], bad: Sequence[BadSample] = (), pad_id: int = 0) -> Batch:
-    """Prompts for generation: one per row, padded on the left, so that all of them end at the last position."""
+    """Make a batch of prompts for generation: one per row, padded on the left, so that all end at the last position."""
     return make_rows([[sample] for sample in samples], bad, pad_id, left=True)
 
 
@@ -27,7 +27,7 @@ def make_rows(
     left: bool = False,
     prepared: Sequence[str] = (),
 ) -> Batch:
-    """Lay samples out in rows.
+    """Make a batch of samples laid out in rows.
 
     A batch whose samples were all bad is one row of padding: other ranks have work, and every rank must take the step.
 
@@ -36,7 +36,7 @@ def make_rows(
         bad: samples that were left out.
         pad_id: token id at padding.
         left: pad in front instead of behind.
-        prepared: names under which features were prepared; a batch has them all, without images too.
+        prepared: heads or `encoder` whose features were prepared; a batch has an entry for each, also without images.
     """
     lengths = [sum(len(sample) for sample in row) for row in rows] or [1]
     shape = (len(lengths), max(lengths))
@@ -93,7 +93,7 @@ def make_rows(
 
 
 def _features(samples: Sequence[Sample], name: str) -> VisualTokens:
-    """What was prepared for one reader, of all images in order."""
+    """The prepared features under one name (a head's, or `encoder`) of all images in order."""
     pairs = [pair for sample in samples for pair in sample.features.get(name, ())]
     features = torch.cat([features for features, _ in pairs]) if pairs else torch.empty(0, 0)
     return VisualTokens(features, tuple(grid for _, grid in pairs))

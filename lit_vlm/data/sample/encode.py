@@ -1,4 +1,4 @@
-"""From a record to ids, labels and pixels: labels come from spans of characters, never from counting tokens again."""
+"""Encoding: record → ids, labels and pixels. Labels come from spans of characters, never from counting tokens again."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lit_vlm.data.sample.transforms import ImageTransform, Size, transform_for
 from lit_vlm.data.sources.base import Source, describe
 
 IMAGE_SLOT = -200
-"""Stands for a whole image in `encode_pieces`, before it is expanded."""
+"""The id that stands for a whole image in `encode_pieces`, before it becomes the image's positions."""
 
 
 @dataclass
@@ -30,16 +30,19 @@ class Sample:
     """A record, ready to be put into a batch.
 
     Attributes:
+        id: id of the record.
+        source: name of the record's source.
         ids: token ids; 0 at image positions.
         labels: aligned with `ids`, -100 where nothing is supervised.
         image_starts: index of each image's first position.
         grids: layout of each image's tokens.
-        images: uint8 `[3, h, w]` each.
-        teacher_images: the same images as each head's teacher wants them.
-        features: what was prepared of the same images, with its layout, by the name of a head or `encoder`.
+        images: pixels of each image for the encoder, uint8 `[3, h, w]`.
+        teacher_images: head → pixels of each image for the head's teacher, uint8 `[3, h, w]`.
+        features: head or `encoder` → features `[t, width]` of each image that were prepared or come with the picture,
+            and their layout.
         options: answers to choose from.
-        note: what was cut off, if anything.
-        stop_ids: of a prompt: what closes its answer, besides the ids that end any (`InputSpec.stop_ids`).
+        note: what was cut off; None for a whole sample.
+        stop_ids: ids that close the answer to a prompt, besides those that end any answer (`InputSpec.stop_ids`).
     """
 
     id: str
@@ -65,7 +68,7 @@ class Sample:
 
 
 def documents_of(record: Record) -> list[Record]:
-    """A record of several documents as one record for each; any other as it is."""
+    """Split a record of several documents into one record for each; any other record stays as it is."""
     if len(record.messages) < 2 or any(message.role != "document" for message in record.messages):
         return [record]
     return [replace(record, id=f"{record.id}/{n}", messages=(one,)) for n, one in enumerate(record.messages)]
@@ -74,13 +77,13 @@ def documents_of(record: Record) -> list[Record]:
 def encode_pieces(pieces: Sequence[Piece], spec: InputSpec) -> tuple[list[int], list[int]]:
     """Token ids and labels, with `IMAGE_SLOT` for each image.
 
-    Text between two images is tokenised on its own, as the published models were trained, and as a whole. A token is
-    supervised if it covers any character of a supervised span. In spans that were typed the letters of a special token
+    Text between two images is tokenised apart from other text, as the published models were trained, but across spans.
+    A token is supervised if it covers any character of a supervised span. In typed spans the letters of a special token
     stay letters.
 
     Args:
         pieces: from a template.
-        spec: whose tokenizer is used.
+        spec: of the model; its tokenizer is used.
 
     Returns:
         ids, and labels aligned with them.
@@ -88,7 +91,7 @@ def encode_pieces(pieces: Sequence[Piece], spec: InputSpec) -> tuple[list[int], 
     spelling = spelling_of(spec.tokenizer)
     marks = {piece.text: None for piece in pieces if isinstance(piece, Span) and piece.mark}
     if not marks.keys() <= spelling.checked:
-        spelling.check(list(marks), "the template", "warn")  # for whoever encodes without `SampleFormat.check_marks`
+        spelling.check(list(marks), "the template", "warn")  # where `SampleFormat.check_marks` was not called
     ids: list[int] = []
     labels: list[int] = []
     if spec.bos_id is not None:
@@ -106,7 +109,7 @@ def encode_pieces(pieces: Sequence[Piece], spec: InputSpec) -> tuple[list[int], 
 
 
 def _chunks(pieces: Sequence[Piece]) -> Iterator[Image | list[Span]]:
-    """Images, and the runs of text between them."""
+    """Yield images, and the runs of text spans between them, in order."""
     run: list[Span] = []
     for piece in pieces:
         if isinstance(piece, Span):
@@ -132,14 +135,14 @@ def _encode_chunk(spans: list[Span], spelling: Spelling) -> tuple[list[int], lis
             spelled = spelling.write_letters(text, spelled, meant)
     supervised = b"".join(bytes([span.supervised]) * len(span.text) for span in spans) + b"\x00"
     return spelled.ids, [
-        # A token that covers nothing was put in front of what follows, and goes with it.
+        # A token that covers no character stands in front of the next one, and is supervised if that one is.
         token if supervised[start] or (end - start > 1 and 1 in supervised[start:end]) else IGNORE
         for token, (start, end) in zip(*spelled, strict=True)
     ]
 
 
 def _known(image: Image, name: str) -> tuple[Tensor, Grid]:
-    """A map that the picture carries, as features `[t, width]` and their layout."""
+    """A map that the picture carries, as features `[t, width]` and their layout; raises `RecordError` without one."""
     if image.maps is None or name not in image.maps:
         raise RecordError(
             "no_map", f"the picture carries no map '{name}', only {sorted(image.maps or ())}; see Scenes(maps=...)"
@@ -153,14 +156,14 @@ class SampleEncoder:
     """Record → `Sample`, in a loader worker.
 
     Attributes:
-        spec: what must be known of the model.
+        spec: what the data side knows of the model.
         template: how messages are written.
         transform: how pictures are resized.
-        max_length: positions per sample at most.
-        too_long: whether a longer sample loses its tail (whole images only) or is dropped.
+        max_length: most positions of a sample.
+        too_long: whether a longer sample loses its tail (images only as a whole) or is dropped.
         prompt: write only up to the next answer, for generation.
         fast_jpeg: decode a JPEG at a fraction of its size where that leaves at least twice what is needed.
-        prepared: features that are read instead of computed, by the name of a head or `encoder`.
+        prepared: head or `encoder` → set of features that are read instead of computed.
     """
 
     spec: InputSpec
@@ -182,7 +185,11 @@ class SampleEncoder:
         return frozenset() if closing is None else frozenset([closing])
 
     def sequences(self, record: Record, image_folder: Path) -> list[Sample]:
-        """The samples of a record: one, or of a record of several documents one for each.
+        """Encode a record: to one sample, or to one for each document of a record of several.
+
+        Args:
+            record: the record.
+            image_folder: what image paths are relative to.
 
         Raises:
             RecordError: with the reason why it cannot be used.
@@ -190,7 +197,11 @@ class SampleEncoder:
         return [self(part, image_folder) for part in documents_of(record)]
 
     def __call__(self, record: Record, image_folder: Path) -> Sample:
-        """Encode one record that is a single sequence.
+        """Encode a record that is a single sequence.
+
+        Args:
+            record: the record.
+            image_folder: what image paths are relative to.
 
         Raises:
             RecordError: with the reason why it cannot be used.
@@ -217,9 +228,9 @@ class SampleEncoder:
         return sample
 
     def _rendered(self, record: Record) -> list[Piece]:
-        """The whole record; one in which an answer holds nothing is refused, as it would teach to say nothing."""
+        """The pieces of the whole record; refuses one with a blank answer, which would teach to answer nothing."""
         for index, message in enumerate(record.messages):
-            # A blank one that is among the options is a choice like others.
+            # A blank answer that is one of the options is a choice like the others.
             if message.role == "assistant" and is_blank(message) and message.text not in record.options:
                 raise RecordError("empty_answer", f"messages[{index}], an answer, holds neither text nor a picture")
         return self.template.render(record.messages, self._eos)
@@ -243,7 +254,12 @@ class SampleEncoder:
         sample.labels += [IGNORE] * grid.num_tokens
 
     def pixels(self, image: Image, folder: Path) -> dict[str, Tensor]:
-        """uint8 `[3, h, w]` of an image for the encoder and for each teacher, where no features were prepared."""
+        """uint8 `[3, h, w]` of an image for the encoder and for each teacher, where no features were prepared.
+
+        Raises:
+            RecordError: as `open_image`.
+            ValueError: for a transform that does not go with the encoder or teacher.
+        """
         wanted = {ENCODER: self.spec.pixels} | self.spec.teacher_pixels
         missing = {name: pixels for name, pixels in wanted.items() if name not in self.prepared}
         if not missing:
@@ -252,25 +268,29 @@ class SampleEncoder:
         return {name: self._transform(name, pixels)(picture, pixels, size) for name, pixels in missing.items()}
 
     def _transform(self, name: str, pixels: PixelSpec) -> ImageTransform:
-        """The encoder takes pictures as the recipe says, a teacher may ask for its own way."""
+        """How a picture is resized: for the encoder by `transform`, for a teacher by `transform_for`."""
         return self.transform if name == ENCODER else transform_for(pixels, self.transform)
 
     def preprocessing(self) -> str:
-        """How pictures are decoded and resized, as text: what prepared features depend on besides the network."""
+        """How pictures are decoded and resized, as text: besides the network, this decides prepared features."""
         wanted = [(name, self.spec.teacher_pixels[name]) for name in sorted(self.spec.teacher_pixels)]
         return f"{describe(self.transform)} fast_jpeg={self.fast_jpeg} encoder={self.spec.pixels} teachers={wanted}"
 
     def _scale(self, size: Size) -> float:
-        """By how much a picture is shrunk for whoever wants most of it."""
+        """Factor by which a picture of this (width, height) is resized where most of it is kept: encoder or teacher."""
         spec = self.spec
         others = spec.teacher_pixels.values() if spec.decoded_for is None else spec.decoded_for
         wanted = (transform_for(pixels, self.transform).scale(size, pixels) for pixels in others)
         return max([self.transform.scale(size, spec.pixels), *wanted])
 
     def measure(self, record: Record, source: Source) -> tuple[int, int]:
-        """Positions and images of a sample, without decoding an image.
+        """Number of positions and of images of a sample, without decoding an image.
 
         Positions are an upper bound: a sample that is cut at an image may come out shorter.
+
+        Args:
+            record: of the source.
+            source: gives the image folder.
 
         Raises:
             RecordError: as encoding does, as far as it can be known without pixels.
@@ -292,12 +312,16 @@ class SampleEncoder:
         return self.tokens_of((1, 1) if fixed else image_size(image, source.image_folder))
 
     def tokens_of(self, size: Size) -> int:
-        """Visual tokens of an image of this (width, height) in pixels."""
+        """Number of visual tokens of an image of this (width, height) in pixels.
+
+        Raises:
+            ValueError: as `InputSpec.grid`, and for a transform that does not go with the encoder.
+        """
         width, height = self.transform.size(size, self.spec.pixels)
         return self.spec.grid(height, width).num_tokens
 
     def measure_key(self) -> str:
-        """What measuring depends on besides the record."""
+        """What the result of `measure` depends on besides the record, as text."""
         tokenizer = hashlib.sha256(self.spec.tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
         sides = [self.spec.pixels.multiple * factor for factor in (1, 2, 3, 8)]
         sides = [self.spec.pixels.size] if self.spec.pixels.size else sides
@@ -306,7 +330,7 @@ class SampleEncoder:
         return f"{tokenizer} {how} {self.max_length} {self.too_long}"
 
     def _fit(self, sample: Sample) -> None:
-        """Cut the sample to `max_length`; an image that would be cut goes as a whole, with what follows it."""
+        """Cut the sample to `max_length`; an image that would be cut is removed whole, with all that follows it."""
         length = len(sample)
         if length <= self.max_length:
             return

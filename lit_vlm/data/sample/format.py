@@ -1,4 +1,4 @@
-"""How a run writes its samples, so that whoever asks its model later writes them in the same way."""
+"""The format of a run's samples, kept so that later questions to its model are written in the same way."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class SampleFormat:
     Attributes:
         template: how messages are written.
         transform: how pictures are resized.
-        max_length: positions per sample at most.
+        max_length: most positions of a sample.
         fast_jpeg: decode a JPEG at a fraction of its size where that leaves enough.
     """
 
@@ -29,11 +29,11 @@ class SampleFormat:
     fast_jpeg: bool
 
     def check_marks(self, spec: InputSpec, action: Literal["refuse", "warn"]) -> None:
-        """See that the tokenizer knows what the template writes as one token each.
+        """Check that the tokenizer has a token for each mark of the template.
 
         Args:
-            spec: of the model.
-            action: `refuse` where training begins anew, `warn` where it goes on or a trained model is asked.
+            spec: of the model; its tokenizer is looked at.
+            action: `refuse` where training begins anew, `warn` where training continues or a trained model answers.
 
         Raises:
             ValueError: naming the template, the marks and the tokenizer, if the action is `refuse`.
@@ -44,11 +44,11 @@ class SampleFormat:
     def sample_encoder(
         self, spec: InputSpec, too_long: Literal["truncate", "drop"] = "drop", prompt: bool = False, extra: int = 0
     ) -> SampleEncoder:
-        """What makes samples; see `check_marks` for marks that the tokenizer does not know.
+        """The encoder of samples in this format; see `check_marks` for marks that the tokenizer does not know.
 
         Args:
-            spec: of the model.
-            too_long: whether a longer sample loses its tail or is refused.
+            spec: what the data side knows of the model.
+            too_long: whether a longer sample loses its tail or is dropped.
             prompt: write only up to the next answer.
             extra: positions on top of `max_length`.
         """

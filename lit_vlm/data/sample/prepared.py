@@ -1,6 +1,6 @@
 """Features that were computed before training: of teachers for distillation, or of a frozen encoder.
 
-They are aligned by the content of an image, so they fit any record that holds it, in any order and under any id.
+They are found by a hash of an image's content, so they fit any record that holds it, in any order and under any id.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ Dtype = Literal["bfloat16", "int8"]
 
 @dataclass(frozen=True)
 class PreparedInfo:
-    """What a prepared set was made of and from.
+    """What `prepared.json` of a prepared set says.
 
     Attributes:
-        version: of the format.
-        what: name of the head, or `encoder`.
+        version: version of the format.
+        what: name of the head whose teacher gave the features, or `encoder`.
         network: identity of the network whose features these are.
         preprocessing: how pictures were decoded and resized for it.
         sources: fingerprint of each source whose images are covered, by its name.
         images: number of different images.
         width: features per token.
-        dtype: how they are stored; int8 with a scale for each channel of an image.
-        error: mean of |stored − computed| over mean of |computed|.
+        dtype: how features are stored; int8 with a scale for each channel of an image.
+        error: mean of |stored − computed| divided by the mean of |computed|.
     """
 
     version: int
@@ -66,12 +66,15 @@ def image_key(content: bytes) -> int:
 
 
 def pack_features(features: Tensor, grid: Grid, dtype: Dtype) -> tuple[dict[str, bytes], Tensor]:
-    """An item of a prepared set, and what will be read back.
+    """Make the stored item of one image's features.
 
     Args:
-        features: `[t, width]` of one image.
+        features: `[t, width]`.
         grid: layout of the tokens.
-        dtype: how they are stored.
+        dtype: how features are stored.
+
+    Returns:
+        the item, and the features `[t, width]` as they will be read back.
     """
     values = features.detach().float().cpu()
     if dtype == "int8":
@@ -85,7 +88,7 @@ def pack_features(features: Tensor, grid: Grid, dtype: Dtype) -> tuple[dict[str,
 
 
 def unpack_features(item: dict[str, bytes], dtype: Dtype) -> tuple[Tensor, Grid]:
-    """Features `[t, width]`, in bf16, or fp32 if they were stored in int8; and their layout."""
+    """Read a stored item: features `[t, width]`, in bf16, or fp32 if they were stored in int8; and their layout."""
     grid = Grid(*np.frombuffer(item["grid"], np.int32).tolist())
     if dtype == "int8":
         scale = torch.frombuffer(bytearray(item["scale"]), dtype=torch.float32)
@@ -99,7 +102,10 @@ class Prepared:
     """A set that `lit-vlm prepare targets` wrote.
 
     Args:
-        path: its folder.
+        path: folder of the set.
+
+    Raises:
+        ValueError: for a folder that holds no prepared set, or one that is damaged or of another format.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -115,7 +121,13 @@ class Prepared:
         self._stream: tuple[int, StreamingDataset] | None = None
 
     def check(self, what: str, network: str, preprocessing: str, sources: dict[str, str]) -> None:
-        """See that these are the features that a run needs.
+        """Check that these are the features that a run needs.
+
+        Args:
+            what: name of the head, or `encoder`.
+            network: identity of the network that the run has there.
+            preprocessing: how the run decodes and resizes pictures.
+            sources: source → fingerprint, of the run's training data.
 
         Raises:
             ValueError: naming what differs.
@@ -140,8 +152,13 @@ class Prepared:
     def features(self, image: Image, folder: Path) -> tuple[Tensor, Grid]:
         """Features `[t, width]` of an image, and their layout.
 
+        Args:
+            image: path or bytes.
+            folder: what the path is relative to.
+
         Raises:
-            RecordError: `missing_features` when the image is not in the set: it could not be read when that was made.
+            RecordError: `missing_features` for an image that the set lacks, as it could not be read when the set was
+                made; and as `image_bytes`.
         """
         key = image_key(image_bytes(image, folder))
         row = int(np.searchsorted(self._keys[0], key))

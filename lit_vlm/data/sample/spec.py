@@ -1,4 +1,4 @@
-"""What the data side must know of a model."""
+"""What the data side knows of a model."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ class InputSpec:
     Attributes:
         tokenizer: the decoder's fast tokenizer.
         pixels: what the encoder wants of an image.
-        patch_grid: (height, width) of an image in pixels → layout after the encoder.
-        grid_map: that → layout in the sequence, after the projector.
-        teacher_pixels: what the teacher of each head wants of an image, by the head's name.
-        known: map that a picture must carry (`records.Image.maps`) in place of a teacher's features, by head.
-        networks: identity of each network whose features may be prepared: teachers by the head's name, and `encoder`.
-        own_counts: what the losses of heads are divided by, where it is a count of the head's own, by the head's name.
-        decoded_for: who decides, besides the encoder, at which fraction of its size a JPEG is decoded; None: those of
-            `teacher_pixels`.
+        patch_grid: (height, width) of an image in pixels → layout of its tokens after the encoder.
+        grid_map: layout after the encoder → layout in the decoder's sequence.
+        teacher_pixels: head → what its teacher wants of an image.
+        known: head → name of the map that a picture must carry (`records.Image.maps`) in place of a teacher's features.
+        networks: head or `encoder` → identity of the network whose features may be prepared.
+        own_counts: head → count that its loss is divided by, for heads that define one of their own.
+        decoded_for: teachers' wishes that, besides the encoder's, decide at which fraction of its size a JPEG is
+            decoded; None: the values of `teacher_pixels`.
     """
 
     tokenizer: Any
@@ -40,10 +40,11 @@ class InputSpec:
     decoded_for: tuple[PixelSpec, ...] | None = None
 
     def grid(self, height: int, width: int) -> Grid:
-        """Layout in the sequence of an image of this size in pixels.
+        """Layout in the decoder's sequence of an image of this size in pixels.
 
         Raises:
-            ValueError: for a picture of several tiles whose tokens would mix two of them.
+            ValueError: for a picture of several tiles, where a token would mix patches of two tiles; and as the parts'
+                own maps of layouts.
         """
         grid = self.grid_map(self.patch_grid(height, width))
         side = self.pixels.size
@@ -60,13 +61,13 @@ class InputSpec:
         return grid
 
     def without_teachers(self) -> InputSpec:
-        """What a question needs: nothing that only heads read, but the same pixels for the encoder as in training."""
+        """A copy for questions: without the needs of heads, but with the same pixels for the encoder as in training."""
         teachers = tuple(self.teacher_pixels.values())
         return replace(self, teacher_pixels={}, known={}, decoded_for=self.decoded_for or teachers)
 
     @cached_property
     def bos_id(self) -> int | None:
-        """The id that the tokenizer puts in front of a text, if it does."""
+        """The id that the tokenizer puts in front of a text; None if it puts none there."""
         ids = self.tokenizer("a").input_ids
         return self.tokenizer.bos_token_id if ids and ids[0] == self.tokenizer.bos_token_id else None
 
@@ -74,7 +75,7 @@ class InputSpec:
     def stop_ids(self) -> frozenset[int]:
         """Ids that end an answer in any template: the end of text, and end-of-turn marks that the tokenizer knows.
 
-        What closes an answer in the template of a prompt comes with the prompt: `Batch.stop_ids`.
+        The id that closes an answer in the template of a prompt comes with the prompt: `Batch.stop_ids`.
         """
         vocab = self.tokenizer.get_vocab()
         ids = {self.tokenizer.eos_token_id, *(vocab[mark] for mark in END_OF_TURN if mark in vocab)}

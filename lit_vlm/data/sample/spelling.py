@@ -1,4 +1,4 @@
-"""Which ids a tokenizer writes for a text, which characters each covers, and which letters it takes for a mark."""
+"""Spelling: the ids of a text, the characters that each id covers, and the letters that are read as a special token."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Tokenizer
 log = logging.getLogger(__name__)
 
 NAMES = [chr(code) for code in range(0xFDD0, 0xFDF0)]
-"""Noncharacters, which Unicode keeps for a program's own use: no text holds them."""
+"""Noncharacters, which Unicode keeps for a program's own use, so that no text holds them; `write_letters` uses them."""
 
 
 class Spelled(NamedTuple):
@@ -22,7 +22,7 @@ class Spelled(NamedTuple):
 
     Attributes:
         ids: token ids.
-        offsets: (start, end) of the characters that each covers; several tokens may share a character.
+        offsets: (start, end) of the characters that each token covers; several tokens may share a character.
     """
 
     ids: list[int]
@@ -32,15 +32,15 @@ class Spelled(NamedTuple):
 class Spelling:
     """How a fast tokenizer writes text, with what labels need besides ids.
 
-    The tokenizer's post-processor takes no part: without special tokens at the ends it only takes the spaces in front
-    of a word away from what the word's token covers, and then a token of spaces alone would cover nothing.
+    The tokenizer's post-processor is left out: without special tokens at the ends, it would only remove the spaces in
+    front of a word from the characters that the word's token covers, and a token of spaces alone would cover nothing.
 
     Args:
         tokenizer: a fast tokenizer of transformers.
 
     Attributes:
-        marks: letters of each special token, by id.
-        checked: what `check` was asked about.
+        marks: id of a special token → its letters.
+        checked: marks that `check` has looked up.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -55,7 +55,7 @@ class Spelling:
         self.checked: set[str] = set()
 
     def write(self, text: str) -> Spelled:
-        """The ids that the tokenizer gives without special tokens at the ends, and what each covers."""
+        """The ids that the tokenizer gives without special tokens at the ends, and the characters that each covers."""
         return self._spelled(text, *self._plain.write(text))
 
     def _spelled(self, text: str, ids: list[int], offsets: list[tuple[int, int]]) -> Spelled:
@@ -70,18 +70,18 @@ class Spelling:
         return [index for index in found if self._is_mark(spelled.ids[index], text[slice(*spelled.offsets[index])])]
 
     def _is_mark(self, token: int, letters: str) -> bool:
-        """Whether a special token was found by its letters; it may also stand for what the vocabulary lacks."""
+        """Whether the text holds the letters of a special token; if not, the token stands for unknown characters."""
         if letters == self.marks[token] or self._backend.normalizer is None or not self._added[token].normalized:
             return letters == self.marks[token]
         normal = self._backend.normalizer.normalize_str
         return normal(letters) == normal(self.marks[token])
 
     def write_letters(self, text: str, spelled: Spelled, kept: Collection[int]) -> Spelled:
-        """Write a text anew, so that of the special tokens in it only some are tokens and the others are letters.
+        """Write a text anew with only some of its special tokens; the letters of the others become ordinary tokens.
 
         Args:
-            text: what was written.
-            spelled: by `write`.
+            text: the text.
+            spelled: result of `write` for the text.
             kept: index into `spelled` of each special token that stays one.
         """
         # Marks that stay are written in private letters, for a twin of the tokenizer that knows them by these alone.
@@ -111,13 +111,14 @@ class Spelling:
         return self._single[text]
 
     def check(self, marks: Sequence[str], template: str, action: Literal["refuse", "warn"]) -> None:
-        """See that marks are one token each; it is looked up once for each mark, and warned of once.
+        """Check that each mark is a single token of the tokenizer; warns once for each mark.
 
         Args:
-            marks: what a template writes as one token each; "" stands for an end-of-sequence token that is not there.
-            template: what writes them, for the message.
-            action: what happens to others. Where training begins anew they are refused. A trained model is asked as it
-                was trained, in letters, and its vocabulary cannot grow any more: then a warning is logged.
+            marks: texts that a template writes as one token each; "" stands for an end-of-sequence token that the
+                tokenizer does not have.
+            template: name of the template, for the message.
+            action: for a mark that is no single token: `refuse` raises, for training that begins anew; `warn` logs a
+                warning, for a trained model, which saw the mark in letters and whose vocabulary cannot grow any more.
 
         Raises:
             ValueError: naming the template, the marks and the tokenizer, if the action is `refuse`.
@@ -149,7 +150,7 @@ class Spelling:
 
     @cached_property
     def _private_names(self) -> dict[int, str]:
-        """Letters that no text holds, for each special token; none is the start of another."""
+        """Id of a special token → a name of noncharacters, which no text holds; no name is the start of another."""
         first, *digits = NAMES
         names = {}
         for number, token in enumerate(self.marks):
@@ -162,17 +163,17 @@ class Spelling:
 
     @cached_property
     def _letters(self) -> _Writer:
-        """Writes special tokens by their private names only."""
+        """A writer that knows special tokens by their private names only."""
         ids = {self._private_names.get(i, token.content): i for i, token in self._added.items()}
         return _Writer(_renamed(self._backend, {self.marks[i]: name for i, name in self._private_names.items()}), ids)
 
 
 class _Writer:
-    """A tokenizer, and what its ids are in another one that it is a copy of.
+    """A copy of a tokenizer that gives the ids of the original.
 
     Args:
         tokenizer: the copy.
-        ids: of added tokens in the other one, by what the copy calls them.
+        ids: letters of an added token in the copy → its id in the original.
     """
 
     def __init__(self, tokenizer: Tokenizer, ids: Mapping[str, int]) -> None:
@@ -187,7 +188,7 @@ class _Writer:
 
 
 def _same_model(backend: Tokenizer, added: Mapping[int, AddedToken]) -> Tokenizer:
-    """A tokenizer without post-processor that shares the model, and so its memory."""
+    """A copy of a tokenizer without post-processor that shares the model, and so its memory."""
     twin = Tokenizer(backend.model)
     if backend.normalizer is not None:
         twin.normalizer = backend.normalizer
@@ -199,7 +200,12 @@ def _same_model(backend: Tokenizer, added: Mapping[int, AddedToken]) -> Tokenize
 
 
 def _renamed(backend: Tokenizer, names: Mapping[str, str]) -> Tokenizer:
-    """A copy in which some added tokens have other letters, in the model too: some models find whole words there."""
+    """A copy in which some added tokens have other letters, also in the model's vocabulary, which may hold them.
+
+    Args:
+        backend: the tokenizer.
+        names: letters of an added token → its letters in the copy.
+    """
     described = json.loads(backend.to_str())
     described |= {"post_processor": None, "truncation": None, "padding": None}
     for token in described["added_tokens"]:
@@ -219,7 +225,7 @@ def _renamed(backend: Tokenizer, names: Mapping[str, str]) -> Tokenizer:
 
 
 def _stripped(text: str, start: int, end: int) -> tuple[int, int]:
-    """The stretch without the whitespace at its ends."""
+    """Start and end of the characters `start` to `end` of a text without white space at their ends."""
     piece = text[start:end]
     return start + len(piece) - len(piece.lstrip()), end - len(piece) + len(piece.rstrip())
 
@@ -230,5 +236,5 @@ def _spelling(tokenizer: Any, size: int) -> Spelling:
 
 
 def spelling_of(tokenizer: Any) -> Spelling:
-    """That of a tokenizer, made once; again when tokens were added to it."""
+    """The spelling of a tokenizer, made once for each tokenizer, and anew when tokens were added to it."""
     return _spelling(tokenizer, len(tokenizer))

@@ -21,8 +21,9 @@ class Span:
 
     Attributes:
         text: the text itself.
-        supervised: whether it carries a loss.
-        typed: whether it was written by people, so that the letters of a special token in it stay letters.
+        supervised: whether its tokens carry a loss.
+        typed: whether it comes from a record or from `system`, so that the letters of a special token in it stay
+            letters.
         mark: whether it is one special token, which the tokenizer must know.
     """
 
@@ -39,10 +40,13 @@ class Template(ABC):
     """How messages are written for a decoder.
 
     Args:
-        system: system text where a record has none; "" writes none, null takes the template's own.
+        system: system text of records that have none; "" writes none, null takes the template's own.
         image_marks: text in front of each image and behind it, such as `[<img>, </img>]` (InternVL, HoVLE).
-        typed_marks: what becomes of the letters of a special token, such as `</s>`, in the text of records, and in
+        typed_marks: what becomes of the letters of a special token, such as `</s>`, in the text of records and in
             `system`: `text` keeps them letters; `tokens` makes them that token, as the code of LLaVA and VILA does.
+
+    Attributes:
+        default_system: the template's own system text.
     """
 
     default_system = ""
@@ -57,14 +61,14 @@ class Template(ABC):
         self.image_marks, self.typed_marks = image_marks, typed_marks
 
     def render(self, messages: Sequence[Message], eos: str) -> list[Piece]:
-        """The whole conversation, for training; every answer is closed, also one that holds nothing.
+        """The whole conversation, for training; every answer is closed, also a blank one.
 
         Args:
             messages: the turns.
             eos: text of the tokenizer's end-of-sequence token.
 
         Raises:
-            RecordError: for an order of roles that the template cannot write, or a document that holds nothing.
+            RecordError: for an order of roles that the template cannot write, or a blank document.
         """
         if any(message.role == "document" for message in messages):
             return list(self._finished(_document(messages, eos)))
@@ -73,10 +77,14 @@ class Template(ABC):
     def prompt(self, messages: Sequence[Message], eos: str) -> list[Piece]:
         """The conversation up to where the assistant's next answer begins, for generation.
 
-        A last message of the assistant is the expected answer, and is left out.
+        If the last message is the assistant's, it is the expected answer and is left out.
+
+        Args:
+            messages: the turns.
+            eos: text of the tokenizer's end-of-sequence token.
 
         Raises:
-            RecordError: for an order of roles that the template cannot write, or where nothing is asked.
+            RecordError: for an order of roles that the template cannot write, or a conversation without a question.
         """
         asked = list(messages)
         if asked and asked[-1].role == "assistant":
@@ -89,19 +97,28 @@ class Template(ABC):
         return list(self._finished(self._asked(system, turns, eos)))
 
     def closing(self, eos: str) -> str:
-        """The text that ends an answer; "" if none does."""
+        """The text that the template writes behind an answer; "" if it writes none.
+
+        Args:
+            eos: text of the tokenizer's end-of-sequence token.
+        """
         turns = [Message("user", (Text("a"),)), Message("assistant", (Text("a"),))]
         spans = [piece for piece in self._turns([], turns, eos) if isinstance(piece, Span)]
         return "".join([span.text for span in spans if span.supervised and not span.typed][-1:])
 
     def marks(self, eos: str) -> list[str]:
-        """The special tokens that a conversation is written with, each once; "" where `eos` is one and is ""."""
+        """The special tokens that the template writes in a conversation, each once.
+
+        Args:
+            eos: text of the tokenizer's end-of-sequence token; "" for a tokenizer without one, which the result then
+                holds if the template writes it.
+        """
         turns = [Message("user", (Text("a"),)), Message("assistant", (Text("a"),))]
         pieces = self._turns([Span("a", typed=True)], turns, eos)
         return list(dict.fromkeys(piece.text for piece in pieces if isinstance(piece, Span) and piece.mark))
 
     def _split(self, messages: Sequence[Message]) -> tuple[list[Piece], list[Message]]:
-        """The system text, of the record or else of the template, and turns that alternate user, assistant, ..."""
+        """Split off the system text, the record's or else the template's; check that user and assistant alternate."""
         turns = list(messages)
         given = turns.pop(0) if turns and turns[0].role == "system" else Message("system", (Text(self.system),))
         for index, message in enumerate(turns):
@@ -112,7 +129,7 @@ class Template(ABC):
         return [piece for piece in content_of(given, supervised=False) if piece != _NOTHING], turns
 
     def _finished(self, pieces: Iterator[Piece]) -> Iterator[Piece]:
-        """With the marks of images, and with typed marks as they are meant."""
+        """Add `image_marks` around images, and treat typed letters of special tokens as `typed_marks` says."""
         for piece in pieces:
             if isinstance(piece, Span):
                 yield replace(piece, typed=False) if piece.typed and self.typed_marks == "tokens" else piece
@@ -125,10 +142,10 @@ class Template(ABC):
 
     @abstractmethod
     def _turns(self, system: Sequence[Piece], turns: Sequence[Message], eos: str) -> Iterator[Piece]:
-        """Write the turns, each answer with what closes it, also one that holds nothing."""
+        """Write the turns; each answer, also a blank one, with the mark that closes it."""
 
     def _asked(self, system: Sequence[Piece], turns: Sequence[Message], eos: str) -> Iterator[Piece]:
-        """Write turns that end with a question, and what opens its answer."""
+        """Write turns that end with a question, and the text that opens its answer."""
         yield from self._turns(system, turns, eos)
 
 
@@ -136,7 +153,7 @@ _NOTHING = Span("", typed=True)
 
 
 def is_blank(message: Message) -> bool:
-    """Whether it holds neither text, other than white space, nor an image."""
+    """Whether a message holds neither an image nor text other than white space."""
     return not message.text.strip() and not any(isinstance(part, Image) for part in message.content)
 
 
@@ -151,7 +168,12 @@ def _document(messages: Sequence[Message], eos: str) -> Iterator[Piece]:
 
 
 def content_of(message: Message, supervised: bool) -> Iterator[Piece]:
-    """What people wrote in a message, for `_turns`; where a text says whether it carries a loss, that decides."""
+    """Yield the pieces of a message's content.
+
+    Args:
+        message: the message.
+        supervised: whether its text carries a loss; the `loss` of a text decides where it is set.
+    """
     for part in message.content:
         if isinstance(part, Image):
             yield part
@@ -160,7 +182,7 @@ def content_of(message: Message, supervised: bool) -> Iterator[Piece]:
 
 
 def closes_with_loss(message: Message) -> bool:
-    """Whether the mark that closes an answer is supervised: unless all of its text is not, or it has none."""
+    """Whether the mark that closes an answer is supervised: it is where any of the answer's text is."""
     return any(part.text and part.loss is not False for part in message.content if isinstance(part, Text))
 
 
@@ -169,9 +191,9 @@ class Plain(Template):
 
     Args:
         system: unused by this template.
-        end: what closes the caption; a newline in the published recipes, and no end-of-sequence token. Null writes that
-            token (VILA's earlier code).
-        after_image: what stands between image and caption, without loss; nothing in the published recipes.
+        end: text that closes the caption; a newline in the published recipes. Null writes the end-of-sequence token
+            instead (VILA's earlier code).
+        after_image: text between image and caption, without loss; nothing in the published recipes.
         image_marks: see `Template`.
         typed_marks: see `Template`.
     """
@@ -235,9 +257,9 @@ class _Headed(Template):
     """Templates that open each turn with a header and close it with a mark; the mark of an answer is supervised.
 
     Attributes:
-        header: what opens a turn, in pieces; `{}` stands for the role. A piece in `<` and `>` is a special token.
+        header: text that opens a turn, in pieces; `{}` stands for the role. A piece in `<` and `>` is a special token.
         close: the special token that closes a turn.
-        after: what follows it.
+        after: text that follows the closing token.
     """
 
     header: tuple[str, ...]

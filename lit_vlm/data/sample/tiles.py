@@ -1,4 +1,4 @@
-"""Cutting a picture into tiles of one size: InternVL's dynamic resolution, which HoVLE and Mono-InternVL use."""
+"""Tiles: a picture cut into squares of one size, InternVL's dynamic resolution, used by HoVLE and Mono-InternVL."""
 
 from __future__ import annotations
 
@@ -15,23 +15,26 @@ from lit_vlm.data.sample.transforms import ImageTransform, Size, bicubic, side_o
 
 @lru_cache(maxsize=32)
 def _layouts(least: int, most: int) -> tuple[tuple[int, int], ...]:
-    """(columns, rows) with `least` to `most` tiles, the fewest tiles first."""
+    """Layouts (columns, rows) with `least` to `most` tiles, those of the fewest tiles first."""
     found = [(c, r) for c in range(1, most + 1) for r in range(1, most // c + 1) if c * r >= least]
     return tuple(sorted(found, key=lambda layout: (layout[0] * layout[1], layout)))
 
 
 class Tiles(ImageTransform):
-    """The picture on a grid of square tiles that comes closest to its aspect ratio, and behind them a small copy of it.
+    """The picture on the grid of square tiles that is closest to its aspect ratio, and behind them a small copy of it.
 
     Tiles come out one below the other, row by row: the result is one tile wide. Encoders of one size take them apart.
-    Of layouts that fit equally well the larger one wins if the picture has more than half its pixels (InternVL).
+    Of layouts that fit equally well the larger one wins if the picture has more than half of its pixels (InternVL).
 
     Args:
         max_tiles: the most tiles, without the copy.
         min_tiles: the fewest.
         thumbnail: whether a picture of several tiles is followed by a copy of all of it in one tile.
-        tile: side of the tiles, in pixels, by which a picture counts as large; encoder and teachers get the same tiles,
-            each at its own size.
+        tile: side of a tile in pixels, for choosing the layout alone; encoder and teachers get the same tiles, each at
+            its own size.
+
+    Raises:
+        ValueError: unless 1 ≤ `min_tiles` ≤ `max_tiles`.
     """
 
     def __init__(self, max_tiles: int = 12, min_tiles: int = 1, thumbnail: bool = True, tile: int = 448) -> None:
@@ -51,24 +54,36 @@ class Tiles(ImageTransform):
         return best
 
     def fixed(self, pixels: PixelSpec) -> bool:
-        """The number of tiles depends on the picture."""
+        """False, as the number of tiles depends on the picture."""
         return False
 
     def size(self, size: Size, pixels: PixelSpec) -> Size:
-        """One tile wide, all tiles high."""
+        """(width, height) of the result: one tile wide, as high as all tiles together.
+
+        Raises:
+            ValueError: as `side_of`.
+        """
         side = side_of(self, pixels)
         columns, rows = self.layout(size)
         tiles = columns * rows
         return side, side * (tiles + (self.thumbnail and tiles > 1))
 
     def scale(self, size: Size, pixels: PixelSpec) -> float:
-        """Of the layout's picture; the copy is smaller."""
+        """Factor by which a picture is resized to the layout; its copy is smaller.
+
+        Raises:
+            ValueError: as `side_of`.
+        """
         side = side_of(self, pixels)
         columns, rows = self.layout(size)
         return max(side * columns / size[0], side * rows / size[1])
 
     def __call__(self, image: PILImage.Image, pixels: PixelSpec, original: Size | None = None) -> Tensor:
-        """Resize to the layout, cut, and add the copy."""
+        """Resize to the layout, cut into tiles, and add the copy: uint8 `[3, tiles · side, side]`.
+
+        Raises:
+            ValueError: as `side_of`.
+        """
         side = side_of(self, pixels)
         columns, rows = self.layout(original or image.size)
         picture = torch.from_numpy(np.array(image)).permute(2, 0, 1)

@@ -19,15 +19,23 @@ from lit_vlm.core.batch import PixelSpec
 Size = tuple[int, int]
 """(width, height) in pixels."""
 MAX_CANVAS = 36_000_000
-"""Pixels of the largest square that a picture is padded to before it is shrunk: 108 MB."""
+"""Most pixels of a square that a picture is padded to before it is shrunk: 108 MB."""
 
 
 class ImageTransform(ABC):
-    """RGB picture → uint8 `[3, h, w]`."""
+    """How an RGB picture becomes uint8 pixels `[3, h, w]` for an encoder or teacher."""
 
     @abstractmethod
     def size(self, size: Size, pixels: PixelSpec) -> Size:
-        """(width, height) of the result for a picture of this size."""
+        """(width, height) of the result for a picture of this size.
+
+        Args:
+            size: (width, height) of the picture in pixels.
+            pixels: what the encoder or teacher wants.
+
+        Raises:
+            ValueError: where the transform does not go with the encoder or teacher.
+        """
 
     def fixed(self, pixels: PixelSpec) -> bool:
         """Whether the size of the result is the same for all pictures."""
@@ -35,19 +43,36 @@ class ImageTransform(ABC):
 
     @abstractmethod
     def scale(self, size: Size, pixels: PixelSpec) -> float:
-        """By how much a picture of this size is shrunk: result over original, of the side that keeps most."""
+        """Factor by which a picture of this size is resized: result over original, along the side that keeps most.
+
+        Args:
+            size: (width, height) of the picture in pixels.
+            pixels: what the encoder or teacher wants.
+
+        Raises:
+            ValueError: where the transform does not go with the encoder or teacher.
+        """
 
     @abstractmethod
     def resize(self, image: Tensor, size: Size, pixels: PixelSpec) -> Tensor:
-        """A uint8 picture `[3, h, w]` at this size."""
+        """Resize a picture.
+
+        Args:
+            image: uint8 `[3, h, w]`.
+            size: (width, height) of the result.
+            pixels: what the encoder or teacher wants.
+        """
 
     def __call__(self, image: PILImage.Image, pixels: PixelSpec, original: Size | None = None) -> Tensor:
-        """Resize, and hand over as a tensor.
+        """Resize a decoded picture: uint8 `[3, h, w]`.
 
         Args:
             image: the picture.
-            pixels: what the encoder wants.
-            original: (width, height) of the picture, if it was decoded at a fraction of its size.
+            pixels: what the encoder or teacher wants.
+            original: (width, height) of the original, if it was decoded at a fraction of its size.
+
+        Raises:
+            ValueError: where the transform does not go with the encoder or teacher.
         """
         tensor = torch.from_numpy(np.array(image)).permute(2, 0, 1)
         return self.resize(tensor, self.size(original or image.size, pixels), pixels).contiguous()
@@ -67,16 +92,24 @@ def bicubic(image: Tensor, size: Size) -> Tensor:
 
 
 class _Square(ImageTransform):
-    """To a square of the encoder's size."""
+    """A transform whose result is a square of the encoder's size."""
 
     def size(self, size: Size, pixels: PixelSpec) -> Size:
-        """The encoder's square, whatever the picture."""
+        """Width and height of the encoder's square, whatever the picture.
+
+        Raises:
+            ValueError: as `side_of`.
+        """
         side = side_of(self, pixels)
         return side, side
 
 
 def side_of(transform: ImageTransform, pixels: PixelSpec) -> int:
-    """Side of the square that the encoder wants.
+    """Side in pixels of the square that the encoder or teacher wants.
+
+    Args:
+        transform: the transform that needs a square, for the message.
+        pixels: what the encoder or teacher wants.
 
     Raises:
         ValueError: when it takes any size.
@@ -112,16 +145,16 @@ def _on_canvas(image: Tensor, size: Size, left: int, top: int, pixels: PixelSpec
 
 
 class SquareCrop(_Square):
-    """Shorter side to the size, then the square in the middle: LLaVA-1.5 stage 1, and CLIP's own preprocessing."""
+    """Resize the shorter side to the square's, then crop the middle: LLaVA-1.5 stage 1, and CLIP's preprocessing."""
 
     def scale(self, size: Size, pixels: PixelSpec) -> float:
-        """The shorter side decides."""
+        """Factor of the resize, which the shorter side decides; raises as `side_of`."""
         return side_of(self, pixels) / min(size)
 
     def resize(self, image: Tensor, size: Size, pixels: PixelSpec) -> Tensor:
         """Bicubic resize and centre crop."""
         side, short = size[0], min(image.shape[1:])
-        if max(image.shape[1:]) > 16 * short:  # most would be resized only to be cut off
+        if max(image.shape[1:]) > 16 * short:  # most of the picture would be resized only to be cut off
             image = _middle(image, 16 * short, 16 * short)
         height, width = image.shape[1:]
         full = (side, int(side * height / short)) if width <= height else (int(side * width / short), side)
@@ -132,7 +165,7 @@ class PadSquare(_Square):
     """Pad to a square with the encoder's mean colour, picture in the middle: LLaVA-1.5 stage 2, VILA-1.0."""
 
     def scale(self, size: Size, pixels: PixelSpec) -> float:
-        """The longer side decides."""
+        """Factor of the resize, which the longer side decides; raises as `side_of`."""
         return side_of(self, pixels) / max(size)
 
     def resize(self, image: Tensor, size: Size, pixels: PixelSpec) -> Tensor:
@@ -144,10 +177,10 @@ class PadSquare(_Square):
         return bicubic(_on_canvas(image, (side, side), (side - width) // 2, (side - height) // 2, pixels), size)
 
     def _resize_strip(self, image: Tensor, size: Size, pixels: PixelSpec) -> Tensor:
-        """The same without the large square: the long side is shrunk before the short one is padded.
+        """Pad and resize a long picture without making its large square: shrink the long side, then pad the short one.
 
-        A resize goes along the rows first, so the result is the same to the bit for a wide picture. A tall one is
-        turned, which may change a pixel by a level or two.
+        A resize goes along the rows first, so for a wide picture the result is the same to the bit. A tall picture is
+        turned first, which may change a pixel by a level or two.
         """
         height, width = image.shape[1:]
         if height > width:
@@ -160,7 +193,7 @@ class Resize(_Square):
     """Squash to a square, whatever the aspect ratio: VILA-1.5."""
 
     def scale(self, size: Size, pixels: PixelSpec) -> float:
-        """The shorter side is shrunk least."""
+        """Factor of the shorter side, which keeps most; raises as `side_of`."""
         return side_of(self, pixels) / min(size)
 
     def resize(self, image: Tensor, size: Size, pixels: PixelSpec) -> Tensor:
@@ -169,11 +202,11 @@ class Resize(_Square):
 
 
 OWN = {"squash": Resize(), "crop": SquareCrop()}
-"""What a teacher may ask for with `PixelSpec.resize`."""
+"""`PixelSpec.resize` of a teacher → the transform that it asks for."""
 
 
 def transform_for(pixels: PixelSpec, transform: ImageTransform) -> ImageTransform:
-    """How a picture is resized for one reader: as the teacher asks, or as the recipe says."""
+    """The transform that a teacher asks for with `PixelSpec.resize`, or else the given one."""
     return transform if pixels.resize is None else OWN[pixels.resize]
 
 
@@ -188,7 +221,7 @@ class Native(ImageTransform):
         self.longest = longest
 
     def size(self, size: Size, pixels: PixelSpec) -> Size:
-        """Each side is rounded up to a multiple, so that nothing is cut off."""
+        """(width, height) of the result; each side is rounded up to a multiple, so that nothing is cut off."""
         scale = self.scale(size, pixels)
         limit = max(pixels.multiple, self.longest // pixels.multiple * pixels.multiple)
         width, height = (
@@ -197,7 +230,7 @@ class Native(ImageTransform):
         return width, height
 
     def scale(self, size: Size, pixels: PixelSpec) -> float:
-        """The longer side decides; nothing is enlarged."""
+        """Factor of the resize, which the longer side decides; at most 1."""
         return min(1.0, self.longest / max(size))
 
     def resize(self, image: Tensor, size: Size, pixels: PixelSpec) -> Tensor:
@@ -206,7 +239,7 @@ class Native(ImageTransform):
 
 
 class AspectGrid(ImageTransform):
-    """The longer side to `longest`, the shorter one rounded up to whole cells: EVE.
+    """Resize the longer side to `longest` pixels, and the shorter one to whole cells, rounded up: EVE.
 
     Encoders of one size, such as EVE's teacher, get the same cells at their own scale, in the middle of a square of
     their mean colour. Small pictures are enlarged; the aspect ratio is bent by less than a cell, and nothing is cut.
@@ -214,6 +247,9 @@ class AspectGrid(ImageTransform):
     Args:
         longest: longer side in pixels: 672, or 1344 for high resolution.
         cells: cells along the longer side; the teacher's patches per side.
+
+    Raises:
+        ValueError: when `longest` does not divide into the cells.
     """
 
     def __init__(self, longest: int = 672, cells: int = 24) -> None:
@@ -222,14 +258,14 @@ class AspectGrid(ImageTransform):
         self.longest, self.cells = longest, cells
 
     def _cells(self, size: Size) -> tuple[int, int]:
-        """Cells across and down."""
+        """Numbers of cells across and down for a picture of this (width, height)."""
         width, height = size
         if width > height:
             return self.cells, -(-self.cells * height // width)
         return -(-self.cells * width // height), self.cells
 
     def _cell(self, pixels: PixelSpec) -> int:
-        """Pixels per cell."""
+        """Side of a cell in pixels; raises ValueError where it does not go with the encoder or teacher."""
         side = pixels.size or self.longest
         cell, rest = divmod(side, self.cells)
         if rest or cell % pixels.multiple:
@@ -240,19 +276,31 @@ class AspectGrid(ImageTransform):
         return cell
 
     def size(self, size: Size, pixels: PixelSpec) -> Size:
-        """Whole cells; the full square for encoders of one size."""
+        """(width, height) of the result: whole cells, or the full square for encoders of one size.
+
+        Raises:
+            ValueError: when the side of a cell is no multiple of the pixels that the encoder or teacher needs.
+        """
         cell = self._cell(pixels)
         across, down = (self.cells, self.cells) if pixels.size else self._cells(size)
         return across * cell, down * cell
 
     def scale(self, size: Size, pixels: PixelSpec) -> float:
-        """The shorter side is rounded up, so it may keep more."""
+        """Factor of the side that keeps most; the shorter side is rounded up, so it may be that one.
+
+        Raises:
+            ValueError: as `size`.
+        """
         across, down = self._cells(size)
         cell = self._cell(pixels)
         return max(across * cell / size[0], down * cell / size[1])
 
     def __call__(self, image: PILImage.Image, pixels: PixelSpec, original: Size | None = None) -> Tensor:
-        """Resize to whole cells; on a square for encoders of one size."""
+        """Resize to whole cells, for encoders of one size in the middle of their square: uint8 `[3, h, w]`.
+
+        Raises:
+            ValueError: as `size`.
+        """
         cell = self._cell(pixels)
         across, down = self._cells(original or image.size)
         tensor = torch.from_numpy(np.array(image)).permute(2, 0, 1)
@@ -268,23 +316,23 @@ class AspectGrid(ImageTransform):
 
 
 class AreaLimit(ImageTransform):
-    """A picture larger than a square of `side` is shrunk to its area; sides become the nearest multiple: EVEv2.
+    """Shrink a picture to the area of a square of `side` pixels if it is larger; round sides to multiples: EVEv2.
 
     Args:
-        side: pixels; 800, or 1600 for high resolution.
+        side: side of the square in pixels: 800, or 1600 for high resolution.
     """
 
     def __init__(self, side: int = 800) -> None:
         self.side = side
 
     def size(self, size: Size, pixels: PixelSpec) -> Size:
-        """Each side is at least one multiple."""
+        """(width, height) of the result; each side is rounded to the nearest multiple of the encoder's, at least 1."""
         scale, multiple = self.scale(size, pixels), pixels.multiple
         width, height = (max(round(side * scale / multiple), 1) * multiple for side in size)
         return width, height
 
     def scale(self, size: Size, pixels: PixelSpec) -> float:
-        """Nothing is enlarged, but for rounding."""
+        """Factor of the resize, before sides are rounded; at most 1."""
         return min(1.0, self.side / math.sqrt(size[0] * size[1]))
 
     def resize(self, image: Tensor, size: Size, pixels: PixelSpec) -> Tensor:

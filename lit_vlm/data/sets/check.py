@@ -1,4 +1,4 @@
-"""Verification of a converted set: are all files there, and do they hold what its index says."""
+"""Verification of a converted set: whether all files are there and hold what its index says."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lit_vlm.data.sources.converted import RECORDS, Converted, decode_record
 
 @dataclass(frozen=True)
 class _CheckBlock:
-    """The problems of a block of records, and the hashes of their content."""
+    """Finds the problems of a block of records, and the hashes of their content."""
 
     source: Converted
     decode: bool
@@ -60,12 +60,15 @@ class _CheckBlock:
 
 
 def check_set(path: str, decode: bool, workers: int = 0) -> list[str]:
-    """What is wrong with a converted set; nothing if it is whole.
+    """Find what is wrong with a converted set.
 
     Args:
-        path: folder or address.
+        path: folder or address of the set.
         decode: decode every image, too.
-        workers: processes.
+        workers: number of processes; 0 works in this one.
+
+    Returns:
+        the problems, each as a line of text; empty if the set is whole.
 
     Raises:
         ValueError: when it is no converted set.
@@ -89,7 +92,7 @@ def check_set(path: str, decode: bool, workers: int = 0) -> list[str]:
 
 
 def _missing_files(source: Converted) -> Iterator[str]:
-    """Chunks that LitData's indices name and that are not there; for a set on disk."""
+    """Yield problems with LitData's indices and the chunks that they name; nothing for a set in object storage."""
     if source.remote:
         return
     for folder in (Path(source.path), Path(source.path) / RECORDS):

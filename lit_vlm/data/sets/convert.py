@@ -35,13 +35,13 @@ class TooManyBad(ValueError):
 
 @dataclass(frozen=True)
 class ConvertBlock:
-    """Writes one block of records as a part of its own; what a finished part has done is not done again.
+    """Writes one block of records into a folder of its own, so that a finished block is not converted again.
 
     Attributes:
-        source: what is converted.
+        source: the source that is converted.
         out: folder of the set.
         min_side: an image with a shorter side in pixels cannot be used.
-        tokenizer: tokens are counted with it, if given.
+        tokenizer: source of the tokenizer that tokens are counted with; None counts none.
     """
 
     source: Source
@@ -50,7 +50,11 @@ class ConvertBlock:
     tokenizer: str | None
 
     def __call__(self, block: Block) -> dict[str, Any]:
-        """Convert a block; returns its statistics."""
+        """Convert a block.
+
+        Returns:
+            counts, hash and bad records of the block, as `finish_block` writes them.
+        """
         folder = block_folder(self.out, block.index)
         shutil.rmtree(folder, ignore_errors=True)
         items = BinaryWriter(str(folder), chunk_bytes=CHUNK_BYTES)
@@ -107,25 +111,26 @@ def convert(
     min_side: int = 4,
     tokenizer: str | None = None,
 ) -> SetInfo:
-    """Convert a source; a conversion that was stopped goes on.
+    """Convert a source to a set; a conversion that was stopped goes on where it was.
 
     Args:
-        source: what is read.
+        source: the source that is read.
         out: folder of the new set.
-        workers: processes.
-        max_bad_share: of the records; above it the conversion fails.
+        workers: number of processes; 0 works in this one.
+        max_bad_share: largest share of records that cannot be used, 0 to 1.
         min_side: an image with a shorter side in pixels cannot be used.
-        tokenizer: tokens are counted with it, if given.
+        tokenizer: source of the tokenizer that tokens are counted with; None counts none.
 
     Returns:
-        what is in the set.
+        what `lit_vlm.json` of the set says.
 
     Raises:
-        TooManyBad: the finished parts stay, so that a larger share goes on from there.
-        ValueError: when `out` holds something else.
+        TooManyBad: when more than `max_bad_share` cannot be used; finished blocks stay, so a larger share goes on
+            there.
+        ValueError: when `out` holds something else, or lies inside the source.
     """
     if tokenizer is not None:
-        AutoTokenizer.from_pretrained(resolve(tokenizer))  # a wrong name is told before anything is written
+        AutoTokenizer.from_pretrained(resolve(tokenizer))  # a wrong name fails before anything is written
     if (inside := getattr(source, "path", None)) is not None and out.resolve().is_relative_to(Path(inside).resolve()):
         raise ValueError(f"{out} lies inside the source {inside}, which would then read it: name another folder")
     size = max(16, min(BLOCK, -(-len(source) // (8 * max(1, workers)))))

@@ -1,4 +1,4 @@
-"""Which source reads a file: recognised by its ending and its first line, or named."""
+"""Forms of files: the source that reads a file, recognised by its ending and its first line, or named."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ FORMS: dict[str, type[Source]] = {
 }
 
 HEAD = 1 << 22
-"""Bytes of a JSON list in which its first entry is looked for."""
+"""Bytes at the start of a JSON list in which its first entry is looked for."""
 ADVICE = "name its form with --form"
-"""The way out for a file that is not recognised, in the flags of `lit-vlm data convert`."""
+"""Advice in the error for a file that is not recognised, in the flags of `lit-vlm data convert`."""
 
 
 def open_source(path: str, form: str | None = None, settings: Sequence[str] = (), advice: str = ADVICE) -> Source:
-    """A source by its path.
+    """Make the source that reads a path.
 
     Args:
         path: a file or folder.
         form: class name, or the path of a `Source` with the argument `path`; recognised if not given.
-        settings: `key=value` arguments of the class.
-        advice: what an error says about naming the form.
+        settings: further arguments of the class, each as `key=value`.
+        advice: how to name the form, for the error.
 
     Raises:
-        ValueError: when the form is not recognised, or has no such argument.
+        ValueError: for a path that does not exist, a form that is not recognised, or an argument that it does not have.
     """
     if not Path(path).exists():
         raise ValueError(f"there is no {path}")
@@ -56,10 +56,14 @@ def open_source(path: str, form: str | None = None, settings: Sequence[str] = ()
 
 
 def recognise(path: Path, advice: str = ADVICE) -> str:
-    """The form of a file or folder, by its ending and its first line.
+    """Class name of the source that reads a file or folder, by its ending and its first line.
+
+    Args:
+        path: the file or folder.
+        advice: how to name the form, for the error.
 
     Raises:
-        ValueError: when it is none of the known ones.
+        ValueError: when it is none of the known forms.
     """
     if path.is_dir():
         suffixes = {file.suffix.lower() for file in walk(path)}
@@ -93,7 +97,7 @@ def _by_row(path: Path, advice: str) -> str:
     if form := _form_of(held, keys) or _form_of(keys, keys):
         return form
     if path.suffix.lower() == ".json":
-        return "LlavaJson"  # which says what is wrong with the file
+        return "LlavaJson"  # its error says what is wrong with the file
     if first is None:
         raise ValueError(f"{path} has no line of JSON")
     raise ValueError(
@@ -104,11 +108,11 @@ def _by_row(path: Path, advice: str) -> str:
 
 
 def _form_of(held: set[str], keys: set[str]) -> str | None:
-    """The class that reads such rows; none for text beside a picture that no form names.
+    """Class name of the source that reads rows with these keys; None where no form has them.
 
     Args:
-        held: keys that hold something.
-        keys: all of them; an answer or a list of pictures may be empty.
+        held: keys of the row that hold something.
+        keys: all keys of the row; those of an answer or of a list of pictures may hold nothing.
     """
     if "text_list" in held and "image_info" in keys:
         return "Mmc4"
@@ -124,7 +128,7 @@ def _form_of(held: set[str], keys: set[str]) -> str | None:
 
 
 def _caption_advice(row: Any) -> str:
-    """What reads a picture beside a text, as imagefolder's metadata.jsonl has it."""
+    """Advice for a row with a picture and a text, such as those of imagefolder's metadata.jsonl; "" for other rows."""
     image = unread_key(row, (), False) if isinstance(row, dict) else None
     text = next((key for key in ("caption", "text") if isinstance(row, dict) and isinstance(row.get(key), str)), None)
     if image is None or text is None:

@@ -43,12 +43,15 @@ def _one(items: Sequence[Any]) -> Any:
 
 @contextmanager
 def progress_bar(title: str, blocks: Sequence[Block], missing: Sequence[Block]) -> Iterator[Callable[[Block], None]]:
-    """Progress over the records of blocks; gives a function that says that one is done.
+    """Show progress over the records of blocks, as a context manager.
 
     Args:
         title: what is being done.
-        blocks: all of them.
-        missing: those that were not done before.
+        blocks: all blocks.
+        missing: the blocks that were not done before.
+
+    Yields:
+        a function to call with each block that is done.
     """
     total, left = (sum(block.end - block.start for block in some) for some in (blocks, missing))
     with progress(title, total, total - left) as advance:
@@ -62,12 +65,12 @@ def run_blocks(
     title: str,
     done: Sequence[Block] = (),
 ) -> Iterator[Any]:
-    """The result of each block, in order.
+    """Yield the result of each block, in order.
 
     Args:
-        blocks: what is to be done.
-        function: run in a worker; it pickles, and so does its result.
-        workers: processes; 0 works in this one.
+        blocks: blocks that are to be done.
+        function: block → result, run in a worker; it pickles, and so does its result.
+        workers: number of processes; 0 works in this one.
         title: of the progress bar.
         done: blocks that were done before.
     """

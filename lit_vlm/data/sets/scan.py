@@ -1,4 +1,4 @@
-"""One number or several for every record of a source: found once, in parallel, and kept in the cache folder."""
+"""Scans: one or several integers for every record of a source, found once and kept in the cache folder."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from lit_vlm.data.sources.base import Source, describe
 
 BLOCK = 2048
 UNUSABLE = -1
-"""Every value of a record that cannot be read."""
+"""The value in all columns of a record that cannot be read."""
 
 Measure = Callable[[Record, Source], Sequence[int]]
-"""Integers of a record; raises `RecordError` when it cannot be used."""
+"""(record, its source) → integers; raises `RecordError` for a record that cannot be used."""
 
 
 @dataclass(frozen=True)
@@ -43,14 +43,14 @@ class _ScanBlock:
 def scan(
     source: Source, measure: Measure, columns: int, key: str, workers: int = 0, title: str = "measuring"
 ) -> NDArray[np.int64]:
-    """Measure every record.
+    """Measure every record of a source.
 
     Args:
-        source: whose outlines are read.
-        measure: `columns` integers of a record.
-        columns: how many.
-        key: what the result depends on besides the source's content.
-        workers: processes.
+        source: the source, whose outlines are read.
+        measure: gives `columns` integers for a record.
+        columns: number of integers per record.
+        key: what the result depends on besides the source's content, as text.
+        workers: number of processes; 0 works in this one.
         title: of the progress bar.
 
     Returns:
@@ -59,7 +59,7 @@ def scan(
     identity = f"{describe(source)} {source.fingerprint()} {key}"
     file = cache_dir() / "scans" / f"{hashlib.sha256(identity.encode()).hexdigest()[:24]}.npy"
     file.parent.mkdir(parents=True, exist_ok=True)
-    # Of the processes of a machine the first one measures, the others wait for it.
+    # The first process of a machine measures, the others wait for its file.
     with FileLock(file.with_suffix(".lock")):
         if file.is_file():
             found = np.load(file)
@@ -76,7 +76,7 @@ def scan(
 
 
 def id_value(record: Record, source: Source) -> tuple[int]:
-    """62 bits of a hash of the record id, the same everywhere."""
+    """62 bits of a hash of the record id, the same on every machine."""
     identity = record.id.encode("utf-8", "surrogatepass")
     return (int.from_bytes(hashlib.blake2b(identity, digest_size=8).digest(), "big") >> 2,)
 

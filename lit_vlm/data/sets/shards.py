@@ -1,4 +1,4 @@
-"""Blocks of a LitData set that are written one by one, and put together when all are there."""
+"""Blocks of a LitData set, which are written one by one and merged when all are there."""
 
 from __future__ import annotations
 
@@ -13,38 +13,42 @@ from lit_vlm.data.records.files import visible
 from lit_vlm.data.records.json_files import read_json
 
 BLOCKS = "parts"
-"""Folder of the blocks that are done; the name is that of earlier versions, whose unfinished work goes on."""
+"""Folder of the blocks; its name is that of earlier versions, so that their unfinished work can go on."""
 CHUNK_BYTES = 1 << 26
 
 
 def block_folder(out: Path, index: int) -> Path:
-    """Where a block is written before the set is put together."""
+    """Folder that a block is written to before the set is merged."""
     return out / BLOCKS / f"{index:06d}"
 
 
 def finish_block(folder: Path, facts: dict[str, Any]) -> None:
-    """Say that a block is whole, with what is to be known of it."""
+    """Mark a block as whole, and keep its facts (counts, hash, bad records) in `part.json`."""
     scratch = folder / "part.json.partial"
     scratch.write_text(json.dumps(facts), encoding="utf-8")
     scratch.replace(folder / "part.json")
 
 
 def read_block(out: Path, index: int) -> dict[str, Any] | None:
-    """What `finish_block` said; None while the block is not whole."""
+    """The facts that `finish_block` kept; None while the block is not whole.
+
+    Raises:
+        ValueError: for a damaged file.
+    """
     file = block_folder(out, index) / "part.json"
     return read_json(file) if file.is_file() else None
 
 
 def claim(out: Path, plan: dict[str, Any], block: int) -> int:
-    """Make a folder the place of this work, or see that it is.
+    """Claim a folder for some work, or check that it was begun for the same work.
 
     Args:
         out: the folder.
-        plan: what the work is; a folder that was begun with another plan is refused.
-        block: records of a block.
+        plan: what decides the result of the work; a folder that was begun with another plan is refused.
+        block: records per block, for work that begins now.
 
     Returns:
-        the block size that the work began with.
+        records per block, as the work began.
 
     Raises:
         ValueError: when the folder holds something else.
@@ -69,10 +73,17 @@ def claim(out: Path, plan: dict[str, Any], block: int) -> int:
 
 
 def merge(folders: Sequence[Path], out: Path) -> list[int]:
-    """One LitData set of several: chunks get a name in order and are linked, so that a stop in between does no harm.
+    """Merge LitData sets to one: chunks are named in order and linked, so that a stop in between does no harm.
+
+    Args:
+        folders: the sets, in order.
+        out: folder of the merged set.
 
     Returns:
-        items in each chunk.
+        number of items in each chunk.
+
+    Raises:
+        ValueError: for a set whose index is damaged.
     """
     out.mkdir(exist_ok=True)
     chunks: list[dict[str, Any]] = []
@@ -95,6 +106,6 @@ def merge(folders: Sequence[Path], out: Path) -> list[int]:
 
 
 def _indices(folder: Path) -> Iterator[dict[str, Any]]:
-    """LitData's index of a block; there is none when it holds no item."""
+    """Yield LitData's index files of a block; a block without items has none."""
     for file in visible(folder.glob("*.index.json")):
         yield read_json(file)

@@ -1,4 +1,4 @@
-"""What is in a converted set: lengths, image sizes, images per record; as a table and as a picture."""
+"""Statistics of a converted set: lengths, image sizes, images per record; as a table and as a figure."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lit_vlm.data.sets.scan import scan
 from lit_vlm.data.sources.base import Source
 
 MAX_SIZES = 4
-"""Images of a record whose size is looked at; a pass over all records has columns of a fixed number."""
+"""Number of images of a record whose size is looked at, as a scan has a fixed number of columns."""
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class Statistics:
     """Measures of a set; each is drawn as a histogram.
 
     Attributes:
-        name: of the set.
-        values: by title.
+        name: name of the set.
+        values: title of a measure → its values.
     """
 
     name: str
@@ -43,8 +43,8 @@ def statistics_of(source: Source, workers: int = 0, encode: SampleEncoder | None
 
     Args:
         source: a converted set, whose records know the sizes of their images.
-        workers: processes.
-        encode: of a model; then positions of a sample and visual tokens of an image are added.
+        workers: number of processes; 0 works in this one.
+        encode: a model's encoder of samples; with it, positions per sample and visual tokens per image are added.
     """
     found = scan(source, outline_measures, 2 + 2 * MAX_SIZES, "statistics", workers)
     table: NDArray[np.float64] = found[found[:, 0] >= 0].astype(np.float64)
@@ -71,7 +71,7 @@ def statistics_of(source: Source, workers: int = 0, encode: SampleEncoder | None
 
 
 def statistics_table(statistics: Statistics) -> Table:
-    """Mean and percentiles of each measure."""
+    """A table with mean and percentiles of each measure."""
     table = Table(title=statistics.name)
     table.add_column("")
     for column in ("count", "mean", "min", "5 %", "median", "95 %", "max"):
@@ -84,7 +84,7 @@ def statistics_table(statistics: Statistics) -> Table:
 
 
 def draw(statistics: Statistics, file: Path) -> None:
-    """Histograms, one for each measure, as a PNG."""
+    """Draw a histogram of each measure, as a PNG file."""
     import matplotlib
 
     matplotlib.use("Agg")

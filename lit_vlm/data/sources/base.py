@@ -26,9 +26,10 @@ class Source(ABC):
         name: what samples, counts and losses are reported under. Two sources of one name are told apart by their paths
             (`lit_vlm.data.feed.names`).
         named: whether the user gave the name.
-        path: the file, folder or address that is read, if there is one.
+        path: the file, folder or address that is read; None for a source that reads none.
         image_folder: what image paths are relative to.
-        chunked: whether reading near what was read last is much cheaper, so that its own order should be kept.
+        chunked: whether reading a record is much cheaper near the one that was read last, so that shuffling should
+            follow the source's own `shuffled`.
     """
 
     name: str
@@ -43,27 +44,35 @@ class Source(ABC):
 
     @abstractmethod
     def record(self, index: int) -> Record:
-        """One record; raises `RecordError` if it is malformed."""
+        """The record at an index.
+
+        Raises:
+            RecordError: when the record is malformed.
+        """
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """A hash of the content, kept with the run."""
+        """A hash of the content, kept with the run: equal for equal data."""
 
     def outline(self, index: int) -> Record:
-        """The record without the bytes of its images, for a pass over all texts; raises as `record` does."""
+        """The record without the bytes of its images, for a pass over all texts.
+
+        Raises:
+            RecordError: as `record`.
+        """
         return self.record(index)
 
     def shuffled(self, generator: np.random.Generator) -> NDArray[np.int64]:
-        """All indices in random order."""
+        """All indices in random order: `[n]`."""
         return generator.permutation(len(self))
 
     def _call(self, name: str | None) -> None:
-        """Take the given name, or that of the path: of a file without its ending, of `.` that of the folder it is."""
+        """Set the name: the given one, or that of the path (`name_of`)."""
         self.named = name is not None
         self.name = name if name is not None else name_of(str(self.path))
 
     def _existing(self, path: str) -> Path:
-        """A path with `~` filled in; raises ValueError if there is nothing."""
+        """A path with `~` filled in; raises ValueError if it does not exist."""
         expanded = Path(path).expanduser()
         if not expanded.exists():
             raise ValueError(f"{type(self).__name__}: {expanded} does not exist")
@@ -73,7 +82,7 @@ class Source(ABC):
 def describe(thing: Any) -> str:
     """Class and plain settings of an object, as a string that is the same for the same settings.
 
-    A class of the kit goes by the path that it first had, as what was made with it is found again by this string.
+    A class of the kit that has moved is written with its first path: caches and checkpoints are found by this string.
     """
     plain = (str, int, float, bool, tuple, list, dict, Path, type(None), Source)
     settings = {
@@ -86,13 +95,13 @@ def describe(thing: Any) -> str:
 
 
 def name_of(path: str) -> str:
-    """The name of a source that reads this path."""
+    """The default name of a source that reads this path: its last part without the ending, also for `.` and `..`."""
     given = Path(path)
     return given.stem if given.stem.strip(".") else Path(os.path.abspath(given)).stem or "data"
 
 
 class Lines:
-    """Many byte strings in one buffer: a list of Python objects would be copied into every loader worker."""
+    """A sequence of byte strings in one buffer: a list of Python objects would be copied into every loader worker."""
 
     def __init__(self, lines: Iterable[bytes]) -> None:
         chunks = list(lines)
@@ -112,7 +121,7 @@ class Lines:
 
 
 class FileLines:
-    """The lines of files, left on disk: only where each begins is kept in memory. Blank lines do not count."""
+    """The lines of files, left on disk: only the offsets of lines are kept in memory. Blank lines are left out."""
 
     def __init__(self, files: Sequence[Path]) -> None:
         self.files = list(files)
@@ -149,7 +158,7 @@ def hash_files(files: Sequence[Path]) -> str:
 
 
 def _line_spans(file: Path, block: int = 1 << 24) -> NDArray[np.int64]:
-    """(start, end) of each line that is not blank: `[n, 2]`."""
+    """Offsets (start, end) in bytes of each line that is not blank: `[n, 2]`."""
     size = file.stat().st_size
     if not size:
         return np.zeros((0, 2), np.int64)
@@ -170,6 +179,9 @@ class JsonLines(Source):
         path: the file or folder.
         allow_links: whether files of pictures may be links that leave the image folder.
         ignore_keys: keys of rows, and of objects in them, that are left out.
+
+    Raises:
+        ValueError: for a path that does not exist or holds no such file; and as `read_rows`.
     """
 
     path: Path
@@ -193,20 +205,28 @@ class JsonLines(Source):
         return len(self._lines)
 
     def fingerprint(self) -> str:
-        """SHA-256 of the annotations."""
+        """SHA-256 of the annotations, 16 hex digits."""
         return self._lines.fingerprint()
 
     def json(self, index: int) -> Any:
-        """One line, without `ignore_keys`; raises `RecordError` if it is not JSON."""
+        """The value of one line or entry, without `ignore_keys`.
+
+        Raises:
+            RecordError: `malformed` if it is not JSON.
+        """
         row = parse_json(self._lines[index], f"{self.path} entry {index}")
         return without_keys(row, self.ignore_keys) if self.ignore_keys else row
 
 
 def read_rows(path: Path, links: bool) -> Lines | FileLines:
-    """The rows of a .jsonl file, of all in a folder, or of a .json file, which holds a list, or lines all the same.
+    """The rows of a .jsonl file, of all .jsonl files in a folder, or of a .json file: a list, or one row per line.
+
+    Args:
+        path: file or folder.
+        links: whether folders that are reached by links are read, too.
 
     Raises:
-        ValueError: naming the file.
+        ValueError: for a folder without .jsonl files, or a .json file that holds something else; names it.
     """
     if path.is_dir() or path.suffix.lower() != ".json":
         return FileLines(list_files(path, [".jsonl"], links))
@@ -230,7 +250,15 @@ def _or_none(content: bytes) -> Any:
 
 
 def parse_json(content: bytes, where: str) -> Any:
-    """JSON; raises `RecordError` if it is none, or nested deeper than Python can read."""
+    """Parse JSON.
+
+    Args:
+        content: UTF-8 text.
+        where: names the place in errors.
+
+    Raises:
+        RecordError: `malformed` for text that is not JSON, or is nested deeper than Python can read.
+    """
     try:
         return json.loads(content)
     except (ValueError, RecursionError) as error:

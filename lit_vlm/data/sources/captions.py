@@ -23,6 +23,9 @@ class Captions(Source):
         caption_column: the column, or key, with captions.
         name: name of the source; default: that of the file or folder.
         allow_links: whether image files may be links that leave the image folder.
+
+    Raises:
+        ValueError: for a path that does not exist, a table without the two columns, or a folder without images.
     """
 
     path: Path
@@ -81,7 +84,7 @@ class Captions(Source):
             try:
                 row = parse_json(lines[number], f"line {number}")
             except RecordError:
-                row = None  # and so this record is malformed, not the whole source
+                row = None  # `record` refuses this one as malformed; the source stays usable
             values = [row.get(column) if isinstance(row, dict) else None for column in (image_column, caption_column)]
             image, caption = (value if isinstance(value, str) else None for value in values)
             pairs.append((image, caption))
@@ -95,7 +98,11 @@ class Captions(Source):
         return len(self._lines)
 
     def record(self, index: int) -> Record:
-        """A question with the image, and the caption as its answer."""
+        """A question with the image, and the caption as its answer.
+
+        Raises:
+            RecordError: `malformed` where image or caption is missing; and as `image_of` and `refuse_marks`.
+        """
         image, caption = json.loads(self._lines[index])
         if not image or not caption:
             raise RecordError("malformed", f"{image or f'row {index}'} has no {'caption' if image else 'image'}")
@@ -105,7 +112,7 @@ class Captions(Source):
         return refuse_marks(Record(identity, self.name, (question, Message("assistant", (Text(caption),)))))
 
     def fingerprint(self) -> str:
-        """SHA-256 of paths and captions."""
+        """SHA-256 of paths and captions, 16 hex digits."""
         return self._lines.fingerprint()
 
 
@@ -113,7 +120,7 @@ def _read_caption(file: Path) -> str | None:
     try:
         return file.read_text(encoding="utf-8").strip()
     except UnicodeDecodeError:
-        return None  # and so the record is malformed, not the whole source
+        return None  # `record` refuses this one as malformed; the source stays usable
 
 
 class Pictures(Source):
@@ -123,6 +130,9 @@ class Pictures(Source):
         path: the folder.
         name: name of the source; default: that of the folder.
         allow_links: whether image files may be links that leave the folder.
+
+    Raises:
+        ValueError: for a path that is no folder, or a folder without images.
     """
 
     path: Path

@@ -26,7 +26,7 @@ LLAVA_ROLES: dict[str, Role] = {
 class ChatJsonl(JsonLines):
     """Chat form of Hugging Face: `messages` of `role` and `content`, one record per line, or a JSON list of them.
 
-    Also as ms-swift, LLaMA-Factory and OpenAI write it, and `texts` or `query` in place of `messages`: see
+    The variants of ms-swift, LLaMA-Factory and OpenAI are read too, and `texts` or `query` in place of `messages`: see
     `lit_vlm.data.records.parsing.parse_record`.
 
     Args:
@@ -34,8 +34,11 @@ class ChatJsonl(JsonLines):
         image_folder: what image paths are relative to; default: the folder of the file.
         name: name of the source; default: that of the file.
         allow_links: whether image files may be links that leave the image folder.
-        ignore_keys: keys that are left out of the rows, and of the turns and parts in them, as if they were not there:
-            those that look like a picture, a film or a sound and are none.
+        ignore_keys: keys that are removed from the rows, and from the turns and parts in them, before they are read:
+            for keys that look like a picture, a film or a sound and are none.
+
+    Raises:
+        ValueError: for a path that does not exist or holds no such file.
     """
 
     def __init__(
@@ -49,7 +52,11 @@ class ChatJsonl(JsonLines):
         super().__init__(path, image_folder, name, allow_links, ignore_keys)
 
     def record(self, index: int) -> Record:
-        """The record of one line."""
+        """The record of one line.
+
+        Raises:
+            RecordError: as `parse_record`, or for a line that is not JSON.
+        """
         return parse_record(self.json(index), self.name, str(index), self.allow_links)
 
 
@@ -63,13 +70,17 @@ class LlavaJson(JsonLines):
         path: the .json or .jsonl file, or a folder of .jsonl files.
         image_folder: what image paths are relative to; default: the folder of the file.
         image_position: `front` moves a turn's image before its text, followed by a newline, as LLaVA-1.5 does;
-            `in_place` leaves images where their marks stand; `spaced` does too, with a space in front of each and a
-            newline behind it whatever stood there, and puts images that no turn marks in front, as VILA-1.5 does.
+            `in_place` leaves images where their marks stand; `spaced` leaves them there too, but writes a space in
+            front of each and a newline behind it in place of the white space there, and puts the images of a sample
+            without marks in front, as VILA-1.5 does.
         system: system text of conversations that have none; "" for none at all; default: the template's.
         name: name of the source; default: that of the file.
         allow_links: whether image files may be links that leave the image folder.
-        ignore_keys: keys that are left out of the rows, and of the turns and parts in them, as if they were not there:
-            those that look like a picture, a film or a sound and are none.
+        ignore_keys: keys that are removed from the rows, and from the turns and parts in them, before they are read:
+            for keys that look like a picture, a film or a sound and are none.
+
+    Raises:
+        ValueError: for a path that does not exist or holds no such file.
     """
 
     def __init__(
@@ -86,24 +97,35 @@ class LlavaJson(JsonLines):
         self.image_position, self.system = image_position, system
 
     def record(self, index: int) -> Record:
-        """The record of one entry."""
+        """The record of one entry.
+
+        Raises:
+            RecordError: as `llava_record` and `row_images`, or for an entry that is not JSON.
+        """
         raw = self.json(index)
         images = row_images(raw, self.allow_links) if isinstance(raw, dict) else []
         return with_system(llava_record(raw, self.name, index, images, self.image_position), self.system)
 
 
 def with_system(record: Record, system: str | None) -> Record:
-    """The record with a system text, where it has none of its own."""
+    """Add a system text to a record that has none of its own; None adds nothing."""
     if system is None or record.messages[0].role == "system":
         return record
     return replace(record, messages=(Message("system", (Text(system),)), *record.messages))
 
 
 def llava_record(raw: Any, source: str, index: int, images: Sequence[Image], position: ImagePosition) -> Record:
-    """A record from LLaVA's `conversations`, with the images in the order of their marks.
+    """Make a record of a row with LLaVA's `conversations`.
+
+    Args:
+        raw: the row.
+        source: name of the row's source.
+        index: number of the row, its id where it has none.
+        images: the row's images, in the order of their marks.
+        position: where images stand in a turn; see `LlavaJson`.
 
     Raises:
-        RecordError: naming the turn that is wrong.
+        RecordError: naming the turn or key that is wrong, or the numbers of marks and images that differ.
     """
     turns = raw.get("conversations") if isinstance(raw, dict) else None
     if not isinstance(turns, list) or not turns:
@@ -143,7 +165,7 @@ def _llava_message(turn: Any, index: int, remaining: Iterator[Image], position: 
 
 
 def interleave(pieces: Sequence[str], images: Sequence[Image]) -> Iterator[Text | Image]:
-    """Text, image, text, ..., from the pieces between marks; empty text is left out."""
+    """Yield text, image, text, ..., from the pieces of text between marks; empty pieces are left out."""
     for piece, image in zip_longest(pieces, images):
         if piece:
             yield Text(piece)

@@ -40,19 +40,20 @@ class SetInfo:
     """What `lit_vlm.json` of a converted set says.
 
     Attributes:
-        version: of the format.
-        kit: version of lit-vlm that wrote it.
+        version: version of the format.
+        kit: version of lit-vlm that wrote the set.
         source: class, path and fingerprint of what was converted.
         fingerprint: a hash of all records and image bytes in order.
         records: number of records.
         images: number of images.
-        image_bytes: their encoded size.
-        duplicate_ids: records whose id an earlier one has.
-        chunks: records in each chunk.
-        parts: where each part that was converted at a time ends; the fingerprint is a hash of the parts' hashes.
-        bad: left-out records by reason.
+        image_bytes: size of all encoded images in bytes.
+        duplicate_ids: number of records whose id an earlier record has.
+        chunks: number of records in each chunk.
+        parts: index behind the last record of each part that was converted at a time; the fingerprint is a hash of the
+            parts' hashes.
+        bad: reason → number of records that were left out for it.
         words: sum, mean, median, 95th percentile and maximum of words per record.
-        tokens: the same of text tokens, if a tokenizer was given, with its name.
+        tokens: these statistics of text tokens per record, with the tokenizer's name; empty without a tokenizer.
     """
 
     version: int
@@ -80,9 +81,12 @@ class Converted(Source):
     """A set that `lit-vlm data convert` wrote.
 
     Args:
-        path: its folder, or an address in object storage (`s3://`, `gs://`, ...), read as it is needed.
+        path: folder of the set, or an address in object storage (`s3://`, `gs://`, ...), read as it is needed.
         name: name of the source; default: that of the folder.
-        storage_options: what the storage's client needs, as LitData takes it.
+        storage_options: settings of the storage's client, as LitData takes them.
+
+    Raises:
+        ValueError: for a path that holds no converted set, or one that is damaged or of another format.
     """
 
     def __init__(self, path: str, name: str | None = None, storage_options: dict[str, Any] | None = None) -> None:
@@ -100,16 +104,24 @@ class Converted(Source):
         return self.info.records
 
     def record(self, index: int) -> Record:
-        """One record with the bytes of its images."""
+        """The record at an index, with the bytes of its images.
+
+        Raises:
+            RecordError: as `refuse_marks`.
+        """
         item = self.item(index)
         return refuse_marks(decode_record(item["record"], item["images"], self.name))
 
     def item(self, index: int) -> dict[str, bytes]:
-        """What is stored of one record."""
+        """The stored item of one record, as `encode_record` made it."""
         return self._stream("")[index]
 
     def outline(self, index: int) -> Record:
-        """The record with the sizes of its images, without their bytes."""
+        """The record with the sizes of its images, without their bytes.
+
+        Raises:
+            RecordError: as `refuse_marks`.
+        """
         item = self._stream(RECORDS if self.info.images else "")[index]
         return refuse_marks(decode_record(item["record"], None, self.name))
 
@@ -118,9 +130,10 @@ class Converted(Source):
         return self.info.fingerprint
 
     def shuffled(self, generator: np.random.Generator) -> NDArray[np.int64]:
-        """All indices in random order; from object storage, chunks in random order and records within groups of them.
+        """All indices in random order, `[n]`.
 
-        A group is what is fetched at a time, so every chunk is fetched once in an epoch.
+        A set in object storage is read in groups of chunks: chunks are in random order, and records are shuffled within
+        a group. So every chunk is fetched once in an epoch.
         """
         if not self.chunked:
             return generator.permutation(len(self))
@@ -164,11 +177,14 @@ class Converted(Source):
 
 
 def encode_record(record: Record, images: Sequence[tuple[bytes, tuple[int, int]]]) -> dict[str, bytes]:
-    """The item of a record.
+    """Make the stored item of a record.
 
     Args:
-        record: with its images in order.
-        images: encoded bytes and (width, height) of each.
+        record: the record.
+        images: encoded bytes and (width, height) in pixels of each of its images, in order.
+
+    Returns:
+        `record`, JSON, and `images`, the bytes of all images end to end.
     """
     remaining = iter(images)
 
@@ -187,7 +203,13 @@ def encode_record(record: Record, images: Sequence[tuple[bytes, tuple[int, int]]
 
 
 def decode_record(content: bytes, images: bytes | None, source: str) -> Record:
-    """A record from its item; without image bytes, images know only their size."""
+    """Make a record of its stored item.
+
+    Args:
+        content: JSON of the record.
+        images: bytes of all images end to end; None gives images that know only their size.
+        source: name of the record's source.
+    """
     raw = json.loads(content)
     start = 0
 

@@ -18,26 +18,29 @@ from lit_vlm.data.sources.conversations import with_system
 class Mmc4(JsonLines):
     """MMC4's form: one document per line, with `text_list` and `image_info`.
 
-    An image stands before the sentence that `matched_text_index` names, two of one sentence in the order of
-    `image_info`. It is a file `image_name` of the image folder, or `image_base64` in the record. Sentences are joined
-    by a space, without one beside an image; a literal `<image>` in a sentence is written `<IMAGE>`.
+    An image stands before the sentence that `matched_text_index` names, several images of one sentence in the order of
+    `image_info`. It is the file `image_name` of the image folder, or `image_base64` in the record. Sentences are joined
+    by a space, but not beside an image; a literal `<image>` in a sentence is written `<IMAGE>`.
 
     The ablations are those of VILA (section 3.2 and table 3).
 
     Args:
         path: the .jsonl file, or a folder of them.
         image_folder: where the images are; default: the folder of the file.
-        max_images: images of a document at most: the first of `image_info` (VILA: 6); default: all.
+        max_images: most images of a document: the first ones of `image_info` (VILA: 6); default: all.
         items: `documents`: one record per document, images in place. `images_first`: the same text with all images in
             front of it. `pairs`: one record for each image, with the sentence it belongs to.
-        loss: `all_text` supervises all text, `after_image` only sentences that directly follow an image (VILA's
-            released and its earlier code).
+        loss: `all_text` supervises all text (VILA's released code), `after_image` only sentences that directly follow
+            an image (VILA's earlier code).
         joint: what stands between sentences; a space is left out beside an image. With `after_image` the reference
             writes Llama's `<unk>`, which it takes out again after tokenising.
         name: name of the source; default: that of the file.
         allow_links: whether image files may be links that leave the image folder.
-        ignore_keys: keys that are left out of the rows, and of the turns and parts in them, as if they were not there:
-            those that look like a picture, a film or a sound and are none.
+        ignore_keys: keys that are removed from the rows, and from the objects in them, before they are read: for keys
+            that look like a picture, a film or a sound and are none.
+
+    Raises:
+        ValueError: for a path that does not exist or holds no such file, and for arguments that do not go together.
     """
 
     def __init__(
@@ -65,7 +68,11 @@ class Mmc4(JsonLines):
         return super().__len__() if self._pairs is None else len(self._pairs)
 
     def record(self, index: int) -> Record:
-        """One document, or one pair."""
+        """One document, or with `items: pairs` one image with its sentence.
+
+        Raises:
+            RecordError: for a line that is no document of MMC4, or whose pictures cannot be read.
+        """
         line, number = (index, None) if self._pairs is None else self._pairs[index].tolist()
         sentences, images = self._read(line)
         identity = f"{self._prefix}-{line}"
@@ -83,14 +90,14 @@ class Mmc4(JsonLines):
         return Record(identity, self.name, (Message("document", _merged(parts)),))
 
     def fingerprint(self) -> str:
-        """Of the files, and of what is made of them."""
+        """A hash of the files, and of the arguments where they change the records."""
         made = (self.max_images, self.items, self.loss, self.joint)
         plain = (None, "documents", "all_text", " ")
         files = super().fingerprint()
         return files if made == plain else hashlib.sha256(f"{files} {made}".encode()).hexdigest()[:16]
 
     def _read(self, line: int) -> tuple[list[str], list[tuple[int, Image]]]:
-        """Sentences, and the kept images with the sentence that each belongs to."""
+        """The sentences of a line, and its kept images, each with the number of its sentence."""
         raw = self.json(line)
         sentences, infos = (raw.get("text_list"), raw.get("image_info")) if isinstance(raw, dict) else (None, None)
         if not isinstance(sentences, list) or not all(isinstance(sentence, str) for sentence in sentences):
@@ -119,7 +126,7 @@ class Mmc4(JsonLines):
         return parts
 
     def _find_pairs(self) -> NDArray[np.int64]:
-        """Line and image of each pair: `[n, 2]`; a line that cannot be read is a pair with the image -1."""
+        """Numbers of line and image of each pair, `[n, 2]`; a line that cannot be read is one pair of image -1."""
         found: list[tuple[int, int]] = []
         for line in range(super().__len__()):
             try:
@@ -144,7 +151,7 @@ def _mmc4_image(info: Any, where: str, num_sentences: int, links: bool) -> tuple
 
 
 def _merged(parts: list[Content]) -> tuple[Content, ...]:
-    """Neighbouring texts of the same supervision joined, empty ones left out."""
+    """Join neighbouring texts of the same supervision, and leave empty ones out."""
     merged: list[Content] = []
     for part in parts:
         last = merged[-1] if merged else None
@@ -158,15 +165,18 @@ def _merged(parts: list[Content]) -> tuple[Content, ...]:
 class Texts(JsonLines):
     """Text without images: a question and its answer (`inputs` and `targets`, as FLAN has them) or a document (`text`).
 
-    A .txt file holds one document per line. A row that names a picture, film or sound is refused, as its text would be
-    trained without: so is one with the mark `<image>`.
+    A .txt file holds one document per line. A row that names a picture, film or sound, or whose text holds the mark
+    `<image>`, is refused, as its text would be trained without the picture.
 
     Args:
         path: the .jsonl, .json or .txt file, or a folder of .jsonl files.
         system: system text of questions; "" for none at all; default: the template's.
         name: name of the source; default: that of the file.
-        ignore_keys: keys that are left out of the rows, and of the turns and parts in them, as if they were not there:
-            those that look like a picture, a film or a sound and are none.
+        ignore_keys: keys that are removed from the rows, and from the objects in them, before they are read: for keys
+            that look like a picture, a film or a sound and are none.
+
+    Raises:
+        ValueError: for a path that does not exist or holds no such file.
     """
 
     def __init__(
@@ -178,7 +188,11 @@ class Texts(JsonLines):
         self._prefix = self.name  # ids stay as they are when a source is renamed
 
     def record(self, index: int) -> Record:
-        """One question with its answer, or one document."""
+        """One question with its answer, or one document.
+
+        Raises:
+            RecordError: for a row without text, or with a picture, film or sound.
+        """
         return refuse_marks(self._read(index))
 
     def _read(self, index: int) -> Record:

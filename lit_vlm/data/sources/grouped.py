@@ -1,4 +1,4 @@
-"""Several records of a source as one."""
+"""A source that joins several records of another to one."""
 
 from __future__ import annotations
 
@@ -15,14 +15,18 @@ from lit_vlm.data.sources.base import Source
 class Grouped(Source):
     """Consecutive captions of a source, drawn together and each a sequence of its own: VILA takes COYO four at a time.
 
-    So an index of captions has about as many pictures as one of interleaved documents. Each answer becomes a document:
+    So a sample of captions has about as many pictures as one of interleaved documents. Each answer becomes a document:
     its pictures, its text and the end of the sequence, without question and template (VILA, release 1.0). The
-    sequences of a group stand in one row and do not see each other. What is left at the end of the source is not used.
+    sequences of a group stand in one row and do not see each other. Records at the end of the source that fill no group
+    are not used.
 
     Args:
-        source: of captions: a question about pictures and an answer, or documents.
+        source: a source of captions (a question about pictures, and an answer) or of documents.
         size: records of a group.
-        name: name of the source; default: that of what is grouped.
+        name: name of the source; default: that of the source that is grouped.
+
+    Raises:
+        ValueError: for a size below 1, or a source with fewer records than `size`.
     """
 
     def __init__(self, source: Source, size: int = 4, name: str | None = None) -> None:
@@ -38,15 +42,23 @@ class Grouped(Source):
         return len(self.source) // self.size
 
     def record(self, index: int) -> Record:
-        """The documents of one group; raises as the source does, for any of them."""
+        """The documents of one group as one record.
+
+        Raises:
+            RecordError: as the source, when any record of the group cannot be read.
+        """
         return self._join(index, [self.source.record(i) for i in self._members(index)])
 
     def outline(self, index: int) -> Record:
-        """The same without the bytes of images."""
+        """The record of one group without the bytes of its images.
+
+        Raises:
+            RecordError: as the source, when any record of the group cannot be read.
+        """
         return self._join(index, [self.source.outline(i) for i in self._members(index)])
 
     def shuffled(self, generator: np.random.Generator) -> NDArray[np.int64]:
-        """Groups in the order in which the source likes to be read."""
+        """All groups in random order, `[n]`; for a chunked source in the order of its own `shuffled`."""
         if not self.chunked:
             return generator.permutation(len(self))
         groups = self.source.shuffled(generator) // self.size
@@ -54,7 +66,7 @@ class Grouped(Source):
         return groups[groups < len(self)][np.sort(first)]
 
     def fingerprint(self) -> str:
-        """Of the source and the size."""
+        """A hash of the source's fingerprint and the size."""
         return hashlib.sha256(f"{self.source.fingerprint()} {self.size}".encode()).hexdigest()[:16]
 
     def _members(self, index: int) -> range:

@@ -40,8 +40,11 @@ class Parquet(Source):
         name: name of the source; default: that of the file or folder.
         image_folder: what image paths are relative to, where a table has paths; default: its folder.
         allow_links: whether image files may be links that leave the image folder.
-        ignore_keys: keys that are left out of the rows, and of the turns and parts in them, as if they were not there:
-            those that look like a picture, a film or a sound and are none.
+        ignore_keys: keys that are removed from the rows, and from the turns and parts in them, before they are read:
+            for keys that look like a picture, a film or a sound and are none.
+
+    Raises:
+        ValueError: for a path that does not exist or holds no parquet file, and for a file that is none.
     """  # noqa: D415
 
     path: Path
@@ -80,7 +83,11 @@ class Parquet(Source):
         return self._ends[-1] if self._ends else 0
 
     def record(self, index: int) -> Record:
-        """One row; a group of rows is read at a time, so reading in order is much faster than jumping about."""
+        """The record of one row; a row group is read at a time, so reading in order is much faster than jumping about.
+
+        Raises:
+            RecordError: for a row that cannot be read, or holds none of the forms above.
+        """
         try:
             row = self._row(index)
         except (OSError, ValueError) as error:
@@ -147,7 +154,7 @@ def _question(row: dict[str, Any], source: str, identity: str, images: list[Imag
 
 
 def _with_images(question: str, images: list[Image]) -> tuple[Content, ...]:
-    """The pictures where the question marks them, or in front of it."""
+    """A question with its pictures at their marks, or in front; raises `RecordError` if their numbers differ."""
     pieces = question.split(MARK)
     if len(pieces) == 1:
         return (*images, Text(f"\n{question}" if images else question))

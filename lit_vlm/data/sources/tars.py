@@ -25,6 +25,9 @@ class WebDataset(Source):
         caption: the key of `KEY.json` that holds the caption, where there is no `KEY.txt`.
         prompt: the question that each caption answers; the template `plain` leaves it out.
         name: name of the source; default: that of the file or folder.
+
+    Raises:
+        ValueError: for a path that does not exist or holds no tar file, and for a file that is no plain tar.
     """
 
     path: Path
@@ -45,7 +48,11 @@ class WebDataset(Source):
         return len(self._entries)
 
     def record(self, index: int) -> Record:
-        """A question with the image, and the caption as its answer."""
+        """A question with the image, and the caption as its answer.
+
+        Raises:
+            RecordError: for a key without image or caption, with files that are not read, or where the tar ends early.
+        """
         entry = json.loads(self._entries[index])
         if "bad" in entry:
             raise RecordError(*entry["bad"])
@@ -81,7 +88,7 @@ class WebDataset(Source):
 
 
 def _members(file: Path, number: int) -> Iterator[dict[str, Any]]:
-    """What stands under each key, in order; a tar that ends early gives what it has, and one bad entry."""
+    """Yield an entry with the files of each key, in order; a tar that ends early gives what it has, and a bad entry."""
     found: dict[str, dict[str, Any]] = {}
     problem = None
     try:
@@ -122,7 +129,7 @@ def _note(member: tarfile.TarInfo, found: dict[str, dict[str, Any]], number: int
 
 
 def _unread(file: Path, end: int) -> str | None:
-    """What is wrong behind the last member: the reader stops without a word at a damaged header."""
+    """The problem behind the last member that was read, or None: the reader stops without an error at a bad header."""
     with file.open("rb") as stream:
         stream.seek(end)
         rest = stream.read(1 << 16)

@@ -19,10 +19,13 @@ class Unpaired(Source):
     """The images of one source, each record followed by a text that is drawn from another.
 
     Args:
-        pictures: whose images are taken; what its records say is left out.
-        texts: whose texts are taken; its images are left out.
+        pictures: source of the images; the texts of its records are left out.
+        texts: source of the texts; the images of its records are left out.
         seed: another seed draws other texts.
         name: name of the source; default: `unpaired`.
+
+    Raises:
+        ValueError: when the source of texts is empty.
     """
 
     def __init__(self, pictures: Source, texts: Source, seed: int = 0, name: str | None = None) -> None:
@@ -37,20 +40,28 @@ class Unpaired(Source):
         return len(self.pictures)
 
     def record(self, index: int) -> Record:
-        """A document: images, then text."""
+        """A document: the images of one record, then a drawn text.
+
+        Raises:
+            RecordError: `no_image` for a record without image; and as both sources.
+        """
         drawn = self._drawn(index)
         return self._join(self.pictures.record(index), self.texts.outline(drawn))
 
     def outline(self, index: int) -> Record:
-        """The same without the bytes of images."""
+        """The document without the bytes of its images.
+
+        Raises:
+            RecordError: `no_image` for a record without image; and as both sources.
+        """
         return self._join(self.pictures.outline(index), self.texts.outline(self._drawn(index)))
 
     def shuffled(self, generator: np.random.Generator) -> NDArray[np.int64]:
-        """As the source of the images likes it."""
+        """All indices in random order, as the source of the images shuffles its own."""
         return self.pictures.shuffled(generator)
 
     def fingerprint(self) -> str:
-        """Of both sources and the seed."""
+        """A hash of the fingerprints of both sources and the seed."""
         both = f"{self.pictures.fingerprint()} {self.texts.fingerprint()} {self.seed}"
         return hashlib.sha256(both.encode()).hexdigest()[:16]
 
@@ -69,10 +80,11 @@ class Unpaired(Source):
 class RandomWords(Source):
     """Texts of tokens that are drawn uniformly from a vocabulary.
 
-    A text is written out and read again, and tokenizers may join what was apart: close to uniform, not exactly so.
+    Tokens are decoded to a text, which is tokenised again in training. A tokenizer may then join neighbours to another
+    token, so tokens are nearly uniform, not exactly.
 
     Args:
-        tokenizer: hub name or local folder, as the decoder's.
+        tokenizer: source of the tokenizer, as `load_tokenizer` takes it; the decoder's.
         length: tokens per text.
         count: number of texts.
         seed: another seed draws other texts.
@@ -90,7 +102,11 @@ class RandomWords(Source):
         return self.count
 
     def record(self, index: int) -> Record:
-        """A document."""
+        """A document of random tokens, the same for the same index.
+
+        Raises:
+            ValueError: as `load_tokenizer`.
+        """
         special = set(self._loaded.all_special_ids)
         rng = random.Random(f"{self.seed}-{index}")
         ids = [rng.randrange(len(self._loaded)) for _ in range(self.length)]
