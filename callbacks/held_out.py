@@ -14,7 +14,7 @@ from lit_vlm.data import VLMData
 from lit_vlm.data.records import Record
 from lit_vlm.evaluation.asker import Asker
 from lit_vlm.evaluation.held_out import HeldOutScores, evaluate_held_out
-from lit_vlm.evaluation.held_out_records import held_out_records, shuffle_images
+from lit_vlm.evaluation.held_out_records import NONE_HELD_OUT, held_out_records, shuffle_images
 from lit_vlm.training.module import LitVLM
 
 FILE = "held_out.json"
@@ -68,15 +68,16 @@ class HeldOut(L.Callback):
         asker = Asker(module, data.format)
         self._records = self._records or held_out_records(asker, data.val_sources, self.limit)
         if not self._records:
-            raise ValueError("callbacks.HeldOut scores the questions of data.val, and there is no usable one")
+            raise ValueError(f"callbacks.HeldOut scores the questions of data.val, and {NONE_HELD_OUT}")
         records = shuffle_images(asker, self._records) if when == "shuffled" else self._records
         if not records:
             return
         start = time.perf_counter()
-        title = f"scoring held-out questions, {when}"
-        scores = evaluate_held_out(asker, records, self.batch_size, self.max_new_tokens, title)
+        sources = list(dict.fromkeys(record.source for record in records))
+        what = f"held-out questions of {', '.join(sources) if len(sources) < 4 else f'{len(sources)} sources'}, {when}"
+        scores = evaluate_held_out(asker, records, self.batch_size, self.max_new_tokens, f"scoring {what}")
         if trainer.is_global_zero:
-            trainer.print(f"held-out questions, {when}: {_line(scores)} ({time.perf_counter() - start:.0f} s)")
+            trainer.print(f"{what}: {_line(scores)} ({time.perf_counter() - start:.0f} s)")
             found = _load(trainer) | {when: asdict(scores) | {"precision": str(trainer.precision)}}
             (Path(trainer.default_root_dir) / FILE).write_text(json.dumps(found, indent=2))
             for logger in trainer.loggers:

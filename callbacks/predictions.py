@@ -13,7 +13,7 @@ from lit_vlm.data import VLMData
 from lit_vlm.data.records import Record, open_image
 from lit_vlm.evaluation.asker import Asker
 from lit_vlm.evaluation.held_out import Answer, answer_records
-from lit_vlm.evaluation.held_out_records import held_out_records
+from lit_vlm.evaluation.held_out_records import NONE_HELD_OUT, held_out_records
 from lit_vlm.training.module import LitVLM
 from lit_vlm.training.tracking import MLflow
 
@@ -65,7 +65,7 @@ class Predictions(L.Callback):
         if not self._records:
             self._records = held_out_records(asker, data.val_sources, self.num)
         if not self._records:
-            raise ValueError("callbacks.Predictions answers the questions of data.val, and there is no usable one")
+            raise ValueError(f"callbacks.Predictions answers the questions of data.val, and {NONE_HELD_OUT}")
         answers = answer_records(asker, self._records, self.max_new_tokens)
         if not trainer.is_global_zero:
             return

@@ -41,7 +41,9 @@ def find_checkpoint(source: str | Path) -> Path:
         return path
     found = checkpoints_in(path)
     if not found:
-        raise ValueError(f"there is no complete checkpoint in {path / 'checkpoints'}")
+        stages = [file.parents[1] for file in path.glob(f"*/checkpoints/*{SUFFIX}") if is_complete(file)]
+        hint = f"; it is the folder of several stages: take one, {max(stages)}" if stages else ""
+        raise ValueError(f"there is no complete checkpoint in {path / 'checkpoints'}{hint}")
     return found[-1]
 
 

@@ -78,7 +78,12 @@ def read_run(folder: Path) -> Finished:
     if "after" not in found:
         raise ValueError(f"{file} holds no scores: the last stage of the run needs callbacks.HeldOut")
     seed, flags = _without_seed(state.flags)
-    settings = [state.recipe, f"--scale {state.scale}", f"--stages {','.join(state.stages)}", *flags]
+    settings = [
+        state.recipe,
+        *([f"--scale {state.scale}"] if state.scale else []),
+        f"--stages {','.join(state.stages)}",
+        *flags,
+    ]
     scores, chance = _scores(found["after"])
     steps = sum(step_of(checkpoints_in(folder / stage)[-1]) for stage in state.stages)
     return Finished(tuple(settings), seed, steps, scores, chance)

@@ -16,12 +16,15 @@ from typing import Any
 
 from rich.console import Console
 
+from callbacks import HeldOut, Predictions
 from lit_vlm.checkpoints.weights import by_slot, find_start, read_shapes
 from lit_vlm.commands.fit import lightning_cli
 from lit_vlm.core.part import Part, StateDict
 from lit_vlm.data import VLMData
 from lit_vlm.data.feed.usable import check_sources, try_records
 from lit_vlm.data.sample.encode import Sample
+from lit_vlm.data.sources import Source
+from lit_vlm.evaluation.held_out_records import NONE_HELD_OUT
 from lit_vlm.heads import Head
 from lit_vlm.model.build import build_on_meta, check_saved
 from lit_vlm.model.rehearsal import rehearse
@@ -32,6 +35,8 @@ from lit_vlm.training.stage import Stage
 SlotStates = Mapping[str, StateDict]
 QUIET = ("lightning.pytorch", "lightning.fabric", "torch._subclasses.fake_tensor")
 """Loggers that are silent while a stage is checked, as they speak of devices, seeds and kernels."""
+NAMED = 4
+"""Number of sources, at most, that one line names."""
 LARGEST = 4
 """Number of samples, at most, in the batch that takes the step."""
 
@@ -100,6 +105,11 @@ class _StageCheck:
         self._start(module.stage, model)
         self._pretrained(module.stage, model)
         samples = self._data(module, data)
+        for callback in cli.trainer.callbacks:
+            if isinstance(callback, HeldOut | Predictions) and not data.val_sources:
+                raise ValueError(
+                    f"callbacks.{type(callback).__name__} wants questions of data.val, and {NONE_HELD_OUT}"
+                )
         self._step(module, data, model, samples)
 
     def _build(self, module: LitVLM) -> VLM:
@@ -156,8 +166,10 @@ class _StageCheck:
                     self.notes.append(f"{share} of '{source.name}' in data.{key} cannot be used: {reasons}")
         if not samples:
             raise ValueError("data.train names no source, so there is nothing to train on")
-        count = _count(len(data.train_sources) + len(data.val_sources), "source")
-        self.done.append(f"records of {count} go through template and transform")
+        held_out = f", held out: {_listed(data.val_sources)}" if data.val_sources else ""
+        self.done.append(
+            f"records of data.train ({_listed(data.train_sources)}{held_out}) go through template and transform"
+        )
         return samples
 
     def _step(self, module: LitVLM, data: VLMData, model: VLM, samples: Sequence[Sample]) -> None:
@@ -176,6 +188,12 @@ class _StageCheck:
         self.done.append(
             f"a batch of {_count(len(shown), 'sample')} with {_count(pictures, 'picture')} ran forward and backward"
         )
+
+
+def _listed(sources: Sequence[Source]) -> str:
+    """Names and numbers of records, as far as they fit into a line."""
+    shown = [f"{source.name} {len(source):,}" for source in sources[:NAMED]]
+    return ", ".join([*shown, *([f"and {len(sources) - NAMED} more"] if len(sources) > NAMED else [])])
 
 
 def _count(number: int, what: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from argparse import ArgumentError
 from pathlib import Path
@@ -99,6 +100,11 @@ class LitVLMCLI(LightningCLI):
             config.ckpt_path = str(find_checkpoint(source))
         if self.subcommand == "fit":
             _refuse_other_run(Path(config.trainer.default_root_dir), config.get("ckpt_path"))
+        if self.subcommand == "validate" and not config.trainer.limit_val_batches:
+            raise ValueError(
+                "trainer.limit_val_batches is 0 in this config, so nothing would be validated: add "
+                "--trainer.limit_val_batches 1.0"
+            )
         if config.trainer.precision == AUTO:
             config.trainer.precision = _precision_begun(Path(config.trainer.default_root_dir), config.get("ckpt_path"))
 
@@ -115,6 +121,18 @@ class LitVLMCLI(LightningCLI):
                 if isinstance(logger, MLflow):
                     go_on = bool(config.get("ckpt_path")) or self._began_so(folder)
                     logger.belongs_to(folder, self.model.stage.name, go_on)
+
+    def after_predict(self) -> None:
+        """Write the answers, of each process to a file of its own."""
+        loop = self.trainer.predict_loop
+        if not loop.return_predictions:
+            return
+        rank = f"-rank{self.trainer.global_rank}" if self.trainer.world_size > 1 else ""
+        file = Path(self.trainer.default_root_dir) / f"predictions{rank}.jsonl"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        rows = [row for batch in loop.predictions for row in batch]
+        file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        Console(highlight=False, soft_wrap=True).print(f"{len(rows)} answers: {file}")
 
     def _began_so(self, folder: Path) -> bool:
         """Whether the run in a folder was started with the same settings, so that its MLflow run can go on."""

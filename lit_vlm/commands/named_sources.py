@@ -57,7 +57,7 @@ class _Sources(ActionTypeHint):
         if isinstance(value, NestedArg) and isinstance(given, list) and not isinstance(found, list):
             raise TypeError(
                 f"{self.dest} is a list of sources without names here, so there is no '{value.key}' to set: "
-                f"replace it, --{self.dest} FILE, or give it as a mapping of names"
+                f"replace it, --{self.dest} FILE, or begin anew, --{self.dest} null --{self.dest}.NAME FILE"
             )
         return found
 

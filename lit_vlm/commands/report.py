@@ -64,12 +64,14 @@ def _table(rows: Sequence[tuple[str, dict[str, Any]]]) -> Table:
     precisions = dict.fromkeys(scores["precision"] for _, scores in rows if "precision" in scores)
     table = Table(title=title, caption=f"scored in {', '.join(precisions)}" if precisions else None)
     table.add_column("")
-    for title, _, _ in COLUMNS:
+    columns = COLUMNS if last["num_choices"] else COLUMNS[:-1]
+    for title, _, _ in columns:
         table.add_column(title, justify="right")
     for label, scores in rows:
-        table.add_row(label, *(form.format(scores[key]) for _, key, form in COLUMNS))
-    table.add_section()
-    table.add_row("chance", "", "", "", f"{last['choice_chance']:.1%}", style="dim")
+        table.add_row(label, *(form.format(scores[key]) for _, key, form in columns))
+    if last["num_choices"]:
+        table.add_section()
+        table.add_row("chance", "", "", "", f"{last['choice_chance']:.1%}", style="dim")
     return table
 
 

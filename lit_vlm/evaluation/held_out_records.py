@@ -18,21 +18,26 @@ from lit_vlm.evaluation.asker import Asker, first_of_last_answer
 
 log = logging.getLogger(__name__)
 
+NONE_HELD_OUT = "there is no usable one: --data.held_out 0.1 keeps a tenth of data.train, or name --data.val FILE"
+"""What is wrong, and the way out, where questions of `data.val` are wanted."""
+
 
 def held_out_records(asker: Asker, sources: Sequence[Source], limit: int | None = None) -> list[Record]:
     """The usable records of held-out sources that end with an answer: all, or `limit` spread evenly over them.
 
-    Records that cannot be used are left out, and a warning counts them by reason.
+    Each source has a share by its size, and at least one record where the limit allows. Records that cannot be used
+    are left out, and a warning counts them by reason.
     """
     # A record that is too long is left out: it would lose its last answer, which is the one that is scored.
     encode = _whole(asker)
-    places = [(source, index) for source in sources for index in range(len(source))]
+    total = sum(len(source) for source in sources)
     # An odd stride meets all kinds of questions where two kinds take turns.
-    stride = max(1, len(places) // limit) | 1 if limit else 1
+    stride = max(1, total // limit) | 1 if limit else 1
+    places = _places(sources, stride) if limit else [(s, index) for s in sources for index in range(len(s))]
     left_out: Counter[str] = Counter()
 
     def readable() -> Iterator[Record]:
-        for source, index in (place for first in range(stride) for place in places[first::stride]):
+        for source, index in places:
             try:
                 record = source.record(index)
             except RecordError as error:
@@ -49,6 +54,15 @@ def held_out_records(asker: Asker, sources: Sequence[Source], limit: int | None 
     found = list(islice(readable(), limit))
     _tell(left_out)
     return found
+
+
+def _places(sources: Sequence[Source], stride: int) -> list[tuple[Source, int]]:
+    """All records, in an order of which any beginning holds the same share of each source, and its first record."""
+    ranked = []
+    for source in sources:
+        order = [index for first in range(stride) for index in range(first, len(source), stride)]
+        ranked += [(rank / len(order), source, index) for rank, index in enumerate(order)]
+    return [(source, index) for _, source, index in sorted(ranked, key=lambda place: place[0])]
 
 
 def _whole(asker: Asker) -> SampleEncoder:

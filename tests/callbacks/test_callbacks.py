@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -231,6 +232,19 @@ def test_a_limit_spreads_the_questions_over_the_held_out_data(tmp_path: Path) ->
     few = [record.id for record in held_out_records(Asker(module, source.format), source.val_sources, 2)]
     assert few == [every[0], every[5]]
     assert len({record.id for record in held_out_records(Asker(module, source.format), source.val_sources, 7)}) == 7
+
+
+def test_a_limit_takes_its_share_of_each_source_and_something_of_all(tmp_path: Path) -> None:
+    module, source = lit(), data()
+    trainer(tmp_path, max_steps=1).fit(module, source)
+    many, few, one = Shapes(30, seed=1), Shapes(15, seed=2), Shapes(1, seed=3)
+    for name, held_out in (("many", many), ("few", few), ("one", one)):
+        held_out.name = name
+    found = held_out_records(Asker(module, source.format), [many, few, one], 10)
+    assert Counter(record.source for record in found) == {"many": 6, "few": 3, "one": 1}
+    assert len({(record.source, record.id) for record in found}) == 10
+    with pytest.raises(ValueError, match=r"there is no usable one: --data.held_out 0.1 keeps a tenth"):
+        trainer(tmp_path, HeldOut(), max_steps=1).fit(lit(), VLMData([many], ChatML(), SquareCrop()))
 
 
 def test_only_the_samples_of_the_broken_step_are_named_under_accumulation(tmp_path: Path) -> None:

@@ -237,6 +237,7 @@ def test_flags_append_callbacks_and_change_learning_rates(tmp_path: Path, monkey
         (["run", "--scale", "tiny"], "name a recipe, as the first argument: "),
         (["run", "--resume"], "there is no unfinished run in runs/"),
         (["chat", "nowhere"], "there is no complete checkpoint in nowhere/checkpoints"),
+        (["data", "check", __file__], "has no lit_vlm.json. lit-vlm data convert " + __file__ + " OUT makes one"),
         (["chat", "nowhere", "--image", "no.png"], "there is no picture no.png"),
     ],
 )

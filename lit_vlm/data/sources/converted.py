@@ -169,9 +169,10 @@ class Converted(Source):
                 f"{self.path}/{INFO}", str(file)
             )
         if not file.is_file():
+            words = f"{self.path} OUT" if os.path.isfile(self.path) else f"SOURCE {self.path}"
             raise ValueError(
-                f"{self.path} is no converted set: it has no {INFO}. lit-vlm data convert SOURCE {self.path} makes "
-                "one; a conversion that was stopped goes on with the same command"
+                f"{self.path} is no converted set: it has no {INFO}. lit-vlm data convert {words} makes one; a "
+                "conversion that was stopped goes on with the same command"
             )
         return read_info(file, SetInfo, VERSION)
 
