@@ -40,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         SystemExit: when a command refuses its flags, files or data.
     """
     _working_folder_last()
-    arguments = take_plugins(list(sys.argv[1:] if argv is None else argv))
+    with in_one_line():
+        arguments = take_plugins(list(sys.argv[1:] if argv is None else argv))
     verb = arguments[0] if arguments else "--help"
     if verb in ("-h", "--help"):
         _print_help()

@@ -6,24 +6,24 @@ source go through template and transform, and a batch takes a step without arith
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from callbacks import HeldOut, Predictions
 from lit_vlm.checkpoints.weights import by_slot, find_start, read_shapes
-from lit_vlm.commands.fit import lightning_cli
+from lit_vlm.commands.fit import lightning_cli, quietly
 from lit_vlm.core.part import Part, StateDict
 from lit_vlm.data import VLMData
 from lit_vlm.data.feed.usable import check_sources, try_records
 from lit_vlm.data.sample.encode import Sample
 from lit_vlm.data.sources import Source
+from lit_vlm.decoders import check_order
 from lit_vlm.evaluation.held_out_records import NONE_HELD_OUT
 from lit_vlm.heads import Head
 from lit_vlm.model.build import build_on_meta, check_saved
@@ -33,10 +33,10 @@ from lit_vlm.training.module import LitVLM
 from lit_vlm.training.stage import Stage
 
 SlotStates = Mapping[str, StateDict]
-QUIET = ("lightning.pytorch", "lightning.fabric", "torch._subclasses.fake_tensor")
-"""Loggers that are silent while a stage is checked, as they speak of devices, seeds and kernels."""
 NAMED = 4
 """Number of sources, at most, that one line names."""
+SMALL = 20_000_000
+"""Parameters of a decoder that is built with random weights, to be asked what its tokens see."""
 LARGEST = 4
 """Number of samples, at most, in the batch that takes the step."""
 
@@ -55,9 +55,9 @@ def check_recipe(commands: Mapping[str, Sequence[str]], console: Console) -> boo
     ok = True
     for stage, words in commands.items():
         console.print(f"[bold]{stage}[/]  lit-vlm {shlex.join(words)}", soft_wrap=True, highlight=False)
-        check = _StageCheck(words, left)
+        check = _StageCheck(words, left, [name for name in commands if name not in left])
         try:
-            with _quietly():
+            with quietly():
                 check.run()
         except (ValueError, OSError, ImportError) as error:
             ok = False
@@ -77,6 +77,7 @@ class _StageCheck:
     Args:
         words: arguments of the stage's command.
         left: weights that earlier stages leave, by stage, without values.
+        broken: stages whose model could not be built, and those that come later.
 
     Attributes:
         done: checks that have passed.
@@ -84,8 +85,8 @@ class _StageCheck:
         leaves: weights that this stage leaves, without values; None where its model cannot be built.
     """
 
-    def __init__(self, words: Sequence[str], left: Mapping[str, SlotStates]) -> None:
-        self.words, self.left = words, left
+    def __init__(self, words: Sequence[str], left: Mapping[str, SlotStates], broken: Sequence[str]) -> None:
+        self.words, self.left, self.broken = words, left, broken
         self.done: list[str] = []
         self.notes: list[str] = []
         self.leaves: SlotStates | None = None
@@ -104,6 +105,7 @@ class _StageCheck:
         model = self._build(module)
         self._start(module.stage, model)
         self._pretrained(module.stage, model)
+        self._order(module, data, model)
         samples = self._data(module, data)
         for callback in cli.trainer.callbacks:
             if isinstance(callback, HeldOut | Predictions) and not data.val_sources:
@@ -124,15 +126,34 @@ class _StageCheck:
         self.done.append(f"parts build ({count:,} parameters)")
         return model
 
+    def _order(self, module: LitVLM, data: VLMData, model: VLM) -> None:
+        """Ask a small decoder what its tokens see, as training does before its first step; note a large one's rule."""
+        if module.stage.leave_out:
+            return
+        count = sum(parameter.numel() for parameter in model.decoder.parameters())
+        if count <= SMALL:
+            decoder = module.slots.decoder()
+            for packed in (False, True) if data.batching.packs else (False,):
+                check_order(decoder, packed, torch.device("cpu"))
+            self.done.append("the decoder keeps samples apart" if data.batching.packs else "the decoder is causal")
+        elif data.batching.packs and (carried := model.decoder.carried()) is not None:
+            self.notes.append(
+                f"the decoder has {carried}: whether they keep the samples of a packed row apart is asked when "
+                "training starts"
+            )
+
     def _start(self, stage: Stage, model: VLM) -> None:
         """Check that the weights of `start_from` exist and fit, or that an earlier stage of this run leaves them."""
         if not (start := stage.start_from):
             return
         saved: SlotStates | None
-        if (earlier := Path(start).name) in self.left and not Path(start).exists():
-            saved, origin = self.left[earlier], f"(what {earlier} will leave)"
+        earlier = Path(start).name if not Path(start).exists() else ""
+        if earlier in self.broken:
+            raise ValueError(f"it starts from {earlier}, whose model cannot be built: mend that stage first")
+        if earlier in self.left:
+            saved, origin = self.left[earlier], f"what {earlier} will leave"
         else:
-            find_start(start)
+            _name("model.stage.start_from", partial(find_start, start))
             saved, origin = read_shapes(start), start
         if saved is not None:
             check_saved(model, saved, stage.fresh, origin)
@@ -200,24 +221,9 @@ def _count(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
 
 
-@contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """A context without Lightning's messages about devices, seeds and precision."""
-    logs = [logging.getLogger(name) for name in QUIET]
-    levels = [log.level for log in logs]
-    for log in logs:
-        log.setLevel(logging.ERROR)
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        for log, level in zip(logs, levels, strict=True):
-            log.setLevel(level)
-
-
 def _name(key: str, look: Any) -> None:
     """Call `look`, which looks for weights; an error of it is raised with the key in front."""
     try:
         look()
     except (ValueError, OSError) as error:
-        raise ValueError(f"{key}: {error}") from error
+        raise ValueError(str(error) if str(error).startswith(key) else f"{key}: {error}") from error

@@ -2,27 +2,38 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
 from lit_vlm.core.plugins import load_plugins, use_plugins
 
+QUIET = ("lightning.pytorch", "lightning.fabric", "torch._subclasses.fake_tensor")
+"""Loggers that are silent while a stage is checked, as they speak of devices, seeds and kernels."""
 REFUSED = 1
 """Exit code of a command that refuses a flag, a file or the data, and says why in one line."""
 
 
 def take_plugins(arguments: list[str]) -> list[str]:
-    """Make the plugins of `--plugins A,B` known; returns the other arguments of the command."""
+    """Make the plugins of `--plugins A,B` known; returns the other arguments of the command.
+
+    Raises:
+        ValueError: without a value, or for one that is no name of a module.
+    """
     kept: list[str] = []
     words = iter(arguments)
     for word in words:
         flag, equals, value = word.partition("=")
         if flag == "--plugins":
-            use_plugins((value if equals else next(words, "")).split(","))
+            named = value if equals else next(words, "")
+            if not named or named.startswith("-"):
+                raise ValueError("--plugins needs a value behind it: modules, separated by commas")
+            use_plugins(named.split(","))
         else:
             kept.append(word)
     return kept
@@ -58,18 +69,28 @@ def lightning_cli(arguments: Sequence[str], run: bool = True) -> Any:
 
 
 def check_flags(arguments: Sequence[str]) -> None:
-    """Parse the flags of a stage without building anything.
+    """Parse the flags of a stage and build its objects, without parts, weights or anything on disk.
 
     Raises:
         SystemExit: for a wrong flag, after a line that says what is wrong.
     """
-    _quiet()
-    from lit_vlm.commands.lightning_cli import ParsedCLI
+    with in_one_line(), quietly():
+        lightning_cli([*arguments, "--trainer.logger", "false"], run=False)
 
-    with in_one_line():
-        words = take_plugins(list(arguments))
-        load_plugins()
-        ParsedCLI(words)
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """A context without what libraries say of devices, seeds and kernels."""
+    logs = [logging.getLogger(name) for name in QUIET]
+    levels = [log.level for log in logs]
+    for log in logs:
+        log.setLevel(logging.ERROR)
+    try:
+        with redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        for log, level in zip(logs, levels, strict=True):
+            log.setLevel(level)
 
 
 def _quiet() -> None:

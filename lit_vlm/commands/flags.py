@@ -48,6 +48,25 @@ def explain(message: str, known: Sequence[str]) -> str:
     return " ".join(lines)[:600] or "the config does not parse"
 
 
+def innermost(message: str) -> str:
+    """Of an error that lists all forms that a value could have had, the one that was meant, with its key."""
+    if not message.startswith(("Does not validate", "Parser key")):
+        return message
+    noise = ("Expected a", "Not of type", "Subtypes", "Errors", "Given value", "Does not validate", "Parser key")
+    lines = [line.strip(" -") for line in message.splitlines()]
+    said = [line for line in lines if line and not line.startswith(noise)]
+    if not said:
+        return message
+    reason = said[0].removeprefix("Problem with given class_path").strip()
+    names = re.findall(r"'(\w+)': Namespace\(class_path=[^{}]*?path='([^']*)'", message)
+    name = next((name for name, path in names if path and path in reason), None)
+    return (
+        f"{reason} (source '{name}'; set its path with --data.train.{name}.path or --data.val.{name}.path)"
+        if name
+        else reason
+    )
+
+
 def _first(pattern: str, text: str) -> str | None:
     found = re.search(pattern, text)
     return found[1] if found else None
@@ -101,10 +120,9 @@ def _unknown_argument(key: str, found: re.Match[str], known: Sequence[str]) -> s
 
 def _missing_argument(key: str, found: re.Match[str], known: Sequence[str]) -> str:
     path = _first(r"class_path='?([\w.]+)", found.string) or "the class"
-    return (
-        f"{key}: {path.rpartition('.')[2]} needs the argument '{found[1]}': give it, or take a class of "
-        f"this key{_near_class(key, path)}"
-    )
+    near = _near_class(key, path)
+    other = "" if f"'{path.rpartition('.')[2]}'" in near else f", or take a class of this key{near}"
+    return f"{key}: {path.rpartition('.')[2]} needs the argument '{found[1]}': give it{other}"
 
 
 def _no_file(key: str, found: re.Match[str], known: Sequence[str]) -> str:
@@ -143,7 +161,23 @@ def _arguments(path: str) -> list[str]:
 
 
 Say = Callable[[str, re.Match[str], Sequence[str]], str]
+
+
+def _several_classes(key: str, found: re.Match[str], known: Sequence[str]) -> str:
+    return f"{key}: there are several classes named '{found[1]}': name the one that is meant by its whole path"
+
+
+def _choices(key: str, found: re.Match[str], known: Sequence[str]) -> str:
+    choices = [
+        one.strip(" '\"") for group in re.findall(r"Literal\[([^\]]*)\]", found.string) for one in group.split(",")
+    ]
+    value = re.findall(r"Given value: (\S+)", found.string)[-1:] or [""]
+    listed = ", ".join(dict.fromkeys(choices))
+    return f"{key}: expected one of {listed}, found '{value[0]}'{nearest(value[0], choices)}"
+
+
 RULES: list[tuple[str, Say]] = [
+    (r"Multiple subclasses with name (\w+)", _several_classes),
     (r"File does not exist: '([^']+)'", _no_file),
     (r"Option '(?:fit\.|validate\.|test\.|predict\.)?([\w.]+\.[\w.]+)' is required but not provided", _no_key),
     (r"Unrecognized arguments: (--?\S+)", _unknown_flag),
@@ -156,6 +190,7 @@ RULES: list[tuple[str, Say]] = [
     (r"Expected a dot import path string: (\S+)", _unknown_class),
     (r"Option '(\w+)' is not accepted", _unknown_key),
     (r"Expected a typing\.Literal\[([^\]]*)\]\. Got value: (\S+)", _choice),
+    (r"Does not validate against any of the Union subtypes.*Literal\[", _choices),
     (r"Expected an? <class '([\w.]+)'>\. Got value: ([^\n]{1,80}?)(?:\. Got value|\n|$)", _type),
 ]
 """Pattern of a parser's message → function that rewrites it; the first pattern that fits counts."""

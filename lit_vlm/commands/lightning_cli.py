@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
@@ -16,7 +17,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from callbacks import Checkpoint
 from lit_vlm.checkpoints.folder import checkpoints_in, find_checkpoint, run_folder
-from lit_vlm.commands.flags import explain
+from lit_vlm.commands.flags import explain, innermost
 from lit_vlm.commands.named_sources import Parser
 from lit_vlm.commands.runs import run_folder_for
 from lit_vlm.core.precision import AUTO, crowded
@@ -58,7 +59,7 @@ class LitVLMCLI(LightningCLI):
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """A parser that raises its errors instead of exiting, so that they can be rewritten in one line."""
-        return super().init_parser(**kwargs | {"exit_on_error": False})
+        return super().init_parser(**kwargs | {"exit_on_error": False, "allow_abbrev": False})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse config files and flags.
@@ -105,12 +106,23 @@ class LitVLMCLI(LightningCLI):
                 "trainer.limit_val_batches is 0 in this config, so nothing would be validated: add "
                 "--trainer.limit_val_batches 1.0"
             )
+        if config.trainer.accumulate_grad_batches < 1:
+            raise ValueError(
+                f"trainer.accumulate_grad_batches is at least 1, not {config.trainer.accumulate_grad_batches}"
+            )
+        if self.subcommand in (None, "fit") and 0 in (config.trainer.max_steps, config.trainer.max_epochs):
+            raise ValueError("trainer.max_steps or trainer.max_epochs is 0, so nothing would be trained")
         if config.trainer.precision == AUTO:
             config.trainer.precision = _precision_begun(Path(config.trainer.default_root_dir), config.get("ckpt_path"))
 
     def instantiate_classes(self) -> None:
         """Build all objects, keep the precision in the config, and tell MLflow the run's folder before it is used."""
-        super().instantiate_classes()
+        try:
+            super().instantiate_classes()
+        except (TypeError, MisconfigurationException) as error:  # of Lightning's own arguments, such as devices
+            raise ValueError(f"trainer: {error}") from error
+        except ValueError as error:
+            raise ValueError(innermost(str(error))) from error
         config = self.config[self.subcommand] if self.subcommand else self.config
         config.trainer.precision = str(self.trainer.precision)
         if self.subcommand:

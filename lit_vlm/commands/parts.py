@@ -164,6 +164,10 @@ def _verbs() -> Iterator[Entry]:
     for name, about in (VERBS | LIGHTNING).items():
         yield Entry(name, "", about)
     for kind in subclasses(Verb):  # type: ignore[type-abstract]
+        if kind.name in VERBS | LIGHTNING:
+            raise ValueError(
+                f"the command '{kind.name}' of {public_path(kind)} has the name of one of the kit's: rename it"
+            )
         yield Entry(kind.name, public_path(kind) or "", kind.about)
 
 

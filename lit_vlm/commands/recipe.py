@@ -112,14 +112,20 @@ class Recipe:
                     f"{', '.join(self.scales) or 'none'}"
                 )
             files += self._shared(scale) + self._files(SCALE, stage, scale)
-        strategies = self.folder.parent / "strategies"
-        file = (strategies if strategies.is_dir() else SHIPPED / "strategies") / f"{strategy}.yaml"
-        if not file.exists():
-            known = sorted(path.stem for path in file.parent.glob("*.yaml"))
-            raise ValueError(
-                f"there is no strategy '{strategy}'{nearest(strategy, known)}; strategies: {', '.join(known)}"
-            )
-        return [*files, file]
+        return [*files, self._strategy(strategy)]
+
+    def _strategy(self, name: str) -> Path:
+        """The file of a strategy: beside this recipe, else beside its bases, else among the shipped ones."""
+        folders = [self.folder.parent / "strategies", SHIPPED / "strategies"]
+        base = self.base
+        while base is not None:
+            folders.insert(-1, base.folder.parent / "strategies")
+            base = base.base
+        files = [folder / f"{name}.yaml" for folder in folders]
+        if (found := next((file for file in files if file.is_file()), None)) is not None:
+            return found
+        known = sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
+        raise ValueError(f"there is no strategy '{name}'{nearest(name, known)}; strategies: {', '.join(known)}")
 
     def _files(self, names: Sequence[str], stage: str, scale: str | None = None) -> list[Path]:
         """Paths of the files of these names that exist, the base's first."""

@@ -21,7 +21,10 @@ from lit_vlm.checkpoints.folder import checkpoints_in
 from lit_vlm.commands.fit import REFUSED, check_flags
 from lit_vlm.commands.recipe import Recipe, find_recipe, shipped_recipes
 from lit_vlm.commands.runs import STATE_FILE, RunState, is_first
-from lit_vlm.core.plugins import named_plugins, use_plugins
+from lit_vlm.core.plugins import named_plugins, nearest, use_plugins
+
+KEYS = ("model", "data", "trainer", "checkpoint")
+"""What flags begin with that are of no single stage."""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -115,6 +118,11 @@ def _new_run(arguments: argparse.Namespace, flags: list[str]) -> tuple[Path, Run
     state = RunState(arguments.recipe, scale, strategy, stages, flags, plugins=plugins)
     for stage in stages:
         recipe.configs(stage, scale, state.strategy)
+    for flag in flags:
+        first = flag.removeprefix("--").partition(".")[0]
+        other = flag.startswith("--") and "." in flag and first not in (*KEYS, *recipe.stages)
+        if other and (near := nearest(first, recipe.stages)):
+            raise ValueError(f"{flag}: '{first}' is no stage{near}; stages: {', '.join(recipe.stages)}")
     job = os.environ.get("TORCHELASTIC_RUN_ID") or os.environ.get("SLURM_JOB_ID") or time.strftime("%Y%m%d-%H%M%S")
     folder = arguments.out or Path("runs") / "-".join(filter(None, (recipe.name, scale, job)))
     if (folder / STATE_FILE).exists() and not arguments.dry_run and is_first():

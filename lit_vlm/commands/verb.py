@@ -12,7 +12,7 @@ class Verb(ABC):
 
     Attributes:
         name: name on the command line.
-        about: one line for `lit-vlm --help` and `lit-vlm parts`.
+        about: one line for `lit-vlm parts`.
     """
 
     name: ClassVar[str]

@@ -23,6 +23,10 @@ T = TypeVar("T")
 
 def use_plugins(names: Iterable[str]) -> None:
     """Name plugins for this process and for those that it starts."""
+    names = [name.strip() for name in names if name.strip()]
+    for name in names:
+        if not all(part.isidentifier() for part in name.split(".")):
+            raise ValueError(f"a plugin is named by its module, such as my_lab.tasks, not '{name}'")
     known = (name.strip() for name in (*named_plugins(), *names))
     os.environ[VARIABLE] = ",".join(dict.fromkeys(name for name in known if name))
 
@@ -46,7 +50,7 @@ def load_plugins() -> None:
     for name, who in (installed | named).items():
         try:
             importlib.import_module(name)
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a module may end the process when it is imported
             raise ValueError(
                 f"{who} cannot be imported ({type(error).__name__}: {error}): it must lie in the working folder, on "
                 "PYTHONPATH or in an installed package; see --plugins, and plugins in recipe.yaml"

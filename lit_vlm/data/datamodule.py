@@ -92,6 +92,8 @@ class VLMData(LightningDataModule):
         super().__init__()
         if batch_size < 1 or max_length < 1:
             raise ValueError(f"data.batch_size and data.max_length are at least 1, not {batch_size} and {max_length}")
+        if num_workers < 0:
+            raise ValueError(f"data.num_workers is at least 0, not {num_workers}")
         if not 0 <= held_out < 1:
             raise ValueError(f"data.held_out is a share from 0 to below 1, not {held_out}")
         self.given_train, self.given_val = as_sources(train, "data.train"), as_sources(val, "data.val")

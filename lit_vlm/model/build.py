@@ -161,7 +161,8 @@ def check_saved(model: VLM, saved: Mapping[str, StateDict], fresh: Collection[st
             try:
                 check_state(part, _saved_state(name, part, saved, origin), name)
             except ValueError as error:
-                raise ValueError(f"model.stage.start_from {origin}: {error}") from error
+                said = str(error) if str(error).startswith(origin) else f"{origin}: {error}"
+                raise ValueError(f"model.stage.start_from: {said}") from error
 
 
 def _saved_state(name: str, part: Part, saved: Mapping[str, StateDict], origin: str) -> StateDict:

@@ -12,6 +12,7 @@ from PIL import Image
 
 from lit_vlm.commands.cli import main
 from lit_vlm.commands.recipe import shipped_recipes
+from tests.runs import lit_vlm
 from tests.tiny import ROOT
 
 OTHER_RUN = ROOT / "tests" / "fixtures" / "run_93c4961" / "1_align"
@@ -155,7 +156,22 @@ CASES = {
     "decoder that is left out and read": Case(
         ["--model.stage.leave_out", "[decoder]"], ["model.stage.leave_out names the decoder", "next_token"]
     ),
+    "packed rows of a decoder with recurrent layers": Case(
+        ["--data.batching", "Packed", "--model.decoder.init_args.config",
+         "{model_type: recurrent_gemma, hidden_size: 64, num_hidden_layers: 3, num_attention_heads: 4}"],
+        ["HFDecoder (recurrent_gemma) does not keep the samples of a packed row apart", "Padded"],
+    ),
+    "workers": Case(["--data.num_workers", "-3"], ["data.num_workers is at least 0, not -3"]),
+    "accumulation": Case(["--trainer.accumulate_grad_batches", "0"], ["accumulate_grad_batches is at least 1, not 0"]),
+    "no step": Case(["--trainer.max_steps", "0"], ["trainer.max_steps or trainer.max_epochs is 0"]),
+    "devices": Case(["--trainer.devices", "2x"], ["trainer:", "devices"]),
+    "file of a named source": Case(
+        ["--data.train", "{mine: {class_path: LlavaJson, init_args: {path: gone.json}}}"],
+        ["LlavaJson: gone.json does not exist (source 'mine'; set its path with --data.train.mine.path"],
+    ),
     # Flags.
+    "shortened flag": Case(["--trainer.max_step", "3"], ["no flag --trainer.max_step (did you mean '--trainer.max_steps"]),
+    "precision": Case(["--trainer.precision", "fp17"], ["trainer.precision: expected one of auto", "found 'fp17'"]),
     "flag": Case(["--model.projectr", "Linear"], ["there is no flag --model.projectr (did you mean '--model.pro"]),
     "class": Case(["--model.projector", "Linaer"], ["model.projector: there is no class 'Linaer' (did you mean"]),
     "argument of a class": Case(["--model.projector.dept", "3"], ["MLP has no argument 'dept' (did you mean 'depth'"]),
@@ -232,3 +248,24 @@ def test_every_recipe_is_ready_at_its_smallest_scale(
     said = capsys.readouterr().out
     assert "missing or wrong" not in said
     assert said.count("ran forward and backward") == said.count("lit-vlm fit") > 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--model.projectr", "Linear"], "there is no flag --model.projectr"),
+        (["--model.stage.train.projektor", "1e-3"], "model.stage.train names 'projektor'"),
+        (["--1_algin.trainer.max_steps", "3"], "'1_algin' is no stage (did you mean '1_align'?)"),
+        (["--data.train", "gone.json"], "data.train: there is no gone.json"),
+        (["--plugins"], "--plugins needs a value behind it"),
+        (["--plugins", "./lab.py"], "a plugin is named by its module, such as my_lab.tasks, not './lab.py'"),
+    ],
+)
+def test_a_wrong_flag_ends_a_run_before_anything_is_written(flags: Sequence[str], said: str, folder: Path) -> None:
+    before = sorted(folder.iterdir())
+    done = lit_vlm(folder, "run", "llava15", "--scale", "tiny", "--out", "run", *flags, check=False)
+    assert done.returncode == 1
+    assert f"error: {said}" in done.stderr.replace("error: --1_algin.trainer.max_steps: ", "error: ")
+    assert "Traceback" not in done.stderr
+    assert "--resume" not in done.stdout
+    assert sorted(folder.iterdir()) == before
