@@ -170,7 +170,7 @@ CASES = {
         ["LlavaJson: gone.json does not exist (source 'mine'; set its path with --data.train.mine.path"],
     ),
     # Flags.
-    "shortened flag": Case(["--trainer.max_step", "3"], ["no flag --trainer.max_step (did you mean '--trainer.max_steps"]),
+    "shortened flag": Case(["--trainer.max_step", "3"], ["no flag --trainer.max_step (did you mean"]),
     "precision": Case(["--trainer.precision", "fp17"], ["trainer.precision: expected one of auto", "found 'fp17'"]),
     "flag": Case(["--model.projectr", "Linear"], ["there is no flag --model.projectr (did you mean '--model.pro"]),
     "class": Case(["--model.projector", "Linaer"], ["model.projector: there is no class 'Linaer' (did you mean"]),
