@@ -39,7 +39,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: when a command refuses its flags, files or data.
     """
-    _working_folder_last()
+    if argv is None:  # a program of its own, and not called from one, whose paths are its own
+        _working_folder_last()
     with in_one_line():
         arguments = take_plugins(list(sys.argv[1:] if argv is None else argv))
     verb = arguments[0] if arguments else "--help"

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from lit_vlm.checkpoints.weights import by_slot, read_state
-from tests.runs import environment
+from tests.runs import environment, lit_vlm
 from tests.tiny import ROOT
 
 PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
@@ -33,10 +33,8 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(lab: Path, *words: str) -> str:
-    found = environment(lab) | {"PYTHONPATH": f"{ROOT}:{lab}"}
-    done = subprocess.run([sys.executable, "-m", *words], cwd=lab, env=found, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    return done.stdout
+    """What a command says in the folder that holds the package, which is found as the working folder."""
+    return lit_vlm(lab, *words).stdout
 
 
 def test_every_block_of_code_is_a_file_of_the_package() -> None:
@@ -44,13 +42,18 @@ def test_every_block_of_code_is_a_file_of_the_package() -> None:
 
 
 def test_its_own_contract_tests_pass(lab: Path) -> None:
-    assert "4 passed" in run(lab, "pytest", "-q", "-p", "no:cacheprovider", "my_lab/test_my_lab.py")
+    words = ["pytest", "-q", "-p", "no:cacheprovider", "my_lab/test_my_lab.py"]
+    done = subprocess.run(
+        [sys.executable, "-m", *words], cwd=lab, env=environment(lab) | {"PYTHONPATH": f"{ROOT}:{lab}"},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert "4 passed" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
 
 
 @pytest.mark.slow
 def test_its_classes_go_by_their_paths_and_names_in_every_command(lab: Path) -> None:
     flags = ["--scale", "tiny", "--trainer.precision", "32-true", "--trainer.accelerator", "cpu"]
-    recipe = ["lit_vlm", "run", "./my_lab/recipe", *flags]
+    recipe = ["run", "./my_lab/recipe", *flags]
     run(lab, *recipe, "--stages", "1_align", "--out", "first")
     run_folder = "first/1_align"
     # A family.
@@ -65,23 +68,19 @@ def test_its_classes_go_by_their_paths_and_names_in_every_command(lab: Path) -> 
     )
     run(lab, *recipe, *start, "mine:old", "--plugins", "my_lab.families", "--out", "second")
     # A command, a task, a form, a template and a projector.
-    numbers = [run(lab, "lit_vlm", verb, run_folder, "--plugins", "my_lab.verbs")
+    numbers = [run(lab, verb, run_folder, "--plugins", "my_lab.verbs")
                for verb in ("count-weights", "my_lab.verbs.CountWeights")]  # fmt: skip
     assert int(numbers[0]) == int(numbers[1]) == sum(v.numel() for v in read_state(lab / run_folder).values())
     (lab / "benchmarks" / "counting").mkdir(parents=True)
     entries = [{"id": str(n), "question": f"How many are {n} and 1?", "answer": str(n + 1)} for n in range(3)]
     (lab / "benchmarks" / "counting" / "test.json").write_text(json.dumps(entries))
-    scored = run(
-        lab, "lit_vlm", "evaluate", run_folder, "--task", "my_lab.tasks.Counting", "--workers", "0", "--no-mlflow"
-    )
+    scored = run(lab, "evaluate", run_folder, "--task", "my_lab.tasks.Counting", "--workers", "0", "--no-mlflow")
     assert "counting" in scored
     Image.new("RGB", (32, 24), "red").save(lab / "red.png")
     (lab / "pairs.tsv").write_text("red.png\tall red\nred.png\tred again\n")
-    made = run(
-        lab, "lit_vlm", "data", "convert", "pairs.tsv", "set", "--form", "my_lab.forms.TabPairs", "--workers", "1"
-    )
+    made = run(lab, "data", "convert", "pairs.tsv", "set", "--form", "my_lab.forms.TabPairs", "--workers", "1")
     assert "TabPairs converted" in made
-    listed = run(lab, "lit_vlm", "parts", "--plugins", "my_lab.verbs,my_lab.tasks,my_lab.families,my_lab.projectors")
+    listed = run(lab, "parts", "--plugins", "my_lab.verbs,my_lab.tasks,my_lab.families,my_lab.projectors")
     for name in ("count-weights", "counting", "mine", "RowMeans"):
         assert name in listed
 
@@ -89,7 +88,7 @@ def test_its_classes_go_by_their_paths_and_names_in_every_command(lab: Path) -> 
 @pytest.mark.slow
 def test_its_recipe_gives_the_same_weights_on_one_process_and_sharded_on_two(lab: Path) -> None:
     flags = ["--scale", "tiny", "--trainer.precision", "32-true", "--trainer.accelerator", "cpu"]
-    recipe = ["lit_vlm", "run", "./my_lab/recipe", *flags]
+    recipe = ["run", "./my_lab/recipe", *flags]
     assert "ready" in run(lab, *recipe, "--dry-run")
     run(lab, *recipe, "--out", "one")
     run(lab, *recipe, "--out", "two", "--strategy", "fsdp", "--trainer.devices", "2", "--data.batch_size", "4")
