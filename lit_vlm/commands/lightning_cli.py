@@ -68,9 +68,12 @@ class LitVLMCLI(LightningCLI):
             ValueError: for a wrong flag or key, with what was found, and the nearest names.
         """
         try:
-            super().parse_arguments(parser, args)
+            self._parse(parser, args)
         except ArgumentError as error:
             raise ValueError(explain(str(error), self._flags(parser))) from error
+
+    def _parse(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        super().parse_arguments(parser, args)
 
     def _flags(self, parser: LightningArgumentParser) -> list[str]:
         """All flags of the command, without dashes."""
@@ -168,6 +171,10 @@ class ParsedCLI(LitVLMCLI):
 
     def __init__(self, args: list[str] | dict[str, Any]) -> None:
         super().__init__(args, run=False)
+
+    def _parse(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        # Lightning's own way warns of arguments beside those of the process, which are another command's here.
+        self.config = parser.parse_object(args) if isinstance(args, dict) else parser.parse_args(args)
 
     def _set_seed(self) -> None:
         """Set no seed, as nothing random is done."""
