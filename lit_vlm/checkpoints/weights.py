@@ -48,22 +48,22 @@ def _published(source: str | Path) -> tuple[str, str] | None:
 
 
 def find_start(source: str | Path) -> None:
-    """Check that `read_slots` has something to read: a complete checkpoint, or a known family and its folder.
+    """Check that `read_slots` could begin: a complete checkpoint exists, or a known family and its folder.
 
     Raises:
-        ValueError: saying what is missing.
+        ValueError: naming `model.stage.start_from`, and what is missing.
     """
-    if not (found := _published(source)):
-        find_checkpoint(source)
-        return
-    from lit_vlm.checkpoints.published import find_family
-
-    family, place = found
     try:
-        find_family(family)
+        if found := _published(source):
+            from lit_vlm.checkpoints.published import find_family
+
+            family, place = found
+            find_family(family)
+            resolve(place)
+        else:
+            find_checkpoint(source)
     except ValueError as error:
         raise ValueError(f"model.stage.start_from: {error}") from error
-    resolve(place)
 
 
 def read_slots(source: str | Path) -> dict[str, dict[str, Tensor]]:

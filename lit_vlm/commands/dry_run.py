@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 
 from callbacks import HeldOut, Predictions
 from lit_vlm.checkpoints.weights import by_slot, find_start, read_shapes
@@ -54,18 +54,18 @@ def check_recipe(commands: Mapping[str, Sequence[str]], console: Console) -> boo
     left: dict[str, SlotStates] = {}
     ok = True
     for stage, words in commands.items():
-        console.print(f"[bold]{stage}[/]  lit-vlm {shlex.join(words)}", soft_wrap=True, highlight=False)
+        console.print(f"[bold]{stage}[/]  lit-vlm {escape(shlex.join(words))}", soft_wrap=True, highlight=False)
         check = _StageCheck(words, left, [name for name in commands if name not in left])
         try:
             with quietly():
                 check.run()
         except (ValueError, OSError, ImportError) as error:
             ok = False
-            console.print(f"  [red]missing or wrong[/]: {error}", soft_wrap=True, highlight=False, markup=True)
+            console.print(f"  [red]missing or wrong[/]: {escape(str(error))}", soft_wrap=True, highlight=False)
         else:
-            console.print(f"  [green]ready[/]: {'; '.join(check.done)}", soft_wrap=True, highlight=False)
+            console.print(f"  [green]ready[/]: {escape('; '.join(check.done))}", soft_wrap=True, highlight=False)
         for note in check.notes:
-            console.print(f"  [yellow]{note}[/]", soft_wrap=True, highlight=False)
+            console.print(f"  [yellow]{escape(note)}[/]", soft_wrap=True, highlight=False)
         if check.leaves is not None:
             left[stage] = check.leaves
     return ok
@@ -104,15 +104,16 @@ class _StageCheck:
         self.done.append("config parses")
         model = self._build(module)
         self._start(module.stage, model)
-        self._pretrained(module.stage, model)
-        self._order(module, data, model)
+        self._pretrained(module.stage, model, data)
+        device = cli.trainer.strategy.root_device
+        self._order(module, data, model, device)
         samples = self._data(module, data)
         for callback in cli.trainer.callbacks:
             if isinstance(callback, HeldOut | Predictions) and not data.val_sources:
                 raise ValueError(
                     f"callbacks.{type(callback).__name__} wants questions of data.val, and {NONE_HELD_OUT}"
                 )
-        self._step(module, data, model, samples)
+        self._step(module, data, model, samples, device)
 
     def _build(self, module: LitVLM) -> VLM:
         """Build the model without weights and freeze it as the stage says; keep its shapes in `leaves`."""
@@ -126,15 +127,18 @@ class _StageCheck:
         self.done.append(f"parts build ({count:,} parameters)")
         return model
 
-    def _order(self, module: LitVLM, data: VLMData, model: VLM) -> None:
-        """Ask a small decoder what its tokens see, as training does before its first step; note a large one's rule."""
+    def _order(self, module: LitVLM, data: VLMData, model: VLM, device: torch.device) -> None:
+        """Check what tokens of a small decoder see, as training does before its first step.
+
+        A large decoder is not built; a remark says what remains unchecked.
+        """
         if module.stage.leave_out:
             return
         count = sum(parameter.numel() for parameter in model.decoder.parameters())
         if count <= SMALL:
-            decoder = module.slots.decoder()
+            decoder = module.slots.decoder().to(device)
             for packed in (False, True) if data.batching.packs else (False,):
-                check_order(decoder, packed, torch.device("cpu"))
+                check_order(decoder, packed, device)
             self.done.append("the decoder keeps samples apart" if data.batching.packs else "the decoder is causal")
         elif data.batching.packs and (carried := model.decoder.carried()) is not None:
             self.notes.append(
@@ -153,20 +157,21 @@ class _StageCheck:
         if earlier in self.left:
             saved, origin = self.left[earlier], f"what {earlier} will leave"
         else:
-            _name("model.stage.start_from", partial(find_start, start))
+            find_start(start)
             saved, origin = read_shapes(start), start
         if saved is not None:
             check_saved(model, saved, stage.fresh, origin)
         self.done.append(f"weights of {start} {'fit' if saved is not None else 'are there'}")
 
-    def _pretrained(self, stage: Stage, model: VLM) -> None:
-        """Check that files of pretrained weights exist, those of teachers too."""
+    def _pretrained(self, stage: Stage, model: VLM, data: VLMData) -> None:
+        """Check that files of pretrained weights exist, those of teachers too whose features are not prepared."""
         parts: dict[str, Part] = {slot: parts[0] for slot, parts in model.slots().items() if slot != "heads"}
         for slot, part in parts.items():
             if not stage.start_from or slot in stage.fresh:
                 _name(f"model.{slot}", part.find_pretrained)
+        asked = {name for name in model.heads if stage.losses.get(name) and name not in data.prepared}
         for name, head in model.heads.items():
-            if isinstance(head, Head) and head.teacher is not None and stage.losses.get(name):
+            if name in asked and isinstance(head, Head) and head.teacher is not None:
                 _name(f"model.heads.{name}.teacher", head.teacher.find_pretrained)
         self.done.append("pretrained weights are there")
 
@@ -193,19 +198,26 @@ class _StageCheck:
         )
         return samples
 
-    def _step(self, module: LitVLM, data: VLMData, model: VLM, samples: Sequence[Sample]) -> None:
+    def _step(self, module: LitVLM, data: VLMData, model: VLM, samples: Sequence[Sample], device: torch.device) -> None:
         """Run one batch forward and backward, and one without pictures if there are samples with and without."""
         spec = module.input_spec
         shown = sorted(samples, key=lambda sample: not sample.grids)[:LARGEST]
         shown += [sample for sample in samples if not sample.grids][:1] if all(s.grids for s in shown) else []
         names = (*(data.prepared if shown[0].features else ()), *spec.known)
-        batch = data.collator(spec, prepared=names)([[sample] for sample in shown], [])
-        model.train()
-        rehearse(model, batch, module.stage.losses)
-        pictures = batch.counts.images
+        rows = [[[sample] for sample in shown]]
         text = [sample for sample in shown if not sample.grids]
-        if text and pictures:  # the batch of a process that has no picture
-            rehearse(model, data.collator(spec, prepared=names)([text], []), module.stage.losses)
+        if text and shown[0].grids:  # the batch of a process that has no picture
+            rows.append([text])
+        model.train()
+        try:
+            for row in rows:
+                rehearse(model, data.collator(spec, prepared=names)(row, []), module.stage.losses)
+        except NotImplementedError as error:  # a kernel that this CPU lacks
+            if device.type == "cpu":
+                raise ValueError(f"the step does not run on the CPU, which would train here: {error}") from error
+            self.notes.append(f"the step was not rehearsed, as it is on a CPU, and this does not run there: {error}")
+            return
+        pictures = sum(len(sample.grids) for sample in shown)
         self.done.append(
             f"a batch of {_count(len(shown), 'sample')} with {_count(pictures, 'picture')} ran forward and backward"
         )
@@ -226,4 +238,4 @@ def _name(key: str, look: Any) -> None:
     try:
         look()
     except (ValueError, OSError) as error:
-        raise ValueError(str(error) if str(error).startswith(key) else f"{key}: {error}") from error
+        raise ValueError(f"{key}: {error}") from error

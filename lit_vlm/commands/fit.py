@@ -68,14 +68,23 @@ def lightning_cli(arguments: Sequence[str], run: bool = True) -> Any:
     return LitVLMCLI(args=None if given == sys.argv[1:] else given, run=run)
 
 
-def check_flags(arguments: Sequence[str]) -> None:
-    """Parse the flags of a stage and build its objects, without parts, weights or anything on disk.
+def check_flags(arguments: Sequence[str]) -> str | None:
+    """Parse the flags of a stage and build its objects; no parts, no weights, and no source, whose file may be large.
+
+    Returns:
+        where the stage's weights start from.
 
     Raises:
-        SystemExit: for a wrong flag, after a line that says what is wrong.
+        ValueError: for a wrong flag.
     """
-    with in_one_line(), quietly():
-        lightning_cli([*arguments, "--trainer.logger", "false"], run=False)
+    _quiet()
+    words = take_plugins(list(arguments))
+    with quietly():
+        from lit_vlm.commands.lightning_cli import CheckedCLI
+
+        load_plugins()
+        start: str | None = CheckedCLI([*words, "--trainer.logger", "false"]).model.stage.start_from
+    return start
 
 
 @contextmanager

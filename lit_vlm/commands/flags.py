@@ -10,24 +10,38 @@ import importlib
 import inspect
 import re
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from lit_vlm.core.plugins import nearest, subclasses
 
-BASES = {
-    "model.encoder": ("encoders", "lit_vlm.encoders:Encoder"),
-    "model.projector": ("projectors", "lit_vlm.projectors:Projector"),
-    "model.embedder": ("embedders", "lit_vlm.embedders:Embedder"),
-    "model.decoder": ("decoders", "lit_vlm.decoders:Decoder"),
-    "model.heads": ("heads", "lit_vlm.heads:Head"),
-    "data.train": ("sources", "lit_vlm.data:Source"),
-    "data.val": ("sources", "lit_vlm.data:Source"),
-    "data.template": ("templates", "lit_vlm.data:Template"),
-    "data.transform": ("transforms", "lit_vlm.data:ImageTransform"),
-    "data.mixture": ("mixtures", "lit_vlm.data:Mixture"),
-    "data.batching": ("batchings", "lit_vlm.data:Batching"),
-    "trainer.callbacks": ("callbacks", "lightning.pytorch:Callback"),
+
+class ClassList(NamedTuple):
+    """A list of `lit-vlm parts` whose entries are the subclasses of a base.
+
+    Attributes:
+        base: the base class, as `package:Class`.
+        keys: keys of a config that name an entry, or something below which one is named.
+    """
+
+    base: str
+    keys: tuple[str, ...]
+
+
+LISTS = {
+    "encoders": ClassList("lit_vlm.encoders:Encoder", ("model.encoder",)),
+    "projectors": ClassList("lit_vlm.projectors:Projector", ("model.projector",)),
+    "embedders": ClassList("lit_vlm.embedders:Embedder", ("model.embedder",)),
+    "decoders": ClassList("lit_vlm.decoders:Decoder", ("model.decoder",)),
+    "heads": ClassList("lit_vlm.heads:Head", ("model.heads",)),
+    "teachers": ClassList("lit_vlm.teachers:Teacher", ()),
+    "sources": ClassList("lit_vlm.data:Source", ("data.train", "data.val")),
+    "templates": ClassList("lit_vlm.data:Template", ("data.template",)),
+    "transforms": ClassList("lit_vlm.data:ImageTransform", ("data.transform",)),
+    "mixtures": ClassList("lit_vlm.data:Mixture", ("data.mixture",)),
+    "batchings": ClassList("lit_vlm.data:Batching", ("data.batching",)),
+    "callbacks": ClassList("lightning.pytorch:Callback", ("trainer.callbacks",)),
 }
-"""Key of a config → the list of `lit-vlm parts` and the base class of what the key may name."""
+"""Title → the list."""
 
 
 def explain(message: str, known: Sequence[str]) -> str:
@@ -88,13 +102,12 @@ def _unknown_class(key: str, found: re.Match[str], known: Sequence[str]) -> str:
 
 def _near_class(key: str, name: str) -> str:
     """A hint: the classes that may have been meant, and the command that lists all."""
-    place = next((place for start, place in BASES.items() if key == start or key.startswith(f"{start}.")), None)
-    if place is None:
+    title = next((t for t, one in LISTS.items() for start in one.keys if f"{key}.".startswith(f"{start}.")), None)
+    if title is None:
         return ""
-    kind, base = place
-    package, _, class_name = base.partition(":")
+    package, _, class_name = LISTS[title].base.partition(":")
     names = [one.__name__ for one in subclasses(getattr(importlib.import_module(package), class_name))]
-    return f"{nearest(name.rpartition('.')[2], names)}; lit-vlm parts {kind} lists them"
+    return f"{nearest(name.rpartition('.')[2], names)}; lit-vlm parts {title} lists them"
 
 
 def _no_module(key: str, found: re.Match[str], known: Sequence[str]) -> str:

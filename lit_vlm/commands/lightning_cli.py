@@ -22,6 +22,7 @@ from lit_vlm.commands.named_sources import Parser
 from lit_vlm.commands.runs import run_folder_for
 from lit_vlm.core.precision import AUTO, crowded
 from lit_vlm.data import VLMData
+from lit_vlm.data.given import DataPath
 from lit_vlm.training.module import LitVLM
 from lit_vlm.training.sharding import FSDP2  # noqa: F401 - a class name for recipes
 from lit_vlm.training.tracking import MLflow, RunRecord
@@ -167,7 +168,7 @@ class LitVLMCLI(LightningCLI):
 
 
 class ParsedCLI(LitVLMCLI):
-    """Parses the config of a stage and builds nothing, to check flags or to read settings."""
+    """Parses the config of a stage and builds nothing, to read settings."""
 
     def __init__(self, args: list[str] | dict[str, Any]) -> None:
         super().__init__(args, run=False)
@@ -184,6 +185,30 @@ class ParsedCLI(LitVLMCLI):
 
     def instantiate_classes(self) -> None:
         """Build nothing."""
+
+
+class CheckedCLI(ParsedCLI):
+    """Builds the objects of a stage but its sources: whether settings are taken, without reading data."""
+
+    def before_instantiate_classes(self) -> None:
+        """As for a stage."""
+        LitVLMCLI.before_instantiate_classes(self)
+
+    def instantiate_classes(self) -> None:
+        """Build all objects but sources; of a file that stands for one, look whether it is there.
+
+        Raises:
+            ValueError: for a setting that a class refuses, or a file that is not there.
+        """
+        for key in ("train", "val"):
+            given = self.config.data[key]
+            files = given if isinstance(given, dict) else {"": given}
+            for name, file in files.items():
+                path = str(file) if isinstance(file, str | DataPath) else None
+                if path and ":" not in path and not Path(path).expanduser().exists():
+                    raise ValueError(f"{'.'.join(filter(None, ('data', key, name)))}: there is no {path}")
+            self.config.data[key] = []
+        LitVLMCLI.instantiate_classes(self)
 
 
 def _refuse_other_run(folder: Path, checkpoint: str | None) -> None:

@@ -10,9 +10,11 @@ from typing import NamedTuple
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from lit_vlm.commands.cli import LIGHTNING, VERBS
+from lit_vlm.commands.flags import LISTS
 from lit_vlm.commands.recipe import find_recipe, shipped_recipes
 from lit_vlm.commands.verb import Verb
 from lit_vlm.core.plugins import load_plugins, nearest, subclasses
@@ -88,7 +90,7 @@ def _table(kind: Kind, entries: Sequence[Entry]) -> Table:
     table.add_column()
     for entry in entries:
         own = entry.path.split(".")[0] in ("", "lit_vlm", "callbacks")
-        table.add_row(entry.name, entry.about if own else f"{entry.about} [dim]{entry.path}[/]")
+        table.add_row(entry.name, escape(entry.about) + ("" if own else f" [dim]{entry.path}[/]"))
     return table
 
 
@@ -122,11 +124,11 @@ def first_line(thing: object) -> str:
     return (inspect.getdoc(thing) or "").partition("\n")[0].rstrip(".:")
 
 
-def _classes(place: str) -> Callable[[], Iterator[Entry]]:
-    """A function that imports the package of `package:Base` and lists the subclasses of that base."""
+def _classes(title: str) -> Callable[[], Iterator[Entry]]:
+    """A function that imports the package of a list's base class, and lists the subclasses of that base."""
 
     def entries() -> Iterator[Entry]:
-        package, _, name = place.partition(":")
+        package, _, name = LISTS[title].base.partition(":")
         for kind in subclasses(getattr(importlib.import_module(package), name)):
             if (path := public_path(kind)) is not None:
                 yield Entry(kind.__name__, path, first_line(kind))
@@ -177,17 +179,17 @@ def _recipes() -> Iterator[Entry]:
 
 
 KINDS = [
-    Kind("encoders", "--model.encoder", "pixels to visual tokens", _classes("lit_vlm.encoders:Encoder")),
-    Kind("projectors", "--model.projector", "encoder width to decoder width", _classes("lit_vlm.projectors:Projector")),
-    Kind("embedders", "--model.embedder", "ids and visual tokens to vectors", _classes("lit_vlm.embedders:Embedder")),
-    Kind("decoders", "--model.decoder", "the language model", _classes("lit_vlm.decoders:Decoder")),
-    Kind("heads", "--model.heads.NAME", "auxiliary losses", _classes("lit_vlm.heads:Head")),
-    Kind("teachers", "--model.heads.NAME.teacher", "what a head learns from", _classes("lit_vlm.teachers:Teacher")),
-    Kind("sources", "--data.train.NAME", "where records come from", _classes("lit_vlm.data:Source")),
-    Kind("templates", "--data.template", "how messages are written", _classes("lit_vlm.data:Template")),
-    Kind("transforms", "--data.transform", "how pictures are resized", _classes("lit_vlm.data:ImageTransform")),
-    Kind("mixtures", "--data.mixture", "how sources are mixed", _classes("lit_vlm.data:Mixture")),
-    Kind("batchings", "--data.batching", "how samples become rows", _classes("lit_vlm.data:Batching")),
+    Kind("encoders", "--model.encoder", "pixels to visual tokens", _classes("encoders")),
+    Kind("projectors", "--model.projector", "encoder width to decoder width", _classes("projectors")),
+    Kind("embedders", "--model.embedder", "ids and visual tokens to vectors", _classes("embedders")),
+    Kind("decoders", "--model.decoder", "the language model", _classes("decoders")),
+    Kind("heads", "--model.heads.NAME", "auxiliary losses", _classes("heads")),
+    Kind("teachers", "--model.heads.NAME.teacher", "what a head learns from", _classes("teachers")),
+    Kind("sources", "--data.train.NAME", "where records come from", _classes("sources")),
+    Kind("templates", "--data.template", "how messages are written", _classes("templates")),
+    Kind("transforms", "--data.transform", "how pictures are resized", _classes("transforms")),
+    Kind("mixtures", "--data.mixture", "how sources are mixed", _classes("mixtures")),
+    Kind("batchings", "--data.batching", "how samples become rows", _classes("batchings")),
     Kind("forms", "lit-vlm data convert --form", "how a file is read", _forms),
     Kind("tasks", "lit-vlm evaluate --task", "benchmarks", _tasks),
     Kind("families", "start_from NAME:FOLDER", "published weights, in and out", _families),

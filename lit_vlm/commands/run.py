@@ -18,7 +18,7 @@ from typing import Any
 from rich.console import Console
 
 from lit_vlm.checkpoints.folder import checkpoints_in
-from lit_vlm.commands.fit import REFUSED, check_flags
+from lit_vlm.commands.fit import REFUSED, check_flags, in_one_line
 from lit_vlm.commands.recipe import Recipe, find_recipe, shipped_recipes
 from lit_vlm.commands.runs import STATE_FILE, RunState, is_first
 from lit_vlm.core.plugins import named_plugins, nearest, use_plugins
@@ -60,9 +60,9 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _check_flags(commands: Sequence[Sequence[str]]) -> None:
-    """Check that the flags of all stages parse, before anything is written.
+    """Check the flags of all stages before anything is written.
 
-    A separate process parses them, so that this one stays small while stages run.
+    A separate process loads the libraries for it, so that this one stays small while stages run.
 
     Raises:
         SystemExit: for a wrong flag, which the separate process has reported in one line.
@@ -70,16 +70,20 @@ def _check_flags(commands: Sequence[Sequence[str]]) -> None:
     if not is_first():
         return
     sys.stderr.write("checking flags ...\n")  # a few seconds, as classes must be loaded to know their arguments
-    child = multiprocessing.get_context("fork").Process(target=_parse_all, args=(commands,))
+    child = multiprocessing.get_context("fork").Process(target=_check_all, args=(commands,))
     child.start()
     child.join()
     if child.exitcode:
         raise SystemExit(child.exitcode)
 
 
-def _parse_all(commands: Sequence[Sequence[str]]) -> None:
-    for words in commands:
-        check_flags(words[1:])
+def _check_all(commands: Sequence[Sequence[str]]) -> None:
+    with in_one_line():
+        starts = [check_flags(words[1:]) for words in commands]
+        if starts and starts[0]:  # later stages start from what earlier ones will leave
+            from lit_vlm.checkpoints.weights import find_start
+
+            find_start(starts[0])
 
 
 def _parser() -> argparse.ArgumentParser:

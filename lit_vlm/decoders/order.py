@@ -30,8 +30,19 @@ def check_order(decoder: Decoder, packed: bool, device: torch.device) -> None:
         device: where the decoder runs.
 
     Raises:
-        ValueError: when a token sees a later one, or in packed rows the sample in front of its own.
+        ValueError: when a token sees a later one, or in packed rows the sample in front of its own; or when a kernel of
+            the decoder does not run on this device.
     """
+    try:
+        _check(decoder, packed, device)
+    except NotImplementedError as error:  # PyTorch's, such as flex attention's backward pass on a CPU
+        raise ValueError(
+            f"{decoder.family} cannot be trained on the device '{device.type}': {error} Set decoder.attention to sdpa "
+            "or eager, or train on another device"
+        ) from error
+
+
+def _check(decoder: Decoder, packed: bool, device: torch.device) -> None:
     whole = list(range(LENGTH))
     if not packed:
         if _seen(decoder, [whole], slice(0, FIRST), device)[0, FIRST:].any():

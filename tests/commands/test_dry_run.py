@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from lit_vlm.commands.cli import main
-from lit_vlm.commands.recipe import shipped_recipes
+from lit_vlm.commands.recipe import find_recipe, shipped_recipes
+from lit_vlm.teachers import EncoderTeacher, Teacher
 from tests.runs import lit_vlm
 from tests.tiny import ROOT
 
@@ -161,6 +162,10 @@ CASES = {
          "{model_type: recurrent_gemma, hidden_size: 64, num_hidden_layers: 3, num_attention_heads: 4}"],
         ["HFDecoder (recurrent_gemma) does not keep the samples of a packed row apart", "Padded"],
     ),
+    "kernel that the device lacks": Case(
+        ["--model.decoder.attention", "flex_attention"],
+        ["HFDecoder (llama) cannot be trained on the device 'cpu'", "Set decoder.attention to sdpa"],
+    ),
     "workers": Case(["--data.num_workers", "-3"], ["data.num_workers is at least 0, not -3"]),
     "accumulation": Case(["--trainer.accumulate_grad_batches", "0"], ["accumulate_grad_batches is at least 1, not 0"]),
     "no step": Case(["--trainer.max_steps", "0"], ["trainer.max_steps or trainer.max_epochs is 0"]),
@@ -237,6 +242,24 @@ def test_what_is_mended_is_ready(folder: Path, capsys: pytest.CaptureFixture[str
     assert "a batch of 1 sample with 1 picture ran forward and backward" in said
 
 
+def test_the_teacher_of_prepared_features_need_not_be_there(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    looked_for: list[str] = []
+    monkeypatch.setattr(Teacher, "find_pretrained", lambda self: looked_for.append("one"))
+    monkeypatch.setattr(EncoderTeacher, "find_pretrained", lambda self: looked_for.append("one"))
+    main(["run", "ola_vlm", "--scale", "tiny", "--stages", "1_pretrain", "--dry-run"])
+    assert len(looked_for) == 3
+    looked_for.clear()
+    tiny = ["--scale", "tiny", "--stages", "1_pretrain"]
+    configs = find_recipe("ola_vlm").configs("1_pretrain", "tiny", "single")
+    words = [word for path in configs for word in ("--config", str(path.resolve()))]
+    main(["prepare", "targets", "--of", "depth", "--out", "features", "--workers", "0", *words])
+    main(["run", "ola_vlm", *tiny, "--dry-run", "--data.prepared.depth", "features"])
+    assert len(looked_for) == 2
+    assert "missing or wrong" not in capsys.readouterr().out
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", shipped_recipes())
 def test_every_recipe_is_ready_at_its_smallest_scale(
@@ -257,6 +280,7 @@ def test_every_recipe_is_ready_at_its_smallest_scale(
         (["--model.stage.train.projektor", "1e-3"], "model.stage.train names 'projektor'"),
         (["--1_algin.trainer.max_steps", "3"], "'1_algin' is no stage (did you mean '1_align'?)"),
         (["--data.train", "gone.json"], "data.train: there is no gone.json"),
+        (["--model.stage.start_from", "[gone]"], "model.stage.start_from: there is no complete checkpoint in [gone]/"),
         (["--plugins"], "--plugins needs a value behind it"),
         (["--plugins", "./lab.py"], "a plugin is named by its module, such as my_lab.tasks, not './lab.py'"),
     ],

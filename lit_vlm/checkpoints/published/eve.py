@@ -88,11 +88,7 @@ class Eve(Family):
             out: a folder that is new or empty.
             transform: how pictures were resized; the name of EVE's preprocessor says the longer side of `AspectGrid`.
 
-        Returns:
-            the largest difference of the logits on a random picture and text, in fp32.
-
-        Raises:
-            ValueError: for a model of other parts, a folder that is not empty, or logits that differ.
+        Returns and raises as `Family.export`.
         """
         encoder, projector, decoder = model.encoder, model.projector, model.decoder
         if (

@@ -91,11 +91,7 @@ class EveV2(Family):
             out: a folder that is new or empty.
             transform: not written, as EVEv2's configuration has no setting for it.
 
-        Returns:
-            the largest difference of the logits on a random picture and text, in fp32.
-
-        Raises:
-            ValueError: for a model of other parts, a folder that is not empty, or logits that differ.
+        Returns and raises as `Family.export`.
         """
         encoder, decoder = model.encoder, model.decoder
         if (

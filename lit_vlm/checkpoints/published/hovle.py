@@ -162,11 +162,7 @@ class Hovle(Family):
             out: a folder that is new or empty.
             transform: how pictures were resized; the configuration says how many tiles `Tiles` makes.
 
-        Returns:
-            the largest difference of the logits on a random picture and text, in fp32.
-
-        Raises:
-            ValueError: for a model of other parts, a folder that is not empty, or logits that differ.
+        Returns and raises as `Family.export`.
         """
         encoder, embedder, decoder = model.encoder, model.embedder, model.decoder
         if (

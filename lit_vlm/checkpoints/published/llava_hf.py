@@ -222,11 +222,7 @@ class LlavaHf(Family):
             out: a folder that is new or empty.
             transform: how pictures were resized, for the image processor; SquareCrop and PadSquare can be written.
 
-        Returns:
-            the largest difference of the logits on a random picture and text, in fp32.
-
-        Raises:
-            ValueError: for a model of other parts, a folder that is not empty, or logits that differ.
+        Returns and raises as `Family.export`.
         """
         encoder, projector, decoder = model.encoder, model.projector, model.decoder
         if (

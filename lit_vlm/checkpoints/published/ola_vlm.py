@@ -268,11 +268,7 @@ class OlaVlm(Family):
             out: a folder that is new or empty.
             transform: how pictures were resized.
 
-        Returns:
-            the largest difference of the logits on a random picture and text, in fp32.
-
-        Raises:
-            ValueError: for a model of other parts, a folder that is not empty, or logits that differ.
+        Returns and raises as `Family.export`.
         """
         if not _is_ola(model):
             parts = [type(part).__name__ for part in (model.encoder, model.projector, model.embedder, model.decoder)]

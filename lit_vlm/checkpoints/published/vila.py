@@ -243,11 +243,7 @@ class Vila(Family):
             out: a folder that is new or empty.
             transform: how pictures were resized.
 
-        Returns:
-            the largest difference of the logits on a random picture and text, in fp32.
-
-        Raises:
-            ValueError: for a model of other parts, a folder that is not empty, or logits that differ.
+        Returns and raises as `Family.export`.
         """
         encoder, decoder, kind = model.encoder, model.decoder, _type_of(model.projector)
         inner = encoder.inner if isinstance(encoder, S2) else encoder
