@@ -179,11 +179,20 @@ def _registered(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def meta_twins(part: nn.Module) -> None:
     """Replace every parameter by one of the same shape on the meta device; ties are kept, buffers are left alone."""
+    _replace_parameters(part, "meta")
+
+
+def empty_parameters(part: nn.Module) -> None:
+    """Replace every parameter by one of the same shape on the CPU that holds no values, and takes no memory yet."""
+    _replace_parameters(part, "cpu")
+
+
+def _replace_parameters(part: nn.Module, device: str) -> None:
     twins: dict[int, nn.Parameter] = {}
     for module in part.modules():
         for attribute, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
             if id(parameter) not in twins:
                 twins[id(parameter)] = nn.Parameter(
-                    torch.empty_like(parameter, device="meta"), requires_grad=parameter.requires_grad
+                    torch.empty_like(parameter, device=device), requires_grad=parameter.requires_grad
                 )
             setattr(module, attribute, twins[id(parameter)])

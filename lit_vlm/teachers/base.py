@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from lit_vlm.core.batch import Images, PixelSpec, VisualTokens
-from lit_vlm.core.part import load_state, meta_parameters, real_parameters
+from lit_vlm.core.part import empty_parameters, load_state, meta_parameters, real_parameters
 from lit_vlm.encoders.base import Encoder
 
 
@@ -57,6 +57,10 @@ class Teacher(ABC):
             ValueError: where they are missing or do not fit.
         """
         return
+
+    def load_empty(self) -> None:
+        """Give the weights memory without values, where a step is only planned; by default they are read."""
+        self.load()
 
     @torch.no_grad()
     def targets(self, given: Images | VisualTokens) -> VisualTokens:
@@ -121,6 +125,12 @@ class EncoderTeacher(Teacher):
                 with real_parameters():
                     self.encoder = self._factory()
         self.encoder.eval().requires_grad_(False).to(self._device)
+
+    def load_empty(self) -> None:
+        """Give the encoder's weights memory on the CPU that holds no values."""
+        self._device = torch.device("cpu")
+        empty_parameters(self.encoder)
+        self.encoder.eval().requires_grad_(False)
 
     def _on(self, device: torch.device) -> Encoder:
         self.load()

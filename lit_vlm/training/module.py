@@ -51,7 +51,12 @@ class LitVLM(LightningModule):
         decoder: the language model.
         stage: which slots train, at which learning rate, and which losses are on.
         heads: auxiliary losses by name; null removes one.
+
+    Attributes:
+        has_values: whether weights have values; False where a step is only planned.
     """
+
+    has_values = True
 
     def __init__(
         self,
@@ -96,14 +101,18 @@ class LitVLM(LightningModule):
             self._leave_out(self.model)
             self.stage.freeze(self.model, self.slots.removed_heads)
             mixed = str(self.trainer.precision) == "bf16-mixed"
-            shard(self.model, strategy.shard_mesh(), torch.bfloat16 if mixed else None)
+            shard(self.model, strategy.shard_mesh(), torch.bfloat16 if mixed else None, fill=self.has_values)
         else:
             self.model = self.build()
             self._leave_out(self.model)
         self.stage.freeze(self.model, self.slots.removed_heads)
-        load_teachers(self.model, self._asked_teachers(self.model))
+        self.load_teachers(self.model, self._asked_teachers(self.model))
         # Modules are born in train mode, and Lightning keeps the mode it finds: frozen parts must be in eval mode.
         self.model.train()
+
+    def load_teachers(self, model: VLM, names: Collection[str]) -> None:
+        """Read the weights of the teachers of these heads; raises as `build.load_teachers`."""
+        load_teachers(model, names)
 
     def _asked_teachers(self, model: VLM) -> list[str]:
         """Heads whose teachers run: those whose loss is on and whose features were not prepared."""

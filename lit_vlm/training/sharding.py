@@ -59,7 +59,7 @@ class FSDP2(ModelParallelStrategy):
         return init_device_mesh(self.root_device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 
-def shard(model: VLM, mesh: DeviceMesh, compute_dtype: torch.dtype | None) -> None:
+def shard(model: VLM, mesh: DeviceMesh, compute_dtype: torch.dtype | None, fill: bool = True) -> None:
     """Shard every block on its own and the rest with the root, then fill the shards from rank 0.
 
     Rank 0 holds the whole model on the CPU, the others hold parameters on the meta device.
@@ -68,6 +68,7 @@ def shard(model: VLM, mesh: DeviceMesh, compute_dtype: torch.dtype | None) -> No
         model: parameters on the CPU (rank 0) or on the meta device (others).
         mesh: from `FSDP2.shard_mesh`.
         compute_dtype: type that parameters are gathered in; None keeps their own. Gradients are always reduced in fp32.
+        fill: False leaves the shards without values, where a step is only planned.
 
     Raises:
         ValueError: where one module has a parameter under two names, of which FSDP2 would shard one.
@@ -75,7 +76,7 @@ def shard(model: VLM, mesh: DeviceMesh, compute_dtype: torch.dtype | None) -> No
     _check_names(model)
     aliases = _aliases(model)
     # One name per module, as the function that fills the shards visits each module once.
-    state = {k: v for k, v in model.state_dict().items() if k not in aliases} if dist.get_rank() == 0 else {}
+    state = {k: v for k, v in model.state_dict().items() if k not in aliases} if fill and dist.get_rank() == 0 else {}
     meta_twins(model)
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
     for slot, parts in model.slots().items():
@@ -94,6 +95,8 @@ def shard(model: VLM, mesh: DeviceMesh, compute_dtype: torch.dtype | None) -> No
         if mesh.device_type == "cuda"
         else torch.device("cpu"),
     )
+    if not fill:
+        return
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
     filled = set_model_state_dict(model, state, options=options)
     assert aliases.issuperset(filled.missing_keys), filled.missing_keys

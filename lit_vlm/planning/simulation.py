@@ -1,0 +1,120 @@
+"""A process that runs planned steps, each in a fork of its own, after the libraries were loaded once."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import IO
+
+from lit_vlm.planning.job import Failed, Job, Measured, job_line, read_job, read_result, result_line
+
+RunJob = Callable[[Job], Measured | Failed]
+
+
+class Simulator:
+    """Runs jobs on simulated devices, or on one that is there, in a process of its own.
+
+    Args:
+        command: what starts the process that calls `serve`.
+        environment: variables that it gets besides those of this process.
+    """
+
+    def __init__(self, command: Sequence[str], environment: dict[str, str]) -> None:
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            env=os.environ | environment,
+            text=True,
+        )
+
+    def __enter__(self) -> Simulator:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def run(self, job: Job) -> Measured | Failed:
+        """Run a job.
+
+        Raises:
+            ValueError: where the process ended, with its last words.
+        """
+        return next(self.run_all([job]))
+
+    def run_all(self, jobs: Sequence[Job]) -> Iterator[Measured | Failed]:
+        """Run jobs one after the other; results come in their order.
+
+        Raises:
+            ValueError: where the process ended, with its last words.
+        """
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        for job in jobs:
+            try:
+                self._process.stdin.write(job_line(job) + "\n")
+                self._process.stdin.flush()
+                line = self._process.stdout.readline()
+            except BrokenPipeError:
+                line = ""
+            if not line:
+                raise ValueError(f"the process that plans steps ended: {self._last_words()}")
+            yield read_result(line)
+
+    def close(self) -> None:
+        """End the process."""
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+        self._process.wait()
+        self._errors.close()
+
+    def _last_words(self) -> str:
+        self._errors.seek(0)
+        lines = self._errors.read().decode(errors="replace").strip().splitlines()
+        return lines[-1] if lines else f"exit code {self._process.wait()}"
+
+
+def serve(run: RunJob, jobs: IO[str] = sys.stdin) -> None:
+    """Run each job that comes in, in a fork, and write its result to the standard output, a line each.
+
+    Args:
+        run: runs a job; what it prints goes nowhere.
+        jobs: a job per line.
+    """
+    out = os.fdopen(os.dup(1), "w")
+    silence = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silence, 1)
+    for line in iter(jobs.readline, ""):
+        out.write(_forked(run, read_job(line)) + "\n")
+        out.flush()
+
+
+def _forked(run: RunJob, job: Job) -> str:
+    """The result of a job as a line; a process that dies gives a failure, too."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "result"
+        child = os.fork()
+        if not child:
+            code = 1
+            try:
+                if not os.environ.get("LIT_VLM_DEBUG"):
+                    os.dup2(1, 2)  # notices of libraries on devices that are not there
+                warnings.simplefilter("ignore")
+                file.write_text(result_line(run(job)), encoding="utf-8")
+                code = 0
+            finally:
+                os._exit(code)
+        _, status = os.waitpid(child, 0)
+        if file.is_file():
+            return file.read_text(encoding="utf-8")
+    code = os.waitstatus_to_exitcode(status)
+    why = "the machine's memory did not suffice" if code == -9 else f"exit code {code}"
+    return json.dumps({"failed": {"reason": f"the process of a planned step died: {why}"}})

@@ -1,0 +1,326 @@
+"""A few steps of a stage, run as the first process of many, with weights that have shapes and no values."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from lit_vlm.core.batch import Batch
+from lit_vlm.core.part import empty_parameters
+from lit_vlm.data import VLMData
+from lit_vlm.data.feed.batching import GlobalBatch
+from lit_vlm.heads import Head
+from lit_vlm.model.build import build_on_meta
+from lit_vlm.model.vlm import VLM
+from lit_vlm.planning.batches import Chosen, choose
+from lit_vlm.planning.job import Failed, Job, Measured, States, launched
+from lit_vlm.planning.operations import Recorder
+from lit_vlm.planning.waits import record_waits
+from lit_vlm.teachers import EncoderTeacher
+from lit_vlm.training.module import LitVLM
+from lit_vlm.training.sharding import FSDP2
+from lit_vlm.training.step_flops import StepFlops
+
+MakeCLI = Callable[[Sequence[str]], Any]
+"""(arguments of `fit`) → a LightningCLI with its objects built and nothing run."""
+RECORDED, HEAVIEST, STEPS = 1, 2, 3
+"""Numbers of the steps: the first makes the optimizer's states, the second is recorded, the last is the heaviest."""
+
+
+class Weightless(LitVLM):
+    """The module of a stage, whose weights are memory without values."""
+
+    has_values = False
+
+    def build(self, only: Collection[str] | None = None) -> VLM:
+        """The architecture; parameters stay on the meta device where sharding gives them memory."""
+        model = build_on_meta(self.slots)
+        if not isinstance(self.trainer.strategy, FSDP2):
+            empty_parameters(model)
+        return model
+
+    def load_teachers(self, model: VLM, names: Collection[str]) -> None:
+        """Give the teachers' weights memory without values."""
+        for name in names:
+            head = model.heads[name]
+            if isinstance(head, Head) and head.teacher is not None:
+                head.teacher.load_empty()
+
+
+def run_job(job: Job, make: MakeCLI) -> Measured | Failed:
+    """Run the steps of a job in this process, which is of no use for anything else afterwards.
+
+    Returns:
+        what was measured, or why a step did not run to its end.
+    """
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            return _run(job, make, folder)
+    except torch.OutOfMemoryError as error:
+        return Failed(str(error).partition("\n")[0], memory=True)
+    except (ValueError, OSError, ImportError) as error:
+        return Failed(str(error), trace=_trace(error))
+    except Exception as error:  # any part may raise anything, those of users too
+        return Failed(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}", trace=_trace(error))
+
+
+def _trace(error: Exception) -> str:
+    return "".join(traceback.format_exception(error)[-8:])
+
+
+def _run(job: Job, make: MakeCLI, folder: str) -> Measured:
+    _one_of_many(job)
+    cli = make([*launched(job.words, job), "--trainer.default_root_dir", folder])
+    module, data, trainer = cli.model, cli.datamodule, cli.trainer
+    assert isinstance(data, VLMData)
+    module.__class__ = Weightless
+    module.stage.start_from, module.stage.fresh = None, []
+    accumulate = trainer.accumulate_grad_batches
+    chosen = _choose(module, data, job, accumulate)
+    micro = min(2, accumulate)
+    _only_steps(trainer, data, chosen, micro)
+    if isinstance(trainer.strategy, DDPStrategy):
+        trainer.strategy._ddp_kwargs["init_sync"] = False  # the other processes, which it compares with, are not there
+    probe = _Probe(job, micro)
+    trainer.callbacks.append(probe)
+    trainer.fit(module, datamodule=data)
+    return probe.measured(module, data, chosen, accumulate)
+
+
+def _one_of_many(job: Job) -> None:
+    """Make this the first process of the job's many, as a launcher would, with a process group of nobody else."""
+    if job.world_size == 1:
+        return
+    devices = min(job.per_node, job.world_size)
+    os.environ.update(
+        TORCHELASTIC_RUN_ID="plan", RANK="0", WORLD_SIZE=str(job.world_size), LOCAL_RANK="0", GROUP_RANK="0",
+        LOCAL_WORLD_SIZE=str(devices), MASTER_ADDR="127.0.0.1", MASTER_PORT="29500",
+    )  # fmt: skip
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=job.world_size)
+    dist.all_gather_object = _all_alike  # type: ignore[assignment]
+
+
+def _all_alike(gathered: list[Any], own: Any, group: Any = None) -> None:
+    """Stands for `dist.all_gather_object` among processes that are all like this one."""
+    gathered[:] = [own] * len(gathered)
+
+
+def _choose(module: LitVLM, data: VLMData, job: Job, accumulate: int) -> Chosen:
+    module.model = build_on_meta(module.slots)
+    module.stage.freeze(module.model, module.slots.removed_heads)
+    global_batch = GlobalBatch(data.batch_size, job.world_size, accumulate)
+    chosen = choose(module, data, global_batch, job.prepared, job.text_only)
+    module.model = None
+    return chosen
+
+
+def _only_steps(trainer: L.Trainer, data: VLMData, chosen: Chosen, micro: int) -> None:
+    """Let the trainer take the chosen batches, and nothing that belongs to a run."""
+    loop = trainer.fit_loop
+    loop.epoch_loop.max_steps, loop.max_epochs = STEPS, -1
+    trainer.accumulate_grad_batches = micro
+    # Callbacks of a step, and none of a run: checkpoints, evaluation and records of settings.
+    trainer.callbacks = [one for one in trainer.callbacks if _belongs_to_steps(one)]
+    order = [chosen.typical] * (HEAVIEST * micro) + [chosen.heaviest] * micro
+    data.train_dataloader = lambda: _Given(order)  # type: ignore[method-assign,assignment,return-value]
+
+
+class _Given:
+    """A loader of given batches; a list would count as one loader per batch."""
+
+    def __init__(self, batches: Sequence[Batch]) -> None:
+        self.batches = [batch.pin_memory() if torch.cuda.is_available() else batch for batch in batches]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self.batches)
+
+
+def _belongs_to_steps(callback: L.Callback) -> bool:
+    """Whether a callback does something in a step, and nothing at the end of one or of a run."""
+    hooks = ("on_validation_end", "on_save_checkpoint", "on_train_epoch_end", "on_fit_end", "setup")
+    return not any(getattr(type(callback), hook) is not getattr(L.Callback, hook) for hook in hooks)
+
+
+class _Probe(L.Callback):
+    """Measures the steps.
+
+    Args:
+        job: what is asked for.
+        micro: micro-batches of a step.
+    """
+
+    def __init__(self, job: Job, micro: int) -> None:
+        self.job, self.micro = job, micro
+        self.recorder: Recorder | None = None
+        self.waits: Counter[str] = Counter()
+        self.states = States()
+        self.seconds: list[float] = []
+        self._waiting: Any = None
+        self._start = 0.0
+
+    def _ends(self, batch_idx: int, step: int) -> bool:
+        return batch_idx == (step + 1) * self.micro - 1
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+        """Begin to record, in the last micro-batch of the step that is recorded."""
+        if batch_idx == self.micro:
+            torch.cuda.reset_peak_memory_stats()
+        if self.job.record and self._ends(batch_idx, RECORDED):
+            self.recorder = Recorder(self.job.per_node)
+            self.recorder.__enter__()
+        if batch_idx % self.micro == 0:
+            self._start = time.perf_counter()
+
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Look at the gradients."""
+        if self.recorder is not None:
+            self.recorder.stepping = True
+        self.states.gradients = _bytes(p.grad for p in pl_module.parameters() if p.grad is not None)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        """End the recording; look at all that stays."""
+        if self.job.record and self._ends(batch_idx, RECORDED) and self.recorder is not None:
+            self.recorder.__exit__(None, None, None)
+        if self._ends(batch_idx, RECORDED):
+            self._stop_waits()
+        if self._ends(batch_idx, 0) and self.job.waits:
+            self._waiting = record_waits(self.waits)
+            self._waiting.__enter__()
+        if (batch_idx + 1) % self.micro == 0:
+            torch.cuda.synchronize()
+            self.seconds.append(time.perf_counter() - self._start)
+        optimizer = trainer.optimizers[0]
+        states = (value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor))
+        self.states.optimizer = _bytes(states)
+        self.states.weights = _bytes(_weights(pl_module))
+
+    def _stop_waits(self) -> None:
+        if self._waiting is not None:
+            self._waiting.__exit__(None, None, None)
+            self._waiting = None
+
+    def measured(self, module: LitVLM, data: VLMData, chosen: Chosen, accumulate: int) -> Measured:
+        """All that was measured."""
+        trainer, model = module.trainer, module.vlm
+        sharded = isinstance(trainer.strategy, FSDP2)
+        weights = _global_bytes(model.state_dict().values())
+        optimizer = trainer.optimizers[0]
+        states = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
+        blocks = [block for parts in model.slots().values() for part in parts for block in part.blocks()]
+        recorder = self.recorder or Recorder(self.job.per_node)
+        return Measured(
+            states=self.states,
+            expected_states=expected_states(module, self.job, sharded),
+            peak=torch.cuda.max_memory_allocated(),
+            reserved=torch.cuda.max_memory_reserved(),
+            typical=chosen.typical.counts,
+            heaviest=chosen.heaviest.counts,
+            mean=chosen.mean,
+            micro_batches=chosen.per_epoch,
+            model_flops=StepFlops(model, module.slots, module.stage.losses)(chosen.typical),
+            operations=recorder.operations,
+            messages=recorder.messages,
+            accumulate=accumulate,
+            checkpoint=weights + _global_bytes(states),
+            weights_file=weights,
+            host_loading=_loading_bytes(model),
+            batch_bytes=_batch_bytes(chosen.heaviest),
+            record_bytes=chosen.record_bytes,
+            workers=data.num_workers,
+            slots=[(row.slot, row.part, row.trained, row.frozen) for row in module.stage.summary(model)],
+            blocks=len(blocks) + 1 if sharded else 0,
+            unsharded=[n for n, p in model.named_parameters() if not isinstance(p, DTensor)] if sharded else [],
+            precision=str(trainer.precision),
+            mixed=dict(recorder.mixed),
+            waits=dict(self.waits),
+            seconds=self.seconds,
+        )
+
+
+def expected_states(module: LitVLM, job: Job, sharded: bool) -> States:
+    """States of one device by arithmetic: sizes of all tensors, over the number of shards.
+
+    Args:
+        module: with its model.
+        job: for the number of devices.
+        sharded: whether the strategy shards; hybrid sharding does so inside a node.
+    """
+    strategy = module.trainer.strategy
+    shards = 1
+    if sharded:
+        assert isinstance(strategy, FSDP2)
+        replicas = strategy.num_nodes if strategy.replicas == "nodes" else int(strategy.replicas)
+        shards = job.world_size // replicas
+    parameters = list(module.vlm.parameters())
+    weights = sum(p.numel() * p.element_size() for p in parameters) // shards
+    trained = sum(p.numel() * p.element_size() for p in parameters if p.requires_grad) // shards
+    return States(weights, trained, 2 * trained)
+
+
+def _weights(module: L.LightningModule) -> Iterator[Tensor]:
+    """Parameters and buffers of the model and of its teachers."""
+    assert isinstance(module, LitVLM)
+    yield from module.vlm.parameters()
+    yield from module.vlm.buffers()
+    for head in module.vlm.heads.values():
+        if isinstance(head, Head) and isinstance(head.teacher, EncoderTeacher):
+            yield from head.teacher.encoder.parameters()
+
+
+def _bytes(tensors: Any) -> int:
+    """Bytes of a device that these tensors take, each once; of a sharded one, those of this process."""
+    found: dict[int, int] = {}
+    for tensor in tensors:
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        if local.is_cuda:
+            found[id(tensor)] = local.numel() * local.element_size()
+    return sum(found.values())
+
+
+def _global_bytes(tensors: Any) -> int:
+    """Bytes of whole tensors, over all processes."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _loading_bytes(model: nn.Module) -> int:
+    """Bytes of a whole model in fp32, which the first process holds while it reads the weights."""
+    return sum(4 * parameter.numel() for parameter in model.parameters())
+
+
+def _batch_bytes(batch: Batch) -> int:
+    """Bytes of a batch on the host."""
+    images = [batch.images, *batch.teacher_images.values()]
+    ids = (batch.input_ids, batch.labels, batch.position_ids, batch.segment_ids, batch.image_positions)
+    tensors = [*ids, *(one.pixels for one in images), *(one.features for one in batch.prepared.values())]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """A context without warnings of libraries, which speak of devices that are not there."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
