@@ -1,0 +1,1 @@
+"""Planning: what a stage will cost, before it is run."""
