@@ -31,6 +31,7 @@ ROOMS = (
     ("evaluation",),
     ("testing",),
     ("callbacks",),
+    ("planning",),
     ("commands", "__main__"),
 )
 """From the ground up: a room imports from those before it, and from its own."""

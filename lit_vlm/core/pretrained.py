@@ -29,6 +29,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lit_vlm.core.cache import cache_dir
+from lit_vlm.core.hub import configuration
 from lit_vlm.core.part import real_parameters
 
 MAKER = "lit_vlm.worlds.mini"
@@ -42,26 +43,32 @@ def resolve(source: str, weights: bool = True) -> str:
     Args:
         source: written in one of the ways that the module's docstring lists.
         weights: whether the weights are wanted; False, for configuration or tokenizer alone, leaves a `made:` part
-            untrained.
+            untrained, and takes the configuration of a hub name from where `core.hub.configurations_in` says.
 
     Returns:
         a hub name as it is, otherwise a path. A GGUF file becomes a folder in safetensors form, converted once.
 
     Raises:
-        ValueError: for a path, package or `made:` part that does not exist, or a GGUF file without the package gguf.
+        ValueError: for a path, package or `made:` part that does not exist, or a GGUF file without the package gguf;
+            and as `core.hub.configuration`.
     """
     if source.startswith("made:"):
         made = importlib.import_module(MAKER).made
         return str(made(source.removeprefix("made:"), cache_dir(), weights))
     if source.startswith("package:"):
         path = _package_file(source.removeprefix("package:"))
-    elif source.startswith((".", "/", "~")) or Path(source).exists():
+    elif is_hub_name(source):
+        return source if weights else configuration(source)
+    else:
         path = Path(source).expanduser()
         if not path.exists():
             raise ValueError(f"there are no weights at {path}")
-    else:
-        return source
     return str(_converted_gguf(path) if path.suffix == ".gguf" else path)
+
+
+def is_hub_name(source: str) -> bool:
+    """Whether a source is the name of a model on a hub: none of the other kinds, and no path that exists."""
+    return not source.startswith(("made:", "package:", ".", "/", "~")) and not Path(source).exists()
 
 
 def find_weights(source: str, subfolder: str = "") -> None:

@@ -5,9 +5,20 @@ from __future__ import annotations
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from lit_vlm.core.pretrained import resolve
+from lit_vlm.core.hub import TOKENIZER_FILES, is_cached, is_offline
+from lit_vlm.core.pretrained import is_hub_name, resolve
 
 SPECIAL = ("<pad>", "<|im_start|>", "<|im_end|>")
+CHAT_MARKS = (
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+    "<|system|>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|end|>",
+)
+"""Marks of the kit's templates that a byte tokenizer lacks."""
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -23,11 +34,19 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def stand_in() -> PreTrainedTokenizerFast:
+    """A byte tokenizer with the marks of all templates, in place of a tokenizer that is not on this machine."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": [*CHAT_MARKS]})
+    return tokenizer
+
+
 def load_tokenizer(source: str) -> PreTrainedTokenizerFast:
     """Load a fast tokenizer and give it a pad token.
 
     Args:
-        source: `bytes`, a hub name, a local path or `package:NAME`.
+        source: `bytes`, a hub name, a local path or `package:NAME`. Inside `core.hub.configurations_in`, a hub name
+            that the hub cache lacks gives `stand_in`.
 
     Raises:
         ValueError: when the source has no tokenizer, only a slow one (labels need character offsets), or one without a
@@ -35,9 +54,11 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerFast:
     """
     if source == "bytes":
         return byte_tokenizer()
-    resolved = resolve(source, weights=False)
+    hub = is_hub_name(source)
+    if hub and is_offline() and not is_cached(source, TOKENIZER_FILES):
+        return stand_in()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(resolved)
+        tokenizer = AutoTokenizer.from_pretrained(source if hub else resolve(source, weights=False))
     except ValueError as error:
         raise ValueError(
             f"there is no tokenizer that can be read in {source}: it needs tokenizer.json, or else tokenizer.model and "

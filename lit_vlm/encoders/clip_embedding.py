@@ -40,7 +40,7 @@ class CLIPEmbedding(Encoder):
         if name is None:
             found = made_config("clip_vision_model", config or {}, "CLIPEmbedding")
         else:
-            found = CLIPVisionConfig.from_pretrained(resolve(name), subfolder=subfolder)
+            found = CLIPVisionConfig.from_pretrained(resolve(name, weights=False), subfolder=subfolder)
         self.backbone = CLIPVisionModelWithProjection(found)
         self.width = found.projection_dim
         self.patch_grid = PatchGrid(found.image_size)

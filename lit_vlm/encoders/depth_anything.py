@@ -101,7 +101,7 @@ class DepthAnything(Encoder):
 
 
 def _backbone_config(name: str) -> Dinov2Config:
-    config = DepthAnythingConfig.from_pretrained(resolve(name)).backbone_config
+    config = DepthAnythingConfig.from_pretrained(resolve(name, weights=False)).backbone_config
     if not isinstance(config, Dinov2Config):
         raise ValueError(f"{name} has no DINOv2 backbone")
     return config

@@ -181,7 +181,7 @@ def check_one_source(encoder: str, name: str | None, config: dict[str, Any] | No
 def _vision_config(name: str | None, config: dict[str, Any] | None) -> PretrainedConfig:
     check_one_source("HFEncoder", name, config)
     if name is not None:
-        loaded = AutoConfig.from_pretrained(resolve(name))
+        loaded = AutoConfig.from_pretrained(resolve(name, weights=False))
     else:
         settings = dict(config or {})
         model_type = settings.pop("model_type", "clip_vision_model")

@@ -96,7 +96,7 @@ class OneFormerSwin(Encoder):
 
 
 def _backbone_config(name: str) -> SwinConfig:
-    config = OneFormerConfig.from_pretrained(resolve(name)).backbone_config
+    config = OneFormerConfig.from_pretrained(resolve(name, weights=False)).backbone_config
     if not isinstance(config, SwinConfig):
         raise ValueError(f"{name} has no Swin backbone")
     return config
