@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> None:
     named = bool(argv) and not argv[0].startswith("-")
     arguments, flags = _parser().parse_known_args(argv[1:] if named else argv)
     arguments.recipe = argv[0] if named else None
-    if bad := [flag for i, flag in enumerate(flags) if not flag.startswith("--") and not _is_value(i, flags)]:
+    if bad := [flag for i, flag in enumerate(flags) if not flag.startswith("--") and not is_value(i, flags)]:
         raise ValueError(f"{bad[0]!r} is neither a flag nor the value of one; the recipe is the first argument")
     console = Console()
     if arguments.resume:
@@ -107,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _is_value(index: int, flags: Sequence[str]) -> bool:
+def is_value(index: int, flags: Sequence[str]) -> bool:
     return index > 0 and flags[index - 1].startswith("--") and "=" not in flags[index - 1]
 
 

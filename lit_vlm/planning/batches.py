@@ -20,7 +20,6 @@ from lit_vlm.data.sample.spec import InputSpec
 from lit_vlm.data.sources import Source
 from lit_vlm.encoders import Encoder
 from lit_vlm.heads import Head
-from lit_vlm.heads.base import counted
 from lit_vlm.model.vlm import VLM
 from lit_vlm.teachers import EncoderTeacher
 from lit_vlm.training.module import LitVLM

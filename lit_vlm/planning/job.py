@@ -38,6 +38,8 @@ class Job:
         waits: whether places that wait for the device are recorded.
         prepared: heads, or `encoder`, whose features are taken as prepared.
         text_only: whether the batches hold no picture.
+        statistics: flags that put data with the statistics of the published data in the place of data that are not
+            there; none: the stage's own data must be there.
     """
 
     words: tuple[str, ...]
@@ -48,6 +50,7 @@ class Job:
     waits: bool = False
     prepared: tuple[str, ...] = ()
     text_only: bool = False
+    statistics: tuple[str, ...] = ()
 
 
 @dataclass
@@ -82,11 +85,18 @@ class Measured:
         typical: what the typical micro-batch holds; its operations are the recorded ones.
         heaviest: what the heaviest one holds.
         mean: what micro-batches hold on average.
-        micro_batches: of an epoch, on each process; None where the data do not tell.
+        micro_batches: of an epoch, on each process.
         model_flops: operations that the typical micro-batch needs, without recomputation.
         operations: recorded ones, of a whole step of one micro-batch.
         messages: recorded ones.
+        batch_size: rows of a micro-batch.
         accumulate: micro-batches of an optimizer step.
+        epochs: of the stage; None where steps end it.
+        max_steps: of the stage; None where epochs end it.
+        own_data: whether the stage's own data were there.
+        strategy: class of the strategy.
+        recompute: whether blocks of the decoder are computed again in the backward pass.
+        preparable: heads, and `encoder`, whose features could be prepared before training.
         checkpoint: bytes of a checkpoint, with optimizer states, of all processes together.
         weights_file: bytes of its weights alone.
         host_loading: bytes of the first process's memory while weights are read.
@@ -100,7 +110,6 @@ class Measured:
         mixed: operations that took tensors of device and host.
         waits: place in the code → number of waits of a step.
         seconds: of each step on a real device; empty in a simulation.
-        kernels: kernels and products that a step started, by the simulation's count.
     """
 
     states: States
@@ -110,11 +119,18 @@ class Measured:
     typical: Counts
     heaviest: Counts
     mean: dict[str, float]
-    micro_batches: int | None
+    micro_batches: int
     model_flops: float
     operations: list[Operation]
     messages: list[Message]
+    batch_size: int
     accumulate: int
+    epochs: int | None
+    max_steps: int | None
+    own_data: bool
+    strategy: str
+    recompute: bool
+    preparable: list[str]
     checkpoint: int
     weights_file: int
     host_loading: int
@@ -128,7 +144,6 @@ class Measured:
     mixed: dict[str, int] = field(default_factory=dict)
     waits: dict[str, int] = field(default_factory=dict)
     seconds: list[float] = field(default_factory=list)
-    kernels: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """As plain data."""
@@ -172,8 +187,9 @@ def read_job(line: str) -> Job:
     """A job from its line."""
     data = json.loads(line)
     major, minor = data["device"][2]
-    data["device"] = Device(*data["device"][:2], (major, minor))
-    for name in ("words", "prepared"):
+    name, size, _ = data["device"]
+    data["device"] = Device(name, size, (major, minor))
+    for name in ("words", "prepared", "statistics"):
         data[name] = tuple(data[name])
     return Job(**data)
 

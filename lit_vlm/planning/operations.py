@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import cache
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -172,7 +172,7 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
         yield from _tensors(list(tree.values()))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _launches_nothing(func: Any) -> bool:
     """Whether an operation returns a view, or memory without values."""
     if func._overloadpacket.__name__ in FREE or func.namespace in ("prim", "profiler"):
@@ -181,6 +181,6 @@ def _launches_nothing(func: Any) -> bool:
     return any(info is not None and not info.is_write for info in infos)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _in_place(func: Any) -> bool:
     return any(a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments)

@@ -10,7 +10,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning.pytorch as L
 import torch
@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from lit_vlm.core.batch import Batch
+from lit_vlm.core.batch import ENCODER, Batch
 from lit_vlm.core.part import empty_parameters
 from lit_vlm.data import VLMData
 from lit_vlm.data.feed.batching import GlobalBatch
@@ -86,21 +86,53 @@ def _trace(error: Exception) -> str:
 
 def _run(job: Job, make: MakeCLI, folder: str) -> Measured:
     _one_of_many(job)
-    cli = make([*launched(job.words, job), "--trainer.default_root_dir", folder])
+    cli, own_data = _built(job, make, folder)
     module, data, trainer = cli.model, cli.datamodule, cli.trainer
     assert isinstance(data, VLMData)
     module.__class__ = Weightless
     module.stage.start_from, module.stage.fresh = None, []
-    accumulate = trainer.accumulate_grad_batches
-    chosen = _choose(module, data, job, accumulate)
-    micro = min(2, accumulate)
+    settings = _Settings.of(data, trainer, own_data)
+    chosen = _choose(module, data, job, settings.accumulate)
+    micro = min(2, settings.accumulate)
     _only_steps(trainer, data, chosen, micro)
     if isinstance(trainer.strategy, DDPStrategy):
         trainer.strategy._ddp_kwargs["init_sync"] = False  # the other processes, which it compares with, are not there
     probe = _Probe(job, micro)
     trainer.callbacks.append(probe)
     trainer.fit(module, datamodule=data)
-    return probe.measured(module, data, chosen, accumulate)
+    return probe.measured(module, chosen, settings)
+
+
+def _built(job: Job, make: MakeCLI, folder: str) -> tuple[Any, bool]:
+    """The objects of a stage, and whether its own data were there.
+
+    Where they are not, data with their statistics take their place, if there are any.
+    """
+    words = [*launched(job.words, job), "--trainer.default_root_dir", folder]
+    try:
+        return make(words), True
+    except (ValueError, OSError):
+        if not job.statistics:
+            raise
+    return make([*words, *job.statistics]), False
+
+
+class _Settings(NamedTuple):
+    """Settings of a stage, as `Measured` reports them."""
+
+    batch_size: int
+    accumulate: int
+    epochs: int | None
+    max_steps: int | None
+    own_data: bool
+    workers: int
+
+    @staticmethod
+    def of(data: VLMData, trainer: L.Trainer, own_data: bool) -> _Settings:
+        """Read them before the trainer is told to take a few steps."""
+        steps = trainer.max_steps if trainer.max_steps >= 0 else None
+        epochs = trainer.max_epochs if steps is None else None
+        return _Settings(data.batch_size, trainer.accumulate_grad_batches, epochs, steps, own_data, data.num_workers)
 
 
 def _one_of_many(job: Job) -> None:
@@ -136,7 +168,8 @@ def _only_steps(trainer: L.Trainer, data: VLMData, chosen: Chosen, micro: int) -
     loop.epoch_loop.max_steps, loop.max_epochs = STEPS, -1
     trainer.accumulate_grad_batches = micro
     # Callbacks of a step, and none of a run: checkpoints, evaluation and records of settings.
-    trainer.callbacks = [one for one in trainer.callbacks if _belongs_to_steps(one)]
+    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    callbacks[:] = [one for one in callbacks if _belongs_to_steps(one)]
     order = [chosen.typical] * (HEAVIEST * micro) + [chosen.heaviest] * micro
     data.train_dataloader = lambda: _Given(order)  # type: ignore[method-assign,assignment,return-value]
 
@@ -180,7 +213,9 @@ class _Probe(L.Callback):
     def _ends(self, batch_idx: int, step: int) -> bool:
         return batch_idx == (step + 1) * self.micro - 1
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         """Begin to record, in the last micro-batch of the step that is recorded."""
         if batch_idx == self.micro:
             torch.cuda.reset_peak_memory_stats()
@@ -190,9 +225,7 @@ class _Probe(L.Callback):
         if batch_idx % self.micro == 0:
             self._start = time.perf_counter()
 
-    def on_before_optimizer_step(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer
-    ) -> None:
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         """Look at the gradients."""
         if self.recorder is not None:
             self.recorder.stepping = True
@@ -222,7 +255,7 @@ class _Probe(L.Callback):
             self._waiting.__exit__(None, None, None)
             self._waiting = None
 
-    def measured(self, module: LitVLM, data: VLMData, chosen: Chosen, accumulate: int) -> Measured:
+    def measured(self, module: LitVLM, chosen: Chosen, settings: _Settings) -> Measured:
         """All that was measured."""
         trainer, model = module.trainer, module.vlm
         sharded = isinstance(trainer.strategy, FSDP2)
@@ -243,13 +276,20 @@ class _Probe(L.Callback):
             model_flops=StepFlops(model, module.slots, module.stage.losses)(chosen.typical),
             operations=recorder.operations,
             messages=recorder.messages,
-            accumulate=accumulate,
+            batch_size=settings.batch_size,
+            accumulate=settings.accumulate,
+            epochs=settings.epochs,
+            max_steps=settings.max_steps,
+            own_data=settings.own_data,
+            strategy=type(trainer.strategy).__name__,
+            recompute=model.decoder.recompute,
+            preparable=_preparable(module, self.job),
             checkpoint=weights + _global_bytes(states),
             weights_file=weights,
             host_loading=_loading_bytes(model),
             batch_bytes=_batch_bytes(chosen.heaviest),
             record_bytes=chosen.record_bytes,
-            workers=data.num_workers,
+            workers=settings.workers,
             slots=[(row.slot, row.part, row.trained, row.frozen) for row in module.stage.summary(model)],
             blocks=len(blocks) + 1 if sharded else 0,
             unsharded=[n for n, p in model.named_parameters() if not isinstance(p, DTensor)] if sharded else [],
@@ -288,6 +328,15 @@ def _weights(module: L.LightningModule) -> Iterator[Tensor]:
     for head in module.vlm.heads.values():
         if isinstance(head, Head) and isinstance(head.teacher, EncoderTeacher):
             yield from head.teacher.encoder.parameters()
+
+
+def _preparable(module: LitVLM, job: Job) -> list[str]:
+    """Networks whose features could be prepared before training, and are not."""
+    names = [ENCODER] if module.vlm.encoder.frozen() and any(True for _ in module.vlm.encoder.parameters()) else []
+    for name, head in module.vlm.heads.items():
+        if isinstance(head, Head) and isinstance(head.teacher, EncoderTeacher) and module.stage.losses.get(name):
+            names.append(name)
+    return [name for name in names if name not in job.prepared]
 
 
 def _bytes(tensors: Any) -> int:

@@ -45,7 +45,9 @@ def record_waits(found: Counter[str]) -> Iterator[None]:
 
 def _place() -> str:
     """Where the host waits: `FILE:LINE function`, the kit's innermost line first."""
-    frames = [f for f in traceback.extract_stack()[:-2] if not f.filename.endswith(("/warnings.py", "planning/waits.py"))]
+    frames = [
+        f for f in traceback.extract_stack()[:-2] if not f.filename.endswith(("/warnings.py", "planning/waits.py"))
+    ]
     own = [frame for frame in frames if _kit(frame.filename)]
     inner = frames[-1]
     places = [own[-1], inner] if own and own[-1] is not inner else [inner]

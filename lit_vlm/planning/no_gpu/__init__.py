@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 
 from lit_vlm.core.cache import cache_dir
-from lit_vlm.core.devices import Card
+from lit_vlm.planning.job import Device
 
 HERE = Path(__file__).parent
 SOURCE = HERE / "device.c"
@@ -79,27 +79,27 @@ def cuda_headers() -> Path | None:
     return found[-1].parent if found else None
 
 
-def environment(card: Card, count: int, capacity: int) -> dict[str, str]:
-    """Environment variables of a process that shall see simulated GPUs.
-
-    Args:
-        card: the kind of device.
-        count: number of devices of the node.
-        capacity: bytes of memory of each.
+def environment() -> dict[str, str]:
+    """Environment variables of a process that shall see simulated devices.
 
     Raises:
         NoSimulation: as `library`.
     """
-    return {"LD_PRELOAD": str(library()), **device_variables(card, count, capacity)}
+    return {"LD_PRELOAD": str(library()), "NO_GPU_COUNT": "1"}
 
 
-def device_variables(card: Card, count: int, capacity: int) -> dict[str, str]:
-    """The variables among `environment` that say what the devices are; they are read when CUDA is first used."""
-    major, minor = card.capability or (9, 0)
+def device_variables(device: Device, count: int) -> dict[str, str]:
+    """Environment variables that say what the simulated devices are; they are read when CUDA is first used.
+
+    Args:
+        device: the kind of device.
+        count: number of devices of the node.
+    """
+    major, minor = device.capability
     return {
-        "NO_GPU_NAME": card.name,
+        "NO_GPU_NAME": device.name,
         "NO_GPU_COUNT": str(count),
-        "NO_GPU_BYTES": str(capacity),
+        "NO_GPU_BYTES": str(device.bytes),
         "NO_GPU_MAJOR": str(major),
         "NO_GPU_MINOR": str(minor),
     }

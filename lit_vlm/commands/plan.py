@@ -1,0 +1,183 @@
+"""`lit-vlm plan`: memory, time and cost of each stage of a recipe, from a step that runs on simulated devices."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+
+from lit_vlm.commands.recipe import Recipe, find_recipe, shipped_recipes
+from lit_vlm.commands.run import flags_for, is_value
+from lit_vlm.core.devices import CARDS, Card
+from lit_vlm.core.plugins import named_plugins, nearest, use_plugins
+from lit_vlm.planning import no_gpu
+from lit_vlm.planning.job import Device, Job
+from lit_vlm.planning.plan import Setup, StagePlan, largest_micro_batch, plan_stage
+from lit_vlm.planning.report import one_line, show
+from lit_vlm.planning.roofline import Assumptions
+from lit_vlm.planning.simulation import Simulator
+
+DEFAULT_CARD = "h100"
+PER_NODE = 8
+WORKER = (sys.executable, "-P", "-m", "lit_vlm.commands.simulated")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Plan the stages of a recipe and print a table, or JSON.
+
+    Raises:
+        ValueError: for a wrong argument or flag, or a machine that cannot simulate devices.
+        SystemExit: where a stage does not fit, with code 1.
+    """
+    named = bool(argv) and not argv[0].startswith("-")
+    arguments, flags = _parser().parse_known_args(argv[1:] if named else argv)
+    if not named:
+        raise ValueError(f"name a recipe, as the first argument: {', '.join(shipped_recipes())}")
+    if bad := [flag for i, flag in enumerate(flags) if not flag.startswith("--") and not is_value(i, flags)]:
+        raise ValueError(f"{bad[0]!r} is neither a flag nor the value of one; the recipe is the first argument")
+    recipe = find_recipe(argv[0])
+    use_plugins([*recipe.plugins, *named_plugins()])
+    console = Console()
+    plans = []
+    setup = _setup(arguments)
+    with simulator() as run:
+        for stage, job in jobs(recipe, arguments.scale, arguments.strategy, _stages(arguments), flags, setup):
+            with console.status(f"planning {stage} ...") if not arguments.json else _silent():
+                plan = plan_stage(stage, job, setup, run.run)
+                if arguments.search:
+                    base = plan.measured
+                    found = largest_micro_batch(stage, job, setup, run.run, base.batch_size, base.accumulate)
+                    plan = found or plan
+            plans.append(plan)
+    if arguments.json:
+        sys.stdout.write(json.dumps([plan.to_json() for plan in plans], indent=1) + "\n")
+    else:
+        show(plans, console)
+    if not all(plan.fits or plan.changes for plan in plans):
+        raise SystemExit(1)
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    yield
+
+
+def _stages(arguments: argparse.Namespace) -> list[str] | None:
+    return arguments.stages.split(",") if arguments.stages else None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lit-vlm plan",
+        usage="lit-vlm plan RECIPE [options] [flags for all stages or one]",
+        description="Say what each stage of a recipe takes: memory of devices and hosts, time, cost, and what makes it "
+        "fit. A step of each stage runs on simulated GPUs, without weights, data or network.",
+        epilog="Any other flag is one of lit-vlm run: --data.batch_size 8, --1_align.model.decoder.init_args.recompute "
+        "false, ...",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--scale", help="how big it is: a file in the recipe's scales/ (default: the recipe's)")
+    parser.add_argument("--strategy", help="how it is sharded: single, ddp, fsdp, hsdp (default: the recipe's)")
+    parser.add_argument("--stages", help="only these, separated by commas (default: all)")
+    parser.add_argument("--devices", type=int, default=8, help="number of GPUs (default: 8)")
+    parser.add_argument("--per-node", type=int, default=PER_NODE, help=f"GPUs of a machine (default: {PER_NODE})")
+    parser.add_argument(
+        "--device",
+        default=DEFAULT_CARD,
+        help=f"the GPU: {', '.join(CARDS)}; or its memory in GiB, with the speed of an {DEFAULT_CARD} "
+        f"(default: {DEFAULT_CARD})",
+    )
+    parser.add_argument("--price", type=float, help="cost of a GPU hour")
+    parser.add_argument(
+        "--measured", type=Path, help="a file that lit-vlm bench wrote: what it measured replaces what is assumed"
+    )
+    parser.add_argument("--search", action="store_true", help="find the largest micro-batch that fits")
+    parser.add_argument("--json", action="store_true", help="print all figures as JSON")
+    return parser
+
+
+def _setup(arguments: argparse.Namespace) -> Setup:
+    if arguments.devices < 1 or arguments.per_node < 1:
+        raise ValueError("--devices and --per-node are at least 1")
+    if arguments.devices > arguments.per_node and arguments.devices % arguments.per_node:
+        raise ValueError(
+            f"--devices {arguments.devices} does not divide into machines of --per-node {arguments.per_node}"
+        )
+    assumed = Assumptions()
+    if arguments.measured is not None:
+        assumed = assumed.changed(_measured(arguments.measured))
+    return Setup(_card(arguments.device), arguments.devices, arguments.per_node, assumed, price=arguments.price)
+
+
+def _card(name: str) -> Card:
+    """The card of a name, or one of a size in GiB."""
+    if name in CARDS:
+        return CARDS[name]
+    try:
+        size = float(name)
+    except ValueError:
+        raise ValueError(
+            f"--device {name} is no GPU that is known{nearest(name, list(CARDS))} and no number of GiB; known: "
+            f"{', '.join(CARDS)}"
+        ) from None
+    if size <= 0:
+        raise ValueError("--device takes a positive number of GiB")
+    return replace(CARDS[DEFAULT_CARD], name=f"{size:g} GiB", memory=int(size * 2**30))
+
+
+def _measured(file: Path) -> dict[str, float]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        return {str(name): float(value) for name, value in content["assumptions"].items()}
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"--measured {file} is no file of lit-vlm bench --json: it has no 'assumptions'") from error
+
+
+@contextmanager
+def simulator() -> Iterator[Simulator]:
+    """A process that runs steps on simulated devices.
+
+    Raises:
+        NoSimulation: where devices cannot be simulated; a ValueError that says what is missing.
+    """
+    variables = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", **no_gpu.environment()}
+    with Simulator(WORKER, variables | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}) as process:
+        yield process
+
+
+def jobs(
+    recipe: Recipe,
+    scale: str | None,
+    strategy: str | None,
+    stages: Sequence[str] | None,
+    flags: Sequence[str],
+    setup: Setup,
+) -> Iterator[tuple[str, Job]]:
+    """Yield each stage and its job.
+
+    Args:
+        recipe: the recipe.
+        scale: a scale of it; None: its own.
+        strategy: a strategy; None: that of the scale.
+        stages: stages; None: all.
+        flags: flags for all stages, or for one.
+        setup: number of devices.
+    """
+    scale = scale or recipe.scale
+    for stage in stages or recipe.stages_for(scale):
+        words: list[str] = []
+        for config in recipe.configs(stage, scale, strategy or recipe.strategy_for(scale)):
+            words += ["--config", os.path.abspath(config)]
+        words += flags_for(stage, flags, recipe.stages)
+        device = Device(setup.card.name, setup.room, setup.card.capability or (9, 0))
+        yield stage, Job(tuple(words), device, setup.devices, setup.per_node)
+
+
+__all__ = ["StagePlan", "jobs", "main", "one_line", "simulator"]

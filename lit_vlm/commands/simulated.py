@@ -1,0 +1,36 @@
+"""The process in which `lit-vlm plan` runs steps: libraries are loaded once, each step runs in a fork."""
+
+from __future__ import annotations
+
+from lit_vlm.commands.fit import lightning_cli, quietly
+from lit_vlm.core.plugins import load_plugins
+from lit_vlm.planning import no_gpu
+from lit_vlm.planning.job import Failed, Job, Measured
+from lit_vlm.planning.published import shipped
+from lit_vlm.planning.simulation import serve
+
+
+def run(job: Job) -> Measured | Failed:
+    """Run a job on the devices of this process, simulated or real."""
+    import os
+
+    from lit_vlm.planning.step import run_job
+
+    if no_gpu.loaded():
+        os.environ.update(no_gpu.device_variables(job.device, min(job.per_node, job.world_size)))
+        no_gpu.avoid_cudnn()
+    with shipped(), quietly():
+        return run_job(job, lambda words: lightning_cli(words, run=False))
+
+
+def main() -> None:
+    """Load the libraries, then serve jobs until the standard input ends."""
+    import lit_vlm.commands.lightning_cli
+    import lit_vlm.planning.step  # noqa: F401
+
+    load_plugins()
+    serve(run)
+
+
+if __name__ == "__main__":
+    main()
