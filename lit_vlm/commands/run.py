@@ -108,6 +108,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def is_value(index: int, flags: Sequence[str]) -> bool:
+    """Whether a word of a command line is the value of the flag in front of it."""
     return index > 0 and flags[index - 1].startswith("--") and "=" not in flags[index - 1]
 
 

@@ -116,13 +116,14 @@ def one_line(plan: StagePlan) -> str:
 
 
 def _say_assumptions(plans: Sequence[StagePlan], console: Console) -> None:
-    assumed, setup = plans[0].setup.assumed, plans[0].setup
-    own = all(plan.runs.own_data for plan in plans)
-    console.print(
-        f"[dim]Time is an estimate: matrix products at {100 * assumed.matrix:.0f} % of {setup.card.bf16 / 1e12:,.0f} "
-        f"TFLOP/s, attention at {100 * assumed.attention:.0f} %, other operations at {100 * assumed.bandwidth:.0f} % of "
-        f"{setup.card.bandwidth / 1e12:.2f} TB/s, messages at {100 * assumed.link:.0f} % of {setup.card.link / 1e9:,.0f} "
-        f"GB/s in a machine and of {assumed.network / 1e9:,.0f} GB/s per GPU between machines. Lengths and pictures are "
-        f"those of {'the data' if own else 'published statistics, as the data are not here'}.[/]",
-        highlight=False,
-    )
+    assumed, card = plans[0].setup.assumed, plans[0].setup.card
+    lengths = "the data" if all(plan.runs.own_data for plan in plans) else "published statistics, as data are not here"
+    said = [
+        f"Time is an estimate: matrix products at {100 * assumed.matrix:.0f} % of {card.bf16 / 1e12:,.0f} TFLOP/s",
+        f"attention at {100 * assumed.attention:.0f} %",
+        f"other operations at {100 * assumed.bandwidth:.0f} % of {card.bandwidth / 1e12:.2f} TB/s",
+        f"messages at {100 * assumed.link:.0f} % of {card.link / 1e9:,.0f} GB/s in a machine and of "
+        f"{assumed.network / 1e9:,.0f} GB/s per GPU between machines",
+        f"with lengths and pictures of {lengths}.",
+    ]
+    console.print(f"[dim]{', '.join(said)}[/]", highlight=False)
