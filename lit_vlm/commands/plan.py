@@ -18,11 +18,12 @@ from lit_vlm.commands.run import flags_for, is_value
 from lit_vlm.core.devices import CARDS, Card
 from lit_vlm.core.plugins import named_plugins, nearest, use_plugins
 from lit_vlm.planning import no_gpu
-from lit_vlm.planning.job import Device, Job
+from lit_vlm.planning.job import Device, Job, Statistics
 from lit_vlm.planning.plan import Setup, StagePlan, largest_micro_batch, plan_stage
 from lit_vlm.planning.report import one_line, show
 from lit_vlm.planning.roofline import Assumptions
 from lit_vlm.planning.simulation import Simulator
+from lit_vlm.planning.statistics import find_statistics
 
 DEFAULT_CARD = "h100"
 PER_NODE = 8
@@ -127,9 +128,9 @@ def _card(name: str) -> Card:
             f"--device {name} is no GPU that is known{nearest(name, list(CARDS))} and no number of GiB; known: "
             f"{', '.join(CARDS)}"
         ) from None
-    if size <= 0:
-        raise ValueError("--device takes a positive number of GiB")
-    return replace(CARDS[DEFAULT_CARD], name=f"{size:g} GiB", memory=int(size * 2**30))
+    if size < 1:
+        raise ValueError("--device takes at least 1 GiB")
+    return replace(CARDS[DEFAULT_CARD], name=f"GPU of {size:g} GiB", marketed=round(size))
 
 
 def _measured(file: Path) -> dict[str, float]:
@@ -182,7 +183,19 @@ def jobs(
             words += ["--config", os.path.abspath(config)]
         words += flags_for(stage, flags, recipe.stages)
         device = Device(setup.card.name, setup.room, setup.card.capability or (9, 0))
-        yield stage, Job(tuple(words), device, setup.devices, setup.per_node)
+        yield (
+            stage,
+            Job(tuple(words), device, setup.devices, setup.per_node, statistics=_statistics(recipe, stage, scale)),
+        )
+
+
+def _statistics(recipe: Recipe, stage: str, scale: str | None) -> Statistics | None:
+    """Where the statistics of a stage's published data are; None for a stage without."""
+    try:
+        file, name = find_statistics(recipe.statistics(stage), recipe.name)
+    except ValueError:
+        return None
+    return Statistics(str(file.resolve()), name, scale)
 
 
 __all__ = ["StagePlan", "jobs", "main", "one_line", "simulator"]

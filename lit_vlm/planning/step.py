@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 import lightning.pytorch as L
 import torch
@@ -30,17 +32,37 @@ from lit_vlm.model.build import build_on_meta
 from lit_vlm.model.vlm import VLM
 from lit_vlm.planning.batches import Chosen, choose
 from lit_vlm.planning.job import Failed, Job, Measured, States, launched
+from lit_vlm.planning.mock import mock_train
 from lit_vlm.planning.operations import Recorder
+from lit_vlm.planning.statistics import read_statistics
 from lit_vlm.planning.waits import record_waits
 from lit_vlm.teachers import EncoderTeacher
 from lit_vlm.training.module import LitVLM
 from lit_vlm.training.sharding import FSDP2
 from lit_vlm.training.step_flops import StepFlops
 
-MakeCLI = Callable[[Sequence[str]], Any]
-"""(arguments of `fit`) → a LightningCLI with its objects built and nothing run."""
+RECORDS = 65536
+"""Made-up records, at most: enough for the lengths of a few dozen batches on hundreds of devices."""
 RECORDED, HEAVIEST, STEPS = 1, 2, 3
 """Numbers of the steps: the first makes the optimizer's states, the second is recorded, the last is the heaviest."""
+
+
+class Stages(Protocol):
+    """How a stage's objects come from the arguments of its command."""
+
+    def make(self, words: Sequence[str]) -> Any:
+        """A LightningCLI with its objects built and nothing run.
+
+        Raises:
+            ValueError: for a wrong flag, or data that are not there.
+        """
+
+    def parse(self, words: Sequence[str]) -> Any:
+        """The config alone.
+
+        Raises:
+            ValueError: for a wrong flag.
+        """
 
 
 class Weightless(LitVLM):
@@ -63,7 +85,7 @@ class Weightless(LitVLM):
                 head.teacher.load_empty()
 
 
-def run_job(job: Job, make: MakeCLI) -> Measured | Failed:
+def run_job(job: Job, stages: Stages) -> Measured | Failed:
     """Run the steps of a job in this process, which is of no use for anything else afterwards.
 
     Returns:
@@ -71,7 +93,7 @@ def run_job(job: Job, make: MakeCLI) -> Measured | Failed:
     """
     try:
         with tempfile.TemporaryDirectory() as folder:
-            return _run(job, make, folder)
+            return _run(job, stages, folder)
     except torch.OutOfMemoryError as error:
         return Failed(str(error).partition("\n")[0], memory=True)
     except (ValueError, OSError, ImportError) as error:
@@ -84,16 +106,16 @@ def _trace(error: Exception) -> str:
     return "".join(traceback.format_exception(error)[-8:])
 
 
-def _run(job: Job, make: MakeCLI, folder: str) -> Measured:
+def _run(job: Job, stages: Stages, folder: str) -> Measured:
     if not torch.cuda.is_available():
         raise ValueError("PyTorch sees no GPU, neither a real nor a simulated one")
     _one_of_many(job)
-    cli, own_data = _built(job, make, folder)
+    cli, records = _built(job, stages, folder)
     module, data, trainer = cli.model, cli.datamodule, cli.trainer
     assert isinstance(data, VLMData)
     module.__class__ = Weightless
     module.stage.start_from, module.stage.fresh = None, []
-    settings = _Settings.of(data, trainer, own_data)
+    settings = _Settings.of(data, trainer, records)
     chosen = _choose(module, data, job, settings.accumulate)
     micro = min(2, settings.accumulate)
     _only_steps(trainer, data, chosen, micro)
@@ -108,18 +130,24 @@ def _run(job: Job, make: MakeCLI, folder: str) -> Measured:
     return probe.measured(module, chosen, settings)
 
 
-def _built(job: Job, make: MakeCLI, folder: str) -> tuple[Any, bool]:
-    """The objects of a stage, and whether its own data were there.
+def _built(job: Job, stages: Stages, folder: str) -> tuple[Any, int | None]:
+    """The objects of a stage, and where its data are not there, the number of the published records.
 
-    Where they are not, data with their statistics take their place, if there are any.
+    Made-up records take the place of data that are not there, if their statistics are known.
     """
     words = [*launched(job.words, job), "--trainer.default_root_dir", folder]
     try:
-        return make(words), True
+        return stages.make(words), None
     except (ValueError, OSError):
-        if not job.statistics:
+        if job.statistics is None:
             raise
-    return make([*words, *job.statistics]), False
+    config = stages.parse(words)
+    file, stage, scale = job.statistics
+    template, decoder = config.data.template, config.model.decoder.init_args
+    tokenizer = decoder.get("tokenizer") or decoder.get("name") or "bytes"
+    count = sum(source.records for source in read_statistics(Path(file), stage, scale).values())
+    made = mock_train(Path(file), stage, min(count, RECORDS), tokenizer, template.as_dict(), scale)
+    return stages.make([*words, "--data.train", json.dumps(made), "--data.val", "null", "--data.held_out", "0"]), count
 
 
 class _Settings(NamedTuple):
@@ -129,15 +157,15 @@ class _Settings(NamedTuple):
     accumulate: int
     epochs: int | None
     max_steps: int | None
-    own_data: bool
+    records: int | None
     workers: int
 
     @staticmethod
-    def of(data: VLMData, trainer: L.Trainer, own_data: bool) -> _Settings:
+    def of(data: VLMData, trainer: L.Trainer, records: int | None) -> _Settings:
         """Read them before the trainer is told to take a few steps."""
         steps = trainer.max_steps if trainer.max_steps >= 0 else None
         epochs = trainer.max_epochs if steps is None else None
-        return _Settings(data.batch_size, trainer.accumulate_grad_batches, epochs, steps, own_data, data.num_workers)
+        return _Settings(data.batch_size, trainer.accumulate_grad_batches, epochs, steps, records, data.num_workers)
 
 
 def _one_of_many(job: Job) -> None:
@@ -293,7 +321,7 @@ class _Probe(L.Callback):
             accumulate=settings.accumulate,
             epochs=settings.epochs,
             max_steps=settings.max_steps,
-            own_data=settings.own_data,
+            records=settings.records,
             strategy=type(trainer.strategy).__name__,
             recompute=model.decoder.recompute,
             preparable=_preparable(module, self.job),
