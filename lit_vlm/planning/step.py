@@ -186,7 +186,7 @@ def _all_alike(gathered: list[Any], own: Any, group: Any = None) -> None:
     gathered[:] = [own] * len(gathered)
 
 
-def _reduce_alone(bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+def _reduce_alone(bucket: Any) -> torch.futures.Future[Tensor]:
     """Gradients of a bucket, reduced with nobody: the group of one process gives results that DDP cannot wait for."""
     dist.all_reduce(bucket.buffer())
     done: torch.futures.Future[Tensor] = torch.futures.Future(devices=[bucket.buffer().device])
