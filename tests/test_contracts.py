@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_vlm import data, decoders, embedders, encoders, heads, projectors, teachers, worlds
+from lit_vlm.commands.recipe import SHIPPED
 from lit_vlm.core.batch import Grid, Images, PixelSpec, VisualTokens
 from lit_vlm.core.part import Part
 from lit_vlm.data import (
@@ -54,6 +55,7 @@ from lit_vlm.data.sets.convert import convert
 from lit_vlm.encoders import HFEncoder, LinearPatches
 from lit_vlm.evaluation.tasks import TASKS, SceneQuestions, SceneText
 from lit_vlm.heads import FeatureDistillation
+from lit_vlm.planning.mock import Mock
 from lit_vlm.projectors import Linear, Projector
 from lit_vlm.teachers import DINOv2, EncoderTeacher, HFVision, KnownMap, Teacher
 from lit_vlm.testing import (
@@ -150,6 +152,7 @@ SOURCES: dict[str, Callable[[Path], Source]] = {
         written(folder, "a.json", json.dumps([{"image": "a.png", "conversations": TURNS}] * 2))
     ),
     "Mmc4": mmc4,
+    "Mock": lambda _: Mock(str(SHIPPED / "llava15" / "statistics.yaml"), "2_sft", "llava_v1_5_mix665k", records=24),
     "Parquet": parquet,
     "Pictures": pictures,
     "RandomWords": lambda _: RandomWords("bytes", 16, 4),
