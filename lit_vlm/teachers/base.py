@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 
 from lit_vlm.core.batch import Images, PixelSpec, VisualTokens
+from lit_vlm.core.narrow import narrow_operands
 from lit_vlm.core.part import load_state, meta_parameters, real_parameters
 from lit_vlm.encoders.base import Encoder
 
@@ -55,6 +56,16 @@ class Teacher(ABC):
 
         Raises:
             ValueError: where they are missing or do not fit.
+        """
+        return
+
+    def narrow(self, dtype: torch.dtype) -> None:
+        """Store weights in `dtype` that autocast to it rounds before each use; called after `load`, if at all.
+
+        By default nothing happens, which costs memory and nothing else.
+
+        Raises:
+            ValueError: for weights beyond the range of `dtype`.
         """
         return
 
@@ -121,6 +132,14 @@ class EncoderTeacher(Teacher):
                 with real_parameters():
                     self.encoder = self._factory()
         self.encoder.eval().requires_grad_(False).to(self._device)
+
+    def narrow(self, dtype: torch.dtype) -> None:
+        """Store the weights of the encoder's linear layers and convolutions in `dtype`.
+
+        Raises:
+            ValueError: for weights beyond the range of `dtype`.
+        """
+        narrow_operands(self.encoder, dtype, "the encoder")
 
     def _on(self, device: torch.device) -> Encoder:
         self.load()
