@@ -105,7 +105,7 @@ def shard(model: VLM, mesh: DeviceMesh, compute_dtype: torch.dtype | None, narro
         else torch.device("cpu"),
     )
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
-    filled = set_model_state_dict(model, state, options=options)
+    filled = set_model_state_dict(model, dict(state), options=options)  # it puts shards into the dict
     assert aliases.issuperset(filled.missing_keys), filled.missing_keys
     return scatter_originals(model, state, names, rounded) if rounded else None
 
