@@ -126,6 +126,17 @@ def scatter_originals(
     return Originals(model, dtype, [n for group in names.values() for n in group], values)
 
 
+def stored_in(model: nn.Module) -> str:
+    """In words, the bytes of frozen weights that this process has on its device, by type; empty without any."""
+    sizes: dict[torch.dtype, int] = {}
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            own = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            sizes[own.dtype] = sizes.get(own.dtype, 0) + own.nbytes
+    parts = [f"{size / 2**20:,.1f} MiB in {str(dtype).removeprefix('torch.')}" for dtype, size in sizes.items() if size]
+    return f"frozen weights per device: {', '.join(sorted(parts))}" if parts else ""
+
+
 def _names(model: nn.Module, narrow: list[tuple[str, nn.Parameter]]) -> dict[str, list[str]]:
     """All names in the state dict of each of some parameters: modules and parameters may have several."""
     groups: dict[int, list[str]] = {id(parameter): [] for _, parameter in narrow}

@@ -105,8 +105,8 @@ class LitVLM(LightningModule):
             self._leave_out(self.model)
         self.stage.freeze(self.model, self.slots.removed_heads)
         if narrow is not None and not isinstance(strategy, FSDP2):
-            saves = self.trainer.state.fn == TrainerFn.FITTING and self.trainer.is_global_zero
-            narrow_whole(self.model, narrow, keep=saves)
+            # Also where nothing is saved now: a fit may follow a validation of the same model.
+            narrow_whole(self.model, narrow, keep=self.trainer.is_global_zero)
         load_teachers(self.model, self._asked_teachers(self.model), narrow)
         # Modules are born in train mode, and Lightning keeps the mode it finds: frozen parts must be in eval mode.
         self.model.train()

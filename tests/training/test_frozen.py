@@ -24,7 +24,7 @@ from lit_vlm.model.vlm import VLM
 from lit_vlm.teachers.base import EncoderTeacher
 from lit_vlm.testing import Case
 from lit_vlm.testing.tiny import samples_for, tiny_decoder, tiny_slots
-from lit_vlm.training.frozen import Originals, narrow_whole
+from lit_vlm.training.frozen import Originals, narrow_whole, stored_in
 from lit_vlm.training.sharding import reshard, shard
 from lit_vlm.training.stage import Stage
 from tests.members import CASES
@@ -103,6 +103,8 @@ def test_bytes_and_own_values(precision: str) -> None:
     assert sum(p.nbytes for p in model.decoder.parameters()) == before - sum(p.nbytes for p in linear)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     assert stage.summary(model) == counts
+    narrow = sum(p.nbytes for p in model.parameters() if p.dtype == dtype) / 2**20
+    assert f"{narrow:.1f} MiB in {str(dtype).removeprefix('torch.')}" in stored_in(model)
     assert_same(own, model.state_dict())
     assert narrow_whole(build(tiny_slots()).requires_grad_(False), dtype, keep=False) is None
 
