@@ -21,7 +21,9 @@ PREFIX = "model."
 
 
 def read_state(source: str | Path) -> dict[str, Tensor]:
-    """All model weights of a checkpoint, whole or sharded, on the CPU, under the names of `VLM`.
+    """All model weights of a checkpoint, whole or sharded, on the CPU, under the names of `VLM`, at least in fp32.
+
+    Frozen weights may be saved in a narrower type that has their values exactly.
 
     Raises:
         ValueError: when there is no complete checkpoint.
@@ -38,7 +40,11 @@ def read_state(source: str | Path) -> dict[str, Tensor]:
         state = loaded["state_dict"]
     else:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
-    return {key.removeprefix(PREFIX): value for key, value in state.items()}
+    return {key.removeprefix(PREFIX): _widened(value) for key, value in state.items()}
+
+
+def _widened(value: Tensor) -> Tensor:
+    return value.float() if value.is_floating_point() and value.itemsize < torch.float32.itemsize else value
 
 
 def _published(source: str | Path) -> tuple[str, str] | None:

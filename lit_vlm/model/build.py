@@ -175,7 +175,7 @@ def _saved_state(name: str, part: Part, saved: Mapping[str, StateDict], origin: 
     return part.adapt_state(saved.get(name, {}))
 
 
-def load_teachers(model: VLM, names: Iterable[str]) -> None:
+def load_teachers(model: VLM, names: Iterable[str], dtype: torch.dtype | None = None) -> None:
     """Read the weights of heads' teachers, so that a missing file is seen before the first step.
 
     Every process has teachers of its own, sharded or not, as they are no part of the model.
@@ -183,9 +183,10 @@ def load_teachers(model: VLM, names: Iterable[str]) -> None:
     Args:
         model: the model.
         names: heads whose teachers are wanted.
+        dtype: the type of autocast, where teachers are to store what it rounds in it.
 
     Raises:
-        ValueError: naming the head, where weights are missing or do not fit.
+        ValueError: naming the head, where weights are missing, do not fit, or are beyond the range of `dtype`.
     """
     for name in names:
         head = model.heads[name]
@@ -193,6 +194,8 @@ def load_teachers(model: VLM, names: Iterable[str]) -> None:
             continue
         try:
             head.teacher.load()
+            if dtype is not None:
+                head.teacher.narrow(dtype)
         except (ValueError, OSError) as error:
             raise ValueError(f"model.heads.{name}.teacher: {error}") from error
 

@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from lit_vlm.core.batch import ENCODER, Batch
+from lit_vlm.core.narrow import narrow_operands
 from lit_vlm.core.part import empty_parameters
 from lit_vlm.data import VLMData
 from lit_vlm.data.feed.batching import GlobalBatch
@@ -73,16 +74,20 @@ class Weightless(LitVLM):
     def build(self, only: Collection[str] | None = None) -> VLM:
         """The architecture; parameters stay on the meta device where sharding gives them memory."""
         model = build_on_meta(self.slots)
-        if not isinstance(self.trainer.strategy, FSDP2):
-            empty_parameters(model)
+        if isinstance(self.trainer.strategy, FSDP2):
+            return model
+        self.stage.freeze(model, self.slots.removed_heads)
+        if (narrow := self.narrow()) is not None:
+            narrow_operands(model, narrow, "the model")
+        empty_parameters(model)
         return model
 
-    def load_teachers(self, model: VLM, names: Collection[str]) -> None:
+    def load_teachers(self, model: VLM, names: Collection[str], dtype: torch.dtype | None) -> None:
         """Give the teachers' weights memory without values."""
         for name in names:
             head = model.heads[name]
             if isinstance(head, Head) and head.teacher is not None:
-                head.teacher.load_empty()
+                head.teacher.load_empty(dtype)
 
 
 def run_job(job: Job, stages: Stages) -> Measured | Failed:

@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 
 from lit_vlm.checkpoints.weights import read_slots
 from lit_vlm.core.batch import ENCODER, Batch
-from lit_vlm.core.precision import SCALED
+from lit_vlm.core.precision import DTYPES, SCALED
 from lit_vlm.data.datamodule import VLMData
 from lit_vlm.data.sample.spec import InputSpec
 from lit_vlm.decoders import AbsentDecoder, Decoder
@@ -35,6 +35,7 @@ from lit_vlm.model.build import Slots, build, build_on_meta, load_teachers
 from lit_vlm.model.generate import generate
 from lit_vlm.model.vlm import NEXT_TOKEN, VLM
 from lit_vlm.projectors import Projector
+from lit_vlm.training.frozen import narrow_whole
 from lit_vlm.training.sharding import FSDP2, reshard, shard
 from lit_vlm.training.stage import Stage
 
@@ -84,12 +85,14 @@ class LitVLM(LightningModule):
 
         Raises:
             ValueError: for another sharding strategy than FSDP2, processes of different precision, weights that are
-                missing or do not fit, or settings of the stage that do not fit the model (`Stage.freeze`).
+                missing, do not fit or are beyond the range of fp16 in 16-mixed, or settings of the stage that do not
+                fit the model (`Stage.freeze`).
         """
         if self.model is not None:
             return
         strategy = self.trainer.strategy
         self._agree_on_precision()
+        narrow = self.narrow()
         if isinstance(strategy, ModelParallelStrategy):
             if not isinstance(strategy, FSDP2):
                 raise ValueError(
@@ -101,18 +104,27 @@ class LitVLM(LightningModule):
             self._leave_out(self.model)
             self.stage.freeze(self.model, self.slots.removed_heads)
             mixed = str(self.trainer.precision) == "bf16-mixed"
-            shard(self.model, strategy.shard_mesh(), torch.bfloat16 if mixed else None, fill=self.has_values)
+            compute = torch.bfloat16 if mixed else None
+            shard(self.model, strategy.shard_mesh(), compute, narrow is not None, fill=self.has_values)
         else:
             self.model = self.build()
             self._leave_out(self.model)
         self.stage.freeze(self.model, self.slots.removed_heads)
-        self.load_teachers(self.model, self._asked_teachers(self.model))
+        if narrow is not None and not isinstance(strategy, FSDP2):
+            # Also where nothing is saved now: a fit may follow a validation of the same model.
+            narrow_whole(self.model, narrow, keep=self.trainer.is_global_zero)
+        self.load_teachers(self.model, self._asked_teachers(self.model), narrow)
         # Modules are born in train mode, and Lightning keeps the mode it finds: frozen parts must be in eval mode.
         self.model.train()
 
-    def load_teachers(self, model: VLM, names: Collection[str]) -> None:
-        """Read the weights of the teachers of these heads; raises as `build.load_teachers`."""
-        load_teachers(model, names)
+    def load_teachers(self, model: VLM, names: Collection[str], dtype: torch.dtype | None) -> None:
+        """Read the weights of the teachers of these heads; arguments and errors as for `build.load_teachers`."""
+        load_teachers(model, names, dtype)
+
+    def narrow(self) -> torch.dtype | None:
+        """The type that frozen weights are stored in; None: their own (`Stage.frozen_dtype`)."""
+        dtype = DTYPES.get(str(self.trainer.precision), torch.float32)
+        return None if self.stage.frozen_dtype == "full" or dtype == torch.float32 else dtype
 
     def _asked_teachers(self, model: VLM) -> list[str]:
         """Heads whose teachers run: those whose loss is on and whose features were not prepared."""

@@ -15,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from lit_vlm.core.part import Part, meta_twins
 from lit_vlm.model.vlm import VLM
+from lit_vlm.training.frozen import Originals, narrow_meta, pack, scatter_originals
 
 
 class FSDP2(ModelParallelStrategy):
@@ -59,7 +60,9 @@ class FSDP2(ModelParallelStrategy):
         return init_device_mesh(self.root_device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 
-def shard(model: VLM, mesh: DeviceMesh, compute_dtype: torch.dtype | None, fill: bool = True) -> None:
+def shard(
+    model: VLM, mesh: DeviceMesh, compute_dtype: torch.dtype | None, narrow: bool = False, fill: bool = True
+) -> Originals | None:
     """Shard every block on its own and the rest with the root, then fill the shards from rank 0.
 
     Rank 0 holds the whole model on the CPU, the others hold parameters on the meta device.
@@ -68,7 +71,12 @@ def shard(model: VLM, mesh: DeviceMesh, compute_dtype: torch.dtype | None, fill:
         model: parameters on the CPU (rank 0) or on the meta device (others).
         mesh: from `FSDP2.shard_mesh`.
         compute_dtype: type that parameters are gathered in; None keeps their own. Gradients are always reduced in fp32.
+        narrow: whether shards of frozen parameters are stored in `compute_dtype`, too. It needs what `Stage.freeze`
+            did.
         fill: False leaves the shards without values, where a step is only planned.
+
+    Returns:
+        own values of the frozen parameters, for checkpoints; None unless `narrow`, or without values.
 
     Raises:
         ValueError: where one module has a parameter under two names, of which FSDP2 would shard one.
@@ -78,6 +86,10 @@ def shard(model: VLM, mesh: DeviceMesh, compute_dtype: torch.dtype | None, fill:
     # One name per module, as the function that fills the shards visits each module once.
     state = {k: v for k, v in model.state_dict().items() if k not in aliases} if fill and dist.get_rank() == 0 else {}
     meta_twins(model)
+    rounded = compute_dtype if narrow else None
+    names = narrow_meta(model, rounded) if rounded else {}
+    if rounded:
+        pack(state, names, rounded)
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
     for slot, parts in model.slots().items():
         for part in parts:
@@ -96,10 +108,11 @@ def shard(model: VLM, mesh: DeviceMesh, compute_dtype: torch.dtype | None, fill:
         else torch.device("cpu"),
     )
     if not fill:
-        return
+        return None
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
-    filled = set_model_state_dict(model, state, options=options)
+    filled = set_model_state_dict(model, dict(state), options=options)  # it puts shards into the dict
     assert aliases.issuperset(filled.missing_keys), filled.missing_keys
+    return scatter_originals(model, state, names, rounded) if rounded else None
 
 
 def reshard(model: VLM) -> None:

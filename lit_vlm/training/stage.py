@@ -48,6 +48,9 @@ class Stage:
         fresh: slots that do not take their weights from `start_from`.
         leave_out: slots that this stage does without, `decoder` at most: where no loss reads it, its weights are
             neither kept on the device nor saved. A later stage takes them anew, with `fresh: [decoder]`.
+        frozen_dtype: type that frozen weights are stored in. `compute` is that of matrix products (bf16 under
+            bf16-mixed), in which they are used anyway: half the memory, and the same losses and checkpoints. `full`
+            leaves them in fp32.
         schedule: learning rate after the warm-up: cosine to 0, linear to 0, or constant.
         warmup_ratio: share of all steps over which the learning rate rises from 0.
         optimizer: adamw, or muon for matrices and adamw for all else: about half the steps in short runs of small
@@ -67,6 +70,7 @@ class Stage:
     start_from: str | None = None
     fresh: list[str] = field(default_factory=list)
     leave_out: list[Literal["decoder"]] = field(default_factory=list)
+    frozen_dtype: Literal["compute", "full"] = "compute"
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_ratio: float = 0.03
     optimizer: Literal["adamw", "muon"] = "adamw"
