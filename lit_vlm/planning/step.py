@@ -361,12 +361,18 @@ def expected_states(module: LitVLM, job: Job, sharded: bool) -> States:
         replicas = strategy.num_nodes if strategy.replicas == "nodes" else int(strategy.replicas)
         shards = job.world_size // replicas
     parameters = list(module.vlm.parameters())
-    weights = sum(p.numel() * p.element_size() for p in parameters) // shards
+    weights = sum(_first_shard(p, shards) for p in parameters)
     # Every process has whole copies of tables and teachers.
     weights += sum(b.numel() * b.element_size() for b in module.vlm.buffers())
     weights += sum(p.numel() * p.element_size() for p in _teacher_weights(module))
-    trained = sum(p.numel() * p.element_size() for p in parameters if p.requires_grad) // shards
+    trained = sum(_first_shard(p, shards) for p in parameters if p.requires_grad)
     return States(weights, trained, 2 * trained)
+
+
+def _first_shard(parameter: nn.Parameter, shards: int) -> int:
+    """Bytes of the first of several shards, which are cut between rows, the first ones larger where it must be."""
+    rows = parameter.shape[0] if parameter.ndim else 1
+    return -(-rows // shards) * (parameter.numel() // max(1, rows)) * parameter.element_size()
 
 
 def _weights(module: L.LightningModule) -> Iterator[Tensor]:
@@ -378,10 +384,10 @@ def _weights(module: L.LightningModule) -> Iterator[Tensor]:
 
 
 def _teacher_weights(module: LitVLM) -> Iterator[Tensor]:
-    """Parameters of the teachers that were loaded."""
+    """Parameters of the teachers that ran: each moves to the device with the first pictures."""
     for head in module.vlm.heads.values():
         if isinstance(head, Head) and isinstance(head.teacher, EncoderTeacher):
-            yield from (p for p in head.teacher.encoder.parameters() if not p.is_meta)
+            yield from (p for p in head.teacher.encoder.parameters() if p.is_cuda)
 
 
 def _preparable(module: LitVLM, job: Job) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -27,7 +28,7 @@ def check(result: Measured) -> None:
     """What holds for every step."""
     assert not result.mixed, "operations that take tensors of device and host"
     assert not result.unsharded
-    for name, size in result.expected_states._asdict().items():
+    for name, size in vars(result.expected_states).items():
         assert getattr(result.states, name) == pytest.approx(size, rel=0.02), name
     assert result.states.total < result.peak <= result.reserved
 
@@ -64,8 +65,6 @@ def test_packed(recipe: str, stage: str, simulated: Simulator) -> None:
     ("recipe", "stage"), [("llava15", "2_sft"), ("eve", "3_sft"), ("hovle", "2_align"), ("ola_vlm", "1_pretrain")]
 )
 def test_a_rank_without_pictures(recipe: str, stage: str, simulated: Simulator) -> None:
-    from dataclasses import replace
-
     result = measured(simulated.run(replace(job(recipe, stage, 8, "fsdp"), text_only=True)))
     check(result)
     assert result.typical.images == 0
@@ -73,8 +72,6 @@ def test_a_rank_without_pictures(recipe: str, stage: str, simulated: Simulator) 
 
 def test_llava_by_hand(simulated: Simulator) -> None:
     """Memory and matrix products of LLaVA-1.5's tuning on 8 GPUs, by arithmetic that uses none of the kit's code."""
-    from dataclasses import replace
-
     result = measured(simulated.run(replace(job("llava15", "2_sft", 8, "fsdp"), record=True)))
     width, inner, layers, words = 4096, 11008, 32, 32000
     decoder = layers * (4 * width**2 + 3 * width * inner + 2 * width) + 2 * words * width + width
