@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lit_vlm.core.batch import Segments
 from lit_vlm.core.flops import Weights
 from lit_vlm.core.part import StateDict
 from lit_vlm.decoders.base import DecoderOutput
@@ -195,9 +196,10 @@ class DivideAndConquer(HFDecoder):
         cache: Any = None,
         attention_mask: Tensor | None = None,
         visual: Tensor | None = None,
+        segments: Segments | None = None,
     ) -> DecoderOutput:
         """Run the blocks; see `Decoder.forward`."""
         # While decoding there are no image tokens; in training even an empty branch needs its gradients.
         idle = visual is None or not (len(visual) or torch.is_grad_enabled())
         self._routing.set(embeds.shape, None if idle else visual)
-        return super().forward(embeds, position_ids, taps, cache, attention_mask, visual)
+        return super().forward(embeds, position_ids, taps, cache, attention_mask, visual, segments)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PretrainedConfig
 
+from lit_vlm.core.batch import Segments
 from lit_vlm.core.flops import Weights
 from lit_vlm.core.part import StateDict
 from lit_vlm.core.pretrained import find_weights, made_config, read_pretrained, resolve, shortened
@@ -269,14 +270,15 @@ class HFDecoder(Decoder):
         cache: Any = None,
         attention_mask: Tensor | None = None,
         visual: Tensor | None = None,
+        segments: Segments | None = None,
     ) -> DecoderOutput:
         """Run the blocks; arguments and errors as in `Decoder.forward`. Image tokens are treated like text tokens."""
         states: dict[int, Tensor] = {}
         with ExitStack() as hooks:
             for layer in taps:
                 self._tap(layer, embeds, states, hooks)
-            joined = self._carries and cache is None
-            hidden = run_blocks(self.base, self.attention, embeds, position_ids, cache, attention_mask, joined)
+            known, carries = (segments, self._carries) if cache is None else (None, False)
+            hidden = run_blocks(self.base, self.attention, embeds, position_ids, cache, attention_mask, known, carries)
         if self.num_layers in taps:
             states[self.num_layers] = hidden
         return DecoderOutput(hidden, {layer: states[layer].view(embeds.shape) for layer in taps})

@@ -252,7 +252,8 @@ class Holistic(Embedder):
             if self.attention == "eager":
                 mask = torch.zeros_like(mask, dtype=embeds.dtype).masked_fill(~mask, torch.finfo(embeds.dtype).min)
         past = None if cache is None else cache.past
-        return run_blocks(self.stack, self.attention, embeds, positions, past, mask)
+        segments = own.segments if cache is None else None
+        return run_blocks(self.stack, self.attention, embeds, positions, past, mask, segments)
 
     def flops(self) -> FlopsOf:
         """Operations of the layers over their own sequence, and of the merger."""

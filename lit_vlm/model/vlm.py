@@ -121,7 +121,9 @@ class VLM(nn.Module):
         embeds = self.embed(batch)
         states: dict[Tap, Tensor] = {0: embeds}
         if next_token or any(taps):
-            output = self.decoder(embeds, batch.position_ids, taps, visual=batch.image_positions)
+            output = self.decoder(
+                embeds, batch.position_ids, taps, visual=batch.image_positions, segments=batch.segments
+            )
             states = dict(output.taps)
             if next_token:
                 params = [p for p in self.decoder.head_parameters() if p.requires_grad]

@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import zlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 from lit_vlm.checkpoints.weights import read_slots
 from lit_vlm.core.batch import ENCODER, Batch
 from lit_vlm.core.precision import DTYPES, SCALED
+from lit_vlm.core.transfer import Fetched, send_numbers
 from lit_vlm.data.datamodule import VLMData
 from lit_vlm.data.sample.spec import InputSpec
 from lit_vlm.decoders import AbsentDecoder, Decoder
@@ -77,6 +78,8 @@ class LitVLM(LightningModule):
         self._denominators: dict[str, Tensor] = {}
         self._sums: dict[str, Tensor] = {}
         self._held_out: dict[tuple[int, str], Tensor] = {}
+        self._fetching: Fetched | None = None
+        self._shown = torch.tensor(math.nan)
 
     # ------------------------------------------------------------------ building
 
@@ -294,7 +297,7 @@ class LitVLM(LightningModule):
                 "trainer.accumulate_grad_batches is above 1, and these batches do not say what their whole step holds "
                 "(Batch.window), which losses are divided by: take the loader of VLMData, or accumulate nothing"
             )
-        sums = torch.tensor(found, dtype=torch.float32, device=self.device)
+        sums = send_numbers(found, self.device)
         sums = self.trainer.strategy.reduce(sums, reduce_op="sum")
         return dict(zip(normalisers, torch.where(sums > 0, sums, 1).unbind(), strict=True))
 
@@ -310,11 +313,26 @@ class LitVLM(LightningModule):
         values = self.trainer.strategy.reduce(values, reduce_op="sum")
         means = dict(zip(names, values.unbind(), strict=True))
         total = sum(self.stage.losses[name] * value for name, value in means.items())
-        self.log("train/loss", total, prog_bar=True)
+        self.log("train/loss", total)
         self.log_dict({f"train/loss_{name}": value for name, value in means.items()})
-        for group in optimizer.param_groups:
-            self.log(f"lr/{group['slot']}", group["lr"])
+        self.log_numbers({f"lr/{group['slot']}": group["lr"] for group in optimizer.param_groups})
+        self._show(total)
         self._sums, self._denominators = {}, {}
+
+    def _show(self, loss: Tensor) -> None:
+        """Put the loss on the progress bar: the last one that has arrived on the host, as asking for this would wait.
+
+        Lightning reads what is on the bar in every step, also where there is no bar.
+        """
+        if self._fetching is None:
+            self._fetching = Fetched(loss)
+        if self._fetching.arrived():
+            self._shown, self._fetching = self._fetching.get(), None
+        self.log("loss", self._shown, prog_bar=True, logger=False)
+
+    def log_numbers(self, values: Mapping[str, float]) -> None:
+        """Log plain numbers; they stay on the host, while Lightning would copy each of them to the device and wait."""
+        self.log_dict({name: torch.tensor(float(value), device="cpu") for name, value in values.items()})
 
     def configure_gradient_clipping(
         self,
@@ -348,7 +366,8 @@ class LitVLM(LightningModule):
 
     def _hold_out(self, batch: Batch, loader: int) -> None:
         for name, value in self.vlm(batch, self.stage.losses).items():
-            pair = torch.stack([value.detach(), value.new_tensor(counted(self._normaliser(name), batch))])
+            count = send_numbers([counted(self._normaliser(name), batch)], value.device, value.dtype)
+            pair = torch.cat([value.detach()[None], count])
             self._held_out[loader, name] = self._held_out.get((loader, name), 0) + pair
 
     def _log_held_out(self, prefix: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from functools import partial
 from typing import Any, NoReturn
 
@@ -11,6 +12,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from lit_vlm.core.part import Part, meta_twins
@@ -28,13 +30,20 @@ class FSDP2(ModelParallelStrategy):
         replicas: groups that each hold a whole sharded copy (hybrid sharding, HSDP): parameters are gathered inside a
             group and gradients averaged between groups. 1 shards over all processes; `nodes` makes one group per node.
         save_distributed_checkpoint: whether each process writes its shard (a folder), or rank 0 one whole file.
+        timeout: seconds that a process waits for the others in a collective operation before the run ends with an
+            error. Reading a large model on rank 0 counts, too.
 
     Raises:
-        ValueError: for another value of `replicas`.
+        ValueError: for another value of `replicas`, or a timeout that is not positive.
     """
 
-    def __init__(self, replicas: int | str = 1, save_distributed_checkpoint: bool = True) -> None:
-        super().__init__(save_distributed_checkpoint=save_distributed_checkpoint)
+    def __init__(
+        self, replicas: int | str = 1, save_distributed_checkpoint: bool = True, timeout: float = 1800
+    ) -> None:
+        if timeout <= 0:
+            raise ValueError(f"FSDP2: timeout is a positive number of seconds, not {timeout}: 1800 is half an hour")
+        self.timeout = timedelta(seconds=timeout)
+        super().__init__(save_distributed_checkpoint=save_distributed_checkpoint, timeout=self.timeout)
         if not (replicas == "nodes" or (isinstance(replicas, int) and replicas > 0)):
             raise ValueError(f"replicas is a positive number or 'nodes', not {replicas!r}")
         self.replicas = replicas
@@ -51,6 +60,12 @@ class FSDP2(ModelParallelStrategy):
         Raises:
             ValueError: when the processes do not divide into `replicas` groups.
         """
+        mesh = self._make_mesh()
+        for group in mesh.get_all_groups():  # a mesh makes groups of its own, with the backend's own timeout
+            _set_pg_timeout(self.timeout, group)
+        return mesh
+
+    def _make_mesh(self) -> DeviceMesh:
         replicas = self.num_nodes if self.replicas == "nodes" else int(self.replicas)
         if replicas == 1:
             return self.device_mesh["data_parallel"]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from lit_vlm.core.batch import IGNORE, BadSample, Batch, Images, SampleInfo, VisualTokens, find_targets
+from lit_vlm.core.batch import IGNORE, BadSample, Batch, Images, SampleInfo, VisualTokens, fill, find_targets
 from lit_vlm.data.sample.encode import Sample
 
 
@@ -89,6 +89,7 @@ def make_rows(
         prepared={name: _features(ordered, name) for name in prepared},
         bad=(*bad, *notes),
         stop_ids=frozenset().union(*(sample.stop_ids for sample in ordered)),
+        segments=None if left else tuple(fill([len(sample) for sample in row], shape[1]) for row in rows) or ((1,),),
     )
 
 
