@@ -171,7 +171,8 @@ class VLMData(LightningDataModule):
         pad_id = spec.tokenizer.pad_token_id
         if prompt:
             return partial(_collate_rows_of_prompts, pad_id=pad_id)
-        return partial(make_rows, pad_id=pad_id, prepared=prepared)
+        length = self.max_length if spec.fixed_rows and self.batching.packs else 0
+        return partial(make_rows, pad_id=pad_id, prepared=prepared, length=length)
 
     def plan(
         self,

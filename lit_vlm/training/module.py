@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -36,6 +36,7 @@ from lit_vlm.model.build import Slots, build, build_on_meta, load_teachers
 from lit_vlm.model.generate import generate
 from lit_vlm.model.vlm import NEXT_TOKEN, VLM
 from lit_vlm.projectors import Projector
+from lit_vlm.training.compiling import compile_blocks
 from lit_vlm.training.frozen import narrow_whole
 from lit_vlm.training.sharding import FSDP2, reshard, shard
 from lit_vlm.training.stage import Stage
@@ -53,6 +54,9 @@ class LitVLM(LightningModule):
         decoder: the language model.
         stage: which slots train, at which learning rate, and which losses are on.
         heads: auxiliary losses by name; null removes one.
+        compile: `blocks` compiles the repeated blocks of all parts for training (torch.compile), each kind of them as
+            one graph, and pads packed rows to `data.max_length`, so that their shape stays the same. Not measured on a
+            GPU yet.
 
     Attributes:
         has_values: whether weights have values; False where a step is only planned.
@@ -68,10 +72,12 @@ class LitVLM(LightningModule):
         decoder: Callable[[], Decoder],
         stage: Stage,
         heads: dict[str, Callable[[int, int], Head] | None] | None = None,
+        compile: Literal["blocks"] | None = None,
     ) -> None:
         super().__init__()
         self.slots = Slots(encoder, projector, embedder, decoder, heads or {})
         self.stage = stage
+        self.compiles = compile == "blocks"
         self.model: VLM | None = None
         self.encoder_digest = ""
         self._spec: tuple[VLM, InputSpec] | None = None
@@ -206,6 +212,7 @@ class LitVLM(LightningModule):
                 for name, head in used.items()
                 if not isinstance(head.normaliser, str)
             },
+            fixed_rows=self.compiles,
         )
 
     def _uses(self, loss: str) -> bool:
@@ -252,6 +259,12 @@ class LitVLM(LightningModule):
         reshard(self.vlm)  # frees what the root unit gathered, which the optimizer would take for its parameters
 
     # ------------------------------------------------------------------ training
+
+    def on_train_start(self) -> None:
+        """Compile blocks where `compile` says so; here, as the checks before ran them on rows of other shapes."""
+        if self.compiles:
+            data = getattr(self.trainer, "datamodule", None)
+            compile_blocks(self.vlm, isinstance(data, VLMData) and data.batching.packs)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Seed dropout by epoch, batch and rank, so that a resumed run draws the numbers of an uninterrupted one."""

@@ -54,7 +54,7 @@ class Stage:
         schedule: learning rate after the warm-up: cosine to 0, linear to 0, or constant.
         warmup_ratio: share of all steps over which the learning rate rises from 0.
         optimizer: adamw, or muon for matrices and adamw for all else: about half the steps in short runs of small
-            models; not with sharded parameters.
+            models.
         weight_decay: on matrices; never on biases and norms.
         betas: decay rates of AdamW's running averages.
         eps: added to AdamW's denominator.
@@ -194,7 +194,7 @@ class Stage:
                 were clipped and logged.
 
         Raises:
-            ValueError: when nothing trains, or for muon with sharded parameters.
+            ValueError: when nothing trains.
         """
         groups = list(self._groups(model))
         if not groups:
