@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 
 from lit_vlm.checkpoints.weights import read_slots
 from lit_vlm.core.batch import ENCODER, Batch
+from lit_vlm.core.lora import NO_ADAPTERS, Adapters
 from lit_vlm.core.precision import SCALED
 from lit_vlm.data.datamodule import VLMData
 from lit_vlm.data.sample.spec import InputSpec
@@ -51,6 +52,7 @@ class LitVLM(LightningModule):
         decoder: the language model.
         stage: which slots train, at which learning rate, and which losses are on.
         heads: auxiliary losses by name; null removes one.
+        lora: low-rank adapters on the linear layers of slots; a slot that trains then trains these alone.
     """
 
     def __init__(
@@ -61,9 +63,10 @@ class LitVLM(LightningModule):
         decoder: Callable[[], Decoder],
         stage: Stage,
         heads: dict[str, Callable[[int, int], Head] | None] | None = None,
+        lora: Adapters = NO_ADAPTERS,
     ) -> None:
         super().__init__()
-        self.slots = Slots(encoder, projector, embedder, decoder, heads or {})
+        self.slots = Slots(encoder, projector, embedder, decoder, heads or {}, lora)
         self.stage = stage
         self.model: VLM | None = None
         self.encoder_digest = ""
