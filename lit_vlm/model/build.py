@@ -27,6 +27,7 @@ from lit_vlm.decoders import Decoder, HFDecoder
 from lit_vlm.embedders import Embedder
 from lit_vlm.encoders import Encoder
 from lit_vlm.heads import Head
+from lit_vlm.model.bases import SavedSlots
 from lit_vlm.model.vlm import VLM
 from lit_vlm.projectors import Projector
 
@@ -151,6 +152,8 @@ def build(
         ValueError: where weights are missing or do not fit a slot; and as `Slots.assemble`.
     """
     drawn: set[str] = set()
+    origins: dict[str, bool] = {}
+    bases = saved.bases if isinstance(saved, SavedSlots) else {}
     adapters: dict[str, StateDict] = {}
 
     def make(name: str, factory: Callable[[], P]) -> P:
@@ -162,17 +165,23 @@ def build(
         state: StateDict | None
         if saved is not None and slot not in fresh:
             state, adapters[name] = _saved_state(name, part, saved, origin)
+            origins[name] = True
+            if name in bases:
+                state = bases[name].whole(part, state)
+                bases[name].check(state)
         else:
             state = part.pretrained_state()
+            origins[name] = False
         if state is None:
             drawn.add(name)
+            del origins[name]
             with _seeded(name):
                 return factory()
         load_state(part, state, name)
         return part
 
     model = slots.assemble(make)
-    model.drawn = frozenset(drawn)
+    model.drawn, model.origins = frozenset(drawn), origins
     anew = saved is None or "embedder" in fresh
     if anew and (only is None or {"embedder", "decoder"} <= set(only)):
         model.embedder.adopt(model.decoder)
@@ -209,6 +218,9 @@ def check_saved(model: VLM, slots: Slots, saved: Mapping[str, StateDict], fresh:
         if name.split(".")[0] not in fresh:
             try:
                 state, adapters = _saved_state(name, part, saved, origin)
+                if isinstance(saved, SavedSlots) and name in saved.bases and saved.bases[name].pretrained:
+                    part.find_pretrained()
+                    state = part.state_dict() | state
                 check_state(part, state, name)
                 check_adapters(adapted, adapters, name, origin)
             except ValueError as error:

@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ from lit_vlm.model.build import Slots, build, build_on_meta, load_teachers
 from lit_vlm.model.generate import generate
 from lit_vlm.model.vlm import NEXT_TOKEN, VLM
 from lit_vlm.projectors import Projector
+from lit_vlm.training.left_out import LeftOut, find_bases
 from lit_vlm.training.sharding import FSDP2, reshard, shard
 from lit_vlm.training.stage import Stage
 
@@ -53,6 +55,10 @@ class LitVLM(LightningModule):
         stage: which slots train, at which learning rate, and which losses are on.
         heads: auxiliary losses by name; null removes one.
         lora: low-rank adapters on the linear layers of slots; a slot that trains then trains these alone.
+
+    Attributes:
+        only_trained: whether checkpoints leave out frozen weights that can be read again from where they came from
+            (`callbacks.Checkpoint`); None: where a slot has adapters. To be set before the model is built.
     """
 
     def __init__(
@@ -71,6 +77,8 @@ class LitVLM(LightningModule):
         self.model: VLM | None = None
         self.encoder_digest = ""
         self._spec: tuple[VLM, InputSpec] | None = None
+        self.only_trained: bool | None = None
+        self._left_out: LeftOut | None = None
         self._denominators: dict[str, Tensor] = {}
         self._sums: dict[str, Tensor] = {}
         self._held_out: dict[tuple[int, str], Tensor] = {}
@@ -98,11 +106,14 @@ class LitVLM(LightningModule):
             self.encoder_digest = strategy.broadcast(self.encoder_digest)
             self._leave_out(self.model)
             self.stage.freeze(self.model, self.slots.removed_heads)
+            self._leave_frozen_out(self.model)
             mixed = str(self.trainer.precision) == "bf16-mixed"
             shard(self.model, strategy.shard_mesh(), torch.bfloat16 if mixed else None)
         else:
             self.model = self.build()
             self._leave_out(self.model)
+            self.stage.freeze(self.model, self.slots.removed_heads)
+            self._leave_frozen_out(self.model)
         self.stage.freeze(self.model, self.slots.removed_heads)
         load_teachers(self.model, self._asked_teachers(self.model))
         # Modules are born in train mode, and Lightning keeps the mode it finds: frozen parts must be in eval mode.
@@ -147,6 +158,27 @@ class LitVLM(LightningModule):
         """Replace the decoder by an empty one where the stage does without it; the embedder no longer needs it."""
         if self.stage.leave_out:
             model.decoder = AbsentDecoder(model.decoder)
+
+    def _leave_frozen_out(self, model: VLM) -> None:
+        """Keep frozen weights out of checkpoints where `only_trained` says so; `model` has its weights on rank 0."""
+        folder = Path(self.trainer.default_root_dir) / "checkpoints"
+        found = find_bases(model, self.only_trained, self.stage.start_from, folder) if self.global_rank == 0 else {}
+        self._left_out = LeftOut(self, model, self.trainer.strategy.broadcast(found))
+        self.strict_loading = not self._left_out.bases
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say in a checkpoint that leaves frozen weights out where they came from."""
+        if self._left_out is not None:
+            self._left_out.record(checkpoint)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check that frozen weights which a checkpoint left out are those that this run has.
+
+        Raises:
+            ValueError: where they differ, or weights are missing.
+        """
+        if self._left_out is not None:
+            self._left_out.check(checkpoint, set(self.state_dict()))
 
     @property
     def vlm(self) -> VLM:
