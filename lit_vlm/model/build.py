@@ -23,6 +23,7 @@ from lit_vlm.core.lora import (
     split_state,
 )
 from lit_vlm.core.part import Part, StateDict, check_state, load_state, meta_parameters
+from lit_vlm.core.quantised import UNQUANTISED, Quantize
 from lit_vlm.decoders import Decoder, HFDecoder
 from lit_vlm.embedders import Embedder
 from lit_vlm.encoders import Encoder
@@ -45,6 +46,7 @@ class Slots:
         decoder: () → decoder.
         heads: name → (decoder's width, its number of blocks) → head; None for a head that a config removes.
         lora: low-rank adapters of slots.
+        quantize: types in which frozen weights are stored while a stage trains.
     """
 
     encoder: Callable[[], Encoder]
@@ -53,6 +55,7 @@ class Slots:
     decoder: Callable[[], Decoder]
     heads: Mapping[str, Callable[[int, int], Head] | None] = field(default_factory=dict)
     lora: Adapters = NO_ADAPTERS
+    quantize: Quantize = UNQUANTISED
 
     @property
     def removed_heads(self) -> list[str]:

@@ -46,6 +46,20 @@ def find_bases(model: VLM, only_trained: bool | None, start: str | None, folder:
     return {slot: base for slot, base in found.items() if base is not None}
 
 
+def check_base(slot: str, bases: Mapping[str, Base]) -> None:
+    """Check that the weights of a slot that is quantised can be read again, as checkpoints never hold them.
+
+    Raises:
+        ValueError: where they cannot: they were drawn at random, or `only_trained` is false.
+    """
+    if slot not in bases:
+        raise ValueError(
+            f"model.quantize.{slot}: checkpoints leave quantised weights out, and these could not be read again. Give "
+            "them a source (pretrained weights, or model.stage.start_from), freeze them or give them adapters, and "
+            "leave checkpoint.only_trained at null or true"
+        )
+
+
 class LeftOut:
     """Keeps frozen weights out of the state dict of a module, and their bases in its checkpoints.
 

@@ -26,6 +26,7 @@ from lit_vlm.checkpoints.weights import read_slots
 from lit_vlm.core.batch import ENCODER, Batch
 from lit_vlm.core.lora import NO_ADAPTERS, Adapters
 from lit_vlm.core.precision import SCALED
+from lit_vlm.core.quantised import UNQUANTISED, Quantize, quantise
 from lit_vlm.data.datamodule import VLMData
 from lit_vlm.data.sample.spec import InputSpec
 from lit_vlm.decoders import AbsentDecoder, Decoder
@@ -37,7 +38,7 @@ from lit_vlm.model.build import Slots, build, build_on_meta, load_teachers
 from lit_vlm.model.generate import generate
 from lit_vlm.model.vlm import NEXT_TOKEN, VLM
 from lit_vlm.projectors import Projector
-from lit_vlm.training.left_out import LeftOut, find_bases
+from lit_vlm.training.left_out import LeftOut, check_base, find_bases
 from lit_vlm.training.sharding import FSDP2, reshard, shard
 from lit_vlm.training.stage import Stage
 
@@ -55,6 +56,7 @@ class LitVLM(LightningModule):
         stage: which slots train, at which learning rate, and which losses are on.
         heads: auxiliary losses by name; null removes one.
         lora: low-rank adapters on the linear layers of slots; a slot that trains then trains these alone.
+        quantize: types of 4 or 8 bits in which frozen weights of slots are stored (QLoRA).
 
     Attributes:
         only_trained: whether checkpoints leave out frozen weights that can be read again from where they came from
@@ -70,9 +72,10 @@ class LitVLM(LightningModule):
         stage: Stage,
         heads: dict[str, Callable[[int, int], Head] | None] | None = None,
         lora: Adapters = NO_ADAPTERS,
+        quantize: Quantize = UNQUANTISED,
     ) -> None:
         super().__init__()
-        self.slots = Slots(encoder, projector, embedder, decoder, heads or {}, lora)
+        self.slots = Slots(encoder, projector, embedder, decoder, heads or {}, lora, quantize)
         self.stage = stage
         self.model: VLM | None = None
         self.encoder_digest = ""
@@ -106,14 +109,14 @@ class LitVLM(LightningModule):
             self.encoder_digest = strategy.broadcast(self.encoder_digest)
             self._leave_out(self.model)
             self.stage.freeze(self.model, self.slots.removed_heads)
-            self._leave_frozen_out(self.model)
+            self._store_frozen(self.model)
             mixed = str(self.trainer.precision) == "bf16-mixed"
             shard(self.model, strategy.shard_mesh(), torch.bfloat16 if mixed else None)
         else:
             self.model = self.build()
             self._leave_out(self.model)
             self.stage.freeze(self.model, self.slots.removed_heads)
-            self._leave_frozen_out(self.model)
+            self._store_frozen(self.model)
         self.stage.freeze(self.model, self.slots.removed_heads)
         load_teachers(self.model, self._asked_teachers(self.model))
         # Modules are born in train mode, and Lightning keeps the mode it finds: frozen parts must be in eval mode.
@@ -159,12 +162,17 @@ class LitVLM(LightningModule):
         if self.stage.leave_out:
             model.decoder = AbsentDecoder(model.decoder)
 
-    def _leave_frozen_out(self, model: VLM) -> None:
-        """Keep frozen weights out of checkpoints where `only_trained` says so; `model` has its weights on rank 0."""
-        folder = Path(self.trainer.default_root_dir) / "checkpoints"
-        found = find_bases(model, self.only_trained, self.stage.start_from, folder) if self.global_rank == 0 else {}
-        self._left_out = LeftOut(self, model, self.trainer.strategy.broadcast(found))
-        self.strict_loading = not self._left_out.bases
+    def _store_frozen(self, model: VLM) -> None:
+        """Keep frozen weights out of checkpoints (`only_trained`), and quantise them; rank 0 has all weights."""
+        folder, kinds = Path(self.trainer.default_root_dir) / "checkpoints", self.slots.quantize.kinds()
+        wanted = True if kinds and self.only_trained is None else self.only_trained
+        found = find_bases(model, wanted, self.stage.start_from, folder) if self.global_rank == 0 else {}
+        bases = self.trainer.strategy.broadcast(found)
+        for slot, kind in kinds.items():
+            quantise(model.slots()[slot][0], kind, slot, self.trainer.strategy.root_device)
+            check_base(slot, bases)
+        self._left_out = LeftOut(self, model, bases)
+        self.strict_loading = not bases
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say in a checkpoint that leaves frozen weights out where they came from."""

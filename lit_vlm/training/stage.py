@@ -15,6 +15,7 @@ from transformers import get_scheduler
 
 from lit_vlm.core.lora import is_adapter, trained_parameters
 from lit_vlm.core.part import Part
+from lit_vlm.core.quantised import own_weights
 from lit_vlm.heads import Head
 from lit_vlm.model.vlm import NEXT_TOKEN, VLM
 from lit_vlm.training.optim import MuonAdamW
@@ -230,9 +231,9 @@ class Stage:
         """Trained and frozen parameters of each slot."""
         rows = []
         for slot, parts in model.slots().items():
-            parameters = {id(p): p for part in parts for p in part.parameters()}.values()
-            trained = sum(p.numel() for p in parameters if p.requires_grad)
-            total = sum(p.numel() for p in parameters)
+            found = {key: (number, trains) for part in parts for key, number, trains in own_weights(part)}
+            trained = sum(number for number, trains in found.values() if trains)
+            total = sum(number for number, _ in found.values())
             names = ", ".join(type(part).__name__ for part in parts)
             rows.append(SlotCount(slot, names, trained, total - trained, self.train.get(slot) if trained else None))
         return rows
