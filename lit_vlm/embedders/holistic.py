@@ -174,10 +174,8 @@ class Holistic(Embedder):
         if self.start == "random":
             return
         own = self.stack.layers.state_dict()
-        # A decoder's adapters are left out: new ones change nothing yet.
-        layers = nn.ModuleList(decoder.blocks())
-        theirs = {key.replace(".base_layer.", "."): value for key, value in layers.state_dict().items()}
-        extra = sorted(key for key in theirs if key.startswith("0.") and key not in own and ".lora_" not in key)
+        theirs = nn.ModuleList(decoder.blocks()).state_dict()
+        extra = sorted(key for key in theirs if key.startswith("0.") and key not in own)
         if extra or getattr(decoder.config, "hidden_act", "silu") != "silu":
             kind = decoder.config.model_type if type(decoder) is HFDecoder else type(decoder).__name__
             raise ValueError(

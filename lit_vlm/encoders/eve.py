@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_vlm.core.batch import Grid, Images, Patches, PixelSpec, VisualTokens, index_patches
+from lit_vlm.core.lora import effective_weight
 from lit_vlm.core.transfer import send
 from lit_vlm.encoders.base import CLIP_MEAN, CLIP_STD, Encoder, PatchGrid
 from lit_vlm.encoders.windows import lay_out, pixel_windows
@@ -42,7 +43,7 @@ class CrossAttention(nn.Module):
         """Queries `[n, c]`, vectors `[n, m, c]` → `[n, c]`; `mask` `[n, m]` is False for vectors that do not count."""
         n, width = query.shape
         norm, linear = self.kv
-        keys, values = linear.get_parameter("weight").view(2, self.num_heads, -1, width)  # each [heads, c / heads, c]
+        keys, values = effective_weight(linear).view(2, self.num_heads, -1, width)  # each [heads, c / heads, c]
         vectors = norm(vectors)
         folded = torch.einsum("nhd,hdc->nhc", self.q(query).view(n, self.num_heads, -1), keys)
         scores = folded @ vectors.transpose(1, 2) * width**-0.5  # [n, heads, m]

@@ -26,6 +26,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from lit_vlm.core.batch import ENCODER, Batch
 from lit_vlm.core.narrow import narrow_operands
 from lit_vlm.core.part import empty_parameters
+from lit_vlm.core.quantised import quantise
 from lit_vlm.data import VLMData
 from lit_vlm.data.feed.batching import GlobalBatch
 from lit_vlm.heads import Head
@@ -77,10 +78,20 @@ class Weightless(LitVLM):
         if isinstance(self.trainer.strategy, FSDP2):
             return model
         self.stage.freeze(model, self.slots.removed_heads)
+        self._quantise(model)
         if (narrow := self.narrow()) is not None:
             narrow_operands(model, narrow, "the model")
         empty_parameters(model)
         return model
+
+    def store_frozen(self, model: VLM) -> None:
+        """Quantise frozen weights; `build` did so for a model that is not sharded."""
+        if isinstance(self.trainer.strategy, FSDP2):
+            self._quantise(model)
+
+    def _quantise(self, model: VLM) -> None:
+        for slot, kind in self.slots.quantize.kinds().items():
+            quantise(model.slots()[slot][0], kind, slot)
 
     def load_teachers(self, model: VLM, names: Collection[str], dtype: torch.dtype | None) -> None:
         """Give the teachers' weights memory without values."""

@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -23,7 +24,9 @@ from torch.optim import Optimizer
 
 from lit_vlm.checkpoints.weights import read_slots
 from lit_vlm.core.batch import ENCODER, Batch
+from lit_vlm.core.lora import NO_ADAPTERS, Adapters
 from lit_vlm.core.precision import DTYPES, SCALED
+from lit_vlm.core.quantised import UNQUANTISED, Quantize, quantise
 from lit_vlm.core.transfer import Fetched, send_numbers
 from lit_vlm.data.datamodule import VLMData
 from lit_vlm.data.sample.spec import InputSpec
@@ -38,6 +41,7 @@ from lit_vlm.model.vlm import NEXT_TOKEN, VLM
 from lit_vlm.projectors import Projector
 from lit_vlm.training.compiling import compile_blocks
 from lit_vlm.training.frozen import narrow_whole
+from lit_vlm.training.left_out import LeftOut, check_base, find_bases
 from lit_vlm.training.sharding import FSDP2, reshard, shard
 from lit_vlm.training.stage import Stage
 
@@ -57,9 +61,13 @@ class LitVLM(LightningModule):
         compile: `blocks` compiles the repeated blocks of all parts for training (torch.compile), each kind of them as
             one graph, and pads packed rows to `data.max_length`, so that their shape stays the same. Not measured on a
             GPU yet.
+        lora: low-rank adapters on the linear layers of slots; a slot that trains then trains these alone.
+        quantize: types of 4 or 8 bits in which frozen weights of slots are stored (QLoRA).
 
     Attributes:
         has_values: whether weights have values; False where a step is only planned.
+        only_trained: whether checkpoints leave out frozen weights that can be read again from where they came from
+            (`callbacks.Checkpoint`); None: where a slot has adapters. To be set before the model is built.
     """
 
     has_values = True
@@ -73,14 +81,18 @@ class LitVLM(LightningModule):
         stage: Stage,
         heads: dict[str, Callable[[int, int], Head] | None] | None = None,
         compile: Literal["blocks"] | None = None,
+        lora: Adapters = NO_ADAPTERS,
+        quantize: Quantize = UNQUANTISED,
     ) -> None:
         super().__init__()
-        self.slots = Slots(encoder, projector, embedder, decoder, heads or {})
+        self.slots = Slots(encoder, projector, embedder, decoder, heads or {}, lora, quantize)
         self.stage = stage
         self.compiles = compile == "blocks"
         self.model: VLM | None = None
         self.encoder_digest = ""
         self._spec: tuple[VLM, InputSpec] | None = None
+        self.only_trained: bool | None = None
+        self._left_out: LeftOut | None = None
         self._denominators: dict[str, Tensor] = {}
         self._sums: dict[str, Tensor] = {}
         self._held_out: dict[tuple[int, str], Tensor] = {}
@@ -112,12 +124,15 @@ class LitVLM(LightningModule):
             self.encoder_digest = strategy.broadcast(self.encoder_digest)
             self._leave_out(self.model)
             self.stage.freeze(self.model, self.slots.removed_heads)
+            self.store_frozen(self.model)
             mixed = str(self.trainer.precision) == "bf16-mixed"
             compute = torch.bfloat16 if mixed else None
             shard(self.model, strategy.shard_mesh(), compute, narrow is not None, fill=self.has_values)
         else:
             self.model = self.build()
             self._leave_out(self.model)
+            self.stage.freeze(self.model, self.slots.removed_heads)
+            self.store_frozen(self.model)
         self.stage.freeze(self.model, self.slots.removed_heads)
         if narrow is not None and not isinstance(strategy, FSDP2):
             # Also where nothing is saved now: a fit may follow a validation of the same model.
@@ -174,6 +189,32 @@ class LitVLM(LightningModule):
         """Replace the decoder by an empty one where the stage does without it; the embedder no longer needs it."""
         if self.stage.leave_out:
             model.decoder = AbsentDecoder(model.decoder)
+
+    def store_frozen(self, model: VLM) -> None:
+        """Keep frozen weights out of checkpoints (`only_trained`), and quantise them; rank 0 has all weights."""
+        folder, kinds = Path(self.trainer.default_root_dir) / "checkpoints", self.slots.quantize.kinds()
+        wanted = True if kinds and self.only_trained is None else self.only_trained
+        found = find_bases(model, wanted, self.stage.start_from, folder) if self.global_rank == 0 else {}
+        bases = self.trainer.strategy.broadcast(found)
+        for slot, kind in kinds.items():
+            quantise(model.slots()[slot][0], kind, slot, self.trainer.strategy.root_device)
+            check_base(slot, bases)
+        self._left_out = LeftOut(self, model, bases)
+        self.strict_loading = not bases
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say in a checkpoint that leaves frozen weights out where they came from."""
+        if self._left_out is not None:
+            self._left_out.record(checkpoint)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check that frozen weights which a checkpoint left out are those that this run has.
+
+        Raises:
+            ValueError: where they differ, or weights are missing.
+        """
+        if self._left_out is not None:
+            self._left_out.check(checkpoint, set(self.state_dict()))
 
     @property
     def vlm(self) -> VLM:
