@@ -24,7 +24,9 @@ def setup(devices: int, card: str = "h100") -> Setup:
     return Setup(CARDS[card], devices, 8, Assumptions())
 
 
-def job(recipe: str, stage: str, devices: int, strategy: str, flags: Sequence[str] = (), scale: str | None = None) -> Job:
+def job(
+    recipe: str, stage: str, devices: int, strategy: str, flags: Sequence[str] = (), scale: str | None = None
+) -> Job:
     """The job of a stage at its published scale, with the statistics of its data, on devices of any size."""
     made = next(jobs(find_recipe(recipe), scale, strategy, [stage], flags, setup(devices)))[1]
     return replace(made, device=made.device._replace(bytes=PLENTY))

@@ -28,7 +28,7 @@ from lit_vlm.training.frozen import Originals, narrow_whole, stored_in
 from lit_vlm.training.sharding import reshard, shard
 from lit_vlm.training.stage import Stage
 from tests.members import CASES
-from tests.runs import lit_vlm, tiny_fit, two_ranks
+from tests.runs import lit_vlm, run_ranks, tiny_fit
 
 BF16 = torch.bfloat16
 TENSORS = dict[str, Tensor]
@@ -196,7 +196,7 @@ def _one_rank(rank: int, folder: str) -> None:
 
 
 def test_two_sharded_processes_compute_nothing_else(tmp_path: Path) -> None:
-    two_ranks(tmp_path, "tests.training.test_frozen", str(tmp_path))
+    run_ranks(tmp_path, "tests.training.test_frozen", str(tmp_path))
 
 
 # ---------------------------------------------------------------------- runs
