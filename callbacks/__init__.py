@@ -6,6 +6,7 @@ from callbacks.freeze_guard import FreezeGuard
 from callbacks.gradient_monitor import GradientMonitor
 from callbacks.held_out import HeldOut
 from callbacks.memory import Memory
+from callbacks.planned import Planned
 from callbacks.predictions import Predictions
 from callbacks.sources import Sources
 from callbacks.throughput import Throughput
@@ -17,6 +18,7 @@ __all__ = [
     "GradientMonitor",
     "HeldOut",
     "Memory",
+    "Planned",
     "Predictions",
     "Sources",
     "Throughput",

@@ -7,6 +7,8 @@ import zipfile
 from pathlib import Path
 
 SUFFIX = ".ckpt"
+PLAN_FILE = "plan.json"
+"""What `lit-vlm run` planned a stage on several GPUs to take, in the folder of the stage."""
 
 
 def is_complete(path: Path) -> bool:

@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
-from typing import Any
+from typing import Any, NamedTuple
 
 from lit_vlm.core.plugins import load_plugins, use_plugins
 
@@ -68,11 +68,26 @@ def lightning_cli(arguments: Sequence[str], run: bool = True) -> Any:
     return LitVLMCLI(args=None if given == sys.argv[1:] else given, run=run)
 
 
-def check_flags(arguments: Sequence[str]) -> str | None:
-    """Parse the flags of a stage and build its objects; no parts, no weights, and no source, whose file may be large.
+class Checked(NamedTuple):
+    """What the flags of a stage say.
 
-    Returns:
-        where the stage's weights start from.
+    Attributes:
+        start_from: where its weights start from.
+        gpus: number of GPUs, or 0 on other devices.
+        per_node: GPUs of a machine.
+        gpu: name of the GPU of this process; empty without.
+        gpu_bytes: its memory.
+    """
+
+    start_from: str | None
+    gpus: int = 0
+    per_node: int = 0
+    gpu: str = ""
+    gpu_bytes: int = 0
+
+
+def check_flags(arguments: Sequence[str]) -> Checked:
+    """Parse the flags of a stage and build its objects; no parts, no weights, and no source, whose file may be large.
 
     Raises:
         ValueError: for a wrong flag.
@@ -80,11 +95,19 @@ def check_flags(arguments: Sequence[str]) -> str | None:
     _quiet()
     words = take_plugins(list(arguments))
     with quietly():
+        import torch
+
         from lit_vlm.commands.lightning_cli import CheckedCLI
 
         load_plugins()
-        start: str | None = CheckedCLI([*words, "--trainer.logger", "false"]).model.stage.start_from
-    return start
+        cli = CheckedCLI([*words, "--trainer.logger", "false"])
+        start: str | None = cli.model.stage.start_from
+        device = cli.trainer.strategy.root_device
+        if device.type != "cuda":
+            return Checked(start)
+        card = torch.cuda.get_device_properties(device)
+        per_node = len(cli.trainer.device_ids)
+        return Checked(start, per_node * cli.trainer.num_nodes, per_node, card.name, card.total_memory)
 
 
 @contextmanager

@@ -20,8 +20,8 @@ from lit_vlm.core.devices import CARDS, Card
 from lit_vlm.core.plugins import named_plugins, nearest, use_plugins
 from lit_vlm.planning import no_gpu
 from lit_vlm.planning.job import Device, Job, Statistics
-from lit_vlm.planning.plan import Setup, StagePlan, largest_micro_batch, plan_stage
-from lit_vlm.planning.report import one_line, show
+from lit_vlm.planning.plan import Setup, largest_micro_batch, plan_stage
+from lit_vlm.planning.report import show
 from lit_vlm.planning.roofline import Assumptions
 from lit_vlm.planning.simulation import Simulator
 from lit_vlm.planning.statistics import find_statistics
@@ -217,7 +217,7 @@ def jobs(
     """
     scale = scale or recipe.scale
     for stage in stages or recipe.stages_for(scale):
-        words: list[str] = []
+        words: list[str] = ["--plugins", ",".join(plugins)] if (plugins := named_plugins()) else []
         for config in recipe.configs(stage, scale, strategy or recipe.strategy_for(scale)):
             words += ["--config", os.path.abspath(config)]
         words += flags_for(stage, flags, recipe.stages)
@@ -235,6 +235,3 @@ def _statistics(recipe: Recipe, stage: str, scale: str | None) -> Statistics | N
     except ValueError:
         return None
     return Statistics(str(file.resolve()), name, scale)
-
-
-__all__ = ["StagePlan", "jobs", "main", "one_line", "simulator"]

@@ -11,14 +11,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from lit_vlm.checkpoints.folder import checkpoints_in
-from lit_vlm.commands.fit import REFUSED, check_flags, in_one_line
+from lit_vlm.commands.fit import REFUSED, Checked, check_flags, in_one_line
+from lit_vlm.commands.foretell import foretell
 from lit_vlm.commands.recipe import Recipe, find_recipe, shipped_recipes
 from lit_vlm.commands.runs import STATE_FILE, RunState, is_first
 from lit_vlm.core.plugins import named_plugins, nearest, use_plugins
@@ -55,35 +57,48 @@ def main(argv: Sequence[str]) -> None:
         if not check_recipe(commands, console):
             raise SystemExit(1)
         return
-    _check_flags([_command(recipe, state, stage, folder) for stage in state.stages if stage not in state.done])
-    _run(recipe, state, folder, console)
+    left = [stage for stage in state.stages if stage not in state.done]
+    checked = dict(zip(left, _check_flags([_command(recipe, state, stage, folder) for stage in left]), strict=False))
+    _run(recipe, state, folder, console, checked)
 
 
-def _check_flags(commands: Sequence[Sequence[str]]) -> None:
+def _check_flags(commands: Sequence[Sequence[str]]) -> list[Checked]:
     """Check the flags of all stages before anything is written.
 
     A separate process loads the libraries for it, so that this one stays small while stages run.
+
+    Returns:
+        what the flags say; of several processes of a launcher, the first alone looks.
 
     Raises:
         SystemExit: for a wrong flag, which the separate process has reported in one line.
     """
     if not is_first():
-        return
+        return []
     sys.stderr.write("checking flags ...\n")  # a few seconds, as classes must be loaded to know their arguments
-    child = multiprocessing.get_context("fork").Process(target=_check_all, args=(commands,))
+    context = multiprocessing.get_context("fork")
+    results, sends = context.Pipe(duplex=False)
+    child = context.Process(target=_check_all, args=(commands, sends))
     child.start()
+    sends.close()
+    try:
+        checked: list[Checked] = results.recv()
+    except EOFError:  # a wrong flag
+        checked = []
     child.join()
     if child.exitcode:
         raise SystemExit(child.exitcode)
+    return checked
 
 
-def _check_all(commands: Sequence[Sequence[str]]) -> None:
+def _check_all(commands: Sequence[Sequence[str]], results: Connection) -> None:
     with in_one_line():
-        starts = [check_flags(words[1:]) for words in commands]
-        if starts and starts[0]:  # later stages start from what earlier ones will leave
+        checked = [check_flags(words[1:]) for words in commands]
+        if checked and checked[0].start_from:  # later stages start from what earlier ones will leave
             from lit_vlm.checkpoints.weights import find_start
 
-            find_start(starts[0])
+            find_start(checked[0].start_from)
+        results.send(checked)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -175,7 +190,7 @@ def flags_for(stage: str, flags: Sequence[str], stages: Collection[str]) -> list
     return chosen
 
 
-def _run(recipe: Recipe, state: RunState, folder: Path, console: Console) -> None:
+def _run(recipe: Recipe, state: RunState, folder: Path, console: Console, checked: Mapping[str, Checked]) -> None:
     console.print(f"{recipe.name}: {', '.join(state.stages)} into {folder}", soft_wrap=True, highlight=False)
     state.save(folder)
     tracker = _ParentRun(state, folder, recipe)
@@ -188,6 +203,8 @@ def _run(recipe: Recipe, state: RunState, folder: Path, console: Console) -> Non
             words += ["--ckpt_path", str(found[-1])]
         console.rule(f"{recipe.name}: {stage}")
         console.print(f"lit-vlm {shlex.join(words)}\n", soft_wrap=True, highlight=False)
+        if stage in checked and checked[stage].gpus > 1:
+            foretell(state, stage, folder / stage, checked[stage], console)
         code = _execute(words, tracker.environment())
         if code != 0:
             tracker.end("KILLED" if code < 0 or code == 130 else "FAILED", f"stage {stage} ended with exit code {code}")

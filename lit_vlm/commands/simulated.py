@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from lit_vlm.commands.fit import lightning_cli, quietly
+from lit_vlm.commands.fit import lightning_cli, quietly, take_plugins
 from lit_vlm.core.plugins import load_plugins
 from lit_vlm.planning import no_gpu
 from lit_vlm.planning.job import Failed, Job, Measured
@@ -36,7 +36,9 @@ class _Commands:
         """The config alone; raises ValueError for a wrong flag."""
         from lit_vlm.commands.lightning_cli import ParsedCLI
 
-        return ParsedCLI(list(words)).config
+        arguments = take_plugins(list(words))
+        load_plugins()
+        return ParsedCLI(arguments).config
 
 
 def main() -> None:
@@ -44,7 +46,6 @@ def main() -> None:
     import lit_vlm.commands.lightning_cli
     import lit_vlm.planning.step  # noqa: F401
 
-    load_plugins()
     serve(run)
 
 

@@ -122,7 +122,7 @@ class Measured:
         unsharded: names of blocks whose parameters are not sharded although the strategy shards.
         precision: in which the step ran.
         mixed: operations that took tensors of device and host.
-        waits: place in the code → number of waits of a step.
+        waits: place in the code → number of waits of a step that are not meant (`training.waits.MEANT`).
         seconds: of each step on a real device; empty in a simulation.
     """
 

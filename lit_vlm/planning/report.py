@@ -107,14 +107,6 @@ def verdict(plan: StagePlan) -> str:
     return f"[yellow]does not fit[/]: {needs}; fits with {what}{prepare}" + (f": {escape(flags)}" if flags else "")
 
 
-def one_line(plan: StagePlan) -> str:
-    """What `lit-vlm run` says before a stage."""
-    return (
-        f"{plan.setup.devices} × {plan.setup.card.name}: peak {_gib(plan.runs.peak)} of {_gib(plan.setup.room)} GiB, "
-        f"{plan.step_seconds:.1f} s per step, {plan.steps:,} steps, {_span(plan.hours)}"
-    )
-
-
 def _say_assumptions(plans: Sequence[StagePlan], console: Console) -> None:
     assumed, card = plans[0].setup.assumed, plans[0].setup.card
     lengths = (

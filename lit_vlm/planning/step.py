@@ -8,7 +8,6 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,11 +36,11 @@ from lit_vlm.planning.job import Failed, Job, Measured, States, launched
 from lit_vlm.planning.mock import mock_train
 from lit_vlm.planning.operations import Recorder
 from lit_vlm.planning.statistics import read_statistics
-from lit_vlm.planning.waits import record_waits
 from lit_vlm.teachers import EncoderTeacher
 from lit_vlm.training.module import LitVLM
 from lit_vlm.training.sharding import FSDP2
 from lit_vlm.training.step_flops import StepFlops
+from lit_vlm.training.waits import Waits
 
 RECORDS = 65536
 """Made-up records, at most: enough for the lengths of a few dozen batches on hundreds of devices."""
@@ -261,10 +260,10 @@ class _Probe(L.Callback):
     def __init__(self, job: Job, micro: int) -> None:
         self.job, self.micro = job, micro
         self.recorder: Recorder | None = None
-        self.waits: Counter[str] = Counter()
+        self.waits = Waits()
         self.states = States()
         self.seconds: list[float] = []
-        self._waiting: Any = None
+        self._waiting = False
         self._start = 0.0
 
     def _ends(self, batch_idx: int, step: int) -> bool:
@@ -297,8 +296,8 @@ class _Probe(L.Callback):
         if self._ends(batch_idx, RECORDED):
             self._stop_waits()
         if self._ends(batch_idx, 0) and self.job.waits:
-            self._waiting = record_waits(self.waits)
-            self._waiting.__enter__()
+            self._waiting = True
+            self.waits.__enter__()
         if (batch_idx + 1) % self.micro == 0:
             torch.cuda.synchronize()
             self.seconds.append(time.perf_counter() - self._start)
@@ -308,9 +307,9 @@ class _Probe(L.Callback):
         self.states.weights = _bytes(_weights(pl_module))
 
     def _stop_waits(self) -> None:
-        if self._waiting is not None:
-            self._waiting.__exit__(None, None, None)
-            self._waiting = None
+        if self._waiting:
+            self.waits.__exit__(None, None, None)
+            self._waiting = False
 
     def measured(self, module: LitVLM, chosen: Chosen, settings: _Settings) -> Measured:
         """All that was measured."""
@@ -352,7 +351,7 @@ class _Probe(L.Callback):
             unsharded=[n for n, p in model.named_parameters() if not isinstance(p, DTensor)] if sharded else [],
             precision=str(trainer.precision),
             mixed=dict(recorder.mixed),
-            waits=dict(self.waits),
+            waits=self.waits.unwanted(),
             seconds=self.seconds,
         )
 
