@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
+from torch.distributed import distributed_c10d
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from lit_vlm.core.part import Part, meta_twins
@@ -62,7 +62,7 @@ class FSDP2(ModelParallelStrategy):
         """
         mesh = self._make_mesh()
         for group in mesh.get_all_groups():  # a mesh makes groups of its own, with the backend's own timeout
-            _set_pg_timeout(self.timeout, group)
+            _set_timeout(self.timeout, group)
         return mesh
 
     def _make_mesh(self) -> DeviceMesh:
@@ -73,6 +73,9 @@ class FSDP2(ModelParallelStrategy):
             raise ValueError(f"{self.world_size} processes do not divide into {replicas} replicas")
         shape = (replicas, self.world_size // replicas)
         return init_device_mesh(self.root_device.type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+_set_timeout: Any = getattr(dist, "set_timeout", None) or distributed_c10d._set_pg_timeout  # older name
 
 
 def shard(

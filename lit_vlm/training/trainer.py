@@ -68,6 +68,7 @@ class EpochLoop(_TrainingEpochLoop):
         torch.distributed.broadcast(flag, src=0)
         before, self._told = self._told, Fetched(flag)
         if before is not None and bool(before.get()):
+            self._told = None
             with contextlib.suppress(Exception):
                 torch.distributed.barrier()  # none leaves while another is still in a collective
             raise SIGTERMException

@@ -36,6 +36,7 @@ MEANT = {
     "callbacks/throughput.py _log": "each log_every_n_steps: the time that the steps took, and counts of all ranks",
     "callbacks/sources.py _gather": "each log_every_n_steps and before a checkpoint: counts of all ranks",
     "lightning/pytorch/trainer/connectors/logger_connector": "each log_every_n_steps: values go to the loggers",
+    "lightning/fabric/utilities/apply_func.py batch_to": "the first time that a metric is logged: its place is made",
     "lit_vlm/core/losses.py _of_each_rank": "contrastive losses on several ranks: how many pictures each of them has",
     "torch/amp/grad_scaler.py": "16-mixed: whether a gradient has overflowed decides whether the optimizer steps",
 }

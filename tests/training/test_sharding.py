@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from datetime import timedelta
 
+import lightning.pytorch as L
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
+from lit_vlm.commands.lightning_cli import ParsedCLI
+from lit_vlm.commands.recipe import find_recipe
 from lit_vlm.core.batch import Images, VisualTokens
 from lit_vlm.core.part import load_state, meta_parameters
 from lit_vlm.encoders import HFEncoder
 from lit_vlm.model.build import build
 from lit_vlm.projectors import Projector
-from lit_vlm.training.sharding import OncePerForward, shard
+from lit_vlm.training.sharding import FSDP2, OncePerForward, shard
 from tests.members import Tangled
 from tests.tiny import CLIP, tiny_slots
 
@@ -77,3 +83,32 @@ def test_a_parameter_with_two_names_in_one_module_is_refused() -> None:
     model = build(tiny_slots(projector=Twice))
     with pytest.raises(ValueError, match=r"projector.linear \(Linear\) has a parameter under two names, again is"):
         shard(model, None, None)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def _one_process() -> Iterator[None]:
+    """Takes the process group down again that a test makes."""
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("_one_process")
+@pytest.mark.parametrize("replicas", [1, "nodes"])
+def test_the_timeout_reaches_all_process_groups(replicas: int | str) -> None:
+    strategy = FSDP2(replicas=replicas, timeout=77)
+    L.Trainer(accelerator="cpu", devices=1, strategy=strategy, logger=False, enable_checkpointing=False)
+    strategy.connect(L.LightningModule())
+    strategy.setup_environment()
+    groups = [dist.group.WORLD, *strategy.shard_mesh().get_all_groups()]
+    backends = [group._get_backend(torch.device("cpu")) for group in groups if group is not None]
+    assert [backend.options._timeout for backend in backends] == [timedelta(seconds=77)] * len(backends)
+
+
+def test_the_timeout_is_a_flag() -> None:
+    files = find_recipe("llava15").configs("1_align", "tiny", "fsdp")
+    words = [word for path in files for word in ("--config", str(path))]
+    config = ParsedCLI([*words, "--trainer.strategy.timeout", "7200"]).config
+    assert config.trainer.strategy.init_args.timeout == 7200
+    with pytest.raises(ValueError, match="FSDP2: timeout is a positive number of seconds, not 0: 1800 is half an hour"):
+        FSDP2(timeout=0)
