@@ -22,7 +22,7 @@ from lit_vlm.decoders import internlm2
 from lit_vlm.decoders.architecture import language_model
 from lit_vlm.decoders.base import Decoder, DecoderOutput
 from lit_vlm.decoders.lora import Lora, add_adapters, merge_adapters
-from lit_vlm.decoders.stack import run_blocks
+from lit_vlm.decoders.stack import Recompute, run_blocks, set_recompute
 
 Attention = Literal["sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3"]
 INTERNLM2 = "internlm2"
@@ -39,6 +39,7 @@ class HFDecoder(Decoder):
         tokenizer: source of the tokenizer; default: `name`. `bytes` needs no file.
         lora: adapters; with them the base weights stay frozen.
         recompute: recompute blocks in the backward pass (gradient checkpointing): less memory, a third more compute.
+            `offload` keeps the inputs of the blocks on the host meanwhile: less memory still, and a copy each way.
         attention: implementation of attention; all of them keep the segments of a packed row apart. Recurrent layers do
             so only where transformers' kernels for them take the borders; others are refused when training on packed
             rows starts.
@@ -58,7 +59,7 @@ class HFDecoder(Decoder):
         config: dict[str, Any] | None = None,
         tokenizer: str | None = None,
         lora: Lora | None = None,
-        recompute: bool = False,
+        recompute: Recompute = False,
         attention: Attention = "sdpa",
         new_tokens: tuple[str, ...] = (),
     ) -> None:
@@ -73,8 +74,7 @@ class HFDecoder(Decoder):
             self.config.vocab_size = max([self.config.vocab_size, *(token + 1 for token in self._tokenizer[1])])
         self.lm = language_model(self.config, attention)
         self.recompute = recompute
-        if recompute:
-            self.lm.activation_checkpointing_enable({"use_reentrant": False})
+        set_recompute(self.lm, recompute)
         if lora is not None:
             add_adapters(lora, self.lm, self.config.model_type)
         self._carries = self.carried() is not None
