@@ -137,7 +137,7 @@ CASES: dict[str, Case] = {
         HOLISTIC | {"projector": Linear, "embedder": partial(Holistic, merge=2, recompute=True, **LAYERS)}, TILES
     ),
     "AbsentDecoder": Case(
-        HOLISTIC | {"embedder": partial(Holistic, **LAYERS), "heads": {"own": WordDistillation}},
+        HOLISTIC | {"embedder": partial(Holistic, recompute="offload", **LAYERS), "heads": {"own": WordDistillation}},
         TILES,
         {"own": 1.0},
         leave_out=True,
@@ -148,7 +148,7 @@ CASES: dict[str, Case] = {
         {"decoder": partial(DivideAndConquer, config=LLAMA, tokenizer="bytes", recompute=True)}, [(28, 28)]
     ),
     "DivideAndConquer/vision": Case(
-        {"decoder": partial(DivideAndConquer, config=LLAMA, tokenizer="bytes")},
+        {"decoder": partial(DivideAndConquer, config=LLAMA, tokenizer="bytes", recompute="offload")},
         [(28, 28)],
         only={"decoder": "vision"},
     ),

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lit_vlm.core.batch import Batch, Segments
 from lit_vlm.core.flops import Flops, FlopsOf, Weights, attention, causal_pairs
 from lit_vlm.core.part import Part
+from lit_vlm.decoders.stack import Recompute
 
 
 @dataclass
@@ -36,13 +37,14 @@ class Decoder(Part, ABC):
         num_layers: number of blocks.
         vocab_size: rows of the word table.
         tokenizer: the fast tokenizer that made the vocabulary.
-        recompute: whether blocks are recomputed in the backward pass, to save memory.
+        recompute: whether blocks are recomputed in the backward pass, to save memory; `offload`: from inputs on the
+            host.
     """
 
     width: int
     num_layers: int
     vocab_size: int
-    recompute: bool = False
+    recompute: Recompute = False
 
     @property
     def family(self) -> str:

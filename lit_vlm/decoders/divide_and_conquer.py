@@ -15,6 +15,7 @@ from lit_vlm.core.flops import Weights
 from lit_vlm.core.part import StateDict
 from lit_vlm.decoders.base import DecoderOutput
 from lit_vlm.decoders.hf import Attention, HFDecoder
+from lit_vlm.decoders.stack import Recompute
 
 TEXT, VISION, VISION_AND_ATTENTION = "text", "vision", "vision_and_attention"
 BRANCH = re.compile(rf"\.(?:{TEXT}|{VISION})\.")
@@ -112,6 +113,7 @@ class DivideAndConquer(HFDecoder):
         config: a model configuration with `model_type`, for random weights; `vocab_size` defaults to the tokenizer's.
         tokenizer: source of the tokenizer; default: `name`. `bytes` needs no file.
         recompute: recompute blocks in the backward pass (gradient checkpointing): less memory, a third more compute.
+            `offload` keeps the inputs of the blocks on the host meanwhile: less memory still, and a copy each way.
         attention: implementation of attention; all of them keep the segments of a packed row apart.
         split: `all` of a block, or its `mlp` alone: the visual experts of Mono-InternVL (arXiv 2410.08202).
         new_tokens: see `HFDecoder`.
@@ -125,7 +127,7 @@ class DivideAndConquer(HFDecoder):
         name: str | None = None,
         config: dict[str, Any] | None = None,
         tokenizer: str | None = None,
-        recompute: bool = False,
+        recompute: Recompute = False,
         attention: Attention = "sdpa",
         split: Literal["all", "mlp"] = "all",
         new_tokens: tuple[str, ...] = (),

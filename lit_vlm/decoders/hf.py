@@ -22,7 +22,7 @@ from lit_vlm.core.tokenizers import load_tokenizer
 from lit_vlm.decoders import internlm2
 from lit_vlm.decoders.architecture import language_model
 from lit_vlm.decoders.base import Decoder, DecoderOutput
-from lit_vlm.decoders.stack import run_blocks
+from lit_vlm.decoders.stack import Recompute, run_blocks, set_recompute
 
 Attention = Literal["sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3"]
 INTERNLM2 = "internlm2"
@@ -39,6 +39,7 @@ class HFDecoder(Decoder):
         tokenizer: source of the tokenizer; default: `name`. `bytes` needs no file.
         lora: the earlier spelling of `model.lora.decoder`, which existing configs have.
         recompute: recompute blocks in the backward pass (gradient checkpointing): less memory, a third more compute.
+            `offload` keeps the inputs of the blocks on the host meanwhile: less memory still, and a copy each way.
         attention: implementation of attention; all of them keep the segments of a packed row apart. Recurrent layers do
             so only where transformers' kernels for them take the borders; others are refused when training on packed
             rows starts.
@@ -57,7 +58,7 @@ class HFDecoder(Decoder):
         config: dict[str, Any] | None = None,
         tokenizer: str | None = None,
         lora: Lora | None = None,
-        recompute: bool = False,
+        recompute: Recompute = False,
         attention: Attention = "sdpa",
         new_tokens: tuple[str, ...] = (),
     ) -> None:
@@ -72,8 +73,7 @@ class HFDecoder(Decoder):
             self.config.vocab_size = max([self.config.vocab_size, *(token + 1 for token in self._tokenizer[1])])
         self.lm = language_model(self.config, attention)
         self.recompute = recompute
-        if recompute:
-            self.lm.activation_checkpointing_enable({"use_reentrant": False})
+        set_recompute(self.lm, recompute)
         self._carries = self.carried() is not None
         self.width = self.config.hidden_size
         self.num_layers = self.config.num_hidden_layers

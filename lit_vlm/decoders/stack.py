@@ -1,9 +1,9 @@
-"""Running the blocks of a transformers model, with the borders of packed rows where its layers need them."""
+"""Running the blocks of a transformers model: what its layers must know of packed rows, and what the graph keeps."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -11,6 +11,17 @@ from torch import Tensor
 from lit_vlm.core.batch import Segments
 from lit_vlm.core.transfer import send
 from lit_vlm.decoders.packing import telling
+
+Recompute = bool | Literal["offload"]
+"""Whether blocks are recomputed in the backward pass; `offload` also keeps their inputs on the host until then."""
+
+
+def set_recompute(model: Any, recompute: Recompute) -> None:
+    """Let a transformers model recompute its blocks in the backward pass, from inputs on the device or on the host."""
+    if recompute:
+        # The second name is that of transformers before 5.23.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False}, offload=recompute == "offload")
 
 
 def run_blocks(

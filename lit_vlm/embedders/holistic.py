@@ -16,7 +16,7 @@ from lit_vlm.core.flops import Flops, FlopsOf, Weights, attention, causal_pairs
 from lit_vlm.decoders.architecture import installed_attention
 from lit_vlm.decoders.base import Decoder
 from lit_vlm.decoders.hf import Attention, HFDecoder
-from lit_vlm.decoders.stack import run_blocks
+from lit_vlm.decoders.stack import Recompute, run_blocks, set_recompute
 from lit_vlm.embedders.base import Embedder, check_grids, scatter_visual
 from lit_vlm.embedders.own_sequence import OwnSequence, own_lengths, refine, see_whole_images
 from lit_vlm.projectors.downsample import Fold, PatchMerge
@@ -83,7 +83,8 @@ class Holistic(Embedder):
         start: weights of the layers: `decoder` copies the decoder's first N, `random` draws new ones. The word table
             is always a copy of the decoder's.
         image_attention: `causal` as published, or `bidirectional` within each image.
-        recompute: recompute layers in the backward pass: less memory, a third more compute.
+        recompute: recompute layers in the backward pass: less memory, a third more compute. `offload` keeps the inputs
+            of the layers on the host meanwhile: less memory still, and a copy each way.
         attention: implementation of attention; all of them keep the segments of a packed row apart.
 
     Raises:
@@ -106,7 +107,7 @@ class Holistic(Embedder):
         merge: Literal[1, 2] = 1,
         start: Literal["decoder", "random"] = "decoder",
         image_attention: Literal["causal", "bidirectional"] = "causal",
-        recompute: bool = False,
+        recompute: Recompute = False,
         attention: Attention = "sdpa",
     ) -> None:
         super().__init__(width, vocab_size)
@@ -133,8 +134,8 @@ class Holistic(Embedder):
         with installed_attention("model.embedder", attention):
             self.stack = LlamaModel(self.config)
         self.stack.norm = nn.Identity()
-        if recompute:
-            self.stack.activation_checkpointing_enable({"use_reentrant": False})
+        self.recompute = recompute
+        set_recompute(self.stack, recompute)
         self.merger = PatchMerge(width, width) if merge > 1 else None
         self.adopts_all = start == "decoder" and self.merger is None
         if merge > 1:

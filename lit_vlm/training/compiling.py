@@ -30,10 +30,18 @@ def compile_blocks(model: VLM, fixed_rows: bool, backend: str = "inductor") -> l
         fixed_rows: whether the rows of all batches have one length, so that graphs are first made for fixed shapes;
             otherwise for any.
         backend: name of torch's backend.
+
+    Raises:
+        ValueError: for a part that keeps the inputs of its blocks on the host, which a graph cannot.
     """
     found: list[CompiledKind] = []
     for slot, parts in model.slots().items():
         for part in parts:
+            if getattr(part, "recompute", False) == "offload":
+                raise ValueError(
+                    f"model.compile: {slot} {type(part).__name__} has recompute: offload, which no graph of torch has; "
+                    f"set model.{slot}.init_args.recompute to true, or model.compile to null"
+                )
             kinds: dict[Any, CompiledKind] = {}
             for block in part.blocks():
                 if isinstance(vars(block).get("forward"), partial):

@@ -62,7 +62,8 @@ def step(model: VLM, batch: Batch, losses: dict[str, float]) -> tuple[dict[str, 
     model.zero_grad()
     sums = model(batch, losses)
     sum((losses[name] * value for name, value in sums.items()), torch.zeros(())).backward()
-    return sums, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    found = {name: value.detach() for name, value in sums.items()}
+    return found, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
 def check_alike(one: VLM, two: VLM, batch: Batch, losses: dict[str, float], tolerance: float = 1e-5) -> None:
@@ -213,6 +214,12 @@ def test_a_block_that_is_no_single_graph_is_refused_by_name() -> None:
     message = r"model.compile: the blocks of projector UndecidedProjector \(Undecided\) do not compile as one graph: .+"
     with pytest.raises(ValueError, match=message + r"\. Set model.compile to null, or"):
         model(batch_of(model), {"next_token": 1.0})
+
+
+def test_inputs_on_the_host_are_refused() -> None:
+    model = tiny_vlm(decoder=partial(RECOMPUTING, recompute="offload"))
+    with pytest.raises(ValueError, match=r"model.compile: decoder HFDecoder has recompute: offload.*recompute to true"):
+        compile_blocks(model, fixed_rows=False)
 
 
 def test_blocks_go_on_uncompiled_after_too_many_graphs(caplog: pytest.LogCaptureFixture) -> None:
