@@ -1,0 +1,39 @@
+"""The process in which `lit-vlm bench` measures one stage; launchers start it again for each further device."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from lit_vlm.commands.fit import in_one_line, lightning_cli, quietly
+from lit_vlm.planning import no_gpu
+from lit_vlm.planning.published import shipped
+
+
+def main(argv: Sequence[str]) -> None:
+    """Measure the stage of a file.
+
+    Args:
+        argv: a file with a `BenchJob`, and the file for the result.
+    """
+    from lit_vlm.planning.bench import run_bench
+    from lit_vlm.planning.bench_job import BenchJob
+    from lit_vlm.planning.bench_reference import run_reference
+
+    job, out = BenchJob.read(Path(argv[0])), Path(argv[1])
+
+    def make(words: Sequence[str]) -> object:
+        return lightning_cli(words, run=False)
+
+    if no_gpu.loaded():
+        no_gpu.avoid_cudnn()
+    with in_one_line(), shipped(), quietly():
+        if job.against:
+            run_reference(job, make).write(out)
+        elif (result := run_bench(job, make)) is not None:
+            result.write(out)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
