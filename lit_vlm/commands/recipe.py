@@ -85,6 +85,11 @@ class Recipe:
         named = self.starts.get(stage)
         return named if named in before else before[-1] if before else None
 
+    def statistics(self, stage: str) -> list[tuple[Path, str]]:
+        """Files that may hold statistics of a stage's published data, nearest first, and the stage's name in each."""
+        own = [(self.folder / "statistics.yaml", stage)]
+        return own + (self.base.statistics(self.in_base.get(stage, stage)) if self.base is not None else [])
+
     def configs(self, stage: str, scale: str | None, strategy: str) -> list[Path]:
         """The config files of one stage: system, stage, scale, strategy; later ones win.
 
