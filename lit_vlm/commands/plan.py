@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> None:
     console = Console()
     plans = []
     setup = _setup(arguments)
-    with simulator() as run:
+    with simulator(setup) as run:
         for stage, job in jobs(recipe, arguments.scale, arguments.strategy, _stages(arguments), flags, setup):
             with console.status(f"planning {stage} ...") if not arguments.json else _silent():
                 plan = plan_stage(stage, job, setup, run.run)
@@ -141,13 +141,18 @@ def _measured(file: Path) -> dict[str, float]:
 
 
 @contextmanager
-def simulator() -> Iterator[Simulator]:
+def simulator(setup: Setup) -> Iterator[Simulator]:
     """A process that runs steps on simulated devices.
+
+    Args:
+        setup: what kind of device, and how many a machine has.
 
     Raises:
         NoSimulation: where devices cannot be simulated; a ValueError that says what is missing.
     """
-    variables = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", **no_gpu.environment()}
+    device = Device(setup.card.name, setup.room, setup.card.capability or (9, 0))
+    variables = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    variables |= no_gpu.environment(device, setup.per_node)
     with Simulator(WORKER, variables | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}) as process:
         yield process
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from lit_vlm.commands.fit import lightning_cli, quietly
 from lit_vlm.core.plugins import load_plugins
 from lit_vlm.planning import no_gpu
@@ -12,13 +14,11 @@ from lit_vlm.planning.simulation import serve
 
 def run(job: Job) -> Measured | Failed:
     """Run a job on the devices of this process, simulated or real."""
-    import os
-
     from lit_vlm.planning.step import run_job
 
     if no_gpu.loaded():
-        os.environ.update(no_gpu.device_variables(job.device, min(job.per_node, job.world_size)))
-        no_gpu.avoid_cudnn()
+        os.environ.update(no_gpu.memory(job.device))
+        no_gpu.prepare_fork()
     with shipped(), quietly():
         return run_job(job, lambda words: lightning_cli(words, run=False))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -14,6 +15,8 @@ from typing import IO
 
 from lit_vlm.planning.job import Failed, Job, Measured, job_line, read_job, read_result, result_line
 
+LONGEST = 600
+"""Seconds after which a planned step is given up."""
 RunJob = Callable[[Job], Measured | Failed]
 
 
@@ -108,6 +111,7 @@ def _forked(run: RunJob, job: Job) -> str:
                 if not os.environ.get("LIT_VLM_DEBUG"):
                     os.dup2(1, 2)  # notices of libraries on devices that are not there
                 warnings.simplefilter("ignore")
+                signal.alarm(LONGEST)
                 file.write_text(result_line(run(job)), encoding="utf-8")
                 code = 0
             finally:
@@ -116,5 +120,6 @@ def _forked(run: RunJob, job: Job) -> str:
         if file.is_file():
             return file.read_text(encoding="utf-8")
     code = os.waitstatus_to_exitcode(status)
-    why = "the machine's memory did not suffice" if code == -9 else f"exit code {code}"
+    reasons = {-9: "the machine's memory did not suffice", -14: f"it took more than {LONGEST // 60} minutes"}
+    why = reasons.get(code, f"exit code {code}")
     return json.dumps({"failed": {"reason": f"the process of a planned step died: {why}"}})

@@ -85,6 +85,8 @@ def _trace(error: Exception) -> str:
 
 
 def _run(job: Job, make: MakeCLI, folder: str) -> Measured:
+    if not torch.cuda.is_available():
+        raise ValueError("PyTorch sees no GPU, neither a real nor a simulated one")
     _one_of_many(job)
     cli, own_data = _built(job, make, folder)
     module, data, trainer = cli.model, cli.datamodule, cli.trainer
@@ -96,7 +98,10 @@ def _run(job: Job, make: MakeCLI, folder: str) -> Measured:
     micro = min(2, settings.accumulate)
     _only_steps(trainer, data, chosen, micro)
     if isinstance(trainer.strategy, DDPStrategy):
-        trainer.strategy._ddp_kwargs["init_sync"] = False  # the other processes, which it compares with, are not there
+        # Without the other processes it can neither compare parameters with them nor agree on an order of buckets,
+        # which it leaves alone where parameters may be unused.
+        trainer.strategy._ddp_kwargs.update(init_sync=False, find_unused_parameters=True)
+        trainer.strategy._ddp_comm_hook = lambda _state, bucket: _reduce_alone(bucket)
     probe = _Probe(job, micro)
     trainer.callbacks.append(probe)
     trainer.fit(module, datamodule=data)
@@ -151,6 +156,14 @@ def _one_of_many(job: Job) -> None:
 def _all_alike(gathered: list[Any], own: Any, group: Any = None) -> None:
     """Stands for `dist.all_gather_object` among processes that are all like this one."""
     gathered[:] = [own] * len(gathered)
+
+
+def _reduce_alone(bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """Gradients of a bucket, reduced with nobody: the group of one process gives results that DDP cannot wait for."""
+    dist.all_reduce(bucket.buffer())
+    done: torch.futures.Future[Tensor] = torch.futures.Future(devices=[bucket.buffer().device])
+    done.set_result(bucket.buffer())
+    return done
 
 
 def _choose(module: LitVLM, data: VLMData, job: Job, accumulate: int) -> Chosen:
@@ -316,6 +329,9 @@ def expected_states(module: LitVLM, job: Job, sharded: bool) -> States:
         shards = job.world_size // replicas
     parameters = list(module.vlm.parameters())
     weights = sum(p.numel() * p.element_size() for p in parameters) // shards
+    # Every process has whole copies of tables and teachers.
+    weights += sum(b.numel() * b.element_size() for b in module.vlm.buffers())
+    weights += sum(p.numel() * p.element_size() for p in _teacher_weights(module))
     trained = sum(p.numel() * p.element_size() for p in parameters if p.requires_grad) // shards
     return States(weights, trained, 2 * trained)
 
@@ -325,9 +341,14 @@ def _weights(module: L.LightningModule) -> Iterator[Tensor]:
     assert isinstance(module, LitVLM)
     yield from module.vlm.parameters()
     yield from module.vlm.buffers()
+    yield from _teacher_weights(module)
+
+
+def _teacher_weights(module: LitVLM) -> Iterator[Tensor]:
+    """Parameters of the teachers that were loaded."""
     for head in module.vlm.heads.values():
         if isinstance(head, Head) and isinstance(head.teacher, EncoderTeacher):
-            yield from head.teacher.encoder.parameters()
+            yield from (p for p in head.teacher.encoder.parameters() if not p.is_meta)
 
 
 def _preparable(module: LitVLM, job: Job) -> list[str]:

@@ -79,30 +79,30 @@ def cuda_headers() -> Path | None:
     return found[-1].parent if found else None
 
 
-def environment() -> dict[str, str]:
+def environment(device: Device, count: int) -> dict[str, str]:
     """Environment variables of a process that shall see simulated devices.
+
+    Args:
+        device: the kind of device; PyTorch keeps its properties, but for the memory, once it has asked for them.
+        count: number of devices of the node.
 
     Raises:
         NoSimulation: as `library`.
     """
-    return {"LD_PRELOAD": str(library()), "NO_GPU_COUNT": "1"}
-
-
-def device_variables(device: Device, count: int) -> dict[str, str]:
-    """Environment variables that say what the simulated devices are; they are read when CUDA is first used.
-
-    Args:
-        device: the kind of device.
-        count: number of devices of the node.
-    """
     major, minor = device.capability
     return {
+        "LD_PRELOAD": str(library()),
         "NO_GPU_NAME": device.name,
         "NO_GPU_COUNT": str(count),
-        "NO_GPU_BYTES": str(device.bytes),
         "NO_GPU_MAJOR": str(major),
         "NO_GPU_MINOR": str(minor),
+        **memory(device),
     }
+
+
+def memory(device: Device) -> dict[str, str]:
+    """The variable that says how much memory each device has; it is read whenever memory is asked for."""
+    return {"NO_GPU_BYTES": str(device.bytes)}
 
 
 def loaded() -> bool:
@@ -110,9 +110,14 @@ def loaded() -> bool:
     return "NO_GPU_COUNT" in os.environ and "libcuda" in os.environ.get("LD_PRELOAD", "")
 
 
-def avoid_cudnn() -> None:
-    """Keep PyTorch from cuDNN, which has no simulation: convolutions and attention take PyTorch's own kernels."""
+def prepare_fork() -> None:
+    """Prepare PyTorch for simulated devices, in a fork.
+
+    cuDNN has no simulation, so convolutions and attention take PyTorch's own kernels. And a library that was imported
+    before the fork may have started CUDA, which only forbids a fork to use it where it is real.
+    """
     import torch
 
     torch.backends.cudnn.enabled = False
     torch.backends.cuda.enable_cudnn_sdp(False)
+    torch.cuda._is_in_bad_fork = lambda: False  # type: ignore[assignment]

@@ -123,18 +123,37 @@ int cudaDeviceGetAttribute(int *out, int attribute, int device) {
 /* ---------------------------------------------------------------- memory: address space that is reserved, no more */
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
-static struct Region { char *start; size_t size; } *regions;
+static struct Region { char *start; size_t size; int pinned; } *regions; /* of devices, and pinned ones of the host */
 static size_t known, room;
+
+static int remember(void *start, size_t size, int pinned) {
+  if (known == room) {
+    struct Region *larger = realloc(regions, (room ? 2 * room : 1024) * sizeof *regions);
+    if (!larger) return 0;
+    regions = larger;
+    room = room ? 2 * room : 1024;
+  }
+  regions[known++] = (struct Region){start, size, pinned};
+  return 1;
+}
+static struct Region forget(const void *start) {
+  struct Region found = {NULL, 0, 0};
+  for (size_t i = 0; start && i < known; i++)
+    if (regions[i].start == (const char *)start) {
+      found = regions[i];
+      regions[i] = regions[--known];
+      break;
+    }
+  return found;
+}
 
 int cudaMalloc(void **out, size_t size) {
   int error = OUT_OF_MEMORY;
   *out = NULL;
   pthread_mutex_lock(&lock);
   if (counters[ALLOCATED] + size <= capacity()) {
-    if (known == room) regions = realloc(regions, (room = room ? 2 * room : 1024) * sizeof *regions);
     void *start = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (start != MAP_FAILED && regions) {
-      regions[known++] = (struct Region){start, size};
+    if (start != MAP_FAILED && remember(start, size, 0)) {
       counters[ALLOCATED] += size;
       *out = start;
       error = SUCCESS;
@@ -145,32 +164,38 @@ int cudaMalloc(void **out, size_t size) {
 }
 int cudaFree(void *start) {
   pthread_mutex_lock(&lock);
-  for (size_t i = 0; start && i < known; i++)
-    if (regions[i].start == (char *)start) {
-      munmap(start, regions[i].size);
-      counters[ALLOCATED] -= regions[i].size;
-      regions[i] = regions[--known];
-      break;
-    }
+  struct Region found = forget(start);
+  if (found.start) munmap(found.start, found.size);
+  counters[ALLOCATED] -= found.size;
   pthread_mutex_unlock(&lock);
   return SUCCESS;
 }
-static int on_device(const void *at) {
-  int found = 0;
+static int kind_of(const void *at) {
+  int kind = cudaMemoryTypeUnregistered;
   pthread_mutex_lock(&lock);
-  for (size_t i = 0; i < known && !found; i++)
-    found = (const char *)at >= regions[i].start && (const char *)at < regions[i].start + regions[i].size;
+  for (size_t i = 0; i < known && kind == cudaMemoryTypeUnregistered; i++)
+    if ((const char *)at >= regions[i].start && (const char *)at < regions[i].start + regions[i].size)
+      kind = regions[i].pinned ? cudaMemoryTypeHost : cudaMemoryTypeDevice;
   pthread_mutex_unlock(&lock);
-  return found;
+  return kind;
 }
 int cudaMallocAsync(void **out, size_t size, void *stream) { return cudaMalloc(out, size); }
 int cudaFreeAsync(void *start, void *stream) { return cudaFree(start); }
 int cudaMallocManaged(void **out, size_t size, unsigned flags) { return cudaMalloc(out, size); }
 int cudaHostAlloc(void **out, size_t size, unsigned flags) {
-  return posix_memalign(out, 4096, size ? size : 1) ? OUT_OF_MEMORY : SUCCESS;
+  if (posix_memalign(out, 4096, size ? size : 1)) return OUT_OF_MEMORY;
+  pthread_mutex_lock(&lock);
+  int kept = remember(*out, size, 1);
+  pthread_mutex_unlock(&lock);
+  return kept ? SUCCESS : OUT_OF_MEMORY;
 }
 int cudaMallocHost(void **out, size_t size) { return cudaHostAlloc(out, size, 0); }
-int cudaFreeHost(void *start) { return free(start), SUCCESS; }
+int cudaFreeHost(void *start) {
+  pthread_mutex_lock(&lock);
+  forget(start);
+  pthread_mutex_unlock(&lock);
+  return free(start), SUCCESS;
+}
 int cudaHostRegister(void *start, size_t size, unsigned flags) { return SUCCESS; }
 int cudaHostUnregister(void *start) { return SUCCESS; }
 int cudaMemGetInfo(size_t *unused, size_t *total) {
@@ -180,7 +205,7 @@ int cudaMemGetInfo(size_t *unused, size_t *total) {
 }
 int cudaPointerGetAttributes(struct cudaPointerAttributes *out, const void *at) {
   memset(out, 0, sizeof *out);
-  out->type = on_device(at) ? cudaMemoryTypeDevice : cudaMemoryTypeUnregistered;
+  out->type = kind_of(at);
   out->device = current;
   out->devicePointer = (void *)at;
   return SUCCESS;
