@@ -20,7 +20,7 @@ from lit_vlm.commands.plan import DEFAULT_CARD, jobs, simulator
 from lit_vlm.commands.recipe import find_recipe, shipped_recipes
 from lit_vlm.commands.run import is_value
 from lit_vlm.commands.runs import is_first
-from lit_vlm.core.devices import CARDS
+from lit_vlm.core.devices import CARDS, known_card
 from lit_vlm.core.plugins import named_plugins, use_plugins
 from lit_vlm.planning.bench_job import Benched, BenchJob, Reference
 from lit_vlm.planning.bench_report import Row, report, show
@@ -159,12 +159,13 @@ class _Planner:
     def __init__(self, stack: ExitStack) -> None:
         self._stack = stack
         self._process: Simulator | None = None
+        self._setup: Setup | None = None
 
     def plan(self, stage: str, job: Job, measured: Benched) -> StagePlan | str:
         """The plan of a stage, or why there is none."""
         if not measured.cuda:
             return "the plan is one of GPUs"
-        card = next((card for card in CARDS.values() if card.name == measured.device), None)
+        card = known_card(measured.device, measured.memory["total"])
         if card is None:
             return f"{measured.device} is no GPU that is known"
         setup = Setup(card, measured.processes, measured.per_node, Assumptions())
@@ -172,8 +173,8 @@ class _Planner:
         same = replace(job, words=words, world_size=measured.processes, per_node=measured.per_node)
         try:
             sys.stderr.write(f"{stage}: planning ...\n")
-            if self._process is None:
-                self._process = self._stack.enter_context(simulator())
+            if self._process is None or self._setup != setup:
+                self._process, self._setup = self._stack.enter_context(simulator(setup)), setup
             return plan_stage(stage, same, setup, self._process.run)
         except ValueError as error:  # a missing compiler among them; what was measured counts all the same
             return str(error)

@@ -27,7 +27,7 @@ def main(argv: Sequence[str]) -> None:
         return lightning_cli(words, run=False)
 
     if no_gpu.loaded():
-        no_gpu.avoid_cudnn()
+        no_gpu.prepare_fork()  # no fork; the rest of it is needed all the same
     with in_one_line(), shipped(), quietly():
         if job.against:
             run_reference(job, make).write(out)

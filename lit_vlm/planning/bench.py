@@ -16,7 +16,7 @@ import torch
 
 from callbacks.throughput import known_peak
 from lit_vlm.core.batch import Counts
-from lit_vlm.core.devices import CARDS, Card
+from lit_vlm.core.devices import Card, known_card
 from lit_vlm.core.progress import progress
 from lit_vlm.data import VLMData
 from lit_vlm.planning.bench_job import WARMUP, Benched, BenchJob
@@ -85,8 +85,7 @@ def card_of(device: torch.device) -> Card | None:
     """What is known of a GPU; None of one that is not known, and of a processor."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((card for card in CARDS.values() if card.name == name), None)
+    return known_card(torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device).total_memory)
 
 
 def device_name(device: torch.device) -> str:
@@ -105,7 +104,12 @@ def _result(job: BenchJob, module: Timed, data: VLMData, clock: Clock, look: Loo
     *values, flops = _sums([*clock.counts, clock.flops], trainer)
     if trainer.global_rank != 0:
         return None
-    memory = {"allocated": clock.allocated, "reserved": clock.reserved, "device": clock.device_used}
+    memory = {
+        "allocated": clock.allocated,
+        "reserved": clock.reserved,
+        "device": clock.device_used,
+        "total": clock.device_bytes,
+    }
     result = Benched(
         stage=job.stage,
         device=device_name(device),

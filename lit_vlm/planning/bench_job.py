@@ -66,8 +66,8 @@ class Benched:
         phases: phase → seconds of each step, on the first process.
         model_flops: of the measured steps of all processes; None where they are not counted.
         peak_flops: FLOP/s of one device, where it is known.
-        memory: bytes on the first device: `allocated` and `reserved` at most, and `device` in use by all programs; of
-            a processor, `process`: most memory of the process.
+        memory: bytes on the first device: `allocated` and `reserved` at most, `device` in use by all programs, and its
+            size, `total`; of a processor, `process`: most memory of the process.
         kernels: kind → time of kernels in one micro-batch with its optimizer step; empty where no kernel is seen.
         messages: seconds of messages in it, and those beside which nothing ran; None where no kernel is seen.
         assumptions: what the measurement says of the shares of `roofline.Assumptions`.

@@ -136,6 +136,7 @@ class Clock(L.Callback):
         allocated: most bytes that the allocator gave out; 0 without a GPU.
         reserved: most bytes that it reserved.
         device_used: bytes of the device that are in use at the end, by all processes.
+        device_bytes: its size.
     """
 
     def __init__(self, warmup: int, steps: int, tell: Callable[[int], None]) -> None:
@@ -144,7 +145,7 @@ class Clock(L.Callback):
         self.seconds = 0.0
         self.counts = Counts()
         self.flops = 0.0
-        self.allocated = self.reserved = self.device_used = 0
+        self.allocated = self.reserved = self.device_used = self.device_bytes = 0
         self._marks: list[Mark] = []
         self._step = 0
         self._measuring = False
@@ -210,7 +211,7 @@ class Clock(L.Callback):
             torch.cuda.synchronize()
             self.allocated, self.reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
             free, total = torch.cuda.mem_get_info()
-            self.device_used = total - free
+            self.device_used, self.device_bytes = total - free, total
         self.seconds = time.perf_counter() - self._start
 
     def phases(self) -> dict[str, list[float]]:
