@@ -13,7 +13,7 @@ from lit_vlm.core.batch import Batch
 from lit_vlm.data.sample.collate import collate
 from lit_vlm.decoders import HFDecoder
 from lit_vlm.model.vlm import VLM
-from tests.gpu.systems import error, needs_values
+from tests.gpu.systems import error, errors, needs_values
 from tests.tiny import LLAMA, collate_packed, gradients, samples_of, tiny_vlm
 
 WIDER = LLAMA | {"hidden_size": 128}  # flash attention wants heads of 32
@@ -25,11 +25,13 @@ flash = pytest.mark.skipif(importlib.util.find_spec("flash_attn") is None, reaso
     [
         ("sdpa", torch.float32, 1e-4),
         ("sdpa", torch.bfloat16, 0.03),
-        ("flex_attention", torch.float32, 1e-4),
+        ("flex_attention", torch.float32, 1e-3),
         pytest.param("flash_attention_2", torch.bfloat16, 0.03, marks=flash),
     ],
 )
 def test_packed_rows_equal_samples_alone(attention: str, dtype: torch.dtype, bound: float) -> None:
+    if attention == "flex_attention":
+        needs_values()  # its kernels are compiled for a device that is there
     decoder = partial(HFDecoder, config=WIDER, tokenizer="bytes", attention=attention)
     model = tiny_vlm(decoder=decoder).to("cuda").train()
     samples = samples_of(model, 6)
@@ -46,8 +48,7 @@ def test_packed_rows_equal_samples_alone(attention: str, dtype: torch.dtype, bou
     assert found.keys() == expected.keys()
     needs_values()
     assert error(loss, expected_loss) < bound
-    for name, gradient in expected.items():
-        assert error(found[name], gradient) < bound, name
+    assert {name: value for name, value in errors(found, expected).items() if value > bound} == {}
 
 
 def _loss(model: VLM, batch: Batch, dtype: torch.dtype) -> Tensor:
