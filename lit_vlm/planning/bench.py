@@ -19,6 +19,7 @@ from lit_vlm.core.batch import Counts
 from lit_vlm.core.devices import Card, known_card
 from lit_vlm.core.progress import progress
 from lit_vlm.data import VLMData
+from lit_vlm.planning import no_gpu
 from lit_vlm.planning.bench_job import WARMUP, Benched, BenchJob
 from lit_vlm.planning.bench_kernels import exposed, kernel_times, recorded, scaled
 from lit_vlm.planning.bench_look import Look, per_node
@@ -127,6 +128,7 @@ def _result(job: BenchJob, module: Timed, data: VLMData, clock: Clock, look: Loo
         model_flops=None if math.isnan(flops) else flops,
         peak_flops=known_peak(device),
         memory=memory if cuda else {"process": peak_of_process()},
+        simulated=no_gpu.loaded(),
     )
     _explain(result, look, card_of(device))
     return result
@@ -145,7 +147,9 @@ def _explain(result: Benched, look: Look, card: Card | None) -> None:
     launches, spans = recorded(look.events)
     result.kernels = kernel_times(launches, look.recorder.operations, card)
     result.messages = exposed(spans) if spans else None
-    if not result.cuda:
+    if result.simulated:
+        result.assumptions_from = "nothing: the device is simulated"
+    elif not result.cuda:
         result.assumptions_from = "nothing: the roofline is one of GPUs"
     elif card is None:
         result.assumptions_from = f"nothing: the peaks of {result.device} are not known"

@@ -54,6 +54,7 @@ class Benched:
         stage: its name.
         device: name of the device or processor.
         cuda: whether it is a GPU.
+        simulated: whether it is one that does not exist, on which memory alone means something.
         processes: that trained together.
         per_node: of one machine.
         strategy: class of the strategy.
@@ -92,6 +93,7 @@ class Benched:
     memory: dict[str, int]
     kernels: dict[str, KernelTime] = field(default_factory=dict)
     messages: tuple[float, float] | None = None
+    simulated: bool = False
     assumptions: dict[str, float] = field(default_factory=dict)
     assumptions_from: str = ""
 

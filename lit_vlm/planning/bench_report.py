@@ -129,6 +129,7 @@ def report(rows: Sequence[Row], flags: Mapping[str, Any]) -> dict[str, Any]:
     factors = [row.measured.assumptions for row in rows if row.measured.assumptions]
     return {
         "device": first.device,
+        "simulated": first.simulated,
         "devices": first.processes,
         "versions": versions(),
         "flags": dict(flags),
@@ -188,6 +189,8 @@ def show(row: Row, console: Console) -> None:
     if one.messages is not None:
         table.add_row("messages of a micro-batch (alone)", " ".join(map(_seconds, one.messages)))
     console.print(table)
+    if one.simulated:
+        console.print("[red]the device is simulated[/]: memory is real, and no time or speed means anything")
     if isinstance(row.plan, str):
         console.print(f"no plan beside it: {row.plan}", soft_wrap=True, highlight=False)
     if row.reference is not None:

@@ -23,8 +23,9 @@ def table(folder: Path) -> str:
     """
     files = {name: folder / f"{name}.json" for name in CASES}
     found = {name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items() if file.is_file()}
+    found = {name: content for name, content in found.items() if not content["simulated"]}
     if not found:
-        raise ValueError(f"{folder} holds no measurement: run make gpu, or python -m tests.gpu.bench")
+        raise ValueError(f"{folder} holds no measurement of a real GPU: run make gpu, or python -m tests.gpu.bench")
     lines = []
     for device in dict.fromkeys(content["device"] for content in found.values()):
         of_device = {name: content for name, content in found.items() if content["device"] == device}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from transformers import LlavaForConditionalGeneration
 
 from lit_vlm.checkpoints.published.llava_hf import llava_config, llava_parts
@@ -18,7 +20,7 @@ from lit_vlm.data.sample.collate import collate
 from lit_vlm.planning.bench_job import Benched, Reference
 from lit_vlm.planning.bench_kernels import KernelTime, Launch, Span, exposed, implied, kernel_times, recorded
 from lit_vlm.planning.bench_reference import reference_inputs
-from lit_vlm.planning.bench_report import Row, report
+from lit_vlm.planning.bench_report import Row, report, show
 from lit_vlm.planning.bench_step import PHASES, draw
 from lit_vlm.planning.operations import Operation
 from lit_vlm.planning.roofline import Assumptions
@@ -199,6 +201,14 @@ def test_figures_of_a_measurement(tmp_path: Path) -> None:
     assert stage["plan"] == {"note": "no plan"}
     assert content["assumptions"] == {"matrix": 0.5}
     assert Assumptions().changed(content["assumptions"]).matrix == 0.5
+
+
+def test_what_a_simulated_device_measures_is_marked() -> None:
+    row = Row(benched(simulated=True), "no plan")
+    assert report([row], {})["simulated"] is True
+    console = Console(record=True, width=200, file=io.StringIO())
+    show(row, console)
+    assert "the device is simulated: memory is real, and no time or speed means anything" in console.export_text()
 
 
 def test_drawn_weights_are_finite_and_the_same_each_time() -> None:
