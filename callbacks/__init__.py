@@ -5,6 +5,7 @@ from callbacks.evaluate import Evaluate
 from callbacks.freeze_guard import FreezeGuard
 from callbacks.gradient_monitor import GradientMonitor
 from callbacks.held_out import HeldOut
+from callbacks.memory import Memory
 from callbacks.predictions import Predictions
 from callbacks.sources import Sources
 from callbacks.throughput import Throughput
@@ -15,6 +16,7 @@ __all__ = [
     "FreezeGuard",
     "GradientMonitor",
     "HeldOut",
+    "Memory",
     "Predictions",
     "Sources",
     "Throughput",

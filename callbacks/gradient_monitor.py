@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from lit_vlm.core.batch import Batch
 from lit_vlm.core.precision import SCALED
+from lit_vlm.core.transfer import Fetched
 from lit_vlm.training.module import LitVLM
 
 log = logging.getLogger(__name__)
@@ -22,16 +23,17 @@ log = logging.getLogger(__name__)
 
 class _Step(NamedTuple):
     step: int
-    norm: Tensor
+    norm: Fetched
     batches: list[tuple[Tensor, list[str]]]
 
 
 class GradientMonitor(L.Callback):
     """Logs `grad_norm/SLOT` and `grad_norm/total`; stops on a non-finite gradient and names the samples of that step.
 
-    A step is checked when the next one ends, or before a checkpoint is written, as an immediate check would make the
-    host wait for the device in every step. In fp16 only a non-finite loss stops training, as loss scaling leaves out a
-    step whose gradients overflow. Parameters that train but get no gradient are warned of once.
+    A step is checked when the next one ends, or before a checkpoint is written. An immediate check would leave the
+    device without work; by then a whole step is queued behind the norm that is asked for. In fp16 only a non-finite
+    loss stops training, as loss scaling leaves out a step whose gradients overflow. Parameters that train but get no
+    gradient are warned of once.
 
     Raises:
         ValueError: during training, for a non-finite loss or gradient.
@@ -70,7 +72,7 @@ class GradientMonitor(L.Callback):
                 norms[slot] = norm.full_tensor() if isinstance(norm, DTensor) else norm
         total = torch.stack([norm.float() for norm in norms.values()]).norm()
         pl_module.log_dict({f"grad_norm/{slot}": norm for slot, norm in norms.items()} | {"grad_norm/total": total})
-        self._pending = _Step(trainer.global_step, total.detach(), self._batches)
+        self._pending = _Step(trainer.global_step, Fetched(total), self._batches)
         self._stepping, self._batches = self._batches, []
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -83,7 +85,7 @@ class GradientMonitor(L.Callback):
 
     def _judge(self, trainer: L.Trainer) -> None:
         pending, self._pending = self._pending, None
-        if pending is None or bool(torch.isfinite(pending.norm)):
+        if pending is None or bool(torch.isfinite(pending.norm.get())):
             return
         broken = [ids for loss, ids in pending.batches if not bool(torch.isfinite(loss))]
         if not broken and str(trainer.precision) == SCALED:

@@ -10,6 +10,7 @@ import torch
 
 from lit_vlm.core.batch import Batch
 from lit_vlm.data import VLMData
+from lit_vlm.training.module import LitVLM
 
 KINDS = ("samples", "tokens", "supervised", "images")
 
@@ -58,10 +59,11 @@ class Sources(L.Callback):
         self._new.clear()
 
     def _log(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        assert isinstance(module, LitVLM)
         sizes = _sizes(trainer)
         metrics = {f"data/{kind}/{name}": float(self.seen[name, kind]) for name in sizes for kind in KINDS}
         metrics |= {f"data/epochs/{name}": self.seen[name, "samples"] / max(1, size) for name, size in sizes.items()}
-        module.log_dict(metrics)
+        module.log_numbers(metrics)
 
 
 def _sizes(trainer: L.Trainer) -> dict[str, int]:

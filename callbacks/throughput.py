@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -13,43 +12,12 @@ import lightning.pytorch as L
 import torch
 
 from lit_vlm.core.batch import Batch, Counts
+from lit_vlm.core.devices import known_card
 from lit_vlm.training.module import LitVLM
 from lit_vlm.training.step_flops import StepFlops
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
-
-# Dense peak of one device in TFLOP/s without sparsity, from the vendors' data sheets: bf16, or fp16 where there is no
-# bf16 (V100, T4). Keys are names from the driver, without maker, series, and kind and size of memory.
-PEAKS = {
-    "t4": 65,
-    "v100": 125,
-    "v100 pcie": 112,
-    "a10": 125,
-    "a30": 165,
-    "a40": 150,
-    "a100": 312,
-    "a100 pcie": 312,
-    "a800": 312,
-    "a800 pcie": 312,
-    "l4": 121,
-    "l40": 181,
-    "l40s": 362,
-    "rtx 4090": 165,
-    "rtx 6000 ada": 364,
-    "h20": 148,
-    "h100": 989,
-    "h100 nvl": 835,
-    "h100 pcie": 756,
-    "h200": 989,
-    "h200 nvl": 835,
-    "h800": 989,
-    "h800 pcie": 756,
-    "gh200": 989,
-    "b200": 2250,
-    "mi300x": 1307,
-}
-PLAIN = re.compile(r"nvidia|amd|geforce|tesla|instinct|generation|sxm\d?|oam|hbm\de?|\d+gb")
 
 
 class Throughput(L.Callback):
@@ -130,7 +98,7 @@ class Throughput(L.Callback):
         }
         if self._peak and not math.isnan(flops):
             metrics["mfu"] = flops / seconds / (self._peak * trainer.world_size)
-        module.log_dict({f"throughput/{name}": value for name, value in metrics.items()})
+        module.log_numbers({f"throughput/{name}": value for name, value in metrics.items()})
 
 
 def _attempt(work: Callable[[], T]) -> T | None:
@@ -149,11 +117,7 @@ def _attempt(work: Callable[[], T]) -> T | None:
 
 def known_peak(device: torch.device) -> float | None:
     """Peak FLOP/s of a device; None for unknown GPUs, slices of a GPU (MIG) and devices other than GPUs."""
-    return peak_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-
-
-def peak_of(name: str) -> float | None:
-    """Peak FLOP/s of a device by its name; None for an unknown one."""
-    words = [word for word in re.split(r"[\s-]+", name.lower()) if not PLAIN.fullmatch(word)]
-    found = PEAKS.get(" ".join(words))
-    return found * 1e12 if found else None
+    if device.type != "cuda":
+        return None
+    card = known_card(torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device).total_memory)
+    return card.flops if card is not None else None

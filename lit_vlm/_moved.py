@@ -60,6 +60,7 @@ MOVED = {
     "data.tiles": "data.sample.tiles",
     "data.transforms": "data.sample.transforms",
     "data.usable": "data.feed.usable",
+    "decoders.lora": "core.lora",
     "flops": "core.flops",
     "generate": "model.generate",
     "lightning_cli": "commands.lightning_cli",

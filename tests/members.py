@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lit_vlm import decoders, embedders, encoders, projectors
 from lit_vlm.core.batch import VisualTokens
 from lit_vlm.decoders import DivideAndConquer, Lora
 from lit_vlm.embedders import Holistic, Splice
@@ -47,7 +48,7 @@ from lit_vlm.projectors import (
     Transformer,
 )
 from lit_vlm.teachers import HFVision
-from lit_vlm.testing import Case
+from lit_vlm.testing import Case, with_adapters
 from tests.encoders.test_teachers import DINO, SWIN, VIT
 from tests.tiny import CLIP, LLAMA, tiny_decoder
 
@@ -143,7 +144,6 @@ CASES: dict[str, Case] = {
         only={"embedder": "layers"},
     ),
     "HFDecoder": Case({"decoder": tiny_decoder(tie_word_embeddings=True)}),
-    "HFDecoder/lora": Case({"decoder": tiny_decoder(Lora(rank=2))}),
     "DivideAndConquer": Case(
         {"decoder": partial(DivideAndConquer, config=LLAMA, tokenizer="bytes", recompute=True)}, [(28, 28)]
     ),
@@ -163,6 +163,21 @@ CASES: dict[str, Case] = {
         embedder=partial(Splice, task_tokens={"own": 2}),
     ),
 }
+
+SLOT_OF = {
+    name: package.__name__.rpartition(".")[2].removesuffix("s")
+    for package in (encoders, projectors, embedders, decoders)
+    for name in CASES
+    if name.split("/")[0] in package.__all__
+} | {"Tangled": "projector", "AbsentDecoder": "embedder"}
+"""The slot of each member but heads, by the name of its case."""
+WITHOUT_LINEAR_LAYERS = ("ConvPatches", "EveV2PatchEmbedding", "Identity", "Splice")
+ADAPTED: dict[str, Case] = {
+    f"{name} with adapters": with_adapters(CASES[name], slot)
+    for name, slot in SLOT_OF.items()
+    if name not in WITHOUT_LINEAR_LAYERS
+} | {"HFDecoder/lora": Case({"decoder": tiny_decoder(Lora(rank=2))})}
+"""The cases again, with adapters on the part that they are named after."""
 
 
 class Looping(LinearPatches):

@@ -66,8 +66,28 @@ WRONG: dict[str, tuple[tuple[str, str], list[str], str]] = {
     ),
     "adapters on layers that are not there": (
         LLAVA,
-        [f"{DECODER}.config", GPT2, f"{DECODER}.lora", "{rank: 2}"],
-        "lora: a 'gpt2' has no layers q_proj.* c_attn",
+        [f"{DECODER}.config", GPT2, "--model.lora.decoder", "{rank: 2, targets: [q_proj, c_fc]}"],
+        "model.lora.decoder: HFDecoder .gpt2. has no layers q_proj: set its targets to some of c_attn, c_fc",
+    ),
+    "adapters by a decoder's earlier argument on layers that are not there": (
+        LLAVA,
+        [f"{DECODER}.lora", "{targets: [c_fc]}"],
+        "model.decoder.init_args.lora: HFDecoder .llama. has no layers c_fc: set its targets to some of down_proj",
+    ),
+    "adapters twice": (
+        LLAVA,
+        [f"{DECODER}.lora", "{rank: 2}", "--model.lora.decoder", "{rank: 2}"],
+        "model.lora.decoder and model.decoder.init_args.lora both ask for adapters: set the second to null",
+    ),
+    "adapters on a part without linear layers": (
+        LLAVA,
+        ["--model.lora.embedder", "{rank: 2}"],
+        "model.lora.embedder: adapters go on linear layers, and it has no such layers in Splice: set",
+    ),
+    "adapters of a slot that has none": (
+        LLAVA,
+        ["--model.lora.heads", "{rank: 2}"],
+        "there is no flag --model.lora.heads .*model.lora.encoder",
     ),
     "a name and a config": (LLAVA, [f"{DECODER}.name", "x/y"], "either a name or a config .with name: null."),
     "a resampler over tiles": (

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_vlm import data, decoders, embedders, encoders, heads, projectors, teachers, worlds
+from lit_vlm.commands.recipe import SHIPPED
 from lit_vlm.core.batch import Grid, Images, PixelSpec, VisualTokens
 from lit_vlm.core.part import Part
 from lit_vlm.data import (
@@ -54,10 +55,12 @@ from lit_vlm.data.sets.convert import convert
 from lit_vlm.encoders import HFEncoder, LinearPatches
 from lit_vlm.evaluation.tasks import TASKS, SceneQuestions, SceneText
 from lit_vlm.heads import FeatureDistillation
+from lit_vlm.planning.mock import Mock
 from lit_vlm.projectors import Linear, Projector
 from lit_vlm.teachers import DINOv2, EncoderTeacher, HFVision, KnownMap, Teacher
 from lit_vlm.testing import (
     Case,
+    check_adapters,
     check_decoder,
     check_embedder,
     check_encoder,
@@ -76,7 +79,7 @@ from tests.encoders.test_teachers import DINO
 from tests.evaluation.tasks.test_files import CASES as TASK_FILES
 from tests.evaluation.tasks.test_files import make as make_task
 from tests.heads.made import OwnCount
-from tests.members import CASES, Looping, Tangled
+from tests.members import ADAPTED, CASES, SLOT_OF, WITHOUT_LINEAR_LAYERS, Looping, Tangled
 from tests.tiny import CLIP
 
 # ------------------------------------------------------------------ members and their cases
@@ -150,6 +153,7 @@ SOURCES: dict[str, Callable[[Path], Source]] = {
         written(folder, "a.json", json.dumps([{"image": "a.png", "conversations": TURNS}] * 2))
     ),
     "Mmc4": mmc4,
+    "Mock": lambda _: Mock(str(SHIPPED / "llava15" / "statistics.yaml"), "2_sft", "llava_v1_5_mix665k", records=24),
     "Parquet": parquet,
     "Pictures": pictures,
     "RandomWords": lambda _: RandomWords("bytes", 16, 4),
@@ -233,6 +237,17 @@ def test_heads(name: str) -> None:
     check_head(slots.pop("heads")["own"], slots, adds_up=name != "EmbeddingDistillation")
 
 
+@pytest.mark.parametrize("name", SLOT_OF)
+def test_adapters(name: str) -> None:
+    if name in WITHOUT_LINEAR_LAYERS:
+        with pytest.raises(
+            ValueError, match=rf"model.lora.{SLOT_OF[name]}: adapters go on linear layers, and .* {name}"
+        ):
+            check_adapters(CASES[name], SLOT_OF[name])
+    else:
+        check_adapters(CASES[name], SLOT_OF[name])
+
+
 @pytest.mark.parametrize("name", TEACHERS)
 def test_teachers(name: str) -> None:
     check_teacher(TEACHERS[name])
@@ -276,9 +291,10 @@ def test_all_parts_train_on_two_processes_one_without_pictures_as_on_one() -> No
     # In one start of two processes, as a start takes longer than all members.
     # The last case ends them: the process with pictures of two sizes sees it, and its partner does not wait for ever.
     last = {"looping": Case({"encoder": Looping}, [(28, 28), (14, 28)])}
-    alike = rf"{len(CASES)} cases are alike; looping: encoder Looping: block 0 runs again in one forward pass"
+    cases = CASES | ADAPTED
+    alike = rf"{len(cases)} cases are alike; looping: encoder Looping: block 0 runs again in one forward pass"
     with pytest.raises(AssertionError, match=alike):
-        check_sharded(CASES | last)
+        check_sharded(cases | last)
 
 
 # ------------------------------------------------------------------ what breaks a rule
@@ -313,6 +329,13 @@ class Mixing(Linear):
     def forward(self, tokens: VisualTokens) -> VisualTokens:
         out = super().forward(tokens)
         return VisualTokens(out.features - out.features.mean(0), out.grids)
+
+
+class Reading(Linear):
+    """Reads the weight of its layer, and does not run it."""
+
+    def forward(self, tokens: VisualTokens) -> VisualTokens:
+        return VisualTokens(tokens.features @ self.linear.weight.T, tokens.grids)
 
 
 class Idle(Linear):
@@ -401,6 +424,8 @@ BROKEN: list[tuple[str, Callable[[], None]]] = [
     ("Cut: some visual tokens have no gradient", partial(check_projector, Cut)),
     ("NotInMeta: linear.bias is not on the meta device", partial(check_projector, NotInMeta)),
     ("Tangled: is another after save and load", partial(check_projector, Tangled)),
+    ("Reading: linear.lora_A.default.weight gets no gradient. .* effective_weight",
+     partial(check_adapters, Case({"projector": Reading}), "projector")),
     ("Linear: is no Encoder", partial(check_encoder, partial(Linear, 8, 8))),  # type: ignore[arg-type]
     ("Named: of .* only '' is supervised", partial(check_template, Named)),
     ("Forgetful: record 1 is not always the same", partial(check_source, Forgetful)),

@@ -103,7 +103,7 @@ class _StageCheck:
         assert isinstance(data, VLMData)
         self.done.append("config parses")
         model = self._build(module)
-        self._start(module.stage, model)
+        self._start(module, model)
         self._pretrained(module.stage, model, data)
         device = cli.trainer.strategy.root_device
         self._order(module, data, model, device)
@@ -146,9 +146,9 @@ class _StageCheck:
                 "training starts"
             )
 
-    def _start(self, stage: Stage, model: VLM) -> None:
+    def _start(self, module: LitVLM, model: VLM) -> None:
         """Check that the weights of `start_from` exist and fit, or that an earlier stage of this run leaves them."""
-        if not (start := stage.start_from):
+        if not (start := module.stage.start_from):
             return
         saved: SlotStates | None
         earlier = Path(start).name if not Path(start).exists() else ""
@@ -160,7 +160,7 @@ class _StageCheck:
             find_start(start)
             saved, origin = read_shapes(start), start
         if saved is not None:
-            check_saved(model, saved, stage.fresh, origin)
+            check_saved(model, module.slots, saved, module.stage.fresh, origin)
         self.done.append(f"weights of {start} {'fit' if saved is not None else 'are there'}")
 
     def _pretrained(self, stage: Stage, model: VLM, data: VLMData) -> None:

@@ -30,7 +30,9 @@ from lit_vlm.training.trainer import Trainer
 
 WORDS = ("last", "best", "hpc")
 """Words that Lightning takes for `--ckpt_path` besides paths: they name checkpoints in the run's own folder."""
-DEFAULT_CALLBACKS = ("callbacks.FreezeGuard", "callbacks.GradientMonitor", "callbacks.Sources", "callbacks.Throughput")
+DEFAULT_CALLBACKS = tuple(
+    f"callbacks.{name}" for name in ("FreezeGuard", "GradientMonitor", "Memory", "Sources", "Throughput")
+)
 
 
 class LitVLMCLI(LightningCLI):

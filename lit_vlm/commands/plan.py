@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -18,14 +19,20 @@ from lit_vlm.commands.run import flags_for, is_value
 from lit_vlm.core.devices import CARDS, Card
 from lit_vlm.core.plugins import named_plugins, nearest, use_plugins
 from lit_vlm.planning import no_gpu
-from lit_vlm.planning.job import Device, Job
+from lit_vlm.planning.job import Device, Job, Statistics
 from lit_vlm.planning.plan import Setup, StagePlan, largest_micro_batch, plan_stage
 from lit_vlm.planning.report import one_line, show
 from lit_vlm.planning.roofline import Assumptions
 from lit_vlm.planning.simulation import Simulator
+from lit_vlm.planning.statistics import find_statistics
+from lit_vlm.planning.survey import Stage, markdown
 
 DEFAULT_CARD = "h100"
 PER_NODE = 8
+EVERY = "all"
+"""In the place of a recipe: all of them."""
+OWN_DATA = ("tiny", "mini", "smol")
+"""Scales whose data are made here, and not described by the statistics of published ones."""
 WORKER = (sys.executable, "-P", "-m", "lit_vlm.commands.simulated")
 
 
@@ -39,7 +46,10 @@ def main(argv: Sequence[str]) -> None:
     named = bool(argv) and not argv[0].startswith("-")
     arguments, flags = _parser().parse_known_args(argv[1:] if named else argv)
     if not named:
-        raise ValueError(f"name a recipe, as the first argument: {', '.join(shipped_recipes())}")
+        raise ValueError(f"name a recipe, as the first argument, or all: {', '.join(shipped_recipes())}")
+    if argv[0] == EVERY:
+        _survey(_setup(arguments), arguments, flags)
+        return
     if bad := [flag for i, flag in enumerate(flags) if not flag.startswith("--") and not is_value(i, flags)]:
         raise ValueError(f"{bad[0]!r} is neither a flag nor the value of one; the recipe is the first argument")
     recipe = find_recipe(argv[0])
@@ -64,6 +74,35 @@ def main(argv: Sequence[str]) -> None:
         raise SystemExit(1)
 
 
+def _survey(setup: Setup, arguments: argparse.Namespace, flags: Sequence[str]) -> None:
+    """Print the table of all recipes at their published scales."""
+    if flags or arguments.scale or arguments.strategy or arguments.stages or arguments.json or arguments.search:
+        raise ValueError(f"lit-vlm plan {EVERY} takes --device, --devices, --per-node and --measured alone")
+    with simulator(setup) as process:
+        for line in markdown(_published(setup), setup, process.run):
+            sys.stdout.write(line + "\n")
+            sys.stdout.flush()
+
+
+def _published(setup: Setup) -> Iterator[Stage]:
+    """Stages of all recipes at the scales whose data have statistics."""
+    for name in shipped_recipes():
+        recipe = find_recipe(name)
+        for scale in dict.fromkeys([recipe.scale, *recipe.scales]):
+            strategy = recipe.strategy_for(scale)
+            for stage in () if scale in OWN_DATA else recipe.stages_for(scale):
+                if _statistics(recipe, stage, scale) is None:
+                    continue
+                job = partial(_job_on, recipe, scale, strategy, stage, setup)
+                yield Stage(name, scale or "", stage, job)
+
+
+def _job_on(recipe: Recipe, scale: str | None, strategy: str, stage: str, setup: Setup, count: int) -> Job:
+    """The job of a stage on a number of devices; a single one shards nothing."""
+    how = strategy if count > 1 else "single"
+    return next(jobs(recipe, scale, how, [stage], [], replace(setup, devices=count)))[1]
+
+
 @contextmanager
 def _silent() -> Iterator[None]:
     yield
@@ -76,9 +115,10 @@ def _stages(arguments: argparse.Namespace) -> list[str] | None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lit-vlm plan",
-        usage="lit-vlm plan RECIPE [options] [flags for all stages or one]",
+        usage="lit-vlm plan RECIPE [options] [flags for all stages or one]\n       lit-vlm plan all [--device ...]",
         description="Say what each stage of a recipe takes: memory of devices and hosts, time, cost, and what makes it "
-        "fit. A step of each stage runs on simulated GPUs, without weights, data or network.",
+        "fit. A step of each stage runs on simulated GPUs, without weights, data or network. all in place of RECIPE "
+        "prints a table of every recipe at its published scales, in Markdown.",
         epilog="Any other flag is one of lit-vlm run: --data.batch_size 8, --1_align.model.decoder.init_args.recompute "
         "false, ...",
         allow_abbrev=False,
@@ -127,9 +167,9 @@ def _card(name: str) -> Card:
             f"--device {name} is no GPU that is known{nearest(name, list(CARDS))} and no number of GiB; known: "
             f"{', '.join(CARDS)}"
         ) from None
-    if size <= 0:
-        raise ValueError("--device takes a positive number of GiB")
-    return replace(CARDS[DEFAULT_CARD], name=f"{size:g} GiB", memory=int(size * 2**30))
+    if size < 1:
+        raise ValueError("--device takes at least 1 GiB")
+    return replace(CARDS[DEFAULT_CARD], name=f"GPU of {size:g} GiB", marketed=round(size))
 
 
 def _measured(file: Path) -> dict[str, float]:
@@ -182,7 +222,19 @@ def jobs(
             words += ["--config", os.path.abspath(config)]
         words += flags_for(stage, flags, recipe.stages)
         device = Device(setup.card.name, setup.room, setup.card.capability or (9, 0))
-        yield stage, Job(tuple(words), device, setup.devices, setup.per_node)
+        yield (
+            stage,
+            Job(tuple(words), device, setup.devices, setup.per_node, statistics=_statistics(recipe, stage, scale)),
+        )
+
+
+def _statistics(recipe: Recipe, stage: str, scale: str | None) -> Statistics | None:
+    """Where the statistics of a stage's published data are; None for a stage without."""
+    try:
+        file, name = find_statistics(recipe.statistics(stage), recipe.name)
+    except ValueError:
+        return None
+    return Statistics(str(file.resolve()), name, scale)
 
 
 __all__ = ["StagePlan", "jobs", "main", "one_line", "simulator"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from typing import Any
 
 from lit_vlm.commands.fit import lightning_cli, quietly
 from lit_vlm.core.plugins import load_plugins
@@ -20,7 +22,21 @@ def run(job: Job) -> Measured | Failed:
         os.environ.update(no_gpu.memory(job.device))
         no_gpu.prepare_fork()
     with shipped(), quietly():
-        return run_job(job, lambda words: lightning_cli(words, run=False))
+        return run_job(job, _Commands())
+
+
+class _Commands:
+    """How a stage's objects come from the arguments of `lit-vlm fit`."""
+
+    def make(self, words: Sequence[str]) -> Any:
+        """A LightningCLI with its objects built; raises ValueError as `lightning_cli`."""
+        return lightning_cli(words, run=False)
+
+    def parse(self, words: Sequence[str]) -> Any:
+        """The config alone; raises ValueError for a wrong flag."""
+        from lit_vlm.commands.lightning_cli import ParsedCLI
+
+        return ParsedCLI(list(words)).config
 
 
 def main() -> None:

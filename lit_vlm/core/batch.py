@@ -17,6 +17,8 @@ IGNORE = -100
 """The label of a position that carries no loss."""
 ENCODER = "encoder"
 """Key of the encoder in mappings whose other keys are names of heads, such as `Batch.prepared`."""
+Segments = tuple[tuple[int, ...], ...]
+"""Length of each segment of each row, in order; padding behind the last one counts to it, so all rows add up to s."""
 
 
 class Grid(NamedTuple):
@@ -283,6 +285,8 @@ class Batch:
         bad: samples that were left out or cut while this batch was made.
         window: counts over all micro-batches of the optimizer step; None if the loader knows nothing of steps.
         stop_ids: token ids that close an answer in the template of the prompts; empty in training.
+        segments: lengths of the segments that `position_ids` make, in plain integers, so that nobody must ask the
+            device for them; None if they are not known.
     """
 
     input_ids: Tensor
@@ -301,6 +305,7 @@ class Batch:
     bad: tuple[BadSample, ...] = ()
     window: Window | None = None
     stop_ids: frozenset[int] = frozenset()
+    segments: Segments | None = None
 
     @property
     def counts(self) -> Counts:
@@ -343,6 +348,7 @@ class Batch:
             teacher_images={},
             prepared={},
             bad=(),
+            segments=None,
         )
 
     def to(self, *args: Any, **kwargs: Any) -> Batch:
@@ -362,6 +368,11 @@ class Batch:
             elif isinstance(value, Mapping):
                 changes[item.name] = {key: function(entry) for key, entry in value.items()}
         return replace(self, **changes)
+
+
+def fill(lengths: Sequence[int], length: int) -> tuple[int, ...]:
+    """Lengths of a row's segments, with the padding behind them counted to the last one; a row of padding is one."""
+    return (*lengths[:-1], length - sum(lengths[:-1]))
 
 
 def find_targets(labels: Tensor) -> tuple[Tensor, Tensor]:

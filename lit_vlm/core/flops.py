@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from lit_vlm.core.batch import Batch
+from lit_vlm.core.quantised import weights_in
 
 
 class Flops(NamedTuple):
@@ -72,8 +73,8 @@ class Weights(NamedTuple):
         for parameter in parameters:
             if parameter.ndim > 1:
                 share = experts / parameter.shape[0] if experts and parameter.ndim == 3 else 1.0
-                size += share * parameter.numel()
-                trained += share * parameter.numel() * parameter.requires_grad
+                size += share * weights_in(parameter)
+                trained += share * weights_in(parameter) * parameter.requires_grad
         return Weights(size, trained)
 
     def on(self, vectors: float) -> Flops:

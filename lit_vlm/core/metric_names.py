@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+ALLOCATED, RESERVED, HOST = "memory/allocated", "memory/reserved", "memory/host"
+"""Peaks of memory in GiB: tensors on the device, what is reserved for them, and the process on the host."""
+
 
 def safe_name(text: str) -> str:
     """Make a text a name of a metric or parameter that MLflow takes: letters and digits of any script, and `_-./: `."""

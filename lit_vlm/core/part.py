@@ -49,6 +49,10 @@ class Part(nn.Module):
             raise ValueError(f"model.stage.only names '{only}', and {type(self).__name__} has no such group")
         return self.parameters()
 
+    def beside_adapters(self) -> Iterable[nn.Parameter]:
+        """Parameters that train whole where this part has adapters (`core.lora`), such as rows for new tokens."""
+        return ()
+
     def blocks(self) -> Iterable[nn.Module]:
         """The repeated blocks: the units that sharded training gathers one at a time."""
         return ()

@@ -14,6 +14,7 @@ from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lit_vlm.core.batch import BadSample, Batch
+from lit_vlm.core.transfer import PINNED
 from lit_vlm.data.feed.batching import Batching, GlobalBatch, Integers, Measures, Padded
 from lit_vlm.data.feed.loader import BadSamples, Collate, Loader, SourceDataset
 from lit_vlm.data.feed.mixture import Mixture, Shuffled
@@ -170,7 +171,8 @@ class VLMData(LightningDataModule):
         pad_id = spec.tokenizer.pad_token_id
         if prompt:
             return partial(_collate_rows_of_prompts, pad_id=pad_id)
-        return partial(make_rows, pad_id=pad_id, prepared=prepared)
+        length = self.max_length if spec.fixed_rows and self.batching.packs else 0
+        return partial(make_rows, pad_id=pad_id, prepared=prepared, length=length)
 
     def plan(
         self,
@@ -254,6 +256,10 @@ class VLMData(LightningDataModule):
     def test_dataloader(self) -> list[Loader]:
         """The loaders of `val_dataloader`; raises as it does."""
         return self.val_dataloader()
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        """Move a batch, which the loader has pinned, without waiting; Lightning itself would wait for each tensor."""
+        return batch.to(device, non_blocking=device.type in PINNED)
 
     def predict_dataloader(self) -> Loader:
         """The loader of prompts of the held-out data.

@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
+from lit_vlm.core.batch import Segments
 from lit_vlm.decoders.base import Decoder, DecoderOutput
 
 
@@ -43,6 +44,7 @@ class AbsentDecoder(Decoder):
         cache: Any = None,
         attention_mask: Tensor | None = None,
         visual: Tensor | None = None,
+        segments: Segments | None = None,
     ) -> DecoderOutput:
         """Refuse to run.
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lit_vlm.core.batch import Batch
+from lit_vlm.core.batch import Batch, Segments
 from lit_vlm.core.flops import Flops, FlopsOf, Weights, attention, causal_pairs
 from lit_vlm.core.part import Part
 
@@ -71,6 +71,7 @@ class Decoder(Part, ABC):
         cache: Any = None,
         attention_mask: Tensor | None = None,
         visual: Tensor | None = None,
+        segments: Segments | None = None,
     ) -> DecoderOutput:
         """Run the blocks.
 
@@ -81,6 +82,8 @@ class Decoder(Part, ABC):
             cache: from `new_cache`, while decoding; then s counts the new positions only.
             attention_mask: `[b, past + s]`, 0 for padding; only with a cache.
             visual: `[t]`, index into b·s of the image tokens, for decoders that treat them differently from text.
+            segments: lengths of the segments that `position_ids` make, as in `Batch.segments`, so that no one must read
+                them from the device; None if they are not known. They change no result.
 
         Raises:
             ValueError: for a tap that is no layer of this decoder.

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lit_vlm.core.batch import Segments
 from lit_vlm.core.flops import Weights
 from lit_vlm.core.part import StateDict
 from lit_vlm.decoders.base import DecoderOutput
@@ -39,13 +40,14 @@ class Routing:
     Attributes:
         order: `[b·s]`, text positions and then image positions; None sends everything through the text branch.
         inverse: `[b·s]`, the order that undoes `order`.
-        num_text: number of text positions: index into `order` where image positions begin.
+        text: the part of `order` with text positions. Its length is where image positions begin; as the length of a
+            tensor it does not bind a compiled graph to one batch, as a number would.
     """
 
     def __init__(self) -> None:
         self.order: Tensor | None = None
         self.inverse: Tensor | None = None
-        self.num_text = 0
+        self.text: Tensor | None = None
 
     def set(self, shape: torch.Size, visual: Tensor | None) -> None:
         """Route a new batch; the routing stays until the next one, as blocks may be recomputed in the backward pass.
@@ -54,12 +56,12 @@ class Routing:
             shape: shape `[b, s, d]` of the states.
             visual: `[t]`, index into b·s of the image tokens; None sends everything through the text branch.
         """
-        self.order = self.inverse = None
+        self.order = self.inverse = self.text = None
         if visual is not None:
             mark = torch.zeros(shape[0] * shape[1], dtype=torch.uint8, device=visual.device)
             self.order = mark.index_fill(0, visual, 1).argsort(stable=True)
             self.inverse = self.order.argsort()
-            self.num_text = len(mark) - len(visual)
+            self.text = self.order[: len(mark) - len(visual)]
 
 
 class Routed(nn.Module):
@@ -83,14 +85,14 @@ class Routed(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         """`[b, s, d]` → `[b, s, d']`, each position through its own branch."""
-        order, inverse = self._routing.order, self._routing.inverse
-        if order is None or inverse is None:
+        order, inverse, of_text = self._routing.order, self._routing.inverse, self._routing.text
+        if order is None or inverse is None or of_text is None:
             return self.text(states)
         rows = states.flatten(0, 1)
         if self._sort:
             rows = _Permute.apply(rows, order, inverse)
         # A branch without rows still runs: its gradients are zeros then, on every rank.
-        text, vision = rows.tensor_split([self._routing.num_text])
+        text, vision = rows[: len(of_text)], rows[len(of_text) :]
         rows = torch.cat([self.text(text), self.vision(vision)])
         if self._restore:
             rows = _Permute.apply(rows, inverse, order)
@@ -195,9 +197,10 @@ class DivideAndConquer(HFDecoder):
         cache: Any = None,
         attention_mask: Tensor | None = None,
         visual: Tensor | None = None,
+        segments: Segments | None = None,
     ) -> DecoderOutput:
         """Run the blocks; see `Decoder.forward`."""
         # While decoding there are no image tokens; in training even an empty branch needs its gradients.
         idle = visual is None or not (len(visual) or torch.is_grad_enabled())
         self._routing.set(embeds.shape, None if idle else visual)
-        return super().forward(embeds, position_ids, taps, cache, attention_mask, visual)
+        return super().forward(embeds, position_ids, taps, cache, attention_mask, visual, segments)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import cached_property
 from typing import Any, Literal
@@ -13,7 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PretrainedConfig
 
+from lit_vlm.core.batch import Segments
 from lit_vlm.core.flops import Weights
+from lit_vlm.core.lora import Lora
 from lit_vlm.core.part import StateDict
 from lit_vlm.core.pretrained import find_weights, made_config, read_pretrained, resolve, shortened
 from lit_vlm.core.safetensors import read_folder
@@ -21,7 +22,6 @@ from lit_vlm.core.tokenizers import load_tokenizer
 from lit_vlm.decoders import internlm2
 from lit_vlm.decoders.architecture import language_model
 from lit_vlm.decoders.base import Decoder, DecoderOutput
-from lit_vlm.decoders.lora import Lora, add_adapters, merge_adapters
 from lit_vlm.decoders.stack import run_blocks
 
 Attention = Literal["sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3"]
@@ -37,7 +37,7 @@ class HFDecoder(Decoder):
         name: hub name, local folder, or `package:NAME` for a package that carries a GGUF file. Or null, with `config`.
         config: a model configuration with `model_type`, for random weights; `vocab_size` defaults to the tokenizer's.
         tokenizer: source of the tokenizer; default: `name`. `bytes` needs no file.
-        lora: adapters; with them the base weights stay frozen.
+        lora: the earlier spelling of `model.lora.decoder`, which existing configs have.
         recompute: recompute blocks in the backward pass (gradient checkpointing): less memory, a third more compute.
         attention: implementation of attention; all of them keep the segments of a packed row apart. Recurrent layers do
             so only where transformers' kernels for them take the borders; others are refused when training on packed
@@ -48,8 +48,7 @@ class HFDecoder(Decoder):
 
     Raises:
         ValueError: when not exactly one of `name` and `config` is given; for a model that is no causal language model
-            of transformers, an attention that it lacks, a `vocab_size` below the tokenizer's, or names of layers for
-            adapters that it does not have.
+            of transformers, an attention that it lacks, or a `vocab_size` below the tokenizer's.
     """
 
     def __init__(
@@ -75,8 +74,6 @@ class HFDecoder(Decoder):
         self.recompute = recompute
         if recompute:
             self.lm.activation_checkpointing_enable({"use_reentrant": False})
-        if lora is not None:
-            add_adapters(lora, self.lm, self.config.model_type)
         self._carries = self.carried() is not None
         self.width = self.config.hidden_size
         self.num_layers = self.config.num_hidden_layers
@@ -166,7 +163,7 @@ class HFDecoder(Decoder):
             find_weights(self.name)
 
     def pretrained_state(self) -> StateDict | None:
-        """The published weights, and new adapters that change nothing yet.
+        """The published weights.
 
         Raises:
             ValueError: where the files lack weights, have them in other shapes, or cannot be read.
@@ -213,40 +210,13 @@ class HFDecoder(Decoder):
         return [f"lm.{name}.{parameter}" for name, module in modules for parameter, _ in module.named_parameters()]
 
     def adapt_state(self, state: StateDict) -> StateDict:
-        """Give weights of a decoder without adapters this one's names, and add new adapters that change nothing yet."""
-        state = self._with_new_rows(state)
-        if self.lora is None or any(".lora_A." in key for key in state):
-            return state
-        adapted: StateDict = {}
-        for key, own in self.state_dict().items():
-            if ".lora_A." in key:
-                bound = 1 / math.sqrt(own.shape[1])  # Kaiming uniform with a = √5, as a linear layer starts
-                adapted[key] = torch.empty(own.shape, dtype=own.dtype).uniform_(-bound, bound)
-            elif ".lora_B." in key:
-                adapted[key] = torch.zeros(own.shape, dtype=own.dtype)
-            elif (plain := key.replace(".base_layer.", ".")) in state:
-                adapted[key] = state[plain]
-        # Keys of no parameter stay, so that loading refuses them by name.
-        used = {key.replace(".base_layer.", ".") for key in adapted}
-        return adapted | {key: value for key, value in state.items() if key not in used}
+        """Give word table and output layer of a decoder with fewer tokens rows for the new ones."""
+        return self._with_new_rows(state)
 
-    def trainable_parameters(self, only: str | None = None) -> Iterable[nn.Parameter]:
-        """All parameters; with adapters, only theirs and those of the layers that new tokens have rows in.
-
-        Raises:
-            ValueError: for any group, as this decoder has none.
-        """
-        if only is not None or self.lora is None:
-            return super().trainable_parameters(only)
-        tables = self._table_names() if self.new_tokens else []
-        return [p for name, p in self.named_parameters() if ".lora_" in name or name in tables]
-
-    def merge_adapters(self) -> None:
-        """Add adapters into the weights that they adapt and remove them; does nothing without adapters."""
-        if self.lora is None:
-            return
-        merge_adapters(self.lm)
-        self.lora = None
+    def beside_adapters(self) -> list[nn.Parameter]:
+        """Word table and output layer where new tokens have rows in them."""
+        tables = self._table_names() if self.new_tokens else ()
+        return [parameter for name, parameter in self.named_parameters() if name in tables]
 
     def recompute_blocks(self, enabled: bool) -> None:
         """Switch recomputation on or off, also for a frozen decoder, which is in eval mode.
@@ -269,14 +239,15 @@ class HFDecoder(Decoder):
         cache: Any = None,
         attention_mask: Tensor | None = None,
         visual: Tensor | None = None,
+        segments: Segments | None = None,
     ) -> DecoderOutput:
         """Run the blocks; arguments and errors as in `Decoder.forward`. Image tokens are treated like text tokens."""
         states: dict[int, Tensor] = {}
         with ExitStack() as hooks:
             for layer in taps:
                 self._tap(layer, embeds, states, hooks)
-            joined = self._carries and cache is None
-            hidden = run_blocks(self.base, self.attention, embeds, position_ids, cache, attention_mask, joined)
+            known, carries = (segments, self._carries) if cache is None else (None, False)
+            hidden = run_blocks(self.base, self.attention, embeds, position_ids, cache, attention_mask, known, carries)
         if self.num_layers in taps:
             states[self.num_layers] = hidden
         return DecoderOutput(hidden, {layer: states[layer].view(embeds.shape) for layer in taps})

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lit_vlm.core.batch import Segments
 from lit_vlm.decoders.base import Decoder
 
 FIRST, LENGTH = 13, 24
@@ -45,16 +46,16 @@ def check_order(decoder: Decoder, packed: bool, device: torch.device) -> None:
 def _check(decoder: Decoder, packed: bool, device: torch.device) -> None:
     whole = list(range(LENGTH))
     if not packed:
-        if _seen(decoder, [whole], slice(0, FIRST), device)[0, FIRST:].any():
+        if _seen(decoder, [whole], ((LENGTH,),), slice(0, FIRST), device)[0, FIRST:].any():
             raise ValueError(
                 f"{decoder.family} is no causal decoder as configured: a token sees those behind it. Models such as "
                 "BERT need is_decoder: true in decoder.config; otherwise take another decoder"
             )
         return
     way_out = "set data.batching to Padded or ModalityLength"
-    row = whole[:FIRST] + whole[: LENGTH - FIRST]
+    row, segments = whole[:FIRST] + whole[: LENGTH - FIRST], (FIRST, LENGTH - FIRST)
     try:
-        seen = _seen(decoder, [row, row], slice(FIRST, LENGTH), device)
+        seen = _seen(decoder, [row, row], (segments, segments), slice(FIRST, LENGTH), device)
     except ValueError as error:  # transformers' layers refuse where their kernels cannot keep samples apart
         raise ValueError(f"{decoder.family} cannot be trained on packed rows here: {error} Or {way_out}") from error
     if seen[0].any() or seen[1, :FIRST].any():
@@ -64,12 +65,15 @@ def _check(decoder: Decoder, packed: bool, device: torch.device) -> None:
         )
 
 
-def _seen(decoder: Decoder, positions: Sequence[Sequence[int]], asked: slice, device: torch.device) -> Tensor:
+def _seen(
+    decoder: Decoder, positions: Sequence[Sequence[int]], segments: Segments, asked: slice, device: torch.device
+) -> Tensor:
     """Find the inputs that the states of some positions of the last row depend on.
 
     Args:
         decoder: the decoder.
         positions: `[b, s]`, position ids of each row.
+        segments: lengths of the segments of each row.
         asked: the positions of the last row whose states are looked at.
         device: where the decoder runs.
 
@@ -81,7 +85,7 @@ def _seen(decoder: Decoder, positions: Sequence[Sequence[int]], asked: slice, de
     with torch.enable_grad():
         embeds = torch.randn(*rows.shape, decoder.width, generator=generator).to(device, _dtype(decoder))
         embeds.requires_grad_()
-        hidden = decoder(embeds, rows.to(device)).hidden[-1, asked].float()
+        hidden = decoder(embeds, rows.to(device), segments=segments).hidden[-1, asked].float()
         (grad,) = torch.autograd.grad(hidden, embeds, torch.randn(hidden.shape, generator=generator).to(device))
     return (grad != 0).any(-1).cpu()
 

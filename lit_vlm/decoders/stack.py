@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from lit_vlm.core.batch import Segments
+from lit_vlm.core.transfer import send
+from lit_vlm.decoders.packing import telling
 
 
 def run_blocks(
@@ -15,6 +20,7 @@ def run_blocks(
     position_ids: Tensor,
     cache: Any,
     attention_mask: Tensor | None,
+    segments: Segments | None = None,
     carries: bool = False,
 ) -> Tensor:
     """Run a transformers model without its output layer.
@@ -30,6 +36,8 @@ def run_blocks(
         position_ids: `[b, s]`; where they restart a new segment begins.
         cache: keys and values while decoding.
         attention_mask: `[b, past + s]`, 0 for padding; only with a cache.
+        segments: lengths of the segments that the positions make, as in `Batch.segments`; None if they are not known,
+            or there is a cache. The host waits for the device's positions then, wherever something depends on them.
         carries: whether the model has layers that carry a state along the row.
 
     Returns:
@@ -39,38 +47,48 @@ def run_blocks(
         ValueError: by transformers, where its kernels for recurrent layers cannot keep segments apart.
     """
     shape = embeds.shape
-    borders = _borders(position_ids) if carries else {}
-    if borders or (attention.startswith("flash") and cache is None):
+    flash = attention.startswith("flash") and cache is None
+    rows = _read_segments(position_ids) if carries and segments is None else segments
+    borders: dict[str, Any] = {}
+    if rows is not None and (flash or (carries and any(len(row) > 1 for row in rows))):
+        borders = _borders([length for row in rows for length in row], embeds.device, carries)
+    if borders or flash:
         embeds, position_ids = embeds.reshape(1, -1, shape[-1]), position_ids.reshape(1, -1)
-    output = stack(
-        inputs_embeds=embeds,
-        position_ids=position_ids,
-        attention_mask=attention_mask,
-        past_key_values=cache,
-        use_cache=cache is not None,
-        **borders,
-    )
+        segments = None if segments is None else (tuple(length for row in segments for length in row),)
+    with telling(segments, stack):
+        output = stack(
+            inputs_embeds=embeds,
+            position_ids=position_ids,
+            attention_mask=attention_mask,
+            past_key_values=cache,
+            use_cache=cache is not None,
+            **borders,
+        )
     return output.last_hidden_state.view(shape)
 
 
-def _borders(position_ids: Tensor) -> dict[str, Any]:
+def _read_segments(position_ids: Tensor) -> Segments:
+    """Lengths of the segments of each row, where positions restart; the host waits for the device here."""
+    rows = []
+    for positions in position_ids.tolist():
+        starts = [index for index, position in enumerate(positions) if index == 0 or position == 0]
+        ends = [*starts[1:], len(positions)]
+        rows.append(tuple(end - start for start, end in zip(starts, ends, strict=True)))
+    return tuple(rows)
+
+
+def _borders(lengths: Sequence[int], device: torch.device, carries: bool) -> dict[str, Any]:
     """Arguments that tell transformers' layers where segments begin in rows that are joined into one.
 
-    They are empty when no row has more than one segment. The host waits for the device's positions here, which only
-    happens for decoders with recurrent layers.
+    Args:
+        lengths: those of the segments, in order.
+        device: where the model runs.
+        carries: whether the model has layers that carry a state along the row.
     """
-    starts = (position_ids.flatten() == 0).nonzero().flatten().tolist()
-    if len(starts) <= len(position_ids):
-        return {}
-    ends = torch.tensor([*starts[1:], position_ids.numel()])
-    lengths = ends - torch.tensor(starts)
-    number = torch.arange(len(starts), dtype=torch.int32).repeat_interleave(lengths)
-    sums = torch.tensor([*starts, position_ids.numel()], dtype=torch.int32).to(position_ids.device)
-    longest = int(lengths.max())
-    return {
-        "cu_seq_lens_q": sums,
-        "cu_seq_lens_k": sums,
-        "max_length_q": longest,
-        "max_length_k": longest,
-        "seq_idx": number[None].to(position_ids.device),
-    }
+    own = torch.tensor(lengths)
+    sums = send(torch.nn.functional.pad(own.cumsum(0), (1, 0)).int(), device)
+    borders = {"cu_seq_lens_q": sums, "cu_seq_lens_k": sums, "max_length_q": max(lengths), "max_length_k": max(lengths)}
+    if carries:
+        number = torch.arange(len(lengths), dtype=torch.int32).repeat_interleave(own)
+        borders["seq_idx"] = send(number[None], device)
+    return borders

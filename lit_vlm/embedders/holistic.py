@@ -174,10 +174,8 @@ class Holistic(Embedder):
         if self.start == "random":
             return
         own = self.stack.layers.state_dict()
-        # A decoder's adapters are left out: new ones change nothing yet.
-        layers = nn.ModuleList(decoder.blocks())
-        theirs = {key.replace(".base_layer.", "."): value for key, value in layers.state_dict().items()}
-        extra = sorted(key for key in theirs if key.startswith("0.") and key not in own and ".lora_" not in key)
+        theirs = nn.ModuleList(decoder.blocks()).state_dict()
+        extra = sorted(key for key in theirs if key.startswith("0.") and key not in own)
         if extra or getattr(decoder.config, "hidden_act", "silu") != "silu":
             kind = decoder.config.model_type if type(decoder) is HFDecoder else type(decoder).__name__
             raise ValueError(
@@ -252,7 +250,8 @@ class Holistic(Embedder):
             if self.attention == "eager":
                 mask = torch.zeros_like(mask, dtype=embeds.dtype).masked_fill(~mask, torch.finfo(embeds.dtype).min)
         past = None if cache is None else cache.past
-        return run_blocks(self.stack, self.attention, embeds, positions, past, mask)
+        segments = own.segments if cache is None else None
+        return run_blocks(self.stack, self.attention, embeds, positions, past, mask, segments)
 
     def flops(self) -> FlopsOf:
         """Operations of the layers over their own sequence, and of the merger."""

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lit_vlm.core.batch import Batch, Grid
+from lit_vlm.core.batch import Batch, Grid, Segments, fill
+from lit_vlm.core.transfer import send
 
 
 @dataclass
@@ -24,6 +25,7 @@ class OwnSequence:
         sources: `[b, l]`, index into its row of s of the batch's position that each position here comes from; −1 for
             padding in front; None if both sequences are the same.
         ahead: `[b, 1]`, how many more positions a row has here than in the batch.
+        segments: lengths of the segments of each row, as in `Batch.segments`.
     """
 
     input_ids: Tensor
@@ -32,12 +34,15 @@ class OwnSequence:
     places: Tensor | None
     sources: Tensor | None
     ahead: Tensor
+    segments: Segments | None
 
     @staticmethod
     def same(batch: Batch) -> OwnSequence:
         """The decoder's own sequence, for a batch whose images have as many tokens in the layers as in it."""
         ahead = torch.zeros_like(batch.position_ids[:, :1])
-        return OwnSequence(batch.input_ids, batch.position_ids, batch.image_positions, None, None, ahead)
+        return OwnSequence(
+            batch.input_ids, batch.position_ids, batch.image_positions, None, None, ahead, batch.segments
+        )
 
     def mask(self, attention_mask: Tensor) -> Tensor:
         """Attention mask of the positions of this sequence.
@@ -78,8 +83,8 @@ def refine(batch: Batch, factor: int, right: bool) -> OwnSequence:
         tokens[sample.row] += sample.num_tokens
     length = max(n + (factor - 1) * t for n, t in zip(tokens, images, strict=True))
     ahead = (factor - 1) * torch.tensor(images)[:, None]
-    shift = (length - s - ahead if right else torch.zeros_like(ahead)).to(device, non_blocking=True)
-    ahead = ahead.to(device, non_blocking=True)
+    shift = send(length - s - ahead if right else torch.zeros_like(ahead), device)
+    ahead = send(ahead, device)
 
     counts = torch.ones_like(ids).flatten().index_fill(0, batch.image_positions, factor).view(b, s)
     ends = counts.cumsum(1)
@@ -93,7 +98,15 @@ def refine(batch: Batch, factor: int, right: bool) -> OwnSequence:
     starts = row * length + (begins + shift).flatten()[batch.image_positions]
     image_positions = (starts[:, None] + torch.arange(factor, device=device)).flatten()
     sources_or_none = torch.where(places >= 0, sources, -1)
-    return OwnSequence(ids.gather(1, sources), position_ids, image_positions, within, sources_or_none, ahead)
+    segments = None if batch.segments is None else _own_segments(batch, factor, length)
+    return OwnSequence(ids.gather(1, sources), position_ids, image_positions, within, sources_or_none, ahead, segments)
+
+
+def _own_segments(batch: Batch, factor: int, length: int) -> Segments:
+    rows: list[list[int]] = [[] for _ in range(len(batch.input_ids))]
+    for sample, own in zip(batch.samples, own_lengths(batch, factor), strict=True):
+        rows[sample.row].append(own)
+    return tuple(fill(row, length) for row in rows)
 
 
 def see_whole_images(own: OwnSequence, grids: Sequence[Grid], mask: Tensor | None) -> Tensor:
@@ -109,7 +122,7 @@ def see_whole_images(own: OwnSequence, grids: Sequence[Grid], mask: Tensor | Non
     """
     ids, device = own.input_ids, own.input_ids.device
     lengths = torch.tensor([grid.num_tokens for grid in grids])
-    number = torch.arange(1, len(grids) + 1).repeat_interleave(lengths).to(device, non_blocking=True)
+    number = send(torch.arange(1, len(grids) + 1).repeat_interleave(lengths), device)
     image = torch.zeros_like(ids).flatten().index_copy(0, own.image_positions, number).view_as(ids)
     segment = (own.position_ids == 0).cumsum(1)
     order = torch.arange(ids.shape[1], device=device)

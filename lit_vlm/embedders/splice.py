@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_vlm.core.batch import Batch, Grid, VisualTokens, index_suffixes
+from lit_vlm.core.transfer import send
 from lit_vlm.decoders.base import Decoder
 from lit_vlm.embedders.base import Embedder, check_grids, scatter_visual
 
@@ -102,7 +103,7 @@ class Splice(Embedder):
         tokens = self._task_vectors().to(embeds.dtype)
         if not batch.image_grids:
             return scatter_visual(embeds, batch.image_positions, visual) + 0 * tokens.sum()
-        others, suffixes = (index.to(embeds.device, non_blocking=True) for index in index_suffixes(batch.image_grids))
+        others, suffixes = (send(index, embeds.device) for index in index_suffixes(batch.image_grids))
         embeds = scatter_visual(embeds, batch.image_positions[others], visual)
         places = batch.image_positions[suffixes.flatten()]
         return embeds.flatten(0, 1).index_copy(0, places, tokens.repeat(len(suffixes), 1)).view_as(embeds)

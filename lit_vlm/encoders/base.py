@@ -118,4 +118,4 @@ class Encoder(Part, ABC):
     def dummy_images(self) -> Images:
         """One image of the smallest size, for a batch without images: every rank must run every sharded part."""
         side = self.pixels.size or self.pixels.multiple
-        return Images.pack([torch.zeros(3, side, side, dtype=torch.uint8)]).to(self.pixel_mean.device)
+        return Images.pack([torch.zeros(3, side, side, dtype=torch.uint8, device=self.pixel_mean.device)])

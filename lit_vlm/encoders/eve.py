@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_vlm.core.batch import Grid, Images, Patches, PixelSpec, VisualTokens, index_patches
+from lit_vlm.core.lora import effective_weight
+from lit_vlm.core.transfer import send
 from lit_vlm.encoders.base import CLIP_MEAN, CLIP_STD, Encoder, PatchGrid
 from lit_vlm.encoders.windows import lay_out, pixel_windows
 
@@ -41,7 +43,7 @@ class CrossAttention(nn.Module):
         """Queries `[n, c]`, vectors `[n, m, c]` → `[n, c]`; `mask` `[n, m]` is False for vectors that do not count."""
         n, width = query.shape
         norm, linear = self.kv
-        keys, values = linear.get_parameter("weight").view(2, self.num_heads, -1, width)  # each [heads, c / heads, c]
+        keys, values = effective_weight(linear).view(2, self.num_heads, -1, width)  # each [heads, c / heads, c]
         vectors = norm(vectors)
         folded = torch.einsum("nhd,hdc->nhc", self.q(query).view(n, self.num_heads, -1), keys)
         scores = folded @ vectors.transpose(1, 2) * width**-0.5  # [n, heads, m]
@@ -118,8 +120,8 @@ class EvePatchEmbedding(Encoder):
         lengths = patches.image.bincount(minlength=n)
         longest = int(lengths.max())
         within = torch.arange(len(patches.image)) - (lengths.cumsum(0) - lengths)[patches.image]
-        places = (patches.image * longest + within).to(features.device, non_blocking=True)
-        mask = (torch.arange(longest) < lengths[:, None]).to(features.device, non_blocking=True)
+        places = send(patches.image * longest + within, features.device)
+        mask = send(torch.arange(longest) < lengths[:, None], features.device)
         padded = features.new_zeros(n * longest, self.width).index_copy(0, places, features)
         query = self.class_embedding.expand(n, -1)
         return self.global_attention(query, padded.view(n, longest, self.width), mask)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lit_vlm.core.batch import Grid, Images, Patches
+from lit_vlm.core.transfer import send
 
 
 def pixel_windows(images: Images, patch: int) -> Tensor:
@@ -32,7 +33,7 @@ def pixel_windows(images: Images, patch: int) -> Tensor:
     if len(parts) == 1:
         return parts[0]
     order = torch.cat(owners).argsort(stable=True)
-    return torch.cat(parts)[order.to(images.pixels.device, non_blocking=True)]
+    return torch.cat(parts)[send(order, images.pixels.device)]
 
 
 def lay_out(features: Tensor, cls: Tensor | None, row_end: Tensor, patches: Patches, grids: Sequence[Grid]) -> Tensor:
@@ -51,7 +52,7 @@ def lay_out(features: Tensor, cls: Tensor | None, row_end: Tensor, patches: Patc
     device = features.device
     total = sum(grid.num_tokens for grid in grids)
     tokens = row_end.to(features.dtype).expand(total, -1)
-    tokens = tokens.index_copy(0, patches.position.to(device, non_blocking=True), features)
+    tokens = tokens.index_copy(0, send(patches.position, device), features)
     if cls is None:
         return tokens
-    return tokens.index_copy(0, patches.starts.to(device, non_blocking=True), cls.to(features.dtype))
+    return tokens.index_copy(0, send(patches.starts, device), cls.to(features.dtype))

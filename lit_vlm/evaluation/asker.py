@@ -17,6 +17,7 @@ import lit_vlm.teachers  # noqa: F401 - class names of configs
 from lit_vlm.checkpoints.folder import find_checkpoint, run_folder
 from lit_vlm.checkpoints.weights import read_slots
 from lit_vlm.core.batch import IGNORE, Batch
+from lit_vlm.core.quantised import round_to
 from lit_vlm.data import ImageTransform, Template
 from lit_vlm.data.records import Message, Record, Text
 from lit_vlm.data.sample.collate import collate_prompts
@@ -219,6 +220,8 @@ def load_run(source: str | Path, device: str | torch.device = "cpu", dtype: torc
     module = objects.model
     assert isinstance(module, LitVLM)
     module.model = build(module.slots, read_slots(checkpoint), origin=str(checkpoint))
+    for slot, kind in module.slots.quantize.kinds().items():  # the weights that it was trained on
+        round_to(module.model.slots()[slot][0], kind, slot)
     module.to(device=device, dtype=dtype).eval()
     written = SampleFormat(objects.template, objects.transform, data["max_length"], data.get("fast_jpeg", True))
     written.check_marks(module.input_spec, "warn")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lit_vlm.core.batch import Batch, VisualTokens, index_suffixes
 from lit_vlm.core.flops import Flops, FlopsOf
 from lit_vlm.core.losses import contrastive_loss, smooth_l1_distance
+from lit_vlm.core.transfer import send
 from lit_vlm.embedders.base import Embedder
 from lit_vlm.heads.base import Head, Tap
 from lit_vlm.heads.perceiver import Perceiver
@@ -179,7 +180,7 @@ class EmbeddingDistillation(Head):
         own = suffixes if self.tokens is None else suffixes[:, self._places.start : self._places.stop]
         owner[others] = image[others]
         owner[own] = torch.arange(n)[:, None].expand_as(own)
-        owner, starts, own = (x.to(device, non_blocking=True) for x in (owner, starts, own))
+        owner, starts, own = (send(x, device) for x in (owner, starts, own))
         owner = torch.full((b * s,), -1, device=device).index_copy(0, positions, owner).view(b, s)
         first = positions[starts]
         rows = first // s

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lit_vlm.core.batch import Batch, Grid, VisualTokens, index_suffixes
 from lit_vlm.core.losses import cosine_distance, smooth_l1_distance
+from lit_vlm.core.transfer import send
 from lit_vlm.heads.base import Head, Tap
 from lit_vlm.teachers.base import Teacher
 
@@ -55,12 +56,12 @@ class FeatureDistillation(Head):
         hidden = states[self.layer].flatten(0, 1)
         positions, grids = batch.image_positions, batch.image_grids
         if grids[0].suffix:  # task tokens show no part of the image
-            positions = positions[index_suffixes(grids)[0].to(positions.device, non_blocking=True)]
+            positions = positions[send(index_suffixes(grids)[0], positions.device)]
             grids = tuple(grid._replace(suffix=0) for grid in grids)
         student = self.predictor(hidden[positions])  # [t, width of the teacher]
         distances = DISTANCES[self.distance](student, _on_grids(targets, grids))
-        lengths = torch.tensor([grid.num_tokens for grid in grids], device=distances.device)
-        return (distances / lengths.repeat_interleave(lengths)).sum()
+        lengths = torch.tensor([grid.num_tokens for grid in grids])
+        return (distances / send(lengths.repeat_interleave(lengths), distances.device)).sum()
 
 
 def _on_grids(tokens: VisualTokens, grids: tuple[Grid, ...]) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lit_vlm.core.batch import Batch, Grid, Patches, VisualTokens, index_patches
 from lit_vlm.core.flops import Flops, FlopsOf, Weights, attention
 from lit_vlm.core.losses import cosine_distance
+from lit_vlm.core.transfer import send
 from lit_vlm.heads.base import Head, Tap
 from lit_vlm.teachers.base import Teacher
 
@@ -73,14 +74,14 @@ class PatchAlignment(Head):
         hidden = [states[layer].flatten(0, 1) for layer in self.layers]
         patches = index_patches(batch.image_grids)
         ratio = self._ratio = _pool_ratio(batch.image_grids, targets.grids)
-        positions = batch.image_positions[patches.position.to(batch.image_positions.device, non_blocking=True)]
+        positions = batch.image_positions[send(patches.position, batch.image_positions.device)]
         if ratio > 1:
             patches, order = _windows(patches, batch.image_grids, ratio)
-            positions = positions[order.to(positions.device, non_blocking=True)]
+            positions = positions[send(order, positions.device)]
         at_patches = [state[positions] for state in hidden]
         student = self.student([state.mean(1) if ratio > 1 else state for state in at_patches])
         places = _teacher_positions(patches, batch.image_grids, targets.grids, ratio)
-        expected = targets.features[places.to(student.device, non_blocking=True)]
+        expected = targets.features[send(places, student.device)]
         return self._mean_distances(student, expected, patches.image)
 
     def flops(self) -> FlopsOf:
@@ -126,9 +127,9 @@ class PatchAlignment(Head):
         if self.target == "next":
             # The last patch of an image has no next one.
             pairs = (image[1:] == image[:-1]).nonzero().squeeze(1)
-            image, pairs = image[pairs], pairs.to(student.device, non_blocking=True)
+            image, pairs = image[pairs], send(pairs, student.device)
             student, targets = student[pairs], targets[pairs + 1]
-        counts = image.bincount()[image].to(student.device, non_blocking=True)
+        counts = send(image.bincount()[image], student.device)
         return (cosine_distance(student, targets) / counts).sum()
 
 

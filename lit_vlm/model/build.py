@@ -5,18 +5,30 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
 
 import torch
 
+from lit_vlm.core.lora import (
+    ADAPTED,
+    NO_ADAPTERS,
+    Adapters,
+    add_adapters,
+    check_adapters,
+    has_adapters,
+    load_adapters,
+    split_state,
+)
 from lit_vlm.core.part import Part, StateDict, check_state, load_state, meta_parameters
-from lit_vlm.decoders import Decoder
+from lit_vlm.core.quantised import UNQUANTISED, Quantize
+from lit_vlm.decoders import Decoder, HFDecoder
 from lit_vlm.embedders import Embedder
 from lit_vlm.encoders import Encoder
 from lit_vlm.heads import Head
+from lit_vlm.model.bases import SavedSlots
 from lit_vlm.model.vlm import VLM
 from lit_vlm.projectors import Projector
 
@@ -33,6 +45,8 @@ class Slots:
         embedder: (decoder's width, rows of its word table) → embedder.
         decoder: () → decoder.
         heads: name → (decoder's width, its number of blocks) → head; None for a head that a config removes.
+        lora: low-rank adapters of slots.
+        quantize: types in which frozen weights are stored while a stage trains.
     """
 
     encoder: Callable[[], Encoder]
@@ -40,14 +54,39 @@ class Slots:
     embedder: Callable[[int, int], Embedder]
     decoder: Callable[[], Decoder]
     heads: Mapping[str, Callable[[int, int], Head] | None] = field(default_factory=dict)
+    lora: Adapters = NO_ADAPTERS
+    quantize: Quantize = UNQUANTISED
 
     @property
     def removed_heads(self) -> list[str]:
         """Names of the heads that are set to null."""
         return [name for name, factory in self.heads.items() if factory is None]
 
+    def adapted(self, slot: str, part: P) -> P:
+        """A part with the adapters of its slot on it, which change nothing yet.
+
+        Args:
+            slot: the slot's name.
+            part: a part without adapters, which gets them; where it has parameters on the meta device, so have they.
+
+        Raises:
+            ValueError: for adapters that a decoder's own argument asks for too; and as `add_adapters`.
+        """
+        lora, key = getattr(self.lora, slot), f"model.lora.{slot}"
+        own = part.lora if isinstance(part, HFDecoder) else None
+        if lora is not None and own is not None:
+            raise ValueError(f"{key} and model.decoder.init_args.lora both ask for adapters: set the second to null")
+        if own is not None:
+            lora, key = own, "model.decoder.init_args.lora"
+        if lora is None:
+            return part
+        on_meta = any(parameter.is_meta for parameter in part.parameters())
+        with meta_parameters() if on_meta else nullcontext(), _seeded(key):
+            add_adapters(part, lora, key)
+        return part
+
     def assemble(self, make: Callable[[str, Callable[[], Part]], Part]) -> VLM:
-        """Build all parts and put them together, in an order in which widths are known.
+        """Build all parts and put them together, in an order in which widths are known; adapters are not put on yet.
 
         Args:
             make: called as `make(name, factory)` for each part, with `encoder`, `heads.NAME` and so on; returns the
@@ -89,7 +128,10 @@ def build_on_meta(slots: Slots) -> VLM:
         ValueError: as `Slots.assemble`.
     """
     with meta_parameters():
-        return slots.assemble(lambda _name, factory: factory())
+        model = slots.assemble(lambda _name, factory: factory())
+    for slot in ADAPTED:
+        slots.adapted(slot, model.slots()[slot][0])
+    return model
 
 
 def build(
@@ -113,6 +155,9 @@ def build(
         ValueError: where weights are missing or do not fit a slot; and as `Slots.assemble`.
     """
     drawn: set[str] = set()
+    origins: dict[str, bool] = {}
+    bases = saved.bases if isinstance(saved, SavedSlots) else {}
+    adapters: dict[str, StateDict] = {}
 
     def make(name: str, factory: Callable[[], P]) -> P:
         slot = name.split(".")[0]
@@ -122,31 +167,41 @@ def build(
             return part
         state: StateDict | None
         if saved is not None and slot not in fresh:
-            state = _saved_state(name, part, saved, origin)
+            state, adapters[name] = _saved_state(name, part, saved, origin)
+            origins[name] = True
+            if name in bases:
+                state = bases[name].whole(part, state)
+                bases[name].check(state)
         else:
             state = part.pretrained_state()
+            origins[name] = False
         if state is None:
             drawn.add(name)
+            del origins[name]
             with _seeded(name):
                 return factory()
         load_state(part, state, name)
         return part
 
     model = slots.assemble(make)
-    model.drawn = frozenset(drawn)
+    model.drawn, model.origins = frozenset(drawn), origins
     anew = saved is None or "embedder" in fresh
     if anew and (only is None or {"embedder", "decoder"} <= set(only)):
         model.embedder.adopt(model.decoder)
         if model.embedder.adopts_all:
             model.drawn -= {"embedder"}
+    for slot in ADAPTED:
+        part = slots.adapted(slot, model.slots()[slot][0])
+        load_adapters(part, adapters.get(slot, {}), slot, origin)
     return model
 
 
-def check_saved(model: VLM, saved: Mapping[str, StateDict], fresh: Collection[str], origin: str) -> None:
+def check_saved(model: VLM, slots: Slots, saved: Mapping[str, StateDict], fresh: Collection[str], origin: str) -> None:
     """Check that saved weights fit a model, by names and shapes: nothing is loaded, and both may be on the meta device.
 
     Args:
         model: the model that is to start from the weights.
+        slots: the factories that it was built with.
         saved: weights by slot, as for `build`.
         fresh: slots that start anew, whatever `saved` holds.
         origin: where the weights were read, for messages.
@@ -154,28 +209,40 @@ def check_saved(model: VLM, saved: Mapping[str, StateDict], fresh: Collection[st
     Raises:
         ValueError: naming the slot that the weights do not fit, and what differs.
     """
-    parts: dict[str, Part] = {slot: parts[0] for slot, parts in model.slots().items() if slot != "heads"}
-    parts |= {f"heads.{name}": head for name, head in model.heads.items() if isinstance(head, Part)}
-    for name, part in parts.items():
+    plain = model
+    if any(has_adapters(part) for parts in model.slots().values() for part in parts):
+        with meta_parameters():
+            plain = slots.assemble(lambda _name, factory: factory())
+    parts: dict[str, tuple[Part, Part]] = {
+        slot: (parts[0], model.slots()[slot][0]) for slot, parts in plain.slots().items() if slot != "heads"
+    }
+    parts |= {f"heads.{name}": (head, head) for name, head in plain.heads.items() if isinstance(head, Part)}
+    for name, (part, adapted) in parts.items():
         if name.split(".")[0] not in fresh:
             try:
-                check_state(part, _saved_state(name, part, saved, origin), name)
+                state, adapters = _saved_state(name, part, saved, origin)
+                if isinstance(saved, SavedSlots) and name in saved.bases and saved.bases[name].pretrained:
+                    part.find_pretrained()
+                    state = part.state_dict() | state
+                check_state(part, state, name)
+                check_adapters(adapted, adapters, name, origin)
             except ValueError as error:
                 said = str(error) if str(error).startswith(origin) else f"{origin}: {error}"
                 raise ValueError(f"model.stage.start_from: {said}") from error
 
 
-def _saved_state(name: str, part: Part, saved: Mapping[str, StateDict], origin: str) -> StateDict:
-    """The saved weights of a slot, under the names of the part that is in the slot now."""
+def _saved_state(name: str, part: Part, saved: Mapping[str, StateDict], origin: str) -> tuple[StateDict, StateDict]:
+    """The saved weights of a slot, under the names of the part that is in the slot now, and its saved adapters."""
     if name not in saved and part.state_dict():
         raise ValueError(
             f"{origin} has no weights for the slot '{name}', only for {sorted(saved)}. "
             f"If this part is meant to start anew, add '{name.split('.')[0]}' to model.stage.fresh."
         )
-    return part.adapt_state(saved.get(name, {}))
+    state, adapters = split_state(saved.get(name, {}))
+    return part.adapt_state(state), adapters
 
 
-def load_teachers(model: VLM, names: Iterable[str]) -> None:
+def load_teachers(model: VLM, names: Iterable[str], dtype: torch.dtype | None = None) -> None:
     """Read the weights of heads' teachers, so that a missing file is seen before the first step.
 
     Every process has teachers of its own, sharded or not, as they are no part of the model.
@@ -183,9 +250,10 @@ def load_teachers(model: VLM, names: Iterable[str]) -> None:
     Args:
         model: the model.
         names: heads whose teachers are wanted.
+        dtype: the type of autocast, where teachers are to store what it rounds in it.
 
     Raises:
-        ValueError: naming the head, where weights are missing or do not fit.
+        ValueError: naming the head, where weights are missing, do not fit, or are beyond the range of `dtype`.
     """
     for name in names:
         head = model.heads[name]
@@ -193,6 +261,8 @@ def load_teachers(model: VLM, names: Iterable[str]) -> None:
             continue
         try:
             head.teacher.load()
+            if dtype is not None:
+                head.teacher.narrow(dtype)
         except (ValueError, OSError) as error:
             raise ValueError(f"model.heads.{name}.teacher: {error}") from error
 

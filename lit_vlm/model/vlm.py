@@ -45,6 +45,8 @@ class VLM(nn.Module):
         heads: auxiliary losses by name.
 
     Attributes:
+        origins: part → whether its weights came from a stage before (True) or are its own pretrained ones (False);
+            parts that were drawn at random are not in it.
         drawn: parts whose weights were drawn at random when the model was built: `projector`, `heads.NAME`, ....
 
     Raises:
@@ -66,6 +68,7 @@ class VLM(nn.Module):
         self.decoder = decoder
         self.heads = nn.ModuleDict(dict(heads or {}))
         self.drawn: frozenset[str] = frozenset()
+        self.origins: dict[str, bool] = {}
         self._cache_checked = False
         for name, head in (heads or {}).items():
             try:
@@ -121,7 +124,9 @@ class VLM(nn.Module):
         embeds = self.embed(batch)
         states: dict[Tap, Tensor] = {0: embeds}
         if next_token or any(taps):
-            output = self.decoder(embeds, batch.position_ids, taps, visual=batch.image_positions)
+            output = self.decoder(
+                embeds, batch.position_ids, taps, visual=batch.image_positions, segments=batch.segments
+            )
             states = dict(output.taps)
             if next_token:
                 params = [p for p in self.decoder.head_parameters() if p.requires_grad]

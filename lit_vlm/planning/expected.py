@@ -79,6 +79,8 @@ def _means(group: Group, tokens_of: TokensOf, max_length: int | None, steps: int
 def longest_group(stage: Stage, tokens_of: TokensOf, max_length: int) -> tuple[str, int]:
     """The kind of records with the most positions; among those as long, the one with the most visual tokens.
 
+    Records whose pictures alone fill a sequence do not count, as they are dropped in training.
+
     Args:
         stage: statistics of the stage.
         tokens_of: (width, height) of a picture → its visual tokens.
@@ -86,6 +88,9 @@ def longest_group(stage: Stage, tokens_of: TokensOf, max_length: int) -> tuple[s
 
     Returns:
         name of the source, and number of the group in it: the argument `longest` of `planning.mock.Mock`.
+
+    Raises:
+        ValueError: where there is no other kind than these.
     """
     sizes: dict[tuple[str, int], tuple[float, float]] = {}
     for name, source in stage.items():
@@ -93,5 +98,8 @@ def longest_group(stage: Stage, tokens_of: TokensOf, max_length: int) -> tuple[s
             largest = max((tokens_of((size.width, size.height)) for size in group.picture_sizes), default=0)
             visual = max(group.counts) * largest
             whole = min(group.text_tokens.values[-1] + visual, max_length)
-            sizes[name, number] = (whole * source.sequences, visual * source.sequences)
+            if visual < max_length:
+                sizes[name, number] = (whole * source.sequences, visual * source.sequences)
+    if not sizes:
+        raise ValueError(f"the pictures of all records fill data.max_length {max_length} alone: set it larger")
     return max(sizes, key=lambda key: sizes[key])

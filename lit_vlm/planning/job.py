@@ -25,6 +25,20 @@ class Device(NamedTuple):
     capability: tuple[int, int] = (9, 0)
 
 
+class Statistics(NamedTuple):
+    """Where the statistics of a stage's published data are.
+
+    Attributes:
+        file: the file.
+        stage: name of the stage in it.
+        scale: scale of the recipe.
+    """
+
+    file: str
+    stage: str
+    scale: str | None
+
+
 @dataclass(frozen=True)
 class Job:
     """A stage of which a step is run.
@@ -38,8 +52,8 @@ class Job:
         waits: whether places that wait for the device are recorded.
         prepared: heads, or `encoder`, whose features are taken as prepared.
         text_only: whether the batches hold no picture.
-        statistics: flags that put data with the statistics of the published data in the place of data that are not
-            there; none: the stage's own data must be there.
+        statistics: of the published data, which made-up records follow where the data are not there; None: the stage's
+            own data must be there.
     """
 
     words: tuple[str, ...]
@@ -50,7 +64,7 @@ class Job:
     waits: bool = False
     prepared: tuple[str, ...] = ()
     text_only: bool = False
-    statistics: tuple[str, ...] = ()
+    statistics: Statistics | None = None
 
 
 @dataclass
@@ -93,7 +107,7 @@ class Measured:
         accumulate: micro-batches of an optimizer step.
         epochs: of the stage; None where steps end it.
         max_steps: of the stage; None where epochs end it.
-        own_data: whether the stage's own data were there.
+        records: of the published data, where the stage's own data were not there; None where they were.
         strategy: class of the strategy.
         recompute: whether blocks of the decoder are computed again in the backward pass.
         preparable: heads, and `encoder`, whose features could be prepared before training.
@@ -127,7 +141,7 @@ class Measured:
     accumulate: int
     epochs: int | None
     max_steps: int | None
-    own_data: bool
+    records: int | None
     strategy: str
     recompute: bool
     preparable: list[str]
@@ -189,8 +203,9 @@ def read_job(line: str) -> Job:
     major, minor = data["device"][2]
     name, size, _ = data["device"]
     data["device"] = Device(name, size, (major, minor))
-    for name in ("words", "prepared", "statistics"):
+    for name in ("words", "prepared"):
         data[name] = tuple(data[name])
+    data["statistics"] = data["statistics"] and Statistics(*data["statistics"])
     return Job(**data)
 
 

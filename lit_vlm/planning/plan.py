@@ -28,7 +28,6 @@ class Setup:
         devices: number of devices.
         per_node: devices of a machine.
         assumed: assumptions of the estimate.
-        records: records of the stage's data set, where its own data are not there.
         price: cost of a device hour, if wanted.
     """
 
@@ -36,7 +35,6 @@ class Setup:
     devices: int
     per_node: int
     assumed: Assumptions
-    records: int | None = None
     price: float | None = None
 
     @property
@@ -121,9 +119,7 @@ class StagePlan:
         run = self.runs
         if run.max_steps is not None:
             return run.max_steps * self.samples_per_step
-        records = run.micro_batches * run.mean["samples"] * self.setup.devices
-        if not run.own_data and self.setup.records is not None:
-            records = self.setup.records
+        records = run.records or run.micro_batches * run.mean["samples"] * self.setup.devices
         return records * (run.epochs or 1)
 
     @property
@@ -154,7 +150,7 @@ class StagePlan:
     @property
     def mfu(self) -> float:
         """Model FLOPs over what the device could do in that time."""
-        return self.flops["model"] / (self.step_seconds * self.setup.card.bf16)
+        return self.flops["model"] / (self.step_seconds * self.setup.card.flops)
 
     @property
     def activations(self) -> int:
@@ -183,7 +179,7 @@ class StagePlan:
             "devices": setup.devices,
             "strategy": run.strategy,
             "precision": run.precision,
-            "own_data": run.own_data,
+            "own_data": run.records is None,
             "batch": {
                 "batch_size": run.batch_size,
                 "accumulate": run.accumulate,

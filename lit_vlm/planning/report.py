@@ -117,9 +117,11 @@ def one_line(plan: StagePlan) -> str:
 
 def _say_assumptions(plans: Sequence[StagePlan], console: Console) -> None:
     assumed, card = plans[0].setup.assumed, plans[0].setup.card
-    lengths = "the data" if all(plan.runs.own_data for plan in plans) else "published statistics, as data are not here"
+    lengths = (
+        "the data" if all(plan.runs.records is None for plan in plans) else "published statistics, as data are not here"
+    )
     said = [
-        f"Time is an estimate: matrix products at {100 * assumed.matrix:.0f} % of {card.bf16 / 1e12:,.0f} TFLOP/s",
+        f"Time is an estimate: matrix products at {100 * assumed.matrix:.0f} % of {card.flops / 1e12:,.0f} TFLOP/s",
         f"attention at {100 * assumed.attention:.0f} %",
         f"other operations at {100 * assumed.bandwidth:.0f} % of {card.bandwidth / 1e12:.2f} TB/s",
         f"messages at {100 * assumed.link:.0f} % of {card.link / 1e9:,.0f} GB/s in a machine and of "

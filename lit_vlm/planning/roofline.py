@@ -147,7 +147,7 @@ def _kind(operation: Operation) -> str:
 def seconds(operation: Operation, card: Card, assumed: Assumptions) -> float:
     """Seconds of one call of an operation: the larger of arithmetic, memory traffic and the start of a kernel."""
     share = assumed.attention if _kind(operation) == "attention" else assumed.matrix
-    peak = card.bf16 * (assumed.fp32 if operation.dtype in ("float32", "float64") else 1.0)
+    peak = card.flops * (assumed.fp32 if operation.dtype in ("float32", "float64") else 1.0)
     arithmetic = operation.flops / (share * peak)
     traffic = operation.bytes / (assumed.bandwidth * card.bandwidth)
     return max(arithmetic, traffic, assumed.kernel)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 import lightning.pytorch as L
 import torch
@@ -22,7 +24,9 @@ from torch.optim import Optimizer
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from lit_vlm.core.batch import ENCODER, Batch
+from lit_vlm.core.narrow import narrow_operands
 from lit_vlm.core.part import empty_parameters
+from lit_vlm.core.quantised import quantise
 from lit_vlm.data import VLMData
 from lit_vlm.data.feed.batching import GlobalBatch
 from lit_vlm.heads import Head
@@ -30,17 +34,37 @@ from lit_vlm.model.build import build_on_meta
 from lit_vlm.model.vlm import VLM
 from lit_vlm.planning.batches import Chosen, choose
 from lit_vlm.planning.job import Failed, Job, Measured, States, launched
+from lit_vlm.planning.mock import mock_train
 from lit_vlm.planning.operations import Recorder
+from lit_vlm.planning.statistics import read_statistics
 from lit_vlm.planning.waits import record_waits
 from lit_vlm.teachers import EncoderTeacher
 from lit_vlm.training.module import LitVLM
 from lit_vlm.training.sharding import FSDP2
 from lit_vlm.training.step_flops import StepFlops
 
-MakeCLI = Callable[[Sequence[str]], Any]
-"""(arguments of `fit`) → a LightningCLI with its objects built and nothing run."""
+RECORDS = 65536
+"""Made-up records, at most: enough for the lengths of a few dozen batches on hundreds of devices."""
 RECORDED, HEAVIEST, STEPS = 1, 2, 3
 """Numbers of the steps: the first makes the optimizer's states, the second is recorded, the last is the heaviest."""
+
+
+class Stages(Protocol):
+    """How a stage's objects come from the arguments of its command."""
+
+    def make(self, words: Sequence[str]) -> Any:
+        """A LightningCLI with its objects built and nothing run.
+
+        Raises:
+            ValueError: for a wrong flag, or data that are not there.
+        """
+
+    def parse(self, words: Sequence[str]) -> Any:
+        """The config alone.
+
+        Raises:
+            ValueError: for a wrong flag.
+        """
 
 
 class Weightless(LitVLM):
@@ -51,19 +75,33 @@ class Weightless(LitVLM):
     def build(self, only: Collection[str] | None = None) -> VLM:
         """The architecture; parameters stay on the meta device where sharding gives them memory."""
         model = build_on_meta(self.slots)
-        if not isinstance(self.trainer.strategy, FSDP2):
-            empty_parameters(model)
+        if isinstance(self.trainer.strategy, FSDP2):
+            return model
+        self.stage.freeze(model, self.slots.removed_heads)
+        self._quantise(model)
+        if (narrow := self.narrow()) is not None:
+            narrow_operands(model, narrow, "the model")
+        empty_parameters(model)
         return model
 
-    def load_teachers(self, model: VLM, names: Collection[str]) -> None:
+    def store_frozen(self, model: VLM) -> None:
+        """Quantise frozen weights; `build` did so for a model that is not sharded."""
+        if isinstance(self.trainer.strategy, FSDP2):
+            self._quantise(model)
+
+    def _quantise(self, model: VLM) -> None:
+        for slot, kind in self.slots.quantize.kinds().items():
+            quantise(model.slots()[slot][0], kind, slot)
+
+    def load_teachers(self, model: VLM, names: Collection[str], dtype: torch.dtype | None) -> None:
         """Give the teachers' weights memory without values."""
         for name in names:
             head = model.heads[name]
             if isinstance(head, Head) and head.teacher is not None:
-                head.teacher.load_empty()
+                head.teacher.load_empty(dtype)
 
 
-def run_job(job: Job, make: MakeCLI) -> Measured | Failed:
+def run_job(job: Job, stages: Stages) -> Measured | Failed:
     """Run the steps of a job in this process, which is of no use for anything else afterwards.
 
     Returns:
@@ -71,7 +109,7 @@ def run_job(job: Job, make: MakeCLI) -> Measured | Failed:
     """
     try:
         with tempfile.TemporaryDirectory() as folder:
-            return _run(job, make, folder)
+            return _run(job, stages, folder)
     except torch.OutOfMemoryError as error:
         return Failed(str(error).partition("\n")[0], memory=True)
     except (ValueError, OSError, ImportError) as error:
@@ -84,16 +122,16 @@ def _trace(error: Exception) -> str:
     return "".join(traceback.format_exception(error)[-8:])
 
 
-def _run(job: Job, make: MakeCLI, folder: str) -> Measured:
+def _run(job: Job, stages: Stages, folder: str) -> Measured:
     if not torch.cuda.is_available():
         raise ValueError("PyTorch sees no GPU, neither a real nor a simulated one")
     _one_of_many(job)
-    cli, own_data = _built(job, make, folder)
+    cli, records = _built(job, stages, folder)
     module, data, trainer = cli.model, cli.datamodule, cli.trainer
     assert isinstance(data, VLMData)
     module.__class__ = Weightless
     module.stage.start_from, module.stage.fresh = None, []
-    settings = _Settings.of(data, trainer, own_data)
+    settings = _Settings.of(data, trainer, records)
     chosen = _choose(module, data, job, settings.accumulate)
     micro = min(2, settings.accumulate)
     _only_steps(trainer, data, chosen, micro)
@@ -108,18 +146,24 @@ def _run(job: Job, make: MakeCLI, folder: str) -> Measured:
     return probe.measured(module, chosen, settings)
 
 
-def _built(job: Job, make: MakeCLI, folder: str) -> tuple[Any, bool]:
-    """The objects of a stage, and whether its own data were there.
+def _built(job: Job, stages: Stages, folder: str) -> tuple[Any, int | None]:
+    """The objects of a stage, and where its data are not there, the number of the published records.
 
-    Where they are not, data with their statistics take their place, if there are any.
+    Made-up records take the place of data that are not there, if their statistics are known.
     """
     words = [*launched(job.words, job), "--trainer.default_root_dir", folder]
     try:
-        return make(words), True
+        return stages.make(words), None
     except (ValueError, OSError):
-        if not job.statistics:
+        if job.statistics is None:
             raise
-    return make([*words, *job.statistics]), False
+    config = stages.parse(words)
+    file, stage, scale = job.statistics
+    template, decoder = config.data.template, config.model.decoder.init_args
+    tokenizer = decoder.get("tokenizer") or decoder.get("name") or "bytes"
+    count = sum(source.records for source in read_statistics(Path(file), stage, scale).values())
+    made = mock_train(Path(file), stage, min(count, RECORDS), tokenizer, template.as_dict(), scale)
+    return stages.make([*words, "--data.train", json.dumps(made), "--data.val", "null", "--data.held_out", "0"]), count
 
 
 class _Settings(NamedTuple):
@@ -129,15 +173,15 @@ class _Settings(NamedTuple):
     accumulate: int
     epochs: int | None
     max_steps: int | None
-    own_data: bool
+    records: int | None
     workers: int
 
     @staticmethod
-    def of(data: VLMData, trainer: L.Trainer, own_data: bool) -> _Settings:
+    def of(data: VLMData, trainer: L.Trainer, records: int | None) -> _Settings:
         """Read them before the trainer is told to take a few steps."""
         steps = trainer.max_steps if trainer.max_steps >= 0 else None
         epochs = trainer.max_epochs if steps is None else None
-        return _Settings(data.batch_size, trainer.accumulate_grad_batches, epochs, steps, own_data, data.num_workers)
+        return _Settings(data.batch_size, trainer.accumulate_grad_batches, epochs, steps, records, data.num_workers)
 
 
 def _one_of_many(job: Job) -> None:
@@ -158,7 +202,7 @@ def _all_alike(gathered: list[Any], own: Any, group: Any = None) -> None:
     gathered[:] = [own] * len(gathered)
 
 
-def _reduce_alone(bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+def _reduce_alone(bucket: Any) -> torch.futures.Future[Tensor]:
     """Gradients of a bucket, reduced with nobody: the group of one process gives results that DDP cannot wait for."""
     dist.all_reduce(bucket.buffer())
     done: torch.futures.Future[Tensor] = torch.futures.Future(devices=[bucket.buffer().device])
@@ -293,7 +337,7 @@ class _Probe(L.Callback):
             accumulate=settings.accumulate,
             epochs=settings.epochs,
             max_steps=settings.max_steps,
-            own_data=settings.own_data,
+            records=settings.records,
             strategy=type(trainer.strategy).__name__,
             recompute=model.decoder.recompute,
             preparable=_preparable(module, self.job),
@@ -328,12 +372,18 @@ def expected_states(module: LitVLM, job: Job, sharded: bool) -> States:
         replicas = strategy.num_nodes if strategy.replicas == "nodes" else int(strategy.replicas)
         shards = job.world_size // replicas
     parameters = list(module.vlm.parameters())
-    weights = sum(p.numel() * p.element_size() for p in parameters) // shards
+    weights = sum(_first_shard(p, shards) for p in parameters)
     # Every process has whole copies of tables and teachers.
     weights += sum(b.numel() * b.element_size() for b in module.vlm.buffers())
     weights += sum(p.numel() * p.element_size() for p in _teacher_weights(module))
-    trained = sum(p.numel() * p.element_size() for p in parameters if p.requires_grad) // shards
+    trained = sum(_first_shard(p, shards) for p in parameters if p.requires_grad)
     return States(weights, trained, 2 * trained)
+
+
+def _first_shard(parameter: nn.Parameter, shards: int) -> int:
+    """Bytes of the first of several shards, which are cut between rows, the first ones larger where it must be."""
+    rows = parameter.shape[0] if parameter.ndim else 1
+    return -(-rows // shards) * (parameter.numel() // max(1, rows)) * parameter.element_size()
 
 
 def _weights(module: L.LightningModule) -> Iterator[Tensor]:
@@ -345,10 +395,10 @@ def _weights(module: L.LightningModule) -> Iterator[Tensor]:
 
 
 def _teacher_weights(module: LitVLM) -> Iterator[Tensor]:
-    """Parameters of the teachers that were loaded."""
+    """Parameters of the teachers that ran: each moves to the device with the first pictures."""
     for head in module.vlm.heads.values():
         if isinstance(head, Head) and isinstance(head.teacher, EncoderTeacher):
-            yield from (p for p in head.teacher.encoder.parameters() if not p.is_meta)
+            yield from (p for p in head.teacher.encoder.parameters() if p.is_cuda)
 
 
 def _preparable(module: LitVLM, job: Job) -> list[str]:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_vlm.core.batch import Grid, VisualTokens
+from lit_vlm.core.transfer import send
 from lit_vlm.projectors.base import Projector
 
 TokenOrder = Literal["row", "col"]
@@ -76,7 +77,7 @@ def fold(tokens: VisualTokens, side: int, token_order: TokenOrder = "row") -> Te
         parts.append(torch.where(source < 0, source, source + start))
     index = torch.cat(parts) % (features.shape[0] + 1)  # −1 becomes the row of zeros at the end
     padded = torch.cat([features, features.new_zeros(1, features.shape[1])])
-    return padded[index.to(features.device)].flatten(1)
+    return padded[send(index, features.device)].flatten(1)
 
 
 def _fold_uniform(features: Tensor, grids: Sequence[Grid], side: int, token_order: TokenOrder) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from lit_vlm.core.batch import VisualTokens, index_suffixes
+from lit_vlm.core.transfer import send
 from lit_vlm.projectors.base import Projector
 from lit_vlm.projectors.mlp import MLP
 
@@ -39,7 +40,7 @@ class PerEncoder(Projector):
         Raises:
             ValueError: when the tokens behind the patches do not divide among the encoders.
         """
-        others, suffixes = (index.to(tokens.features.device) for index in index_suffixes(tokens.grids))
+        others, suffixes = (send(index, tokens.features.device) for index in index_suffixes(tokens.grids))
         count, rest = divmod(suffixes.shape[1], len(self.widths) - 1)
         if rest or not count:
             raise ValueError(

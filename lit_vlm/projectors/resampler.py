@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_vlm.core.batch import Grid, VisualTokens
+from lit_vlm.core.transfer import send
 from lit_vlm.projectors.base import Projector
 
 
@@ -136,5 +137,5 @@ def pad_images(tokens: VisualTokens) -> tuple[Tensor, Tensor | None]:
     if len(set(lengths)) == 1:
         return tokens.features.view(len(lengths), lengths[0], -1), None
     padded = nn.utils.rnn.pad_sequence(list(tokens.features.split(lengths)), batch_first=True)
-    sizes = torch.tensor(lengths, device=padded.device)
+    sizes = send(torch.tensor(lengths), padded.device)
     return padded, torch.arange(padded.shape[1], device=padded.device) < sizes[:, None]

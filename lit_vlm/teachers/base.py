@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 
 from lit_vlm.core.batch import Images, PixelSpec, VisualTokens
+from lit_vlm.core.narrow import narrow_operands
 from lit_vlm.core.part import empty_parameters, load_state, meta_parameters, real_parameters
 from lit_vlm.encoders.base import Encoder
 
@@ -58,9 +59,25 @@ class Teacher(ABC):
         """
         return
 
-    def load_empty(self) -> None:
-        """Give the weights memory without values, where a step is only planned; by default they are read."""
+    def load_empty(self, dtype: torch.dtype | None) -> None:
+        """Give the weights memory without values, where a step is only planned; by default they are read.
+
+        Args:
+            dtype: as for `narrow`; None: their own.
+        """
         self.load()
+        if dtype is not None:
+            self.narrow(dtype)
+
+    def narrow(self, dtype: torch.dtype) -> None:
+        """Store weights in `dtype` that autocast to it rounds before each use; called after `load`, if at all.
+
+        By default nothing happens, which costs memory and nothing else.
+
+        Raises:
+            ValueError: for weights beyond the range of `dtype`.
+        """
+        return
 
     @torch.no_grad()
     def targets(self, given: Images | VisualTokens) -> VisualTokens:
@@ -126,11 +143,25 @@ class EncoderTeacher(Teacher):
                     self.encoder = self._factory()
         self.encoder.eval().requires_grad_(False).to(self._device)
 
-    def load_empty(self) -> None:
-        """Give the encoder's weights memory on the CPU that holds no values."""
+    def load_empty(self, dtype: torch.dtype | None) -> None:
+        """Give the encoder's weights memory on the CPU that holds no values.
+
+        Args:
+            dtype: as for `narrow`; None: their own.
+        """
+        if dtype is not None:
+            self.narrow(dtype)
         self._device = torch.device("cpu")
         empty_parameters(self.encoder)
         self.encoder.eval().requires_grad_(False)
+
+    def narrow(self, dtype: torch.dtype) -> None:
+        """Store the weights of the encoder's linear layers and convolutions in `dtype`.
+
+        Raises:
+            ValueError: for weights beyond the range of `dtype`.
+        """
+        narrow_operands(self.encoder, dtype, "the encoder")
 
     def _on(self, device: torch.device) -> Encoder:
         self.load()

@@ -8,6 +8,7 @@ Contract tests need neither pytest nor files, and run on a CPU in seconds. A tes
 `check_sharded` runs parts on one process and on two under FSDP2. docs/extending.md explains the rules.
 """
 
+from lit_vlm.testing.adapters import check_adapters, with_adapters
 from lit_vlm.testing.data import check_source, check_template, check_transform
 from lit_vlm.testing.language import check_decoder, check_embedder
 from lit_vlm.testing.losses import check_head, check_teacher
@@ -20,6 +21,7 @@ __all__ = [
     "CLIP",
     "LLAMA",
     "Case",
+    "check_adapters",
     "check_decoder",
     "check_embedder",
     "check_encoder",
@@ -33,4 +35,5 @@ __all__ = [
     "check_transform",
     "tiny_decoder",
     "tiny_slots",
+    "with_adapters",
 ]

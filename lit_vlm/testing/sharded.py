@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -128,13 +128,20 @@ def whole(case: Case) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return losses, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def parted(case: Case) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Losses, model FLOPs and gradients of two processes, of which only the second has pictures."""
+def parted(case: Case, prepare: Callable[[VLM], Any] | None = None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Losses, model FLOPs and gradients of two processes, of which only the second has pictures.
+
+    Args:
+        case: the tiny model.
+        prepare: called with the sharded model before its step.
+    """
     slots, first = tiny_slots(**case.slots), dist.get_rank() == 0
     torch.manual_seed(dist.get_rank())  # numbers that each process draws must not matter
     model = ready(build(slots) if first else build_on_meta(slots), case)
     shard(model, init_device_mesh("cpu", (2,)), None)
     model = ready(model, Case(losses=case.losses, only=case.only))
+    if prepare is not None:
+        prepare(model)
     seen, text = samples_for(model, case.sizes)
     batch = collate(text if first else seen)
     losses = _step(model, batch, case, scale=2)  # as gradients are averaged over processes

@@ -6,10 +6,11 @@ import logging
 import math
 import os
 import zlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -23,7 +24,10 @@ from torch.optim import Optimizer
 
 from lit_vlm.checkpoints.weights import read_slots
 from lit_vlm.core.batch import ENCODER, Batch
-from lit_vlm.core.precision import SCALED
+from lit_vlm.core.lora import NO_ADAPTERS, Adapters
+from lit_vlm.core.precision import DTYPES, SCALED
+from lit_vlm.core.quantised import UNQUANTISED, Quantize, quantise
+from lit_vlm.core.transfer import Fetched, send_numbers
 from lit_vlm.data.datamodule import VLMData
 from lit_vlm.data.sample.spec import InputSpec
 from lit_vlm.decoders import AbsentDecoder, Decoder
@@ -35,6 +39,9 @@ from lit_vlm.model.build import Slots, build, build_on_meta, load_teachers
 from lit_vlm.model.generate import generate
 from lit_vlm.model.vlm import NEXT_TOKEN, VLM
 from lit_vlm.projectors import Projector
+from lit_vlm.training.compiling import compile_blocks
+from lit_vlm.training.frozen import narrow_whole
+from lit_vlm.training.left_out import LeftOut, check_base, find_bases
 from lit_vlm.training.sharding import FSDP2, reshard, shard
 from lit_vlm.training.stage import Stage
 
@@ -51,9 +58,16 @@ class LitVLM(LightningModule):
         decoder: the language model.
         stage: which slots train, at which learning rate, and which losses are on.
         heads: auxiliary losses by name; null removes one.
+        compile: `blocks` compiles the repeated blocks of all parts for training (torch.compile), each kind of them as
+            one graph, and pads packed rows to `data.max_length`, so that their shape stays the same. Not measured on a
+            GPU yet.
+        lora: low-rank adapters on the linear layers of slots; a slot that trains then trains these alone.
+        quantize: types of 4 or 8 bits in which frozen weights of slots are stored (QLoRA).
 
     Attributes:
         has_values: whether weights have values; False where a step is only planned.
+        only_trained: whether checkpoints leave out frozen weights that can be read again from where they came from
+            (`callbacks.Checkpoint`); None: where a slot has adapters. To be set before the model is built.
     """
 
     has_values = True
@@ -66,16 +80,24 @@ class LitVLM(LightningModule):
         decoder: Callable[[], Decoder],
         stage: Stage,
         heads: dict[str, Callable[[int, int], Head] | None] | None = None,
+        compile: Literal["blocks"] | None = None,
+        lora: Adapters = NO_ADAPTERS,
+        quantize: Quantize = UNQUANTISED,
     ) -> None:
         super().__init__()
-        self.slots = Slots(encoder, projector, embedder, decoder, heads or {})
+        self.slots = Slots(encoder, projector, embedder, decoder, heads or {}, lora, quantize)
         self.stage = stage
+        self.compiles = compile == "blocks"
         self.model: VLM | None = None
         self.encoder_digest = ""
         self._spec: tuple[VLM, InputSpec] | None = None
+        self.only_trained: bool | None = None
+        self._left_out: LeftOut | None = None
         self._denominators: dict[str, Tensor] = {}
         self._sums: dict[str, Tensor] = {}
         self._held_out: dict[tuple[int, str], Tensor] = {}
+        self._fetching: Fetched | None = None
+        self._shown = torch.tensor(math.nan)
 
     # ------------------------------------------------------------------ building
 
@@ -84,12 +106,14 @@ class LitVLM(LightningModule):
 
         Raises:
             ValueError: for another sharding strategy than FSDP2, processes of different precision, weights that are
-                missing or do not fit, or settings of the stage that do not fit the model (`Stage.freeze`).
+                missing, do not fit or are beyond the range of fp16 in 16-mixed, or settings of the stage that do not
+                fit the model (`Stage.freeze`).
         """
         if self.model is not None:
             return
         strategy = self.trainer.strategy
         self._agree_on_precision()
+        narrow = self.narrow()
         if isinstance(strategy, ModelParallelStrategy):
             if not isinstance(strategy, FSDP2):
                 raise ValueError(
@@ -100,19 +124,31 @@ class LitVLM(LightningModule):
             self.encoder_digest = strategy.broadcast(self.encoder_digest)
             self._leave_out(self.model)
             self.stage.freeze(self.model, self.slots.removed_heads)
+            self.store_frozen(self.model)
             mixed = str(self.trainer.precision) == "bf16-mixed"
-            shard(self.model, strategy.shard_mesh(), torch.bfloat16 if mixed else None, fill=self.has_values)
+            compute = torch.bfloat16 if mixed else None
+            shard(self.model, strategy.shard_mesh(), compute, narrow is not None, fill=self.has_values)
         else:
             self.model = self.build()
             self._leave_out(self.model)
+            self.stage.freeze(self.model, self.slots.removed_heads)
+            self.store_frozen(self.model)
         self.stage.freeze(self.model, self.slots.removed_heads)
-        self.load_teachers(self.model, self._asked_teachers(self.model))
+        if narrow is not None and not isinstance(strategy, FSDP2):
+            # Also where nothing is saved now: a fit may follow a validation of the same model.
+            narrow_whole(self.model, narrow, keep=self.trainer.is_global_zero)
+        self.load_teachers(self.model, self._asked_teachers(self.model), narrow)
         # Modules are born in train mode, and Lightning keeps the mode it finds: frozen parts must be in eval mode.
         self.model.train()
 
-    def load_teachers(self, model: VLM, names: Collection[str]) -> None:
-        """Read the weights of the teachers of these heads; raises as `build.load_teachers`."""
-        load_teachers(model, names)
+    def load_teachers(self, model: VLM, names: Collection[str], dtype: torch.dtype | None) -> None:
+        """Read the weights of the teachers of these heads; arguments and errors as for `build.load_teachers`."""
+        load_teachers(model, names, dtype)
+
+    def narrow(self) -> torch.dtype | None:
+        """The type that frozen weights are stored in; None: their own (`Stage.frozen_dtype`)."""
+        dtype = DTYPES.get(str(self.trainer.precision), torch.float32)
+        return None if self.stage.frozen_dtype == "full" or dtype == torch.float32 else dtype
 
     def _asked_teachers(self, model: VLM) -> list[str]:
         """Heads whose teachers run: those whose loss is on and whose features were not prepared."""
@@ -154,6 +190,32 @@ class LitVLM(LightningModule):
         if self.stage.leave_out:
             model.decoder = AbsentDecoder(model.decoder)
 
+    def store_frozen(self, model: VLM) -> None:
+        """Keep frozen weights out of checkpoints (`only_trained`), and quantise them; rank 0 has all weights."""
+        folder, kinds = Path(self.trainer.default_root_dir) / "checkpoints", self.slots.quantize.kinds()
+        wanted = True if kinds and self.only_trained is None else self.only_trained
+        found = find_bases(model, wanted, self.stage.start_from, folder) if self.global_rank == 0 else {}
+        bases = self.trainer.strategy.broadcast(found)
+        for slot, kind in kinds.items():
+            quantise(model.slots()[slot][0], kind, slot, self.trainer.strategy.root_device)
+            check_base(slot, bases)
+        self._left_out = LeftOut(self, model, bases)
+        self.strict_loading = not bases
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say in a checkpoint that leaves frozen weights out where they came from."""
+        if self._left_out is not None:
+            self._left_out.record(checkpoint)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check that frozen weights which a checkpoint left out are those that this run has.
+
+        Raises:
+            ValueError: where they differ, or weights are missing.
+        """
+        if self._left_out is not None:
+            self._left_out.check(checkpoint, set(self.state_dict()))
+
     @property
     def vlm(self) -> VLM:
         """The model.
@@ -191,6 +253,7 @@ class LitVLM(LightningModule):
                 for name, head in used.items()
                 if not isinstance(head.normaliser, str)
             },
+            fixed_rows=self.compiles,
         )
 
     def _uses(self, loss: str) -> bool:
@@ -238,6 +301,12 @@ class LitVLM(LightningModule):
 
     # ------------------------------------------------------------------ training
 
+    def on_train_start(self) -> None:
+        """Compile blocks where `compile` says so; here, as the checks before ran them on rows of other shapes."""
+        if self.compiles:
+            data = getattr(self.trainer, "datamodule", None)
+            compile_blocks(self.vlm, isinstance(data, VLMData) and data.batching.packs)
+
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Seed dropout by epoch, batch and rank, so that a resumed run draws the numbers of an uninterrupted one."""
         place = (int(os.environ.get("PL_GLOBAL_SEED", "0")), self.current_epoch, batch_idx, self.global_rank)
@@ -282,7 +351,7 @@ class LitVLM(LightningModule):
                 "trainer.accumulate_grad_batches is above 1, and these batches do not say what their whole step holds "
                 "(Batch.window), which losses are divided by: take the loader of VLMData, or accumulate nothing"
             )
-        sums = torch.tensor(found, dtype=torch.float32, device=self.device)
+        sums = send_numbers(found, self.device)
         sums = self.trainer.strategy.reduce(sums, reduce_op="sum")
         return dict(zip(normalisers, torch.where(sums > 0, sums, 1).unbind(), strict=True))
 
@@ -298,11 +367,26 @@ class LitVLM(LightningModule):
         values = self.trainer.strategy.reduce(values, reduce_op="sum")
         means = dict(zip(names, values.unbind(), strict=True))
         total = sum(self.stage.losses[name] * value for name, value in means.items())
-        self.log("train/loss", total, prog_bar=True)
+        self.log("train/loss", total)
         self.log_dict({f"train/loss_{name}": value for name, value in means.items()})
-        for group in optimizer.param_groups:
-            self.log(f"lr/{group['slot']}", group["lr"])
+        self.log_numbers({f"lr/{group['slot']}": group["lr"] for group in optimizer.param_groups})
+        self._show(total)
         self._sums, self._denominators = {}, {}
+
+    def _show(self, loss: Tensor) -> None:
+        """Put the loss on the progress bar: the last one that has arrived on the host, as asking for this would wait.
+
+        Lightning reads what is on the bar in every step, also where there is no bar.
+        """
+        if self._fetching is None:
+            self._fetching = Fetched(loss)
+        if self._fetching.arrived():
+            self._shown, self._fetching = self._fetching.get(), None
+        self.log("loss", self._shown, prog_bar=True, logger=False)
+
+    def log_numbers(self, values: Mapping[str, float]) -> None:
+        """Log plain numbers; they stay on the host, while Lightning would copy each of them to the device and wait."""
+        self.log_dict({name: torch.tensor(float(value), device="cpu") for name, value in values.items()})
 
     def configure_gradient_clipping(
         self,
@@ -336,7 +420,8 @@ class LitVLM(LightningModule):
 
     def _hold_out(self, batch: Batch, loader: int) -> None:
         for name, value in self.vlm(batch, self.stage.losses).items():
-            pair = torch.stack([value.detach(), value.new_tensor(counted(self._normaliser(name), batch))])
+            count = send_numbers([counted(self._normaliser(name), batch)], value.device, value.dtype)
+            pair = torch.cat([value.detach()[None], count])
             self._held_out[loader, name] = self._held_out.get((loader, name), 0) + pair
 
     def _log_held_out(self, prefix: str) -> None:

@@ -1,12 +1,15 @@
-"""Muon and AdamW as one optimizer."""
+"""Muon and AdamW as one optimizer, and Muon for sharded matrices."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.optim import AdamW, Muon, Optimizer
 
 
@@ -20,22 +23,18 @@ class MuonAdamW(Optimizer):
         groups: as for AdamW, each with a bool `muon`; those where it is true hold matrices only.
         betas: decay rates of AdamW's running averages.
         eps: added to AdamW's denominator.
-
-    Raises:
-        ValueError: for sharded parameters, whose matrices are not whole on any rank.
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]], betas: tuple[float, float], eps: float) -> None:
         super().__init__(groups, {})
-        if any(isinstance(p, DTensor) for group in self.param_groups for p in group["params"]):
-            raise ValueError("model.stage.optimizer muon needs whole matrices; train with adamw, or without sharding")
         adamw = [group for group in self.param_groups if not group["muon"]]
         muon = [group for group in self.param_groups if group["muon"]]
         self._parts: list[Optimizer] = []
         if adamw:
             self._parts.append(AdamW(adamw, betas=betas, eps=eps, fused=True))
         if muon:
-            self._parts.append(Muon(muon, adjust_lr_fn="match_rms_adamw"))
+            sharded = any(isinstance(p, DTensor) for group in muon for p in group["params"])
+            self._parts.append((ShardedMuon if sharded else Muon)(muon, adjust_lr_fn="match_rms_adamw"))
         self._share()
 
     def _share(self) -> None:
@@ -60,3 +59,81 @@ class MuonAdamW(Optimizer):
         for part in self._parts:
             part.step()
         return loss
+
+
+class ShardedMuon(Muon):
+    """torch's Muon for matrices whose rows FSDP2 has sharded: the same numbers, bit for bit, from the same gradients.
+
+    Newton–Schulz iterations need whole matrices, and cost more than a training step when every process repeats them
+    for all. So matrices are taken in rounds of as many as a shard group has processes, largest first: in a round each
+    process is sent the rows of one matrix, orthogonalises it, and sends the rows of the result back. A round holds
+    twice one matrix, in bf16, in which torch orthogonalises. Momentum stays sharded. With hybrid sharding, each of the
+    replicas does this by itself.
+
+    All matrices are sharded by rows over the same mesh, and all processes have gradients for the same ones.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One step; takes no closure."""
+        assert closure is None
+        matrices = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if not matrices:
+            return
+        # The order is that of shapes and groups, alike on all processes.
+        matrices.sort(key=lambda pair: (pair[0].numel(), pair[0].shape), reverse=True)
+        mesh, placements = matrices[0][0].device_mesh, matrices[0][0].placements
+        shards = mesh.get_group(placements.index(Shard(0)))
+        for start in range(0, len(matrices), shards.size()):
+            self._round(matrices[start : start + shards.size()], shards)
+
+    def _round(self, members: list[tuple[DTensor, dict[str, Any]]], shards: dist.ProcessGroup) -> None:
+        """Step of at most one matrix per process of a shard group."""
+        own = [self._direction(matrix, group) for matrix, group in members]
+        sent = [part.numel() for part in own] + [0] * (shards.size() - len(own))
+        received = [0] * shards.size()
+        if shards.rank() < len(members):
+            height, width = members[shards.rank()][0].shape
+            received = [rows * width for rows in _rows(height, shards.size())]
+        whole = own[0].new_empty(sum(received))
+        dist.all_to_all_single(whole, torch.cat([part.flatten() for part in own]), received, sent, group=shards)
+        if shards.rank() < len(members):
+            whole = _orthogonal(whole.view(height, width), members[shards.rank()][1]).flatten()
+        result = whole.new_empty(sum(sent))
+        dist.all_to_all_single(result, whole, sent, received, group=shards)
+        for (matrix, group), part in zip(members, result.split(sent[: len(members)]), strict=True):
+            local = matrix.to_local()
+            local.mul_(1 - group["lr"] * group["weight_decay"])
+            # The size of AdamW's updates, torch's `match_rms_adamw`.
+            local.add_(part.view_as(local), alpha=-group["lr"] * 0.2 * math.sqrt(max(matrix.shape)))
+
+    def _direction(self, matrix: DTensor, group: dict[str, Any]) -> Tensor:
+        """Add the own rows of a matrix's gradient to its momentum; returns what is orthogonalised, in bf16."""
+        assert isinstance(matrix.grad, DTensor)
+        state = self.state[matrix]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(matrix.grad)
+        grad, momentum = matrix.grad.to_local(), state["momentum_buffer"].to_local()
+        momentum.lerp_(grad, 1 - group["momentum"])
+        update = grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
+        return update.to(torch.bfloat16)
+
+
+def _rows(height: int, count: int) -> list[int]:
+    """Number of rows in each of `count` shards of a matrix; those at the end may be smaller, or empty."""
+    full = -(-height // count)
+    return [max(0, min(full, height - index * full)) for index in range(count)]
+
+
+def _orthogonal(matrix: Tensor, group: dict[str, Any]) -> Tensor:
+    """The orthogonalised matrix `[r, c]` in bf16, by a step of torch's Muon without momentum that starts at zero.
+
+    The step is taken on the wide form of the matrix, for which torch's own scale is 1.
+    """
+    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    result = torch.zeros_like(wide, requires_grad=True)
+    result.grad = wide
+    iterations = {key: group[key] for key in ("ns_coefficients", "eps", "ns_steps")}
+    Muon([result], lr=1.0, weight_decay=0.0, momentum=0.0, nesterov=False, **iterations).step()
+    orthogonal = result.detach().neg_()
+    return orthogonal if wide is matrix else orthogonal.T

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from functools import partial
 from typing import Any, NoReturn
 
@@ -11,10 +12,12 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from lit_vlm.core.part import Part, meta_twins
 from lit_vlm.model.vlm import VLM
+from lit_vlm.training.frozen import Originals, narrow_meta, pack, scatter_originals
 
 
 class FSDP2(ModelParallelStrategy):
@@ -27,13 +30,20 @@ class FSDP2(ModelParallelStrategy):
         replicas: groups that each hold a whole sharded copy (hybrid sharding, HSDP): parameters are gathered inside a
             group and gradients averaged between groups. 1 shards over all processes; `nodes` makes one group per node.
         save_distributed_checkpoint: whether each process writes its shard (a folder), or rank 0 one whole file.
+        timeout: seconds that a process waits for the others in a collective operation before the run ends with an
+            error. Reading a large model on rank 0 counts, too.
 
     Raises:
-        ValueError: for another value of `replicas`.
+        ValueError: for another value of `replicas`, or a timeout that is not positive.
     """
 
-    def __init__(self, replicas: int | str = 1, save_distributed_checkpoint: bool = True) -> None:
-        super().__init__(save_distributed_checkpoint=save_distributed_checkpoint)
+    def __init__(
+        self, replicas: int | str = 1, save_distributed_checkpoint: bool = True, timeout: float = 1800
+    ) -> None:
+        if timeout <= 0:
+            raise ValueError(f"FSDP2: timeout is a positive number of seconds, not {timeout}: 1800 is half an hour")
+        self.timeout = timedelta(seconds=timeout)
+        super().__init__(save_distributed_checkpoint=save_distributed_checkpoint, timeout=self.timeout)
         if not (replicas == "nodes" or (isinstance(replicas, int) and replicas > 0)):
             raise ValueError(f"replicas is a positive number or 'nodes', not {replicas!r}")
         self.replicas = replicas
@@ -50,6 +60,12 @@ class FSDP2(ModelParallelStrategy):
         Raises:
             ValueError: when the processes do not divide into `replicas` groups.
         """
+        mesh = self._make_mesh()
+        for group in mesh.get_all_groups():  # a mesh makes groups of its own, with the backend's own timeout
+            _set_pg_timeout(self.timeout, group)
+        return mesh
+
+    def _make_mesh(self) -> DeviceMesh:
         replicas = self.num_nodes if self.replicas == "nodes" else int(self.replicas)
         if replicas == 1:
             return self.device_mesh["data_parallel"]
@@ -59,7 +75,9 @@ class FSDP2(ModelParallelStrategy):
         return init_device_mesh(self.root_device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 
-def shard(model: VLM, mesh: DeviceMesh, compute_dtype: torch.dtype | None, fill: bool = True) -> None:
+def shard(
+    model: VLM, mesh: DeviceMesh, compute_dtype: torch.dtype | None, narrow: bool = False, fill: bool = True
+) -> Originals | None:
     """Shard every block on its own and the rest with the root, then fill the shards from rank 0.
 
     Rank 0 holds the whole model on the CPU, the others hold parameters on the meta device.
@@ -68,7 +86,12 @@ def shard(model: VLM, mesh: DeviceMesh, compute_dtype: torch.dtype | None, fill:
         model: parameters on the CPU (rank 0) or on the meta device (others).
         mesh: from `FSDP2.shard_mesh`.
         compute_dtype: type that parameters are gathered in; None keeps their own. Gradients are always reduced in fp32.
+        narrow: whether shards of frozen parameters are stored in `compute_dtype`, too. It needs what `Stage.freeze`
+            did.
         fill: False leaves the shards without values, where a step is only planned.
+
+    Returns:
+        own values of the frozen parameters, for checkpoints; None unless `narrow`, or without values.
 
     Raises:
         ValueError: where one module has a parameter under two names, of which FSDP2 would shard one.
@@ -78,6 +101,10 @@ def shard(model: VLM, mesh: DeviceMesh, compute_dtype: torch.dtype | None, fill:
     # One name per module, as the function that fills the shards visits each module once.
     state = {k: v for k, v in model.state_dict().items() if k not in aliases} if fill and dist.get_rank() == 0 else {}
     meta_twins(model)
+    rounded = compute_dtype if narrow else None
+    names = narrow_meta(model, rounded) if rounded else {}
+    if rounded:
+        pack(state, names, rounded)
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
     for slot, parts in model.slots().items():
         for part in parts:
@@ -96,10 +123,11 @@ def shard(model: VLM, mesh: DeviceMesh, compute_dtype: torch.dtype | None, fill:
         else torch.device("cpu"),
     )
     if not fill:
-        return
+        return None
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
-    filled = set_model_state_dict(model, state, options=options)
+    filled = set_model_state_dict(model, dict(state), options=options)  # it puts shards into the dict
     assert aliases.issuperset(filled.missing_keys), filled.missing_keys
+    return scatter_originals(model, state, names, rounded) if rounded else None
 
 
 def reshard(model: VLM) -> None:

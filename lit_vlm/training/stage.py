@@ -13,7 +13,9 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
+from lit_vlm.core.lora import is_adapter, trained_parameters
 from lit_vlm.core.part import Part
+from lit_vlm.core.quantised import own_weights
 from lit_vlm.heads import Head
 from lit_vlm.model.vlm import NEXT_TOKEN, VLM
 from lit_vlm.training.optim import MuonAdamW
@@ -48,10 +50,13 @@ class Stage:
         fresh: slots that do not take their weights from `start_from`.
         leave_out: slots that this stage does without, `decoder` at most: where no loss reads it, its weights are
             neither kept on the device nor saved. A later stage takes them anew, with `fresh: [decoder]`.
+        frozen_dtype: type that frozen weights are stored in. `compute` is that of matrix products (bf16 under
+            bf16-mixed), in which they are used anyway: half the memory, and the same losses and checkpoints. `full`
+            leaves them in fp32.
         schedule: learning rate after the warm-up: cosine to 0, linear to 0, or constant.
         warmup_ratio: share of all steps over which the learning rate rises from 0.
         optimizer: adamw, or muon for matrices and adamw for all else: about half the steps in short runs of small
-            models; not with sharded parameters.
+            models.
         weight_decay: on matrices; never on biases and norms.
         betas: decay rates of AdamW's running averages.
         eps: added to AdamW's denominator.
@@ -67,6 +72,7 @@ class Stage:
     start_from: str | None = None
     fresh: list[str] = field(default_factory=list)
     leave_out: list[Literal["decoder"]] = field(default_factory=list)
+    frozen_dtype: Literal["compute", "full"] = "compute"
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_ratio: float = 0.03
     optimizer: Literal["adamw", "muon"] = "adamw"
@@ -124,7 +130,7 @@ class Stage:
     def _chosen(self, slot: str, parts: Iterable[Part]) -> list[nn.Parameter]:
         """The parameters of a slot that train."""
         try:
-            return [p for part in parts for p in part.trainable_parameters(self.only.get(slot))]
+            return [p for part in parts for p in trained_parameters(part, self.only.get(slot))]
         except ValueError as error:
             raise ValueError(f"{error}: set model.stage.only.{slot} to null") from error
 
@@ -154,17 +160,21 @@ class Stage:
         slot, _, head = name.partition(".")
         part = model.get_submodule(name)
         assert isinstance(part, Part)
-        count = sum(parameter.numel() for parameter in part.parameters())
-        if not count or not part.frozen() or type(part).pretrained_state is not Part.pretrained_state:
+        own = {name: p for name, p in part.named_parameters() if not is_adapter(name)}
+        count = sum(parameter.numel() for parameter in own.values())
+        trains = any(parameter.requires_grad for parameter in own.values())
+        if not count or trains or type(part).pretrained_state is not Part.pretrained_state:
             return None
         if head and not self.losses.get(head):
             return None
         why = f", as model.stage.fresh names {slot}" if slot in self.fresh and self.start_from else ""
         read = f" has a loss of weight {self.losses[head]:g} and" if head else ""
+        frozen, way_out = "it is frozen", f"name {slot} in model.stage.train"
+        if not part.frozen():
+            frozen, way_out = "only its adapters train", f"set model.lora.{slot} to null"
         return (
-            f"{name} ({type(part).__name__}, {count:,} parameters){read} starts from random weights{why}, and it is "
-            f"frozen, so it stays random: name {slot} in model.stage.train, or give it weights by "
-            "model.stage.start_from"
+            f"{name} ({type(part).__name__}, {count:,} parameters){read} starts from random weights{why}, and "
+            f"{frozen}, so it stays random: {way_out}, or give it weights by model.stage.start_from"
         )
 
     def warm_up(self, total_steps: int) -> int:
@@ -190,7 +200,7 @@ class Stage:
                 were clipped and logged.
 
         Raises:
-            ValueError: when nothing trains, or for muon with sharded parameters.
+            ValueError: when nothing trains.
         """
         groups = list(self._groups(model))
         if not groups:
@@ -225,9 +235,9 @@ class Stage:
         """Trained and frozen parameters of each slot."""
         rows = []
         for slot, parts in model.slots().items():
-            parameters = {id(p): p for part in parts for p in part.parameters()}.values()
-            trained = sum(p.numel() for p in parameters if p.requires_grad)
-            total = sum(p.numel() for p in parameters)
+            found = {key: (number, trains) for part in parts for key, number, trains in own_weights(part)}
+            trained = sum(number for number, trains in found.values() if trains)
+            total = sum(number for number, _ in found.values())
             names = ", ".join(type(part).__name__ for part in parts)
             rows.append(SlotCount(slot, names, trained, total - trained, self.train.get(slot) if trained else None))
         return rows

@@ -41,8 +41,8 @@ class StepFlops:
     def __init__(self, model: VLM, slots: Slots, losses: Mapping[str, float]) -> None:
         # Constructors draw random numbers; forked, so that training's own sequence does not change.
         with meta_parameters(), torch.random.fork_rng(devices=[]):
-            encoder = slots.encoder()
-            projector = slots.projector(encoder.width, model.decoder.width)
+            encoder = slots.adapted("encoder", slots.encoder())
+            projector = slots.adapted("projector", slots.projector(encoder.width, model.decoder.width))
         self._encoder = _Seeing(encoder, model.encoder)
         self._projector = _Projecting(projector, model.projector, read=self._encoder.trains)
         self._heads: dict[str, FlopsOf] = {}

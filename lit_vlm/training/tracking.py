@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lit_vlm.data import VLMData
+from lit_vlm.training.frozen import stored_in
 from lit_vlm.training.mlflow_run import PARENT_RUN, MLflowRun, known_run
 from lit_vlm.training.mlflow_store import default_uri
 from lit_vlm.training.module import LitVLM
@@ -122,6 +123,8 @@ class RunRecord(SaveConfigCallback):
         rows = pl_module.stage.summary(pl_module.vlm)
         if trainer.is_global_zero:
             Console().print(freeze_table(pl_module.stage.name, rows))
+            if line := stored_in(pl_module.vlm):
+                Console(highlight=False).print(line, style="dim")
             for logger in _mlflow(trainer):
                 logger.run.text(json.dumps([row._asdict() for row in rows], indent=2), "freeze_table.json")
 

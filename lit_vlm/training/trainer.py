@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, Literal
 
 import lightning.pytorch as L
 import torch
 from lightning.fabric.plugins.precision.precision import _PRECISION_INPUT
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.plugins import Precision as PrecisionPlugin
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lit_vlm.core.precision import AUTO, Precision, choose
+from lit_vlm.core.transfer import Fetched, send_numbers
 
 CUDA = ("auto", "gpu", "cuda")
 """Names of Lightning's accelerators that mean an NVIDIA GPU where there is one."""
@@ -41,6 +45,32 @@ class Trainer(L.Trainer):
             super().__init__(precision=self.chosen.name, **kwargs)
         else:
             super().__init__(precision=precision, **kwargs)
+        self.fit_loop.epoch_loop = EpochLoop(self, self.fit_loop.min_steps, self.fit_loop.max_steps)
+
+
+class EpochLoop(_TrainingEpochLoop):
+    """Lightning's loop over the batches of an epoch, in which processes agree on the end without waiting.
+
+    Before each batch rank 0 tells the others whether it was asked to terminate. Lightning reads the answer at once, so
+    that every process waits until its device has nothing left to do; here it is read one batch later.
+    """
+
+    _told: Fetched | None = None
+
+    def _broadcast_sigterm_tensor(self) -> None:
+        """Exchange the flag of this batch and act on that of the batch before.
+
+        Raises:
+            SIGTERMException: on all processes at the same batch, once rank 0 was asked to terminate.
+        """
+        asked = float(getattr(self.trainer, "received_sigterm", False))
+        flag = send_numbers([asked], self.trainer.strategy.root_device)
+        torch.distributed.broadcast(flag, src=0)
+        before, self._told = self._told, Fetched(flag)
+        if before is not None and bool(before.get()):
+            with contextlib.suppress(Exception):
+                torch.distributed.barrier()  # none leaves while another is still in a collective
+            raise SIGTERMException
 
 
 def _device_type(accelerator: Any) -> str:

@@ -11,8 +11,7 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
-from callbacks import Checkpoint, FreezeGuard, GradientMonitor, HeldOut, Predictions, Throughput
-from callbacks.throughput import peak_of
+from callbacks import Checkpoint, FreezeGuard, GradientMonitor, HeldOut, Memory, Predictions, Throughput
 from lit_vlm.core.batch import VisualTokens
 from lit_vlm.data import ChatML, SquareCrop, VLMData
 from lit_vlm.data.sample.collate import collate
@@ -134,31 +133,24 @@ def test_throughput_counts_tokens_without_padding(tmp_path: Path) -> None:
     assert 0 < metrics["throughput/mfu"] < 1
 
 
-@pytest.mark.parametrize(
-    ("device", "tflops"),
-    [
-        ("NVIDIA A100-SXM4-80GB", 312),
-        ("NVIDIA A100 80GB PCIe", 312),
-        ("NVIDIA H100 80GB HBM3", 989),
-        ("NVIDIA H100 PCIe", 756),
-        ("NVIDIA H100 NVL", 835),
-        ("NVIDIA H200", 989),
-        ("NVIDIA H20", 148),
-        ("NVIDIA B200", 2250),
-        ("NVIDIA L4", 121),
-        ("NVIDIA L40S", 362),
-        ("NVIDIA GeForce RTX 4090", 165),
-        ("NVIDIA RTX 6000 Ada Generation", 364),
-        ("Tesla V100-SXM2-32GB", 125),
-        ("Tesla T4", 65),
-        ("AMD Instinct MI300X OAM", 1307),
-        ("NVIDIA H100 80GB HBM3 MIG 3g.40gb", None),
-        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
-        ("NVIDIA A1000", None),
-    ],
-)
-def test_the_peak_of_a_device_goes_by_its_exact_name(device: str, tflops: float | None) -> None:
-    assert peak_of(device) == (tflops and tflops * 1e12)
+def test_the_peak_of_the_process_is_logged_and_counts_anew_each_time(tmp_path: Path) -> None:
+    logged: list[float] = []
+
+    class Hoard(L.Callback):
+        """Holds 200 MiB during the first step only."""
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+            if batch_idx == 0:
+                torch.ones(200 * 2**18)
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+            logged.append(float(trainer.callback_metrics["memory/host"]))
+
+    run = trainer(tmp_path, Memory(), Hoard(), log_every_n_steps=1)
+    run.fit(lit(), data())
+    assert not {"memory/allocated", "memory/reserved"} & run.callback_metrics.keys()
+    assert 0.05 < logged[-1] < 64
+    assert logged[0] - logged[-1] > 0.15
 
 
 class Undecided(MLP):

@@ -8,11 +8,11 @@ import torch
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from lit_vlm.checkpoints import load_published, read_slots
-from lit_vlm.checkpoints.published import FAMILIES, llava_hf
+from lit_vlm.checkpoints.published import FAMILIES, export_published, llava_hf
+from lit_vlm.core.lora import Adapters, Lora, is_adapter
 from lit_vlm.data import SquareCrop
-from lit_vlm.decoders import Lora
 from lit_vlm.encoders import HFEncoder
-from tests.tiny import CLIP, LLAMA, batch_of, tiny_decoder, tiny_vlm
+from tests.tiny import CLIP, LLAMA, batch_of, tiny_vlm
 
 CONFIG = {
     "vision_config": CLIP | {"projection_dim": 16},
@@ -59,13 +59,15 @@ def test_a_key_that_fits_nowhere_or_is_missing_is_an_error(state) -> None:
 
 
 def test_what_a_stage_trained_comes_back_from_the_exported_folder(tmp_path: Path) -> None:
-    model = tiny_vlm(decoder=tiny_decoder(Lora(rank=2)))
+    lora = Lora(rank=2, alpha=4.0)
+    model = tiny_vlm(lora=Adapters(encoder=lora, projector=lora, decoder=lora))
     with torch.no_grad():
-        for parameter in model.decoder.trainable_parameters():
-            parameter.normal_(std=0.02)
+        for name, parameter in model.named_parameters():
+            if is_adapter(name):
+                parameter.normal_(std=0.1)
     batch = batch_of(model)
     before = model.logits(batch)
-    assert FAMILIES["llava-hf"].export(model, tmp_path / "out", SquareCrop()) <= 1e-5
+    assert export_published("llava-hf", model, tmp_path / "out", SquareCrop()) <= 1e-5
     again = load_published("llava-hf", tmp_path / "out")
     slots = read_slots(f"llava-hf:{tmp_path / 'out'}")
     found = {f"{slot}.{key}": value for slot, state in slots.items() for key, value in state.items()}

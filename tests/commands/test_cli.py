@@ -21,6 +21,7 @@ from lit_vlm.commands.recipe import SHIPPED, find_recipe, shipped_recipes
 from lit_vlm.data.records import Message, Record, Text
 from lit_vlm.evaluation.asker import load_run
 from lit_vlm.model.build import build_on_meta
+from lit_vlm.model.vlm import VLM
 from tests.runs import environment, lit_vlm, tiny_fit
 from tests.tiny import CLIP
 
@@ -188,6 +189,11 @@ def test_there_are_recipes_and_strategies_to_test() -> None:
     assert {"single", "ddp", "fsdp", "hsdp"} == set(STRATEGIES)
 
 
+def adapter_ranks(model: VLM) -> dict[str, int]:
+    """Rank of the adapters of each slot that has some."""
+    return {name.split(".")[0]: p.shape[0] for name, p in model.named_parameters() if ".lora_A." in name}
+
+
 @pytest.mark.parametrize(
     ("flags", "check"),
     [
@@ -195,7 +201,10 @@ def test_there_are_recipes_and_strategies_to_test() -> None:
         (["--model.projector", "Linear"], lambda m: type(m.projector).__name__ == "Linear"),
         (["--model.projector", "Downsample"], lambda m: type(m.projector).__name__ == "Downsample"),
         (["--model.projector.depth", "3"], lambda m: len(m.projector.layers) == 5),
-        (["--model.decoder.init_args.lora", "{rank: 4}"], lambda m: m.decoder.lora.rank == 4),
+        (["--model.decoder.init_args.lora", "{rank: 4}"], lambda m: adapter_ranks(m) == {"decoder": 4}),
+        (["--model.lora", "{encoder: {rank: 4}}"], lambda m: adapter_ranks(m) == {"encoder": 4}),
+        (["--model.lora.decoder", "{rank: 4}"], lambda m: adapter_ranks(m) == {"decoder": 4}),
+        (["--model.lora.decoder.rank", "4"], lambda m: adapter_ranks(m) == {"decoder": 4}),
         (["--model.encoder", "LinearPatches", "--model.encoder.width", "64"], lambda m: m.encoder.width == 64),
         (
             ["--model.heads.distil", "FeatureDistillation", "--model.heads.distil.teacher", "EncoderTeacher",

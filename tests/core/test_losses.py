@@ -19,7 +19,7 @@ from lit_vlm.core.losses import (
     smooth_l1_distance,
     token_nll,
 )
-from tests.runs import two_ranks
+from tests.runs import run_ranks
 
 ROWS, WIDTH, VOCAB = 23, 8, 31
 
@@ -214,7 +214,7 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize("counts", [[3, 3], [4, 1], [0, 3]])
 def test_gathered_over_processes_it_is_that_of_the_whole_batch(counts: list[int], tmp_path: Path) -> None:
-    two_ranks(tmp_path, "tests.core.test_losses", json.dumps(counts), str(tmp_path))
+    run_ranks(tmp_path, "tests.core.test_losses", json.dumps(counts), str(tmp_path))
     pairs = make_pairs(counts)
     predictions = torch.cat([one for one, _ in pairs], dim=1).requires_grad_()
     targets = torch.cat([one for _, one in pairs])

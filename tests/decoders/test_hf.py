@@ -54,10 +54,12 @@ def test_a_tied_output_layer_need_not_be_in_the_files(form: str, tmp_path: Path)
     assert torch.equal(decoder.logits(torch.eye(64)), words.T)
 
 
-@pytest.mark.parametrize("form", ["lora", "split"])
+@pytest.mark.parametrize("form", FORMS)
 def test_weights_that_no_part_of_the_decoder_takes_are_refused(form: str, tmp_path: Path) -> None:
     written(tmp_path)
-    decoder = FORMS[form](name=str(tmp_path), tokenizer="bytes")
+    slots = tiny_slots(decoder=partial(FORMS[form], name=str(tmp_path), tokenizer="bytes"))
     plain = HFDecoder(name=str(tmp_path), tokenizer="bytes").state_dict()
-    assert decoder.adapt_state(plain).keys() == decoder.state_dict().keys()
-    assert "lm.model.surprise" in decoder.adapt_state(plain | {"lm.model.surprise": torch.zeros(1)})
+    fresh = ("encoder", "projector", "embedder")
+    build(slots, {"decoder": plain}, fresh)
+    with pytest.raises(ValueError, match=r"slot 'decoder' \(.*\): not of this part: lm.model.surprise"):
+        build(slots, {"decoder": plain | {"lm.model.surprise": torch.zeros(1)}}, fresh)

@@ -11,6 +11,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 from lit_vlm import projectors
 from lit_vlm.checkpoints import load_published
 from lit_vlm.core.batch import Images
+from lit_vlm.core.lora import merge_adapters, trained_parameters
 from lit_vlm.data import ChatML, Native, Plain, SquareCrop, Template
 from lit_vlm.data.sample.collate import collate, collate_prompts
 from lit_vlm.data.sample.encode import SampleEncoder
@@ -313,17 +314,16 @@ def test_sampling_depends_on_the_seed_only(model: VLM) -> None:
 
 def test_only_adapters_train_with_lora_and_merging_keeps_the_logits() -> None:
     model = tiny_vlm(decoder=tiny_decoder(Lora(rank=4)))
-    names = {
-        name for name, p in model.decoder.named_parameters() for q in model.decoder.trainable_parameters() if p is q
-    }
+    trained = trained_parameters(model.decoder)
+    names = {name for name, p in model.decoder.named_parameters() for q in trained if p is q}
     assert names
     assert all(".lora_" in name for name in names)
     with torch.no_grad():
-        for parameter in model.decoder.trainable_parameters():
+        for parameter in trained:
             parameter.normal_(std=0.02)
     batch = batch_of(model)
     before = model.logits(batch)
-    model.decoder.merge_adapters()
+    merge_adapters(model)
     assert not any(".lora_" in name for name, _ in model.named_parameters())
     torch.testing.assert_close(model.logits(batch), before, atol=1e-5, rtol=1e-4)
 

@@ -5,11 +5,8 @@ from __future__ import annotations
 import copy
 from functools import partial
 
-import pytest
 import torch
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Replicate, distribute_tensor
 
 from lit_vlm.training.optim import MuonAdamW
 from lit_vlm.training.stage import Stage
@@ -104,14 +101,3 @@ def test_the_stage_gives_matrices_to_muon_and_all_else_to_adamw() -> None:
     optimizer.step()
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert {name for name, p in model.named_parameters() if not torch.equal(p, before[name])} == trained
-
-
-def test_sharded_matrices_are_refused(tmp_path: object) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        mesh = init_device_mesh("cpu", (1,))
-        weight = nn.Parameter(distribute_tensor(torch.randn(4, 4), mesh, [Replicate()]))
-        with pytest.raises(ValueError, match="optimizer muon needs whole matrices"):
-            MuonTiny([{"params": [weight], "lr": 0.1, "muon": True}])
-    finally:
-        torch.distributed.destroy_process_group()

@@ -20,14 +20,14 @@ from lit_vlm.testing.sharded import ready
 from lit_vlm.testing.tiny import Size, samples_for
 from lit_vlm.training.stage import Stage
 from lit_vlm.training.step_flops import StepFlops
-from tests.members import CASES
+from tests.members import ADAPTED, CASES
 from tests.tiny import tiny_decoder, tiny_slots
 
 ONE: list[Size] = [(28, 28)]
 LOSSES = {"next_token": 1.0}
 # Where nothing in front of the decoder trains, the frozen products that read its input need no gradient of it; they are
 # counted, a small part of one block of many.
-TOLERANCE = {"HFDecoder/lora": 0.04}
+TOLERANCE = dict.fromkeys([name for name in ADAPTED if name.startswith(("HFDecoder", "DivideAndConquer"))], 0.04)
 
 
 @pytest.fixture
@@ -60,10 +60,10 @@ def freeze(model: VLM, *slots: str) -> None:
             part.requires_grad_(False)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*CASES, *ADAPTED])
 @pytest.mark.usefixtures("full_scores")
 def test_each_member_says_what_runs(name: str) -> None:
-    case = CASES[name]
+    case = (CASES | ADAPTED)[name]
     model, slots = made(case)
     seen, _ = samples_for(model, case.sizes)
     batches = [collate([sample]) for sample in seen]  # without padding
@@ -155,7 +155,7 @@ def test_each_token_passes_one_branch_and_adapters_need_no_gradient_of_frozen_we
         StepFlops(model, slots, LOSSES)(collate(samples_for(model, ONE)[0])) for model, slots in (plain, parted)
     )
     assert one == two
-    model, slots = made(CASES["HFDecoder/lora"])
+    model, slots = made(ADAPTED["HFDecoder/lora"])
     batch = collate(samples_for(model, ONE)[0])
     adapted = StepFlops(model, slots, LOSSES)(batch)
     Stage(train={"decoder": 1.0}).freeze(model, [])

@@ -17,6 +17,7 @@ from lit_vlm.checkpoints.published.layout import SlotStates, read_config
 from lit_vlm.checkpoints.published.llava_hf import LlavaHf
 from lit_vlm.checkpoints.published.ola_vlm import OlaVlm
 from lit_vlm.checkpoints.published.vila import Vila
+from lit_vlm.core.lora import merge_adapters
 from lit_vlm.core.plugins import find_class
 from lit_vlm.core.pretrained import resolve
 from lit_vlm.data import ImageTransform
@@ -81,7 +82,7 @@ def export_published(family: str, model: VLM, out: Path, transform: ImageTransfo
 
     Args:
         family: as in `load_published`.
-        model: of the parts that the family consists of.
+        model: of the parts that the family consists of; adapters are merged into its weights, in place.
         out: a folder that is new or empty.
         transform: how pictures were resized.
 
@@ -91,7 +92,9 @@ def export_published(family: str, model: VLM, out: Path, transform: ImageTransfo
     Raises:
         ValueError: for an unknown family, a model of other parts, a folder that is not empty, or logits that differ.
     """
-    return find_family(family).export(model, out, transform)
+    found = find_family(family)
+    merge_adapters(model)
+    return found.export(model, out, transform)
 
 
 @contextmanager

@@ -84,7 +84,7 @@ class Eve(Family):
         The teacher is not written: EVE's own code, too, reads the teacher from files of its own.
 
         Args:
-            model: EvePatchEmbedding, MLP of depth 2, Splice and HFDecoder; adapters are merged.
+            model: EvePatchEmbedding, MLP of depth 2, Splice and HFDecoder.
             out: a folder that is new or empty.
             transform: how pictures were resized; the name of EVE's preprocessor says the longer side of `AspectGrid`.
 
@@ -104,7 +104,6 @@ class Eve(Family):
                 "eve is EvePatchEmbedding, MLP of depth 2, Splice without task tokens and HFDecoder; this model is "
                 f"{parts}"
             )
-        decoder.merge_adapters()
         head = next((name for name, part in model.heads.items() if isinstance(part, PatchAlignment)), None)
         config = decoder.config.to_dict() | {
             "model_type": "eve",

@@ -53,7 +53,7 @@ class Family(ABC):
         """Write a model under published names, read it back, and compare logits; a family need not have this.
 
         Args:
-            model: of the parts that the family consists of.
+            model: of the parts that the family consists of, without adapters.
             out: a folder that is new or empty.
             transform: how pictures were resized.
 

@@ -176,7 +176,6 @@ class Hovle(Family):
             parts = [type(part).__name__ for part in (encoder, model.projector, embedder, decoder)]
             between = "Identity, Holistic with merge 2" if self.hd else "PatchMerge, Holistic without merge"
             raise ValueError(f"{self.name} is ConvPatches, {between} and HFDecoder; this model is {parts}")
-        decoder.merge_adapters()
         own = embedder.config
         config: dict[str, Any] = {
             "model_type": "internvl_chat",

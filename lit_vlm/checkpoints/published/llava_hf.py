@@ -248,7 +248,7 @@ class LlavaHf(Family):
         The token `<image>` is added to the tokenizer, and a row for it to the word table.
 
         Args:
-            model: HFEncoder, MLP of depth 2, Splice and HFDecoder; adapters are merged.
+            model: HFEncoder, MLP of depth 2, Splice and HFDecoder.
             out: a folder that is new or empty.
             transform: how pictures were resized, for the image processor; SquareCrop and PadSquare can be written.
 
@@ -257,7 +257,6 @@ class LlavaHf(Family):
         encoder, _, decoder = llava_parts(model)
         if out.exists() and any(out.iterdir()):
             raise ValueError(f"{out} is not empty")
-        decoder.merge_adapters()
         model.float().eval()
         tokenizer = decoder.tokenizer
         image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) if IMAGE_TOKEN in tokenizer.get_vocab() else None

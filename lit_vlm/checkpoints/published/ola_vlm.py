@@ -264,7 +264,7 @@ class OlaVlm(Family):
         that is read are not.
 
         Args:
-            model: HFEncoder or TimmEncoder, MLP of depth 2, Splice and HFDecoder; adapters are merged.
+            model: HFEncoder or TimmEncoder, MLP of depth 2, Splice and HFDecoder.
             out: a folder that is new or empty.
             transform: how pictures were resized.
 
@@ -280,7 +280,6 @@ class OlaVlm(Family):
             )
         encoder, decoder = model.encoder, model.decoder
         assert isinstance(decoder, HFDecoder)
-        decoder.merge_adapters()
         heads = {name: head for name, head in model.heads.items() if isinstance(head, EmbeddingDistillation)}
         places = {f"heads.{name}": f"heads.{head.tokens or name}" for name, head in heads.items()}
         form = "phi3" if decoder.config.model_type == "phi3" else "llama"

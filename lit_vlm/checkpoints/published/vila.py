@@ -238,8 +238,7 @@ class Vila(Family):
         The vision model is written without the blocks after the feature layer; `mm_vision_select_layer` becomes −1.
 
         Args:
-            model: HFEncoder, or S2 over one; Linear, MLP or a Downsample of VILA; Splice and HFDecoder; adapters are
-                merged.
+            model: HFEncoder, or S2 over one; Linear, MLP or a Downsample of VILA; Splice and HFDecoder.
             out: a folder that is new or empty.
             transform: how pictures were resized.
 
@@ -259,7 +258,6 @@ class Vila(Family):
                 "vila is HFEncoder or S2 without CLS token, Linear, MLP or Downsample, Splice without task tokens and "
                 f"HFDecoder; this model is {', '.join(parts)}"
             )
-        decoder.merge_adapters()
         new_folder(out)
         # VILA's loader chooses the class by this name.
         vision = inner.config.to_dict() | {

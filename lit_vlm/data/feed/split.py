@@ -67,7 +67,7 @@ def split(source: Source, share: float, workers: int = 0) -> tuple[Subset, Subse
     Returns:
         the records to train on, and the held-out ones.
     """
-    values = scan(source, id_value, 1, "id", workers, "ids of")[:, 0]
+    values = scan(source, id_value, 1, "id", workers, "ids of", ids=True)[:, 0]
     # A record that cannot be read has no id; it stays in training, where it is counted and listed.
     held_out = (values >= 0) & (values < share * 2.0**62)
     return Subset(source, np.flatnonzero(~held_out)), Subset(source, np.flatnonzero(held_out))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from lit_vlm.core.batch import IGNORE, BadSample, Batch, Images, SampleInfo, VisualTokens, find_targets
+from lit_vlm.core.batch import IGNORE, BadSample, Batch, Images, SampleInfo, VisualTokens, fill, find_targets
 from lit_vlm.data.sample.encode import Sample
 
 
@@ -26,6 +26,7 @@ def make_rows(
     pad_id: int = 0,
     left: bool = False,
     prepared: Sequence[str] = (),
+    length: int = 0,
 ) -> Batch:
     """Make a batch of samples laid out in rows.
 
@@ -37,9 +38,10 @@ def make_rows(
         pad_id: token id at padding.
         left: pad in front instead of behind.
         prepared: heads or `encoder` whose features were prepared; a batch has an entry for each, also without images.
+        length: positions of a row at least; longer rows make it longer.
     """
     lengths = [sum(len(sample) for sample in row) for row in rows] or [1]
-    shape = (len(lengths), max(lengths))
+    shape = (len(lengths), max(length, *lengths))
     input_ids = torch.full(shape, pad_id)
     labels = torch.full(shape, IGNORE)
     position_ids = torch.zeros(shape, dtype=torch.long)
@@ -89,6 +91,7 @@ def make_rows(
         prepared={name: _features(ordered, name) for name in prepared},
         bad=(*bad, *notes),
         stop_ids=frozenset().union(*(sample.stop_ids for sample in ordered)),
+        segments=None if left else tuple(fill([len(sample) for sample in row], shape[1]) for row in rows) or ((1,),),
     )
 
 

@@ -27,6 +27,7 @@ class InputSpec:
         own_counts: head → count that its loss is divided by, for heads that define one of their own.
         decoded_for: teachers' wishes that, besides the encoder's, decide at which fraction of its size a JPEG is
             decoded; None: the values of `teacher_pixels`.
+        fixed_rows: whether packed rows are padded to the most positions of a row, so that all have one length.
     """
 
     tokenizer: Any
@@ -38,6 +39,7 @@ class InputSpec:
     networks: dict[str, str] = field(default_factory=dict)
     own_counts: dict[str, Callable[[Batch], float]] = field(default_factory=dict)
     decoded_for: tuple[PixelSpec, ...] | None = None
+    fixed_rows: bool = False
 
     def grid(self, height: int, width: int) -> Grid:
         """Layout in the decoder's sequence of an image of this size in pixels.

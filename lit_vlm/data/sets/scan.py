@@ -29,10 +29,11 @@ class _ScanBlock:
     source: Source
     measure: Measure
     columns: int
+    indices: Sequence[int]
 
     def __call__(self, block: Block) -> NDArray[np.int64]:
         found = np.full((block.end - block.start, self.columns), UNUSABLE, np.int64)
-        for line, index in enumerate(range(block.start, block.end)):
+        for line, index in enumerate(self.indices[block.start : block.end]):
             try:
                 found[line] = self.measure(self.source.outline(index), self.source)
             except RecordError:
@@ -41,7 +42,13 @@ class _ScanBlock:
 
 
 def scan(
-    source: Source, measure: Measure, columns: int, key: str, workers: int = 0, title: str = "measuring"
+    source: Source,
+    measure: Measure,
+    columns: int,
+    key: str,
+    workers: int = 0,
+    title: str = "measuring",
+    ids: bool = False,
 ) -> NDArray[np.int64]:
     """Measure every record of a source.
 
@@ -52,6 +59,8 @@ def scan(
         key: what the result depends on besides the source's content, as text.
         workers: number of processes; 0 works in this one.
         title: of the progress bar.
+        ids: whether the measure reads ids, so that records that differ in nothing else (`Source.repeats`) are measured
+            one by one.
 
     Returns:
         `[n, columns]`; -1 where a record cannot be used.
@@ -65,10 +74,14 @@ def scan(
             found = np.load(file)
             if found.shape == (len(source), columns):
                 return found
-        work = _ScanBlock(source, measure, columns)
-        processes = workers if len(source) > BLOCK else 0
-        parts = list(run_blocks(blocks_of(len(source), BLOCK), work, processes, f"{title} {source.name}"))
+        first = None if ids else source.repeats()
+        indices = range(len(source)) if first is None else np.unique(first).tolist()
+        work = _ScanBlock(source, measure, columns, indices)
+        processes = workers if len(indices) > BLOCK else 0
+        parts = list(run_blocks(blocks_of(len(indices), BLOCK), work, processes, f"{title} {source.name}"))
         found = np.concatenate(parts) if parts else np.zeros((0, columns), np.int64)
+        if first is not None:
+            found = found[np.searchsorted(indices, first)]
         scratch = file.with_suffix(f".{os.getpid()}.partial.npy")
         np.save(scratch, found)
         scratch.replace(file)

@@ -62,6 +62,13 @@ class Source(ABC):
         """
         return self.record(index)
 
+    def repeats(self) -> NDArray[np.int64] | None:
+        """For each record, the index of the first one that differs from it in nothing but its id: `[n]`.
+
+        None where that is not known, as usual. A pass over all texts then measures equal records once.
+        """
+        return None
+
     def shuffled(self, generator: np.random.Generator) -> NDArray[np.int64]:
         """All indices in random order: `[n]`."""
         return generator.permutation(len(self))

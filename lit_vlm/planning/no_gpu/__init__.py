@@ -120,4 +120,4 @@ def prepare_fork() -> None:
 
     torch.backends.cudnn.enabled = False
     torch.backends.cuda.enable_cudnn_sdp(False)
-    torch.cuda._is_in_bad_fork = lambda: False  # type: ignore[assignment]
+    torch.cuda._is_in_bad_fork = lambda: False

@@ -1,0 +1,93 @@
+"""The plans of many stages as a table for the documentation, with the least hardware that each fits on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+from lit_vlm.core.devices import CARDS
+from lit_vlm.planning.job import Device, Failed, Job, Measured
+from lit_vlm.planning.plan import GIB, UNLIMITED, RunStep, Setup, StagePlan
+
+COUNTS = (1, 2, 4, 8, 16, 32, 64, 128)
+"""Numbers of devices that are tried, fewest first."""
+SIZES = ("4090", "a100-40", "l40s", "h100", "h200", "b200")
+"""Cards that are tried, those with less memory first."""
+
+
+class Stage(NamedTuple):
+    """A stage that is surveyed.
+
+    Attributes:
+        recipe: name of the recipe.
+        scale: its scale.
+        name: name of the stage.
+        job: gives the job on a number of devices; on one, without sharding.
+    """
+
+    recipe: str
+    scale: str
+    name: str
+    job: Callable[[int], Job]
+
+
+def markdown(stages: Iterable[Stage], setup: Setup, run: RunStep) -> Iterable[str]:
+    """Yield the lines of a table: what each stage takes of the devices of `setup`, and the least hardware it fits on.
+
+    Args:
+        stages: the stages.
+        setup: devices of the table's figures.
+        run: runs a step.
+
+    Raises:
+        ValueError: where a step does not run for another reason than memory.
+    """
+    yield "| recipe | scale | stage | states | peak | reserved | s per step | MFU | GPU-hours | fits on |"
+    yield "|" + "---|" * 10
+    for stage in stages:
+        job = replace(stage.job(setup.devices), device=_device(setup, UNLIMITED), record=True)
+        plan = StagePlan(stage.name, setup, _measured(stage, run(job)), fits=True)
+        took = plan.runs
+        cells = [
+            *(stage.recipe, stage.scale, stage.name),
+            *(f"{size / GIB:.1f}" for size in (took.states.total, took.peak, took.reserved)),
+            f"{plan.step_seconds:.2f}",
+            f"{100 * plan.mfu:.0f} %",
+            f"{plan.hours * setup.devices:,.0f}",
+            least(stage, setup, run) or "none that was tried",
+        ]
+        yield "| " + " | ".join(cells) + " |"
+
+
+def least(stage: Stage, setup: Setup, run: RunStep) -> str | None:
+    """The fewest devices on which a stage's step runs with its micro-batch, and of these the one with least memory.
+
+    Args:
+        stage: the stage.
+        setup: assumptions, and devices of a machine.
+        run: runs a step.
+    """
+    for count in COUNTS:
+        asked = run(replace(stage.job(count), device=_device(setup, UNLIMITED)))
+        for name in _large_enough(_measured(stage, asked), setup):
+            card = CARDS[name]
+            device = Device(card.name, int(card.memory - setup.assumed.context), setup.card.capability or (9, 0))
+            if isinstance(run(replace(stage.job(count), device=device)), Measured):
+                return f"{count} × {card.name}"
+    return None
+
+
+def _large_enough(asked: Measured, setup: Setup) -> Sequence[str]:
+    """Cards whose memory may suffice: at least for what is allocated at the peak."""
+    return [name for name in SIZES if CARDS[name].memory - setup.assumed.context > asked.peak]
+
+
+def _device(setup: Setup, size: int) -> Device:
+    return Device(setup.card.name, size, setup.card.capability or (9, 0))
+
+
+def _measured(stage: Stage, result: Measured | Failed) -> Measured:
+    if isinstance(result, Failed):
+        raise ValueError(f"{stage.recipe}, {stage.scale}, {stage.name}: {result.reason}")
+    return result

@@ -1,0 +1,100 @@
+"""Every stage of every recipe, at its published size and sharded as published, takes its steps on simulated GPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+
+from lit_vlm.commands.recipe import find_recipe, shipped_recipes
+from lit_vlm.planning.job import Measured
+from lit_vlm.planning.simulation import Simulator
+from tests.planning.simulated import GIB, job, measured, simulated
+
+__all__ = ["simulated"]
+
+OWN_DATA = ("quickstart",)
+"""Recipes that run on data and weights of their own, on one device; other tests run them for real."""
+
+
+def _stages() -> Iterator[tuple[str, str]]:
+    for name in shipped_recipes():
+        recipe = find_recipe(name)
+        yield from ((name, stage) for stage in (() if name in OWN_DATA else recipe.stages))
+
+
+def check(result: Measured) -> None:
+    """What holds for every step."""
+    assert not result.mixed, "operations that take tensors of device and host"
+    assert not result.unsharded
+    for name, size in vars(result.expected_states).items():
+        assert getattr(result.states, name) == pytest.approx(size, rel=0.02), name
+    assert result.states.total < result.peak <= result.reserved
+
+
+@pytest.mark.parametrize(("recipe", "stage"), list(_stages()))
+def test_sharded_over_64(recipe: str, stage: str, simulated: Simulator) -> None:
+    result = measured(simulated.run(job(recipe, stage, 64, "fsdp")))
+    check(result)
+    assert result.blocks > 1
+    assert result.precision == "bf16-mixed"
+
+
+@pytest.mark.parametrize("strategy", ["single", "ddp", "hsdp"])
+@pytest.mark.parametrize(
+    ("recipe", "stage"),
+    [("llava15", "1_align"), ("eve", "2_pretrain"), ("hovle", "1_distill"), ("ola_vlm", "1_pretrain")],
+)
+def test_other_strategies(recipe: str, stage: str, strategy: str, simulated: Simulator) -> None:
+    result = measured(simulated.run(job(recipe, stage, 1 if strategy == "single" else 16, strategy)))
+    check(result)
+    assert bool(result.blocks) == (strategy == "hsdp")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "stage"), [("llava15", "2_sft"), ("vila", "1_pretrain"), ("eve_v2", "3_sft"), ("hovle", "2_align")]
+)
+def test_packed(recipe: str, stage: str, simulated: Simulator) -> None:
+    result = measured(simulated.run(job(recipe, stage, 8, "fsdp", ["--data.batching", "Packed"])))
+    check(result)
+    assert result.typical.samples > result.batch_size, "several samples share a row"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "stage"), [("llava15", "2_sft"), ("eve", "3_sft"), ("hovle", "2_align"), ("ola_vlm", "1_pretrain")]
+)
+def test_a_rank_without_pictures(recipe: str, stage: str, simulated: Simulator) -> None:
+    result = measured(simulated.run(replace(job(recipe, stage, 8, "fsdp"), text_only=True)))
+    check(result)
+    assert result.typical.images == 0
+
+
+def test_llava_by_hand(simulated: Simulator) -> None:
+    """Memory and matrix products of LLaVA-1.5's tuning on 8 GPUs, by arithmetic that uses none of the kit's code."""
+    result = measured(simulated.run(replace(job("llava15", "2_sft", 8, "fsdp"), record=True)))
+    width, inner, layers, words = 4096, 11008, 32, 32000
+    decoder = layers * (4 * width**2 + 3 * width * inner + 2 * width) + 2 * words * width + width
+    projector = (1024 * width + width) + (width * width + width)
+    assert dict((slot, trained) for slot, _, trained, _ in result.slots)["decoder"] == decoder
+    trained = decoder + projector
+    assert result.states.gradients == pytest.approx(4 * trained / 8, rel=0.001)
+    assert result.states.optimizer == pytest.approx(8 * trained / 8, rel=0.001)
+
+    positions, batch = result.typical.positions, result.batch_size
+    length = positions // batch
+    vit_tokens, vit = 577, 23 * (4 * 1024**2 + 2 * 1024 * 4096)  # layer −2, so 23 of 24 blocks
+    pictures = result.typical.images
+    blocks = layers * (4 * width**2 + 3 * width * inner)
+    # Forward, forward again, and two products backward; a picture's patches meet the frozen ViT once.
+    products = 2 * 4 * blocks * positions + 2 * 3 * width * words * result.typical.supervised
+    products += 2 * pictures * (vit_tokens * vit + 576 * 3 * 14 * 14 * 1024)
+    # The projector's first layer needs no gradient of its input.
+    products += 2 * pictures * 576 * (2 * 1024 * width + 3 * width * width)
+    counted = sum(o.flops * o.calls for o in result.operations if "attention" not in o.name)
+    assert counted == pytest.approx(products, rel=0.01)
+    attention = sum(o.flops * o.calls for o in result.operations if "attention" in o.name)
+    pairs = layers * batch * length**2 * width
+    vit_pairs = 23 * pictures * vit_tokens**2 * 1024
+    assert attention == pytest.approx(4 * (2 * pairs + vit_pairs) + 10 * pairs, rel=0.01)
+    assert result.peak / GIB < 60
