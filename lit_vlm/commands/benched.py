@@ -6,7 +6,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lit_vlm.commands.fit import in_one_line, lightning_cli, quietly
+from lit_vlm.commands.fit import in_one_line, quietly
+from lit_vlm.commands.simulated import Commands
 from lit_vlm.planning import no_gpu
 from lit_vlm.planning.published import shipped
 
@@ -23,15 +24,12 @@ def main(argv: Sequence[str]) -> None:
 
     job, out = BenchJob.read(Path(argv[0])), Path(argv[1])
 
-    def make(words: Sequence[str]) -> object:
-        return lightning_cli(words, run=False)
-
     if no_gpu.loaded():
         no_gpu.prepare_fork()  # no fork; the rest of it is needed all the same
     with in_one_line(), shipped(), quietly():
         if job.against:
-            run_reference(job, make).write(out)
-        elif (result := run_bench(job, make)) is not None:
+            run_reference(job, Commands()).write(out)
+        elif (result := run_bench(job, Commands())) is not None:
             result.write(out)
 
 

@@ -25,15 +25,15 @@ from lit_vlm.planning.bench_kernels import exposed, kernel_times, recorded, scal
 from lit_vlm.planning.bench_look import Look, per_node
 from lit_vlm.planning.bench_step import Clock, Timed
 from lit_vlm.planning.roofline import Assumptions, estimate
-from lit_vlm.planning.step import MakeCLI, _belongs_to_steps
+from lit_vlm.planning.step import Stages, _belongs_to_steps, made_up
 
 
-def run_bench(job: BenchJob, make: MakeCLI) -> Benched | None:
+def run_bench(job: BenchJob, stages: Stages) -> Benched | None:
     """Measure a stage in this process, which is of no use for anything else afterwards.
 
     Args:
         job: the stage.
-        make: builds its objects.
+        stages: builds its objects.
 
     Returns:
         what was measured; None on all processes but the first.
@@ -42,7 +42,7 @@ def run_bench(job: BenchJob, make: MakeCLI) -> Benched | None:
         ValueError: for wrong flags, and for anything that training refuses.
     """
     with tempfile.TemporaryDirectory() as folder:
-        cli, own_data = built(job, make, folder)
+        cli, own_data = built(job, stages, folder)
         module, data, trainer = cli.model, cli.datamodule, cli.trainer
         module.__class__ = Timed
         module.stage.start_from, module.stage.fresh = None, []
@@ -54,7 +54,7 @@ def run_bench(job: BenchJob, make: MakeCLI) -> Benched | None:
         return _result(job, module, data, clock, look, own_data)
 
 
-def built(job: BenchJob, make: MakeCLI, folder: str) -> tuple[Any, bool]:
+def built(job: BenchJob, stages: Stages, folder: str) -> tuple[Any, bool]:
     """The objects of a stage, and whether its own data were there, or data with their statistics took their place."""
     words = [
         *job.words,
@@ -64,11 +64,12 @@ def built(job: BenchJob, make: MakeCLI, folder: str) -> tuple[Any, bool]:
         *("--trainer.default_root_dir", folder),
     ]
     try:
-        return make(words), True
+        return stages.make(words), True
     except (ValueError, OSError):
-        if not job.statistics:
+        if job.statistics is None:
             raise
-    return make([*words, *job.statistics]), False
+    made, _ = made_up(words, stages, job.statistics)
+    return stages.make([*words, *made]), False
 
 
 def _telling(job: BenchJob, trainer: L.Trainer) -> AbstractContextManager[Callable[[int], None]]:

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from lit_vlm.planning.bench_kernels import KernelTime
+from lit_vlm.planning.job import Statistics
 
 WARMUP = 5
 """Steps in front of the measured ones: kernels are chosen, the allocator and the loader fill."""
@@ -21,8 +22,7 @@ class BenchJob:
     Attributes:
         stage: its name.
         words: arguments of `lit-vlm fit`, behind the word fit.
-        statistics: flags that put data with published statistics in the place of the stage's own, where those are not
-            there.
+        statistics: of the published data, by which records are made up where the stage's own are not there.
         steps: measured optimizer steps.
         profile: file for a trace of one more step.
         against: whether the same samples go through transformers' model instead.
@@ -30,7 +30,7 @@ class BenchJob:
 
     stage: str
     words: tuple[str, ...]
-    statistics: tuple[str, ...] = ()
+    statistics: Statistics | None = None
     steps: int = 30
     profile: str | None = None
     against: bool = False
@@ -43,7 +43,8 @@ class BenchJob:
     def read(file: Path) -> BenchJob:
         """Read what `write` has written."""
         raw = json.loads(file.read_text(encoding="utf-8"))
-        return BenchJob(**raw | {key: tuple(raw[key]) for key in ("words", "statistics")})
+        statistics = Statistics(*raw["statistics"]) if raw["statistics"] else None
+        return BenchJob(**raw | {"words": tuple(raw["words"]), "statistics": statistics})
 
 
 @dataclass

@@ -26,7 +26,7 @@ from lit_vlm.model.build import build_on_meta
 from lit_vlm.planning.bench import built
 from lit_vlm.planning.bench_job import WARMUP, BenchJob, Reference
 from lit_vlm.planning.bench_step import draw
-from lit_vlm.planning.step import MakeCLI
+from lit_vlm.planning.step import Stages
 from lit_vlm.training.module import LitVLM
 
 
@@ -75,7 +75,7 @@ def check_reference(module: LitVLM) -> None:
         )
 
 
-def run_reference(job: BenchJob, make: MakeCLI) -> Reference:
+def run_reference(job: BenchJob, stages: Stages) -> Reference:
     """Train transformers' model on the samples that the stage would be measured with.
 
     The step is a plain one, with what transformers' Trainer would set: autocast, gradient checkpointing, the fused
@@ -86,7 +86,7 @@ def run_reference(job: BenchJob, make: MakeCLI) -> Reference:
         ValueError: as `check_reference`.
     """
     with tempfile.TemporaryDirectory() as folder:
-        cli, _ = built(job, make, folder)
+        cli, _ = built(job, stages, folder)
         module, data, trainer = cli.model, cli.datamodule, cli.trainer
         module.model = build_on_meta(module.slots)
         module.stage.freeze(module.model, module.slots.removed_heads)

@@ -9,15 +9,15 @@ from typing import Any, NamedTuple
 
 import lightning.pytorch as L
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lit_vlm.core.batch import Batch, Counts
 from lit_vlm.core.part import empty_parameters
 from lit_vlm.heads import Head
-from lit_vlm.model.build import build_on_meta
 from lit_vlm.model.vlm import VLM
+from lit_vlm.planning.step import Weightless
 from lit_vlm.teachers import EncoderTeacher
 from lit_vlm.training.module import LitVLM
 from lit_vlm.training.sharding import FSDP2
@@ -33,28 +33,27 @@ STD = 0.02
 def draw(parameters: Iterable[Tensor]) -> None:
     """Give parameters values, where they are: small normals for matrices, ones for vectors, of this process's shards.
 
-    A step takes the same time with any finite values.
+    A step takes the same time with any finite values. Quantised weights stay as they are.
     """
     torch.manual_seed(0)
     for parameter in parameters:
         local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        if local.is_floating_point():
+        if type(local) in (Tensor, nn.Parameter) and local.is_floating_point():
             local.normal_(std=STD) if parameter.ndim > 1 else local.fill_(1.0)
 
 
-class Timed(LitVLM):
+class Timed(Weightless):
     """The module of a stage with drawn weights, which tells a clock where a step is.
 
     Attributes:
         clock: set before training begins.
     """
 
-    has_values = False  # none are read or sent: each process draws its own
     clock: Clock
 
     def build(self, only: Collection[str] | None = None) -> VLM:
         """The architecture; parameters stay on the meta device where sharding gives them memory."""
-        model = build_on_meta(self.slots)
+        model = super().build(only)
         if not isinstance(self.trainer.strategy, FSDP2):
             empty_parameters(model, self.trainer.strategy.root_device)
         return model
@@ -65,14 +64,13 @@ class Timed(LitVLM):
             super().configure_model()
             draw(self.vlm.parameters())
 
-    def load_teachers(self, model: VLM, names: Collection[str]) -> None:
+    def load_teachers(self, model: VLM, names: Collection[str], dtype: torch.dtype | None) -> None:
         """Draw the teachers' weights on the device."""
+        super().load_teachers(model, names, dtype)
         for name in names:
             head = model.heads[name]
-            if isinstance(head, Head) and head.teacher is not None:
-                head.teacher.load_empty()
-                if isinstance(head.teacher, EncoderTeacher):
-                    draw(head.teacher.encoder.to(self.trainer.strategy.root_device).parameters())
+            if isinstance(head, Head) and isinstance(head.teacher, EncoderTeacher):
+                draw(head.teacher.encoder.to(self.trainer.strategy.root_device).parameters())
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """The loader has given a batch."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import lightning.pytorch as L
 import pytest
 
 from lit_vlm.commands.fit import lightning_cli
-from lit_vlm.planning.waits import record_waits
+from lit_vlm.training.waits import Waits
 from tests.gpu.systems import words_of
 
 
@@ -18,15 +17,13 @@ class Watch(L.Callback):
     """Records waits from the end of the second step to the end of the fourth."""
 
     def __init__(self) -> None:
-        self.waits: Counter[str] = Counter()
-        self._watching: Any = None
+        self.waits = Waits()
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         if trainer.global_step == 2:
-            self._watching = record_waits(self.waits)
-            self._watching.__enter__()
+            self.waits.__enter__()
         elif trainer.global_step == 4:
-            self._watching.__exit__(None, None, None)
+            self.waits.__exit__(None, None, None)
 
 
 @pytest.mark.parametrize(("recipe", "stage"), [("llava15", "1_align"), ("llava15", "2_sft"), ("ola_vlm", "1_pretrain")])
@@ -38,4 +35,4 @@ def test_a_step_does_not_wait_for_the_gpu(recipe: str, stage: str, tmp_path: Pat
     watch = Watch()
     cli.trainer.callbacks.append(watch)
     cli.trainer.fit(cli.model, datamodule=cli.datamodule)
-    assert watch.waits == {}
+    assert watch.waits.unwanted() == {}
