@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar o
 # An exact set of versions that passed CI; CONSTRAINTS= installs the newest that the ranges admit.
 CONSTRAINTS ?= constraints.txt
 
-.PHONY: help install quickstart test test-fast lint docs bench clean
+.PHONY: help install quickstart test test-fast lint docs bench gpu clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -44,5 +44,11 @@ docs: $(VENV)/.docs  ## the documentation as a site, in build/docs; a broken lin
 bench: install  ## measure speed and memory as ratios, side by side in one process
 	@$(BIN)/python -m tests.benchmarks
 
+# The virtual environment if there is one, else the machine's own Python: nothing is installed, so no network is needed.
+GPU_PYTHON := $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+gpu:  ## correctness and speed on one GPU, in under ten minutes; figures in build/gpu
+	@PYTHONPATH=$(CURDIR) $(GPU_PYTHON) -m pytest -q tests/gpu; code=$$?; \
+	PYTHONPATH=$(CURDIR) $(GPU_PYTHON) -m tests.gpu.bench && PYTHONPATH=$(CURDIR) $(GPU_PYTHON) -m tests.gpu.table && exit $$code
+
 clean:  ## remove the virtual environment, the docs site and caches
-	rm -rf $(VENV) build/docs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build/docs build/gpu .pytest_cache .mypy_cache .ruff_cache

@@ -14,6 +14,7 @@ from lit_vlm.core.plugins import find_class
 VERBS = {
     "run": "run the stages of a recipe, one after the other",
     "plan": "say what stages take: memory, time, cost, and what makes them fit",
+    "bench": "measure stages on this machine: speed, memory, and where the time goes",
     "compare": "show what finished runs reached, side by side",
     "probe": "find out what can be read from a decoder's layers about depth, objects or whole pictures",
     "evaluate": "score a checkpoint on benchmarks, with or without demonstrations",

@@ -22,10 +22,10 @@ def run(job: Job) -> Measured | Failed:
         os.environ.update(no_gpu.memory(job.device))
         no_gpu.prepare_fork()
     with shipped(), quietly():
-        return run_job(job, _Commands())
+        return run_job(job, Commands())
 
 
-class _Commands:
+class Commands:
     """How a stage's objects come from the arguments of `lit-vlm fit`."""
 
     def make(self, words: Sequence[str]) -> Any:

@@ -186,12 +186,12 @@ def meta_twins(part: nn.Module) -> None:
     _replace_parameters(part, "meta")
 
 
-def empty_parameters(part: nn.Module) -> None:
-    """Replace every parameter by one of the same shape on the CPU that holds no values, and takes no memory yet."""
-    _replace_parameters(part, "cpu")
+def empty_parameters(part: nn.Module, device: str | torch.device = "cpu") -> None:
+    """Replace every parameter by one of the same shape without values; on the CPU it takes no memory yet."""
+    _replace_parameters(part, device)
 
 
-def _replace_parameters(part: nn.Module, device: str) -> None:
+def _replace_parameters(part: nn.Module, device: str | torch.device) -> None:
     twins: dict[int, nn.Parameter] = {}
     for module in part.modules():
         for attribute, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):

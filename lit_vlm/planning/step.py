@@ -32,7 +32,7 @@ from lit_vlm.heads import Head
 from lit_vlm.model.build import build_on_meta
 from lit_vlm.model.vlm import VLM
 from lit_vlm.planning.batches import Chosen, choose
-from lit_vlm.planning.job import Failed, Job, Measured, States, launched
+from lit_vlm.planning.job import Failed, Job, Measured, States, Statistics, launched
 from lit_vlm.planning.mock import mock_train
 from lit_vlm.planning.operations import Recorder
 from lit_vlm.planning.statistics import read_statistics
@@ -156,13 +156,28 @@ def _built(job: Job, stages: Stages, folder: str) -> tuple[Any, int | None]:
     except (ValueError, OSError):
         if job.statistics is None:
             raise
+    made, count = made_up(words, stages, job.statistics)
+    return stages.make([*words, *made]), count
+
+
+def made_up(words: Sequence[str], stages: Stages, statistics: Statistics) -> tuple[list[str], int]:
+    """Flags that put made-up records in the place of a stage's own, and the number of the published ones.
+
+    Args:
+        words: arguments of `lit-vlm fit`.
+        stages: parses them.
+        statistics: of the published records.
+
+    Raises:
+        ValueError: for a wrong flag.
+    """
     config = stages.parse(words)
-    file, stage, scale = job.statistics
+    file, stage, scale = statistics
     template, decoder = config.data.template, config.model.decoder.init_args
     tokenizer = decoder.get("tokenizer") or decoder.get("name") or "bytes"
     count = sum(source.records for source in read_statistics(Path(file), stage, scale).values())
     made = mock_train(Path(file), stage, min(count, RECORDS), tokenizer, template.as_dict(), scale)
-    return stages.make([*words, "--data.train", json.dumps(made), "--data.val", "null", "--data.held_out", "0"]), count
+    return ["--data.train", json.dumps(made), "--data.val", "null", "--data.held_out", "0"], count
 
 
 class _Settings(NamedTuple):

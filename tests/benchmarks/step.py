@@ -20,6 +20,7 @@ from lit_vlm.core.batch import IGNORE, Batch
 from lit_vlm.data.sample.collate import collate
 from lit_vlm.data.sample.encode import Sample
 from lit_vlm.model.vlm import VLM
+from lit_vlm.planning.bench_reference import reference_inputs
 from tests.benchmarks.measure import PRECISION
 from tests.tiny import collate_packed
 
@@ -54,15 +55,6 @@ def samples(lengths: list[int], model: VLM, density: float = 0.2) -> list[Sample
     return made
 
 
-def reference_inputs(model: VLM, batch: Batch) -> dict[str, torch.Tensor]:
-    """What transformers' model takes for a padded batch."""
-    ids = batch.input_ids.clone()
-    ids.view(-1)[batch.image_positions] = IMAGE_TOKEN
-    pixels = model.encoder.normalise(batch.images.pixels.view(-1, 3, 112, 112), torch.float32)
-    mask = (batch.segment_ids > 0).long()
-    return {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels, "labels": batch.labels}
-
-
 def seconds(function: Callable[[], torch.Tensor], model: torch.nn.Module) -> float:
     """One forward and backward, in the precision that this machine is fast in."""
     start = time.perf_counter()
@@ -95,7 +87,7 @@ def compare(full: bool, mixed: bool, attention: str) -> tuple[float, float, floa
     lengths = [min(448, int(rng.lognormvariate(4.2, 0.9)) + 8) for _ in range(16)] if mixed else [192] * 8
     made = samples(lengths, model)
     padded, packed = collate(made), collate_packed(made, capacity=max(len(sample) for sample in made))
-    inputs = reference_inputs(model, padded)
+    inputs = reference_inputs(model.encoder, padded, IMAGE_TOKEN)
 
     def step(batch: Batch) -> torch.Tensor:
         return model(batch, {"next_token": 1.0})["next_token"] / len(batch.targets)

@@ -129,7 +129,37 @@ def _num_prefix(encoder: HFEncoder) -> int:
     return encoder.skip + encoder.patch_grid.prefix
 
 
-def _config(encoder: HFEncoder, decoder: HFDecoder, image_id: int) -> LlavaConfig:
+def llava_parts(model: VLM) -> tuple[HFEncoder, MLP, HFDecoder]:
+    """The parts of a model that transformers' `LlavaForConditionalGeneration` can be.
+
+    Raises:
+        ValueError: for a model of other parts.
+    """
+    encoder, projector, decoder = model.encoder, model.projector, model.decoder
+    if (
+        not isinstance(encoder, HFEncoder)
+        or not isinstance(projector, MLP)
+        or len(projector.layers) != 3
+        or not isinstance(model.embedder, Splice)
+        or model.embedder.task_tokens
+        or not isinstance(decoder, HFDecoder)
+    ):
+        parts = [type(part).__name__ for part in (encoder, projector, model.embedder, decoder)]
+        raise ValueError(
+            "llava-hf is HFEncoder, MLP of depth 2, Splice without task tokens and HFDecoder; this model is "
+            f"{', '.join(parts)}"
+        )
+    return encoder, projector, decoder
+
+
+def llava_config(encoder: HFEncoder, decoder: HFDecoder, image_id: int) -> LlavaConfig:
+    """The configuration of transformers' `LlavaForConditionalGeneration` with these parts, as far as they are built.
+
+    Args:
+        encoder: whose blocks behind the one that is read are left out.
+        decoder: whose word table gets a row for the image token, where it lacks one.
+        image_id: id of the image token.
+    """
     grid = encoder.patch_grid(*(encoder.config.image_size,) * 2)
     text = decoder.config.to_dict()
     text["vocab_size"] = max(decoder.vocab_size, image_id + 1)
@@ -224,20 +254,7 @@ class LlavaHf(Family):
 
         Returns and raises as `Family.export`.
         """
-        encoder, projector, decoder = model.encoder, model.projector, model.decoder
-        if (
-            not isinstance(encoder, HFEncoder)
-            or not isinstance(projector, MLP)
-            or len(projector.layers) != 3
-            or not isinstance(model.embedder, Splice)
-            or model.embedder.task_tokens
-            or not isinstance(decoder, HFDecoder)
-        ):
-            parts = [type(part).__name__ for part in (encoder, projector, model.embedder, decoder)]
-            raise ValueError(
-                "llava-hf is HFEncoder, MLP of depth 2, Splice without task tokens and HFDecoder; this model is "
-                f"{', '.join(parts)}"
-            )
+        encoder, _, decoder = llava_parts(model)
         if out.exists() and any(out.iterdir()):
             raise ValueError(f"{out} is not empty")
         model.float().eval()
@@ -246,7 +263,7 @@ class LlavaHf(Family):
         if image_id is None:
             tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
             image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-        target = LlavaForConditionalGeneration(_config(encoder, decoder, image_id)).eval()
+        target = LlavaForConditionalGeneration(llava_config(encoder, decoder, image_id)).eval()
         _fill(target, model)
         target.generation_config.suppress_tokens = [image_id]
         target.save_pretrained(out)
