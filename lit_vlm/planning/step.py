@@ -353,7 +353,7 @@ class _Probe(L.Callback):
             max_steps=settings.max_steps,
             records=settings.records,
             strategy=type(trainer.strategy).__name__,
-            recompute=model.decoder.recompute,
+            recompute=bool(model.decoder.recompute),
             preparable=_preparable(module, self.job),
             checkpoint=weights + _global_bytes(states),
             weights_file=weights,
