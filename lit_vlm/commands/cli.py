@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -41,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: when a command refuses its flags, files or data.
     """
+    # torchao, which transformers and peft import where it is installed, registers types in a way that PyTorch warns of.
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
     if argv is None:  # a program of its own, and not called from one, whose paths are its own
         _working_folder_last()
     with in_one_line():
