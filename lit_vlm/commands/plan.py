@@ -14,17 +14,20 @@ from pathlib import Path
 
 from rich.console import Console
 
+from lit_vlm.commands.fit import quietly
 from lit_vlm.commands.recipe import Recipe, find_recipe, shipped_recipes
 from lit_vlm.commands.run import flags_for, is_value
-from lit_vlm.core.devices import CARDS, Card
+from lit_vlm.core.devices import CARDS, Card, known_card
 from lit_vlm.core.plugins import named_plugins, nearest, use_plugins
 from lit_vlm.planning import no_gpu
 from lit_vlm.planning.job import Device, Job, Statistics
 from lit_vlm.planning.plan import Setup, largest_micro_batch, plan_stage
-from lit_vlm.planning.report import show
+from lit_vlm.planning.published import shipped
+from lit_vlm.planning.report import show, show_states
 from lit_vlm.planning.roofline import Assumptions
-from lit_vlm.planning.simulation import Simulator
+from lit_vlm.planning.simulation import Rehearsal, Simulator
 from lit_vlm.planning.statistics import find_statistics
+from lit_vlm.planning.step import states_alone
 from lit_vlm.planning.survey import Stage, markdown
 
 DEFAULT_CARD = "h100"
@@ -48,7 +51,7 @@ def main(argv: Sequence[str]) -> None:
     if not named:
         raise ValueError(f"name a recipe, as the first argument, or all: {', '.join(shipped_recipes())}")
     if argv[0] == EVERY:
-        _survey(_setup(arguments), arguments, flags)
+        _survey(_setup(arguments, None), arguments, flags)
         return
     if bad := [flag for i, flag in enumerate(flags) if not flag.startswith("--") and not is_value(i, flags)]:
         raise ValueError(f"{bad[0]!r} is neither a flag nor the value of one; the recipe is the first argument")
@@ -56,8 +59,12 @@ def main(argv: Sequence[str]) -> None:
     use_plugins([*recipe.plugins, *named_plugins()])
     console = Console()
     plans = []
-    setup = _setup(arguments)
-    with simulator(setup) as run:
+    present = _present_card()
+    setup = _setup(arguments, present)
+    if not (present or no_gpu.can_simulate()):
+        _states_alone(recipe, arguments, flags, setup, console)
+        return
+    with _runner(setup, present) as run:
         for stage, job in jobs(recipe, arguments.scale, arguments.strategy, _stages(arguments), flags, setup):
             with console.status(f"planning {stage} ...") if not arguments.json else _silent():
                 plan = plan_stage(stage, job, setup, run.run)
@@ -130,9 +137,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--per-node", type=int, default=PER_NODE, help=f"GPUs of a machine (default: {PER_NODE})")
     parser.add_argument(
         "--device",
-        default=DEFAULT_CARD,
-        help=f"the GPU: {', '.join(CARDS)}; or its memory in GiB, with the speed of an {DEFAULT_CARD} "
-        f"(default: {DEFAULT_CARD})",
+        help=f"the GPU: {', '.join(CARDS)}; or its memory in GiB, with the speed of an {DEFAULT_CARD} (default: this "
+        f"machine's, on which the step then runs for real, or {DEFAULT_CARD})",
     )
     parser.add_argument("--price", type=float, help="cost of a GPU hour")
     parser.add_argument(
@@ -143,7 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _setup(arguments: argparse.Namespace) -> Setup:
+def _setup(arguments: argparse.Namespace, present: str | None) -> Setup:
     if arguments.devices < 1 or arguments.per_node < 1:
         raise ValueError("--devices and --per-node are at least 1")
     if arguments.devices > arguments.per_node and arguments.devices % arguments.per_node:
@@ -153,7 +159,8 @@ def _setup(arguments: argparse.Namespace) -> Setup:
     assumed = Assumptions()
     if arguments.measured is not None:
         assumed = assumed.changed(_measured(arguments.measured))
-    return Setup(_card(arguments.device), arguments.devices, arguments.per_node, assumed, price=arguments.price)
+    card = _card(arguments.device or present or DEFAULT_CARD)
+    return Setup(card, arguments.devices, arguments.per_node, assumed, price=arguments.price)
 
 
 def _card(name: str) -> Card:
@@ -180,6 +187,58 @@ def _measured(file: Path) -> dict[str, float]:
         raise ValueError(f"--measured {file} is no file of lit-vlm bench --json: it has no 'assumptions'") from error
 
 
+def _present_card() -> str | None:
+    """Short name of the GPU of this machine; None without one, or for one that is not known."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    card = known_card(torch.cuda.get_device_name(0), torch.cuda.get_device_properties(0).total_memory)
+    return next((name for name, one in CARDS.items() if one is card), None)
+
+
+@contextmanager
+def _runner(setup: Setup, present: str | None) -> Iterator[Simulator | Rehearsal]:
+    """What runs steps: the GPU of this machine where that is what is planned for, else simulated ones."""
+    if present is None or CARDS[present] is not setup.card:
+        with simulator(setup) as process:
+            yield process
+    elif no_gpu.can_simulate():
+        with simulator(setup) as process:
+            yield Rehearsal((*WORKER, "one"), _environment(), process)
+    else:
+        yield Rehearsal((*WORKER, "one"), _environment(), None)
+
+
+def _states_alone(
+    recipe: Recipe, arguments: argparse.Namespace, flags: Sequence[str], setup: Setup, console: Console
+) -> None:
+    """Print what weights, gradients and optimizer take by arithmetic, and what is missing for a plan."""
+    from lit_vlm.commands.simulated import Commands
+
+    try:
+        no_gpu.library()
+    except no_gpu.NoSimulation as error:
+        console.print(f"[yellow]No step can run: {error}. What follows is arithmetic of states alone.[/]")
+    found = {}
+    for stage, job in jobs(recipe, arguments.scale, arguments.strategy, _stages(arguments), flags, setup):
+        with shipped(), quietly():
+            found[stage] = states_alone(job, Commands())
+    if arguments.json:
+        states = {stage: vars(one) | {"arithmetic": True} for stage, one in found.items()}
+        sys.stdout.write(json.dumps(states, indent=1) + "\n")
+    else:
+        show_states(found, setup, console)
+
+
+def _environment() -> dict[str, str]:
+    return {
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+    }
+
+
 @contextmanager
 def simulator(setup: Setup) -> Iterator[Simulator]:
     """A process that runs steps on simulated devices.
@@ -191,9 +250,7 @@ def simulator(setup: Setup) -> Iterator[Simulator]:
         NoSimulation: where devices cannot be simulated; a ValueError that says what is missing.
     """
     device = Device(setup.card.name, setup.room, setup.card.capability or (9, 0))
-    variables = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    variables |= no_gpu.environment(device, setup.per_node)
-    with Simulator(WORKER, variables | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}) as process:
+    with Simulator(WORKER, _environment() | no_gpu.environment(device, setup.per_node)) as process:
         yield process
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from lit_vlm.core.plugins import load_plugins
 from lit_vlm.planning import no_gpu
 from lit_vlm.planning.job import Failed, Job, Measured
 from lit_vlm.planning.published import shipped
-from lit_vlm.planning.simulation import serve
+from lit_vlm.planning.simulation import serve, serve_one
 
 
 def run(job: Job) -> Measured | Failed:
@@ -42,11 +43,14 @@ class Commands:
 
 
 def main() -> None:
-    """Load the libraries, then serve jobs until the standard input ends."""
+    """Load the libraries, then serve jobs until the standard input ends, or with the argument `one` a single one."""
     import lit_vlm.commands.lightning_cli
     import lit_vlm.planning.step  # noqa: F401
 
-    serve(run)
+    if sys.argv[1:] == ["one"]:
+        serve_one(run)
+    else:
+        serve(run)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,11 @@ from typing import Any, NamedTuple
 from lit_vlm.core.batch import Counts
 from lit_vlm.planning.operations import Message, Operation
 
+RECORDED, HEAVIEST, STEPS = 1, 2, 3
+"""Numbers of the steps: the first makes the optimizer's states, the second is recorded, the last is the heaviest."""
+MICRO = 2
+"""Micro-batches of a step, at most: with two, gradients of the first are there while the second runs."""
+
 
 class Device(NamedTuple):
     """The device that a step runs on.
@@ -110,6 +115,7 @@ class Measured:
         records: of the published data, where the stage's own data were not there; None where they were.
         strategy: class of the strategy.
         recompute: whether blocks of the decoder are computed again in the backward pass.
+        frozen_full: whether frozen weights are stored in fp32 although the step computes in bf16.
         preparable: heads, and `encoder`, whose features could be prepared before training.
         checkpoint: bytes of a checkpoint, with optimizer states, of all processes together.
         weights_file: bytes of its weights alone.
@@ -123,7 +129,7 @@ class Measured:
         precision: in which the step ran.
         mixed: operations that took tensors of device and host.
         waits: place in the code → number of waits of a step that are not meant (`training.waits.MEANT`).
-        seconds: of each step on a real device; empty in a simulation.
+        seconds: of each step on a real device; empty in a simulation, or while operations are recorded.
     """
 
     states: States
@@ -144,6 +150,7 @@ class Measured:
     records: int | None
     strategy: str
     recompute: bool
+    frozen_full: bool
     preparable: list[str]
     checkpoint: int
     weights_file: int

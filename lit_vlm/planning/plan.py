@@ -8,14 +8,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lit_vlm.core.devices import Card
-from lit_vlm.planning.job import Device, Failed, Job, Measured
+from lit_vlm.planning.job import MICRO, RECORDED, Device, Failed, Job, Measured
 from lit_vlm.planning.roofline import Assumptions, StepTime, estimate
+from lit_vlm.planning.simulation import UNLIMITED
 
 GIB = 2**30
-UNLIMITED = 1 << 43
-"""Memory of a simulated device on which anything fits, to see how much a step asks for."""
 PREFETCH = 4
 """Batches that each loader process holds ready."""
+SHARDED = '{"class_path": "lit_vlm.training.sharding.FSDP2"}'
 RunStep = Callable[[Job], Measured | Failed]
 
 
@@ -97,10 +97,13 @@ class StagePlan:
 
     @property
     def time(self) -> StepTime:
-        """The time of a mean micro-batch."""
-        recorded = estimate(
-            self.runs.operations, self.runs.messages, self.setup.card, self.setup.per_node, self.setup.assumed
-        )
+        """The time of a mean micro-batch: by the roofline, or by the seconds that the step took on a real device."""
+        run, setup = self.runs, self.setup
+        recorded = estimate(run.operations, run.messages, setup.card, setup.per_node, setup.assumed)
+        if run.seconds:
+            alone = recorded._replace(messages=0.0, exposed=0.0)  # messages to nobody take no time
+            pace = run.seconds[RECORDED] / alone.step(min(run.accumulate, MICRO))
+            recorded = recorded.at_pace(pace)
         return recorded.scaled(self.work)
 
     @property
@@ -180,6 +183,7 @@ class StagePlan:
             "strategy": run.strategy,
             "precision": run.precision,
             "own_data": run.records is None,
+            "rehearsed": bool(run.seconds),
             "batch": {
                 "batch_size": run.batch_size,
                 "accumulate": run.accumulate,
@@ -275,24 +279,24 @@ def smaller(asked: Measured, setup: Setup) -> Iterator[list[Change]]:
         asked: the step on a device on which it fits.
         setup: the device.
     """
-    shard = Change(
-        "FSDP2 over all devices",
-        ("--trainer.strategy", '{"class_path": "lit_vlm.training.sharding.FSDP2"}'),
-    )
-    can_shard = not asked.blocks and setup.devices > 1
+    shard = Change("FSDP2 over all devices", ("--trainer.strategy", SHARDED))
     again = Change("recomputed blocks", ("--model.decoder.init_args.recompute", "true"))
+    low = Change("frozen weights in bf16", ("--model.stage.frozen_dtype", "compute"))
     names = tuple(asked.preparable)
     ready = Change(f"prepared features of {', '.join(names)}", prepared=names)
+    fewer = list(_micro_batches(asked))
     states_fit = asked.states.total < setup.room
-    batches = list(_micro_batches(asked))
-    singles = [*(batches if states_fit else ()), *([again] if states_fit and not asked.recompute else ())]
-    for change in [*singles, *([shard] if can_shard else []), *([ready] if names else [])]:
+    sharding = [shard] if not asked.blocks and setup.devices > 1 else []
+    again_too = [again] if not asked.recompute else []
+    preparing = [ready] if names else []
+    singles = [*([low] if asked.frozen_full else []), *([*fewer, *again_too] if states_fit else [])]
+    for change in [*singles, *sharding, *preparing]:
         yield [change]
-    together = [*([shard] if can_shard else []), *([again] if not asked.recompute else []), *([ready] if names else [])]
+    together = [*sharding, *again_too, *preparing]
     if len(together) > 1:
         yield together
     if together:  # micro-batches alone were tried
-        for change in batches:
+        for change in fewer:
             yield [*together, change]
 
 

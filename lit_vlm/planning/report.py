@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from lit_vlm.planning.plan import GIB, StagePlan, totals
+from lit_vlm.planning.job import States
+from lit_vlm.planning.plan import GIB, Setup, StagePlan, totals
 
 Row = tuple[str, Callable[[StagePlan], str]]
 
@@ -89,6 +90,16 @@ def show(plans: Sequence[StagePlan], console: Console) -> None:
         whole = totals(plans)
         console.print(f"all stages: {_span(whole['hours'])}, {whole['device_hours']:,.0f} GPU-hours", highlight=False)
     _say_assumptions(plans, console)
+
+
+def show_states(found: Mapping[str, States], setup: Setup, console: Console) -> None:
+    """Print what states take by arithmetic, a column per stage."""
+    title = f"{setup.devices} × {setup.card.name} ({_gib(setup.room)} GiB for PyTorch), by arithmetic"
+    table = Table("per GPU, GiB", *map(escape, found), title=title, box=box.SIMPLE_HEAD, title_justify="left")
+    for name in ("weights", "gradients", "optimizer", "total"):
+        table.add_row(name, *(_gib(getattr(states, name)) for states in found.values()))
+    table.add_row("activations", *("not known" for _ in found))
+    console.print(table)
 
 
 def verdict(plan: StagePlan) -> str:

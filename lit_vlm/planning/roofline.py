@@ -83,6 +83,18 @@ class StepTime(NamedTuple):
         """An optimizer step of several micro-batches."""
         return micro_batches * self.micro_batch + self.optimizer
 
+    def at_pace(self, pace: float) -> StepTime:
+        """With all work taking `pace` times as long, and messages as before; less or more of them is hidden."""
+        slower = (pace - 1) * (self.matrix + self.attention + self.memory)
+        return StepTime(
+            self.matrix * pace,
+            self.attention * pace,
+            self.memory * pace,
+            self.messages,
+            max(0.0, self.exposed - slower) if self.exposed else 0.0,
+            self.optimizer * pace,
+        )
+
     def scaled(self, work: float) -> StepTime:
         """With more or less work in forward and backward pass, and the same messages and optimizer step."""
         shorter = (work - 1) * (self.matrix + self.attention + self.memory)

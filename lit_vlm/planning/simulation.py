@@ -10,6 +10,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
@@ -17,6 +18,8 @@ from lit_vlm.planning.job import Failed, Job, Measured, job_line, read_job, read
 
 LONGEST = 600
 """Seconds after which a planned step is given up."""
+UNLIMITED = 1 << 43
+"""Memory of a simulated device on which anything fits, to see how much a step asks for."""
 RunJob = Callable[[Job], Measured | Failed]
 
 
@@ -83,6 +86,45 @@ class Simulator:
         self._errors.seek(0)
         lines = self._errors.read().decode(errors="replace").strip().splitlines()
         return lines[-1] if lines else f"exit code {self._process.wait()}"
+
+
+class Rehearsal:
+    """Runs jobs on the device of this machine, each in a new process, as CUDA cannot be used in a fork.
+
+    Args:
+        command: what starts the process that calls `serve_one`.
+        environment: variables that it gets besides those of this process.
+        simulator: runs jobs that ask for more memory than any device has; None where nothing can be simulated.
+    """
+
+    def __init__(self, command: Sequence[str], environment: dict[str, str], simulator: Simulator | None) -> None:
+        self._command, self._environment, self._simulator = command, environment, simulator
+
+    def run(self, job: Job) -> Measured | Failed:
+        """Run a job; one that is recorded runs again without that, for its time.
+
+        Raises:
+            ValueError: where the process ended, with its last words.
+        """
+        if self._simulator is not None and job.device.bytes >= UNLIMITED:
+            return self._simulator.run(job)
+        result = self._once(job)
+        if isinstance(result, Measured) and job.record:
+            timed = self._once(replace(job, record=False))
+            result.seconds = timed.seconds if isinstance(timed, Measured) else []
+        return result
+
+    def _once(self, job: Job) -> Measured | Failed:
+        with Simulator(self._command, self._environment) as process:
+            return process.run(job)
+
+
+def serve_one(run: RunJob, jobs: IO[str] = sys.stdin) -> None:
+    """Run one job in this process; arguments as for `serve`."""
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    out.write(result_line(run(read_job(jobs.readline()))) + "\n")
+    out.flush()
 
 
 def serve(run: RunJob, jobs: IO[str] = sys.stdin) -> None:

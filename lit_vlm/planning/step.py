@@ -7,9 +7,7 @@ import os
 import tempfile
 import time
 import traceback
-import warnings
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -31,12 +29,14 @@ from lit_vlm.data.feed.batching import GlobalBatch
 from lit_vlm.heads import Head
 from lit_vlm.model.build import build_on_meta
 from lit_vlm.model.vlm import VLM
+from lit_vlm.planning import no_gpu
 from lit_vlm.planning.batches import Chosen, choose
-from lit_vlm.planning.job import Failed, Job, Measured, States, Statistics, launched
+from lit_vlm.planning.job import HEAVIEST, MICRO, RECORDED, STEPS, Failed, Job, Measured, States, Statistics, launched
 from lit_vlm.planning.mock import mock_train
 from lit_vlm.planning.operations import Recorder
 from lit_vlm.planning.statistics import read_statistics
 from lit_vlm.teachers import EncoderTeacher
+from lit_vlm.training.frozen import narrow_meta
 from lit_vlm.training.module import LitVLM
 from lit_vlm.training.sharding import FSDP2
 from lit_vlm.training.step_flops import StepFlops
@@ -44,8 +44,6 @@ from lit_vlm.training.waits import Waits
 
 RECORDS = 65536
 """Made-up records, at most: enough for the lengths of a few dozen batches on hundreds of devices."""
-RECORDED, HEAVIEST, STEPS = 1, 2, 3
-"""Numbers of the steps: the first makes the optimizer's states, the second is recorded, the last is the heaviest."""
 
 
 class Stages(Protocol):
@@ -132,7 +130,7 @@ def _run(job: Job, stages: Stages, folder: str) -> Measured:
     module.stage.start_from, module.stage.fresh = None, []
     settings = _Settings.of(data, trainer, records)
     chosen = _choose(module, data, job, settings.accumulate)
-    micro = min(2, settings.accumulate)
+    micro = min(MICRO, settings.accumulate)
     _only_steps(trainer, data, chosen, micro)
     if isinstance(trainer.strategy, DDPStrategy):
         # Without the other processes it can neither compare parameters with them nor agree on an order of buckets,
@@ -354,6 +352,7 @@ class _Probe(L.Callback):
             records=settings.records,
             strategy=type(trainer.strategy).__name__,
             recompute=bool(model.decoder.recompute),
+            frozen_full=module.stage.frozen_dtype == "full" and module.trainer.precision != "32-true",
             preparable=_preparable(module, self.job),
             checkpoint=weights + _global_bytes(states),
             weights_file=weights,
@@ -367,8 +366,33 @@ class _Probe(L.Callback):
             precision=str(trainer.precision),
             mixed=dict(recorder.mixed),
             waits=self.waits.unwanted(),
-            seconds=self.seconds,
+            seconds=[] if no_gpu.loaded() or self.job.record else self.seconds,
         )
+
+
+def states_alone(job: Job, stages: Stages) -> States:
+    """What weights, gradients and optimizer take of a device, by arithmetic: no step runs, and no GPU is needed.
+
+    Args:
+        job: the stage, and the number of devices.
+        stages: how its objects are built.
+
+    Raises:
+        ValueError: for a wrong flag, or data that neither are there nor have statistics.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        cli, _ = _built(job, stages, folder)
+    module, strategy = cli.model, cli.trainer.strategy
+    model = module.model = build_on_meta(module.slots)
+    module.stage.freeze(model, module.slots.removed_heads)
+    for slot, kind in module.slots.quantize.kinds().items():
+        quantise(model.slots()[slot][0], kind, slot)
+    if module.stage.frozen_dtype != "full":  # a GPU computes in bf16
+        if isinstance(strategy, FSDP2):
+            narrow_meta(model, torch.bfloat16)
+        else:
+            narrow_operands(model, torch.bfloat16, "the model")
+    return _states(list(model.parameters()), _shards(strategy, job.world_size))
 
 
 def expected_states(module: LitVLM, job: Job, sharded: bool) -> States:
@@ -379,19 +403,24 @@ def expected_states(module: LitVLM, job: Job, sharded: bool) -> States:
         job: for the number of devices.
         sharded: whether the strategy shards; hybrid sharding does so inside a node.
     """
-    strategy = module.trainer.strategy
-    shards = 1
-    if sharded:
-        assert isinstance(strategy, FSDP2)
-        replicas = strategy.num_nodes if strategy.replicas == "nodes" else int(strategy.replicas)
-        shards = job.world_size // replicas
-    parameters = list(module.vlm.parameters())
-    weights = sum(_first_shard(p, shards) for p in parameters)
+    shards = _shards(module.trainer.strategy, job.world_size) if sharded else 1
+    states = _states(list(module.vlm.parameters()), shards)
     # Every process has whole copies of tables and teachers.
-    weights += sum(b.numel() * b.element_size() for b in module.vlm.buffers())
-    weights += sum(p.numel() * p.element_size() for p in _teacher_weights(module))
+    states.weights += sum(b.numel() * b.element_size() for b in module.vlm.buffers())
+    states.weights += sum(p.numel() * p.element_size() for p in _teacher_weights(module))
+    return states
+
+
+def _shards(strategy: Any, world_size: int) -> int:
+    """Number of shards that weights are cut into."""
+    if not isinstance(strategy, FSDP2):
+        return 1
+    return world_size // (strategy.num_nodes if strategy.replicas == "nodes" else int(strategy.replicas))
+
+
+def _states(parameters: Sequence[nn.Parameter], shards: int) -> States:
     trained = sum(_first_shard(p, shards) for p in parameters if p.requires_grad)
-    return States(weights, trained, 2 * trained)
+    return States(sum(_first_shard(p, shards) for p in parameters), trained, 2 * trained)
 
 
 def _first_shard(parameter: nn.Parameter, shards: int) -> int:
@@ -450,11 +479,3 @@ def _batch_bytes(batch: Batch) -> int:
     ids = (batch.input_ids, batch.labels, batch.position_ids, batch.segment_ids, batch.image_positions)
     tensors = [*ids, *(one.pixels for one in images), *(one.features for one in batch.prepared.values())]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """A context without warnings of libraries, which speak of devices that are not there."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield

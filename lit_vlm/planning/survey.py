@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 from lit_vlm.core.devices import CARDS
 from lit_vlm.planning.job import Device, Failed, Job, Measured
-from lit_vlm.planning.plan import GIB, UNLIMITED, RunStep, Setup, StagePlan
+from lit_vlm.planning.plan import GIB, RunStep, Setup, StagePlan
+from lit_vlm.planning.simulation import UNLIMITED
 
 COUNTS = (1, 2, 4, 8, 16, 32, 64, 128)
 """Numbers of devices that are tried, fewest first."""

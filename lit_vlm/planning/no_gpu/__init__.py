@@ -55,6 +55,15 @@ def library() -> Path:
     return target
 
 
+def can_simulate() -> bool:
+    """Whether devices can be simulated on this machine."""
+    try:
+        library()
+    except NoSimulation:
+        return False
+    return True
+
+
 def _needed() -> tuple[str, Path]:
     """A C compiler, and the folder of CUDA's headers."""
     if sys.platform != "linux":
