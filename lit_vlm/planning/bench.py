@@ -157,10 +157,11 @@ def _explain(result: Benched, look: Look, card: Card | None) -> None:
     elif result.kernels:
         result.assumptions_from = "kernels of one step"  # their shares are taken over all stages
     else:
-        time = estimate(look.recorder.operations, look.recorder.messages, card, result.per_node, Assumptions())
         micro_batches = result.steps * result.accumulate * result.processes
         work = result.counts["positions"] / micro_batches / max(1, look.counts.positions)
-        factor = time.scaled(work).step(result.accumulate) / result.mean_seconds
+        done = (look.recorder.operations, look.recorder.messages)
+        time = estimate(*done, card, result.per_node, Assumptions(), work=work)
+        factor = time.step(result.accumulate) / result.mean_seconds
         result.assumptions = scaled(factor)
         result.assumptions_from = "one factor for all, as no kernel was seen"
 

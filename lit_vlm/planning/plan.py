@@ -99,12 +99,12 @@ class StagePlan:
     def time(self) -> StepTime:
         """The time of a mean micro-batch: by the roofline, or by the seconds that the step took on a real device."""
         run, setup = self.runs, self.setup
-        recorded = estimate(run.operations, run.messages, setup.card, setup.per_node, setup.assumed)
-        if run.seconds:
-            alone = recorded._replace(messages=0.0, exposed=0.0)  # messages to nobody take no time
-            pace = run.seconds[RECORDED] / alone.step(min(run.accumulate, MICRO))
-            recorded = recorded.at_pace(pace)
-        return recorded.scaled(self.work)
+        given = (run.operations, run.messages, setup.card, setup.per_node, setup.assumed)
+        if not run.seconds:
+            return estimate(*given, work=self.work)
+        alone = estimate(*given)._replace(exposed=0.0)  # messages to nobody take no time
+        pace = run.seconds[RECORDED] / alone.step(min(run.accumulate, MICRO))
+        return estimate(*given, work=self.work, pace=pace)
 
     @property
     def step_seconds(self) -> float:

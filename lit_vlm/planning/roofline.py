@@ -83,33 +83,15 @@ class StepTime(NamedTuple):
         """An optimizer step of several micro-batches."""
         return micro_batches * self.micro_batch + self.optimizer
 
-    def at_pace(self, pace: float) -> StepTime:
-        """With all work taking `pace` times as long, and messages as before; less or more of them is hidden."""
-        slower = (pace - 1) * (self.matrix + self.attention + self.memory)
-        return StepTime(
-            self.matrix * pace,
-            self.attention * pace,
-            self.memory * pace,
-            self.messages,
-            max(0.0, self.exposed - slower) if self.exposed else 0.0,
-            self.optimizer * pace,
-        )
-
-    def scaled(self, work: float) -> StepTime:
-        """With more or less work in forward and backward pass, and the same messages and optimizer step."""
-        shorter = (work - 1) * (self.matrix + self.attention + self.memory)
-        return StepTime(
-            self.matrix * work,
-            self.attention * work,
-            self.memory * work,
-            self.messages,
-            max(0.0, self.exposed - shorter) if self.exposed else 0.0,
-            self.optimizer,
-        )
-
 
 def estimate(
-    operations: Iterable[Operation], messages: Iterable[Message], card: Card, per_node: int, assumed: Assumptions
+    operations: Iterable[Operation],
+    messages: Iterable[Message],
+    card: Card,
+    per_node: int,
+    assumed: Assumptions,
+    work: float = 1.0,
+    pace: float = 1.0,
 ) -> StepTime:
     """The time of a recorded micro-batch and its optimizer step.
 
@@ -122,12 +104,15 @@ def estimate(
         card: the device.
         per_node: devices of a machine, whose networks work together.
         assumed: what is assumed.
+        work: work of the micro-batch that is meant over that of the recorded one.
+        pace: time that operations take over what is estimated.
     """
-    work: dict[Phase, dict[str, float]] = {}
+    busy: dict[Phase, dict[str, float]] = {}
     for one in operations:
         kind = _kind(one)
-        work.setdefault(one.phase, {}).setdefault(kind, 0.0)
-        work[one.phase][kind] += one.calls * seconds(one, card, assumed)
+        factor = pace * (1.0 if one.phase == "optimizer" else work)
+        kinds = busy.setdefault(one.phase, {})
+        kinds[kind] = kinds.get(kind, 0.0) + factor * one.calls * seconds(one, card, assumed)
     sent: dict[Phase, float] = {}
     first = 0.0
     for message in messages:
@@ -137,16 +122,16 @@ def estimate(
             first = max(first, one_message)
     exposed = first
     for phases in (FORWARD, BACKWARD):
-        busy = sum(sum(work.get(phase, {}).values()) for phase in phases)
-        exposed += max(0.0, sum(sent.get(phase, 0.0) for phase in phases) - busy)
-    passes = [work.get(phase, {}) for phase in (*FORWARD, *BACKWARD)]
+        working = sum(sum(busy.get(phase, {}).values()) for phase in phases)
+        exposed += max(0.0, sum(sent.get(phase, 0.0) for phase in phases) - working)
+    passes = [busy.get(phase, {}) for phase in (*FORWARD, *BACKWARD)]
     return StepTime(
         matrix=sum(part.get("matrix", 0.0) for part in passes),
         attention=sum(part.get("attention", 0.0) for part in passes),
         memory=sum(part.get("memory", 0.0) for part in passes),
         messages=sum(seconds_sent for phase, seconds_sent in sent.items() if phase != "optimizer"),
         exposed=exposed,
-        optimizer=sum(work.get("optimizer", {}).values()) + sent.get("optimizer", 0.0),
+        optimizer=sum(busy.get("optimizer", {}).values()) + sent.get("optimizer", 0.0),
     )
 
 

@@ -56,11 +56,11 @@ def test_messages(kind: str, ranks: int, nodes: int, wanted: float) -> None:
     assert travel(message, A100, 8, assumed) == pytest.approx(wanted)
 
 
-def _step(busy: float, sent: float) -> StepTime:
+def _step(busy: float, sent: float, work: float = 1.0) -> StepTime:
     assumed = Assumptions(bandwidth=1.0, link=1.0, kernel=0.0)
-    work = [Operation(phase, "add", "bfloat16", 0, busy * 2039e9, 1) for phase in ("forward", "backward")]
+    done = [Operation(phase, "add", "bfloat16", 0, busy * 2039e9, 1) for phase in ("forward", "backward")]
     messages = [Message(phase, "all_gather", sent * 300e9 * 8 / 7 / 4, 8, 1, 4) for phase in ("forward", "backward")]
-    return estimate(work, messages, A100, 8, assumed)
+    return estimate(done, messages, A100, 8, assumed, work=work)
 
 
 def test_messages_hide_behind_work_but_for_the_first() -> None:
@@ -87,9 +87,9 @@ def test_the_optimizer_counts_once_per_step() -> None:
 
 
 def test_more_work_hides_more_messages() -> None:
-    time = _step(busy=1.0, sent=4.0)
-    assert time.scaled(2.0).memory == pytest.approx(4.0)
-    assert time.scaled(2.0).exposed == pytest.approx(time.exposed - 2.0)
+    time, longer = _step(busy=1.0, sent=4.0), _step(busy=1.0, sent=4.0, work=2.0)
+    assert longer.memory == pytest.approx(4.0)
+    assert longer.exposed == pytest.approx(time.exposed - 2.0)
 
 
 def test_a_measured_share_replaces_an_assumed_one() -> None:
