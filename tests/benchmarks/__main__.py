@@ -1,12 +1,20 @@
-"""`python -m tests.benchmarks [step|loss|data|eve|hovle|ola]`: print every ratio."""
+"""`python -m tests.benchmarks [step|loss|data|eve|hovle|ola|plan]`: print every ratio."""
 
 from __future__ import annotations
 
 import sys
 
-from tests.benchmarks import data, eve, hovle, loss, ola, step
+from tests.benchmarks import data, eve, hovle, loss, ola, plan, step
 
-ALL = {"step": step.main, "loss": loss.main, "data": data.main, "eve": eve.main, "hovle": hovle.main, "ola": ola.main}
+ALL = {
+    "step": step.main,
+    "loss": loss.main,
+    "data": data.main,
+    "eve": eve.main,
+    "hovle": hovle.main,
+    "ola": ola.main,
+    "plan": plan.main,
+}
 
 if __name__ == "__main__":
     names = sys.argv[1:] or list(ALL)
