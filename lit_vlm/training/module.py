@@ -308,7 +308,13 @@ class LitVLM(LightningModule):
             compile_blocks(self.vlm, isinstance(data, VLMData) and data.batching.packs)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Seed dropout by epoch, batch and rank, so that a resumed run draws the numbers of an uninterrupted one."""
+        """Seed dropout by epoch, batch and rank, so that a resumed run draws the numbers of an uninterrupted one.
+
+        Gradients of the step before are freed, too: Lightning frees them after the forward pass, whose peak of memory
+        they would raise.
+        """
+        if batch_idx % self.trainer.accumulate_grad_batches == 0:
+            self.zero_grad()
         place = (int(os.environ.get("PL_GLOBAL_SEED", "0")), self.current_epoch, batch_idx, self.global_rank)
         torch.manual_seed(zlib.crc32(repr(place).encode()))
 

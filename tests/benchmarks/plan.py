@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -50,6 +51,11 @@ DAY = 24.0
 REPORTS = (
     Report("LLaVA-1.5 7B, stage 1", "llava15", "7b", ("1_align",), 8, "a100-80", 3.5, "LLaVA's README"),
     Report("LLaVA-1.5 7B, stage 2", "llava15", "7b", ("2_sft",), 8, "a100-40", 10.0, "LLaVA's README"),
+    Report("VILA-1.0 7B, stage 0", "vila", "7b", ("0_align",), 8, "a100-80", 3.5, "VILA's README"),
+    Report("VILA-1.0 7B, stage 1", "vila", "7b", ("1_pretrain",), 128, "a100-80", 30.0, "VILA's README"),
+    Report("VILA-1.0 7B, stage 2", "vila", "7b", ("2_sft",), 8, "a100-80", 25.0, "VILA's README"),
+    Report("VILA-1.0 13B, stage 0", "vila", "13b", ("0_align",), 8, "a100-80", 5.5, "VILA's README"),
+    Report("VILA-1.0 13B, stage 2", "vila", "13b", ("2_sft",), 8, "a100-80", 40.0, "VILA's README"),
     Report("VILA-13B, all", "vila", "13b", (), 128, "a100-80", 2 * DAY, "NVIDIA's blog on VILA"),
     Report(
         "EVE-7B, all but HD", "eve", "7b", ("1_align", "2_pretrain", "3_sft"), 16, "a100-40", 9 * DAY, "EVE's README"
@@ -140,6 +146,8 @@ def _job(recipe: str, scale: str, stage: str, flags: tuple[str, ...], setup: Set
 
 def measure(job: Job) -> tuple[float, float]:
     """MiB of states, and of the peak, of the heaviest step on the CPU, in a process of its own."""
+    # Memory that is freed goes back to the system at once, so that the process's peak is that of its tensors.
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = os.environ["MALLOC_TRIM_THRESHOLD_"] = "65536"
     context = multiprocessing.get_context("spawn")
     receive, send = context.Pipe(duplex=False)
     child = context.Process(target=_measure, args=(job, send))
@@ -170,6 +178,7 @@ def _steps(module: Any, batch: Any) -> tuple[float, float]:
 
     def build() -> None:
         held["model"] = model = module.build()
+        module._leave_out(model)
         module.stage.freeze(model, module.slots.removed_heads)
         for name, head in model.heads.items():
             if losses.get(name) and getattr(head, "teacher", None) is not None:
@@ -178,7 +187,7 @@ def _steps(module: Any, batch: Any) -> tuple[float, float]:
         held["optimizer"] = module.stage.make_optimizer(model)
 
     def step() -> None:
-        held["optimizer"].zero_grad(set_to_none=False)
+        held["optimizer"].zero_grad()
         sums = held["model"](batch, losses)
         sum(losses[name] * value for name, value in sums.items()).backward()
         held["optimizer"].step()
@@ -191,11 +200,15 @@ def _steps(module: Any, batch: Any) -> tuple[float, float]:
     ]
     teachers = [teacher.encoder for teacher in asked]
     tensors = [*model.parameters(), *model.buffers(), *(p for teacher in teachers for p in teacher.parameters())]
-    tensors += [p.grad for p in model.parameters() if p.grad is not None]
     tensors += [v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
-    states = sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors if not t.is_meta}.values()) / MIB
-    optimizer.zero_grad(set_to_none=False)
-    return states, states + added_mib(step)
+    kept = _mib(tensors)
+    gradients = _mib([p.grad for p in model.parameters() if p.grad is not None])
+    optimizer.zero_grad()
+    return kept + gradients, kept + added_mib(step)
+
+
+def _mib(tensors: list[torch.Tensor]) -> float:
+    return sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors if not t.is_meta}.values()) / MIB
 
 
 if __name__ == "__main__":
