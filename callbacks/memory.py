@@ -14,7 +14,6 @@ import torch
 from lit_vlm.core.batch import Batch
 from lit_vlm.core.metric_names import ALLOCATED, HOST, RESERVED
 from lit_vlm.core.transfer import send_numbers
-from lit_vlm.training.module import LitVLM
 
 GIB = 2**30
 
@@ -37,7 +36,6 @@ class Memory(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         """Log each `log_every_n_steps`."""
-        assert isinstance(pl_module, LitVLM)
         stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         if not stepped or trainer.global_step % int(getattr(trainer, "log_every_n_steps", 1)):
             return

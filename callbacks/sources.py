@@ -9,8 +9,8 @@ import lightning.pytorch as L
 import torch
 
 from lit_vlm.core.batch import Batch
+from lit_vlm.core.transfer import on_host
 from lit_vlm.data import VLMData
-from lit_vlm.training.module import LitVLM
 
 KINDS = ("samples", "tokens", "supervised", "images")
 
@@ -59,11 +59,10 @@ class Sources(L.Callback):
         self._new.clear()
 
     def _log(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        assert isinstance(module, LitVLM)
         sizes = _sizes(trainer)
         metrics = {f"data/{kind}/{name}": float(self.seen[name, kind]) for name in sizes for kind in KINDS}
         metrics |= {f"data/epochs/{name}": self.seen[name, "samples"] / max(1, size) for name, size in sizes.items()}
-        module.log_numbers(metrics)
+        module.log_dict(on_host(metrics))
 
 
 def _sizes(trainer: L.Trainer) -> dict[str, int]:

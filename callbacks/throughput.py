@@ -13,6 +13,7 @@ import torch
 
 from lit_vlm.core.batch import Batch, Counts
 from lit_vlm.core.devices import known_card
+from lit_vlm.core.transfer import on_host
 from lit_vlm.training.module import LitVLM
 from lit_vlm.training.step_flops import StepFlops
 
@@ -98,7 +99,7 @@ class Throughput(L.Callback):
         }
         if self._peak and not math.isnan(flops):
             metrics["mfu"] = flops / seconds / (self._peak * trainer.world_size)
-        module.log_numbers({f"throughput/{name}": value for name, value in metrics.items()})
+        module.log_dict(on_host({f"throughput/{name}": value for name, value in metrics.items()}))
 
 
 def _attempt(work: Callable[[], T]) -> T | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -28,6 +28,11 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
 def send_numbers(numbers: Iterable[float], device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
     """Plain numbers as a tensor `[n]` on a device, which the host does not wait for."""
     return send(torch.tensor(list(numbers), dtype=dtype), device)
+
+
+def on_host(values: Mapping[str, float]) -> dict[str, Tensor]:
+    """Plain numbers as metrics that stay on the host; Lightning would copy each number to the device, and wait."""
+    return {name: torch.tensor(float(value), device="cpu") for name, value in values.items()}
 
 
 class Fetched:

@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import zlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from lit_vlm.core.batch import ENCODER, Batch
 from lit_vlm.core.lora import NO_ADAPTERS, Adapters
 from lit_vlm.core.precision import DTYPES, SCALED
 from lit_vlm.core.quantised import UNQUANTISED, Quantize, quantise
-from lit_vlm.core.transfer import Fetched, send_numbers
+from lit_vlm.core.transfer import Fetched, on_host, send_numbers
 from lit_vlm.data.datamodule import VLMData
 from lit_vlm.data.sample.spec import InputSpec
 from lit_vlm.decoders import AbsentDecoder, Decoder
@@ -375,7 +375,7 @@ class LitVLM(LightningModule):
         total = sum(self.stage.losses[name] * value for name, value in means.items())
         self.log("train/loss", total)
         self.log_dict({f"train/loss_{name}": value for name, value in means.items()})
-        self.log_numbers({f"lr/{group['slot']}": group["lr"] for group in optimizer.param_groups})
+        self.log_dict(on_host({f"lr/{group['slot']}": group["lr"] for group in optimizer.param_groups}))
         self._show(total)
         self._sums, self._denominators = {}, {}
 
@@ -389,10 +389,6 @@ class LitVLM(LightningModule):
         if self._fetching.arrived():
             self._shown, self._fetching = self._fetching.get(), None
         self.log("loss", self._shown, prog_bar=True, logger=False)
-
-    def log_numbers(self, values: Mapping[str, float]) -> None:
-        """Log plain numbers; they stay on the host, while Lightning would copy each of them to the device and wait."""
-        self.log_dict({name: torch.tensor(float(value), device="cpu") for name, value in values.items()})
 
     def configure_gradient_clipping(
         self,
