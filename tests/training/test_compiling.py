@@ -36,7 +36,7 @@ from lit_vlm.training.module import LitVLM
 from lit_vlm.training.stage import Stage
 from lit_vlm.worlds import Shapes
 from tests.callbacks.test_callbacks import trainer
-from tests.members import CASES, LAYERS
+from tests.members import ADAPTED, CASES, LAYERS
 from tests.runs import run_ranks, tiny_fit
 from tests.tiny import LLAMA, batch_of, tiny_vlm
 
@@ -80,7 +80,7 @@ ONE_GRAPH = {
     "TimmEncoder/transformer": ["encoder TimmEncoder (Block)", "decoder HFDecoder (LlamaDecoderLayer)"],
     "Transformer": ["projector Transformer (LlamaDecoderLayer)", "decoder HFDecoder (LlamaDecoderLayer)"],
     "Holistic/merge": ["embedder Holistic (LlamaDecoderLayer)", "decoder HFDecoder (LlamaDecoderLayer)"],
-    "HFDecoder/lora": ["encoder HFEncoder (CLIPEncoderLayer)", "decoder HFDecoder (LlamaDecoderLayer)"],
+    "HFDecoder with adapters": ["encoder HFEncoder (CLIPEncoderLayer)", "decoder HFDecoder (LlamaDecoderLayer)"],
     "DivideAndConquer": ["encoder HFEncoder (CLIPEncoderLayer)", "decoder DivideAndConquer (LlamaDecoderLayer)"],
     "PatchAlignment": ["encoder HFEncoder (CLIPEncoderLayer)", "decoder HFDecoder (LlamaDecoderLayer)"],
 }
@@ -88,7 +88,7 @@ ONE_GRAPH = {
 
 @pytest.mark.parametrize("name", ONE_GRAPH)
 def test_each_kind_of_block_is_one_graph_with_the_numbers_of_an_uncompiled_one(name: str) -> None:
-    case = CASES[name]
+    case = (CASES | ADAPTED)[name]
     one, two = (ready(build(tiny_slots(**case.slots)), case) for _ in range(2))
     kinds = compile_blocks(two, fixed_rows=False, backend="eager")
     assert [kind.name for kind in kinds] == [f"the blocks of {kind}" for kind in ONE_GRAPH[name]]
