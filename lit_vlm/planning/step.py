@@ -16,6 +16,13 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
+from torch.distributed.checkpoint._nested_dict import flatten_state_dict
+from torch.distributed.checkpoint.default_planner import (
+    create_default_global_save_plan,
+    create_default_local_load_plan,
+    create_default_local_save_plan,
+)
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -354,7 +361,7 @@ class _Probe(L.Callback):
             recompute=bool(model.decoder.recompute),
             frozen_full=module.stage.frozen_dtype == "full" and module.trainer.precision != "32-true",
             preparable=_preparable(module, self.job),
-            checkpoint=weights + _global_bytes(states),
+            checkpoint=_saved_bytes(trainer) if sharded else weights + _global_bytes(states),
             weights_file=weights,
             host_loading=_loading_bytes(model),
             batch_bytes=_batch_bytes(chosen.heaviest),
@@ -466,6 +473,21 @@ def _bytes(tensors: Any) -> int:
 def _global_bytes(tensors: Any) -> int:
     """Bytes of whole tensors, over all processes."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _saved_bytes(trainer: L.Trainer) -> int:
+    """Bytes of a sharded checkpoint, by the metadata that saving would write, and that loading finds all it needs in.
+
+    The plans of the other processes, which would write the other shards, are left out: sizes are of whole tensors.
+    """
+    strategy = trainer.strategy
+    state: Any = {"state_dict": strategy.lightning_module_state_dict()}
+    state["optimizer"] = [strategy.optimizer_state(optimizer) for optimizer in trainer.optimizers]
+    flat, _ = flatten_state_dict(state)
+    _, metadata = create_default_global_save_plan([create_default_local_save_plan(flat, is_coordinator=True)])
+    create_default_local_load_plan(flat, metadata)
+    tensors = [one for one in metadata.state_dict_metadata.values() if isinstance(one, TensorStorageMetadata)]
+    return sum(one.size.numel() * one.properties.dtype.itemsize for one in tensors)
 
 
 def _loading_bytes(model: nn.Module) -> int:

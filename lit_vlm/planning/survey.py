@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ from lit_vlm.planning.job import Device, Failed, Job, Measured
 from lit_vlm.planning.plan import GIB, RunStep, Setup, StagePlan
 from lit_vlm.planning.simulation import UNLIMITED
 
-COUNTS = (1, 2, 4, 8, 16, 32, 64, 128)
+COUNTS = (1, 4, 8, 16, 32, 64, 128)
 """Numbers of devices that are tried, fewest first."""
 SIZES = ("4090", "a100-40", "l40s", "h100", "h200", "b200")
 """Cards that are tried, those with less memory first."""
@@ -70,18 +70,22 @@ def least(stage: Stage, setup: Setup, run: RunStep) -> str | None:
         run: runs a step.
     """
     for count in COUNTS:
-        asked = run(replace(stage.job(count), device=_device(setup, UNLIMITED)))
-        for name in _large_enough(_measured(stage, asked), setup):
-            card = CARDS[name]
-            device = Device(card.name, int(card.memory - setup.assumed.context), setup.card.capability or (9, 0))
-            if isinstance(run(replace(stage.job(count), device=device)), Measured):
-                return f"{count} × {card.name}"
+        job = stage.job(count)
+        asked = run(replace(job, device=_room(SIZES[-1], setup)))
+        if isinstance(asked, Failed):
+            _refuse_other(stage, asked)
+            continue
+        for name in SIZES[:-1]:
+            room = _room(name, setup)
+            if room.bytes > asked.peak and isinstance(run(replace(job, device=room)), Measured):
+                return f"{count} × {CARDS[name].name}"
+        return f"{count} × {CARDS[SIZES[-1]].name}"
     return None
 
 
-def _large_enough(asked: Measured, setup: Setup) -> Sequence[str]:
-    """Cards whose memory may suffice: at least for what is allocated at the peak."""
-    return [name for name in SIZES if CARDS[name].memory - setup.assumed.context > asked.peak]
+def _room(name: str, setup: Setup) -> Device:
+    """What PyTorch may allocate on a card."""
+    return _device(setup, int(CARDS[name].memory - setup.assumed.context))
 
 
 def _device(setup: Setup, size: int) -> Device:
@@ -92,3 +96,8 @@ def _measured(stage: Stage, result: Measured | Failed) -> Measured:
     if isinstance(result, Failed):
         raise ValueError(f"{stage.recipe}, {stage.scale}, {stage.name}: {result.reason}")
     return result
+
+
+def _refuse_other(stage: Stage, failed: Failed) -> None:
+    if not failed.memory:
+        _measured(stage, failed)
