@@ -25,7 +25,10 @@ from lit_vlm.planning.bench_kernels import exposed, kernel_times, recorded, scal
 from lit_vlm.planning.bench_look import Look, per_node
 from lit_vlm.planning.bench_step import Clock, Timed
 from lit_vlm.planning.roofline import Assumptions, estimate
-from lit_vlm.planning.step import Stages, _belongs_to_steps, made_up
+from lit_vlm.planning.step import Stages, belongs_to_steps, made_up
+
+MACHINE = 8
+"""Processes that a machine usually has; made-up data hold batches for as many."""
 
 
 def run_bench(job: BenchJob, stages: Stages) -> Benched | None:
@@ -68,7 +71,7 @@ def built(job: BenchJob, stages: Stages, folder: str) -> tuple[Any, bool]:
     except (ValueError, OSError):
         if job.statistics is None:
             raise
-    made, _ = made_up(words, stages, job.statistics)
+    made, _ = made_up(words, stages, job.statistics, MACHINE)
     return stages.make([*words, *made]), False
 
 
@@ -80,7 +83,7 @@ def _only_steps(trainer: L.Trainer, steps: int, added: Sequence[L.Callback]) -> 
     """Let the trainer take some steps, and do nothing that belongs to a run, such as checkpoints and evaluation."""
     trainer.fit_loop.epoch_loop.max_steps, trainer.fit_loop.max_epochs = steps, -1
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    callbacks[:] = [*(one for one in callbacks if _belongs_to_steps(one)), *added]
+    callbacks[:] = [*(one for one in callbacks if belongs_to_steps(one)), *added]
 
 
 def card_of(device: torch.device) -> Card | None:

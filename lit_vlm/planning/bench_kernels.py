@@ -12,7 +12,7 @@ from torch.utils.flop_counter import flop_registry
 
 from lit_vlm.core.devices import Card
 from lit_vlm.planning.operations import Operation
-from lit_vlm.planning.roofline import ATTENTION, Assumptions, _kind, seconds
+from lit_vlm.planning.roofline import ATTENTION, Assumptions, class_of, seconds
 
 BEST = Assumptions(matrix=1.0, attention=1.0, bandwidth=1.0, kernel=0.0)
 """A device that reaches its peaks."""
@@ -94,7 +94,7 @@ def kernel_times(
         found.setdefault(kind_of(launch), KernelTime()).seconds += launch.seconds
     if card is not None:
         for one in operations:
-            if (kind := _kind(one)) in found:
+            if (kind := class_of(one)) in found:
                 found[kind].best += one.calls * seconds(one, card, BEST)
     return found
 

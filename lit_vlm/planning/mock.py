@@ -191,17 +191,19 @@ def mock_train(
     template: Mapping[str, Any] | None,
     scale: str | None = None,
     seed: int = 0,
+    least: int = 1,
 ) -> dict[str, dict[str, Any]]:
     """The value of `data.train` that puts made-up records in place of every source of a stage.
 
     Args:
         statistics: a statistics file.
         stage: name of the stage in it.
-        records: number of records of all sources; each gets its published share, and at least one.
+        records: number of records of all sources; each gets its published share, and at least `least`.
         tokenizer: source of the decoder's tokenizer.
         template: class path and arguments of the template of the stage, as `data.template` has them.
         scale: scale of the recipe.
         seed: another seed gives other records.
+        least: number of records of a small source, as far as it has them.
 
     Raises:
         ValueError: as `read_statistics`.
@@ -210,8 +212,10 @@ def mock_train(
     counts = _dealt(records, [source.records for source in found.values()])
     shared = {"statistics": str(statistics), "stage": stage, "scale": scale, "seed": seed, "tokenizer": tokenizer}
     return {
-        name: _config(shared | {"source": name, "records": max(1, count), "template": template})
-        for name, count in zip(found, counts, strict=True)
+        name: _config(
+            shared | {"source": name, "records": max(1, count, min(least, source.records)), "template": template}
+        )
+        for (name, source), count in zip(found.items(), counts, strict=True)
     }
 
 

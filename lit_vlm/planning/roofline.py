@@ -109,7 +109,7 @@ def estimate(
     """
     busy: dict[Phase, dict[str, float]] = {}
     for one in operations:
-        kind = _kind(one)
+        kind = class_of(one)
         factor = pace * (1.0 if one.phase == "optimizer" else work)
         kinds = busy.setdefault(one.phase, {})
         kinds[kind] = kinds.get(kind, 0.0) + factor * one.calls * seconds(one, card, assumed)
@@ -135,7 +135,8 @@ def estimate(
     )
 
 
-def _kind(operation: Operation) -> str:
+def class_of(operation: Operation) -> str:
+    """`matrix`, `attention`, or `memory`, which is all else."""
     if not operation.flops:
         return "memory"
     return "attention" if any(part in operation.name for part in ATTENTION) else "matrix"
@@ -143,7 +144,7 @@ def _kind(operation: Operation) -> str:
 
 def seconds(operation: Operation, card: Card, assumed: Assumptions) -> float:
     """Seconds of one call of an operation: the larger of arithmetic, memory traffic and the start of a kernel."""
-    share = assumed.attention if _kind(operation) == "attention" else assumed.matrix
+    share = assumed.attention if class_of(operation) == "attention" else assumed.matrix
     peak = card.flops * (assumed.fp32 if operation.dtype in ("float32", "float64") else 1.0)
     arithmetic = operation.flops / (share * peak)
     traffic = operation.bytes / (assumed.bandwidth * card.bandwidth)

@@ -53,6 +53,10 @@ RECORDS = 65536
 """Made-up records, at most: enough for the lengths of a few dozen batches on hundreds of devices."""
 
 
+BATCHES = 2
+"""Batches of each source on each process, at least, as far as it has records."""
+
+
 class Stages(Protocol):
     """How a stage's objects come from the arguments of its command."""
 
@@ -161,17 +165,18 @@ def _built(job: Job, stages: Stages, folder: str) -> tuple[Any, int | None]:
     except (ValueError, OSError):
         if job.statistics is None:
             raise
-    made, count = made_up(words, stages, job.statistics)
+    made, count = made_up(words, stages, job.statistics, job.world_size)
     return stages.make([*words, *made]), count
 
 
-def made_up(words: Sequence[str], stages: Stages, statistics: Statistics) -> tuple[list[str], int]:
+def made_up(words: Sequence[str], stages: Stages, statistics: Statistics, world_size: int) -> tuple[list[str], int]:
     """Flags that put made-up records in the place of a stage's own, and the number of the published ones.
 
     Args:
         words: arguments of `lit-vlm fit`.
         stages: parses them.
         statistics: of the published records.
+        world_size: number of processes: each gets a few batches of each source, as far as it has them.
 
     Raises:
         ValueError: for a wrong flag.
@@ -181,7 +186,8 @@ def made_up(words: Sequence[str], stages: Stages, statistics: Statistics) -> tup
     template, decoder = config.data.template, config.model.decoder.init_args
     tokenizer = decoder.get("tokenizer") or decoder.get("name") or "bytes"
     count = sum(source.records for source in read_statistics(Path(file), stage, scale).values())
-    made = mock_train(Path(file), stage, min(count, RECORDS), tokenizer, template.as_dict(), scale)
+    least = BATCHES * world_size * config.data.batch_size
+    made = mock_train(Path(file), stage, min(count, RECORDS), tokenizer, template.as_dict(), scale, least=least)
     return ["--data.train", json.dumps(made), "--data.val", "null", "--data.held_out", "0"], count
 
 
@@ -245,7 +251,7 @@ def _only_steps(trainer: L.Trainer, data: VLMData, chosen: Chosen, micro: int) -
     trainer.accumulate_grad_batches = micro
     # Callbacks of a step, and none of a run: checkpoints, evaluation and records of settings.
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    callbacks[:] = [one for one in callbacks if _belongs_to_steps(one)]
+    callbacks[:] = [one for one in callbacks if belongs_to_steps(one)]
     order = [chosen.typical] * (HEAVIEST * micro) + [chosen.heaviest] * micro
     data.train_dataloader = lambda: _Given(order)  # type: ignore[method-assign,assignment,return-value]
 
@@ -263,7 +269,7 @@ class _Given:
         return iter(self.batches)
 
 
-def _belongs_to_steps(callback: L.Callback) -> bool:
+def belongs_to_steps(callback: L.Callback) -> bool:
     """Whether a callback does something in a step, and nothing at the end of one or of a run."""
     hooks = ("on_validation_end", "on_save_checkpoint", "on_train_epoch_end", "on_fit_end", "setup")
     return not any(getattr(type(callback), hook) is not getattr(L.Callback, hook) for hook in hooks)

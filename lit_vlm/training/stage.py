@@ -258,6 +258,7 @@ def frozen_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     for prefix, module in model.named_modules():
         if any(p.requires_grad for p in module.parameters()):
             continue
-        for name, buffer in module.named_buffers(recurse=False):
+        # Under all names, as modules may register one tensor under a second name later, as rotary tables that grow do.
+        for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
             tensors[f"{prefix}.{name}"] = buffer
     return tensors

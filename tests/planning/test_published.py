@@ -6,10 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig
 
+from lit_vlm.checkpoints.weights import by_slot
 from lit_vlm.commands.cli import lightning_cli
 from lit_vlm.commands.recipe import Recipe, find_recipe, shipped_recipes
 from lit_vlm.core.part import Part, meta_parameters
@@ -19,7 +21,7 @@ from lit_vlm.data import ChatML, Llama3, Phi3, Plain, VicunaV1
 from lit_vlm.data.sample.spelling import spelling_of
 from lit_vlm.decoders import HFDecoder
 from lit_vlm.encoders import CLIPEmbedding, DepthAnything, HFEncoder, OneFormerSwin, TimmEncoder
-from lit_vlm.model.build import build_on_meta
+from lit_vlm.model.build import build_on_meta, check_saved
 from lit_vlm.planning.published import FOLDER, shipped, shipped_names
 from tests.tiny import ROOT
 
@@ -179,3 +181,26 @@ def test_a_tokenizer_that_is_not_here_is_replaced_by_one_that_knows_all_marks() 
     assert tokenizer.pad_token_id is not None
     for template in (ChatML(), Llama3(), Phi3(), Plain(), VicunaV1()):
         assert None not in [spelling_of(tokenizer).single(mark) for mark in template.marks(tokenizer.eos_token)]
+
+
+@pytest.mark.parametrize("name", [name for name in shipped_recipes() if name != "quickstart"])
+def test_each_stage_takes_what_the_one_before_leaves(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = find_recipe(name)
+    stages = recipe.stages_for(recipe.scale)
+    left: dict[str, dict[str, dict[str, torch.Tensor]]] = {}
+    for stage in stages:
+        files = recipe.configs(stage, recipe.scale, "single")
+        words = [word for path in files for word in ("--config", str(path))]
+        words += ["--data.train", '[{"class_path": "lit_vlm.worlds.Shapes", "init_args": {"count": 4}}]']
+        cli = lightning_cli([*words, "--trainer.logger", "false", "--trainer.accelerator", "cpu"], run=False)
+        settings = cli.model.stage
+        with shipped():
+            model = build_on_meta(cli.model.slots)
+        if before := recipe.start_of(stage, stages):
+            check_saved(model, cli.model.slots, left[before], settings.fresh, before)
+        states = by_slot(model.state_dict())
+        left[stage] = {slot: state for slot, state in states.items() if slot not in settings.leave_out}
+    assert len(left) == len(stages)

@@ -291,3 +291,10 @@ def test_a_run_warns_of_its_only_step_and_of_what_stays_random(
         "stage 'align': the warm-up covers all steps: the only step has learning rate 0, and none has the peak rate; "
         "set model.stage.warmup_ratio to 0, or train for more steps (trainer.max_steps)"
     ]
+
+
+def test_frozen_tensors_are_told_under_all_names() -> None:
+    module = torch.nn.Module()
+    module.register_buffer("table", torch.ones(2))
+    module.register_buffer("first_table", module.table)  # as rotary tables that grow with the text keep the first one
+    assert set(frozen_tensors(module)) == {".table", ".first_table"}
