@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
 import numpy as np
 import torch
 
-from lit_vlm.core.batch import ENCODER, Batch, Images, VisualTokens, Window
+from lit_vlm.core.batch import ENCODER, BadSample, Batch, Images, VisualTokens, Window
 from lit_vlm.data import VLMData
 from lit_vlm.data.feed.batching import GlobalBatch
 from lit_vlm.data.feed.loader import SourceDataset, assemble
-from lit_vlm.data.feed.plan import BatchPlan, Place
+from lit_vlm.data.feed.plan import Place
 from lit_vlm.data.records import RecordError, Text, image_bytes
 from lit_vlm.data.sample.encode import SampleEncoder
 from lit_vlm.data.sample.spec import InputSpec
@@ -26,6 +26,8 @@ from lit_vlm.training.module import LitVLM
 
 SAMPLED = 48
 """Micro-batches whose lengths are looked at."""
+TRIED, WHOLE = 8, 0.9
+"""Batches that are put together in search of one that has this share of the positions that its lengths say."""
 
 
 @dataclass
@@ -55,7 +57,7 @@ def choose(
     Args:
         module: with its model, whose parameters may be on the meta device.
         data: the data of the stage.
-        global_batch: how rows are dealt out to ranks; batches are those of the first rank.
+        global_batch: how rows are dealt out to ranks.
         prepared: heads, or `encoder`, whose features come with the batch.
         text_only: take pictures out of the batches.
 
@@ -64,10 +66,13 @@ def choose(
     """
     spec = module.input_spec
     sources = data.train_sources
-    plan = data.plan(sources, spec, 0, global_batch, shuffle=True)
+    # Packed rows are dealt out fullest first, so a rank in the middle has what is usual.
+    plan = data.plan(sources, spec, global_batch.world_size // 2, global_batch, shuffle=True)
     encode = data.sample_encoder(spec)
     dataset = SourceDataset(sources, encode)
     places = list(islice(iter(plan), SAMPLED))
+    if len(places) == len(plan) > 1:
+        places.pop()  # the last batch of an epoch may be a short one
     look = _Look(sources, encode)
     shapes = np.array([look.shape(batch) for batch in places], dtype=np.float64)
     if not len(shapes) or not look.sizes:
@@ -79,8 +84,11 @@ def choose(
         whole = assemble([dataset[place] for place in batch], collate)
         return _with_window(_with_features(module.vlm, whole, prepared), spec, text_only)
 
-    typical = made(places[int(np.abs(shapes[:, 1] - mean["positions"]).argmin())])
-    heaviest = made(_longest(look, plan, global_batch.batch_size))
+    nearest = [places[i] for i in np.abs(shapes[:, 1] - mean["positions"]).argsort(kind="stable")]
+    longest = sorted(places, key=lambda batch: look.shape(batch)[1:3], reverse=True)
+    if not plan.ordering.batching.packs:
+        longest = [_longest(look, dataset, global_batch.batch_size), *longest]
+    typical, heaviest = (_first_whole(order, look, made) for order in (nearest, longest))
     return Chosen(typical, heaviest, mean, len(plan), look.mean_bytes(spec))
 
 
@@ -137,13 +145,32 @@ def record_bytes(source: Source, index: int) -> int:
     )
 
 
-def _longest(look: _Look, plan: BatchPlan, batch_size: int) -> list[Place]:
-    """A batch of the longest samples; packed rows are all full, so there it is one of the fullest batch's rows."""
-    if plan.ordering.batching.packs:
-        batches = list(islice(iter(plan), SAMPLED))
-        return max(batches, key=lambda batch: look.shape(batch)[1:3])
-    ordered = sorted(look.sizes, key=lambda sample: look.sizes[sample], reverse=True)
-    chosen = (ordered * batch_size)[:batch_size] if len(ordered) < batch_size else ordered[:batch_size]
+def _first_whole(order: Sequence[Sequence[Place]], look: _Look, made: Callable[[Sequence[Place]], Batch]) -> Batch:
+    """The first batch that is as long as its lengths say: of a sample that is cut, nothing supervised may be left.
+
+    Where none of a few is, the fullest of them.
+    """
+    best: tuple[float, Batch] | None = None
+    for places in order[:TRIED]:
+        batch = made(places)
+        share = batch.counts.positions / max(1, look.shape(places)[1])
+        if share >= WHOLE:
+            return batch
+        if best is None or share > best[0]:
+            best = (share, batch)
+    assert best is not None
+    return best[1]
+
+
+def _longest(look: _Look, dataset: SourceDataset, batch_size: int) -> list[Place]:
+    """A batch of the longest samples that can be used, one per row."""
+    chosen: list[int] = []
+    for sample in sorted(look.sizes, key=lambda sample: look.sizes[sample], reverse=True)[: TRIED * batch_size]:
+        if not isinstance(dataset[Place(0, sample)].items, BadSample):
+            chosen.append(sample)
+        if len(chosen) == batch_size:
+            break
+    chosen = (chosen * batch_size)[:batch_size]
     return [Place(row, sample) for row, sample in enumerate(chosen)]
 
 

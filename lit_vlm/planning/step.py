@@ -53,6 +53,8 @@ RECORDS = 65536
 """Made-up records, at most: enough for the lengths of a few dozen batches on hundreds of devices."""
 
 
+SAMPLES_PER_ROW = 16
+"""Samples that a packed row may hold."""
 BATCHES = 2
 """Batches of each source on each process, at least, as far as it has records."""
 
@@ -187,7 +189,8 @@ def made_up(words: Sequence[str], stages: Stages, statistics: Statistics, world_
     tokenizer = decoder.get("tokenizer") or decoder.get("name") or "bytes"
     count = sum(source.records for source in read_statistics(Path(file), stage, scale).values())
     least = BATCHES * world_size * config.data.batch_size
-    made = mock_train(Path(file), stage, min(count, RECORDS), tokenizer, template.as_dict(), scale, least=least)
+    wanted = max(RECORDS, SAMPLES_PER_ROW * 4 * least) if "Packed" in str(config.data.batching) else RECORDS
+    made = mock_train(Path(file), stage, min(count, wanted), tokenizer, template.as_dict(), scale, least=least)
     return ["--data.train", json.dumps(made), "--data.val", "null", "--data.held_out", "0"], count
 
 

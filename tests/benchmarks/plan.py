@@ -45,18 +45,21 @@ class Report(NamedTuple):
     card: str
     hours: float
     source: str
+    flags: tuple[str, ...] = ()
 
 
 DAY = 24.0
+PACKED = ("--data.batching", "Packed")
+"""VILA's release packs what is in a micro-batch (`llava_arch.py`); the recipe pads."""
 REPORTS = (
     Report("LLaVA-1.5 7B, stage 1", "llava15", "7b", ("1_align",), 8, "a100-80", 3.5, "LLaVA's README"),
     Report("LLaVA-1.5 7B, stage 2", "llava15", "7b", ("2_sft",), 8, "a100-40", 10.0, "LLaVA's README"),
-    Report("VILA-1.0 7B, stage 0", "vila", "7b", ("0_align",), 8, "a100-80", 3.5, "VILA's README"),
-    Report("VILA-1.0 7B, stage 1", "vila", "7b", ("1_pretrain",), 128, "a100-80", 30.0, "VILA's README"),
-    Report("VILA-1.0 7B, stage 2", "vila", "7b", ("2_sft",), 8, "a100-80", 25.0, "VILA's README"),
-    Report("VILA-1.0 13B, stage 0", "vila", "13b", ("0_align",), 8, "a100-80", 5.5, "VILA's README"),
-    Report("VILA-1.0 13B, stage 2", "vila", "13b", ("2_sft",), 8, "a100-80", 40.0, "VILA's README"),
-    Report("VILA-13B, all", "vila", "13b", (), 128, "a100-80", 2 * DAY, "NVIDIA's blog on VILA"),
+    Report("VILA-1.0 7B, stage 0", "vila", "7b", ("0_align",), 8, "a100-80", 3.5, "VILA's README", PACKED),
+    Report("VILA-1.0 7B, stage 1", "vila", "7b", ("1_pretrain",), 128, "a100-80", 30.0, "VILA's README", PACKED),
+    Report("VILA-1.0 7B, stage 2", "vila", "7b", ("2_sft",), 8, "a100-80", 25.0, "VILA's README", PACKED),
+    Report("VILA-1.0 13B, stage 0", "vila", "13b", ("0_align",), 8, "a100-80", 5.5, "VILA's README", PACKED),
+    Report("VILA-1.0 13B, stage 2", "vila", "13b", ("2_sft",), 8, "a100-80", 40.0, "VILA's README", PACKED),
+    Report("VILA-13B, all", "vila", "13b", (), 128, "a100-80", 2 * DAY, "NVIDIA's blog on VILA", PACKED),
     Report(
         "EVE-7B, all but HD", "eve", "7b", ("1_align", "2_pretrain", "3_sft"), 16, "a100-40", 9 * DAY, "EVE's README"
     ),
@@ -101,14 +104,15 @@ def reported() -> Iterator[str]:
     for one in REPORTS:
         setup = Setup(CARDS[one.card], one.devices, 8, Assumptions())
         with simulator(setup) as process:
-            found = jobs(find_recipe(one.recipe), one.scale, None, one.stages or None, [], setup)
+            found = jobs(find_recipe(one.recipe), one.scale, None, one.stages or None, one.flags, setup)
             plans = [plan_stage(stage, job, setup, process.run) for stage, job in found]
         hours = sum(plan.hours for plan in plans)
         deviation = f"{100 * (hours / one.hours - 1):+.0f} %" if one.hours else ""
         most = max(plan.runs.reserved for plan in plans) / GIB
         fits = "" if all(plan.fits for plan in plans) else ", does not fit"
+        what = f"{one.what}, packed" if one.flags else one.what
         yield (
-            f"| {one.what} | {one.devices} × {setup.card.name} | {_span(one.hours)} | {_span(hours)} | {deviation} | "
+            f"| {what} | {one.devices} × {setup.card.name} | {_span(one.hours)} | {_span(hours)} | {deviation} | "
             f"{most:.1f} of {setup.room / GIB:.1f}{fits} | {one.source} |"
         )
 
