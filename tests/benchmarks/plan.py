@@ -50,21 +50,27 @@ class Report(NamedTuple):
 
 DAY = 24.0
 PACKED = ("--data.batching", "Packed")
-"""VILA's release packs what is in a micro-batch (`llava_arch.py`); the recipe pads."""
+"""VILA's release packs what is in a micro-batch (`llava_arch.py`), which is between padded rows and `Packed`."""
 REPORTS = (
     Report("LLaVA-1.5 7B, stage 1", "llava15", "7b", ("1_align",), 8, "a100-80", 3.5, "LLaVA's README"),
     Report("LLaVA-1.5 7B, stage 2", "llava15", "7b", ("2_sft",), 8, "a100-40", 10.0, "LLaVA's README"),
+    Report("VILA-1.0 7B, stage 0", "vila", "7b", ("0_align",), 8, "a100-80", 3.5, "VILA's README"),
     Report("VILA-1.0 7B, stage 0", "vila", "7b", ("0_align",), 8, "a100-80", 3.5, "VILA's README", PACKED),
+    Report("VILA-1.0 7B, stage 1", "vila", "7b", ("1_pretrain",), 128, "a100-80", 30.0, "VILA's README"),
     Report("VILA-1.0 7B, stage 1", "vila", "7b", ("1_pretrain",), 128, "a100-80", 30.0, "VILA's README", PACKED),
+    Report("VILA-1.0 7B, stage 2", "vila", "7b", ("2_sft",), 8, "a100-80", 25.0, "VILA's README"),
     Report("VILA-1.0 7B, stage 2", "vila", "7b", ("2_sft",), 8, "a100-80", 25.0, "VILA's README", PACKED),
+    Report("VILA-1.0 13B, stage 0", "vila", "13b", ("0_align",), 8, "a100-80", 5.5, "VILA's README"),
     Report("VILA-1.0 13B, stage 0", "vila", "13b", ("0_align",), 8, "a100-80", 5.5, "VILA's README", PACKED),
+    Report("VILA-1.0 13B, stage 2", "vila", "13b", ("2_sft",), 8, "a100-80", 40.0, "VILA's README"),
     Report("VILA-1.0 13B, stage 2", "vila", "13b", ("2_sft",), 8, "a100-80", 40.0, "VILA's README", PACKED),
+    Report("VILA-13B, all", "vila", "13b", (), 128, "a100-80", 2 * DAY, "NVIDIA's blog on VILA"),
     Report("VILA-13B, all", "vila", "13b", (), 128, "a100-80", 2 * DAY, "NVIDIA's blog on VILA", PACKED),
     Report(
-        "EVE-7B, all but HD", "eve", "7b", ("1_align", "2_pretrain", "3_sft"), 16, "a100-40", 9 * DAY, "EVE's README"
+        "EVE-7B without HD", "eve", "7b", ("1_align", "2_pretrain", "3_sft"), 16, "a100-40", 9 * DAY, "EVE's README"
     ),
     Report(
-        "EVE-7B, all but HD", "eve", "7b", ("1_align", "2_pretrain", "3_sft"), 32, "a100-40", 5 * DAY, "EVE's README"
+        "EVE-7B without HD", "eve", "7b", ("1_align", "2_pretrain", "3_sft"), 32, "a100-40", 5 * DAY, "EVE's README"
     ),
     Report("EVE-7B, all", "eve", "7b", (), 16, "a100-40", 9 * DAY, "EVE's README"),
     Report("EVE-7B, all", "eve", "7b", (), 32, "a100-40", 5 * DAY, "EVE's README"),
