@@ -26,8 +26,8 @@ from lit_vlm.planning.published import shipped
 from lit_vlm.planning.report import show, show_states
 from lit_vlm.planning.roofline import Assumptions
 from lit_vlm.planning.simulation import Rehearsal, Simulator
+from lit_vlm.planning.sizes import states_alone
 from lit_vlm.planning.statistics import find_statistics
-from lit_vlm.planning.step import states_alone
 from lit_vlm.planning.survey import Stage, markdown
 
 DEFAULT_CARD = "h100"

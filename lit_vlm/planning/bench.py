@@ -25,7 +25,8 @@ from lit_vlm.planning.bench_kernels import exposed, kernel_times, recorded, scal
 from lit_vlm.planning.bench_look import Look, per_node
 from lit_vlm.planning.bench_step import Clock, Timed
 from lit_vlm.planning.roofline import Assumptions, estimate
-from lit_vlm.planning.step import Stages, belongs_to_steps, made_up
+from lit_vlm.planning.stages import Stages, made_up
+from lit_vlm.planning.step import belongs_to_steps
 
 MACHINE = 8
 """Processes that a machine usually has; made-up data hold batches for as many."""

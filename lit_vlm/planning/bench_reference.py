@@ -26,7 +26,7 @@ from lit_vlm.model.build import build_on_meta
 from lit_vlm.planning.bench import built
 from lit_vlm.planning.bench_job import WARMUP, BenchJob, Reference
 from lit_vlm.planning.bench_step import draw
-from lit_vlm.planning.step import Stages
+from lit_vlm.planning.stages import Stages
 from lit_vlm.training.module import LitVLM
 
 

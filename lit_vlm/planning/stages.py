@@ -1,0 +1,75 @@
+"""How a stage's objects are built, and made-up data in the place of its own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from lit_vlm.planning.job import Job, Statistics, launched
+from lit_vlm.planning.mock import mock_train
+from lit_vlm.planning.statistics import read_statistics
+
+RECORDS = 65536
+"""Made-up records, at most: enough for the lengths of a few dozen batches on hundreds of devices."""
+SAMPLES_PER_ROW = 16
+"""Samples that a packed row may hold."""
+BATCHES = 2
+"""Batches of each source on each process, at least, as far as it has records."""
+
+
+class Stages(Protocol):
+    """How a stage's objects come from the arguments of its command."""
+
+    def make(self, words: Sequence[str]) -> Any:
+        """A LightningCLI with its objects built and nothing run.
+
+        Raises:
+            ValueError: for a wrong flag, or data that are not there.
+        """
+
+    def parse(self, words: Sequence[str]) -> Any:
+        """The config alone.
+
+        Raises:
+            ValueError: for a wrong flag.
+        """
+
+
+def built(job: Job, stages: Stages, folder: str) -> tuple[Any, int | None]:
+    """The objects of a stage, and where its data are not there, the number of the published records.
+
+    Made-up records take the place of data that are not there, if their statistics are known.
+    """
+    words = [*launched(job.words, job), "--trainer.default_root_dir", folder]
+    try:
+        return stages.make(words), None
+    except (ValueError, OSError):
+        if job.statistics is None:
+            raise
+    made, count = made_up(words, stages, job.statistics, job.world_size)
+    return stages.make([*words, *made]), count
+
+
+def made_up(words: Sequence[str], stages: Stages, statistics: Statistics, world_size: int) -> tuple[list[str], int]:
+    """Flags that put made-up records in the place of a stage's own, and the number of the published ones.
+
+    Args:
+        words: arguments of `lit-vlm fit`.
+        stages: parses them.
+        statistics: of the published records.
+        world_size: number of processes: each gets a few batches of each source, as far as it has them.
+
+    Raises:
+        ValueError: for a wrong flag.
+    """
+    config = stages.parse(words)
+    file, stage, scale = statistics
+    template, decoder = config.data.template, config.model.decoder.init_args
+    tokenizer = decoder.get("tokenizer") or decoder.get("name") or "bytes"
+    count = sum(source.records for source in read_statistics(Path(file), stage, scale).values())
+    least = BATCHES * world_size * config.data.batch_size
+    wanted = max(RECORDS, SAMPLES_PER_ROW * 4 * least) if "Packed" in str(config.data.batching) else RECORDS
+    made = mock_train(Path(file), stage, min(count, wanted), tokenizer, template.as_dict(), scale, least=least)
+    return ["--data.train", json.dumps(made), "--data.val", "null", "--data.held_out", "0"], count
