@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from lit_vlm.commands.plan import WORKER, simulator
 from lit_vlm.planning import no_gpu
-from lit_vlm.planning.job import Device
+from lit_vlm.planning.job import Device, Measured
+from lit_vlm.planning.simulation import Rehearsal
+from tests.planning.simulated import PLENTY, job, setup
 
 DEVICE = Device("A100 of this test", 7 * 2**30, (8, 0))
 
@@ -75,3 +79,15 @@ def test_a_compiler_that_fails_is_quoted(monkeypatch: pytest.MonkeyPatch, tmp_pa
     with pytest.raises(no_gpu.NoSimulation, match="cannot compile device.c: no space left"):
         no_gpu.library()
     assert not list((tmp_path / "cache").rglob("*.so*"))
+
+
+def test_a_rehearsal_runs_each_job_in_a_new_process() -> None:
+    device = setup(1).card
+    variables = no_gpu.environment(Device(device.name, PLENTY), 1)
+    variables |= {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+    with simulator(setup(1)) as simulated:
+        rehearsal = Rehearsal((*WORKER, "one"), variables, simulated)
+        asked = job("hovle", "1_distill", 1, "single")
+        alone = rehearsal.run(asked)
+        assert alone == simulated.run(asked)
+    assert isinstance(alone, Measured)
