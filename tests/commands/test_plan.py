@@ -13,8 +13,10 @@ from lit_vlm.commands import foretell as told
 from lit_vlm.commands.fit import Checked
 from lit_vlm.commands.plan import main
 from lit_vlm.commands.runs import RunState
+from tests.planning.simulated import needs_simulation
 
 
+@needs_simulation
 def test_a_stage_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     main(["llava15", "--stages", "1_align", "--device", "a100-40", "--devices", "8", "--price", "2", "--json"])
     (plan,) = json.loads(capsys.readouterr().out)
@@ -26,6 +28,7 @@ def test_a_stage_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert not plan["own_data"]
 
 
+@needs_simulation
 def test_what_does_not_fit_fits_with_a_change(capsys: pytest.CaptureFixture[str]) -> None:
     main(["llava15", "--stages", "2_sft", "--device", "24"])
     shown = " ".join(capsys.readouterr().out.split())
@@ -34,6 +37,7 @@ def test_what_does_not_fit_fits_with_a_change(capsys: pytest.CaptureFixture[str]
     assert "--data.batch_size" in shown
 
 
+@needs_simulation
 def test_the_largest_micro_batch(capsys: pytest.CaptureFixture[str]) -> None:
     main(["hovle", "--stages", "2_align", "--device", "a100-40", "--devices", "32", "--search", "--json"])
     (plan,) = json.loads(capsys.readouterr().out)
@@ -68,6 +72,7 @@ def test_a_file_that_is_no_benchmark(tmp_path: Path) -> None:
         main(["llava15", "--measured", str(file)])
 
 
+@needs_simulation
 def test_a_wrong_flag_is_named_with_the_stage() -> None:
     with pytest.raises(ValueError, match=r"1_align: .*model\.projektor"):
         main(["llava15", "--stages", "1_align", "--model.projektor", "MLP"])
@@ -88,6 +93,7 @@ def test_without_a_simulation_states_are_told(
 STATE = RunState("llava15", None, "fsdp", ["1_align"], [])
 
 
+@needs_simulation
 def test_a_run_on_several_gpus_says_its_plan_and_keeps_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checked = Checked(None, 8, 8, "NVIDIA A100-SXM4-80GB", int(79.2 * 2**30))
     told.foretell(STATE, "1_align", tmp_path / "1_align", checked, Console())
@@ -103,6 +109,7 @@ def test_a_run_on_an_unknown_gpu_goes_on_without(tmp_path: Path, capsys: pytest.
     assert not (tmp_path / PLAN_FILE).exists()
 
 
+@needs_simulation
 def test_a_plan_that_fails_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checked = Checked(None, 8, 8, "NVIDIA A100-SXM4-80GB", int(79.2 * 2**30))
     state = RunState("llava15", None, "fsdp", ["1_align"], ["--model.projektor", "MLP"])

@@ -11,11 +11,15 @@ from lit_vlm.commands.plan import jobs, simulator
 from lit_vlm.commands.recipe import find_recipe
 from lit_vlm.core.devices import CARDS
 from lit_vlm.planning.job import Failed, Job, Measured
+from lit_vlm.planning.no_gpu import can_simulate
 from lit_vlm.planning.plan import Setup
 from lit_vlm.planning.roofline import Assumptions
 from lit_vlm.planning.simulation import Simulator
 
 GIB = 2**30
+needs_simulation = pytest.mark.skipif(
+    not can_simulate(), reason="simulated GPUs need Linux, a CUDA build of PyTorch and a C compiler"
+)
 PLENTY = 400 * GIB
 """More than any device has, so that each stage runs."""
 

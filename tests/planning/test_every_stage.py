@@ -10,9 +10,11 @@ import pytest
 from lit_vlm.commands.recipe import find_recipe, shipped_recipes
 from lit_vlm.planning.job import Measured
 from lit_vlm.planning.simulation import Simulator
-from tests.planning.simulated import GIB, job, measured, simulated
+from tests.planning.simulated import GIB, job, measured, needs_simulation, simulated
 
 __all__ = ["simulated"]
+
+pytestmark = needs_simulation
 
 OWN_DATA = ("quickstart",)
 """Recipes that run on data and weights of their own, on one device; other tests run them for real."""

@@ -13,7 +13,7 @@ from lit_vlm.commands.plan import WORKER, simulator
 from lit_vlm.planning import no_gpu
 from lit_vlm.planning.job import Device, Measured
 from lit_vlm.planning.simulation import Rehearsal
-from tests.planning.simulated import PLENTY, job, setup
+from tests.planning.simulated import PLENTY, job, needs_simulation, setup
 
 DEVICE = Device("A100 of this test", 7 * 2**30, (8, 0))
 
@@ -25,6 +25,7 @@ def _seen(code: str) -> str:
     return done.stdout.strip()
 
 
+@needs_simulation
 def test_pytorch_sees_devices_and_their_memory() -> None:
     seen = _seen(
         "import torch; p = torch.cuda.get_device_properties(0);"
@@ -33,6 +34,7 @@ def test_pytorch_sees_devices_and_their_memory() -> None:
     assert seen == "4 A100 of this test 7 8 0"
 
 
+@needs_simulation
 def test_the_allocator_is_pytorch_s_own() -> None:
     seen = _seen(
         "import torch\n"
@@ -44,6 +46,7 @@ def test_the_allocator_is_pytorch_s_own() -> None:
     assert seen == "3 3\nout of memory"
 
 
+@needs_simulation
 def test_pinned_memory_is_known_and_waits_are_seen() -> None:
     seen = _seen(
         "import torch, warnings\n"
@@ -70,6 +73,7 @@ def test_without_cuda_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
         no_gpu.library()
 
 
+@needs_simulation
 def test_a_compiler_that_fails_is_quoted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     compiler = tmp_path / "cc"
     compiler.write_text("#!/bin/sh\necho 'no space left' >&2\nexit 1\n")
@@ -81,6 +85,7 @@ def test_a_compiler_that_fails_is_quoted(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert not list((tmp_path / "cache").rglob("*.so*"))
 
 
+@needs_simulation
 def test_a_rehearsal_runs_each_job_in_a_new_process() -> None:
     device = setup(1).card
     variables = no_gpu.environment(Device(device.name, PLENTY), 1)
