@@ -26,7 +26,8 @@ class Planned(L.Callback):
       `memory/reserved`;
     - `planned/step_seconds` beside `throughput/step_seconds`: an optimizer step, waiting for data included.
 
-    At the end it prints both. Without a plan it does nothing.
+    At the end it prints both. Without a plan it does nothing. In the list of callbacks it stands in front of `Memory`,
+    which begins to count the peak anew each time it has logged it.
     """  # noqa: D415
 
     def __init__(self) -> None:

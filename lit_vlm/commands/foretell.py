@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -40,7 +41,9 @@ def foretell(state: RunState, stage: str, folder: Path, checked: Checked, consol
     words += ["--plugins", ",".join(state.plugins)] if state.plugins else []
     command = [sys.executable, "-P", "-m", "lit_vlm", *words, *state.flags]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=LONGEST, check=False)
+        # Simulated, as the GPUs are about to be used.
+        variables = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+        done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=LONGEST, check=False)
         plan: dict[str, Any] = json.loads(done.stdout)[0]
     except subprocess.TimeoutExpired:
         console.print(f"[dim]no plan: it took more than {LONGEST} s[/]", highlight=False)

@@ -279,10 +279,10 @@ def jobs(
             words += ["--config", os.path.abspath(config)]
         words += flags_for(stage, flags, recipe.stages)
         device = Device(setup.card.name, setup.room, setup.card.capability or (9, 0))
-        yield (
-            stage,
-            Job(tuple(words), device, setup.devices, setup.per_node, statistics=_statistics(recipe, stage, scale)),
-        )
+        # Data that flags name must be there; those of the recipe may not be on this machine.
+        named = any(flag.partition("=")[0].startswith("--data.train") for flag in words)
+        known = None if named else _statistics(recipe, stage, scale)
+        yield stage, Job(tuple(words), device, setup.devices, setup.per_node, statistics=known)
 
 
 def _statistics(recipe: Recipe, stage: str, scale: str | None) -> Statistics | None:

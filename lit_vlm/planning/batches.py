@@ -49,9 +49,7 @@ class Chosen:
     record_bytes: float
 
 
-def choose(
-    module: LitVLM, data: VLMData, global_batch: GlobalBatch, prepared: Sequence[str], text_only: bool
-) -> Chosen:
+def choose(module: LitVLM, data: VLMData, global_batch: GlobalBatch, prepared: Sequence[str]) -> Chosen:
     """Choose the batches by the lengths of a few that training would take.
 
     Args:
@@ -59,7 +57,6 @@ def choose(
         data: the data of the stage.
         global_batch: how rows are dealt out to ranks.
         prepared: heads, or `encoder`, whose features come with the batch.
-        text_only: take pictures out of the batches.
 
     Raises:
         ValueError: where no sample of those that are looked at can be used.
@@ -82,21 +79,20 @@ def choose(
 
     def made(batch: Sequence[Place]) -> Batch:
         whole = assemble([dataset[place] for place in batch], collate)
-        return _with_window(_with_features(module.vlm, whole, prepared), spec, text_only)
+        return _with_window(_with_features(module.vlm, whole, prepared), spec)
 
     nearest = [places[i] for i in np.abs(shapes[:, 1] - mean["positions"]).argsort(kind="stable")]
     longest = sorted(places, key=lambda batch: look.shape(batch)[1:3], reverse=True)
     if not plan.ordering.batching.packs:
         longest = [_longest(look, dataset, global_batch.batch_size), *longest]
     typical, heaviest = (_first_whole(order, look, made) for order in (nearest, longest))
-    return Chosen(typical, heaviest, mean, len(plan), look.mean_bytes(spec))
+    return Chosen(typical, heaviest, mean, len(plan), look.mean_bytes())
 
 
 class _Look:
     """Lengths of samples, by their place; each is measured once."""
 
     def __init__(self, sources: Sequence[Source], encode: SampleEncoder) -> None:
-        self._dataset = SourceDataset(sources, encode)
         self.sources, self.encode = sources, encode
         self.sizes: dict[int, tuple[int, int]] = {}
 
@@ -126,7 +122,7 @@ class _Look:
             images += count
         return len(places), max(rows.values(), default=0) * len(rows), images, sum(rows.values())
 
-    def mean_bytes(self, spec: InputSpec) -> float:
+    def mean_bytes(self) -> float:
         """Bytes of a record's pictures and text as they are read, over a few records."""
         total = 0
         some = list(self.sizes)[:16]
@@ -174,9 +170,7 @@ def _longest(look: _Look, dataset: SourceDataset, batch_size: int) -> list[Place
     return [Place(row, sample) for row, sample in enumerate(chosen)]
 
 
-def _with_window(batch: Batch, spec: InputSpec, text_only: bool) -> Batch:
-    if text_only:
-        batch = batch.text_only(batch.input_ids, batch.position_ids, batch.labels)
+def _with_window(batch: Batch, spec: InputSpec) -> Batch:
     own = {name: count(batch) for name, count in spec.own_counts.items()}
     return replace(batch, window=Window(batch.counts, own))
 

@@ -13,6 +13,7 @@ from transformers import LlavaForConditionalGeneration
 
 from lit_vlm.checkpoints.published.llava_hf import llava_config, llava_parts
 from lit_vlm.core.batch import Batch, Counts
+from lit_vlm.core.lora import has_adapters
 from lit_vlm.core.part import empty_parameters, meta_parameters
 from lit_vlm.core.precision import DTYPES, autocast
 from lit_vlm.core.progress import progress
@@ -57,7 +58,7 @@ def check_reference(module: LitVLM) -> None:
     """
     asked = "--against hf compares with transformers' LlavaForConditionalGeneration"
     try:
-        encoder, _, decoder = llava_parts(module.vlm)
+        encoder = llava_parts(module.vlm)[0]
     except ValueError as error:
         raise ValueError(f"{asked}: {error}") from error
     if encoder.config.model_type not in ("clip_vision_model", "siglip_vision_model"):
@@ -67,8 +68,8 @@ def check_reference(module: LitVLM) -> None:
     ]
     if heads:
         raise ValueError(f"{asked}, which has no head: set model.stage.losses.{heads[0]} to 0")
-    if decoder.lora is not None:
-        raise ValueError(f"{asked}, without adapters: set model.decoder.init_args.lora to null")
+    if adapted := [slot for slot, parts in module.vlm.slots().items() if any(map(has_adapters, parts))]:
+        raise ValueError(f"{asked}, without adapters, and here the {adapted[0]} has some: set model.lora to null")
     if module.trainer.world_size > 1:
         raise ValueError(
             f"{asked} on one device, and this stage runs on {module.trainer.world_size}: --strategy single"

@@ -56,7 +56,6 @@ class Job:
         record: whether operations and messages are recorded, which takes several times as long.
         waits: whether places that wait for the device are recorded.
         prepared: heads, or `encoder`, whose features are taken as prepared.
-        text_only: whether the batches hold no picture.
         statistics: of the published data, which made-up records follow where the data are not there; None: the stage's
             own data must be there.
     """
@@ -68,7 +67,6 @@ class Job:
     record: bool = False
     waits: bool = False
     prepared: tuple[str, ...] = ()
-    text_only: bool = False
     statistics: Statistics | None = None
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from pydoc import locate
 from typing import Any, Protocol
 
+from lit_vlm.data.feed.batching import Batching
 from lit_vlm.planning.job import Job, Statistics, launched
 from lit_vlm.planning.mock import mock_train
 from lit_vlm.planning.statistics import read_statistics
@@ -70,6 +72,12 @@ def made_up(words: Sequence[str], stages: Stages, statistics: Statistics, world_
     tokenizer = decoder.get("tokenizer") or decoder.get("name") or "bytes"
     count = sum(source.records for source in read_statistics(Path(file), stage, scale).values())
     least = BATCHES * world_size * config.data.batch_size
-    wanted = max(RECORDS, SAMPLES_PER_ROW * 4 * least) if "Packed" in str(config.data.batching) else RECORDS
+    wanted = max(RECORDS, SAMPLES_PER_ROW * 4 * least) if _packs(config.data.batching) else RECORDS
     made = mock_train(Path(file), stage, min(count, wanted), tokenizer, template.as_dict(), scale, least=least)
     return ["--data.train", json.dumps(made), "--data.val", "null", "--data.held_out", "0"], count
+
+
+def _packs(batching: Any) -> bool:
+    """Whether the batching of a config packs rows: an instance, as the default is, or a class path with arguments."""
+    kind = type(batching) if isinstance(batching, Batching) else locate(batching.class_path)
+    return bool(getattr(kind, "packs", False))

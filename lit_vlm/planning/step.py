@@ -88,7 +88,7 @@ def _trace(error: Exception) -> str:
 
 
 def _run(job: Job, stages: Stages, folder: str) -> Measured:
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available():  # asked before `_one_of_many` answers it
         raise ValueError("PyTorch sees no GPU, neither a real nor a simulated one")
     _one_of_many(job)
     cli, records = built(job, stages, folder)
@@ -120,6 +120,7 @@ def _one_of_many(job: Job) -> None:
         TORCHELASTIC_RUN_ID="plan", RANK="0", WORLD_SIZE=str(job.world_size), LOCAL_RANK="0", GROUP_RANK="0",
         LOCAL_WORLD_SIZE=str(devices), MASTER_ADDR="127.0.0.1", MASTER_PORT="29500",
     )  # fmt: skip
+    torch.cuda.device_count = lambda: devices  # a rehearsal has the first of them alone
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=job.world_size)
     dist.all_gather_object = _all_alike  # type: ignore[assignment]
 
@@ -141,7 +142,7 @@ def _choose(module: LitVLM, data: VLMData, job: Job, accumulate: int) -> Chosen:
     module.model = build_on_meta(module.slots)
     module.stage.freeze(module.model, module.slots.removed_heads)
     global_batch = GlobalBatch(data.batch_size, job.world_size, accumulate)
-    chosen = choose(module, data, global_batch, job.prepared, job.text_only)
+    chosen = choose(module, data, global_batch, job.prepared)
     module.model = None
     return chosen
 

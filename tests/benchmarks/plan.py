@@ -176,7 +176,7 @@ def _measure(job: Job, send: Connection) -> None:
         module.stage.start_from, module.stage.fresh = None, []
         module.model = build_on_meta(module.slots)
         module.stage.freeze(module.model, module.slots.removed_heads)
-        batch = choose(module, data, GlobalBatch(data.batch_size, 1), (), False).heaviest
+        batch = choose(module, data, GlobalBatch(data.batch_size, 1), ()).heaviest
         module.model = None
         send.send(_steps(module, batch))
 

@@ -107,7 +107,11 @@ def test_wrong_arguments_are_refused(words: list[str], said: str) -> None:
     [
         ("llava15", ["--model.projecter", "Linear"], "there is no flag --model.projecter"),
         ("eve", ["--against", "hf"], "this model is EvePatchEmbedding"),
-        ("llava15", ["--against", "hf", "--model.decoder.init_args.lora", "{rank: 2}"], "init_args.lora to null"),
+        (
+            "llava15",
+            ["--against", "hf", "--model.decoder.init_args.lora", "{rank: 2}"],
+            "adapters, and here the decoder has some: set model.lora to null",
+        ),
     ],
 )
 def test_what_a_stage_refuses_ends_the_command(tmp_path: Path, recipe: str, flags: list[str], said: str) -> None:

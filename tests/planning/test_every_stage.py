@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -37,8 +38,9 @@ def check(result: Measured) -> None:
 
 @pytest.mark.parametrize(("recipe", "stage"), list(_stages()))
 def test_sharded_over_64(recipe: str, stage: str, simulated: Simulator) -> None:
-    result = measured(simulated.run(job(recipe, stage, 64, "fsdp")))
+    result = measured(simulated.run(replace(job(recipe, stage, 64, "fsdp"), waits=True)))
     check(result)
+    assert not result.waits, "the host waits for the device inside a step"
     assert result.blocks > 1
     assert result.precision == "bf16-mixed"
 
@@ -63,13 +65,25 @@ def test_packed(recipe: str, stage: str, simulated: Simulator) -> None:
     assert result.typical.samples > result.batch_size, "several samples share a row"
 
 
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Conversations without pictures."""
+    said = [{"from": "human", "value": "What is left? " * 20}, {"from": "gpt", "value": "Words alone. " * 20}]
+    file = tmp_path_factory.mktemp("texts") / "texts.json"
+    file.write_text(json.dumps([{"id": str(index), "conversations": said} for index in range(512)]))
+    return str(file)
+
+
 @pytest.mark.parametrize(
     ("recipe", "stage"), [("llava15", "2_sft"), ("eve", "3_sft"), ("hovle", "2_align"), ("ola_vlm", "1_pretrain")]
 )
-def test_a_rank_without_pictures(recipe: str, stage: str, simulated: Simulator) -> None:
-    result = measured(simulated.run(replace(job(recipe, stage, 8, "fsdp"), text_only=True)))
+def test_a_rank_without_pictures(recipe: str, stage: str, texts: str, simulated: Simulator) -> None:
+    source = {"class_path": "lit_vlm.data.LlavaJson", "init_args": {"path": texts, "image_folder": "."}}
+    flags = ["--data.train", json.dumps([source]), "--data.template", "VicunaV1", "--data.mixture", "Shuffled"]
+    result = measured(simulated.run(job(recipe, stage, 8, "fsdp", flags)))
     check(result)
     assert result.typical.images == 0
+    assert result.records is None
 
 
 def test_llava_by_hand(simulated: Simulator) -> None:

@@ -86,13 +86,20 @@ def test_a_compiler_that_fails_is_quoted(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 
 @needs_simulation
-def test_a_rehearsal_runs_each_job_in_a_new_process() -> None:
-    device = setup(1).card
-    variables = no_gpu.environment(Device(device.name, PLENTY), 1)
+def test_a_rehearsal_is_the_first_of_many_on_one_device() -> None:
+    variables = no_gpu.environment(Device(setup(1).card.name, PLENTY), 1)
     variables |= {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
-    with simulator(setup(1)) as simulated:
+    with simulator(setup(16)) as simulated:
         rehearsal = Rehearsal((*WORKER, "one"), variables, simulated)
-        asked = job("hovle", "1_distill", 1, "single")
+        asked = job("hovle", "1_distill", 16, "hsdp")
         alone = rehearsal.run(asked)
         assert alone == simulated.run(asked)
     assert isinstance(alone, Measured)
+    assert alone.blocks
+
+
+@needs_simulation
+def test_devices_that_are_hidden_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with simulator(setup(8)) as simulated:
+        assert isinstance(simulated.run(job("hovle", "1_distill", 8, "fsdp")), Measured)

@@ -130,3 +130,5 @@ def prepare_fork() -> None:
     torch.backends.cudnn.enabled = False
     torch.backends.cuda.enable_cudnn_sdp(False)
     torch.cuda._is_in_bad_fork = lambda: False
+    # Beside a real driver PyTorch would ask that one how many there are.
+    torch.cuda.device_count = torch._C._cuda_getDeviceCount
