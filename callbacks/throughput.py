@@ -12,7 +12,7 @@ import lightning.pytorch as L
 import torch
 
 from lit_vlm.core.batch import Batch, Counts
-from lit_vlm.core.devices import known_card
+from lit_vlm.core.devices import card_of
 from lit_vlm.core.transfer import on_host
 from lit_vlm.training.module import LitVLM
 from lit_vlm.training.step_flops import StepFlops
@@ -118,7 +118,5 @@ def _attempt(work: Callable[[], T]) -> T | None:
 
 def known_peak(device: torch.device) -> float | None:
     """Peak FLOP/s of a device; None for unknown GPUs, slices of a GPU (MIG) and devices other than GPUs."""
-    if device.type != "cuda":
-        return None
-    card = known_card(torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device).total_memory)
+    card = card_of(device)
     return card.flops if card is not None else None

@@ -16,14 +16,14 @@ from pathlib import Path
 
 from rich.console import Console
 
+from lit_vlm.commands.asked import FLAGS_OF_RUN, ask, recipe_parser
 from lit_vlm.commands.plan import DEFAULT_CARD, jobs, simulator
 from lit_vlm.commands.recipe import find_recipe, shipped_recipes
-from lit_vlm.commands.run import is_value
 from lit_vlm.commands.runs import is_first
 from lit_vlm.core.devices import CARDS, known_card
 from lit_vlm.core.plugins import named_plugins, use_plugins
-from lit_vlm.planning.bench_job import Benched, BenchJob, Reference
-from lit_vlm.planning.bench_report import Row, report, show
+from lit_vlm.planning.bench.job import Benched, BenchJob, Reference
+from lit_vlm.planning.bench.report import Row, report, show
 from lit_vlm.planning.job import Job
 from lit_vlm.planning.plan import Setup, StagePlan, plan_stage
 from lit_vlm.planning.roofline import Assumptions
@@ -40,26 +40,23 @@ def main(argv: Sequence[str]) -> None:
         ValueError: for a wrong argument.
         SystemExit: for a wrong flag, or where a stage does not run.
     """
-    named = bool(argv) and not argv[0].startswith("-")
-    arguments, flags = _parser().parse_known_args(argv[1:] if named else argv)
-    if not named:
+    asked = ask(_parser(), argv)
+    if asked.recipe is None:
         raise ValueError(f"name a recipe, as the first argument: {', '.join(shipped_recipes())}")
-    _check(arguments, flags)
-    recipe = find_recipe(argv[0])
-    plugins = [*recipe.plugins, *named_plugins()]
-    use_plugins(plugins)
-    stages = arguments.stages.split(",") if arguments.stages else None
+    arguments = asked.options
+    _check(arguments)
+    recipe = find_recipe(asked.recipe)
+    use_plugins([*recipe.plugins, *named_plugins()])
     # What is planned with is set when it is known what the stage ran on.
     setup = Setup(CARDS[DEFAULT_CARD], 1, 1, Assumptions())
     console = Console()
     rows: list[Row] = []
     with ExitStack() as stack:
         planner = _Planner(stack)
-        for stage, job in jobs(recipe, arguments.scale, arguments.strategy, stages, flags, setup):
-            words = (*(("--plugins", ",".join(plugins)) if plugins else ()), *job.words)
+        for stage, job in jobs(recipe, arguments.scale, arguments.strategy, asked.stages, asked.flags, setup):
             trace = str(arguments.profile.resolve() / f"{stage}.json") if arguments.profile else None
-            asked = BenchJob(stage, words, job.statistics, arguments.steps, trace)
-            row = _measure(asked, job, arguments.against == HF, planner)
+            measured = BenchJob(stage, job.words, job.statistics, arguments.steps, trace)
+            row = _measure(measured, job, arguments.against == HF, planner)
             if row is None:  # another process than the first of a launcher
                 continue
             rows.append(row)
@@ -67,7 +64,7 @@ def main(argv: Sequence[str]) -> None:
             if trace is not None:
                 console.print(f"trace of a step, for ui.perfetto.dev: {trace}", soft_wrap=True, highlight=False)
             if arguments.json is not None:  # after each stage, as a later one may not run
-                given = vars(arguments) | {"recipe": argv[0], "flags": flags}
+                given = vars(arguments) | {"recipe": asked.recipe, "flags": asked.flags}
                 _write(arguments.json, report(rows, given))
 
 
@@ -77,19 +74,14 @@ def _write(file: Path, content: object) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="lit-vlm bench",
-        usage="lit-vlm bench RECIPE [options] [flags for all stages or one]",
-        description="Measure each stage of a recipe on the devices of this machine: speed, memory, where the time "
-        "goes, and what the plan had said. Weights are random; data are the stage's own where they are there, else "
-        "drawn with its published statistics.",
-        epilog="Any other flag is one of lit-vlm run: --data.batch_size 8, --1_align.model.decoder.init_args.recompute "
-        "false, ...",
-        allow_abbrev=False,
+    parser = recipe_parser(
+        "bench",
+        "RECIPE [options] [flags for all stages or one]",
+        "Measure each stage of a recipe on the devices of this machine: speed, memory, where the time goes, and what "
+        "the plan had said. Weights are random; data are the stage's own where they are there, else drawn with its "
+        "published statistics.",
+        FLAGS_OF_RUN,
     )
-    parser.add_argument("--scale", help="how big it is: a file in the recipe's scales/ (default: the recipe's)")
-    parser.add_argument("--strategy", help="how it is sharded: single, ddp, fsdp, hsdp (default: the recipe's)")
-    parser.add_argument("--stages", help="only these, separated by commas (default: all)")
     parser.add_argument("--steps", type=int, default=30, help="measured steps, after 5 to warm up (default: 30)")
     parser.add_argument("--json", type=Path, help="a file for all figures; lit-vlm plan --measured reads it")
     parser.add_argument(
@@ -99,9 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _check(arguments: argparse.Namespace, flags: Sequence[str]) -> None:
-    if bad := [flag for i, flag in enumerate(flags) if not flag.startswith("--") and not is_value(i, flags)]:
-        raise ValueError(f"{bad[0]!r} is neither a flag nor the value of one; the recipe is the first argument")
+def _check(arguments: argparse.Namespace) -> None:
     if arguments.steps < 1:
         raise ValueError(f"--steps is at least 1, not {arguments.steps}")
     for flag, path in (("--json", arguments.json), ("--profile", arguments.profile)):

@@ -18,9 +18,9 @@ def main(argv: Sequence[str]) -> None:
     Args:
         argv: a file with a `BenchJob`, and the file for the result.
     """
-    from lit_vlm.planning.bench import run_bench
-    from lit_vlm.planning.bench_job import BenchJob
-    from lit_vlm.planning.bench_reference import run_reference
+    from lit_vlm.planning.bench.job import BenchJob
+    from lit_vlm.planning.bench.reference import run_reference
+    from lit_vlm.planning.bench.run import run_bench
 
     job, out = BenchJob.read(Path(argv[0])), Path(argv[1])
 

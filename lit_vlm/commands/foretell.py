@@ -14,7 +14,7 @@ from rich.console import Console
 from lit_vlm.checkpoints.folder import PLAN_FILE
 from lit_vlm.commands.fit import Checked
 from lit_vlm.commands.runs import RunState
-from lit_vlm.core.devices import CARDS, known_card
+from lit_vlm.core.devices import known_card, short_name
 
 LONGEST = 300
 """Seconds that a plan may take; a stage starts without one after that."""
@@ -31,13 +31,12 @@ def foretell(state: RunState, stage: str, folder: Path, checked: Checked, consol
         console: where the line is printed.
     """
     card = known_card(checked.gpu, checked.gpu_bytes)
-    name = next((name for name, one in CARDS.items() if one is card), None)
-    if name is None:
+    if card is None:
         console.print(f"[dim]no plan: {checked.gpu} is no GPU that lit-vlm plan knows[/]", highlight=False)
         return
     words = ["plan", state.recipe, "--stages", stage, "--strategy", state.strategy, "--json"]
     words += ["--scale", state.scale] if state.scale else []
-    words += ["--devices", str(checked.gpus), "--per-node", str(checked.per_node), "--device", name]
+    words += ["--devices", str(checked.gpus), "--per-node", str(checked.per_node), "--device", short_name(card)]
     words += ["--plugins", ",".join(state.plugins)] if state.plugins else []
     command = [sys.executable, "-P", "-m", "lit_vlm", *words, *state.flags]
     try:

@@ -12,15 +12,16 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
+from lit_vlm.commands.asked import FLAGS_OF_RUN, Asked, ask, flags_for, recipe_parser
 from lit_vlm.commands.fit import quietly
 from lit_vlm.commands.recipe import Recipe, find_recipe, shipped_recipes
-from lit_vlm.commands.run import flags_for, is_value
-from lit_vlm.core.devices import CARDS, Card, known_card
+from lit_vlm.core.devices import CARDS, Card, card_of, short_name
 from lit_vlm.core.plugins import named_plugins, nearest, use_plugins
 from lit_vlm.planning import no_gpu
-from lit_vlm.planning.job import Device, Job, Statistics
+from lit_vlm.planning.job import Job, Statistics
 from lit_vlm.planning.plan import Setup, largest_micro_batch, plan_stage
 from lit_vlm.planning.published import shipped
 from lit_vlm.planning.report import show, show_states
@@ -46,26 +47,23 @@ def main(argv: Sequence[str]) -> None:
         ValueError: for a wrong argument or flag, or a machine that cannot simulate devices.
         SystemExit: where a stage does not fit, with code 1.
     """
-    named = bool(argv) and not argv[0].startswith("-")
-    arguments, flags = _parser().parse_known_args(argv[1:] if named else argv)
-    if not named:
+    asked = ask(_parser(), argv)
+    if asked.recipe is None:
         raise ValueError(f"name a recipe, as the first argument, or all: {', '.join(shipped_recipes())}")
-    if argv[0] == EVERY:
-        _survey(_setup(arguments, None), arguments, flags)
+    if asked.recipe == EVERY:
+        _survey(_setup(asked.options, None), asked)
         return
-    if bad := [flag for i, flag in enumerate(flags) if not flag.startswith("--") and not is_value(i, flags)]:
-        raise ValueError(f"{bad[0]!r} is neither a flag nor the value of one; the recipe is the first argument")
-    recipe = find_recipe(argv[0])
+    recipe, arguments = find_recipe(asked.recipe), asked.options
     use_plugins([*recipe.plugins, *named_plugins()])
     console = Console()
     plans = []
     present = _present_card()
     setup = _setup(arguments, present)
     if not (present or no_gpu.can_simulate()):
-        _states_alone(recipe, arguments, flags, setup, console)
+        _states_alone(recipe, asked, setup, console)
         return
     with _runner(setup, present) as run:
-        for stage, job in jobs(recipe, arguments.scale, arguments.strategy, _stages(arguments), flags, setup):
+        for stage, job in jobs(recipe, arguments.scale, arguments.strategy, asked.stages, asked.flags, setup):
             with console.status(f"planning {stage} ...") if not arguments.json else _silent():
                 plan = plan_stage(stage, job, setup, run.run)
                 if arguments.search:
@@ -81,9 +79,10 @@ def main(argv: Sequence[str]) -> None:
         raise SystemExit(1)
 
 
-def _survey(setup: Setup, arguments: argparse.Namespace, flags: Sequence[str]) -> None:
+def _survey(setup: Setup, asked: Asked) -> None:
     """Print the table of all recipes at their published scales."""
-    if flags or arguments.scale or arguments.strategy or arguments.stages or arguments.json or arguments.search:
+    arguments = asked.options
+    if asked.flags or arguments.scale or arguments.strategy or arguments.stages or arguments.json or arguments.search:
         raise ValueError(f"lit-vlm plan {EVERY} takes --device, --devices, --per-node and --measured alone")
     with simulator(setup) as process:
         for line in markdown(_published(setup), setup, process.run):
@@ -115,24 +114,15 @@ def _silent() -> Iterator[None]:
     yield
 
 
-def _stages(arguments: argparse.Namespace) -> list[str] | None:
-    return arguments.stages.split(",") if arguments.stages else None
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="lit-vlm plan",
-        usage="lit-vlm plan RECIPE [options] [flags for all stages or one]\n       lit-vlm plan all [--device ...]",
-        description="Say what each stage of a recipe takes: memory of devices and hosts, time, cost, and what makes it "
-        "fit. A step of each stage runs on simulated GPUs, without weights, data or network. all in place of RECIPE "
-        "prints a table of every recipe at its published scales, in Markdown.",
-        epilog="Any other flag is one of lit-vlm run: --data.batch_size 8, --1_align.model.decoder.init_args.recompute "
-        "false, ...",
-        allow_abbrev=False,
+    parser = recipe_parser(
+        "plan",
+        "RECIPE [options] [flags for all stages or one]\nall [--device ...]",
+        "Say what each stage of a recipe takes: memory of devices and hosts, time, cost, and what makes it fit. A step "
+        "of each stage runs on simulated GPUs, without weights, data or network. all in place of RECIPE prints a table "
+        "of every recipe at its published scales, in Markdown.",
+        FLAGS_OF_RUN,
     )
-    parser.add_argument("--scale", help="how big it is: a file in the recipe's scales/ (default: the recipe's)")
-    parser.add_argument("--strategy", help="how it is sharded: single, ddp, fsdp, hsdp (default: the recipe's)")
-    parser.add_argument("--stages", help="only these, separated by commas (default: all)")
     parser.add_argument("--devices", type=int, default=8, help="number of GPUs (default: 8)")
     parser.add_argument("--per-node", type=int, default=PER_NODE, help=f"GPUs of a machine (default: {PER_NODE})")
     parser.add_argument(
@@ -189,12 +179,8 @@ def _measured(file: Path) -> dict[str, float]:
 
 def _present_card() -> str | None:
     """Short name of the GPU of this machine; None without one, or for one that is not known."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return None
-    card = known_card(torch.cuda.get_device_name(0), torch.cuda.get_device_properties(0).total_memory)
-    return next((name for name, one in CARDS.items() if one is card), None)
+    card = card_of(torch.device("cuda", 0)) if torch.cuda.is_available() else None
+    return short_name(card) if card is not None else None
 
 
 @contextmanager
@@ -210,9 +196,7 @@ def _runner(setup: Setup, present: str | None) -> Iterator[Simulator | Rehearsal
         yield Rehearsal((*WORKER, "one"), _environment(), None)
 
 
-def _states_alone(
-    recipe: Recipe, arguments: argparse.Namespace, flags: Sequence[str], setup: Setup, console: Console
-) -> None:
+def _states_alone(recipe: Recipe, asked: Asked, setup: Setup, console: Console) -> None:
     """Print what weights, gradients and optimizer take by arithmetic, and what is missing for a plan."""
     from lit_vlm.commands.simulated import Commands
 
@@ -221,7 +205,8 @@ def _states_alone(
     except no_gpu.NoSimulation as error:
         console.print(f"[yellow]No step can run: {error}. What follows is arithmetic of states alone.[/]")
     found = {}
-    for stage, job in jobs(recipe, arguments.scale, arguments.strategy, _stages(arguments), flags, setup):
+    arguments = asked.options
+    for stage, job in jobs(recipe, arguments.scale, arguments.strategy, asked.stages, asked.flags, setup):
         with shipped(), quietly():
             found[stage] = states_alone(job, Commands())
     if arguments.json:
@@ -249,8 +234,7 @@ def simulator(setup: Setup) -> Iterator[Simulator]:
     Raises:
         NoSimulation: where devices cannot be simulated; a ValueError that says what is missing.
     """
-    device = Device(setup.card.name, setup.room, setup.card.capability or (9, 0))
-    with Simulator(WORKER, _environment() | no_gpu.environment(device, setup.per_node)) as process:
+    with Simulator(WORKER, _environment() | no_gpu.environment(setup.device(), setup.per_node)) as process:
         yield process
 
 
@@ -278,11 +262,10 @@ def jobs(
         for config in recipe.configs(stage, scale, strategy or recipe.strategy_for(scale)):
             words += ["--config", os.path.abspath(config)]
         words += flags_for(stage, flags, recipe.stages)
-        device = Device(setup.card.name, setup.room, setup.card.capability or (9, 0))
         # Data that flags name must be there; those of the recipe may not be on this machine.
         named = any(flag.partition("=")[0].startswith("--data.train") for flag in words)
         known = None if named else _statistics(recipe, stage, scale)
-        yield stage, Job(tuple(words), device, setup.devices, setup.per_node, statistics=known)
+        yield stage, Job(tuple(words), setup.device(), setup.devices, setup.per_node, statistics=known)
 
 
 def _statistics(recipe: Recipe, stage: str, scale: str | None) -> Statistics | None:

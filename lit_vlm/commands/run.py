@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 from rich.console import Console
 
 from lit_vlm.checkpoints.folder import checkpoints_in
+from lit_vlm.commands.asked import Asked, ask, flags_for, recipe_parser
 from lit_vlm.commands.fit import REFUSED, Checked, check_flags, in_one_line
 from lit_vlm.commands.foretell import foretell
 from lit_vlm.commands.recipe import Recipe, find_recipe, shipped_recipes
@@ -36,18 +37,14 @@ def main(argv: Sequence[str]) -> None:
         ValueError: for a wrong argument or recipe, a folder that holds a run, or nothing to resume.
         SystemExit: when a flag is wrong, a check fails, or a stage ends with an error.
     """
-    # The recipe is the first argument: behind a flag it could not be told from the flag's value.
-    named = bool(argv) and not argv[0].startswith("-")
-    arguments, flags = _parser().parse_known_args(argv[1:] if named else argv)
-    arguments.recipe = argv[0] if named else None
-    if bad := [flag for i, flag in enumerate(flags) if not flag.startswith("--") and not is_value(i, flags)]:
-        raise ValueError(f"{bad[0]!r} is neither a flag nor the value of one; the recipe is the first argument")
+    asked = ask(_parser(), argv)
+    arguments = asked.options
     console = Console()
     if arguments.resume:
-        folder, state = _find_unfinished(arguments, flags)
+        folder, state = _find_unfinished(asked)
         console.print(f"resuming {folder}: done {state.done or 'nothing yet'}")
     else:
-        folder, state = _new_run(arguments, flags)
+        folder, state = _new_run(asked)
     recipe = find_recipe(state.recipe)
     use_plugins(state.plugins)
     if arguments.dry_run:
@@ -102,18 +99,14 @@ def _check_all(commands: Sequence[Sequence[str]], results: Connection) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="lit-vlm run",
-        usage="lit-vlm run RECIPE [options] [flags for all stages or one]\n       lit-vlm run --resume [--out DIR]",
-        description="Run the stages of a recipe in order, each from the weights that the one before left. "
-        f"RECIPE is a folder, or one of: {', '.join(shipped_recipes())}.",
-        epilog="Any other flag goes to every stage as it is, e.g. --model.projector Resampler --trainer.max_steps 100, "
-        "or to one stage, if it begins with its name: --1_align.trainer.max_steps 100.",
-        allow_abbrev=False,
+    parser = recipe_parser(
+        "run",
+        "RECIPE [options] [flags for all stages or one]\n--resume [--out DIR]",
+        "Run the stages of a recipe in order, each from the weights that the one before left. RECIPE is a folder, or "
+        f"one of: {', '.join(shipped_recipes())}.",
+        "Any other flag goes to every stage as it is, e.g. --model.projector Resampler --trainer.max_steps 100, or to "
+        "one stage, if it begins with its name: --1_align.trainer.max_steps 100.",
     )
-    parser.add_argument("--strategy", help="how it is sharded: single, ddp, fsdp, hsdp (default: the recipe's)")
-    parser.add_argument("--scale", help="how big it is: a file in the recipe's scales/ (default: the recipe's)")
-    parser.add_argument("--stages", help="only these, separated by commas (default: all)")
     parser.add_argument("--out", type=Path, help="folder of the run (default: runs/RECIPE-SCALE-TIME)")
     parser.add_argument(
         "--dry-run", action="store_true", help="check every stage and say what is missing; train nothing"
@@ -122,20 +115,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def is_value(index: int, flags: Sequence[str]) -> bool:
-    """Whether a word of a command line is the value of the flag in front of it."""
-    return index > 0 and flags[index - 1].startswith("--") and "=" not in flags[index - 1]
-
-
-def _new_run(arguments: argparse.Namespace, flags: list[str]) -> tuple[Path, RunState]:
-    if arguments.recipe is None:
+def _new_run(asked: Asked) -> tuple[Path, RunState]:
+    arguments, flags = asked.options, asked.flags
+    if asked.recipe is None:
         raise ValueError(f"name a recipe, as the first argument: {', '.join(shipped_recipes())}")
-    recipe = find_recipe(arguments.recipe)
+    recipe = find_recipe(asked.recipe)
     scale = arguments.scale or recipe.scale
-    stages = arguments.stages.split(",") if arguments.stages else recipe.stages_for(scale)
+    stages = asked.stages or recipe.stages_for(scale)
     plugins = list(dict.fromkeys([*recipe.plugins, *named_plugins()]))
     strategy = arguments.strategy or recipe.strategy_for(scale)
-    state = RunState(arguments.recipe, scale, strategy, stages, flags, plugins=plugins)
+    state = RunState(asked.recipe, scale, strategy, stages, flags, plugins=plugins)
     for stage in stages:
         recipe.configs(stage, scale, state.strategy)
     for flag in flags:
@@ -150,17 +139,18 @@ def _new_run(arguments: argparse.Namespace, flags: list[str]) -> tuple[Path, Run
     return folder, state
 
 
-def _find_unfinished(arguments: argparse.Namespace, flags: list[str]) -> tuple[Path, RunState]:
-    if flags or arguments.scale or arguments.strategy or arguments.stages:
+def _find_unfinished(asked: Asked) -> tuple[Path, RunState]:
+    arguments = asked.options
+    if asked.flags or arguments.scale or arguments.strategy or arguments.stages:
         raise ValueError("--resume goes on with what the run was started with; it takes no other flag than --out")
     if arguments.out:
         return arguments.out, RunState.load(arguments.out)
     found = sorted(Path("runs").glob(f"*/{STATE_FILE}"), key=lambda file: file.stat().st_mtime, reverse=True)
     for file in found:
         state = RunState.load(file.parent)
-        if state.done != state.stages and arguments.recipe in (None, state.recipe):
+        if state.done != state.stages and asked.recipe in (None, state.recipe):
             return file.parent, state
-    raise ValueError(f"there is no unfinished run{f' of {arguments.recipe}' if arguments.recipe else ''} in runs/")
+    raise ValueError(f"there is no unfinished run{f' of {asked.recipe}' if asked.recipe else ''} in runs/")
 
 
 def _command(recipe: Recipe, state: RunState, stage: str, folder: Path) -> list[str]:
@@ -174,20 +164,6 @@ def _command(recipe: Recipe, state: RunState, stage: str, folder: Path) -> list[
     if start:  # last, as a start_from among the flags is meant for the first stage
         words += ["--model.stage.start_from", str(folder / start)]
     return words
-
-
-def flags_for(stage: str, flags: Sequence[str], stages: Collection[str]) -> list[str]:
-    """The flags of one stage: those for all stages, and those that begin with `--STAGE.`, without that."""
-    chosen: list[str] = []
-    mine = True
-    for flag in flags:
-        if flag.startswith("--"):
-            first, _, rest = flag[2:].partition(".")
-            mine = first not in stages or first == stage
-            flag = f"--{rest}" if first in stages else flag
-        if mine:
-            chosen.append(flag)
-    return chosen
 
 
 def _run(recipe: Recipe, state: RunState, folder: Path, console: Console, checked: Mapping[str, Checked]) -> None:

@@ -11,6 +11,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 GIB = 2**30
 TERA, GIGA = 1e12, 1e9
@@ -130,6 +134,20 @@ def known_card(name: str, memory: int | None = None) -> Card | None:
         fitting = [card for card in cards if any(_fits(card, size) for size in sizes)]
         return fitting[0] if len(fitting) == 1 else None
     return cards[0] if cards else None
+
+
+def card_of(device: torch.device) -> Card | None:
+    """The card of a GPU of this machine; None of one that is not in the table, and of other devices."""
+    import torch  # late, as who asks about cards alone loads no PyTorch
+
+    if device.type != "cuda":
+        return None
+    return known_card(torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device).total_memory)
+
+
+def short_name(card: Card) -> str:
+    """The name of a card in the table."""
+    return next(name for name, one in CARDS.items() if one is card)
 
 
 def _sizes(words: list[str]) -> Iterator[float]:

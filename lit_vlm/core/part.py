@@ -70,15 +70,17 @@ class Part(nn.Module):
 
     def digest(self) -> str:
         """A hash of all weights; not for parts that are sharded or on the meta device."""
-        hashes = [
-            (name, torch.hash_tensor(tensor).view(torch.int64).item())
-            for name, tensor in sorted(self.state_dict().items())
-        ]
-        return hashlib.sha256(repr(hashes).encode()).hexdigest()[:12]
+        return hash_tensors(sorted(self.state_dict().items()))
 
     def frozen(self) -> bool:
         """Whether no parameter of this part trains."""
         return not any(parameter.requires_grad for parameter in self.parameters())
+
+
+def hash_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """A hash of tensors and their names, in order; not for those that are sharded or on the meta device."""
+    hashes = [(name, torch.hash_tensor(tensor).view(torch.int64).item()) for name, tensor in tensors]
+    return hashlib.sha256(repr(hashes).encode()).hexdigest()[:12]
 
 
 _register = nn.Module.register_parameter

@@ -6,7 +6,6 @@ part's own pretrained weights, or the checkpoint that the stage started from.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lit_vlm.core.lora import has_adapters, is_adapter, split_state, trained_parameters
-from lit_vlm.core.part import Part, StateDict
+from lit_vlm.core.part import Part, StateDict, hash_tensors
 
 PRETRAINED = ""
 
@@ -103,16 +102,11 @@ class SavedSlots(dict[str, StateDict]):
 
 def digest_of(state: Mapping[str, Tensor]) -> str:
     """A hash of weights, rounded to bf16, so that a run in bf16 and one in fp32 agree on it."""
-    hashes = [
-        (
-            name,
-            torch.hash_tensor(value.to(torch.bfloat16) if value.is_floating_point() else value)
-            .view(torch.int64)
-            .item(),
-        )
-        for name, value in sorted(state.items())
-    ]
-    return hashlib.sha256(repr(hashes).encode()).hexdigest()[:12]
+    # One after the other: rounded, all together would take half of the model's memory again.
+    named = sorted(state.items())
+    return hash_tensors(
+        (name, value.to(torch.bfloat16) if value.is_floating_point() else value) for name, value in named
+    )
 
 
 def left_out(part: Part) -> set[str]:

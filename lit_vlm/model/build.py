@@ -23,7 +23,7 @@ from lit_vlm.core.lora import (
     split_state,
 )
 from lit_vlm.core.part import Part, StateDict, check_state, load_state, meta_parameters
-from lit_vlm.core.quantised import UNQUANTISED, Quantize
+from lit_vlm.core.quantised import UNQUANTISED, Quantize, quantise
 from lit_vlm.decoders import Decoder, HFDecoder
 from lit_vlm.embedders import Embedder
 from lit_vlm.encoders import Encoder
@@ -240,6 +240,12 @@ def _saved_state(name: str, part: Part, saved: Mapping[str, StateDict], origin: 
         )
     state, adapters = split_state(saved.get(name, {}))
     return part.adapt_state(state), adapters
+
+
+def quantise_slots(model: VLM, quantize: Quantize, device: torch.device | None = None) -> None:
+    """Store frozen weights of slots in 4 or 8 bits, in place; arguments and errors as for `quantised.quantise`."""
+    for slot, kind in quantize.kinds().items():
+        quantise(model.slots()[slot][0], kind, slot, device)
 
 
 def load_teachers(model: VLM, names: Iterable[str], dtype: torch.dtype | None = None) -> None:

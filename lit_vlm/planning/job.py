@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
@@ -226,14 +225,8 @@ def read_result(line: str) -> Measured | Failed:
     return Measured.from_json(data["measured"]) if "measured" in data else Failed(**data["failed"])
 
 
-def launched(words: Sequence[str], job: Job) -> list[str]:
-    """The arguments of a stage's command, with the devices of a job and without what writes into a run."""
+def launched(job: Job) -> list[str]:
+    """The arguments of a job's stage, with its devices."""
     devices = min(job.per_node, job.world_size)
-    return [
-        *words,
-        *("--trainer.devices", str(devices)),
-        *("--trainer.num_nodes", str(-(-job.world_size // job.per_node))),
-        *("--trainer.logger", "false"),
-        *("--trainer.enable_progress_bar", "false"),
-        *("--trainer.limit_val_batches", "0"),
-    ]
+    nodes = -(-job.world_size // job.per_node)
+    return [*job.words, "--trainer.devices", str(devices), "--trainer.num_nodes", str(nodes)]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lit_vlm.core.devices import Card
+from lit_vlm.planning.changes import Change, smaller
 from lit_vlm.planning.job import MICRO, RECORDED, Device, Failed, Job, Measured
 from lit_vlm.planning.roofline import Assumptions, StepTime, estimate
 from lit_vlm.planning.simulation import UNLIMITED
@@ -15,7 +16,6 @@ from lit_vlm.planning.simulation import UNLIMITED
 GIB = 2**30
 PREFETCH = 4
 """Batches that each loader process holds ready."""
-SHARDED = '{"class_path": "lit_vlm.training.sharding.FSDP2"}'
 RunStep = Callable[[Job], Measured | Failed]
 
 
@@ -42,24 +42,9 @@ class Setup:
         """Bytes that PyTorch may allocate on a device."""
         return int(self.card.memory - self.assumed.context)
 
-
-@dataclass(frozen=True)
-class Change:
-    """A change of a stage's settings that takes less memory.
-
-    Attributes:
-        what: in words.
-        flags: flags of `lit-vlm run`.
-        prepared: heads, or `encoder`, whose features are prepared before.
-    """
-
-    what: str
-    flags: tuple[str, ...] = ()
-    prepared: tuple[str, ...] = ()
-
-    def apply(self, job: Job) -> Job:
-        """The job with this change."""
-        return replace(job, words=(*job.words, *self.flags), prepared=(*job.prepared, *self.prepared))
+    def device(self, size: int | None = None) -> Device:
+        """The device of a job, with as much memory as PyTorch has there, or another size."""
+        return Device(self.card.name, self.room if size is None else size, self.card.capability or (9, 0))
 
 
 @dataclass
@@ -234,14 +219,14 @@ def plan_stage(stage: str, job: Job, setup: Setup, run: RunStep) -> StagePlan:
     Raises:
         ValueError: where a step does not run for another reason than memory.
     """
-    limited = _on(job, setup.card, setup.room)
+    limited = replace(job, device=setup.device())
     result = run(replace(limited, record=True))
     if isinstance(result, Measured):
         return StagePlan(stage, setup, result, fits=True)
     _refuse_other(stage, result)
-    asked = _must(stage, run(replace(_on(job, setup.card, UNLIMITED), record=True)))
+    asked = _must(stage, run(replace(job, device=setup.device(UNLIMITED), record=True)))
     tried: list[tuple[str, int | None]] = []
-    for changes in smaller(asked, setup):
+    for changes in smaller(asked, setup.room, setup.devices):
         changed = limited
         for change in changes:
             changed = change.apply(changed)
@@ -254,10 +239,6 @@ def plan_stage(stage: str, job: Job, setup: Setup, run: RunStep) -> StagePlan:
     return StagePlan(stage, setup, asked, False, (), tried)
 
 
-def _on(job: Job, card: Card, room: int) -> Job:
-    return replace(job, device=Device(card.name, room, card.capability or (9, 0)))
-
-
 def _refuse_other(stage: str, failed: Failed) -> None:
     if not failed.memory:
         raise ValueError(f"{stage}: {failed.reason}")
@@ -267,48 +248,6 @@ def _must(stage: str, result: Measured | Failed) -> Measured:
     if isinstance(result, Failed):
         raise ValueError(f"{stage}: {result.reason}")
     return result
-
-
-def smaller(asked: Measured, setup: Setup) -> Iterator[list[Change]]:
-    """Yield changes that take less memory, the smallest first, then several together.
-
-    Sharding and smaller micro-batches change no result; recomputation takes a third more time; prepared features need
-    disk space and pictures that are not augmented.
-
-    Args:
-        asked: the step on a device on which it fits.
-        setup: the device.
-    """
-    shard = Change("FSDP2 over all devices", ("--trainer.strategy", SHARDED))
-    again = Change("recomputed blocks", ("--model.decoder.init_args.recompute", "true"))
-    low = Change("frozen weights in bf16", ("--model.stage.frozen_dtype", "compute"))
-    names = tuple(asked.preparable)
-    ready = Change(f"prepared features of {', '.join(names)}", prepared=names)
-    fewer = list(_micro_batches(asked))
-    states_fit = asked.states.total < setup.room
-    sharding = [shard] if not asked.blocks and setup.devices > 1 else []
-    again_too = [again] if not asked.recompute else []
-    preparing = [ready] if names else []
-    singles = [*([low] if asked.frozen_full else []), *([*fewer, *again_too] if states_fit else [])]
-    for change in [*singles, *sharding, *preparing]:
-        yield [change]
-    together = [*sharding, *again_too, *preparing]
-    if len(together) > 1:
-        yield together
-    if together:  # micro-batches alone were tried
-        for change in fewer:
-            yield [*together, change]
-
-
-def _micro_batches(asked: Measured) -> Iterator[Change]:
-    """Smaller micro-batches that keep the global batch."""
-    size, accumulate = asked.batch_size, asked.accumulate
-    while size > 1 and size % 2 == 0:
-        size, accumulate = size // 2, accumulate * 2
-        yield Change(
-            f"micro-batches of {size}, {accumulate} per step",
-            ("--data.batch_size", str(size), "--trainer.accumulate_grad_batches", str(accumulate)),
-        )
 
 
 def largest_micro_batch(
@@ -332,7 +271,7 @@ def largest_micro_batch(
         middle = (low + high) // 2
         size = sizes[middle]
         flags = ("--data.batch_size", str(size), "--trainer.accumulate_grad_batches", str(total // size))
-        result = run(replace(_on(job, setup.card, setup.room), words=(*job.words, *flags), record=True))
+        result = run(replace(job, device=setup.device(), words=(*job.words, *flags), record=True))
         if isinstance(result, Failed):
             _refuse_other(stage, result)
             high = middle - 1

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import IO
@@ -54,26 +54,17 @@ class Simulator:
         Raises:
             ValueError: where the process ended, with its last words.
         """
-        return next(self.run_all([job]))
-
-    def run_all(self, jobs: Sequence[Job]) -> Iterator[Measured | Failed]:
-        """Run jobs one after the other; results come in their order.
-
-        Raises:
-            ValueError: where the process ended, with its last words.
-        """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        for job in jobs:
-            try:
-                self._process.stdin.write(job_line(job) + "\n")
-                self._process.stdin.flush()
-                line = self._process.stdout.readline()
-            except BrokenPipeError:
-                line = ""
-            if not line:
-                raise ValueError(f"the process that plans steps ended: {self._last_words()}")
-            yield read_result(line)
+        try:
+            self._process.stdin.write(job_line(job) + "\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            raise ValueError(f"the process that plans steps ended: {self._last_words()}")
+        return read_result(line)
 
     def close(self) -> None:
         """End the process."""

@@ -20,10 +20,9 @@ from torch.distributed.tensor import DTensor
 
 from lit_vlm.core.batch import Batch
 from lit_vlm.core.narrow import narrow_operands
-from lit_vlm.core.quantised import quantise
 from lit_vlm.heads import Head
-from lit_vlm.model.build import build_on_meta
-from lit_vlm.planning.job import Job, States
+from lit_vlm.model.build import build_on_meta, quantise_slots
+from lit_vlm.planning.job import Job, States, launched
 from lit_vlm.planning.stages import Stages, built
 from lit_vlm.teachers import EncoderTeacher
 from lit_vlm.training.frozen import narrow_meta
@@ -42,12 +41,11 @@ def states_alone(job: Job, stages: Stages) -> States:
         ValueError: for a wrong flag, or data that neither are there nor have statistics.
     """
     with tempfile.TemporaryDirectory() as folder:
-        cli, _ = built(job, stages, folder)
+        cli, _ = built(launched(job), job.statistics, job.world_size, stages, folder)
     module, strategy = cli.model, cli.trainer.strategy
     model = module.model = build_on_meta(module.slots)
     module.stage.freeze(model, module.slots.removed_heads)
-    for slot, kind in module.slots.quantize.kinds().items():
-        quantise(model.slots()[slot][0], kind, slot)
+    quantise_slots(model, module.slots.quantize)
     if module.stage.frozen_dtype != "full":  # a GPU computes in bf16
         if isinstance(strategy, FSDP2):
             narrow_meta(model, torch.bfloat16)

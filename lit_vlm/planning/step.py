@@ -18,16 +18,15 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from lit_vlm.core.batch import Batch
 from lit_vlm.core.narrow import narrow_operands
 from lit_vlm.core.part import empty_parameters
-from lit_vlm.core.quantised import quantise
 from lit_vlm.data import VLMData
 from lit_vlm.data.feed.batching import GlobalBatch
 from lit_vlm.heads import Head
-from lit_vlm.model.build import build_on_meta
+from lit_vlm.model.build import build_on_meta, quantise_slots
 from lit_vlm.model.vlm import VLM
 from lit_vlm.planning.batches import Chosen, choose
-from lit_vlm.planning.job import HEAVIEST, MICRO, STEPS, Failed, Job, Measured
+from lit_vlm.planning.job import HEAVIEST, MICRO, STEPS, Failed, Job, Measured, launched
 from lit_vlm.planning.probe import Probe, Settings
-from lit_vlm.planning.stages import Stages, built
+from lit_vlm.planning.stages import Stages, built, only_steps
 from lit_vlm.training.module import LitVLM
 from lit_vlm.training.sharding import FSDP2
 
@@ -43,7 +42,7 @@ class Weightless(LitVLM):
         if isinstance(self.trainer.strategy, FSDP2):
             return model
         self.stage.freeze(model, self.slots.removed_heads)
-        self._quantise(model)
+        quantise_slots(model, self.slots.quantize)
         if (narrow := self.narrow()) is not None:
             narrow_operands(model, narrow, "the model")
         empty_parameters(model)
@@ -52,11 +51,7 @@ class Weightless(LitVLM):
     def store_frozen(self, model: VLM) -> None:
         """Quantise frozen weights; `build` did so for a model that is not sharded."""
         if isinstance(self.trainer.strategy, FSDP2):
-            self._quantise(model)
-
-    def _quantise(self, model: VLM) -> None:
-        for slot, kind in self.slots.quantize.kinds().items():
-            quantise(model.slots()[slot][0], kind, slot)
+            quantise_slots(model, self.slots.quantize)
 
     def load_teachers(self, model: VLM, names: Collection[str], dtype: torch.dtype | None) -> None:
         """Give the teachers' weights memory without values."""
@@ -91,7 +86,7 @@ def _run(job: Job, stages: Stages, folder: str) -> Measured:
     if not torch.cuda.is_available():  # asked before `_one_of_many` answers it
         raise ValueError("PyTorch sees no GPU, neither a real nor a simulated one")
     _one_of_many(job)
-    cli, records = built(job, stages, folder)
+    cli, records = built(launched(job), job.statistics, job.world_size, stages, folder)
     module, data, trainer = cli.model, cli.datamodule, cli.trainer
     assert isinstance(data, VLMData)
     module.__class__ = Weightless
@@ -99,14 +94,14 @@ def _run(job: Job, stages: Stages, folder: str) -> Measured:
     settings = Settings.of(data, trainer, records)
     chosen = _choose(module, data, job, settings.accumulate)
     micro = min(MICRO, settings.accumulate)
-    _only_steps(trainer, data, chosen, micro)
+    _give(trainer, data, chosen, micro)
     if isinstance(trainer.strategy, DDPStrategy):
         # Without the other processes it can neither compare parameters with them nor agree on an order of buckets,
         # which it leaves alone where parameters may be unused.
         trainer.strategy._ddp_kwargs.update(init_sync=False, find_unused_parameters=True)
         trainer.strategy._ddp_comm_hook = lambda _state, bucket: _reduce_alone(bucket)
     probe = Probe(job, micro)
-    trainer.callbacks.append(probe)
+    only_steps(trainer, STEPS, [probe])
     trainer.fit(module, datamodule=data)
     return probe.measured(module, chosen, settings)
 
@@ -147,14 +142,9 @@ def _choose(module: LitVLM, data: VLMData, job: Job, accumulate: int) -> Chosen:
     return chosen
 
 
-def _only_steps(trainer: L.Trainer, data: VLMData, chosen: Chosen, micro: int) -> None:
-    """Let the trainer take the chosen batches, and nothing that belongs to a run."""
-    loop = trainer.fit_loop
-    loop.epoch_loop.max_steps, loop.max_epochs = STEPS, -1
+def _give(trainer: L.Trainer, data: VLMData, chosen: Chosen, micro: int) -> None:
+    """Let the trainer take the chosen batches."""
     trainer.accumulate_grad_batches = micro
-    # Callbacks of a step, and none of a run: checkpoints, evaluation and records of settings.
-    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    callbacks[:] = [one for one in callbacks if belongs_to_steps(one)]
     order = [chosen.typical] * (HEAVIEST * micro) + [chosen.heaviest] * micro
     data.train_dataloader = lambda: _Given(order)  # type: ignore[method-assign,assignment,return-value]
 
@@ -170,9 +160,3 @@ class _Given:
 
     def __iter__(self) -> Iterator[Batch]:
         return iter(self.batches)
-
-
-def belongs_to_steps(callback: L.Callback) -> bool:
-    """Whether a callback does something in a step, and nothing at the end of one or of a run."""
-    hooks = ("on_validation_end", "on_save_checkpoint", "on_train_epoch_end", "on_fit_end", "setup")
-    return not any(getattr(type(callback), hook) is not getattr(L.Callback, hook) for hook in hooks)

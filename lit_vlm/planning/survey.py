@@ -47,7 +47,7 @@ def markdown(stages: Iterable[Stage], setup: Setup, run: RunStep) -> Iterable[st
     yield "| recipe | scale | stage | states | peak | reserved | s per step | MFU | GPU-hours | fits on |"
     yield "|" + "---|" * 10
     for stage in stages:
-        job = replace(stage.job(setup.devices), device=_device(setup, UNLIMITED), record=True)
+        job = replace(stage.job(setup.devices), device=setup.device(UNLIMITED), record=True)
         plan = StagePlan(stage.name, setup, _measured(stage, run(job)), fits=True)
         took = plan.runs
         cells = [
@@ -85,11 +85,7 @@ def least(stage: Stage, setup: Setup, run: RunStep) -> str | None:
 
 def _room(name: str, setup: Setup) -> Device:
     """What PyTorch may allocate on a card."""
-    return _device(setup, int(CARDS[name].memory - setup.assumed.context))
-
-
-def _device(setup: Setup, size: int) -> Device:
-    return Device(setup.card.name, size, setup.card.capability or (9, 0))
+    return setup.device(int(CARDS[name].memory - setup.assumed.context))
 
 
 def _measured(stage: Stage, result: Measured | Failed) -> Measured:

@@ -26,7 +26,7 @@ from lit_vlm.checkpoints.weights import read_slots
 from lit_vlm.core.batch import ENCODER, Batch
 from lit_vlm.core.lora import NO_ADAPTERS, Adapters
 from lit_vlm.core.precision import DTYPES, SCALED
-from lit_vlm.core.quantised import UNQUANTISED, Quantize, quantise
+from lit_vlm.core.quantised import UNQUANTISED, Quantize
 from lit_vlm.core.transfer import Fetched, on_host, send_numbers
 from lit_vlm.data.datamodule import VLMData
 from lit_vlm.data.sample.spec import InputSpec
@@ -35,7 +35,7 @@ from lit_vlm.embedders import Embedder
 from lit_vlm.encoders import Encoder
 from lit_vlm.heads import Head, Normaliser
 from lit_vlm.heads.base import counted
-from lit_vlm.model.build import Slots, build, build_on_meta, load_teachers
+from lit_vlm.model.build import Slots, build, build_on_meta, load_teachers, quantise_slots
 from lit_vlm.model.generate import generate
 from lit_vlm.model.vlm import NEXT_TOKEN, VLM
 from lit_vlm.projectors import Projector
@@ -196,8 +196,8 @@ class LitVLM(LightningModule):
         wanted = True if kinds and self.only_trained is None else self.only_trained
         found = find_bases(model, wanted, self.stage.start_from, folder) if self.global_rank == 0 else {}
         bases = self.trainer.strategy.broadcast(found)
-        for slot, kind in kinds.items():
-            quantise(model.slots()[slot][0], kind, slot, self.trainer.strategy.root_device)
+        quantise_slots(model, self.slots.quantize, self.trainer.strategy.root_device)
+        for slot in kinds:
             check_base(slot, bases)
         self._left_out = LeftOut(self, model, bases)
         self.strict_loading = not bases

@@ -20,7 +20,7 @@ from lit_vlm.core.batch import IGNORE, Batch
 from lit_vlm.data.sample.collate import collate
 from lit_vlm.data.sample.encode import Sample
 from lit_vlm.model.vlm import VLM
-from lit_vlm.planning.bench_reference import reference_inputs
+from lit_vlm.planning.bench.reference import reference_inputs
 from tests.benchmarks.measure import PRECISION
 from tests.tiny import collate_packed
 

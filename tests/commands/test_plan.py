@@ -73,6 +73,12 @@ def test_a_file_that_is_no_benchmark(tmp_path: Path) -> None:
 
 
 @needs_simulation
+def test_data_that_a_flag_names_must_be_there() -> None:
+    with pytest.raises(ValueError, match="1_align: .*nothing.json"):
+        main(["llava15", "--stages", "1_align", "--data.train", "nothing.json"])
+
+
+@needs_simulation
 def test_a_wrong_flag_is_named_with_the_stage() -> None:
     with pytest.raises(ValueError, match=r"1_align: .*model\.projektor"):
         main(["llava15", "--stages", "1_align", "--model.projektor", "MLP"])

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from lit_vlm.commands.asked import flags_for
 from lit_vlm.commands.recipe import SHIPPED, Recipe, find_recipe, shipped_recipes
-from lit_vlm.commands.run import flags_for
 
 
 def written(folder: Path, text: str) -> str:

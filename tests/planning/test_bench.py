@@ -17,11 +17,11 @@ from lit_vlm.commands.plan import _measured
 from lit_vlm.core.batch import Counts
 from lit_vlm.core.devices import CARDS
 from lit_vlm.data.sample.collate import collate
-from lit_vlm.planning.bench_job import Benched, Reference
-from lit_vlm.planning.bench_kernels import KernelTime, Launch, Span, exposed, implied, kernel_times, recorded
-from lit_vlm.planning.bench_reference import reference_inputs
-from lit_vlm.planning.bench_report import Row, report, show
-from lit_vlm.planning.bench_step import PHASES, draw
+from lit_vlm.planning.bench.job import Benched, Reference
+from lit_vlm.planning.bench.kernels import KernelTime, Launch, Span, exposed, implied, kernel_times, recorded
+from lit_vlm.planning.bench.reference import reference_inputs
+from lit_vlm.planning.bench.report import Row, report, show
+from lit_vlm.planning.bench.step import PHASES, draw
 from lit_vlm.planning.operations import Operation
 from lit_vlm.planning.roofline import Assumptions
 from tests.runs import lit_vlm

@@ -8,9 +8,10 @@ import pytest
 
 from lit_vlm.core.batch import Counts
 from lit_vlm.core.devices import CARDS
+from lit_vlm.planning.changes import smaller
 from lit_vlm.planning.job import Device, Failed, Job, Measured, States, job_line, read_job, read_result, result_line
 from lit_vlm.planning.operations import Message, Operation
-from lit_vlm.planning.plan import Setup, StagePlan, largest_micro_batch, plan_stage, smaller
+from lit_vlm.planning.plan import Setup, StagePlan, largest_micro_batch, plan_stage
 from lit_vlm.planning.roofline import Assumptions
 
 GIB = 2**30
@@ -156,7 +157,7 @@ def test_another_error_than_memory_is_raised_with_the_stage() -> None:
 
 def test_states_that_do_not_fit_are_not_helped_by_smaller_batches() -> None:
     large = replace(STEP, states=States(90 * GIB, 0, 0), blocks=0, frozen_full=True, preparable=["depth"])
-    changes = [[change.what for change in group] for group in smaller(large, SETUP)]
+    changes = [[change.what for change in group] for group in smaller(large, SETUP.room, SETUP.devices)]
     assert changes[0] == ["frozen weights in bf16"]
     assert changes[1] == ["FSDP2 over all devices"]
     assert changes[2] == ["prepared features of depth"]

@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from lit_vlm.core.batch import Batch, Counts
 from lit_vlm.planning import no_gpu
-from lit_vlm.planning.bench_job import WARMUP, BenchJob
+from lit_vlm.planning.bench.job import WARMUP, BenchJob
 from lit_vlm.planning.operations import Recorder
 
 

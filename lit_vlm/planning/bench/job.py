@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from lit_vlm.planning.bench_kernels import KernelTime
+from lit_vlm.planning.bench.kernels import KernelTime
 from lit_vlm.planning.job import Statistics
 
 WARMUP = 5

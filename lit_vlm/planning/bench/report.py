@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from lit_vlm.planning.bench_job import WARMUP, Benched, Reference, Spread
-from lit_vlm.planning.bench_kernels import implied
+from lit_vlm.planning.bench.job import WARMUP, Benched, Reference, Spread
+from lit_vlm.planning.bench.kernels import implied
 from lit_vlm.planning.plan import GIB, StagePlan
 
 PACKAGES = ("lit-vlm", "torch", "lightning", "transformers", "flash-attn", "peft", "timm")

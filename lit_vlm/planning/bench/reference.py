@@ -24,10 +24,9 @@ from lit_vlm.data.feed.plan import Place
 from lit_vlm.encoders import Encoder
 from lit_vlm.heads import Head
 from lit_vlm.model.build import build_on_meta
-from lit_vlm.planning.bench import built
-from lit_vlm.planning.bench_job import WARMUP, BenchJob, Reference
-from lit_vlm.planning.bench_step import draw
-from lit_vlm.planning.stages import Stages
+from lit_vlm.planning.bench.job import WARMUP, BenchJob, Reference
+from lit_vlm.planning.bench.step import draw
+from lit_vlm.planning.stages import Stages, built
 from lit_vlm.training.module import LitVLM
 
 
@@ -87,7 +86,7 @@ def run_reference(job: BenchJob, stages: Stages) -> Reference:
         ValueError: as `check_reference`.
     """
     with tempfile.TemporaryDirectory() as folder:
-        cli, _ = built(job, stages, folder)
+        cli, _ = built(job.words, job.statistics, 1, stages, folder)
         module, data, trainer = cli.model, cli.datamodule, cli.trainer
         module.model = build_on_meta(module.slots)
         module.stage.freeze(module.model, module.slots.removed_heads)

@@ -9,27 +9,25 @@ import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
 
 import lightning.pytorch as L
 import torch
 
 from callbacks.throughput import known_peak
 from lit_vlm.core.batch import Counts
-from lit_vlm.core.devices import Card, known_card
+from lit_vlm.core.devices import Card, card_of
 from lit_vlm.core.progress import progress
 from lit_vlm.data import VLMData
 from lit_vlm.planning import no_gpu
-from lit_vlm.planning.bench_job import WARMUP, Benched, BenchJob
-from lit_vlm.planning.bench_kernels import exposed, kernel_times, recorded, scaled
-from lit_vlm.planning.bench_look import Look, per_node
-from lit_vlm.planning.bench_step import Clock, Timed
+from lit_vlm.planning.bench.job import WARMUP, Benched, BenchJob
+from lit_vlm.planning.bench.kernels import exposed, kernel_times, recorded, scaled
+from lit_vlm.planning.bench.look import Look, per_node
+from lit_vlm.planning.bench.step import Clock, Timed
 from lit_vlm.planning.roofline import Assumptions, estimate
-from lit_vlm.planning.stages import Stages, made_up
-from lit_vlm.planning.step import belongs_to_steps
+from lit_vlm.planning.stages import Stages, built, only_steps
 
 MACHINE = 8
-"""Processes that a machine usually has; made-up data hold batches for as many."""
+"""Processes, at most, that made-up data hold batches for."""
 
 
 def run_bench(job: BenchJob, stages: Stages) -> Benched | None:
@@ -46,52 +44,20 @@ def run_bench(job: BenchJob, stages: Stages) -> Benched | None:
         ValueError: for wrong flags, and for anything that training refuses.
     """
     with tempfile.TemporaryDirectory() as folder:
-        cli, own_data = built(job, stages, folder)
+        cli, records = built(job.words, job.statistics, MACHINE, stages, folder)
         module, data, trainer = cli.model, cli.datamodule, cli.trainer
         module.__class__ = Timed
         module.stage.start_from, module.stage.fresh = None, []
         with _telling(job, trainer) as tell:
             clock, look = Clock(WARMUP, job.steps, tell), Look(job, trainer)
             module.clock = clock
-            _only_steps(trainer, WARMUP + job.steps + look.steps, [look, clock])
+            only_steps(trainer, WARMUP + job.steps + look.steps, [look, clock])
             trainer.fit(module, datamodule=data)
-        return _result(job, module, data, clock, look, own_data)
-
-
-def built(job: BenchJob, stages: Stages, folder: str) -> tuple[Any, bool]:
-    """The objects of a stage, and whether its own data were there, or data with their statistics took their place."""
-    words = [
-        *job.words,
-        *("--trainer.logger", "false"),
-        *("--trainer.enable_progress_bar", "false"),
-        *("--trainer.limit_val_batches", "0"),
-        *("--trainer.default_root_dir", folder),
-    ]
-    try:
-        return stages.make(words), True
-    except (ValueError, OSError):
-        if job.statistics is None:
-            raise
-    made, _ = made_up(words, stages, job.statistics, MACHINE)
-    return stages.make([*words, *made]), False
+        return _result(job, module, data, clock, look, records is None)
 
 
 def _telling(job: BenchJob, trainer: L.Trainer) -> AbstractContextManager[Callable[[int], None]]:
     return progress(f"{job.stage}: steps", WARMUP + job.steps, shown=trainer.global_rank == 0)
-
-
-def _only_steps(trainer: L.Trainer, steps: int, added: Sequence[L.Callback]) -> None:
-    """Let the trainer take some steps, and do nothing that belongs to a run, such as checkpoints and evaluation."""
-    trainer.fit_loop.epoch_loop.max_steps, trainer.fit_loop.max_epochs = steps, -1
-    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    callbacks[:] = [*(one for one in callbacks if belongs_to_steps(one)), *added]
-
-
-def card_of(device: torch.device) -> Card | None:
-    """What is known of a GPU; None of one that is not known, and of a processor."""
-    if device.type != "cuda":
-        return None
-    return known_card(torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device).total_memory)
 
 
 def device_name(device: torch.device) -> str:
