@@ -6,9 +6,12 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from lit_vlm.checkpoints.weights import read_state
 from lit_vlm.commands.cli import main
@@ -65,6 +68,15 @@ def run_ranks(folder: Path, module: str, *arguments: str, world: int = 2) -> Non
         process.kill()
         process.wait()
     assert not any(codes), "\n".join(log.read_text()[-3000:] for log in logs)
+
+
+@contextmanager
+def gathered(folder: str, rank: int, world: int = 2) -> Iterator[None]:
+    """A process group over the ranks of `run_ranks`, which all leave together."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    yield
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def one_step(folder: Path, recipe: str, stage: str) -> Path:

@@ -13,7 +13,6 @@ from typing import Any
 import lightning.pytorch as lightning
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from lit_vlm.core.batch import Batch
@@ -37,7 +36,7 @@ from lit_vlm.training.stage import Stage
 from lit_vlm.worlds import Shapes
 from tests.callbacks.test_callbacks import trainer
 from tests.members import ADAPTED, CASES, LAYERS
-from tests.runs import run_ranks, tiny_fit
+from tests.runs import gathered, run_ranks, tiny_fit
 from tests.tiny import LLAMA, batch_of, tiny_vlm
 
 RECOMPUTING = partial(HFDecoder, config=LLAMA, tokenizer="bytes", recompute=True)
@@ -252,14 +251,12 @@ SHARDED = {
 
 def _one_rank(rank: int, folder: str) -> None:
     """A process of the test below: as `testing.sharded.parted`, with compiled blocks; the first has no pictures."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    results = {}
-    for name, case in SHARDED.items():
-        results[name] = parted(case, lambda model: compile_blocks(model, fixed_rows=False, backend="aot_eager"))
-    if rank == 0:
-        torch.save(results, f"{folder}/results.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    with gathered(folder, rank):
+        results = {}
+        for name, case in SHARDED.items():
+            results[name] = parted(case, lambda model: compile_blocks(model, fixed_rows=False, backend="aot_eager"))
+        if rank == 0:
+            torch.save(results, f"{folder}/results.pt")
 
 
 if __name__ == "__main__":

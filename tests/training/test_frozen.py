@@ -28,7 +28,7 @@ from lit_vlm.training.frozen import Originals, narrow_whole, stored_in
 from lit_vlm.training.sharding import reshard, shard
 from lit_vlm.training.stage import Stage
 from tests.members import CASES
-from tests.runs import lit_vlm, run_ranks, tiny_fit
+from tests.runs import gathered, lit_vlm, run_ranks, tiny_fit
 
 BF16 = torch.bfloat16
 TENSORS = dict[str, Tensor]
@@ -185,14 +185,13 @@ def _sharded(case: Case, slot: str, replicas: int, narrow: bool) -> tuple[TENSOR
 
 def _one_rank(rank: int, folder: str) -> None:
     """A process of the test below."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    for case, slot in SHARDED.values():
-        for replicas in (1, 2):
-            full, compute = (_sharded(case, slot, replicas, narrow) for narrow in (False, True))
-            assert compute[3] * 2 == full[3]
-            for one, two in zip(full[:3], compute[:3], strict=True):
-                assert_same(one, two)
-    dist.destroy_process_group()
+    with gathered(folder, rank):
+        for case, slot in SHARDED.values():
+            for replicas in (1, 2):
+                full, compute = (_sharded(case, slot, replicas, narrow) for narrow in (False, True))
+                assert compute[3] * 2 == full[3]
+                for one, two in zip(full[:3], compute[:3], strict=True):
+                    assert_same(one, two)
 
 
 def test_two_sharded_processes_compute_nothing_else(tmp_path: Path) -> None:

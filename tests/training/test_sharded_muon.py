@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -16,7 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lit_vlm.training.optim import MuonAdamW
-from tests.runs import run_ranks, tiny_fit
+from tests.runs import gathered, run_ranks, tiny_fit
 
 MuonTiny = partial(MuonAdamW, betas=(0.9, 0.98), eps=1e-8)
 WORLD, STEPS, CUT = 4, 4, 2
@@ -73,29 +72,27 @@ def whole(model: Matrices) -> dict[str, Tensor]:
 
 def _one_rank(rank: int, folder: str) -> None:
     """A process of the test below: weights after a straight run, and after one that was saved and resumed."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
-    results = {}
-    for name, shape in MESHES.items():
-        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
-        straight, optimizer = sharded(mesh)
-        take(straight, optimizer, range(STEPS))
-        model, optimizer = sharded(mesh)
-        take(model, optimizer, range(CUT))
-        saved = get_optimizer_state_dict(model, optimizer)
-        resumed, fresh = sharded(mesh)
-        with torch.no_grad():
-            for parameter, value in zip(resumed.parameters(), model.parameters(), strict=True):
-                parameter.copy_(value)
-        set_optimizer_state_dict(resumed, fresh, saved)
-        take(resumed, fresh, range(CUT, STEPS))
-        momentum = fresh.state[resumed.matrices[0]]["momentum_buffer"]
-        assert isinstance(momentum, DTensor)
-        assert momentum.placements == resumed.matrices[0].placements
-        results[name] = {"straight": whole(straight), "resumed": whole(resumed)}
-    if rank == 0:
-        torch.save(results, f"{folder}/results.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    with gathered(folder, rank, WORLD):
+        results = {}
+        for name, shape in MESHES.items():
+            mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
+            straight, optimizer = sharded(mesh)
+            take(straight, optimizer, range(STEPS))
+            model, optimizer = sharded(mesh)
+            take(model, optimizer, range(CUT))
+            saved = get_optimizer_state_dict(model, optimizer)
+            resumed, fresh = sharded(mesh)
+            with torch.no_grad():
+                for parameter, value in zip(resumed.parameters(), model.parameters(), strict=True):
+                    parameter.copy_(value)
+            set_optimizer_state_dict(resumed, fresh, saved)
+            take(resumed, fresh, range(CUT, STEPS))
+            momentum = fresh.state[resumed.matrices[0]]["momentum_buffer"]
+            assert isinstance(momentum, DTensor)
+            assert momentum.placements == resumed.matrices[0].placements
+            results[name] = {"straight": whole(straight), "resumed": whole(resumed)}
+        if rank == 0:
+            torch.save(results, f"{folder}/results.pt")
 
 
 if __name__ == "__main__":
