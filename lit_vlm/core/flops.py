@@ -101,6 +101,37 @@ def _pairs(length: int) -> float:
     return length * (length + 1) / 2
 
 
+_KERNELS = ("flash", "efficient", "cudnn")
+_ATTENTION = {
+    f"_scaled_dot_product_{kernel}_attention{suffix}": suffix == "_backward"
+    for kernel in _KERNELS
+    for suffix in ("", "_backward")
+}
+"""Fused attention → whether it is the backward pass, in which the gradient stands before query, key and value."""
+
+
+def operations_of(func: Any, args: Any, kwargs: Any, out: Any) -> float:
+    """Operations of one call that PyTorch dispatches: its own counter's figure; 0 for what is no matrix product.
+
+    Some versions of that counter refuse fused attention whose keys have fewer heads than its queries, so attention is
+    counted here: two products in the forward pass, five in the backward pass, which computes the scores again.
+
+    Args:
+        func: the operation.
+        args: its arguments.
+        kwargs: its arguments by name.
+        out: its result.
+    """
+    backward = _ATTENTION.get(func._overloadpacket.__name__)
+    if backward is not None and func.namespace == "aten":
+        query, _, value = args[int(backward) : int(backward) + 3]
+        score = query.shape.numel() * value.shape[-2]
+        weighted = query.shape[:-1].numel() * value.shape[-2] * value.shape[-1]
+        return 2.0 * (3 * score + 2 * weighted if backward else score + weighted)
+    formula = flop_registry.get(func._overloadpacket)
+    return float(formula(*args, **kwargs, out_val=out)) if formula is not None else 0.0
+
+
 class _Counter(TorchDispatchMode):
     """Adds up the operations of all calls inside its context."""
 
@@ -111,8 +142,7 @@ class _Counter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operation and count it."""
         out = func(*args, **(kwargs or {}))
-        if (formula := flop_registry.get(func._overloadpacket)) is not None:
-            self.total += formula(*args, **(kwargs or {}), out_val=out)
+        self.total += operations_of(func, args, kwargs or {}, out)
         return out
 
 

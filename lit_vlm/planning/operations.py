@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
+
+from lit_vlm.core.flops import operations_of
 
 Phase = Literal["forward", "backward", "recompute", "optimizer"]
 
@@ -134,8 +135,7 @@ class Recorder(TorchDispatchMode):
         name = func._overloadpacket.__name__
         if name not in ("_to_copy", "copy_") and any(not t.is_cuda and t.ndim for t in given):
             self.mixed[name] += 1
-        formula = flop_registry.get(func._overloadpacket)
-        flops = float(formula(*args, **kwargs, out_val=out)) if formula is not None else 0.0
+        flops = operations_of(func, args, kwargs, out)
         written = made if not _in_place(func) else []
         moved = float(sum(t.numel() * t.element_size() for t in (*given, *written)))
         dtype = next((str(t.dtype).removeprefix("torch.") for t in given if t.is_floating_point()), "")

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from lit_vlm.core.devices import Card
 from lit_vlm.planning.operations import Message, Operation, Phase
 
-ATTENTION = ("scaled_dot_product", "flash_attention", "efficient_attention")
+ATTENTION = ("scaled_dot_product", "flash_attention", "efficient_attention", "cudnn_attention")
 """Parts of the names of fused attention."""
 FORWARD: tuple[Phase, ...] = ("forward",)
 BACKWARD: tuple[Phase, ...] = ("backward", "recompute")

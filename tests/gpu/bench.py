@@ -60,13 +60,18 @@ CASES = {
         90,
         _llava("2_sft", *SMALL, *PACKED, "--data.batch_size", "4"),
     ),
+    "llava15_2b_compiled": Case(
+        "the same, `model.compile: blocks`",
+        110,
+        _llava("2_sft", *SMALL, *PACKED, "--data.batch_size", "4", "--model.compile", "blocks"),
+    ),
     "llava15_2b_unpacked": Case(
-        "the same, 16 samples of mixed length without packing, against transformers",
+        "the same model, 16 samples of mixed length without packing, against transformers",
         120,
         _llava("2_sft", *SMALL, "--data.batching", "Padded", "--against", "hf"),
     ),
     "llava15_2b_packed": Case(
-        "the same, 6 packed rows of 2,048, against transformers",
+        "the same model, 6 packed rows of 2,048, against transformers",
         120,
         _llava("2_sft", *SMALL, "--data.batching", "Packed", "--data.batch_size", "6", "--against", "hf"),
     ),

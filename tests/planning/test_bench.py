@@ -126,7 +126,8 @@ def test_kernels_are_sorted_by_the_operation_that_launched_them() -> None:
     launches = [
         Launch("aten::addmm", "gemm", 2.0),
         Launch("aten::cudnn_convolution", "implicit_gemm", 1.0),
-        Launch("aten::_flash_attention_forward", "flash_fwd", 0.5),
+        Launch("aten::_flash_attention_forward", "flash_fwd", 0.25),
+        Launch("ScaledDotProductCudnnAttentionBackward0", "cudnn_generated_native_sdpa_bprop", 0.25),
         Launch("aten::copy_", "elementwise", 0.25),
         Launch("c10d::allreduce_", "ncclDevKernel_AllReduce", 4.0),
     ]

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import flop_registry
 
 from lit_vlm.core.devices import Card
 from lit_vlm.planning.operations import Operation
-from lit_vlm.planning.roofline import ATTENTION, Assumptions, class_of, seconds
+from lit_vlm.planning.roofline import Assumptions, class_of, seconds
 
 BEST = Assumptions(matrix=1.0, attention=1.0, bandwidth=1.0, kernel=0.0)
 """A device that reaches its peaks."""
@@ -21,6 +21,8 @@ SHARES = {"matrix": "matrix", "attention": "attention", "memory": "bandwidth"}
 MESSAGE = "nccl"
 """What names of kernels that communicate begin with, as far as a name tells."""
 CONVOLUTION = "conv"
+ATTENDS = ("attention", "attn", "sdpa", "fmha")
+"""Parts of the names of attention's operations, of their nodes in the backward graph, or of their kernels."""
 
 
 class Launch(NamedTuple):
@@ -74,7 +76,7 @@ def kind_of(launch: Launch) -> str:
     if MESSAGE in launch.kernel.lower():
         return "message"
     name = launch.operation.rpartition("::")[2]
-    if any(part in name for part in (*ATTENTION, "attention", "attn")):
+    if any(part in text.lower() for part in ATTENDS for text in (name, launch.kernel)):
         return "attention"
     return "matrix" if name in _matrix_names() or CONVOLUTION in name else "memory"
 
@@ -162,11 +164,14 @@ def recorded(events: Iterable[Any]) -> tuple[list[Launch], list[Span]]:
     """
     launches: list[Launch] = []
     spans: list[Span] = []
+    events = list(events)
+    stretches = {event.name for event in events if event.is_user_annotation}  # of the program; each spans many kernels
     for event in events:
-        if event.is_user_annotation:  # a named stretch of the program, which spans many kernels
+        if event.name in stretches:  # also in the device's time, where not every version says that it is one
             continue
         if event.device_type == DeviceType.CUDA:
             spans.append(Span(event.name, event.time_range.start / 1e6, event.time_range.end / 1e6))
         else:
-            launches += [Launch(event.name, kernel.name, kernel.duration / 1e6) for kernel in event.kernels]
+            kernels = (kernel for kernel in event.kernels if kernel.name not in stretches)
+            launches += [Launch(event.name, kernel.name, kernel.duration / 1e6) for kernel in kernels]
     return launches, spans

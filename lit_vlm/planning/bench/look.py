@@ -80,6 +80,12 @@ class Look(L.Callback):
             self._profile.export_chrome_trace(str(self._trace))
         self._profile = None
 
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Stop looking: a process that ends while its kernels are still recorded crashes."""
+        if self._profile is not None:
+            self._profile.__exit__(None, None, None)
+            self._profile = None
+
 
 def _is_last(trainer: L.Trainer, batch_idx: int) -> bool:
     """Whether a micro-batch ends an optimizer step."""
