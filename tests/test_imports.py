@@ -32,6 +32,7 @@ ROOMS = (
     ("testing",),
     ("callbacks",),
     ("planning",),
+    ("cluster",),
     ("commands", "__main__"),
 )
 """From the ground up: a room imports from those before it, and from its own."""

@@ -19,8 +19,8 @@ from rich.console import Console
 from lit_vlm.commands.asked import FLAGS_OF_RUN, ask, recipe_parser
 from lit_vlm.commands.plan import DEFAULT_CARD, jobs, simulator
 from lit_vlm.commands.recipe import find_recipe, shipped_recipes
-from lit_vlm.commands.runs import is_first
 from lit_vlm.core.devices import CARDS, known_card
+from lit_vlm.core.launcher import launch
 from lit_vlm.core.plugins import named_plugins, use_plugins
 from lit_vlm.planning.bench.job import Benched, BenchJob, Reference
 from lit_vlm.planning.bench.report import Row, report, show
@@ -109,7 +109,7 @@ def _measure(asked: BenchJob, job: Job, against: bool, planner: _Planner) -> Row
             reference = Reference.read(out)
             out.unlink()
         _in_process(asked, out)
-        if not (is_first() and out.is_file()):
+        if not (launch().is_first and out.is_file()):
             return None
         measured = Benched.read(out)
     return Row(measured, planner.plan(asked.stage, job, measured), reference)
@@ -124,7 +124,7 @@ def _in_process(asked: BenchJob, out: Path) -> None:
     """
     file = out.with_suffix(".job")
     asked.write(file)
-    if is_first():
+    if launch().is_first:
         sys.stderr.write(f"{asked.stage}: loading libraries ...\n")
     # The profiler's notices of devices that a machine does not have.
     process = subprocess.Popen([*WORKER, str(file), str(out)], env=os.environ | {"KINETO_LOG_LEVEL": "99"})

@@ -23,7 +23,8 @@ from lit_vlm.commands.asked import Asked, ask, flags_for, recipe_parser
 from lit_vlm.commands.fit import REFUSED, Checked, check_flags, in_one_line
 from lit_vlm.commands.foretell import foretell
 from lit_vlm.commands.recipe import Recipe, find_recipe, shipped_recipes
-from lit_vlm.commands.runs import STATE_FILE, RunState, is_first
+from lit_vlm.commands.runs import STATE_FILE, RunState
+from lit_vlm.core.launcher import launch
 from lit_vlm.core.plugins import named_plugins, nearest, use_plugins
 
 KEYS = ("model", "data", "trainer", "checkpoint")
@@ -70,7 +71,7 @@ def _check_flags(commands: Sequence[Sequence[str]]) -> list[Checked]:
     Raises:
         SystemExit: for a wrong flag, which the separate process has reported in one line.
     """
-    if not is_first():
+    if not launch().is_first:
         return []
     sys.stderr.write("checking flags ...\n")  # a few seconds, as classes must be loaded to know their arguments
     context = multiprocessing.get_context("fork")
@@ -134,7 +135,7 @@ def _new_run(asked: Asked) -> tuple[Path, RunState]:
             raise ValueError(f"{flag}: '{first}' is no stage{near}; stages: {', '.join(recipe.stages)}")
     job = os.environ.get("TORCHELASTIC_RUN_ID") or os.environ.get("SLURM_JOB_ID") or time.strftime("%Y%m%d-%H%M%S")
     folder = arguments.out or Path("runs") / "-".join(filter(None, (recipe.name, scale, job)))
-    if (folder / STATE_FILE).exists() and not arguments.dry_run and is_first():
+    if (folder / STATE_FILE).exists() and not arguments.dry_run and launch().is_first:
         raise ValueError(f"{folder} holds a run already: add --resume to go on with it, or choose another --out")
     return folder, state
 
@@ -229,7 +230,7 @@ class _ParentRun:
 
     def __init__(self, state: RunState, folder: Path, recipe: Recipe) -> None:
         self._run: Any = None
-        if not (_uses_mlflow(state.flags) and is_first()):
+        if not (_uses_mlflow(state.flags) and launch().is_first):
             return
         from lit_vlm.training.mlflow_run import MLflowRun, known_run
         from lit_vlm.training.mlflow_store import default_uri

@@ -8,6 +8,8 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from lit_vlm.core.launcher import launch
+
 RUN_FOLDER = "LIT_VLM_RUN_FOLDER"
 """Environment variable: the folder that the first process of a stage chose, for those that it starts."""
 STATE_FILE = "run.json"
@@ -39,7 +41,7 @@ class RunState:
 
     def save(self, folder: Path) -> None:
         """Write run.json, whole or not at all; of several processes of a launcher, only the first does."""
-        if not is_first():
+        if not launch().is_first:
             return
         folder.mkdir(parents=True, exist_ok=True)
         scratch = folder / f".{STATE_FILE}"
@@ -57,11 +59,6 @@ class RunState:
         if not file.is_file():
             raise ValueError(f"{folder} has no {STATE_FILE}, so it is not the folder of a `lit-vlm run`")
         return RunState(**json.loads(file.read_text()))
-
-
-def is_first() -> bool:
-    """Whether this is the first, or only, process of a launcher such as srun or torchrun."""
-    return os.environ.get("RANK") in (None, "0") and os.environ.get("SLURM_PROCID") in (None, "0")
 
 
 def run_folder_for(stage: str) -> str:

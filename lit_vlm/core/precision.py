@@ -14,6 +14,8 @@ from typing import Literal
 
 import torch
 
+from lit_vlm.core.launcher import launch
+
 AUTO: Literal["auto"] = "auto"
 CHOSEN = "LIT_VLM_PRECISION"
 """Environment variable: what the first process chose, as DEVICE:NAME, for the processes that it starts."""
@@ -67,10 +69,10 @@ def choose(device_type: str, scaled: bool = True, index: int | None = None) -> P
         device_type: `cpu`, `cuda` or another one of torch's.
         scaled: whether fp16 with scaled gradients may be used on cards without bf16: True for training that is not
             sharded, False for inference, as weights that were trained in bf16 may overflow in fp16.
-        index: number of the card; default: `LOCAL_RANK`, the card of this process.
+        index: number of the card; default: the card of this process.
     """
     if device_type == "cuda":
-        return _of_card(scaled, int(os.environ.get("LOCAL_RANK", "0")) if index is None else index)
+        return _of_card(scaled, int(os.environ.get("LOCAL_RANK", launch().local_rank)) if index is None else index)
     if device_type == "cpu":
         return _of_processor()
     return Precision("32-true", f"nothing else is tried on {device_type}")
@@ -92,7 +94,7 @@ def _of_processor() -> Precision:
         return Precision(inherited, "chosen before, by a measurement")  # type: ignore[arg-type]
     if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         return Precision("32-true", "this processor has no instructions for bf16")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 or int(os.environ.get("SLURM_NTASKS", "1")) > 1:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 or launch().world_size > 1:
         return Precision("32-true", "several processes on CPUs do not measure beside each other")
     low, full = matmul_speed(torch.bfloat16), matmul_speed(torch.float32)
     name: Name = "bf16-mixed" if low > GAIN * full else "32-true"
