@@ -45,8 +45,12 @@ class Checkpoint(ModelCheckpoint):
         self.dirpath = str(Path(trainer.default_root_dir) / "checkpoints")
         super().setup(trainer, pl_module, stage)
 
+    def save_now(self, trainer: L.Trainer) -> None:
+        """Save the state between two steps, unless it is saved already; on all processes together."""
+        if self._last_global_step_saved != trainer.global_step and not getattr(trainer, "fast_dev_run", False):
+            self._save_none_monitor_checkpoint(trainer, self._monitor_candidates(trainer))
+
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save the last checkpoint, which the next stage starts from."""
         super().on_train_end(trainer, pl_module)
-        if self._last_global_step_saved != trainer.global_step and not getattr(trainer, "fast_dev_run", False):
-            self._save_none_monitor_checkpoint(trainer, self._monitor_candidates(trainer))
+        self.save_now(trainer)

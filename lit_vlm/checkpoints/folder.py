@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
+import time
 import zipfile
 from pathlib import Path
 
 SUFFIX = ".ckpt"
+DONE_FILE = "done.json"
+"""What training leaves in the folder of a stage when it has come to its end."""
 PLAN_FILE = "plan.json"
 """What `lit-vlm run` planned a stage on several GPUs to take, in the folder of the stage."""
 
@@ -16,6 +20,24 @@ def is_complete(path: Path) -> bool:
     if path.is_dir():
         return (path / ".metadata").exists() and (path / "meta.pt").exists()
     return path.is_file() and zipfile.is_zipfile(path)
+
+
+def is_done(folder: Path) -> bool:
+    """Whether the training of a stage has come to its end; a process that ends says nothing about that."""
+    return (folder / DONE_FILE).is_file()
+
+
+def mark_done(folder: Path, step: int) -> None:
+    """Note that the training of a stage has come to its end, whole or not at all.
+
+    Args:
+        folder: of the stage.
+        step: optimizer steps that were taken.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    scratch = folder / f".{DONE_FILE}"
+    scratch.write_text(json.dumps({"step": step, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}), encoding="utf-8")
+    scratch.replace(folder / DONE_FILE)
 
 
 def checkpoints_in(folder: Path) -> list[Path]:

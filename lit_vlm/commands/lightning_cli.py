@@ -15,11 +15,12 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
-from callbacks import Checkpoint
-from lit_vlm.checkpoints.folder import checkpoints_in, find_checkpoint, run_folder
+from callbacks import Checkpoint, Preemption
+from lit_vlm.checkpoints.folder import checkpoints_in, find_checkpoint, mark_done, run_folder
 from lit_vlm.commands.flags import explain, innermost
 from lit_vlm.commands.named_sources import Parser
 from lit_vlm.commands.runs import run_folder_for
+from lit_vlm.core.launcher import launch
 from lit_vlm.core.precision import AUTO, crowded
 from lit_vlm.data import VLMData
 from lit_vlm.data.given import DataPath
@@ -28,7 +29,7 @@ from lit_vlm.training.sharding import FSDP2  # noqa: F401 - a class name for rec
 from lit_vlm.training.tracking import MLflow, RunRecord
 from lit_vlm.training.trainer import Trainer
 
-WORDS = ("last", "best", "hpc")
+WORDS = ("last", "best")
 """Words that Lightning takes for `--ckpt_path` besides paths: they name checkpoints in the run's own folder."""
 DEFAULT_CALLBACKS = tuple(
     f"callbacks.{name}" for name in ("FreezeGuard", "GradientMonitor", "Planned", "Memory", "Sources", "Throughput")
@@ -84,10 +85,11 @@ class LitVLMCLI(LightningCLI):
         return [flag.lstrip("-") for one in parsers for action in one._actions for flag in action.option_strings]
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Give `checkpoint` a key of its own, as flags cannot change an item inside the list of callbacks."""
+        """Give two callbacks keys of their own, as flags cannot change an item inside the list of callbacks."""
         assert isinstance(parser, Parser)
         parser.check_names()
         parser.add_lightning_class_args(Checkpoint, "checkpoint")
+        parser.add_lightning_class_args(Preemption, "preemption")
         parser.set_defaults({"trainer.callbacks": [{"class_path": path} for path in DEFAULT_CALLBACKS]})
 
     def before_instantiate_classes(self) -> None:
@@ -106,7 +108,11 @@ class LitVLMCLI(LightningCLI):
         if source and Path(source).is_dir() and (Path(source) / "checkpoints").is_dir():
             config.ckpt_path = str(find_checkpoint(source))
         if self.subcommand == "fit":
-            _refuse_other_run(Path(config.trainer.default_root_dir), config.get("ckpt_path"))
+            folder = Path(config.trainer.default_root_dir)
+            found = checkpoints_in(folder)
+            if found and not config.get("ckpt_path") and launch().attempt:  # the launcher has given the command again
+                config.ckpt_path = str(found[-1])
+            _refuse_other_run(folder, config.get("ckpt_path"))
         if self.subcommand == "validate" and not config.trainer.limit_val_batches:
             raise ValueError(
                 "trainer.limit_val_batches is 0 in this config, so nothing would be validated: add "
@@ -139,6 +145,12 @@ class LitVLMCLI(LightningCLI):
                 if isinstance(logger, MLflow):
                     go_on = bool(config.get("ckpt_path")) or self._began_so(folder)
                     logger.belongs_to(folder, self.model.stage.name, go_on)
+
+    def after_fit(self) -> None:
+        """Mark the stage as done: nothing else says that its training has come to its end."""
+        trainer = self.trainer
+        if trainer.is_global_zero and trainer.state.finished and not getattr(trainer, "fast_dev_run", False):
+            mark_done(Path(trainer.default_root_dir), trainer.global_step)
 
     def after_predict(self) -> None:
         """Write the answers, of each process to a file of its own."""
@@ -217,25 +229,25 @@ def _refuse_other_run(folder: Path, checkpoint: str | None) -> None:
     """Refuse a folder that holds another run, as two models in one folder cannot be told apart.
 
     Raises:
-        ValueError: when the folder holds a checkpoint that this run does not go on from.
+        ValueError: when the folder holds a checkpoint that this run does not go on from, or one of Lightning's own.
     """
+    if leftover := sorted(folder.glob("hpc_ckpt_*.ckpt")):
+        raise ValueError(
+            f"{leftover[-1]} is a checkpoint that an earlier version left when SLURM asked it to; Lightning would take "
+            "it before any other. Move it away, or into checkpoints/ to go on from it"
+        )
     found = checkpoints_in(folder)
     own = checkpoint in WORDS or (checkpoint and Path(checkpoint).resolve().is_relative_to(folder.resolve()))
-    if found and not own and not _requeued(folder):
+    if found and not own:
         raise ValueError(
             f"{folder} holds a run already, whose newest checkpoint is {found[-1].name}: go on with it by --ckpt_path "
             f"{folder}, or name another folder by --trainer.default_root_dir"
         )
 
 
-def _requeued(folder: Path) -> bool:
-    """Whether SLURM requeued the job of this run: the same command then goes on from Lightning's own checkpoint."""
-    return any(folder.glob("hpc_ckpt_*.ckpt"))
-
-
 def _precision_begun(folder: Path, checkpoint: str | None) -> str:
     """The precision in which a resumed run began; `auto` for a new run, or where its config does not tell."""
-    if not checkpoint and not _requeued(folder):
+    if not checkpoint:
         return AUTO
     try:
         file = run_folder(folder if not checkpoint or checkpoint in WORDS else checkpoint) / "config.yaml"

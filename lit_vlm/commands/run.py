@@ -3,61 +3,76 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
 import multiprocessing
 import os
 import shlex
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from rich.console import Console
 
-from lit_vlm.checkpoints.folder import checkpoints_in
+from lit_vlm.checkpoints.folder import DONE_FILE, checkpoints_in, is_done
 from lit_vlm.commands.asked import Asked, ask, flags_for, recipe_parser
+from lit_vlm.commands.begin import Begin, decide, together, until
+from lit_vlm.commands.child import Stages
 from lit_vlm.commands.fit import REFUSED, Checked, check_flags, in_one_line
 from lit_vlm.commands.foretell import foretell
 from lit_vlm.commands.recipe import Recipe, find_recipe, shipped_recipes
-from lit_vlm.commands.runs import STATE_FILE, RunState
-from lit_vlm.core.launcher import launch
-from lit_vlm.core.plugins import named_plugins, nearest, use_plugins
+from lit_vlm.commands.runs import RunState
+from lit_vlm.core.launcher import PREEMPTED, launch
+from lit_vlm.core.plugins import use_plugins
 
-KEYS = ("model", "data", "trainer", "checkpoint")
-"""What flags begin with that are of no single stage."""
+SEEN = 60.0
+"""Seconds until a file that another machine wrote is seen on this one."""
+LEFT = "PREEMPTED"
+"""Value of the tag `state` of an MLflow run that left in order and can go on."""
 
 
 def main(argv: Sequence[str]) -> None:
     """Parse the arguments, and run, check or resume a recipe.
 
     Raises:
-        ValueError: for a wrong argument or recipe, a folder that holds a run, or nothing to resume.
-        SystemExit: when a flag is wrong, a check fails, or a stage ends with an error.
+        ValueError: for a wrong argument or recipe, a folder that holds another run, or nothing to resume.
+        SystemExit: when a flag is wrong, a check fails, a stage ends with an error, or a signal asks to leave.
     """
     asked = ask(_parser(), argv)
-    arguments = asked.options
     console = Console()
-    if arguments.resume:
-        folder, state = _find_unfinished(asked)
-        console.print(f"resuming {folder}: done {state.done or 'nothing yet'}")
-    else:
-        folder, state = _new_run(asked)
-    recipe = find_recipe(state.recipe)
-    use_plugins(state.plugins)
-    if arguments.dry_run:
-        from lit_vlm.commands.dry_run import check_recipe
-
-        commands = {stage: _command(recipe, state, stage, folder) for stage in state.stages}
-        if not check_recipe(commands, console):
-            raise SystemExit(1)
+    if asked.options.dry_run:
+        _dry_run(decide(asked), console)
         return
+    checked: dict[str, Checked] = {}
+
+    def decided(asked: Asked) -> Begin:
+        begin = decide(asked)
+        checked.update(_check(begin))
+        return begin
+
+    with together(asked, decided) as begin:
+        recipe = find_recipe(begin.state.recipe)
+        use_plugins(begin.state.plugins)
+        _run(recipe, begin, console, checked)
+
+
+def _dry_run(begin: Begin, console: Console) -> None:
+    from lit_vlm.commands.dry_run import check_recipe
+
+    recipe, state = find_recipe(begin.state.recipe), begin.state
+    use_plugins(state.plugins)
+    if not check_recipe({stage: _command(recipe, state, stage, begin.folder) for stage in state.stages}, console):
+        raise SystemExit(1)
+
+
+def _check(begin: Begin) -> dict[str, Checked]:
+    """Check the flags of the stages that are left, before anything is written."""
+    recipe, state = find_recipe(begin.state.recipe), begin.state
+    use_plugins(state.plugins)
     left = [stage for stage in state.stages if stage not in state.done]
-    checked = dict(zip(left, _check_flags([_command(recipe, state, stage, folder) for stage in left]), strict=False))
-    _run(recipe, state, folder, console, checked)
+    commands = [_command(recipe, state, stage, begin.folder) for stage in left]
+    return dict(zip(left, _check_flags(commands), strict=True)) if left else {}
 
 
 def _check_flags(commands: Sequence[Sequence[str]]) -> list[Checked]:
@@ -66,13 +81,11 @@ def _check_flags(commands: Sequence[Sequence[str]]) -> list[Checked]:
     A separate process loads the libraries for it, so that this one stays small while stages run.
 
     Returns:
-        what the flags say; of several processes of a launcher, the first alone looks.
+        what the flags say.
 
     Raises:
         SystemExit: for a wrong flag, which the separate process has reported in one line.
     """
-    if not launch().is_first:
-        return []
     sys.stderr.write("checking flags ...\n")  # a few seconds, as classes must be loaded to know their arguments
     context = multiprocessing.get_context("fork")
     results, sends = context.Pipe(duplex=False)
@@ -116,44 +129,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _new_run(asked: Asked) -> tuple[Path, RunState]:
-    arguments, flags = asked.options, asked.flags
-    if asked.recipe is None:
-        raise ValueError(f"name a recipe, as the first argument: {', '.join(shipped_recipes())}")
-    recipe = find_recipe(asked.recipe)
-    scale = arguments.scale or recipe.scale
-    stages = asked.stages or recipe.stages_for(scale)
-    plugins = list(dict.fromkeys([*recipe.plugins, *named_plugins()]))
-    strategy = arguments.strategy or recipe.strategy_for(scale)
-    state = RunState(asked.recipe, scale, strategy, stages, flags, plugins=plugins)
-    for stage in stages:
-        recipe.configs(stage, scale, state.strategy)
-    for flag in flags:
-        first = flag.removeprefix("--").partition(".")[0]
-        other = flag.startswith("--") and "." in flag and first not in (*KEYS, *recipe.stages)
-        if other and (near := nearest(first, recipe.stages)):
-            raise ValueError(f"{flag}: '{first}' is no stage{near}; stages: {', '.join(recipe.stages)}")
-    job = os.environ.get("TORCHELASTIC_RUN_ID") or os.environ.get("SLURM_JOB_ID") or time.strftime("%Y%m%d-%H%M%S")
-    folder = arguments.out or Path("runs") / "-".join(filter(None, (recipe.name, scale, job)))
-    if (folder / STATE_FILE).exists() and not arguments.dry_run and launch().is_first:
-        raise ValueError(f"{folder} holds a run already: add --resume to go on with it, or choose another --out")
-    return folder, state
-
-
-def _find_unfinished(asked: Asked) -> tuple[Path, RunState]:
-    arguments = asked.options
-    if asked.flags or arguments.scale or arguments.strategy or arguments.stages:
-        raise ValueError("--resume goes on with what the run was started with; it takes no other flag than --out")
-    if arguments.out:
-        return arguments.out, RunState.load(arguments.out)
-    found = sorted(Path("runs").glob(f"*/{STATE_FILE}"), key=lambda file: file.stat().st_mtime, reverse=True)
-    for file in found:
-        state = RunState.load(file.parent)
-        if state.done != state.stages and asked.recipe in (None, state.recipe):
-            return file.parent, state
-    raise ValueError(f"there is no unfinished run{f' of {asked.recipe}' if asked.recipe else ''} in runs/")
-
-
 def _command(recipe: Recipe, state: RunState, stage: str, folder: Path) -> list[str]:
     """Arguments of `lit-vlm` for one stage."""
     words = ["fit", *(["--plugins", ",".join(state.plugins)] if state.plugins else [])]
@@ -167,62 +142,64 @@ def _command(recipe: Recipe, state: RunState, stage: str, folder: Path) -> list[
     return words
 
 
-def _run(recipe: Recipe, state: RunState, folder: Path, console: Console, checked: Mapping[str, Checked]) -> None:
+def _run(recipe: Recipe, begin: Begin, console: Console, checked: Mapping[str, Checked]) -> None:
+    folder, state = begin.folder, begin.state
     console.print(f"{recipe.name}: {', '.join(state.stages)} into {folder}", soft_wrap=True, highlight=False)
+    if begin.goes_on:
+        console.print(f"going on: done {', '.join(state.done) or 'nothing yet'}", soft_wrap=True, highlight=False)
     state.save(folder)
     tracker = _ParentRun(state, folder, recipe)
-    for stage in state.stages:
-        if stage in state.done:
-            continue
-        words = _command(recipe, state, stage, folder)
-        found = checkpoints_in(folder / stage)
-        if found:
-            words += ["--ckpt_path", str(found[-1])]
-        console.rule(f"{recipe.name}: {stage}")
-        console.print(f"lit-vlm {shlex.join(words)}\n", soft_wrap=True, highlight=False)
-        if stage in checked and checked[stage].gpus > 1:
-            foretell(state, stage, folder / stage, checked[stage], console)
-        code = _execute(words, tracker.environment())
-        if code != 0:
-            tracker.end("KILLED" if code < 0 or code == 130 else "FAILED", f"stage {stage} ended with exit code {code}")
-            console.print(
-                f"\n[red]stage {stage} ended with exit code {code}[/]; {_advice(folder, stage, code)}", soft_wrap=True
-            )
-            raise SystemExit(code if code > 0 else 1)
-        state.done.append(stage)
-        state.save(folder)
+    with Stages() as stages:
+        for stage in state.stages:
+            if stage in state.done:
+                continue
+            words = _command(recipe, state, stage, folder)
+            found = checkpoints_in(folder / stage)
+            if found:
+                words += ["--ckpt_path", str(found[-1])]
+            console.rule(f"{recipe.name}: {stage}")
+            console.print(f"lit-vlm {shlex.join(words)}\n", soft_wrap=True, highlight=False)
+            if stage in checked and checked[stage].gpus > 1:
+                foretell(state, stage, folder / stage, checked[stage], console)
+            code = stages.run(words, tracker.environment())
+            if code == 0 and not until(partial(is_done, folder / stage), SEEN):
+                console.print(f"stage {stage} ended without {folder / stage / DONE_FILE}", soft_wrap=True)
+                code = 1
+            if code != 0:
+                _end(tracker, folder, stage, code, stages.asked, console)
+            state.done.append(stage)
+            state.save(folder)
     tracker.end("FINISHED")
-    from lit_vlm.commands.report import report
+    if launch().is_first:
+        from lit_vlm.commands.report import report
 
-    report(folder, state.stages, recipe.next, console)
+        report(folder, state.stages, recipe.next, console)
+
+
+def _end(tracker: _ParentRun, folder: Path, stage: str, code: int, asked: str | None, console: Console) -> NoReturn:
+    """Report a stage that has not come to its end, and end as it did."""
+    if code == PREEMPTED:
+        tracker.end("KILLED", state=LEFT)
+        what = f"left, as {asked} asked it to" if asked else "left, as its time is over"
+        console.print(f"\nstage {stage} {what}: the same command goes on", soft_wrap=True, highlight=False)
+        raise SystemExit(PREEMPTED)
+    if code < 0 and launch().is_first:  # it could not say so itself
+        tracker.end_stage(folder / stage, "KILLED")
+    tracker.end("KILLED" if code < 0 or code == 130 else "FAILED", f"stage {stage} ended with exit code {code}")
+    console.print(
+        f"\n[red]stage {stage} ended with exit code {code}[/]; {_advice(folder, stage, code)}", soft_wrap=True
+    )
+    raise SystemExit(code if code > 0 else 128 - code)
 
 
 def _advice(folder: Path, stage: str, code: int) -> str:
-    """Advice after a failed stage: one that refused to start needs a fix first, any other is resumed."""
-    again = f"lit-vlm run --resume --out {folder}"
+    """Advice after a failed stage: one that refused to start needs a fix first, any other goes on."""
     if code == REFUSED and not checkpoints_in(folder / stage):
         return (
-            f"mend what is named above. If it is a file: {again}. If it is a flag, give the command again with another "
-            "--out, as --resume takes the same flags"
+            "mend what is named above. If it is a file, give the same command again; if it is a flag, choose another "
+            "--out as well, as a run goes on with the flags that it began with"
         )
-    return f"go on with: {again}"
-
-
-def _execute(words: Sequence[str], environment: dict[str, str]) -> int:
-    """Run one stage in a process of its own, which frees its memory and dies with this one; returns its exit code."""
-    command = [sys.executable, "-P", "-m", "lit_vlm", *words]
-    process = subprocess.Popen(command, env=os.environ | environment, preexec_fn=_die_with_parent)
-    try:
-        return process.wait()
-    except KeyboardInterrupt:
-        process.send_signal(signal.SIGINT)
-        return process.wait() or 130
-
-
-def _die_with_parent() -> None:
-    """Ask Linux to kill this process when its parent dies, so that no orphan goes on writing into the run."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    return f"the same command goes on, or: lit-vlm run --resume --out {folder}"
 
 
 class _ParentRun:
@@ -257,12 +234,19 @@ class _ParentRun:
             return {}
         return {PARENT_RUN: self._run.run_id, "MLFLOW_TRACKING_URI": self._run.uri}
 
-    def end(self, status: str, reason: str | None = None) -> None:
-        """Report the last status, and the reason of a failure."""
+    def end(self, status: str, reason: str | None = None, state: str | None = None) -> None:
+        """Report the last status, the reason of a failure, and the state where MLflow has no status for it."""
         if self._run:
             if reason:
                 self._run.tag("failure", reason)
-            self._run.end(status)
+            self._run.end(status, state)
+
+    def end_stage(self, folder: Path, status: str) -> None:
+        """Report the last status of the stage of a folder, whose process could not."""
+        from lit_vlm.training.mlflow_run import RUN_FILE, MLflowRun
+
+        if self._run and (folder / RUN_FILE).is_file():
+            MLflowRun.of_folder(folder).end(status)
 
 
 def _uses_mlflow(flags: Sequence[str]) -> bool:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from lit_vlm.core.launcher import launch
+from lit_vlm.core.launcher import launch, launch_name
 
 RUN_FOLDER = "LIT_VLM_RUN_FOLDER"
 """Environment variable: the folder that the first process of a stage chose, for those that it starts."""
@@ -61,9 +60,13 @@ class RunState:
         return RunState(**json.loads(file.read_text()))
 
 
+def run_name(recipe: str, scale: str | None) -> str:
+    """The name of a run's folder: recipe, scale, and the launch, or where nobody launched it the time."""
+    return "-".join(filter(None, (recipe, scale, launch_name())))
+
+
 def run_folder_for(stage: str) -> str:
     """A new folder for a run that was given none; the same in all processes of the run."""
     if RUN_FOLDER not in os.environ:
-        job = os.environ.get("TORCHELASTIC_RUN_ID") or os.environ.get("SLURM_JOB_ID")
-        os.environ[RUN_FOLDER] = str(Path("runs") / f"{stage}-{job or time.strftime('%Y%m%d-%H%M%S')}")
+        os.environ[RUN_FOLDER] = str(Path("runs") / f"{stage}-{launch_name()}")
     return os.environ[RUN_FOLDER]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 PREEMPTED = 75
@@ -74,3 +76,44 @@ def launch(variables: Mapping[str, str] | None = None) -> Launch:
     if job and "SLURM_PROCID" in given:  # an interactive allocation does not number its shell
         return Launch("batch", node=node or "0", id=job, attempt=attempt)
     return Launch("alone")
+
+
+def launch_name(variables: Mapping[str, str] | None = None) -> str:
+    """A name of the launch for files: alike in all its processes and later attempts; the time, where there is one.
+
+    Args:
+        variables: the environment; default: that of this process.
+
+    Raises:
+        ValueError: where several machines have nothing in common to name it by.
+    """
+    given: Mapping[str, str] = os.environ if variables is None else variables
+    mine = launch(given)
+    if mine.id is not None:
+        return mine.id
+    started = time.time()
+    if mine.world_size > 1:
+        if given.get("GROUP_WORLD_SIZE") != "1":
+            raise ValueError(
+                "this launch of several machines has no name that all its processes know: give torchrun a --rdzv-id, "
+                "or name the folder of the run (lit-vlm run: --out, lit-vlm fit: --trainer.default_root_dir)"
+            )
+        started = _start_of(os.getppid())  # the agent, which is the parent of all
+    return time.strftime("%Y%m%d-%H%M%S", time.localtime(started))
+
+
+def _start_of(process: int) -> float:
+    """When a process started, in seconds since the epoch.
+
+    Raises:
+        ValueError: where the machine does not tell.
+    """
+    try:
+        ticks = int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19])
+        boot = next(line for line in Path("/proc/stat").read_text().splitlines() if line.startswith("btime"))
+    except (OSError, StopIteration, IndexError) as error:
+        raise ValueError(
+            "this machine does not tell when torchrun started, by which the folder of the run is named: give torchrun "
+            "a --rdzv-id"
+        ) from error
+    return int(boot.split()[1]) + ticks / os.sysconf("SC_CLK_TCK")

@@ -297,6 +297,7 @@ class VLMData(LightningDataModule):
             stops_at=partial(_stops_at, self.trainer, phase, window),
             on_start=check_marks,
             own_counts=spec.own_counts if phase == "train" else None,
+            resumes_at=partial(_resumes_at, self.trainer) if phase == "train" else None,
         )
 
     def _check_marks(self, spec: InputSpec) -> None:
@@ -341,6 +342,15 @@ def _stops_at(trainer: Trainer, phase: str, window: int, start: int, length: int
     if phase == "train" and trainer.max_steps >= 0:
         stop = min(stop, start + (trainer.max_steps - trainer.global_step) * window)
     return stop
+
+
+def _resumes_at(trainer: Trainer, handed_out: int) -> int:
+    """The batch that a run resumed now begins with: the first that was not trained on."""
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+    trained = handed_out - (progress.ready - progress.processed)  # one that a step has begun with is not trained on yet
+    if trained >= trainer.num_training_batches:  # a limited epoch is over, and the next begins with its first batch
+        return 0
+    return trained
 
 
 def _collate_rows_of_prompts(rows: Sequence[Sequence[Sample]], bad: Sequence[BadSample], pad_id: int) -> Batch:

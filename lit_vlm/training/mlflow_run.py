@@ -34,6 +34,8 @@ FIRST_WAIT, LONGEST_WAIT = 30.0, 600.0
 """Seconds before a store that did not answer is asked again; the wait doubles."""
 QUICK = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
 """Environment variables of MLflow: a server that is gone holds training up for seconds, not for four minutes."""
+STATE, PREEMPTED = "state", "PREEMPTED"
+"""Tag: RUNNING, FINISHED, FAILED, KILLED, or PREEMPTED for a run that left in order and can go on."""
 MOST_PARAMS, MOST_LETTERS = 100, 5000
 
 log = logging.getLogger(__name__)
@@ -138,11 +140,18 @@ class MLflowRun:
 
     def going_on(self) -> None:
         """Report that the run is running."""
+        self.tag(STATE, "RUNNING")
         self._send({"kind": "status", "status": "RUNNING"})
 
-    def end(self, status: str) -> None:
-        """Report the last status (FINISHED, FAILED or KILLED), and try once more to send waiting reports."""
+    def end(self, status: str, state: str | None = None) -> None:
+        """Report the last status, and try once more to send waiting reports.
+
+        Args:
+            status: FINISHED, FAILED or KILLED.
+            state: what the tag `state` says; default: the status. MLflow has no status for a run that will go on.
+        """
         self._again = 0.0
+        self.tag(STATE, state or status)
         self._send({"kind": "status", "status": status, "time": int(time.time() * 1000)})
         if self._pending:
             kept = f"are kept: lit-vlm sync {self.folder} sends them" if self.folder else "are lost"

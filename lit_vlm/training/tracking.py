@@ -20,7 +20,8 @@ from rich.table import Table
 
 from lit_vlm.data import VLMData
 from lit_vlm.training.frozen import stored_in
-from lit_vlm.training.mlflow_run import PARENT_RUN, MLflowRun, known_run
+from lit_vlm.training.leaving import Preempted
+from lit_vlm.training.mlflow_run import PARENT_RUN, PREEMPTED, MLflowRun, known_run
 from lit_vlm.training.mlflow_store import default_uri
 from lit_vlm.training.module import LitVLM
 from lit_vlm.training.stage import SlotCount
@@ -54,6 +55,7 @@ class MLflow(Logger):
         self._experiment, self._name = experiment_name, run_name
         self._tags = (tags or {}) | ({"mlflow.parentRunId": parent} if parent else {})
         self.run = MLflowRun(default_uri(tracking_uri), experiment_name, run_name, self._tags)
+        self._left = False
 
     def belongs_to(self, folder: Path, run_name: str, go_on: bool) -> None:
         """Say which folder the reports are about; called once, before the first report.
@@ -89,7 +91,15 @@ class MLflow(Logger):
     @rank_zero_only
     def finalize(self, status: str) -> None:
         """Set the status of the run."""
-        self.run.end("FAILED" if status == "failed" else "FINISHED")
+        if not self._left:
+            self.run.end("FAILED" if status == "failed" else "FINISHED")
+
+    @rank_zero_only
+    def preempted(self, reason: str) -> None:
+        """Set the status of a run that leaves and can go on."""
+        self._left = True
+        self.run.tag("preempted", reason)
+        self.run.end("KILLED", PREEMPTED)
 
 
 class RunRecord(SaveConfigCallback):
@@ -131,6 +141,8 @@ class RunRecord(SaveConfigCallback):
     @rank_zero_only
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Note why a run ended early; Lightning sets the status itself."""
+        if isinstance(exception, Preempted):
+            return
         for logger in _mlflow(trainer):
             logger.run.tag("failure", f"{type(exception).__name__}: {exception}")
 

@@ -1,8 +1,7 @@
-"""Lightning's Trainer, with a precision that is chosen for the device."""
+"""Lightning's Trainer, with a precision that is chosen for the device, and an end in order when asked to leave."""
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any, Literal
 
 import lightning.pytorch as L
@@ -11,10 +10,10 @@ from lightning.fabric.plugins.precision.precision import _PRECISION_INPUT
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.plugins import Precision as PrecisionPlugin
 from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 
 from lit_vlm.core.precision import AUTO, Precision, choose
-from lit_vlm.core.transfer import Fetched, send_numbers
+from lit_vlm.training.leaving import Leaving
 
 CUDA = ("auto", "gpu", "cuda")
 """Names of Lightning's accelerators that mean an NVIDIA GPU where there is one."""
@@ -29,6 +28,7 @@ class Trainer(L.Trainer):
 
     Attributes:
         chosen: what `auto` has become, and why; None where a value was given.
+        leaving: whether the run was asked to leave.
     """
 
     chosen: Precision | None
@@ -45,33 +45,54 @@ class Trainer(L.Trainer):
             super().__init__(precision=self.chosen.name, **kwargs)
         else:
             super().__init__(precision=precision, **kwargs)
+        self.leaving = Leaving()
+        self._signal_connector = NoSignals(self)
         self.fit_loop.epoch_loop = EpochLoop(self, self.fit_loop.min_steps, self.fit_loop.max_steps)
 
 
 class EpochLoop(_TrainingEpochLoop):
-    """Lightning's loop over the batches of an epoch, in which processes agree on the end without waiting.
+    """Lightning's loop over the batches of an epoch, whose processes leave together between two optimizer steps.
 
-    Before each batch rank 0 tells the others whether it was asked to terminate. Lightning reads the answer at once, so
-    that every process waits until its device has nothing left to do; here it is read one batch later.
+    Lightning has rank 0 tell the others before each batch whether it was asked to terminate, and reads the answer at
+    once, so that every process waits until its device has nothing left to do; and it saves wherever a signal finds it.
     """
 
-    _told: Fetched | None = None
+    def advance(self, data_fetcher: Any) -> None:
+        """Train on a batch, or leave in front of it; with several processes, `_broadcast_sigterm_tensor` looks."""
+        if _trainer(self).world_size == 1:
+            self._leave_if_asked()
+        super().advance(data_fetcher)
 
     def _broadcast_sigterm_tensor(self) -> None:
-        """Exchange the flag of this batch and act on that of the batch before.
+        """What Lightning calls in front of each batch with several processes, on all of them."""
+        self._leave_if_asked()
+
+    def _leave_if_asked(self) -> None:
+        """Leave where no gradients wait for more micro-batches.
 
         Raises:
-            SIGTERMException: on all processes at the same batch, once rank 0 was asked to terminate.
+            Preempted: on all processes at the same batch.
         """
-        asked = float(getattr(self.trainer, "received_sigterm", False))
-        flag = send_numbers([asked], self.trainer.strategy.root_device)
-        torch.distributed.broadcast(flag, src=0)
-        before, self._told = self._told, Fetched(flag)
-        if before is not None and bool(before.get()):
-            self._told = None
-            with contextlib.suppress(Exception):
-                torch.distributed.barrier()  # none leaves while another is still in a collective
-            raise SIGTERMException
+        trainer = _trainer(self)
+        asked = trainer.leaving.agreed(trainer.world_size, trainer.strategy.root_device)
+        if asked and self._accumulated_batches_reached():
+            trainer.leaving.leave()
+
+
+class NoSignals(_SignalConnector):
+    """Lightning's handlers of signals, of which none is wanted: `callbacks.Preemption` handles them.
+
+    Lightning's own save in the middle of a step, broadcast inside a handler, and go into loader processes.
+    """
+
+    def register_signal_handlers(self) -> None:
+        """Register none."""
+
+
+def _trainer(loop: EpochLoop) -> Trainer:
+    trainer = loop.trainer
+    assert isinstance(trainer, Trainer)
+    return trainer
 
 
 def _device_type(accelerator: Any) -> str:

@@ -24,11 +24,14 @@ def test_a_folder_with_a_run_is_refused_unless_that_run_goes_on(tmp_path: Path) 
     for given in (None, str(other)):
         with pytest.raises(ValueError, match="a holds a run already, whose newest checkpoint is step=00000002.ckpt"):
             _refuse_other_run(tmp_path / "a", given)
-    for given in (str(file), "last", "best", "hpc"):
+    for given in (str(file), "last", "best"):
         _refuse_other_run(tmp_path / "a", given)
-    # What Lightning saves when SLURM takes a job away: the same command goes on from it.
-    (tmp_path / "a" / "hpc_ckpt_1.ckpt").touch()
-    _refuse_other_run(tmp_path / "a", None)
+
+
+def test_a_checkpoint_that_lightning_would_take_before_any_other_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "hpc_ckpt_1.ckpt").touch()
+    with pytest.raises(ValueError, match=r"hpc_ckpt_1.ckpt is a checkpoint that an earlier version left"):
+        _refuse_other_run(tmp_path, "last")
 
 
 @pytest.mark.parametrize(
@@ -46,8 +49,6 @@ def test_a_run_goes_on_in_its_precision(tmp_path: Path, written: str, found: str
     assert _precision_begun(tmp_path / "new", str(file)) == found
     assert _precision_begun(tmp_path, "last") == found
     assert _precision_begun(tmp_path, None) == "auto"  # begun anew
-    (tmp_path / "hpc_ckpt_1.ckpt").touch()  # the same command, once SLURM has requeued the job
-    assert _precision_begun(tmp_path, None) == found
 
 
 def test_a_checkpoint_far_from_its_run_goes_on_in_what_this_device_is_fast_in(tmp_path: Path) -> None:

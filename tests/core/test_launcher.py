@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from lit_vlm.core.launcher import Launch, launch
+from lit_vlm.core.launcher import Launch, launch, launch_name
 
 JOB = {"SLURM_JOB_ID": "12", "SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURMD_NODENAME": "n1"}
 TASK = JOB | {"SLURM_STEP_ID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "0"}
@@ -26,3 +26,12 @@ def test_a_process_knows_who_started_it(variables: dict[str, str], expected: Lau
     found = launch(variables)
     assert found == expected
     assert found.is_first == (expected.rank == 0)
+
+
+def test_a_launch_has_one_name_in_all_its_processes() -> None:
+    assert launch_name(TASK) == "12.1"
+    assert launch_name(AGENT | {"TORCHELASTIC_RUN_ID": "mine"}) == "mine"
+    one_machine = AGENT | {"TORCHELASTIC_RUN_ID": "none", "GROUP_WORLD_SIZE": "1"}
+    assert launch_name(one_machine) == launch_name(one_machine | {"RANK": "0"})
+    with pytest.raises(ValueError, match="give torchrun a --rdzv-id"):
+        launch_name(one_machine | {"GROUP_WORLD_SIZE": "2"})

@@ -1,37 +1,52 @@
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
-from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 
+from lit_vlm.training.leaving import Leaving, Preempted
 from lit_vlm.training.trainer import EpochLoop, Trainer
 
 
-def test_all_processes_stop_one_batch_after_rank_0_was_asked_to(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert hasattr(_TrainingEpochLoop, "_broadcast_sigterm_tensor")  # what Lightning calls before each batch
-    sent: list[float] = []
+def test_what_is_replaced_of_lightning_is_there() -> None:
+    assert hasattr(_TrainingEpochLoop, "_broadcast_sigterm_tensor")  # what it calls before each batch
+    assert hasattr(_TrainingEpochLoop, "_accumulated_batches_reached")
+    assert hasattr(_SignalConnector, "register_signal_handlers")
 
-    def broadcast(flag: torch.Tensor, src: int) -> None:
-        sent.append(flag.item())
 
-    def barrier() -> Any:
-        raise RuntimeError("there is no process group")
+def test_processes_leave_together_one_batch_after_any_was_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    sums: list[float] = []
 
-    monkeypatch.setattr(torch.distributed, "broadcast", broadcast)
-    monkeypatch.setattr(torch.distributed, "barrier", barrier)
-    trainer = Trainer(precision="32-true", accelerator="cpu", max_steps=9, logger=False, enable_checkpointing=False)
+    def all_reduce(flag: torch.Tensor) -> None:  # this process is one of two; the other is asked before its third batch
+        flag += float(len(sums) == 2)
+        sums.append(flag.item())
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    leaving, cpu = Leaving(), torch.device("cpu")
+    assert [leaving.agreed(2, cpu) for _ in range(5)] == [False, False, False, True, True]
+    assert sums == [0, 0, 1, 0]
+    with pytest.raises(Preempted, match="another process was asked to leave") as info:
+        leaving.leave()
+    assert info.value.code == 75
+    leaving.forget()
+    assert not leaving.agreed(2, cpu)
+
+
+def test_a_run_leaves_where_no_gradients_wait_for_more_batches() -> None:
+    trainer = Trainer(
+        precision="32-true", accelerator="cpu", devices=1, max_steps=9, accumulate_grad_batches=2, logger=False,
+        enable_checkpointing=False,
+    )  # fmt: skip
     loop = trainer.fit_loop.epoch_loop
     assert isinstance(loop, EpochLoop)
     assert trainer.max_steps == 9
-    loop._broadcast_sigterm_tensor()
-    trainer._signal_connector.received_sigterm = True
-    loop._broadcast_sigterm_tensor()
-    with pytest.raises(SIGTERMException):
-        loop._broadcast_sigterm_tensor()
-    assert sent == [0, 1, 1]
-    trainer._signal_connector.received_sigterm = False
-    loop._broadcast_sigterm_tensor()  # another fit does not stop
-    loop._broadcast_sigterm_tensor()
+    told: list[str] = []
+    trainer.leaving.go = told.append
+    trainer.leaving.late = lambda: "time"
+    loop.batch_progress.current.ready = 1
+    loop._leave_if_asked()
+    loop.batch_progress.current.ready = 2
+    with pytest.raises(Preempted, match="time"):
+        loop._leave_if_asked()
+    assert told == ["time"]

@@ -87,6 +87,7 @@ class Loader:
         stops_at: (batch that the epoch begins with, batches of a whole epoch) → batch that the run stops in front of;
             default: the epoch's end. Samples are judged there, however few they are.
         on_start: called whenever the batches of an epoch are asked for.
+        resumes_at: batches that were handed out → batch that a run resumed now begins with; default: the next one.
     """
 
     def __init__(
@@ -102,10 +103,11 @@ class Loader:
         stops_at: Callable[[int, int], int] | None = None,
         on_start: Callable[[], None] | None = None,
         own_counts: Mapping[str, Callable[[Batch], float]] | None = None,
+        resumes_at: Callable[[int], int] | None = None,
     ) -> None:
         self.dataset, self.batch_sampler, self.window = dataset, plan, window
         self.bad_samples, self.log, self.stops_at = bad_samples, log, stops_at
-        self.on_start, self.own_counts = on_start, dict(own_counts or {})
+        self.on_start, self.own_counts, self.resumes_at = on_start, dict(own_counts or {}), resumes_at
         self._loader = DataLoader(
             dataset,
             batch_sampler=plan,
@@ -140,9 +142,10 @@ class Loader:
                 yield replace(batch, window=window)
 
     def state_dict(self) -> dict[str, Any]:
-        """Epoch, number of batches that were taken, and the identity of the plan."""
+        """Epoch, number of batches that were trained on, and the identity of the plan."""
         plan = self.batch_sampler
-        return {"epoch": plan.epoch, "batches": self._done, "plan": plan.identity()}
+        batches = self._done if self.resumes_at is None else self.resumes_at(self._done)
+        return {"epoch": plan.epoch, "batches": batches, "plan": plan.identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state_dict` was taken.

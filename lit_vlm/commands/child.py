@@ -1,0 +1,74 @@
+"""The process of a stage: signals go on to it, and it dies with the one that started it."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+from lit_vlm.core.launcher import PREEMPTED
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+"""Signals that ask a run to leave; the stage's process saves and leaves, and this one waits for it."""
+
+
+class Stages:
+    """A context in which stages run one after the other, each in a process of its own, until a signal asks to leave.
+
+    Attributes:
+        asked: name of the signal; None while none came.
+    """
+
+    def __init__(self) -> None:
+        self.asked: str | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        self._before = {one: signal.signal(one, self._note) for one in SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for one, handler in self._before.items():
+            signal.signal(one, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.asked = signal.Signals(number).name
+        if self._process is not None and self._process.poll() is None:
+            self._process.send_signal(number)
+
+    def run(self, words: Sequence[str], environment: Mapping[str, str]) -> int:
+        """Run one stage.
+
+        Args:
+            words: arguments of `lit-vlm`.
+            environment: variables besides those of this process.
+
+        Returns:
+            its exit code; `launcher.PREEMPTED` also where a signal came before it could save.
+        """
+        if self.asked is not None:
+            return PREEMPTED
+        command = [sys.executable, "-P", "-m", "lit_vlm", *words]
+        self._process = subprocess.Popen(command, env=os.environ | environment, preexec_fn=_die_with_parent)
+        if self.asked is not None:  # while it started
+            self._process.send_signal(signal.SIGTERM)
+        try:
+            code = self._process.wait()
+        except KeyboardInterrupt:
+            self._process.send_signal(signal.SIGINT)
+            return self._process.wait() or 130
+        return PREEMPTED if self.asked is not None and -code in SIGNALS else code
+
+
+def _die_with_parent() -> None:
+    """Ask Linux to kill this process when its parent dies, so that no orphan goes on writing into the run."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
