@@ -15,6 +15,8 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lit_vlm.core.precision import AUTO, Precision, choose
 from lit_vlm.core.transfer import Fetched, send_numbers
+from lit_vlm.data import VLMData
+from lit_vlm.training.elastic import move
 
 CUDA = ("auto", "gpu", "cuda")
 """Names of Lightning's accelerators that mean an NVIDIA GPU where there is one."""
@@ -56,6 +58,28 @@ class EpochLoop(_TrainingEpochLoop):
     """
 
     _told: Fetched | None = None
+    _batches_then: int | float | None = None
+
+    def on_save_checkpoint(self) -> dict[str, Any]:
+        """Lightning's state, and the micro-batches of an epoch, which its counters count."""
+        return super().on_save_checkpoint() | {"num_training_batches": self.trainer.num_training_batches}
+
+    def on_load_checkpoint(self, state_dict: dict[str, Any]) -> None:
+        """Go on from the state of `on_save_checkpoint`."""
+        super().on_load_checkpoint(state_dict)
+        self._batches_then = state_dict.get("num_training_batches")
+
+    def reset(self) -> None:
+        """Begin an epoch; before the first of a run that goes on, its counters are translated (`move`).
+
+        Raises:
+            ValueError: as `move`.
+        """
+        data = getattr(self.trainer, "datamodule", None)
+        if self._batches_then is not None and isinstance(data, VLMData) and data.moved is not None:
+            move(self.batch_progress, data.moved, self._batches_then, self.trainer.num_training_batches)
+        self._batches_then = None
+        super().reset()
 
     def _broadcast_sigterm_tensor(self) -> None:
         """Exchange the flag of this batch and act on that of the batch before.
