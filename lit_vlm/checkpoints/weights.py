@@ -17,6 +17,7 @@ from lit_vlm.checkpoints.folder import find_checkpoint, is_complete
 from lit_vlm.core.lora import split_state
 from lit_vlm.core.part import StateDict
 from lit_vlm.core.pretrained import resolve
+from lit_vlm.data import VLMData
 from lit_vlm.model.bases import Base, Found, SavedSlots
 
 PREFIX = "model."
@@ -58,10 +59,25 @@ def read_bases(source: str | Path) -> dict[str, Base]:
     Raises:
         ValueError: when there is no complete checkpoint.
     """
+    return {name: Base(**record) for name, record in _read_rest(source).get(BASES, {}).items()}
+
+
+def read_place(source: str | Path) -> dict[str, Any] | None:
+    """The place in the training data that a checkpoint was saved at, as `Loader.state_dict`; None where it has none.
+
+    Raises:
+        ValueError: when there is no complete checkpoint.
+    """
+    place: dict[str, Any] | None = _read_rest(source).get(VLMData.__qualname__, {}).get("train")
+    return place
+
+
+def _read_rest(source: str | Path) -> dict[str, Any]:
+    """What a checkpoint holds besides weights and optimizer; of a whole one, these stay on the disk."""
     path = find_checkpoint(source)
     file = path / "meta.pt" if path.is_dir() else path
-    whole = torch.load(file, map_location="cpu", weights_only=True, mmap=not path.is_dir())
-    return {name: Base(**record) for name, record in whole.get(BASES, {}).items()}
+    rest: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True, mmap=not path.is_dir())
+    return rest
 
 
 def _published(source: str | Path) -> tuple[str, str] | None:

@@ -11,12 +11,13 @@ from typing import Any
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
 from callbacks import Checkpoint, Preemption
 from lit_vlm.checkpoints.folder import checkpoints_in, find_checkpoint, mark_done, run_folder
+from lit_vlm.checkpoints.weights import read_place
 from lit_vlm.commands.flags import explain, innermost
 from lit_vlm.commands.named_sources import Parser
 from lit_vlm.commands.runs import run_folder_for
@@ -24,13 +25,14 @@ from lit_vlm.core.launcher import launch
 from lit_vlm.core.precision import AUTO, crowded
 from lit_vlm.data import VLMData
 from lit_vlm.data.given import DataPath
+from lit_vlm.training.elastic import COUNTING, keep_step
 from lit_vlm.training.module import LitVLM
 from lit_vlm.training.sharding import FSDP2  # noqa: F401 - a class name for recipes
 from lit_vlm.training.tracking import MLflow, RunRecord
 from lit_vlm.training.trainer import Trainer
 
 WORDS = ("last", "best")
-"""Words that Lightning takes for `--ckpt_path` besides paths: they name checkpoints in the run's own folder."""
+"""Words that `--ckpt_path` takes besides paths: they name checkpoints in the run's own folder."""
 DEFAULT_CALLBACKS = tuple(
     f"callbacks.{name}" for name in ("FreezeGuard", "GradientMonitor", "Planned", "Memory", "Sources", "Throughput")
 )
@@ -105,6 +107,8 @@ class LitVLMCLI(LightningCLI):
         if config.trainer.default_root_dir is None:
             config.trainer.default_root_dir = run_folder_for(config.model.stage.name)
         source = config.get("ckpt_path")
+        if source == "last":  # which Lightning looks for under a name that no checkpoint of this kit has
+            source = config.ckpt_path = str(find_checkpoint(config.trainer.default_root_dir))
         if source and Path(source).is_dir() and (Path(source) / "checkpoints").is_dir():
             config.ckpt_path = str(find_checkpoint(source))
         if self.subcommand == "fit":
@@ -139,6 +143,9 @@ class LitVLMCLI(LightningCLI):
         config.trainer.precision = str(self.trainer.precision)
         if self.subcommand:
             self._say_precision()
+        checkpoint = config.get("ckpt_path")
+        if self.subcommand == "fit" and checkpoint and checkpoint not in WORDS:
+            self._keep_step(config)
         if self.subcommand == "fit":
             folder = Path(self.trainer.default_root_dir)
             for logger in self.trainer.loggers:
@@ -169,6 +176,17 @@ class LitVLMCLI(LightningCLI):
         file = folder / "config.yaml"
         text = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False)
         return file.is_file() and file.read_text(encoding="utf-8") == text
+
+    def _keep_step(self, config: Any) -> None:
+        """Keep the rows of an optimizer step where the run goes on with another number of devices."""
+        lines = keep_step(self.trainer, self.datamodule, read_place(config.ckpt_path))
+        for line in lines:
+            rank_zero_info(line)
+        if lines:
+            config.data.batch_size = self.datamodule.batch_size
+            for name in ("accumulate_grad_batches", *COUNTING):
+                if isinstance(value := getattr(self.trainer, name), int):
+                    config.trainer[name] = value
 
     @rank_zero_only
     def _say_precision(self) -> None:

@@ -16,6 +16,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lit_vlm.core.batch import BadSample, Batch
 from lit_vlm.core.transfer import PINNED
 from lit_vlm.data.feed.batching import Batching, GlobalBatch, Integers, Measures, Padded
+from lit_vlm.data.feed.elastic import Moved
 from lit_vlm.data.feed.loader import BadSamples, Collate, Loader, SourceDataset
 from lit_vlm.data.feed.mixture import Mixture, Shuffled
 from lit_vlm.data.feed.names import tell_apart
@@ -235,10 +236,22 @@ class VLMData(LightningDataModule):
         """Continue from a saved state, now or as soon as the loader is made.
 
         Raises:
-            ValueError: as `Loader.load_state_dict`.
+            ValueError: as `Loader.load_state_dict`, and when the number of steps was asked for before and changes now.
         """
         self._resume = state_dict.get("train")
+        known = len(self._train) if self._train is not None else None
         self._go_on()
+        if self._train is not None and known not in (None, len(self._train)):
+            raise ValueError(
+                f"an epoch of this run has {len(self._train)} micro-batches, as {type(self.mixture).__name__} made it "
+                f"for the devices that it began on, and the schedule was made for {known}: go on with lit-vlm fit, or "
+                "give the data its state before the trainer's fit"
+            )
+
+    @property
+    def moved(self) -> Moved | None:
+        """How places of an epoch changed, where training goes on with other micro-batches; None where not."""
+        return self._train.batch_sampler.moved if self._train is not None else None
 
     def _go_on(self) -> None:
         if self._train is not None and self._resume is not None:

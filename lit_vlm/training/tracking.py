@@ -18,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
+from lit_vlm.checkpoints.folder import DONE_FILE
 from lit_vlm.data import VLMData
 from lit_vlm.training.frozen import stored_in
 from lit_vlm.training.leaving import Preempted
@@ -112,6 +113,7 @@ class RunRecord(SaveConfigCallback):
         folder = Path(trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
         if stage == "fit":
+            (folder / DONE_FILE).unlink(missing_ok=True)  # of a stage that goes on beyond its former end
             # The config that started the run stays; the one that resumes it is written beside it.
             resumed = bool(self.config.get("ckpt_path")) and (folder / "config.yaml").exists()
             (folder / ("config-resumed.yaml" if resumed else "config.yaml")).write_text(text, encoding="utf-8")

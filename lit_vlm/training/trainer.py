@@ -13,6 +13,8 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 
 from lit_vlm.core.precision import AUTO, Precision, choose
+from lit_vlm.data import VLMData
+from lit_vlm.training.elastic import move
 from lit_vlm.training.leaving import Leaving
 
 CUDA = ("auto", "gpu", "cuda")
@@ -56,6 +58,29 @@ class EpochLoop(_TrainingEpochLoop):
     Lightning has rank 0 tell the others before each batch whether it was asked to terminate, and reads the answer at
     once, so that every process waits until its device has nothing left to do; and it saves wherever a signal finds it.
     """
+
+    _batches_then: int | float | None = None
+
+    def on_save_checkpoint(self) -> dict[str, Any]:
+        """Lightning's state, and the micro-batches of an epoch, which its counters count."""
+        return super().on_save_checkpoint() | {"num_training_batches": self.trainer.num_training_batches}
+
+    def on_load_checkpoint(self, state_dict: dict[str, Any]) -> None:
+        """Go on from the state of `on_save_checkpoint`."""
+        super().on_load_checkpoint(state_dict)
+        self._batches_then = state_dict.get("num_training_batches")
+
+    def reset(self) -> None:
+        """Begin an epoch; before the first of a run that goes on, its counters are translated (`move`).
+
+        Raises:
+            ValueError: as `move`.
+        """
+        data = getattr(self.trainer, "datamodule", None)
+        if self._batches_then is not None and isinstance(data, VLMData) and data.moved is not None:
+            move(self.batch_progress, data.moved, self._batches_then, self.trainer.num_training_batches)
+        self._batches_then = None
+        super().reset()
 
     def advance(self, data_fetcher: Any) -> None:
         """Train on a batch, or leave in front of it; with several processes, `_broadcast_sigterm_tensor` looks."""

@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from lit_vlm.commands.fit import REFUSED
 from lit_vlm.commands.lightning_cli import _precision_begun, _refuse_other_run
+from lit_vlm.commands.recipe import find_recipe
+from tests.runs import lit_vlm, tiny_fit
 
 
 def checkpoint(folder: Path) -> Path:
@@ -54,3 +57,28 @@ def test_a_run_goes_on_in_its_precision(tmp_path: Path, written: str, found: str
 def test_a_checkpoint_far_from_its_run_goes_on_in_what_this_device_is_fast_in(tmp_path: Path) -> None:
     assert _precision_begun(tmp_path / "new", str(checkpoint(tmp_path))) == "auto"
     assert _precision_begun(tmp_path, "last") == "auto"
+
+
+def test_last_is_the_newest_checkpoint_and_another_number_of_devices_must_divide(tmp_path: Path) -> None:
+    flags = ["--trainer.logger", "false", "--trainer.limit_val_batches", "0", "--data.batch_size", "2"]
+    result = refused(tmp_path, "run", *flags, "--ckpt_path", "last")
+    assert "there is no complete checkpoint in run/checkpoints" in result
+    tiny_fit(tmp_path, "run", "2_sft", *flags, "--trainer.max_steps", "1")
+    tiny_fit(tmp_path, "run", "2_sft", *flags, "--trainer.max_steps", "2", "--ckpt_path", "last")
+    resumed = (tmp_path / "run" / "config-resumed.yaml").read_text()
+    assert "ckpt_path: run/checkpoints/step=00000001.ckpt" in resumed
+    result = refused(tmp_path, "run", *flags, "--ckpt_path", "last", "--trainer.devices", "3")
+    assert "error: 2 rows per optimizer step, as this run began with (2 rows × 1 device), do not divide by 3" in result
+
+
+def refused(folder: Path, out: str, *flags: str) -> str:
+    """What a stage of the tiny LLaVA that does not begin writes to standard error."""
+    words = [
+        word
+        for path in find_recipe("llava15").configs("2_sft", "tiny", "ddp")
+        for word in ("--config", str(path.resolve()))
+    ]
+    words += ["--trainer.accelerator", "cpu", "--trainer.default_root_dir", out, *flags]
+    result = lit_vlm(folder, "fit", *words, check=False)
+    assert result.returncode == REFUSED
+    return result.stderr

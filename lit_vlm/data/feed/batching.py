@@ -34,6 +34,11 @@ class GlobalBatch(NamedTuple):
         """Rows of one micro-batch over all ranks."""
         return self.batch_size * self.world_size
 
+    @property
+    def step(self) -> int:
+        """Rows of one optimizer step over all ranks."""
+        return self.rows * self.accumulate
+
 
 @dataclass(frozen=True)
 class EpochPlan:
@@ -132,7 +137,7 @@ class ModalityLength(Batching):
     ) -> EpochPlan:
         """Steps of one modality."""
         lengths = measures.modality_lengths()
-        step = global_batch.rows * global_batch.accumulate
+        step = global_batch.step
         steps: list[Integers] = []
         left: list[Integers] = []
         for members in (order[lengths[order] > 0], order[lengths[order] <= 0]):

@@ -143,26 +143,15 @@ class Loader:
 
     def state_dict(self) -> dict[str, Any]:
         """Epoch, number of batches that were trained on, and the identity of the plan."""
-        plan = self.batch_sampler
-        batches = self._done if self.resumes_at is None else self.resumes_at(self._done)
-        return {"epoch": plan.epoch, "batches": batches, "plan": plan.identity()}
+        return self.batch_sampler.state_dict(self._done if self.resumes_at is None else self.resumes_at(self._done))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state_dict` was taken.
 
         Raises:
-            ValueError: when the plan differs, so that the order of samples could not be the same.
+            ValueError: as `BatchPlan.load_state_dict`, when the order of samples could not be the same.
         """
-        self.batch_sampler.epoch = state["epoch"]
-        mine, saved = self.batch_sampler.identity(), state["plan"]
-        if changed := self.batch_sampler.changed(saved):
-            found = "; ".join(f"{key}: {saved.get(key)} then, {mine.get(key)} now" for key in changed)
-            raise ValueError(
-                f"this run cannot go on exactly, as its order of samples would be another ({found}). "
-                "Resume with the same data, seed and devices × batch size, or start a new run from its weights "
-                "with model.stage.start_from"
-            )
-        self.batch_sampler.start = state["batches"] if state["batches"] < len(self) else 0
+        self.batch_sampler.load_state_dict(state)
         self._done = self.batch_sampler.start
 
     def _note(self, batch: Batch) -> None:

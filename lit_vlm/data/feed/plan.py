@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lit_vlm.data.feed.batching import Batching, EpochPlan, GlobalBatch, Measures
+from lit_vlm.data.feed.elastic import Moved, described
 from lit_vlm.data.feed.mixture import Mixture
 from lit_vlm.data.sources.base import Source, describe
 
@@ -47,10 +48,16 @@ class Ordering:
 class BatchPlan:
     """Which samples each step of an epoch takes, for one rank.
 
-    The order depends on the seed and the epoch only. A global batch is a stretch of it, dealt out to the ranks, so any
-    number of ranks sees the same global batches as long as ranks × batch size stays the same. No sample of the order is
+    The order depends on the seed and the epoch only, and with some mixtures and batchings on how rows are dealt out
+    when the run begins. A global batch is a stretch of it, dealt out to the ranks, so any number of ranks sees the same
+    global batches as long as ranks × batch size stays the same; and the same optimizer steps as long as that times the
+    accumulated micro-batches stays the same, as the order is that of the run's beginning. No sample of the order is
     dropped: the last batch may be short, and even empty on some rank. Every epoch has as many batches as the first, so
     that the steps of a run are known when it starts.
+
+    Attributes:
+        ordered_for: how rows were dealt out when the run began, which the order was made for.
+        moved: how places of an epoch changed, where the run went on with other micro-batches; None where not.
 
     Args:
         ordering: what decides the order.
@@ -61,11 +68,13 @@ class BatchPlan:
 
     def __init__(self, ordering: Ordering, global_batch: GlobalBatch, rank: int, shuffle: bool) -> None:
         self.ordering, self.global_batch, self.rank, self.shuffle = ordering, global_batch, rank, shuffle
+        self.ordered_for = global_batch
+        self.moved: Moved | None = None
         self.epoch = 0
         self.start = 0
         self._current: tuple[int, EpochPlan] | None = None
         self._digest: tuple[int, str] | None = None
-        self._batches = -(-len(self._plan(0).ends) // global_batch.rows)
+        self._epoch_rows = len(self._plan(0).ends)
 
     @property
     def sampler(self) -> BatchPlan:
@@ -74,11 +83,13 @@ class BatchPlan:
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch, and so the order of samples; Lightning calls this before each epoch."""
+        if epoch != self.epoch:
+            self.start = 0  # a place was for the epoch that it was saved in
         self.epoch = epoch
 
     def __len__(self) -> int:
         """Batches of a whole epoch."""
-        return self._batches
+        return -(-self._epoch_rows // self.global_batch.rows)
 
     @property
     def num_samples(self) -> int:
@@ -92,9 +103,68 @@ class BatchPlan:
         batches = range(self.start, len(self))
         return ([Place(row, i) for row, items in enumerate(self._rows(plan, b)) for i in items] for b in batches)
 
+    def state_dict(self, done: int) -> dict[str, Any]:
+        """The place behind `done` batches of this epoch, and what the order was made from."""
+        dealt = {"dealt": list(self.global_batch), "ordered_for": list(self.ordered_for)}
+        return {"epoch": self.epoch, "batches": done, "plan": self.identity()} | dealt
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state_dict` was taken: set epoch and `start`.
+
+        With other micro-batches and the same rows per optimizer step, the order stays that of the run's beginning.
+
+        Raises:
+            ValueError: when the order of samples could not be the same, or the place is inside an optimizer step whose
+                micro-batches are others now.
+        """
+        self.epoch = state["epoch"]
+        # Checkpoints of earlier versions do not say how rows were dealt out.
+        then = GlobalBatch(*state["dealt"]) if "dealt" in state else None
+        if then is not None and then.step == self.global_batch.step:
+            self._order_for(GlobalBatch(*state["ordered_for"]))
+        if changed := self.changed(state["plan"]):
+            raise ValueError(self._refusal(state["plan"], changed, then))
+        done, self.moved = state["batches"], None
+        if then is not None and then.rows != self.global_batch.rows:
+            self.moved = Moved(then, self.global_batch, self._epoch_rows)
+            done = self.moved.batches(done)
+        self.start = done if done < len(self) else 0
+
+    def _order_for(self, began: GlobalBatch) -> None:
+        """Take the order that a run with these ranks and batch size would have."""
+        if began != self.ordered_for:
+            self.ordered_for, self._current, self._digest = began, None, None
+            self._epoch_rows = len(self._plan(0).ends)
+
+    def _refusal(self, saved: Mapping[str, Any], changed: Sequence[str], then: GlobalBatch | None) -> str:
+        mine = self.identity()
+        differ = [f"{key}: {saved.get(key)} then, {mine.get(key)} now" for key in changed]
+        as_before = "devices × batch size"
+        if then is not None:
+            as_before = f"devices × data.batch_size × trainer.accumulate_grad_batches = {then.step}"
+            if then.step != self.global_batch.step:
+                now = self.global_batch
+                differ.append(
+                    f"rows per optimizer step: {then.step} ({described(then)}) then, {now.step} ({described(now)}) now"
+                )
+        return (
+            f"this run cannot go on exactly, as its order of samples would be another ({'; '.join(differ)}). Resume "
+            f"with the same data and seed, and {as_before} as before, or start a new run from its weights with "
+            "model.stage.start_from"
+        )
+
     def identity(self) -> dict[str, Any]:
         """All that the order of samples depends on; written with every checkpoint."""
-        return self._settings | {"samples": self.num_samples, "order": self._order_digest()}
+        began, ordering = self.ordered_for, self.ordering
+        identity = self._settings | {
+            "rows per micro-batch on all devices": began.rows,
+            "batches": -(-self._epoch_rows // began.rows),
+        }
+        if ordering.mixture.by_rank:
+            identity["batch_size"] = began.batch_size
+        if ordering.batching.by_step:
+            identity["accumulate_grad_batches"] = began.accumulate
+        return identity | {"samples": self.num_samples, "order": self._order_digest()}
 
     def changed(self, saved: Mapping[str, Any]) -> list[str]:
         """Keys of a saved `identity` whose values differ now, so that the order of samples would be another.
@@ -108,20 +178,13 @@ class BatchPlan:
     @cached_property
     def _settings(self) -> dict[str, Any]:
         """The part of `identity` that is the same in all epochs; kept, as fingerprints read whole files."""
-        ordering, global_batch = self.ordering, self.global_batch
-        same = {
+        ordering = self.ordering
+        return {
             "sources": [[source.name, source.fingerprint()] for source in ordering.sources],
             "mixture": describe(ordering.mixture),
             "batching": describe(ordering.batching),
             "seed": ordering.seed,
-            "rows per micro-batch on all devices": global_batch.rows,
-            "batches": len(self),
         }
-        if ordering.mixture.by_rank:
-            same["batch_size"] = global_batch.batch_size
-        if ordering.batching.by_step:
-            same["accumulate_grad_batches"] = global_batch.accumulate
-        return same
 
     def _order_digest(self) -> str:
         """A hash of this epoch's rows, or of its steps for a batching that deals a step out by the number of ranks."""
@@ -130,7 +193,7 @@ class BatchPlan:
         plan = self._plan(self.epoch)
         samples = plan.samples
         if self.ordering.batching.by_step:
-            step = self.global_batch.rows * self.global_batch.accumulate
+            step = self.ordered_for.step
             samples = np.concatenate([np.sort(samples[i : i + step]) for i in range(0, max(1, len(samples)), step)])
         self._digest = (self.epoch, hashlib.sha256(samples.tobytes() + plan.ends.tobytes()).hexdigest()[:16])
         return self._digest[1]
@@ -146,7 +209,7 @@ class BatchPlan:
 
     def _plan(self, epoch: int) -> EpochPlan:
         if self._current is None or self._current[0] != epoch:
-            ordering, global_batch = self.ordering, self.global_batch
+            ordering, global_batch = self.ordering, self.ordered_for
             if self.shuffle:
                 order = ordering.mixture.order(ordering.sources, ordering.seed, epoch, global_batch)
             else:
