@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from datetime import timedelta
 
 import torch.distributed as dist
-from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from torch.distributed import HashStore, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from lit_vlm.core.launcher import Launch
@@ -97,14 +96,16 @@ class Meeting:
             self.store.wait([name], timedelta(seconds=seconds))
             return self.store.get(name).decode()
         except dist.DistError as error:
-            raise LeftAlone(f"no word of {name} from the first process within {seconds:.0f} s") from error
+            ended = isinstance(error, dist.DistNetworkError)
+            late = f"says nothing of {name} within {seconds:.0f} s"
+            raise LeftAlone(f"the first process {'has ended' if ended else late}") from error
 
     def guard(self) -> None:
         """End this process with its stack if it is still at the same question after three timeouts.
 
         That covers waits inside of drivers and file systems, which Python cannot end.
         """
-        faulthandler.dump_traceback_later(3 * self.timeout + 2 * GRACE, exit=True)
+        faulthandler.dump_traceback_later(3 * self.timeout + 2 * GRACE, exit=True, file=2)
 
     def leave(self) -> None:
         """Part: the first process stays until the others have heard its last word, for a few seconds at most."""
@@ -185,6 +186,8 @@ def address(launched: Launch, given: Mapping[str, str]) -> tuple[str, int]:
     """
     host, port = given.get("MASTER_ADDR"), given.get("MASTER_PORT")
     if launched.by == "srun" and launched.id is not None:
+        from lightning.fabric.plugins.environments.slurm import SLURMEnvironment  # slow, and needed here alone
+
         nodes = given.get("SLURM_STEP_NODELIST") or given.get("SLURM_NODELIST", "127.0.0.1")
         job, _, step = launched.id.partition(".")
         first, number = PORTS
