@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 
+import lit_vlm.cluster.checkup  # noqa: F401 - what is slow to import is not to be slowed
 from lit_vlm.commands.cli import main
 
 PERIOD = 0.5
