@@ -26,7 +26,7 @@ VERBS = {
     "export": "write a checkpoint in a published format",
     "sync": "send what runs could not report to MLflow",
     "parts": "list all that a recipe or a flag can name, with one line each",
-    "doctor": "report versions, devices and optional packages",
+    "doctor": "report versions, devices and optional packages; with --nodes, whether the machines of a job are well",
 }
 LIGHTNING = {
     "fit": "train one stage from config files",
