@@ -8,6 +8,7 @@ from callbacks.held_out import HeldOut
 from callbacks.memory import Memory
 from callbacks.planned import Planned
 from callbacks.predictions import Predictions
+from callbacks.progress import Progress
 from callbacks.sources import Sources
 from callbacks.throughput import Throughput
 
@@ -20,6 +21,7 @@ __all__ = [
     "Memory",
     "Planned",
     "Predictions",
+    "Progress",
     "Sources",
     "Throughput",
 ]

@@ -31,7 +31,8 @@ from lit_vlm.training.trainer import Trainer
 WORDS = ("last", "best", "hpc")
 """Words that Lightning takes for `--ckpt_path` besides paths: they name checkpoints in the run's own folder."""
 DEFAULT_CALLBACKS = tuple(
-    f"callbacks.{name}" for name in ("FreezeGuard", "GradientMonitor", "Planned", "Memory", "Sources", "Throughput")
+    f"callbacks.{name}"
+    for name in ("FreezeGuard", "GradientMonitor", "Planned", "Memory", "Sources", "Throughput", "Progress")
 )
 
 
