@@ -56,8 +56,11 @@ class Progress:
         """
         folder.mkdir(parents=True, exist_ok=True)
         scratch = folder / f".{PROGRESS_FILE}.{os.getpid()}"
-        scratch.write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
-        scratch.replace(folder / PROGRESS_FILE)
+        try:
+            scratch.write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
+            scratch.replace(folder / PROGRESS_FILE)
+        finally:
+            scratch.unlink(missing_ok=True)
 
     @staticmethod
     def read(folder: Path) -> Progress | None:

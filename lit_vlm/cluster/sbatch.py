@@ -10,15 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lit_vlm.cluster.queue import ATTEMPTS, START
 from lit_vlm.cluster.site import Site
 from lit_vlm.core.launcher import PREEMPTED
 
 SCRIPT = "job.sh"
 """Name of the script in the folder of the run."""
-ATTEMPTS = "attempts.tsv"
-"""Name of the file in which the script notes when each attempt began and how it ended: time, job, `start` or the exit
-code, checkpoints, and at the end whether it went `on` or `nowhere`."""
-START = "start"
 LOGS = "logs"
 KEPT = ("PYTHONPATH", "LIT_VLM_CACHE", "LIT_VLM_PLUGINS", "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE")
 """Environment variables of the submission that a run depends on, beside those that SLURM hands on by itself. Secrets
@@ -187,22 +184,25 @@ reached() {
   done
 }
 
+# Of an array's tasks one has the number of the whole array, so that is no name for it.
+job="${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}"
+job="${job:-$SLURM_JOB_ID}"
 mkdir -p -- "$run"
 attempts="$run/%(attempts)s"
-note() { printf '%%s\\t' "$(date -Is)" "$SLURM_JOB_ID" "$@" >>"$attempts"; echo >>"$attempts"; }
+note() { printf '%%s\\t' "$(date -Is)" "$job" "$@" >>"$attempts"; echo >>"$attempts"; }
 before=$(reached)
 note %(start)s "$before"
-echo "$(date -Is) job $SLURM_JOB_ID, started again ${SLURM_RESTART_COUNT:-0} times, on $SLURM_JOB_NODELIST"
+echo "$(date -Is) job $job, started again ${SLURM_RESTART_COUNT:-0} times, on $SLURM_JOB_NODELIST"
 %(step)s
 code=$?
 
 after=$(reached)
 went=on
 if [ "$before" = "$after" ]; then went=nowhere; fi
-last=$(awk -F '\\t' -v job="$SLURM_JOB_ID" '$2 == job && $3 != "%(start)s" { went = $5 } END { print went }' \\
+last=$(awk -F '\\t' -v job="$job" '$2 == job && $3 != "%(start)s" { went = $5 } END { print went }' \\
   "$attempts")
 note "$code" "$after" "$went"
-echo "$(date -Is) job $SLURM_JOB_ID ended with exit code $code"
+echo "$(date -Is) job $job ended with exit code $code"
 
 # %(preempted)s: the run saved and left because it was asked to. The same command goes on with it.
 if [ "$code" -eq %(preempted)s ]; then
@@ -210,7 +210,7 @@ if [ "$code" -eq %(preempted)s ]; then
     echo "error: this job was taken away twice in a row before it had a new checkpoint, so it is not put into the" \\
       "queue again. Ask for more time (--time), or look above for what takes so long" >&2
   else
-    scontrol requeue "$SLURM_JOB_ID" || echo "error: not put into the queue again; submit this script once more" >&2
+    scontrol requeue "$job" || echo "error: not put into the queue again; submit this script once more" >&2
   fi
 fi
 exit "$code"

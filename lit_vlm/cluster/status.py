@@ -8,18 +8,17 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-from lit_vlm.checkpoints.folder import checkpoints_in
+from lit_vlm.checkpoints.folder import checkpoints_in, step_of
 from lit_vlm.checkpoints.progress import AT_WORK, PROGRESS_FILE, Progress, now, seconds_between
-from lit_vlm.cluster.queue import JOB_FILE, WAITING, InQueue, Submitted
-from lit_vlm.cluster.sbatch import ATTEMPTS, START
+from lit_vlm.cluster.queue import ATTEMPTS, JOB_FILE, START, WAITING, InQueue, Submitted
 from lit_vlm.core.launcher import PREEMPTED
 
 DONE_FILE = "done.json"
 """Marks a stage that has ended, in its folder."""
 SILENCE = {"training": 300.0, "validating": 300.0, "saving": 1800.0}
 """Seconds without a sign of life after which a run is taken for dead."""
-GONE = "its process is gone"
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,8 @@ class Told:
         eta: seconds until the stage ends at the pace so far.
         job: number of the job.
         queue: how it is, in words; None without SLURM or where it has forgotten the job.
-        checkpoint: name of the stage's newest complete checkpoint.
+        checkpoint: the stage's newest complete checkpoint.
+        checkpoint_step: steps that were done when it was saved.
         checkpoint_age: its age in seconds.
         requeues: how often the job was put into the queue again.
         error: what went wrong last.
@@ -53,6 +53,7 @@ class Told:
     job: str | None = None
     queue: str | None = None
     checkpoint: str | None = None
+    checkpoint_step: int | None = None
     checkpoint_age: float | None = None
     requeues: int = 0
     error: str | None = None
@@ -153,7 +154,7 @@ def tell(run: Run, queued: InQueue | None) -> Told:
     progress, stage = run.progress, run.stage
     checkpoints = checkpoints_in(run.folder / stage) if stage else []
     newest = checkpoints[-1] if checkpoints else None
-    attempts, code = _attempts(run.folder), exit_code(run.folder)
+    code = exit_code(run.folder)
     state, error = _state(run, progress, queued)
     if error is None and code not in (None, 0, PREEMPTED) and state in ("failed", "lost", "unknown", "preempted"):
         error = f"the job ended with exit code {code}"
@@ -168,9 +169,10 @@ def tell(run: Run, queued: InQueue | None) -> Told:
         eta=_seconds_left(progress) if at_work and progress else None,
         job=run.job,
         queue=str(queued) if queued else None,
-        checkpoint=newest.name if newest else None,
+        checkpoint=str(newest) if newest else None,
+        checkpoint_step=step_of(newest) if newest else None,
         checkpoint_age=time.time() - newest.stat().st_mtime if newest else None,
-        requeues=max(0, _starts(attempts) - 1) if attempts else 0,
+        requeues=_requeues(run.folder),
         error=error,
     )
 
@@ -181,19 +183,21 @@ def _state(run: Run, progress: Progress | None, queued: InQueue | None) -> tuple
         return "finished", None
     if queued is not None and queued.state in WAITING:
         return "waiting", progress.error if progress else None
-    at_work = progress is not None and progress.state in AT_WORK
-    lost = _lost(progress) if progress is not None and at_work else None
-    if queued is not None and queued.state == "RUNNING" and (not at_work or lost == GONE):
+    attempts = _attempts(run.folder)
+    begun = max((one.time for one in attempts if one.end is None), default="")
+    running = queued is not None and queued.state == "RUNNING"
+    if running and (progress is None or seconds_between(begun or progress.time, progress.time) < 0):
         return "starting", None
     if progress is None:
         return "unknown", None
+    lost = _lost(progress) if progress.state in AT_WORK else None
     return ("lost", f"no sign of life since {progress.time}: {lost}") if lost else (progress.state, progress.error)
 
 
 def _lost(progress: Progress) -> str | None:
     """Why a run is taken for dead; None for one that is not."""
     if progress.host == socket.gethostname() and not _lives(progress.pid):
-        return GONE
+        return f"process {progress.pid} is gone"
     silent = seconds_between(progress.time, now())
     return f"{progress.host} wrote nothing for {length(silent)}" if silent > SILENCE[progress.state] else None
 
@@ -216,24 +220,34 @@ def _seconds_left(progress: Progress) -> float | None:
     return (progress.steps - progress.step) * seconds_between(progress.started, progress.time) / done
 
 
-def _attempts(folder: Path) -> list[tuple[str, str]]:
-    """What the script of the job noted: job, and `start` or an exit code; oldest first."""
+class _Noted(NamedTuple):
+    """What the script of a job noted when it began or ended; `end` is the exit code, None when it began."""
+
+    time: str
+    job: str
+    end: int | None
+
+
+def _attempts(folder: Path) -> list[_Noted]:
+    """What the script of the job noted, oldest first."""
     try:
         lines = [line.split("\t") for line in (folder / ATTEMPTS).read_text(encoding="utf-8").splitlines()]
     except OSError:
         return []
-    return [(words[1], words[2]) for words in lines if len(words) > 3]
+    return [_Noted(one[0], one[1], None if one[2] == START else int(one[2])) for one in lines if len(one) > 3]
 
 
-def _starts(attempts: Sequence[tuple[str, str]]) -> int:
-    """How often the last job has begun."""
-    return sum(one == (attempts[-1][0], START) for one in attempts)
+def _requeues(folder: Path) -> int:
+    """How often the last job has begun again."""
+    attempts = _attempts(folder)
+    starts = [one for one in attempts if one.end is None and one.job == attempts[-1].job]
+    return max(0, len(starts) - 1)
 
 
 def exit_code(folder: Path) -> int | None:
     """The exit code of the last attempt at a run; None while it lasts, or where it could not note it."""
     attempts = _attempts(folder)
-    return int(attempts[-1][1]) if attempts and attempts[-1][1] != START else None
+    return attempts[-1].end if attempts else None
 
 
 def length(seconds: float) -> str:

@@ -19,13 +19,12 @@ FORGOTTEN = 3
 INTERRUPTED = 130
 
 
-def follow(folders: Sequence[Path], console: Console, period: float = PERIOD) -> int:
+def follow(folders: Sequence[Path], console: Console) -> int:
     """Show how the job of runs is until it ends.
 
     Args:
         folders: folders of the runs: one, or those of an array.
         console: where to.
-        period: seconds between two looks.
 
     Returns:
         the exit code of the job, of an array the largest; 130 after Ctrl-C, which does not end the job.
@@ -47,7 +46,7 @@ def follow(folders: Sequence[Path], console: Console, period: float = PERIOD) ->
                 known = queued is not None and (len(queued) == len(jobs) or missing >= FORGOTTEN)
                 if queued is not None and known and not any(one.is_live for one in queued.values()):
                     break
-                time.sleep(period)
+                time.sleep(PERIOD)
     except KeyboardInterrupt:
         console.print("no longer followed; the job goes on: lit-vlm status tells of it")
         return INTERRUPTED

@@ -87,7 +87,7 @@ def _show(told: Sequence[Told], console: Console) -> None:
             f"{one.tokens_per_s:,.0f}" if one.tokens_per_s is not None else "",
             length(one.eta) if one.eta is not None else "",
             " ".join(filter(None, (one.job, one.queue))),
-            f"{one.checkpoint}, {length(one.checkpoint_age or 0)} ago" if one.checkpoint else "none",
+            _checkpoint(one),
             str(one.requeues or ""),
         )
     console.print(table)
@@ -101,3 +101,10 @@ def steps(told: Told) -> str:
     if told.step is None:
         return ""
     return f"{told.step:,} of {told.steps:,}" if told.steps is not None else f"{told.step:,}"
+
+
+def _checkpoint(told: Told) -> str:
+    """Step and age of the newest checkpoint."""
+    if told.checkpoint_step is None or told.checkpoint_age is None:
+        return "none"
+    return f"{told.checkpoint_step:,}, {length(told.checkpoint_age)} ago"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -65,9 +66,9 @@ def main(argv: Sequence[str]) -> None:
         return
     number = _submit(folder, text, state, seeds)
     console = Console(highlight=False, soft_wrap=True)
-    log = folder / LOGS / (f"{number}_*.out" if seeds else f"{number}.out")
+    log = f"{shlex.quote(str(folder / LOGS))}/{number}{'_*' if seeds else ''}.out"
     console.print(
-        f"\njob {number}: {folder}\nhow it is: lit-vlm status {folder}\nits output: tail -F {log}\n"
+        f"\njob {number}: {folder}\nhow it is: lit-vlm status {shlex.quote(str(folder))}\nits output: tail -F {log}\n"
         f"to end it: scancel {number}"
     )
     if options.wait:
