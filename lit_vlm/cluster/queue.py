@@ -12,7 +12,7 @@ from pathlib import Path
 JOB_FILE = "job.json"
 """Name of the file in the folder of a run that says which job it was submitted as."""
 ATTEMPTS = "attempts.tsv"
-"""Name of the file in which the script of a job notes when each attempt began and how it ended: time, job, `start` or the exit
+"""Name of the file in which a job notes when each attempt began and how it ended: time, job, `start` or the exit
 code, checkpoints, and at the end whether it went `on` or `nowhere`."""
 START = "start"
 PATIENCE = 10.0
