@@ -18,6 +18,18 @@ TIME = re.compile(r"(?:(?P<days>\d+)-(?P<hours>\d+)(?::(?P<minutes>\d+)(?::(?P<s
                   r"|(?P<h>\d+):(?P<m>\d+):(?P<s>\d+)|(?P<min>\d+)(?::(?P<sec>\d+))?)")  # fmt: skip
 """How SLURM writes a length of time."""
 
+NULL = "tag:yaml.org,2002:null"
+
+
+class _Words(yaml.SafeLoader):
+    """Reads values as they are written, as YAML would take 24:00:00 for the number 86400, and `on` for true."""
+
+
+_Words.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag == NULL]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
 
 class Site(BaseModel):
     """Settings of a cluster; flags of `lit-vlm submit` come before them.
@@ -38,7 +50,7 @@ class Site(BaseModel):
         sbatch: further options of sbatch, such as --constraint=h100.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     partition: str | None = None
     account: str | None = None
@@ -90,7 +102,7 @@ def read_site(file: Path | None = None) -> Site:
     if not path.exists() and file is None and not os.environ.get(VARIABLE):
         return Site()
     try:
-        content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content: Any = yaml.load(path.read_text(encoding="utf-8"), _Words)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"{path} ({VARIABLE}) cannot be read: {' '.join(str(error).split())}") from error
     if content is None:

@@ -8,9 +8,11 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
+from rich.console import Console
 
 from lit_vlm.checkpoints.progress import Progress, now
 from lit_vlm.cluster.queue import Submitted, states
@@ -228,6 +230,12 @@ def test_a_wrong_file_is_refused(site: Path, text: str, message: str) -> None:
         read_site()
 
 
+def test_values_are_read_as_they_are_written(site: Path) -> None:
+    site.parent.mkdir(parents=True)
+    site.write_text("time: 24:00:00\nmem: 0\ncpus_per_gpu: 12\nqos: null\nenvironment: {A: on, B: 010}\n")
+    assert read_site() == Site(time="24:00:00", mem="0", cpus_per_gpu=12, environment={"A": "on", "B": "010"})
+
+
 @pytest.mark.parametrize(
     ("text", "seconds"),
     [("90", 5400), ("90:30", 5430), ("24:00:00", 86400), ("2-12", 216000), ("1-0:30", 88200), ("1-0:0:5", 86405),
@@ -372,8 +380,6 @@ else {log or ":"}; echo '12|12_N/A|{last}|None'; fi""")  # fmt: skip
 def test_following_shows_the_step_and_stops_on_ctrl_c_without_ending_the_job(
     program: Callable[[str, str], Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from rich.console import Console
-
     Submitted("12", ("1_align",)).save(Path("r"))
     Progress(30, 100, 10, 5000.0, now(), now(), 0, "elsewhere", 1, "12", "training").write(Path("r/1_align"))
     asked = program("scancel", "")
@@ -382,7 +388,7 @@ def test_following_shows_the_step_and_stops_on_ctrl_c_without_ending_the_job(
     def interrupt(_: float) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(following.time, "sleep", interrupt)
+    monkeypatch.setattr(following, "time", SimpleNamespace(sleep=interrupt))
     assert following.follow([Path("r")], Console()) == 130
     shown = capsys.readouterr().out
     assert "job 12 running, training, 1_align 30 of 100, 5,000 tokens/s" in shown
