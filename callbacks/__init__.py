@@ -9,6 +9,7 @@ from callbacks.memory import Memory
 from callbacks.planned import Planned
 from callbacks.predictions import Predictions
 from callbacks.preemption import Preemption
+from callbacks.progress import Progress
 from callbacks.sources import Sources
 from callbacks.throughput import Throughput
 
@@ -22,6 +23,7 @@ __all__ = [
     "Planned",
     "Predictions",
     "Preemption",
+    "Progress",
     "Sources",
     "Throughput",
 ]

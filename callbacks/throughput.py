@@ -32,7 +32,12 @@ class Throughput(L.Callback):
 
     Args:
         peak: peak FLOP/s of one device in the precision used; default: that of a known device.
+
+    Attributes:
+        tokens_per_s: what was logged last; None before.
     """  # noqa: D415
+
+    tokens_per_s: float | None = None
 
     def __init__(self, peak: float | None = None) -> None:
         self.peak = peak
@@ -99,6 +104,7 @@ class Throughput(L.Callback):
         }
         if self._peak and not math.isnan(flops):
             metrics["mfu"] = flops / seconds / (self._peak * trainer.world_size)
+        self.tokens_per_s = metrics["tokens_per_s"]
         module.log_dict(on_host({f"throughput/{name}": value for name, value in metrics.items()}))
 
 

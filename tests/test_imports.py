@@ -155,7 +155,17 @@ def test_the_inner_rooms_load_the_model_s_libraries_alone(room: str, loaded: dic
     assert own <= {*INNER, "lit_vlm._moved"}
 
 
-@pytest.mark.parametrize("words", [["--help"], ["compare", "--help"], ["doctor", "--help"], ["run", "--help"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--help"],
+        ["compare", "--help"],
+        ["doctor", "--help"],
+        ["run", "--help"],
+        ["status", "--help"],
+        ["submit", "--help"],
+    ],
+)
 def test_a_short_question_loads_no_pytorch(words: list[str]) -> None:
     code = (
         "import sys\nfrom lit_vlm.commands.cli import main\n"

@@ -52,19 +52,24 @@ def decide(asked: Asked) -> Begin:
     """
     if asked.options.resume:
         return _resumed(asked)
-    state = _state_of(asked)
+    state = state_of(asked)
     if asked.options.out is not None:
-        return _into(asked.options.out, state)
+        return into(asked.options.out, state)
     name = run_name(find_recipe(state.recipe).name, state.scale)
     folder = Path("runs") / name
     number = 2
     while (folder / STATE_FILE).is_file() and _differences(RunState.load(folder), state):
         folder = Path("runs") / f"{name}-{number}"  # a second experiment in one job has a folder of its own
         number += 1
-    return _into(folder, state)
+    return into(folder, state)
 
 
-def _into(folder: Path, state: RunState) -> Begin:
+def into(folder: Path, state: RunState) -> Begin:
+    """A new run in a folder, or the one that it holds.
+
+    Raises:
+        ValueError: where it holds the run of another command, with the differences.
+    """
     if not (folder / STATE_FILE).is_file():
         return Begin(folder, state, goes_on=False)
     saved = RunState.load(folder)
@@ -106,7 +111,12 @@ def _going_on(saved: RunState, folder: Path, flags: list[str]) -> RunState:
     return replace(saved, flags=list(flags), done=done)
 
 
-def _state_of(asked: Asked) -> RunState:
+def state_of(asked: Asked) -> RunState:
+    """What a command runs.
+
+    Raises:
+        ValueError: for a wrong recipe, scale, strategy or stage, or a flag of no stage.
+    """
     if asked.recipe is None:
         raise ValueError(f"name a recipe, as the first argument: {', '.join(shipped_recipes())}")
     recipe = find_recipe(asked.recipe)

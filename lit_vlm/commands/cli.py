@@ -14,6 +14,8 @@ from lit_vlm.core.plugins import find_class
 
 VERBS = {
     "run": "run the stages of a recipe, one after the other",
+    "submit": "run a recipe as a job of SLURM that goes on by itself when it is taken away",
+    "status": "tell how runs are: step, speed, time left, queue, newest checkpoint, errors",
     "plan": "say what stages take: memory, time, cost, and what makes them fit",
     "bench": "measure stages on this machine: speed, memory, and where the time goes",
     "compare": "show what finished runs reached, side by side",

@@ -34,7 +34,8 @@ from lit_vlm.training.trainer import Trainer
 WORDS = ("last", "best")
 """Words that `--ckpt_path` takes besides paths: they name checkpoints in the run's own folder."""
 DEFAULT_CALLBACKS = tuple(
-    f"callbacks.{name}" for name in ("FreezeGuard", "GradientMonitor", "Planned", "Memory", "Sources", "Throughput")
+    f"callbacks.{name}"
+    for name in ("FreezeGuard", "GradientMonitor", "Planned", "Memory", "Sources", "Throughput", "Progress")
 )
 
 

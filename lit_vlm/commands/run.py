@@ -62,7 +62,7 @@ def _dry_run(begin: Begin, console: Console) -> None:
 
     recipe, state = find_recipe(begin.state.recipe), begin.state
     use_plugins(state.plugins)
-    if not check_recipe({stage: _command(recipe, state, stage, begin.folder) for stage in state.stages}, console):
+    if not check_recipe({stage: command_of(recipe, state, stage, begin.folder) for stage in state.stages}, console):
         raise SystemExit(1)
 
 
@@ -71,11 +71,11 @@ def _check(begin: Begin) -> dict[str, Checked]:
     recipe, state = find_recipe(begin.state.recipe), begin.state
     use_plugins(state.plugins)
     left = [stage for stage in state.stages if stage not in state.done]
-    commands = [_command(recipe, state, stage, begin.folder) for stage in left]
-    return dict(zip(left, _check_flags(commands), strict=True)) if left else {}
+    commands = [command_of(recipe, state, stage, begin.folder) for stage in left]
+    return dict(zip(left, check_commands(commands), strict=True)) if left else {}
 
 
-def _check_flags(commands: Sequence[Sequence[str]]) -> list[Checked]:
+def check_commands(commands: Sequence[Sequence[str]]) -> list[Checked]:
     """Check the flags of all stages before anything is written.
 
     A separate process loads the libraries for it, so that this one stays small while stages run.
@@ -129,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _command(recipe: Recipe, state: RunState, stage: str, folder: Path) -> list[str]:
+def command_of(recipe: Recipe, state: RunState, stage: str, folder: Path) -> list[str]:
     """Arguments of `lit-vlm` for one stage."""
     words = ["fit", *(["--plugins", ",".join(state.plugins)] if state.plugins else [])]
     for config in recipe.configs(stage, state.scale, state.strategy):
@@ -153,7 +153,7 @@ def _run(recipe: Recipe, begin: Begin, console: Console, checked: Mapping[str, C
         for stage in state.stages:
             if stage in state.done:
                 continue
-            words = _command(recipe, state, stage, folder)
+            words = command_of(recipe, state, stage, folder)
             found = checkpoints_in(folder / stage)
             if found:
                 words += ["--ckpt_path", str(found[-1])]

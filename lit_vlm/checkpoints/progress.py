@@ -1,0 +1,82 @@
+"""How far the training of a stage is: a small file that training writes and other programs read. Loads no PyTorch."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, fields
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+PROGRESS_FILE = "progress.json"
+"""Name of the file, in the folder of the stage."""
+State = Literal["training", "validating", "saving", "finished", "preempted", "failed"]
+AT_WORK: tuple[State, ...] = ("training", "validating", "saving")
+"""States in which the file is written anew every few seconds."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far the training of a stage was at one moment.
+
+    Attributes:
+        step: optimizer steps that are done.
+        steps: optimizer steps of the stage; None where their number is not known in advance.
+        first_step: `step` when this process began or went on.
+        tokens_per_s: tokens without padding per second, of all devices; None before it was measured.
+        time: when this was written, ISO 8601 in UTC.
+        started: when this process began to train, ISO 8601 in UTC.
+        rank: the process that wrote this, among those of the run.
+        host: its machine.
+        pid: its number there.
+        slurm_job: the job of SLURM that it belongs to.
+        state: what it was doing.
+        error: why training failed, in one line.
+    """
+
+    step: int
+    steps: int | None
+    first_step: int
+    tokens_per_s: float | None
+    time: str
+    started: str
+    rank: int
+    host: str
+    pid: int
+    slurm_job: str | None
+    state: State
+    error: str | None = None
+
+    def write(self, folder: Path) -> None:
+        """Write the file into the folder of a stage, whole or not at all.
+
+        Raises:
+            OSError: where that is not possible.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        scratch = folder / f".{PROGRESS_FILE}.{os.getpid()}"
+        try:
+            scratch.write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
+            scratch.replace(folder / PROGRESS_FILE)
+        finally:
+            scratch.unlink(missing_ok=True)
+
+    @staticmethod
+    def read(folder: Path) -> Progress | None:
+        """What is in the folder of a stage; None where there is nothing that can be read."""
+        try:
+            content = json.loads((folder / PROGRESS_FILE).read_text(encoding="utf-8"))
+            return Progress(**{field.name: content[field.name] for field in fields(Progress)})
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+
+def now() -> str:
+    """This moment as ISO 8601 in UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def seconds_between(earlier: str, later: str) -> float:
+    """Seconds from one moment to another, both in ISO 8601."""
+    return (datetime.fromisoformat(later) - datetime.fromisoformat(earlier)).total_seconds()
