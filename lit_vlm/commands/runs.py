@@ -64,6 +64,5 @@ class RunState:
 def run_folder_for(stage: str) -> str:
     """A new folder for a run that was given none; the same in all processes of the run."""
     if RUN_FOLDER not in os.environ:
-        job = os.environ.get("TORCHELASTIC_RUN_ID") or os.environ.get("SLURM_JOB_ID")
-        os.environ[RUN_FOLDER] = str(Path("runs") / f"{stage}-{job or time.strftime('%Y%m%d-%H%M%S')}")
+        os.environ[RUN_FOLDER] = str(Path("runs") / f"{stage}-{launch().id or time.strftime('%Y%m%d-%H%M%S')}")
     return os.environ[RUN_FOLDER]

@@ -89,10 +89,12 @@ def test_runs_that_start_together_in_a_new_folder_all_get_a_run(tmp_path: Path) 
     """As the tasks of a job array do, on machines that share this folder and no other."""
     (tmp_path / "one_run.py").write_text(ONE_RUN)
     command = [interpreter(), "-m", "one_run"]
-    caches = [
-        environment(tmp_path) | {"LIT_VLM_CACHE": f"{tmp_path}/{name}", "TMPDIR": name} for name in made(tmp_path)
-    ]
-    tasks = [subprocess.Popen(command, cwd=tmp_path, env=variables) for variables in caches]
+    tasks = []
+    for number in range(8):
+        own = tmp_path / f"machine{number}"
+        own.mkdir()
+        variables = environment(tmp_path) | {"LIT_VLM_CACHE": str(own), "TMPDIR": str(own)}
+        tasks.append(subprocess.Popen(command, cwd=tmp_path, env=variables))
     assert [process.wait() for process in tasks] == [0] * 8
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     runs = client.search_runs([client.get_experiment_by_name("lit-vlm").experiment_id])
@@ -102,21 +104,14 @@ def test_runs_that_start_together_in_a_new_folder_all_get_a_run(tmp_path: Path) 
     assert not list(tmp_path.glob(".mlflow.db*"))
 
 
-def made(folder: Path) -> list[str]:
-    """New folders for temporary files of eight machines."""
-    folders = [folder / f"machine{number}" for number in range(8)]
-    for one in folders:
-        one.mkdir()
-    return [str(one) for one in folders]
-
-
 def test_a_store_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def killed(source: Path, target: Path) -> None:
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(os, "link", killed)
-        connect(f"sqlite:///{tmp_path}/m.db")
+        with pytest.raises(KeyboardInterrupt):
+            connect(f"sqlite:///{tmp_path}/m.db")
     assert not list(tmp_path.iterdir())
     assert MLflowRun(f"sqlite:///{tmp_path}/m.db", "e", None, {}).open()
 
