@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar o
 # An exact set of versions that passed CI; CONSTRAINTS= installs the newest that the ranges admit.
 CONSTRAINTS ?= constraints.txt
 
-.PHONY: help install quickstart test test-fast lint docs bench gpu clean
+.PHONY: help install quickstart test test-fast test-cluster lint docs bench gpu clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -28,7 +28,14 @@ test: install  ## lint, types and the whole test suite
 	@$(BIN)/python -m pytest -n 2
 
 test-fast: install  ## the tests without the end-to-end runs
-	@$(BIN)/python -m pytest -n 2 -m "not slow"
+	@$(BIN)/python -m pytest -n 2 -m "not slow and not cluster"
+
+# Without SLURM, and without the rights to install it, the tests are skipped and say so.
+test-cluster: install  ## the tests on a SLURM of four nodes, started on this machine (needs root)
+	@command -v slurmctld >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get -qq update && \
+		DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends \
+		$$(cat tests/cluster/debian-packages.txt) >/dev/null; } || echo "SLURM is not installed, and cannot be"
+	@$(BIN)/python -m pytest -m cluster tests/cluster
 
 lint: install  ## ruff and mypy
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

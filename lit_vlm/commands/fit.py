@@ -138,6 +138,6 @@ def _quiet() -> None:
         ".*Checkpoint directory .* exists and is not empty.*",
         ".*could not find the monitored key.*",
         ".*module.s. in eval mode at the start of training.*",
-        ".*`srun` command is available on your system but is not used.*",  # as it may well be on purpose
+        ".*`srun` command is available on your system but is not used.*",  # training.launched refuses what needs it
     ):
         warnings.filterwarnings("ignore", message=message)

@@ -26,10 +26,11 @@ from lit_vlm.core.precision import AUTO, crowded
 from lit_vlm.data import VLMData
 from lit_vlm.data.given import DataPath
 from lit_vlm.training.elastic import COUNTING, keep_step
+from lit_vlm.training.launched import agree_settings
 from lit_vlm.training.module import LitVLM
 from lit_vlm.training.sharding import FSDP2  # noqa: F401 - a class name for recipes
 from lit_vlm.training.tracking import MLflow, RunRecord
-from lit_vlm.training.trainer import Trainer
+from lit_vlm.training.trainer import Trainer, device_type
 
 WORDS = ("last", "best")
 """Words that `--ckpt_path` takes besides paths: they name checkpoints in the run's own folder."""
@@ -99,12 +100,14 @@ class LitVLMCLI(LightningCLI):
         """Choose the run's folder, checkpoint and precision, and keep Lightning's adverts out of the output.
 
         Raises:
-            ValueError: when the folder holds another run, or has no complete checkpoint to resume from.
+            ValueError: when other processes were started than the trainer wants, the folder holds another run, or it
+                has no complete checkpoint to resume from.
         """
         logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
             lambda r: "litlogger" not in r.getMessage()
         )
         config = self.config[self.subcommand] if self.subcommand else self.config
+        agree_settings(config.trainer, device_type(config.trainer.accelerator))
         if config.trainer.default_root_dir is None:
             config.trainer.default_root_dir = run_folder_for(config.model.stage.name)
         source = config.get("ckpt_path")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import random
 import time
 import uuid
 from collections.abc import Mapping
@@ -18,11 +19,12 @@ from typing import Any
 from lit_vlm.core.metric_names import safe_names
 from lit_vlm.training.mlflow_store import (
     absolute_uri,
+    busy,
+    connect,
     experiment_id,
     first_line,
     has_run,
     may_pass,
-    opened,
     read_lines,
     write_lines,
 )
@@ -32,6 +34,8 @@ PARENT_RUN = "LIT_VLM_PARENT_RUN"
 RUN_FILE, UNSENT = "mlflow.json", "mlflow_unsent-{}.jsonl"
 FIRST_WAIT, LONGEST_WAIT = 30.0, 600.0
 """Seconds before a store that did not answer is asked again; the wait doubles."""
+BUSY_WAIT, BUSY_TRIES = 1.0, 6
+"""Seconds before a SQLite file is asked again that others were writing for 20 s, and how often at a run's end."""
 QUICK = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
 """Environment variables of MLflow: a server that is gone holds training up for seconds, not for four minutes."""
 STATE, PREEMPTED = "state", "PREEMPTED"
@@ -72,7 +76,7 @@ class MLflowRun:
         self._client: Any = None
         self._owns_folder = False
         self._pending = read_lines(self.unsent)[1:] if self.unsent is not None else []
-        self._wait, self._again = FIRST_WAIT, 0.0
+        self._wait, self._again, self._busy = FIRST_WAIT, 0.0, False
 
     @property
     def unsent(self) -> Path | None:
@@ -153,6 +157,11 @@ class MLflowRun:
         self._again = 0.0
         self.tag(STATE, state or status)
         self._send({"kind": "status", "status": status, "time": int(time.time() * 1000)})
+        for _ in range(BUSY_TRIES):
+            if not (self._pending and self._busy):
+                break
+            time.sleep(BUSY_WAIT * random.uniform(1, 2))  # else those that end together meet again
+            self.flush()
         if self._pending:
             kept = f"are kept: lit-vlm sync {self.folder} sends them" if self.folder else "are lost"
             log.warning("MLflow: %d reports could not be sent to %s and %s", len(self._pending), self.uri, kept)
@@ -203,6 +212,10 @@ class MLflowRun:
 
     def _fail(self, error: Exception) -> None:
         """Note that the store does not answer, and when to ask it again."""
+        self._busy = busy(error)
+        if self._busy:
+            self._again = time.monotonic() + BUSY_WAIT
+            return
         if self._wait == FIRST_WAIT:
             log.warning("MLflow: %s does not answer (%s); work goes on, reports wait", self.uri, first_line(error))
         self._again = time.monotonic() + self._wait
@@ -211,14 +224,14 @@ class MLflowRun:
     def _open(self) -> None:
         from mlflow.tracking.context.registry import resolve_tags
 
-        with opened(self.uri) as client:
-            if self.run_id is not None and not has_run(client, self.run_id):
-                log.warning("MLflow: %s has no run %s any more; a new one goes on from here", self.uri, self.run_id)
-                self.run_id, self.resumed = None, False
-            if self.run_id is None:
-                experiment = experiment_id(client, self.experiment)
-                tags = resolve_tags(self.tags)  # adds user and source, as MLflow's start_run does
-                self.run_id = client.create_run(experiment, run_name=self.name, tags=tags).info.run_id
+        client = connect(self.uri)
+        if self.run_id is not None and not has_run(client, self.run_id):
+            log.warning("MLflow: %s has no run %s any more; a new one goes on from here", self.uri, self.run_id)
+            self.run_id, self.resumed = None, False
+        if self.run_id is None:
+            experiment = experiment_id(client, self.experiment)
+            tags = resolve_tags(self.tags)  # adds user and source, as MLflow's start_run does
+            self.run_id = client.create_run(experiment, run_name=self.name, tags=tags).info.run_id
         self._client = client
         self._remember()
 

@@ -6,14 +6,11 @@ import json
 import logging
 import os
 import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import uuid
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
-
-from filelock import FileLock
-
-from lit_vlm.core.cache import cache_dir
 
 DEFAULT_URI = "sqlite:///mlflow.db"
 SQLITE = "sqlite:///"
@@ -81,22 +78,57 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
-@contextmanager
-def opened(uri: str) -> Iterator[Any]:
-    """The client of a store. A lock lets runs that start together make a new SQLite file's tables one after the other.
+def connect(uri: str) -> Any:
+    """The client of a store; a SQLite file that is not there yet is made.
 
     Raises:
         Exception: whatever MLflow, or SQLite, raises where the store does not answer.
     """
     from mlflow import MlflowClient
 
-    if not uri.startswith(SQLITE):
-        yield MlflowClient(uri)
-        return
-    # Fails at once where the file cannot be opened, which MLflow tries for minutes.
-    sqlite3.connect(uri.removeprefix(SQLITE)).close()
-    with FileLock(cache_dir() / "mlflow.lock"):
-        yield MlflowClient(uri)
+    if uri.startswith(SQLITE):
+        file = Path(uri.removeprefix(SQLITE))
+        if not file.exists():
+            _make(file)
+        # Fails at once where the file cannot be opened, which MLflow tries for minutes.
+        sqlite3.connect(file).close()
+    return MlflowClient(uri)
+
+
+def _make(file: Path) -> None:
+    """Make a SQLite store, whole or not at all.
+
+    MLflow makes the tables in a hundred steps, in which processes that start together, such as the tasks of a job
+    array, disturb each other for good, as one that is killed does. So each makes a file of its own, and the first to be
+    done gives it its name: without a lock, as those of shared disks may not hold between machines.
+
+    Raises:
+        Exception: as of `connect`.
+    """
+    scratch = file.with_name(f".{file.name}-{uuid.uuid4().hex[:12]}")
+    sqlite3.connect(scratch).close()
+    from mlflow.store.tracking import DEFAULT_LOCAL_FILE_AND_ARTIFACT_PATH
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    try:
+        store = SqlAlchemyStore(f"{SQLITE}{scratch}", DEFAULT_LOCAL_FILE_AND_ARTIFACT_PATH)
+        store.engine.dispose()
+        with suppress(FileExistsError):  # another process was faster
+            os.link(scratch, file)
+    finally:
+        scratch.unlink()
+
+
+def busy(error: BaseException | None) -> bool:
+    """Whether an error is, or stems from, a SQLite file that another process is writing, which passes soon."""
+    while error is not None:
+        if isinstance(error, sqlite3.OperationalError) and error.sqlite_errorcode & 255 in (
+            sqlite3.SQLITE_BUSY,
+            sqlite3.SQLITE_LOCKED,
+        ):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def has_run(client: Any, run_id: str) -> bool:

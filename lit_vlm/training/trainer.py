@@ -1,4 +1,4 @@
-"""Lightning's Trainer, with a precision that is chosen for the device, and an end in order when asked to leave."""
+"""Lightning's Trainer: precision and devices as the machine and the launcher have them, and an end in order."""
 
 from __future__ import annotations
 
@@ -6,15 +6,19 @@ from typing import Any, Literal
 
 import lightning.pytorch as L
 import torch
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.plugins.precision.precision import _PRECISION_INPUT
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from lightning.pytorch.plugins import _PLUGIN_INPUT
 from lightning.pytorch.plugins import Precision as PrecisionPlugin
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 
+from lit_vlm.core.launcher import launch
 from lit_vlm.core.precision import AUTO, Precision, choose
 from lit_vlm.data import VLMData
 from lit_vlm.training.elastic import move
+from lit_vlm.training.launched import Devices, environment, spread
 from lit_vlm.training.leaving import Leaving
 
 CUDA = ("auto", "gpu", "cuda")
@@ -25,6 +29,10 @@ class Trainer(L.Trainer):
     """Lightning's Trainer.
 
     Args:
+        devices: number of devices of each machine, or their numbers. `auto`: as many as the processes that a launcher
+            has started there, else all.
+        num_nodes: number of machines. `auto`: as many as those that a launcher has started processes on, else 1.
+        plugins: Lightning's; a cluster environment among them decides who starts the processes.
         precision: `auto` takes what the device does fast: bf16-mixed where it multiplies matrices faster in bf16 than
             in fp32, 16-mixed on cards without bf16 (not sharded), 32-true elsewhere. Any other value is Lightning's.
 
@@ -35,18 +43,29 @@ class Trainer(L.Trainer):
 
     chosen: Precision | None
 
-    def __init__(self, *, precision: Literal["auto"] | _PRECISION_INPUT | None = AUTO, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *,
+        devices: Devices = "auto",
+        num_nodes: int | Literal["auto"] = "auto",
+        plugins: _PLUGIN_INPUT | list[_PLUGIN_INPUT] | None = None,
+        precision: Literal["auto"] | _PRECISION_INPUT | None = AUTO,
+        **kwargs: Any,
+    ) -> None:
         self.chosen = None
-        plugins = kwargs.get("plugins") or ()
-        plugins = plugins if isinstance(plugins, list | tuple) else [plugins]
-        if precision == "auto" and any(isinstance(plugin, PrecisionPlugin) for plugin in plugins):
-            super().__init__(**kwargs)  # the plugin decides; Lightning refuses both
+        started = launch()
+        devices, nodes = spread(devices, num_nodes, started)
+        given = list(plugins) if isinstance(plugins, list | tuple) else [plugins] if plugins is not None else []
+        known = getattr(kwargs.get("strategy"), "cluster_environment", None)
+        if known is None and not any(isinstance(plugin, ClusterEnvironment) for plugin in given):
+            given.append(environment(started))
+        if precision == "auto" and any(isinstance(plugin, PrecisionPlugin) for plugin in given):
+            precision = None  # the plugin decides; Lightning refuses both
         elif precision == "auto":
             scaled = not isinstance(kwargs.get("strategy"), ModelParallelStrategy)
-            self.chosen = choose(_device_type(kwargs.get("accelerator", "auto")), scaled)
-            super().__init__(precision=self.chosen.name, **kwargs)
-        else:
-            super().__init__(precision=precision, **kwargs)
+            self.chosen = choose(device_type(kwargs.get("accelerator", "auto")), scaled)
+            precision = self.chosen.name
+        super().__init__(devices=devices, num_nodes=nodes, plugins=given, precision=precision, **kwargs)
         self.leaving = Leaving()
         self._signal_connector = NoSignals(self)
         self.fit_loop.epoch_loop = EpochLoop(self, self.fit_loop.min_steps, self.fit_loop.max_steps)
@@ -120,7 +139,7 @@ def _trainer(loop: EpochLoop) -> Trainer:
     return trainer
 
 
-def _device_type(accelerator: Any) -> str:
+def device_type(accelerator: Any) -> str:
     """The type of torch device that an accelerator stands for."""
     if accelerator in CUDA and torch.cuda.is_available():
         return "cuda"

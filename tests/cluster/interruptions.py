@@ -74,7 +74,7 @@ def script(case: Case, out: str) -> str:
         f"--checkpoint.every_n_steps 7 --data.batch_size {4 // nodes} --data.num_workers {case.workers} "
         f"{BATCHING[case.batching]} --trainer.callbacks+=tests.cluster.pause.Pause\n"
         "code=$?; echo $(date +%T) srun ended with $code\n"
-        'if [ $code = 75 ]; then scontrol requeue $SLURM_JOB_ID; sleep 60; fi\nexit $code'
+        "if [ $code = 75 ]; then scontrol requeue $SLURM_JOB_ID; sleep 60; fi\nexit $code"
     )
 
 
@@ -237,7 +237,8 @@ def table(done: Sequence[Case]) -> str:
             failed[kind, case.layout] += case.outcome != "same"
     for kind in KINDS:
         cells = [
-            f"{count[kind, layout]}" + (f" ({failed[kind, layout]} in runs that failed)" if failed[kind, layout] else "")
+            f"{count[kind, layout]}"
+            + (f" ({failed[kind, layout]} in runs that failed)" if failed[kind, layout] else "")
             for layout in LAYOUTS
         ]
         lines.append(f"| {kind} | {' | '.join(cells)} |")

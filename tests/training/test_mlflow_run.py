@@ -7,8 +7,10 @@ import os
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -23,14 +25,15 @@ from lit_vlm import mlflow_run
 from lit_vlm.commands.cli import main
 from lit_vlm.core.metric_names import safe_name
 from lit_vlm.training.mlflow_run import UNSENT, MLflowRun, known_run
-from lit_vlm.training.mlflow_store import absolute_uri, may_pass
+from lit_vlm.training.mlflow_store import absolute_uri, busy, connect, may_pass
 from tests.forkserver import interpreter
 from tests.runs import environment, one_step
 
 ONE_RUN = """
 from lit_vlm.training.mlflow_run import MLflowRun
 run = MLflowRun("sqlite:///mlflow.db", "lit-vlm", "together", {})
-run.metrics({"a": 1.0}, 0)
+for step in range(5):
+    run.metrics({"a": float(step)}, step)
 run.end("FINISHED")
 """
 
@@ -83,13 +86,68 @@ def test_a_relative_store_is_found_from_another_folder(tmp_path: Path, monkeypat
 
 
 def test_runs_that_start_together_in_a_new_folder_all_get_a_run(tmp_path: Path) -> None:
+    """As the tasks of a job array do, on machines that share this folder and no other."""
     (tmp_path / "one_run.py").write_text(ONE_RUN)
     command = [interpreter(), "-m", "one_run"]
-    both = [subprocess.Popen(command, cwd=tmp_path, env=environment(tmp_path)) for _ in range(3)]
-    assert [process.wait() for process in both] == [0, 0, 0]
+    tasks = []
+    for number in range(8):
+        own = tmp_path / f"machine{number}"
+        own.mkdir()
+        variables = environment(tmp_path) | {"LIT_VLM_CACHE": str(own), "TMPDIR": str(own)}
+        tasks.append(subprocess.Popen(command, cwd=tmp_path, env=variables))
+    assert [process.wait() for process in tasks] == [0] * 8
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     runs = client.search_runs([client.get_experiment_by_name("lit-vlm").experiment_id])
-    assert [(run.info.status, run.data.metrics) for run in runs] == [("FINISHED", {"a": 1.0})] * 3
+    assert [(run.info.status, run.data.metrics) for run in runs] == [("FINISHED", {"a": 4.0})] * 8
+    for run in runs:
+        assert [metric.step for metric in client.get_metric_history(run.info.run_id, "a")] == [0, 1, 2, 3, 4]
+    assert not list(tmp_path.glob(".mlflow.db*"))
+
+
+def test_a_store_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(source: Path, target: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "link", killed)
+        with pytest.raises(KeyboardInterrupt):
+            connect(f"sqlite:///{tmp_path}/m.db")
+    assert not list(tmp_path.iterdir())
+    assert MLflowRun(f"sqlite:///{tmp_path}/m.db", "e", None, {}).open()
+
+
+@pytest.mark.slow
+def test_reports_to_a_file_that_others_write_come_later(tmp_path: Path, uri: str) -> None:
+    run = MLflowRun(uri, "e", None, {}, tmp_path)
+    assert run.open()
+    other = sqlite3.connect(tmp_path / "m.db", check_same_thread=False)
+    other.execute("begin exclusive")
+    release = threading.Timer(22, other.rollback)  # MLflow itself waits for 20 s
+    release.start()
+    run.metrics({"a": 1.0}, 0)
+    assert run.unsent is not None
+    assert len(run.unsent.read_text().splitlines()) == 2  # the run, and the report
+    run.end("FINISHED")
+    release.join()
+    found = MlflowClient(uri).get_run(run.run_id)
+    assert (found.info.status, found.data.metrics) == ("FINISHED", {"a": 1.0})
+    assert not run.unsent.exists()
+
+
+def test_a_file_that_others_write_is_told_from_one_that_cannot_be_opened(tmp_path: Path, uri: str) -> None:
+    with sqlite3.connect(tmp_path / "m.db") as other, sqlite3.connect(tmp_path / "m.db", timeout=0) as own:
+        other.execute("begin exclusive")
+        with pytest.raises(sqlite3.OperationalError) as locked:
+            own.execute("begin exclusive")
+        other.rollback()
+    wrapped = MlflowException("of MLflow")
+    wrapped.__cause__ = locked.value
+    assert busy(locked.value)
+    assert busy(wrapped)
+    with pytest.raises(sqlite3.OperationalError) as absent:
+        connect(f"sqlite:///{tmp_path}/nowhere/m.db")
+    assert not busy(absent.value)
+    assert not busy(MlflowException("of MLflow"))
 
 
 @pytest.mark.parametrize("gone", ["deleted", "store"])
