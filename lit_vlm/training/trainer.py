@@ -8,13 +8,16 @@ from typing import Any, Literal
 import lightning.pytorch as L
 import torch
 from lightning.fabric.plugins.precision.precision import _PRECISION_INPUT
+from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.plugins import Precision as PrecisionPlugin
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lit_vlm.core.precision import AUTO, Precision, choose
 from lit_vlm.core.transfer import Fetched, send_numbers
+from lit_vlm.training.saving import SaveFailed, WholeFiles
 
 CUDA = ("auto", "gpu", "cuda")
 """Names of Lightning's accelerators that mean an NVIDIA GPU where there is one."""
@@ -46,6 +49,28 @@ class Trainer(L.Trainer):
         else:
             super().__init__(precision=precision, **kwargs)
         self.fit_loop.epoch_loop = EpochLoop(self, self.fit_loop.min_steps, self.fit_loop.max_steps)
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            self.strategy.checkpoint_io = WholeFiles()
+
+    def save_checkpoint(
+        self, filepath: _PATH, weights_only: bool | None = None, storage_options: Any | None = None
+    ) -> None:
+        """Write a checkpoint, whole or not at all; all processes call this.
+
+        Args:
+            filepath: where, inside a folder that is there or whose parent is there.
+            weights_only: leave out the optimizer and all that a run goes on with.
+            storage_options: `saving.ASYNCHRONOUS`, which `FSDP2.save_checkpoint` explains; for single files nothing.
+
+        Raises:
+            SaveFailed: where it cannot be written, on all processes alike.
+        """
+        super().save_checkpoint(filepath, weights_only, storage_options)
+        writer = self.strategy.checkpoint_io
+        if isinstance(writer, WholeFiles):
+            failure = self.strategy.broadcast(writer.failure)
+            if failure is not None:
+                raise SaveFailed(failure)
 
 
 class EpochLoop(_TrainingEpochLoop):
