@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 from concurrent.futures import Future
 from functools import partial
@@ -21,6 +22,9 @@ MOST_FAILURES = 3
 """A run ends when so many checkpoints in a row could not be written."""
 PAUSES = (1.0, 3.0, 6.0)
 """Seconds between the attempts to write the last checkpoint of a run."""
+
+OWN_NAME = re.compile(r"step=\d+(-v\d+)?\.ckpt")
+"""Files that nobody renamed or added."""
 
 log = logging.getLogger(__name__)
 
@@ -165,7 +169,7 @@ class Checkpoint(ModelCheckpoint):
 
     def _remove_older(self, path: Path) -> None:
         for old in checkpoints_in(path.parents[1]):
-            if step_of(old) < step_of(path):
+            if OWN_NAME.fullmatch(old.name) and step_of(old) < step_of(path):
                 try:
                     remove(old)
                 except OSError as error:

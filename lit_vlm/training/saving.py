@@ -176,7 +176,7 @@ def save_shards(
 def _pass_on(write: Callable[[], object], path: Path, first: bool, done: Future[None]) -> None:
     try:
         write()
-    except Exception as error:
+    except (Exception, CheckpointException) as error:  # the latter is a BaseException
         # The error itself holds, by its traceback, the copies of all tensors.
         failure = SaveFailed(f"{path} could not be written: {_first_reason(error, path)}")
         if first:
@@ -186,7 +186,7 @@ def _pass_on(write: Callable[[], object], path: Path, first: bool, done: Future[
         done.set_result(None)
 
 
-def _first_reason(error: Exception, path: Path) -> str:
+def _first_reason(error: BaseException, path: Path) -> str:
     """Why a save failed: what the first of the processes says that failed."""
     if not isinstance(error, CheckpointException) or not error.failures:
         return _reason(error, path)
