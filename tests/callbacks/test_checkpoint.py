@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from callbacks import Checkpoint, checkpoint
+from callbacks import Checkpoint, HeldOut, Predictions, checkpoint
 from lit_vlm.checkpoints.folder import checkpoints_in, is_complete, partial_of, settle
 from lit_vlm.checkpoints.weights import read_state
 from lit_vlm.training.saving import SaveFailed
+from lit_vlm.training.tracking import MLflow
 from lit_vlm.training.trainer import Trainer
 from tests.callbacks.test_callbacks import data, lit
 from tests.full_disk import FILLER, At, fill, small_disk
@@ -155,3 +156,28 @@ def test_saving_now_saves_a_step_once(tmp_path: Path) -> None:
     fit(tmp_path, Now({}), every=100, keep=-1, steps=2)
     assert saved == [1, 2]
     assert names(tmp_path) == ["step=00000001.ckpt", "step=00000002.ckpt"]
+
+
+def test_reports_that_cannot_be_written_end_no_run(disk: Path, tmp_path: Path, caplog) -> None:
+    logger = MLflow(f"sqlite:///{disk}/mlflow.db")
+    logger.belongs_to(disk / "run", "run", go_on=False)
+    (disk / "run").mkdir()
+
+    class NoRoom(At):
+        def on_train_end(self, trainer, *_: object) -> None:
+            fill(disk)  # behind the last checkpoint, before what is written at the end
+
+    with caplog.at_level(logging.WARNING):
+        Trainer(
+            accelerator="cpu", devices=1, default_root_dir=disk / "run", max_steps=6, logger=logger,
+            precision="32-true", log_every_n_steps=1, enable_progress_bar=False, enable_model_summary=False,
+            num_sanity_val_steps=0, limit_val_batches=0, enable_checkpointing=False,
+            callbacks=[At({3: lambda: fill(disk), 5: (disk / FILLER).unlink}), NoRoom({}), HeldOut(), Predictions(2)],
+        ).fit(lit(), data())  # fmt: skip
+    assert f"MLflow: sqlite:///{disk}/mlflow.db does not answer (" in caplog.text
+    for name in ("held_out.json", "answers.json", "answers.png"):
+        assert f"{disk}/run/{name} could not be written and is left out: [Errno 28] No space left" in caplog.text
+    assert not list((disk / "run").glob(".partial*"))
+    assert not list((disk / "run").glob("answers*"))
+    # What was known before the disk was full is still there: a file that is written anew is never lost.
+    assert '"before"' in (disk / "run" / "held_out.json").read_text()

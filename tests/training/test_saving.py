@@ -29,6 +29,7 @@ from tests.runs import environment, gathered, lit_vlm, run_ranks, tiny_fit
 
 SEED = 20_230
 KILLS = 10
+STEPS = 40
 FLAGS = [
     "--trainer.logger", "false", "--trainer.limit_val_batches", "0", "--data.batch_size", "1",
     "--trainer.devices", "2", "--checkpoint.every_n_steps", "1",
@@ -167,42 +168,46 @@ def test_a_rank_without_room_costs_checkpoints_and_then_the_run(strategy: str, r
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [SEED])
 def test_a_run_that_is_killed_again_and_again_has_a_whole_checkpoint_and_ends_exactly(
-    seed: int, tmp_path: Path
+    seed: int, tmp_path: Path, record_property
 ) -> None:
     drawn = random.Random(seed)
-    slow = ["--trainer.callbacks+", "tests.full_disk.SlowDisk", "--trainer.max_steps", "1000"]
+    end = ["--trainer.max_steps", str(STEPS), "--trainer.max_epochs", "-1"]
+    slow = [*end, "--trainer.callbacks+", "tests.full_disk.SlowDisk"]
     out, found = tmp_path / "cut", Counter[str]()
     newest = ""
     for _ in range(KILLS):
         go_on = ["--ckpt_path", newest] if newest else []
-        before = _taken(out)
+        before = taken(out)
         process = subprocess.Popen(
             [interpreter(), "-m", "lit_vlm", *words(tmp_path, "cut", "fsdp", *slow, *go_on)],
             cwd=tmp_path, env=environment(tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             start_new_session=True,
         )  # fmt: skip
-        while _taken(out) == before:  # it has begun to save
+        while taken(out) == before:  # it has not begun to save
             assert process.poll() is None
             time.sleep(0.01)
         time.sleep(drawn.uniform(0.3, 2))
         os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        assert process.wait() == -signal.SIGKILL
         half = [path for path in (out / "checkpoints").glob(".*") if not is_complete(path)]
         found["in a save" if half else "between saves"] += 1
         whole = checkpoints_in(out)
-        assert whole, "nothing to go on from"
+        assert whole or not newest, "nothing to go on from"
         assert not newest or whole[-1].name >= Path(newest).name
-        newest = str(whole[-1])
+        newest = str(whole[-1]) if whole else ""
+    record_property("kills", dict(found))
     assert found["in a save"] > 1, found
-    steps = str(int(Path(newest).name.removeprefix("step=").removesuffix(".ckpt")) + 2)
-    lit_vlm(tmp_path, *words(tmp_path, "cut", "fsdp", "--trainer.max_steps", steps, "--ckpt_path", newest))
-    assert [path.name for path in (out / "checkpoints").iterdir()] == [f"step={int(steps):08d}.ckpt"]
-    lit_vlm(tmp_path, *words(tmp_path, "straight", "fsdp", "--trainer.max_steps", steps))
+    assert newest
+    end += ["--checkpoint.every_n_steps", "1000"]
+    lit_vlm(tmp_path, *words(tmp_path, "cut", "fsdp", *end, "--ckpt_path", newest))
+    assert [path.name for path in (out / "checkpoints").iterdir()] == [f"step={STEPS:08d}.ckpt"]
+    lit_vlm(tmp_path, *words(tmp_path, "straight", "fsdp", *end))
     straight, cut = read_state(tmp_path / "straight"), read_state(out)
     for name, value in straight.items():
         assert torch.equal(cut[name], value), name
 
 
-def _taken(out: Path) -> set[str]:
+def taken(out: Path) -> set[str]:
+    """Names in the folder of checkpoints of a run."""
     folder = out / "checkpoints"
     return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
