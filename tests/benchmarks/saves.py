@@ -26,7 +26,7 @@ from lit_vlm.training.saving import WholeFiles, save_shards
 from tests.benchmarks.measure import added_mib, ratios, show
 from tests.runs import gathered, run_ranks
 
-WIDTH, LAYERS, ROUNDS, STEPS = 1024, 48, 5, 2
+WIDTH, LAYERS, ROUNDS, STEPS = 1024, 48, 4, 4
 
 
 def _seconds(work: Callable[[], object]) -> float:
@@ -55,7 +55,7 @@ def _one_rank(rank: int, folder: Path) -> None:
             fully_shard(layer, mesh=init_device_mesh("cpu", (2,)))
         fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
         optimizer = torch.optim.AdamW(model.parameters())
-        batch = torch.randn(256, WIDTH)
+        batch = torch.randn(16, WIDTH)
 
         def steps() -> None:
             for _ in range(STEPS):
