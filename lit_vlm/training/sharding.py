@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from torch.distributed import distributed_c10d
@@ -95,7 +96,8 @@ class FSDP2(ModelParallelStrategy):
         if not self.saves_shards:
             return super().optimizer_state(optimizer)
         assert self.model is not None
-        return get_optimizer_state_dict(self.model, getattr(optimizer, "optimizer", optimizer))
+        own = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        return get_optimizer_state_dict(self.model, own)
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Mapping[str, bool] | None = None
