@@ -10,6 +10,7 @@ from typing import Any
 
 import lightning.pytorch as L
 
+from lit_vlm.core.written import write_report
 from lit_vlm.data import VLMData
 from lit_vlm.data.records import Record
 from lit_vlm.evaluation.asker import Asker
@@ -79,7 +80,8 @@ class HeldOut(L.Callback):
         if trainer.is_global_zero:
             trainer.print(f"{what}: {_line(scores)} ({time.perf_counter() - start:.0f} s)")
             found = _load(trainer) | {when: asdict(scores) | {"precision": str(trainer.precision)}}
-            (Path(trainer.default_root_dir) / FILE).write_text(json.dumps(found, indent=2))
+            text = json.dumps(found, indent=2)
+            write_report(Path(trainer.default_root_dir) / FILE, lambda file: file.write_text(text))
             for logger in trainer.loggers:
                 metrics = _metrics(f"held_out/{when}", scores)
                 for source, own in scores.by_source.items():

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
 
+from lit_vlm.core.written import write_report
 from lit_vlm.data import VLMData
 from lit_vlm.data.records import Record, open_image
 from lit_vlm.evaluation.asker import Asker
@@ -71,12 +72,16 @@ class Predictions(L.Callback):
             return
         folder = Path(trainer.default_root_dir)
         rows = [{"id": a.record.id, "question": a.question, "expected": a.expected, "given": a.given} for a in answers]
-        (folder / f"{name}.json").write_text(json.dumps(rows, indent=2, ensure_ascii=False), encoding="utf-8")
-        draw_answers(answers, folder / f"{name}.png")
+        text = json.dumps(rows, indent=2, ensure_ascii=False)
+        writers: dict[Path, Callable[[Path], object]] = {
+            folder / f"{name}.json": lambda file: file.write_text(text, encoding="utf-8"),
+            folder / f"{name}.png": lambda file: draw_answers(answers, file),
+        }
+        written = [file for file, write in writers.items() if write_report(file, write)]
         for logger in trainer.loggers:
             if isinstance(logger, MLflow):
-                for suffix in ("json", "png"):
-                    logger.run.file(folder / f"{name}.{suffix}")
+                for file in written:
+                    logger.run.file(file)
 
 
 def draw_answers(answers: Sequence[Answer], path: Path) -> None:

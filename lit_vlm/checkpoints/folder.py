@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
+import shutil
 import time
 import zipfile
 from pathlib import Path
@@ -11,6 +14,7 @@ from pathlib import Path
 SUFFIX = ".ckpt"
 DONE_FILE = "done.json"
 """What training leaves in the folder of a stage when it has come to its end."""
+PARTIAL = ".partial"
 PLAN_FILE = "plan.json"
 """What `lit-vlm run` planned a stage on several GPUs to take, in the folder of the stage."""
 
@@ -38,6 +42,75 @@ def mark_done(folder: Path, step: int) -> None:
     scratch = folder / f".{DONE_FILE}"
     scratch.write_text(json.dumps({"step": step, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}), encoding="utf-8")
     scratch.replace(folder / DONE_FILE)
+
+
+def partial_of(path: Path) -> Path:
+    """The name beside a checkpoint under which it is written; it is renamed when it is whole."""
+    return path.with_name(f".{path.name}{PARTIAL}")
+
+
+def put_in_place(path: Path) -> None:
+    """Give a checkpoint that was written to `partial_of(path)` its name; one that has this name goes afterwards.
+
+    Raises:
+        OSError: where it cannot be renamed.
+    """
+    replaced = partial_of(path.with_name(f"replaced-{path.name}"))
+    if path.is_dir():  # a file is replaced in one go
+        remove(replaced)
+        path.rename(replaced)
+    partial_of(path).replace(path)
+    sync(path.parent)
+    remove(replaced)
+
+
+def sync(path: Path) -> None:
+    """Have the system write a file, or the names in a folder, to the disk now.
+
+    Raises:
+        OSError: for a file that cannot be written.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():  # some cannot for a folder
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove(path: Path) -> None:
+    """Remove a checkpoint, whole or not, if it is there.
+
+    Raises:
+        OSError: where it cannot be removed.
+    """
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def settle(folder: Path) -> list[Path]:
+    """Tidy what a killed run left in its folder of checkpoints: a whole one gets its name, a half one is removed.
+
+    Args:
+        folder: the folder `checkpoints`; no process writes into it.
+
+    Returns:
+        the half ones that were removed.
+
+    Raises:
+        OSError: where one cannot be removed.
+    """
+    removed = []
+    for partial in sorted(folder.glob(f".*{PARTIAL}")):
+        path = partial.with_name(partial.name.removeprefix(".").removesuffix(PARTIAL).removeprefix("replaced-"))
+        if is_complete(partial) and not path.exists():
+            partial.replace(path)
+        else:
+            remove(partial)
+            removed.append(partial)
+    return removed
 
 
 def checkpoints_in(folder: Path) -> list[Path]:

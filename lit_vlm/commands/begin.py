@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lit_vlm.checkpoints.folder import is_done
+from lit_vlm.checkpoints.folder import checkpoints_in, is_done, settle
 from lit_vlm.commands.asked import Asked
 from lit_vlm.commands.recipe import find_recipe, shipped_recipes
 from lit_vlm.commands.runs import STATE_FILE, RunState, run_name
@@ -36,11 +36,13 @@ class Begin(NamedTuple):
         folder: folder of the run.
         state: what runs in it.
         goes_on: whether the run was begun before.
+        checkpoints: stage → the checkpoint that it goes on from.
     """
 
     folder: Path
     state: RunState
     goes_on: bool
+    checkpoints: dict[str, str] = {}  # noqa: RUF012 - nobody changes it
 
 
 def decide(asked: Asked) -> Begin:
@@ -79,6 +81,20 @@ def into(folder: Path, state: RunState) -> Begin:
             f"that run: lit-vlm run --resume --out {folder}"
         )
     return Begin(folder, _going_on(saved, folder, state.flags), goes_on=True)
+
+
+def found(begin: Begin) -> Begin:
+    """Tidy the folder of a run that goes on, and find the checkpoints of its stages, for all processes alike.
+
+    Another machine may not see yet what is in the folder.
+    """
+    checkpoints = {}
+    for stage in begin.state.stages:
+        if stage not in begin.state.done:
+            settle(begin.folder / stage / "checkpoints")
+            if there := checkpoints_in(begin.folder / stage):
+                checkpoints[stage] = str(there[-1])
+    return begin._replace(checkpoints=checkpoints)
 
 
 def _resumed(asked: Asked) -> Begin:
@@ -214,7 +230,7 @@ def together(asked: Asked, decided: Callable[[Asked], Begin]) -> Iterator[Begin]
     said: dict[str, object] = {}
     try:
         begin = decided(asked)
-        said = {"folder": str(begin.folder), "state": asdict(begin.state), "goes_on": begin.goes_on}
+        said = begin._asdict() | {"folder": str(begin.folder), "state": asdict(begin.state)}
         _write(file, said)
         yield begin
     except BaseException as error:
@@ -245,7 +261,7 @@ def _told(file: Path, rank: int, since: float) -> Begin:
     said = _read(file)
     if "refused" in said:
         raise ValueError(f"process {rank} ends, as the first one refused: {said['refused']}")
-    return Begin(Path(said["folder"]), RunState(**said["state"]), said["goes_on"])
+    return Begin(Path(said["folder"]), RunState(**said["state"]), said["goes_on"], said["checkpoints"])
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -80,6 +80,10 @@ def main(argv: Sequence[str]) -> None:
         _log(results, prompts, arguments.checkpoint, dtype, arguments.out)
     if dist.is_initialized():
         dist.destroy_process_group()
+    if unwritten := [result.unwritten for result in results.values() if result.unwritten]:
+        raise OSError(
+            f"answers and scores could not be written: {unwritten[0]}. The same command takes up what there is"
+        )
 
 
 def _parser() -> argparse.ArgumentParser:

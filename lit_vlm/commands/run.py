@@ -17,7 +17,7 @@ from rich.console import Console
 
 from lit_vlm.checkpoints.folder import DONE_FILE, checkpoints_in, is_done
 from lit_vlm.commands.asked import Asked, ask, flags_for, recipe_parser
-from lit_vlm.commands.begin import Begin, decide, together, until
+from lit_vlm.commands.begin import Begin, decide, found, together, until
 from lit_vlm.commands.child import Stages
 from lit_vlm.commands.fit import REFUSED, Checked, check_flags, in_one_line
 from lit_vlm.commands.foretell import foretell
@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> None:
     def decided(asked: Asked) -> Begin:
         begin = decide(asked)
         checked.update(_check(begin))
-        return begin
+        return found(begin) if begin.goes_on else begin
 
     with together(asked, decided) as begin:
         recipe = find_recipe(begin.state.recipe)
@@ -154,9 +154,8 @@ def _run(recipe: Recipe, begin: Begin, console: Console, checked: Mapping[str, C
             if stage in state.done:
                 continue
             words = command_of(recipe, state, stage, folder)
-            found = checkpoints_in(folder / stage)
-            if found:
-                words += ["--ckpt_path", str(found[-1])]
+            if stage in begin.checkpoints:
+                words += ["--ckpt_path", begin.checkpoints[stage]]
             console.rule(f"{recipe.name}: {stage}")
             console.print(f"lit-vlm {shlex.join(words)}\n", soft_wrap=True, highlight=False)
             if stage in checked and checked[stage].gpus > 1:

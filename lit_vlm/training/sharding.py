@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from concurrent.futures import Future, wait
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from torch.distributed import distributed_c10d
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+)
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.optim import Optimizer
 
 from lit_vlm.core.part import Part, meta_twins
 from lit_vlm.model.vlm import VLM
 from lit_vlm.training.frozen import Originals, narrow_meta, pack, scatter_originals
+from lit_vlm.training.saving import ASYNCHRONOUS, save_shards
 
 
 class FSDP2(ModelParallelStrategy):
@@ -33,16 +44,22 @@ class FSDP2(ModelParallelStrategy):
         timeout: seconds that a process waits for the others in a collective operation before the run ends with an
             error. Reading a large model on rank 0 counts, too.
 
+    Attributes:
+        under_way: the last save of a sharded checkpoint, done when that is whole on all processes; None before.
+
     Raises:
         ValueError: for another value of `replicas`, or a timeout that is not positive.
     """
+
+    under_way: Future[None] | None = None
+    _savers: Any = None
 
     def __init__(
         self, replicas: int | str = 1, save_distributed_checkpoint: bool = True, timeout: float = 1800
     ) -> None:
         if timeout <= 0:
             raise ValueError(f"FSDP2: timeout is a positive number of seconds, not {timeout}: 1800 is half an hour")
-        self.timeout = timedelta(seconds=timeout)
+        self.timeout, self.saves_shards = timedelta(seconds=timeout), save_distributed_checkpoint
         super().__init__(save_distributed_checkpoint=save_distributed_checkpoint, timeout=self.timeout)
         if not (replicas == "nodes" or (isinstance(replicas, int) and replicas > 0)):
             raise ValueError(f"replicas is a positive number or 'nodes', not {replicas!r}")
@@ -64,6 +81,63 @@ class FSDP2(ModelParallelStrategy):
         for group in mesh.get_all_groups():  # a mesh makes groups of its own, with the backend's own timeout
             _set_timeout(self.timeout, group)
         return mesh
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Weights for a checkpoint; shards stay where they are, and are copied once when they are saved."""
+        if not self.saves_shards:
+            return super().lightning_module_state_dict()
+        assert self.model is not None
+        return get_model_state_dict(self.model)
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """State of an optimizer for a checkpoint; as for weights."""
+        if not self.saves_shards:
+            return super().optimizer_state(optimizer)
+        assert self.model is not None
+        own = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        return get_optimizer_state_dict(self.model, own)
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Mapping[str, bool] | None = None
+    ) -> None:
+        """Write a checkpoint, after the one that is under way.
+
+        Args:
+            checkpoint: all of it, by Lightning's keys.
+            filepath: where; that of rank 0 counts.
+            storage_options: `saving.ASYNCHRONOUS` returns when shards are copied, and `under_way` tells the end.
+
+        Raises:
+            SaveFailed: for shards that are not written asynchronously, on all processes alike.
+        """
+        if not self.saves_shards:
+            super().save_checkpoint(checkpoint, filepath)
+            return
+        self.wait_for_save()
+        state = {"state_dict": checkpoint.pop("state_dict")}
+        optimizers = checkpoint.pop("optimizer_states", [])
+        state |= {f"optimizer_{index}": optimizer for index, optimizer in enumerate(optimizers)}
+        if self._savers is None:
+            self._savers = dist.new_group(backend="gloo", timeout=self.timeout)
+        asynchronous = storage_options == ASYNCHRONOUS
+        path = Path(self.broadcast(str(filepath)))
+        self.under_way = save_shards(state, checkpoint, path, self._savers, asynchronous)
+        if not asynchronous:
+            self.under_way.result()
+
+    def wait_for_save(self) -> None:
+        """Wait until the checkpoint that is under way is written, or failed, which `under_way` tells."""
+        if self.under_way is not None:
+            wait([self.under_way])
+
+    def teardown(self) -> None:
+        """Wait for the checkpoint that is under way, also where an error ends the run."""
+        self.wait_for_save()
+        super().teardown()
+
+    # ------------------------------------------------------------------ meshes
 
     def _make_mesh(self) -> DeviceMesh:
         replicas = self.num_nodes if self.replicas == "nodes" else int(self.replicas)

@@ -8,8 +8,9 @@ import lightning.pytorch as L
 import torch
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.plugins.precision.precision import _PRECISION_INPUT
+from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
-from lightning.pytorch.plugins import _PLUGIN_INPUT
+from lightning.pytorch.plugins import _PLUGIN_INPUT, CheckpointIO
 from lightning.pytorch.plugins import Precision as PrecisionPlugin
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
@@ -20,6 +21,7 @@ from lit_vlm.data import VLMData
 from lit_vlm.training.elastic import move
 from lit_vlm.training.launched import Devices, environment, spread
 from lit_vlm.training.leaving import Leaving
+from lit_vlm.training.saving import SaveFailed, WholeFiles
 
 CUDA = ("auto", "gpu", "cuda")
 """Names of Lightning's accelerators that mean an NVIDIA GPU where there is one."""
@@ -69,6 +71,28 @@ class Trainer(L.Trainer):
         self.leaving = Leaving()
         self._signal_connector = NoSignals(self)
         self.fit_loop.epoch_loop = EpochLoop(self, self.fit_loop.min_steps, self.fit_loop.max_steps)
+        if not any(isinstance(plugin, CheckpointIO) for plugin in given):
+            self.strategy.checkpoint_io = WholeFiles()
+
+    def save_checkpoint(
+        self, filepath: _PATH, weights_only: bool | None = None, storage_options: Any | None = None
+    ) -> None:
+        """Write a checkpoint, whole or not at all; all processes call this.
+
+        Args:
+            filepath: where, inside a folder that is there or whose parent is there.
+            weights_only: leave out the optimizer and all that a run goes on with.
+            storage_options: `saving.ASYNCHRONOUS`, which `FSDP2.save_checkpoint` explains; for single files nothing.
+
+        Raises:
+            SaveFailed: where it cannot be written, on all processes alike.
+        """
+        super().save_checkpoint(filepath, weights_only, storage_options)
+        writer = self.strategy.checkpoint_io
+        if isinstance(writer, WholeFiles):
+            failure = self.strategy.broadcast(writer.failure)
+            if failure is not None:
+                raise SaveFailed(failure)
 
 
 class EpochLoop(_TrainingEpochLoop):

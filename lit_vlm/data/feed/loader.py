@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +23,8 @@ from lit_vlm.data.sources import Source
 
 ENOUGH = 100
 """Number of samples after which the share of unusable ones is judged at every batch; before, when the run stops."""
+
+logger = logging.getLogger(__name__)
 
 Collate = Callable[[Sequence[Sequence[Sample]], Sequence[BadSample]], Batch]
 
@@ -120,6 +123,7 @@ class Loader:
         self.seen = 0
         self.bad: Counter[tuple[str, str]] = Counter()
         self._dropped: list[BadSample] = []
+        self._unlisted = False
 
     def __len__(self) -> int:
         return len(self.batch_sampler)
@@ -161,15 +165,24 @@ class Loader:
         for sample in batch.bad:
             self.bad[sample.source, sample.reason] += 1
         if self.log is not None and batch.bad:
-            self.log.parent.mkdir(parents=True, exist_ok=True)
-            with self.log.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(sample._asdict()) + "\n" for sample in batch.bad)
+            self._list(self.log, batch.bad)
         if dropped and self.bad_samples.action == "fail":
             sample = dropped[0]
             raise ValueError(
                 f"sample '{sample.id}' of source '{sample.source}' cannot be used: {sample.reason}: {sample.detail}. "
                 "data.bad_samples.action skip would leave such samples out"
             )
+
+    def _list(self, file: Path, bad: Sequence[BadSample]) -> None:
+        """Add samples to the file of bad ones; that it cannot be written is warned of once, and ends nothing."""
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with file.open("a", encoding="utf-8") as lines:
+                lines.writelines(json.dumps(sample._asdict()) + "\n" for sample in bad)
+        except OSError as error:
+            if not self._unlisted:
+                logger.warning("%s cannot be written, and samples are missing in it: %s", file, error)
+            self._unlisted = True
 
     def judge(self) -> None:
         """Stop the run if too many of its samples cannot be used.

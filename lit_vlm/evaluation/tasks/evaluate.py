@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from lit_vlm.evaluation.tasks.ask import TaskSettings, ask
 from lit_vlm.evaluation.tasks.base import Example, Outcome, Task
 from lit_vlm.evaluation.tasks.prompts import Prompts, in_order
 
+log = logging.getLogger(__name__)
+
 ANSWERS, SCORES = "answers.jsonl", "scores.json"
 
 
@@ -34,12 +36,14 @@ class Evaluated:
         main: name of the score that stands for the task.
         count: number of examples.
         left_out: examples that could not be asked, by reason; they count as wrong.
+        unwritten: why answers and scores could not be written; None if they were, or were not to be.
     """
 
     scores: dict[str, float]
     main: str
     count: int
     left_out: dict[str, int]
+    unwritten: str | None = None
 
 
 def run_task(
@@ -82,7 +86,8 @@ def run_task(
     left = [example for example in examples if example.id not in done]
     mine = left[rank::world]
     found: list[dict[str, Any]] = []
-    with asker.evaluating(), _partial(out, rank, how) as keep:
+    keep = _partial(out, rank, how)
+    with asker.evaluating():
         for line in ask(asker, prompts, mine, settings, -(-len(left) // world), out is not None):
             found.append(line)
             keep(line)
@@ -94,26 +99,34 @@ def run_task(
         asked = {example.id for example in examples}
         others = [line for key, line in done.items() if key not in asked]  # of a run with a larger limit, or none
         lines_in_order = [*(lines[example.id] for example in examples), *others]
-        _write(out, result, task, settings, checkpoint, how, lines_in_order)
+        try:
+            _write(out, result, task, settings, checkpoint, how, lines_in_order)
+        except OSError as error:  # the others wait, and a training run goes on
+            result = replace(result, unwritten=str(error))
+            log.warning("answers and scores could not be written: %s", error)
     if dist.is_initialized():
         dist.barrier()
     return result
 
 
-@contextmanager
-def _partial(out: Path | None, rank: int, how: str) -> Iterator[Callable[[dict[str, Any]], None]]:
+def _partial(out: Path | None, rank: int, how: str) -> Callable[[dict[str, Any]], None]:
     """A function that writes a line at once, so that an interrupted run loses none; without `out` it does nothing."""
     if out is None:
-        yield lambda line: None
-        return
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / f"answers.{rank}.partial.jsonl").open("a", encoding="utf-8") as file:
+        return lambda line: None
+    path, failed = out / f"answers.{rank}.partial.jsonl", False
 
-        def keep(line: dict[str, Any]) -> None:
-            file.write(json.dumps({"how": how} | line, ensure_ascii=False) + "\n")
-            file.flush()
+    def keep(line: dict[str, Any]) -> None:
+        nonlocal failed
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"how": how} | line, ensure_ascii=False) + "\n")
+        except OSError as error:  # all are written again at the end
+            if not failed:
+                log.warning("%s cannot be written: %s", path, error)
+            failed = True
 
-        yield keep
+    return keep
 
 
 def _result(task: Task, examples: Sequence[Example], lines: Mapping[str, dict[str, Any]]) -> Evaluated:
@@ -190,6 +203,7 @@ def _write(
     lines: Sequence[dict[str, Any]],
 ) -> None:
     """Write all answers in the order of the task, and the scores; remove partial files."""
+    out.mkdir(parents=True, exist_ok=True)
     scratch = out / f"{ANSWERS}.{os.getpid()}"
     with scratch.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps({"how": how} | line, ensure_ascii=False) + "\n" for line in lines)

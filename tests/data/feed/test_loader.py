@@ -329,3 +329,12 @@ def test_a_missing_image_is_a_bad_sample_with_the_id_of_its_record(
     assert len(good.images) == 1
     assert isinstance(bad, BadSample)
     assert bad[:3] == ("b", "chat", "missing_image")
+
+
+def test_a_list_of_bad_samples_that_cannot_be_written_is_warned_of_once(tmp_path: Path, caplog) -> None:
+    (tmp_path / "run").write_text("in the place of a folder")
+    loader = make(Numbers(40, bad=frozenset(range(0, 40, 4))), log=tmp_path / "run" / "bad_samples.jsonl",
+                  bad_samples=BadSamples(max_share=1.0))  # fmt: skip
+    assert sum(len(names) for names in ids(loader)) == 30
+    (record,) = [record for record in caplog.records if "cannot be written" in record.getMessage()]
+    assert "bad_samples.jsonl cannot be written, and samples are missing in it: " in record.getMessage()

@@ -111,6 +111,18 @@ def test_too_many_demonstrations_are_refused() -> None:
         Prompts(scenes(), Shots(99)).demonstrations(scenes().examples[0])
 
 
+def test_answers_that_cannot_be_written_are_told_and_scored(asker: Asker, tmp_path: Path, caplog) -> None:
+    (tmp_path / "out").write_text("in the place of a folder")
+    result = run_task(asker, Lettered(count=2), TaskSettings(limit=4), tmp_path / "out")
+    assert result.count == 4
+    assert "Not a directory" in str(result.unwritten) or "File exists" in str(result.unwritten)
+    warned = [record.getMessage() for record in caplog.records]
+    assert len(warned) == 2  # not for each answer
+    assert "answers.0.partial.jsonl cannot be written: " in warned[0]
+    assert "answers and scores could not be written: " in warned[1]
+    assert run_task(asker, Lettered(count=2), TaskSettings(limit=4), tmp_path / "other").unwritten is None
+
+
 def test_a_run_goes_on_where_it_stopped(asker: Asker, tmp_path: Path) -> None:
     out, checkpoint = tmp_path / "out", tmp_path / "weights"
     checkpoint.write_text("1")
