@@ -268,7 +268,15 @@ class Slurm:
         """
         before = self.restarts(job)
         self.run("scontrol", "requeue", str(job))
-        until(lambda: self.restarts(job) > before, 60, f"job {job} is not requeued", lambda: self.report(job))
+        self.until_requeued(job, before + 1)
+
+    def until_requeued(self, job: int, times: int = 1, seconds: float = 60) -> None:
+        """Wait until a job was put in the queue again so often.
+
+        Raises:
+            TimeoutError: with what it has printed.
+        """
+        until(lambda: self.restarts(job) >= times, seconds, f"job {job} is not requeued", lambda: self.report(job))
 
     def restarts(self, job: int) -> int:
         """How often a job was put in the queue again."""
