@@ -18,16 +18,23 @@ import psutil
 HOSTS = Path("/etc/hosts")
 
 
+def variables(process: psutil.Process) -> dict[str, str]:
+    """The environment that a process was started with; empty for one that has ended.
+
+    psutil reads to the first empty string only, which those that rename themselves, as slurmstepd does, have put there.
+    """
+    try:
+        block = Path(f"/proc/{process.pid}/environ").read_bytes().decode(errors="replace")
+    except OSError:
+        return {}
+    pairs = (entry.partition("=") for entry in block.split("\0"))
+    return {name: value for name, _, value in pairs}
+
+
 def members(folder: Path) -> list[psutil.Process]:
     """The processes that were started with the cluster's configuration: its daemons, its jobs, what its jobs start."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get("SLURM_CONF") == f"{folder}/slurm.conf":
-                found.append(process)
-        except psutil.Error:  # it has ended, or is the kernel's
-            continue
-    return found
+    conf = f"{folder}/slurm.conf"
+    return [process for process in psutil.process_iter() if variables(process).get("SLURM_CONF") == conf]
 
 
 def change_hosts(mark: str, line: str = "") -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.cluster.guard import HOSTS, change_hosts, members
+from tests.cluster.guard import HOSTS, change_hosts, members, variables
 from tests.forkserver import FIXED, ROOT
 
 PROGRAMS = ("munged", "mungekey", "slurmctld", "slurmd", "srun", "sbatch", "scontrol", "squeue", "scancel")
@@ -25,10 +25,10 @@ PACKAGES = Path(__file__).with_name("debian-packages.txt")
 OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "DEADLINE")
 """States of a job that has ended, unless it is queued again."""
 
-# Times are short so that tests are: a requeued job waits until the credentials of its start expire (`cred_expire`), a
-# node may be silent for SlurmdTimeout before its jobs are taken away, KillWait lies between SIGTERM and SIGKILL, and
-# GraceTime between a preemption's SIGTERM and the job's end. There is no accounting: for MinJobAge the controller
-# remembers jobs that ended.
+# Times are short so that tests are: a requeued job waits until the credentials of its start expire (`cred_expire`, two
+# minutes by default), a node may be silent for SlurmdTimeout before its jobs are taken away, KillWait lies between
+# SIGTERM and SIGKILL, and GraceTime between a preemption's SIGTERM and the job's end. There is no accounting: for
+# MinJobAge the controller remembers jobs that ended.
 CONFIG = """\
 ClusterName=loop
 SlurmctldHost={host}(127.0.0.1)
@@ -167,11 +167,8 @@ class Slurm:
         """Kill a node at once: its daemon, and what its jobs run there."""
         doomed = [self._daemons[name].pid]
         for process in members(self.folder):
-            try:
-                if process.environ().get("SLURMD_NODENAME") == name or f"-N {name}" in " ".join(process.cmdline()):
-                    doomed.append(process.pid)
-            except psutil.Error:
-                continue
+            if variables(process).get("SLURMD_NODENAME") == name or f"-N {name}" in _words(process):
+                doomed.append(process.pid)
         for pid in doomed:
             _kill(pid)
         self._daemons[name].wait()
@@ -265,24 +262,25 @@ class Slurm:
         until(printed, seconds, f"job {job} has not printed {text!r}", lambda: self.report(job))
 
     def requeue(self, job: int) -> None:
-        """Take a job off its nodes, and let it start again as soon as they are free.
+        """Take a job off its nodes and put it in the queue again, where it waits for some seconds (`CONFIG`).
 
-        SLURM lets a requeued job wait until the credentials of its first start have expired; a start time of now
-        shortens that.
+        To set its start time to now instead lets SLURM take the end of the first attempt for that of the second.
         """
-        before = self.show(job)["Restarts"]
+        before = self.restarts(job)
         self.run("scontrol", "requeue", str(job))
-        self.start_now(job, int(before) + 1)
+        self.until_requeued(job, before + 1)
 
-    def start_now(self, job: int, restarts: int, seconds: float = 60) -> None:
-        """Let a job that is queued again for the `restarts`-th time start without the wait after a requeue."""
+    def until_requeued(self, job: int, times: int = 1, seconds: float = 60) -> None:
+        """Wait until a job was put in the queue again so often.
 
-        def queued() -> bool:
-            shown = self.show(job)
-            return int(shown["Restarts"]) >= restarts and shown["JobState"] != "COMPLETING"
+        Raises:
+            TimeoutError: with what it has printed.
+        """
+        until(lambda: self.restarts(job) >= times, seconds, f"job {job} is not requeued", lambda: self.report(job))
 
-        until(queued, seconds, f"job {job} is not queued again", lambda: self.report(job))
-        self.run("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)  # it may run already
+    def restarts(self, job: int) -> int:
+        """How often a job was put in the queue again."""
+        return int(self.show(job)["Restarts"])
 
     def cancel(self, job: int) -> None:
         """End a job, and wait until nothing of it is left."""
@@ -301,15 +299,12 @@ class Slurm:
         """
         found = []
         for process in members(self.folder):
-            try:
-                variables, words = process.environ(), " ".join(process.cmdline())
-            except psutil.Error:
-                continue
-            own = variables.get("SLURM_JOB_ID") == str(job)
-            ranked = rank is None or ("SLURM_STEP_ID" in variables and variables.get("SLURM_PROCID") == str(rank))
-            if own and ranked and command in words and process.status() != psutil.STATUS_ZOMBIE:
+            given = variables(process)
+            own = given.get("SLURM_JOB_ID") == str(job)
+            ranked = rank is None or ("SLURM_STEP_ID" in given and given.get("SLURM_PROCID") == str(rank))
+            if own and ranked and command in _words(process):
                 found.append(process)
-        return sorted(found, key=lambda process: process.create_time())
+        return sorted(found, key=lambda process: process.pid)
 
     def signal_rank(self, job: int, rank: int, number: int, command: str = "") -> None:
         """Send a signal to the oldest process of a rank whose command line has this text.
@@ -342,6 +337,14 @@ def _free_ports(number: int) -> Sequence[int]:
         for one in held:
             one.bind(("127.0.0.1", 0))
         return [one.getsockname()[1] for one in held]
+
+
+def _words(process: psutil.Process) -> str:
+    """The command line of a process; empty for one that has ended."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
 
 
 def _kill(pid: int) -> None:
