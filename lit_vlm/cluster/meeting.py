@@ -15,10 +15,8 @@ from datetime import timedelta
 import torch.distributed as dist
 from torch.distributed import HashStore, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
-from lit_vlm.core.launcher import Launch
+from lit_vlm.core.launcher import Launch, rendezvous
 
-PORTS = (20000, 12000)
-"""First port and number of ports that steps of SLURM are spread over; below those that systems hand out themselves."""
 GRACE = 30.0
 """Seconds beyond two timeouts that a process waits for the first one, which may itself be waiting for another."""
 FAREWELL = 5.0
@@ -178,21 +176,12 @@ def meet(launched: Launch, timeout: float, variables: Mapping[str, str] | None =
 def address(launched: Launch, given: Mapping[str, str]) -> tuple[str, int]:
     """Host and port at which the processes of a launch meet.
 
-    Under srun the host is the first node of the step, and the port follows from the numbers of job and step, so that
-    two steps of a job do not meet each other.
-
     Raises:
         ValueError: for a launcher that gives neither.
     """
+    if launched.by == "srun":
+        return rendezvous(given)
     host, port = given.get("MASTER_ADDR"), given.get("MASTER_PORT")
-    if launched.by == "srun" and launched.id is not None:
-        from lightning.fabric.plugins.environments.slurm import SLURMEnvironment  # slow, and needed here alone
-
-        nodes = given.get("SLURM_STEP_NODELIST") or given.get("SLURM_NODELIST", "127.0.0.1")
-        job, _, step = launched.id.partition(".")
-        first, number = PORTS
-        host = host or SLURMEnvironment.resolve_root_node_address(nodes)
-        port = port or str(first + (int(job) * 61 + int(step)) % number)
     if host is None or port is None or not port.isdigit():
         raise ValueError(
             f"{launched.world_size} processes were started, but MASTER_ADDR is {host} and MASTER_PORT {port}: start "

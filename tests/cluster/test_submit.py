@@ -67,7 +67,7 @@ def test_a_job_that_is_asked_to_leave_goes_on(lit_vlm, slurm: Slurm, tmp_path: P
 
     until(trains, 180, "the run does not train", lambda: slurm.report(job))
     slurm.run("scancel", "--signal=USR1", str(job))
-    slurm.start_now(job, 1, seconds=120)
+    slurm.until_requeued(job, seconds=120)
     assert slurm.wait(job, seconds=240) == "COMPLETED", slurm.report(job)
     (one,) = told(lit_vlm, "a run")
     assert (one["state"], one["step"], one["requeues"], one["job"]) == ("finished", 300, 1, str(job))
