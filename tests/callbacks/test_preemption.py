@@ -56,10 +56,8 @@ VALIDATED = ("--trainer.val_check_interval", "3", "--trainer.check_val_every_n_e
 @pytest.mark.parametrize(
     ("flags", "moments"),
     [
-        (
-            EPOCHS,
-            [("on_train_start", 0), ("on_after_backward", 3), ("on_train_batch_end", 5), ("on_train_epoch_end", 5)],
-        ),
+        (EPOCHS, [("on_train_start", 0), ("on_after_backward", 3), ("on_train_batch_end", 5)]),
+        (EPOCHS, [("on_train_epoch_end", 5)]),
         (WINDOWS, [("on_train_batch_start", 1), ("on_before_optimizer_step", 3)]),
         (VALIDATED, [("on_validation_batch_end", 6)]),
     ],
