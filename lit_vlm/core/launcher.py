@@ -23,6 +23,7 @@ class Launch(NamedTuple):
         id: of the launch, alike in all its processes and in later attempts, and unlike other launches; None where the
             launcher gives none.
         attempt: how often the launch was started again before, by a requeue or a restart.
+        local_world_size: number of the processes on its machine.
     """
 
     by: Literal["torchrun", "srun", "batch", "alone"]
@@ -32,6 +33,7 @@ class Launch(NamedTuple):
     node: str = "0"
     id: str | None = None
     attempt: int = 0
+    local_world_size: int = 1
 
     @property
     def is_first(self) -> bool:
@@ -60,6 +62,7 @@ def launch(variables: Mapping[str, str] | None = None) -> Launch:
             node or given.get("GROUP_RANK", "0"),
             None if name in (None, "", "none") else name,  # what torchrun says without --rdzv-id
             attempt + int(given.get("TORCHELASTIC_RESTART_COUNT", "0")),
+            int(given.get("LOCAL_WORLD_SIZE", "1")),
         )
     if job and "SLURM_PROCID" in given and "SLURM_STEP_ID" in given:
         return Launch(
@@ -70,7 +73,23 @@ def launch(variables: Mapping[str, str] | None = None) -> Launch:
             node or given.get("SLURM_NODEID", "0"),
             f"{job}.{given['SLURM_STEP_ID']}",
             attempt,
+            _tasks_here(given.get("SLURM_STEP_TASKS_PER_NODE", "1"), int(given.get("SLURM_NODEID", "0"))),
         )
     if job and "SLURM_PROCID" in given:  # an interactive allocation does not number its shell
         return Launch("batch", node=node or "0", id=job, attempt=attempt)
     return Launch("alone")
+
+
+def _tasks_here(tasks: str, node: int) -> int:
+    """Number of tasks on a node of a step, from SLURM's list of them: `2(x3),1` are 2 on three nodes and 1 on a fourth.
+
+    Args:
+        tasks: the list.
+        node: number of the node, from 0.
+    """
+    for words in tasks.split(","):
+        count, _, times = words.partition("(x")
+        node -= int(times.rstrip(")") or 1)
+        if node < 0:
+            return int(count)
+    return 1

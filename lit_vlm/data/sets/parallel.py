@@ -58,7 +58,7 @@ def progress_bar(title: str, blocks: Sequence[Block], missing: Sequence[Block]) 
         yield lambda block: advance(block.end - block.start)
 
 
-def run_blocks(
+def map_blocks(
     blocks: Sequence[Block],
     function: Callable[[Block], Any],
     workers: int,

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from lit_vlm.core.cache import cache_dir
 from lit_vlm.data.records import Record, RecordError
-from lit_vlm.data.sets.parallel import Block, blocks_of, run_blocks
+from lit_vlm.data.sets.parallel import Block, blocks_of, map_blocks
 from lit_vlm.data.sources.base import Source, describe
 
 BLOCK = 2048
@@ -78,7 +78,7 @@ def scan(
         indices = range(len(source)) if first is None else np.unique(first).tolist()
         work = _ScanBlock(source, measure, columns, indices)
         processes = workers if len(indices) > BLOCK else 0
-        parts = list(run_blocks(blocks_of(len(indices), BLOCK), work, processes, f"{title} {source.name}"))
+        parts = list(map_blocks(blocks_of(len(indices), BLOCK), work, processes, f"{title} {source.name}"))
         found = np.concatenate(parts) if parts else np.zeros((0, columns), np.int64)
         if first is not None:
             found = found[np.searchsorted(indices, first)]
