@@ -65,7 +65,8 @@ def _open(config: Sequence[str], of: str | None) -> tuple[LitVLM, VLMData, str, 
 def _devices(started: Launch) -> list[str]:
     """Devices of this process: its share of those it sees, which are the machine's or only its own; at least one."""
     seen = [f"cuda:{index}" for index in range(torch.cuda.device_count())] or ["cpu"]
-    return seen[started.local_rank :: started.local_world_size] or [seen[started.local_rank % len(seen)]]
+    share = seen[started.local_rank :: started.per_node] if started.per_node else []  # 0: not alike on all machines
+    return share or [seen[started.local_rank % len(seen)]]
 
 
 def _work(index: int, config: Sequence[str], of: str, arguments: argparse.Namespace, devices: list[str]) -> None:

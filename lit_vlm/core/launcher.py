@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
+PORTS = range(15000, 25000)
+"""Ports where the processes of a step meet: below those that Linux gives to outgoing connections."""
 PREEMPTED = 75
 """Exit code of a run that saved its state because it was asked to leave: the same command goes on. EX_TEMPFAIL."""
 
@@ -23,7 +26,9 @@ class Launch(NamedTuple):
         id: of the launch, alike in all its processes and in later attempts, and unlike other launches; None where the
             launcher gives none.
         attempt: how often the launch was started again before, by a requeue or a restart.
-        local_world_size: number of the processes on its machine.
+        nodes: number of machines that the processes are on.
+        per_node: number of processes on each machine; 0 where machines have different numbers.
+        node_rank: number of the machine, from 0.
     """
 
     by: Literal["torchrun", "srun", "batch", "alone"]
@@ -33,7 +38,9 @@ class Launch(NamedTuple):
     node: str = "0"
     id: str | None = None
     attempt: int = 0
-    local_world_size: int = 1
+    nodes: int = 1
+    per_node: int = 1
+    node_rank: int = 0
 
     @property
     def is_first(self) -> bool:
@@ -54,42 +61,73 @@ def launch(variables: Mapping[str, str] | None = None) -> Launch:
     node = given.get("SLURMD_NODENAME")
     if "RANK" in given and "WORLD_SIZE" in given:
         name = given.get("TORCHELASTIC_RUN_ID")
+        rank, world_size = int(given["RANK"]), int(given["WORLD_SIZE"])
+        local_rank = int(given.get("LOCAL_RANK", "0"))
+        # A program that does not number the processes of a machine starts one on each.
+        local_size = int(given.get("LOCAL_WORLD_SIZE") or (world_size if "LOCAL_RANK" in given else 1))
+        nodes = int(given.get("GROUP_WORLD_SIZE") or -(-world_size // local_size))
+        group = given.get("GROUP_RANK") or str(rank // local_size)
         return Launch(
             "torchrun",
-            int(given["RANK"]),
-            int(given["WORLD_SIZE"]),
-            int(given.get("LOCAL_RANK", "0")),
-            node or given.get("GROUP_RANK", "0"),
+            rank,
+            world_size,
+            local_rank,
+            node or group,
             None if name in (None, "", "none") else name,  # what torchrun says without --rdzv-id
             attempt + int(given.get("TORCHELASTIC_RESTART_COUNT", "0")),
-            int(given.get("LOCAL_WORLD_SIZE", "1")),
+            nodes,
+            local_size if nodes * local_size == world_size else 0,
+            int(group),
         )
     if job and "SLURM_PROCID" in given and "SLURM_STEP_ID" in given:
+        world_size = int(given.get("SLURM_STEP_NUM_TASKS") or given.get("SLURM_NTASKS", "1"))
+        nodes = int(given.get("SLURM_STEP_NUM_NODES") or given.get("SLURM_NNODES", "1"))
+        even = "," not in given.get("SLURM_STEP_TASKS_PER_NODE", "") and world_size % nodes == 0  # as in 2(x3),1
         return Launch(
             "srun",
             int(given["SLURM_PROCID"]),
-            int(given.get("SLURM_STEP_NUM_TASKS") or given.get("SLURM_NTASKS", "1")),
+            world_size,
             int(given.get("SLURM_LOCALID", "0")),
             node or given.get("SLURM_NODEID", "0"),
             f"{job}.{given['SLURM_STEP_ID']}",
             attempt,
-            _tasks_here(given.get("SLURM_STEP_TASKS_PER_NODE", "1"), int(given.get("SLURM_NODEID", "0"))),
+            nodes,
+            world_size // nodes if even else 0,
+            int(given.get("SLURM_NODEID", "0")),
         )
     if job and "SLURM_PROCID" in given:  # an interactive allocation does not number its shell
         return Launch("batch", node=node or "0", id=job, attempt=attempt)
     return Launch("alone")
 
 
-def _tasks_here(tasks: str, node: int) -> int:
-    """Number of tasks on a node of a step, from SLURM's list of them: `2(x3),1` are 2 on three nodes and 1 on a fourth.
+def rendezvous(variables: Mapping[str, str] | None = None) -> tuple[str, int]:
+    """Address and port where the processes of a step of SLURM meet, alike in all of them.
+
+    `MASTER_ADDR` and `MASTER_PORT` are taken where they are set. The port depends on the job, the step and the attempt:
+    steps that share their first machine do not meet each other, nor what an earlier attempt may have left there.
 
     Args:
-        tasks: the list.
-        node: number of the node, from 0.
+        variables: the environment; default: that of this process.
+
+    Raises:
+        ValueError: outside of a step of SLURM, where neither variable is set.
     """
-    for words in tasks.split(","):
-        count, _, times = words.partition("(x")
-        node -= int(times.rstrip(")") or 1)
-        if node < 0:
-            return int(count)
-    return 1
+    given: Mapping[str, str] = os.environ if variables is None else variables
+    if "MASTER_ADDR" in given and "MASTER_PORT" in given:
+        return given["MASTER_ADDR"], int(given["MASTER_PORT"])
+    started = launch(given)
+    if started.by != "srun" or started.id is None:
+        raise ValueError("MASTER_ADDR and MASTER_PORT are not set, and no step of SLURM tells where processes meet")
+    job, step = (int(part) for part in started.id.split("."))
+    port = PORTS[(job * 101 + step * 13 + started.attempt) % len(PORTS)]
+    # Of gpu[07-09,12],cpu3 the first is gpu07.
+    names = given.get("SLURM_STEP_NODELIST") or given.get("SLURM_NODELIST", "127.0.0.1")
+    first = re.sub(r"\[([^],-]+)[^]]*\]", r"\1", names).split(",")[0]
+    return given.get("MASTER_ADDR", first), int(given.get("MASTER_PORT", port))
+
+
+def tasks_of_job(variables: Mapping[str, str] | None = None) -> tuple[int, int]:
+    """How many tasks, and machines, the job of SLURM has that this process belongs to; (1, 1) outside of a job."""
+    given: Mapping[str, str] = os.environ if variables is None else variables
+    nodes = int(given.get("SLURM_JOB_NUM_NODES", "1")) if "SLURM_JOB_ID" in given else 1
+    return max(nodes, int(given.get("SLURM_NTASKS", "1")) if "SLURM_JOB_ID" in given else 1), nodes

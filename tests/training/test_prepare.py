@@ -211,12 +211,13 @@ def test_two_tasks_of_a_launcher_share_the_blocks(
 @pytest.mark.parametrize(
     ("seen", "started", "expected"),
     [
-        (0, Launch("srun", 3, 4, 1, local_world_size=2), ["cpu"]),
+        (0, Launch("srun", 3, 4, 1, per_node=2), ["cpu"]),
         (2, Launch("alone"), ["cuda:0", "cuda:1"]),
         (2, Launch("srun", 1, 2, 0), ["cuda:0", "cuda:1"]),  # a task for each machine
-        (4, Launch("torchrun", 5, 8, 1, local_world_size=4), ["cuda:1"]),
-        (4, Launch("srun", 5, 8, 1, local_world_size=2), ["cuda:1", "cuda:3"]),
-        (1, Launch("srun", 5, 8, 1, local_world_size=4), ["cuda:0"]),  # a device that is this task's alone
+        (4, Launch("torchrun", 5, 8, 1, per_node=4), ["cuda:1"]),
+        (4, Launch("srun", 5, 8, 1, per_node=2), ["cuda:1", "cuda:3"]),
+        (4, Launch("srun", 5, 8, 1, per_node=0), ["cuda:1"]),  # not as many on each machine
+        (1, Launch("srun", 5, 8, 1, per_node=4), ["cuda:0"]),  # a device that is this task's alone
     ],
 )
 def test_tasks_of_a_machine_share_its_devices(

@@ -61,7 +61,7 @@ class ConvertBlock:
         """
         items = BinaryWriter(str(folder), chunk_bytes=CHUNK_BYTES)
         outlines = BinaryWriter(str(folder / RECORDS), chunk_bytes=CHUNK_BYTES)
-        tokenizer = AutoTokenizer.from_pretrained(resolve(self.tokenizer)) if self.tokenizer else None
+        tokenizer = AutoTokenizer.from_pretrained(resolve(self.tokenizer, weights=False)) if self.tokenizer else None
         digest = hashlib.sha256()
         stats: dict[str, Any] = {"records": 0, "images": 0, "image_bytes": 0, "words": [], "tokens": [], "ids": []}
         bad: list[BadSample] = []
@@ -134,7 +134,9 @@ def convert(
         ValueError: when `out` holds something else, or lies inside the source.
     """
     if tokenizer is not None:
-        AutoTokenizer.from_pretrained(resolve(tokenizer))  # a wrong name fails before anything is written
+        AutoTokenizer.from_pretrained(
+            resolve(tokenizer, weights=False)
+        )  # a wrong name fails before anything is written
     if (inside := getattr(source, "path", None)) is not None and out.resolve().is_relative_to(Path(inside).resolve()):
         raise ValueError(f"{out} lies inside the source {inside}, which would then read it: name another folder")
     plan = {
