@@ -131,13 +131,11 @@ class _Task:
         if not is_begun(self.out):
             return {block.index for block in self.blocks}
         try:
-            there = set(os.listdir(self.out / BLOCKS))  # one question to the file system, not one for each block
+            # One question to the file system, not one for each block.
+            indices = {int(name) for name in os.listdir(self.out / BLOCKS) if name.isdecimal()}
         except FileNotFoundError:
             return self.done()
-        for block in self.blocks:
-            name = block_folder(self.out, block.index).name
-            if block.index not in self._whole and name in there and has_block(self.out, block.index):
-                self._whole.add(block.index)
+        self._whole |= {index for index in indices - self._whole if has_block(self.out, index)}
         return self._whole
 
     def sweep(self, place: Place) -> Iterator[Block]:
