@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 from lit_vlm.checkpoints.folder import find_checkpoint, is_complete
 from lit_vlm.core.lora import split_state
 from lit_vlm.core.part import StateDict
-from lit_vlm.core.pretrained import resolve
+from lit_vlm.core.pretrained import is_hub_name, resolve
 from lit_vlm.data import VLMData
 from lit_vlm.model.bases import Base, Found, SavedSlots
 
@@ -103,7 +103,8 @@ def find_start(source: str | Path) -> None:
 
             family, place = found
             find_family(family)
-            resolve(place)
+            if not is_hub_name(place):  # the hub would be asked for the weights themselves
+                resolve(place)
         else:
             _starts_below(find_checkpoint(source))
     except ValueError as error:

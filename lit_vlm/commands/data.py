@@ -12,10 +12,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from lit_vlm.commands.fit import lightning_cli
+from lit_vlm.commands.fit import REFUSED, lightning_cli, unlaunched
+from lit_vlm.core.launcher import launch
 from lit_vlm.data.sets.check import check_set
-from lit_vlm.data.sets.convert import convert
+from lit_vlm.data.sets.convert import TooManyBad, convert
 from lit_vlm.data.sets.forms import FORMS, open_source
+from lit_vlm.data.sets.shared import Place
 from lit_vlm.data.sets.stats import draw, statistics_of, statistics_table
 from lit_vlm.data.sources import Converted, Texts
 from lit_vlm.model.build import build_on_meta
@@ -33,6 +35,8 @@ def main(argv: Sequence[str]) -> None:
         parser.error(f"unknown arguments: {' '.join(rest)}")
     if arguments.verb == "convert":
         _convert(arguments)
+    elif not launch().is_first:
+        return  # one process reads a set; it has `--workers`
     elif arguments.verb == "check":
         _check(arguments)
     else:
@@ -49,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
         help="any of the known forms → LitData shards, every image verified",
         description="Convert a source to LitData shards that hold records and encoded images. Every image is decoded "
         "once; what cannot be used is listed in OUT/bad_samples.jsonl. A conversion that was stopped goes on with the "
-        "same command.",
+        "same command, and all that run it at the same time, as under srun, share the work.",
         epilog=f"Forms: {', '.join(FORMS)}. The form is recognised by the file's ending and its first lines.",
     )
     convert_.add_argument("source", metavar="SOURCE", help="a file or folder")
@@ -64,7 +68,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="KEY=VALUE",
         help="an argument of the form's class, e.g. image_folder=images",
     )
-    convert_.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)")
+    convert_.add_argument(
+        "--workers", type=int, default=_cores(), help="processes of each task (default: one per core)"
+    )
     convert_.add_argument(
         "--max-bad-share", type=float, default=0.05, help="share of unusable records above which it fails (0.05)"
     )
@@ -77,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     check = verbs.add_parser("check", help="verify a converted set", description="Verify a converted set.")
     check.add_argument("set", metavar="SET", help="its folder or address")
     check.add_argument("--decode", action="store_true", help="decode every image again, too")
-    check.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)")
+    check.add_argument("--workers", type=int, default=_cores(), help="processes (default: one per core)")
     stats = verbs.add_parser(
         "stats",
         help="histograms of a converted set",
@@ -88,20 +94,33 @@ def _parser() -> argparse.ArgumentParser:
     )
     stats.add_argument("set", metavar="SET", help="its folder or address")
     stats.add_argument("--png", type=Path, help="where to draw (default: SET/stats.png, or ./stats.png)")
-    stats.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)")
+    stats.add_argument("--workers", type=int, default=_cores(), help="processes (default: one per core)")
     return parser
 
 
+def _cores() -> int:
+    """Cores that this process may use; a job's task is often given a part of its machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _convert(arguments: argparse.Namespace) -> None:
-    source = open_source(arguments.source, arguments.form, arguments.set)
-    info = convert(
-        source,
-        arguments.out,
-        arguments.workers,
-        arguments.max_bad_share,
-        arguments.min_side,
-        arguments.tokenizer,
-    )
+    source, started = open_source(arguments.source, arguments.form, arguments.set), launch()
+    try:
+        info = convert(
+            source,
+            arguments.out,
+            arguments.workers,
+            arguments.max_bad_share,
+            arguments.min_side,
+            arguments.tokenizer,
+            Place(started.rank, started.world_size),
+        )
+    except TooManyBad:
+        if started.is_first:
+            raise
+        sys.exit(REFUSED)  # all tasks find the same, and the first one says it
+    if not started.is_first:
+        return
     console = Console(highlight=False)
     table = Table(title=f"{arguments.out}: {type(source).__name__} converted", show_header=False)
     table.add_row("records", f"{info.records:,}")
@@ -145,7 +164,7 @@ def _check(arguments: argparse.Namespace) -> None:
 def _stats(arguments: argparse.Namespace, config: Sequence[str]) -> None:
     encode = None
     if config:
-        cli = lightning_cli([*config, "--trainer.logger", "false"], run=False)
+        cli = lightning_cli([*config, "--trainer.logger", "false", *unlaunched()], run=False)
         cli.model.model = build_on_meta(cli.model.slots)
         encode = cli.datamodule.sample_encoder(cli.model.input_spec)
     statistics = statistics_of(Converted(arguments.set), arguments.workers, encode)

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from typing import Any, NamedTuple
 
+from lit_vlm.core.launcher import launch
 from lit_vlm.core.plugins import load_plugins, use_plugins
 
 QUIET = ("lightning.pytorch", "lightning.fabric", "torch._subclasses.fake_tensor")
@@ -66,6 +67,13 @@ def lightning_cli(arguments: Sequence[str], run: bool = True) -> Any:
     given = take_plugins(list(arguments))
     load_plugins()  # their classes go by their bare names
     return LitVLMCLI(args=None if given == sys.argv[1:] else given, run=run)
+
+
+def unlaunched() -> list[str]:
+    """Flags by which Lightning ignores who started this process, for commands that do not train."""
+    if launch().by not in ("srun", "torchrun"):
+        return []
+    return ["--trainer.plugins", "lightning.pytorch.plugins.environments.LightningEnvironment"]
 
 
 class Checked(NamedTuple):

@@ -10,9 +10,11 @@ import torch
 import torch.multiprocessing as mp
 from rich.console import Console
 
-from lit_vlm.commands.fit import lightning_cli
+from lit_vlm.commands.fit import lightning_cli, unlaunched
 from lit_vlm.core.batch import ENCODER
+from lit_vlm.core.launcher import Launch, launch
 from lit_vlm.data.datamodule import VLMData
+from lit_vlm.data.sets.shared import Place
 from lit_vlm.model.build import build_on_meta
 from lit_vlm.training.module import LitVLM
 from lit_vlm.training.prepare import PrepareSettings, begin, finish, write_blocks
@@ -29,13 +31,15 @@ def main(argv: Sequence[str]) -> None:
     if arguments.what != "targets":
         parser.error(f"there is nothing called '{arguments.what}' to prepare; write: lit-vlm prepare targets")
     module, data, of, precision = _open(rest, arguments.of)
-    devices = torch.cuda.device_count() or 1
-    begin(module, data, of, arguments.out, arguments.dtype)
-    if devices > 1:
-        mp.spawn(_work, (rest, of, arguments, devices), nprocs=devices)  # type: ignore[attr-defined]
-    else:
-        _write(module, data, of, precision, arguments, 0, devices)
+    devices = _devices(launch())
+    if begin(module, data, of, arguments.out, arguments.dtype):
+        if len(devices) > 1:
+            mp.spawn(_work, (rest, of, arguments, devices), nprocs=len(devices))  # type: ignore[attr-defined]
+        else:
+            _write(module, data, of, precision, arguments, devices, 0)
     info = finish(module, data, of, arguments.out, arguments.dtype)
+    if not launch().is_first:
+        return
     console = Console(highlight=False)
     size = sum(file.stat().st_size for file in arguments.out.glob("chunk-*.bin"))
     console.print(
@@ -47,7 +51,7 @@ def main(argv: Sequence[str]) -> None:
 
 def _open(config: Sequence[str], of: str | None) -> tuple[LitVLM, VLMData, str, str]:
     """The stage's module, with weights of only the network to prepare, its data, the network's name, the precision."""
-    cli = lightning_cli([*config, "--trainer.logger", "false"], run=False)
+    cli = lightning_cli([*config, "--trainer.logger", "false", *unlaunched()], run=False)
     module: LitVLM = cli.model
     module.model = build_on_meta(module.slots)
     teachers = [name for name in module.input_spec.networks if name != ENCODER]
@@ -58,19 +62,33 @@ def _open(config: Sequence[str], of: str | None) -> tuple[LitVLM, VLMData, str, 
     return module, cli.datamodule, of, str(cli.trainer.precision)
 
 
-def _work(rank: int, config: Sequence[str], of: str, arguments: argparse.Namespace, devices: int) -> None:
+def _devices(started: Launch) -> list[str]:
+    """Devices of this process: its share of those it sees, which are the machine's or only its own; at least one."""
+    seen = [f"cuda:{index}" for index in range(torch.cuda.device_count())] or ["cpu"]
+    share = seen[started.local_rank :: started.per_node] if started.per_node else []  # 0: not alike on all machines
+    return share or [seen[started.local_rank % len(seen)]]
+
+
+def _work(index: int, config: Sequence[str], of: str, arguments: argparse.Namespace, devices: list[str]) -> None:
     module, data, _, precision = _open(config, of)
-    _write(module, data, of, precision, arguments, rank, devices)
+    _write(module, data, of, precision, arguments, devices, index)
 
 
 def _write(
-    module: LitVLM, data: VLMData, of: str, precision: str, arguments: argparse.Namespace, rank: int, devices: int
+    module: LitVLM,
+    data: VLMData,
+    of: str,
+    precision: str,
+    arguments: argparse.Namespace,
+    devices: list[str],
+    index: int,
 ) -> None:
-    device = f"cuda:{rank}" if torch.cuda.is_available() else "cpu"
+    started, count = launch(), len(devices)
     if of == ENCODER:
-        module.vlm.encoder.to(device)
+        module.vlm.encoder.to(devices[index])
+    place = Place(started.rank * count + index, started.world_size * count)
     settings = PrepareSettings(
-        arguments.dtype, arguments.batch_size, arguments.workers, device, precision, rank, devices
+        arguments.dtype, arguments.batch_size, arguments.workers, devices[index], precision, place
     )
     write_blocks(module, data, of, arguments.out, settings)
 
@@ -79,7 +97,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lit-vlm prepare targets",
         description="Compute the features of a head's teacher, or of the frozen encoder, for all images that a stage "
-        "trains on, and write them as a LitData set. Work that was stopped goes on with the same command.",
+        "trains on, and write them as a LitData set. Work that was stopped goes on with the same command, and all "
+        "that run it at the same time, as under srun, share the work.",
         epilog="All other flags are those of lit-vlm fit: --config FILE (several), --data.transform Resize, ... "
         "Training reads the set with --data.prepared.NAME OUT.",
         allow_abbrev=False,

@@ -1,9 +1,23 @@
-"""The cache folder: results that are made once on this machine and read again by later runs."""
+"""The cache folder: results that are made once on this machine and read again by later runs.
+
+It may be a folder of one machine, or one that several share. So whatever is put there is written aside and renamed, and
+made by one process while others wait.
+"""
 
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import SoftFileLease, Timeout
+
+PATIENCE = 120.0
+"""Seconds without a sign of life after which the lock of a process on another machine is taken over."""
+SILENT = 2.0
+"""Seconds that a process waits for a lock before it says so."""
 
 
 def cache_dir() -> Path:
@@ -11,3 +25,30 @@ def cache_dir() -> Path:
     path = Path(os.environ.get("LIT_VLM_CACHE", Path.home() / ".cache" / "lit-vlm"))
     path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+@contextmanager
+def held(lock: Path, doing: str) -> Iterator[None]:
+    """Hold a lock among all processes that share a folder, as a context manager.
+
+    It is a file that is touched now and then, as not every shared file system has locks. That of a dead process is
+    taken over: at once on its own machine, elsewhere after `PATIENCE` seconds. Two processes hold it where one that
+    seemed dead was not, so what they write must be whole at once, and the same.
+
+    Args:
+        lock: the file.
+        doing: what the process does that holds it, for the line of those that wait: "draws pictures".
+
+    Raises:
+        OSError: where the file cannot be written.
+    """
+    lease = SoftFileLease(lock, lease_duration=PATIENCE)
+    try:
+        lease.acquire(timeout=SILENT)
+    except Timeout:
+        sys.stderr.write(f"waiting for another process, which {doing}\n")
+        lease.acquire(poll_interval=0.25)
+    try:
+        yield
+    finally:
+        lease.release()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
+
+from lit_vlm.core.fetch import fetched
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 
@@ -34,15 +36,20 @@ def is_offline() -> bool:
     return _folder.get() is not None
 
 
-def configuration(name: str) -> str:
-    """Where transformers finds the configuration of a hub name: a folder, or the name itself for hub or hub cache.
+def configuration(name: str, folders: Sequence[str] = ("",)) -> str:
+    """The folder where transformers finds the configuration of a hub name, of the hub cache or of `configurations_in`.
+
+    Args:
+        name: hub name.
+        folders: as for `core.fetch.fetched`.
 
     Raises:
-        ValueError: inside `configurations_in`, for a name that neither its folder nor the hub cache has.
+        ValueError: inside `configurations_in`, for a name that neither its folder nor the hub cache has; outside, as
+            `core.fetch.fetched`.
     """
     root = _folder.get()
     if root is None:
-        return name
+        return str(fetched(name, False, folders))
     if (folder := root / name).is_dir():
         return str(folder)
     if not is_cached(name, ("config.json",)):

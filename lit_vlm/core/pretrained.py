@@ -28,29 +28,31 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lit_vlm.core.cache import cache_dir
+from lit_vlm.core.cache import cache_dir, held
+from lit_vlm.core.fetch import WEIGHT_SUFFIXES, fetched, hub_files
 from lit_vlm.core.hub import configuration
 from lit_vlm.core.part import real_parameters
 
 MAKER = "lit_vlm.worlds.mini"
 """The module that trains the `made:` parts; imported by name when asked for, as it imports this package itself."""
-WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".pth", ".pt", ".bin")
 
 
-def resolve(source: str, weights: bool = True) -> str:
+def resolve(source: str, weights: bool = True, folders: Sequence[str] = ("",)) -> str:
     """Turn a source into what transformers and `load_weights` can open.
 
     Args:
         source: written in one of the ways that the module's docstring lists.
         weights: whether the weights are wanted; False, for configuration or tokenizer alone, leaves a `made:` part
             untrained, and takes the configuration of a hub name from where `core.hub.configurations_in` says.
+        folders: of a hub model, those whose files are wanted, as for `core.fetch.fetched`.
 
     Returns:
-        a hub name as it is, otherwise a path. A GGUF file becomes a folder in safetensors form, converted once.
+        a path: of a hub name, the folder of the hub cache. A GGUF file becomes a folder in safetensors form, converted
+        once.
 
     Raises:
         ValueError: for a path, package or `made:` part that does not exist, or a GGUF file without the package gguf;
-            and as `core.hub.configuration`.
+            and as `core.hub.configuration` and `core.fetch.fetched`.
     """
     if source.startswith("made:"):
         made = importlib.import_module(MAKER).made
@@ -58,7 +60,7 @@ def resolve(source: str, weights: bool = True) -> str:
     if source.startswith("package:"):
         path = _package_file(source.removeprefix("package:"))
     elif is_hub_name(source):
-        return source if weights else configuration(source)
+        return str(fetched(source, True, folders)) if weights else configuration(source, folders)
     else:
         path = Path(source).expanduser()
         if not path.exists():
@@ -122,15 +124,7 @@ def _in_hub_cache(name: str) -> Path | None:
 
 def _ask_hub(name: str, subfolder: str) -> None:
     """Check that the hub has weights under a name."""
-    from huggingface_hub import HfApi
-
-    try:
-        files = HfApi().list_repo_files(name)
-    except Exception as error:  # no network, no such name, not allowed, offline: each client has errors of its own
-        reason = next(iter(str(error).strip().splitlines()), repr(error))
-        raise ValueError(
-            f"the weights of {name} are not in the hub cache, and the hub does not list them: {reason}"
-        ) from error
+    files = hub_files(name)
     if not any(Path(file).suffix in WEIGHT_SUFFIXES and Path(file).parent == Path(subfolder) for file in files):
         raise ValueError(f"{name} has no weights on the hub: no file ends in {', '.join(WEIGHT_SUFFIXES)}")
 
@@ -247,6 +241,13 @@ def _converted_gguf(path: Path) -> Path:
         return target
     if importlib.util.find_spec("gguf") is None:
         raise ValueError(f"reading {path.name} needs the package gguf: pip install 'lit-vlm[quickstart]'")
+    with held(target.with_suffix(".lock"), f"converts {path.name} to safetensors"):
+        if not target.exists():
+            _convert_gguf(path, target)
+    return target
+
+
+def _convert_gguf(path: Path, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder, name = str(path.parent), path.name
@@ -258,7 +259,7 @@ def _converted_gguf(path: Path) -> Path:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         model.load_state_dict(quantised.state_dict())
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
-    # Written aside and moved: a process that is killed here, or one that races, leaves no half folder behind.
+    # Written aside and moved: a process that is killed here leaves no half folder behind.
     scratch = Path(tempfile.mkdtemp(dir=cache_dir()))
     model.save_pretrained(scratch)
     tokenizer.save_pretrained(scratch)
@@ -266,4 +267,3 @@ def _converted_gguf(path: Path) -> Path:
         scratch.rename(target)
     except OSError:  # another process was first
         shutil.rmtree(scratch)
-    return target

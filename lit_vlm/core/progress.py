@@ -62,6 +62,7 @@ class _Lines:
 
     def __init__(self, console: Console, title: str, total: int, done: int) -> None:
         self.console, self.title, self.total, self.done = console, title, total, done
+        self.before = done
         self.start = self.last = time.perf_counter()
         self._line()
 
@@ -76,4 +77,15 @@ class _Lines:
             self._line(f" ({seconds:.0f} s)")
 
     def _line(self, more: str = "") -> None:
+        speed = (self.done - self.before) / (time.perf_counter() - self.start or 1)
+        if speed:
+            rate = f", {speed:,.0f}/s" if speed >= 10 else f", {speed:.1f}/s"
+            more = rate + (f", {_duration((self.total - self.done) / speed)} left" if self.done < self.total else more)
         self.console.print(f"{self.title}: {self.done:,} of {self.total:,}{more}", soft_wrap=True)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"

@@ -6,23 +6,18 @@ import json
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
 from torch import Tensor
 
 from lit_vlm.core.pretrained import load_weights, shortened
 
-PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.json", "pytorch_model*.bin")
-
 
 def read_folder(source: str) -> dict[str, Tensor]:
-    """All tensors of a folder or hub repository: safetensors, whole or in shards, or else pickled shards.
+    """All tensors of a folder: safetensors, whole or in shards, or else pickled shards.
 
     Raises:
         ValueError: when there is no weight file, a file is damaged, or a file that the index names is missing.
     """
     folder = Path(source)
-    if not folder.is_dir():
-        folder = Path(snapshot_download(source, allow_patterns=list(PATTERNS)))
     for name in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{name}.index.json"
         if index.is_file():

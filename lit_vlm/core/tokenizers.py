@@ -57,13 +57,17 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerFast:
     hub = is_hub_name(source)
     if hub and is_offline() and not is_cached(source, TOKENIZER_FILES):
         return stand_in()
+    # Inside `configurations_in` the folder of a name holds its configuration alone.
+    place = source if hub and is_offline() else resolve(source, weights=False)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source if hub else resolve(source, weights=False))
+        tokenizer = AutoTokenizer.from_pretrained(place)
     except ValueError as error:
         raise ValueError(
             f"there is no tokenizer that can be read in {source}: it needs tokenizer.json, or else tokenizer.model and "
             f"the package sentencepiece ({str(error).strip().splitlines()[0]})"
         ) from error
+    if hub:
+        tokenizer.name_or_path = source  # alike on all machines, whatever their hub cache
     if not tokenizer.is_fast:
         raise ValueError(f"the tokenizer of {source} has no fast version, and labels need its character offsets")
     if tokenizer.pad_token is None:

@@ -40,7 +40,7 @@ class CLIPEmbedding(Encoder):
         if name is None:
             found = made_config("clip_vision_model", config or {}, "CLIPEmbedding")
         else:
-            found = CLIPVisionConfig.from_pretrained(resolve(name, weights=False), subfolder=subfolder)
+            found = CLIPVisionConfig.from_pretrained(resolve(name, False, (subfolder,)), subfolder=subfolder)
         self.backbone = CLIPVisionModelWithProjection(found)
         self.width = found.projection_dim
         self.patch_grid = PatchGrid(found.image_size)
@@ -65,7 +65,10 @@ class CLIPEmbedding(Encoder):
         if self.name is None:
             return None
         return pretrained_backbone(
-            CLIPVisionModelWithProjection, resolve(self.name), self.backbone, subfolder=self.subfolder
+            CLIPVisionModelWithProjection,
+            resolve(self.name, folders=(self.subfolder,)),
+            self.backbone,
+            subfolder=self.subfolder,
         )
 
     def blocks(self) -> list[nn.Module]:

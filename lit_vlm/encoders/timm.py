@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from lit_vlm.core.batch import Images, PixelSpec, VisualTokens
+from lit_vlm.core.cache import cache_dir, held
+from lit_vlm.core.fetch import fetched
 from lit_vlm.core.part import StateDict
 from lit_vlm.core.pretrained import find_weights, load_weights, resolve
 from lit_vlm.encoders.base import Encoder, PatchGrid
@@ -73,7 +75,7 @@ class TimmEncoder(Encoder):
         if self.pretrained is None:
             return None
         if self.pretrained == "hub":
-            state = timm.create_model(self.name, pretrained=True).state_dict()
+            state = _from_hub(self.name)
         else:
             state = _timm_names(self.name, load_weights(resolve(self.pretrained)))
         own = self.backbone.state_dict()
@@ -106,6 +108,20 @@ class TimmEncoder(Encoder):
             features = features.permute(0, 2, 3, 1)
         grids = tuple(self.patch_grid(*size) for size in images.sizes)
         return VisualTokens(features.reshape(-1, self.width), grids)
+
+
+def _from_hub(name: str) -> StateDict:
+    """All weights that timm has published of a model."""
+    published = timm.get_pretrained_cfg(name)
+    if not published.hf_hub_id:  # a plain address, which timm keeps in the cache of torch.hub
+        with held(cache_dir() / f"timm-{name}.lock", f"fetches the weights of {name}"):
+            return timm.create_model(name, pretrained=True).state_dict()
+    folder = fetched(published.hf_hub_id, True)
+    names = (published.hf_hub_filename, "model.safetensors", "pytorch_model.bin")
+    file = next((folder / given for given in names if given and (folder / given).is_file()), None)
+    if file is None:
+        raise ValueError(f"{published.hf_hub_id} has no model.safetensors and no pytorch_model.bin, which timm reads")
+    return timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": str(file)}).state_dict()
 
 
 def _full_name(key: str, state: StateDict) -> str:

@@ -1,17 +1,17 @@
 """Features of a teacher or of a frozen encoder, computed once for all images of a stage's data.
 
-Processes compute blocks of records independently; at the end the blocks are merged into one set.
+Any number of processes share the blocks of records (`data.sets.shared`); at the end the blocks are merged into one set.
 """
 
 from __future__ import annotations
 
 import hashlib
-import shutil
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,10 +23,12 @@ from lit_vlm.core.batch import ENCODER, Images, VisualTokens
 from lit_vlm.core.precision import autocast
 from lit_vlm.data.datamodule import VLMData
 from lit_vlm.data.records import RecordError, image_bytes
+from lit_vlm.data.records.json_files import read_info
 from lit_vlm.data.sample.encode import SampleEncoder
-from lit_vlm.data.sample.prepared import KEYS, VERSION, Dtype, PreparedInfo, image_key, pack_features
-from lit_vlm.data.sets.parallel import Block, blocks_of, progress_bar
-from lit_vlm.data.sets.shards import BLOCKS, CHUNK_BYTES, block_folder, claim, finish_block, merge, read_block
+from lit_vlm.data.sample.prepared import INFO, KEYS, VERSION, Dtype, PreparedInfo, image_key, pack_features
+from lit_vlm.data.sets.parallel import Block, blocks_of
+from lit_vlm.data.sets.shards import CHUNK_BYTES, block_folder, claim, merge, read_block
+from lit_vlm.data.sets.shared import ALONE, Place, finish_once, run_blocks
 from lit_vlm.data.sources import Source
 from lit_vlm.heads import Head
 from lit_vlm.training.module import LitVLM
@@ -45,8 +47,7 @@ class PrepareSettings:
         workers: loader processes.
         device: device that the network runs on.
         precision: precision that the network runs in: `trainer.precision` of the training that will read the features.
-        rank: which of `world_size` processes this is; blocks are dealt out in turn.
-        world_size: number of processes.
+        place: which of the processes that share the work this is.
     """
 
     dtype: Dtype = "bfloat16"
@@ -54,8 +55,7 @@ class PrepareSettings:
     workers: int = 0
     device: str = "cpu"
     precision: str = "32-true"
-    rank: int = 0
-    world_size: int = 1
+    place: Place = ALONE
 
 
 class _Pictures(Dataset[list[tuple[int, Tensor]]]):
@@ -104,7 +104,7 @@ def network_of(module: LitVLM, what: str) -> Network:
 
 
 def write_blocks(module: LitVLM, data: VLMData, what: str, out: Path, settings: PrepareSettings) -> None:
-    """Compute this process's share of the blocks; a block that is complete is not computed again.
+    """Compute the blocks that no other process does; returns when all are whole, whoever computed them.
 
     Args:
         module: with its model built.
@@ -119,21 +119,23 @@ def write_blocks(module: LitVLM, data: VLMData, what: str, out: Path, settings: 
     sources = data.given_train
     encode = data.sample_encoder(module.input_spec)
     network = network_of(module, what)
-    blocks = blocks_of(sum(len(source) for source in sources), BLOCK)[settings.rank :: settings.world_size]
-    missing = [block for block in blocks if read_block(out, block.index) is None]
-    with progress_bar(f"preparing {what}", blocks, missing) as advance:
-        for block in missing:
-            pictures = _Pictures(sources, encode, what, block)
-            loader = DataLoader(pictures, settings.batch_size, num_workers=settings.workers, collate_fn=_join)
-            _write_block(network, loader, block_folder(out, block.index), settings)
-            advance(block)
+
+    def work(block: Block, folder: Path) -> dict[str, Any]:
+        pictures = _Pictures(sources, encode, what, block)
+        loader = DataLoader(pictures, settings.batch_size, num_workers=settings.workers, collate_fn=_join)
+        return _write_block(network, loader, folder, settings)
+
+    run_blocks(_blocks(data), work, out, f"preparing {what}", place=settings.place)
+
+
+def _blocks(data: VLMData) -> list[Block]:
+    return blocks_of(sum(len(source) for source in data.given_train), BLOCK)
 
 
 @torch.no_grad()
 def _write_block(
     network: Network, batches: DataLoader[list[tuple[int, Tensor]]], folder: Path, settings: PrepareSettings
-) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
+) -> dict[str, Any]:
     writer = BinaryWriter(str(folder), chunk_bytes=CHUNK_BYTES)
     keys: list[int] = []
     seen: set[int] = set()
@@ -156,11 +158,14 @@ def _write_block(
             error += float((stored.float() - computed).abs().sum())
             total += float(computed.abs().sum())
     writer.done()
-    finish_block(folder, {"keys": keys, "width": width, "error": error, "total": total})
+    return {"keys": keys, "width": width, "error": error, "total": total}
 
 
-def begin(module: LitVLM, data: VLMData, what: str, out: Path, dtype: Dtype) -> None:
+def begin(module: LitVLM, data: VLMData, what: str, out: Path, dtype: Dtype) -> bool:
     """Claim the folder `out` for these features, or check that it is theirs; call it before any `write_blocks`.
+
+    Returns:
+        whether there is something left to do.
 
     Raises:
         ValueError: when the folder holds something else, or the model has no network of that name.
@@ -172,19 +177,22 @@ def begin(module: LitVLM, data: VLMData, what: str, out: Path, dtype: Dtype) -> 
     digest = hashlib.sha256(how.encode()).hexdigest()[:16]
     plan = {"version": VERSION, "what": what, "sources": fingerprints, "network": digest, "dtype": dtype}
     claim(out, plan, BLOCK)
+    return not (out / INFO).is_file()
 
 
 def finish(module: LitVLM, data: VLMData, what: str, out: Path, dtype: Dtype) -> PreparedInfo:
-    """Merge the blocks of all processes into one set.
+    """Merge the blocks of all processes into one set, once; what `prepared.json` of the set says.
 
     Raises:
         ValueError: when blocks are missing, or hold no features at all.
     """
-    sources = data.given_train
-    blocks = blocks_of(sum(len(source) for source in sources), BLOCK)
-    written = [one for block in blocks if (one := read_block(out, block.index)) is not None]
-    if len(written) < len(blocks):
-        raise ValueError(f"{out}: {len(blocks) - len(written)} blocks are missing; the same command goes on")
+    finish_once(out, INFO, lambda: _merge(module, data, what, out, dtype))
+    return read_info(out / INFO, PreparedInfo, VERSION)
+
+
+def _merge(module: LitVLM, data: VLMData, what: str, out: Path, dtype: Dtype) -> None:
+    sources, blocks = data.given_train, _blocks(data)
+    written = [read_block(out, block.index) for block in blocks]
     if not any(one["keys"] for one in written):
         names = ", ".join(f"'{source.name}'" for source in sources)
         raise ValueError(
@@ -209,5 +217,3 @@ def finish(module: LitVLM, data: VLMData, what: str, out: Path, dtype: Dtype) ->
         error=sum(one["error"] for one in written) / max(1e-12, sum(one["total"] for one in written)),
     )
     info.write(out)
-    shutil.rmtree(out / BLOCKS)
-    return info

@@ -7,7 +7,6 @@ kept in the cache. `made:scenes-decoder` has read the scenes' language; `made:sc
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -18,7 +17,6 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from filelock import FileLock
 from rich.progress import Progress
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -26,6 +24,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Muon, Optimizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from lit_vlm.core.cache import held
 from lit_vlm.core.precision import choose
 from lit_vlm.data.sample.templates import Span, VicunaV1
 from lit_vlm.worlds.scenes import Scene, Scenes, render, sample_scene
@@ -77,14 +76,18 @@ def made(name: str, cache: Path, weights: bool = True) -> Path:
     target = cache / f"{name}-{PARTS[name]}"
     target.mkdir(exist_ok=True)
     wanted = target / ("config.json" if name == "scenes-decoder" and not weights else "model.safetensors")
-    with FileLock(cache / f"{name}.lock"):
+    if wanted.exists():
+        return target if name == "scenes-decoder" else wanted
+    with held(cache / f"{name}.lock", f"trains made:{name}"):
         if not wanted.exists():
             # A process of its own: the caller may have set another dtype, device or thread count.
             goal = "weights" if weights else "config"
             with tempfile.TemporaryDirectory(dir=cache) as scratch:
                 subprocess.run([sys.executable, "-m", "lit_vlm.worlds.mini", name, goal, scratch], check=True)
-                for file in Path(scratch).iterdir():
-                    shutil.move(file, target / file.name)
+                # What is looked for comes last: whoever sees it finds the others, wherever this process is stopped.
+                last = ("config.json", "model.safetensors")
+                for file in sorted(Path(scratch).iterdir(), key=lambda file: (file.name in last, file.name)):
+                    file.replace(target / file.name)
     return target if name == "scenes-decoder" else wanted
 
 

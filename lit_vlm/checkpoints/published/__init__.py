@@ -113,7 +113,7 @@ def _check_family(family: Family, config: Mapping[str, Any] | str | None) -> Non
     """Refuse a configuration (or a folder with one) of another family; a `model_type` of no family passes."""
     if not family.model_types:  # its folders need not have a config.json
         return
-    settings = read_config(resolve(config)) if isinstance(config, str) else config or {}
+    settings = read_config(resolve(config, weights=False)) if isinstance(config, str) else config or {}
     found = settings.get("model_type")
     others = [other.name for other in FAMILIES.values() if found in other.model_types]
     if others and found not in family.model_types:

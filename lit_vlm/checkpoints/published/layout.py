@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download, save_torch_state_dict
+from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
 from lit_vlm.core.batch import Batch
@@ -229,15 +229,12 @@ def fill(model: VLM, slots: SlotStates, shown: Callable[[str, str], str]) -> Non
 
 
 def read_config(folder: str) -> dict[str, Any]:
-    """The published configuration of a folder or hub repository.
+    """The published configuration of a folder.
 
     Raises:
         ValueError: when the folder has no config.json, or one that is no JSON object.
     """
-    path = Path(folder) / "config.json"
-    if not Path(folder).is_dir():
-        path = Path(hf_hub_download(folder, "config.json"))
-    return read_json(path)
+    return read_json(Path(folder) / "config.json")
 
 
 def export_folder(

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import save_torch_state_dict, snapshot_download
+from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 from transformers import CLIPImageProcessor, SiglipImageProcessor
 
@@ -27,7 +27,7 @@ from lit_vlm.checkpoints.published.layout import (
 )
 from lit_vlm.core.part import meta_parameters
 from lit_vlm.core.pretrained import resolve
-from lit_vlm.core.safetensors import PATTERNS, read_folder
+from lit_vlm.core.safetensors import read_folder
 from lit_vlm.data import ImageTransform, PadSquare, Resize
 from lit_vlm.decoders import HFDecoder
 from lit_vlm.embedders import Splice
@@ -129,10 +129,7 @@ def _without_unused_blocks(state: Mapping[str, Tensor], config: Mapping[str, Any
 
 def _read(source: str, given: Mapping[str, Any] | None = None) -> Layout:
     """A published folder or hub repository by slot; `given` replaces its configuration."""
-    folder = Path(resolve(source))
-    if not folder.is_dir():
-        patterns = [*PATTERNS, *(f"*/{pattern}" for pattern in PATTERNS), "*.model"]
-        folder = Path(snapshot_download(source, allow_patterns=patterns))
+    folder = Path(resolve(source, folders=("", *PARTS)))
     config = dict(given or read_config(str(folder)))
     if not (folder / "llm").is_dir():
         return _layout(read_folder(str(folder)), config, str(folder))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lit_vlm.data.records import Image, RecordError, open_image
 from lit_vlm.data.records.json_files import read_json
-from lit_vlm.data.sets.parallel import Block, run_blocks
+from lit_vlm.data.sets.parallel import Block, map_blocks
 from lit_vlm.data.sources.converted import RECORDS, Converted, decode_record
 
 
@@ -83,7 +83,7 @@ def check_set(path: str, decode: bool, workers: int = 0) -> list[str]:
         for i, (start, end) in enumerate(zip([0, *source.info.parts], source.info.parts, strict=False))
     ]
     digest = hashlib.sha256()
-    for found, digests in run_blocks(blocks, _CheckBlock(source, decode), workers, f"checking {source.name}"):
+    for found, digests in map_blocks(blocks, _CheckBlock(source, decode), workers, f"checking {source.name}"):
         problems += found
         digest.update(hashlib.sha256(digests).hexdigest().encode())
     if not problems and digest.hexdigest()[:16] != source.info.fingerprint:

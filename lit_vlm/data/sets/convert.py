@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,13 +19,20 @@ import lit_vlm
 from lit_vlm.core.batch import BadSample
 from lit_vlm.core.pretrained import resolve
 from lit_vlm.data.records import Image, RecordError, image_bytes, open_image
-from lit_vlm.data.sets.parallel import Block, blocks_of, run_blocks
+from lit_vlm.data.records.json_files import read_info
+from lit_vlm.data.sets.parallel import Block, blocks_of
 from lit_vlm.data.sets.scan import id_value
-from lit_vlm.data.sets.shards import BLOCKS, CHUNK_BYTES, block_folder, claim, finish_block, merge, read_block
+from lit_vlm.data.sets.shards import CHUNK_BYTES, block_folder, claim, merge, read_block
+from lit_vlm.data.sets.shared import ALONE, Place, finish_once, run_blocks
 from lit_vlm.data.sources.base import Source, describe
-from lit_vlm.data.sources.converted import RECORDS, VERSION, SetInfo, encode_record
+from lit_vlm.data.sources.converted import INFO, RECORDS, VERSION, SetInfo, encode_record
 
 BLOCK = 4096
+"""Most records of a block."""
+SMALLEST = 32
+"""Fewest records of a block, but for the last."""
+BLOCKS_WANTED = 256
+"""Number of blocks of a source that is neither small nor large: enough for many processes to share evenly."""
 
 
 class TooManyBad(ValueError):
@@ -35,31 +41,27 @@ class TooManyBad(ValueError):
 
 @dataclass(frozen=True)
 class ConvertBlock:
-    """Writes one block of records into a folder of its own, so that a finished block is not converted again.
+    """Writes one block of records into a folder of its own.
 
     Attributes:
         source: the source that is converted.
-        out: folder of the set.
         min_side: an image with a shorter side in pixels cannot be used.
         tokenizer: source of the tokenizer that tokens are counted with; None counts none.
     """
 
     source: Source
-    out: Path
     min_side: int
     tokenizer: str | None
 
-    def __call__(self, block: Block) -> dict[str, Any]:
+    def __call__(self, block: Block, folder: Path) -> dict[str, Any]:
         """Convert a block.
 
         Returns:
-            counts, hash and bad records of the block, as `finish_block` writes them.
+            counts, hash and bad records of the block.
         """
-        folder = block_folder(self.out, block.index)
-        shutil.rmtree(folder, ignore_errors=True)
         items = BinaryWriter(str(folder), chunk_bytes=CHUNK_BYTES)
         outlines = BinaryWriter(str(folder / RECORDS), chunk_bytes=CHUNK_BYTES)
-        tokenizer = AutoTokenizer.from_pretrained(resolve(self.tokenizer)) if self.tokenizer else None
+        tokenizer = AutoTokenizer.from_pretrained(resolve(self.tokenizer, weights=False)) if self.tokenizer else None
         digest = hashlib.sha256()
         stats: dict[str, Any] = {"records": 0, "images": 0, "image_bytes": 0, "words": [], "tokens": [], "ids": []}
         bad: list[BadSample] = []
@@ -87,9 +89,7 @@ class ConvertBlock:
                 stats["tokens"].append(len(tokenizer(text, add_special_tokens=False).input_ids))
         items.done()
         outlines.done()
-        finished = {**stats, "digest": digest.hexdigest(), "bad": [sample._asdict() for sample in bad]}
-        finish_block(folder, finished)
-        return finished
+        return {**stats, "digest": digest.hexdigest(), "bad": [sample._asdict() for sample in bad]}
 
     def _verified(self, image: Image) -> tuple[bytes, tuple[int, int]]:
         """Bytes and (width, height) of an image that decodes as a whole."""
@@ -110,8 +110,11 @@ def convert(
     max_bad_share: float = 0.05,
     min_side: int = 4,
     tokenizer: str | None = None,
+    place: Place = ALONE,
 ) -> SetInfo:
-    """Convert a source to a set; a conversion that was stopped goes on where it was.
+    """Convert a source to a set, alone or together with other tasks; one that was stopped goes on where it was.
+
+    The set is the same, byte for byte, whoever converted which block.
 
     Args:
         source: the source that is read.
@@ -120,6 +123,7 @@ def convert(
         max_bad_share: largest share of records that cannot be used, 0 to 1.
         min_side: an image with a shorter side in pixels cannot be used.
         tokenizer: source of the tokenizer that tokens are counted with; None counts none.
+        place: which of the tasks that convert into this folder this is.
 
     Returns:
         what `lit_vlm.json` of the set says.
@@ -130,10 +134,11 @@ def convert(
         ValueError: when `out` holds something else, or lies inside the source.
     """
     if tokenizer is not None:
-        AutoTokenizer.from_pretrained(resolve(tokenizer))  # a wrong name fails before anything is written
+        AutoTokenizer.from_pretrained(
+            resolve(tokenizer, weights=False)
+        )  # a wrong name fails before anything is written
     if (inside := getattr(source, "path", None)) is not None and out.resolve().is_relative_to(Path(inside).resolve()):
         raise ValueError(f"{out} lies inside the source {inside}, which would then read it: name another folder")
-    size = max(16, min(BLOCK, -(-len(source) // (8 * max(1, workers)))))
     plan = {
         "version": VERSION,
         "source": source.fingerprint(),
@@ -141,19 +146,14 @@ def convert(
         "reader": describe(source),
         "min_side": min_side,
     }
-    size = claim(out, plan | {"tokenizer": tokenizer}, size)
+    # By the source alone, so that the set does not depend on the machine that begins it.
+    size = claim(out, plan | {"tokenizer": tokenizer}, max(SMALLEST, min(BLOCK, -(-len(source) // BLOCKS_WANTED))))
     blocks = blocks_of(len(source), size)
-    missing = [block for block in blocks if read_block(out, block.index) is None]
-    done = [block for block in blocks if block not in missing]
-    work = ConvertBlock(source, out, min_side, tokenizer)
-    for _ in run_blocks(missing, work, workers, f"converting {source.name}", done):
-        pass
-    parts = [part for block in blocks if (part := read_block(out, block.index)) is not None]
-    bad = [BadSample(**sample) for part in parts for sample in part["bad"]]
-    with (out / "bad_samples.jsonl").open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(sample._asdict()) + "\n" for sample in bad)
-    _check_share(bad, len(source), max_bad_share, out)
-    return _finish(source, out, parts, bad, tokenizer)
+    if not (out / INFO).is_file():
+        work = ConvertBlock(source, min_side, tokenizer)
+        run_blocks(blocks, work, out, f"converting {source.name}", workers, place)
+    finish_once(out, INFO, lambda: _finish(source, out, blocks, max_bad_share, tokenizer))
+    return read_info(out / INFO, SetInfo, VERSION)
 
 
 def _check_share(bad: Sequence[BadSample], total: int, share: float, out: Path) -> None:
@@ -167,10 +167,13 @@ def _check_share(bad: Sequence[BadSample], total: int, share: float, out: Path) 
         )
 
 
-def _finish(
-    source: Source, out: Path, parts: list[dict[str, Any]], bad: list[BadSample], tokenizer: str | None
-) -> SetInfo:
-    """Put the parts together; `lit_vlm.json` comes last, so that a set that has it is whole."""
+def _finish(source: Source, out: Path, blocks: Sequence[Block], max_bad_share: float, tokenizer: str | None) -> None:
+    """Put the blocks together; `lit_vlm.json` comes last, so that a set that has it is whole."""
+    parts = [read_block(out, block.index) for block in blocks]
+    bad = [BadSample(**sample) for part in parts for sample in part["bad"]]
+    with (out / "bad_samples.jsonl").open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(sample._asdict()) + "\n" for sample in bad)
+    _check_share(bad, len(source), max_bad_share, out)
     has_images = any(part["images"] for part in parts)
     folders = [block_folder(out, index) for index in range(len(parts))]
     chunks = merge(folders, out)
@@ -194,8 +197,6 @@ def _finish(
         tokens=tokens,
     )
     info.write(out)
-    shutil.rmtree(out / BLOCKS)
-    return info
 
 
 def _joined(parts: Sequence[dict[str, Any]], key: str) -> NDArray[np.int64]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,29 +40,11 @@ def _one(items: Sequence[Any]) -> Any:
     return items[0]
 
 
-@contextmanager
-def progress_bar(title: str, blocks: Sequence[Block], missing: Sequence[Block]) -> Iterator[Callable[[Block], None]]:
-    """Show progress over the records of blocks, as a context manager.
-
-    Args:
-        title: what is being done.
-        blocks: all blocks.
-        missing: the blocks that were not done before.
-
-    Yields:
-        a function to call with each block that is done.
-    """
-    total, left = (sum(block.end - block.start for block in some) for some in (blocks, missing))
-    with progress(title, total, total - left) as advance:
-        yield lambda block: advance(block.end - block.start)
-
-
-def run_blocks(
+def map_blocks(
     blocks: Sequence[Block],
     function: Callable[[Block], Any],
     workers: int,
     title: str,
-    done: Sequence[Block] = (),
 ) -> Iterator[Any]:
     """Yield the result of each block, in order.
 
@@ -72,10 +53,9 @@ def run_blocks(
         function: block → result, run in a worker; it pickles, and so does its result.
         workers: number of processes; 0 works in this one.
         title: of the progress bar.
-        done: blocks that were done before.
     """
     loader = DataLoader(_Work(blocks, function), batch_size=1, num_workers=min(workers, len(blocks)), collate_fn=_one)
-    with progress_bar(title, [*done, *blocks], blocks) as advance:
+    with progress(title, sum(block.end - block.start for block in blocks)) as advance:
         for block, result in zip(blocks, loader, strict=True):
-            advance(block)
+            advance(block.end - block.start)
             yield result

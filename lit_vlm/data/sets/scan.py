@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import os
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from filelock import FileLock
 from numpy.typing import NDArray
 
-from lit_vlm.core.cache import cache_dir
+from lit_vlm.core.cache import cache_dir, held
 from lit_vlm.data.records import Record, RecordError
-from lit_vlm.data.sets.parallel import Block, blocks_of, run_blocks
+from lit_vlm.data.sets.parallel import Block, blocks_of, map_blocks
 from lit_vlm.data.sources.base import Source, describe
 
 BLOCK = 2048
@@ -68,8 +67,8 @@ def scan(
     identity = f"{describe(source)} {source.fingerprint()} {key}"
     file = cache_dir() / "scans" / f"{hashlib.sha256(identity.encode()).hexdigest()[:24]}.npy"
     file.parent.mkdir(parents=True, exist_ok=True)
-    # The first process of a machine measures, the others wait for its file.
-    with FileLock(file.with_suffix(".lock")):
+    # The first process of those that share the cache measures, the others wait for its file.
+    with held(file.with_suffix(".lock"), f"measures {source.name}"):
         if file.is_file():
             found = np.load(file)
             if found.shape == (len(source), columns):
@@ -78,11 +77,11 @@ def scan(
         indices = range(len(source)) if first is None else np.unique(first).tolist()
         work = _ScanBlock(source, measure, columns, indices)
         processes = workers if len(indices) > BLOCK else 0
-        parts = list(run_blocks(blocks_of(len(indices), BLOCK), work, processes, f"{title} {source.name}"))
+        parts = list(map_blocks(blocks_of(len(indices), BLOCK), work, processes, f"{title} {source.name}"))
         found = np.concatenate(parts) if parts else np.zeros((0, columns), np.int64)
         if first is not None:
             found = found[np.searchsorted(indices, first)]
-        scratch = file.with_suffix(f".{os.getpid()}.partial.npy")
+        scratch = file.with_suffix(f".{uuid.uuid4().hex}.partial.npy")
         np.save(scratch, found)
         scratch.replace(file)
     return found

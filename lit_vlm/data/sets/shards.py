@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import uuid
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,10 @@ from lit_vlm.data.records.json_files import read_json
 
 BLOCKS = "parts"
 """Folder of the blocks; its name is that of earlier versions, so that their unfinished work can go on."""
+PLAN = "plan.json"
+"""File that says what the blocks are of; it lies with them, and later with the result."""
+SCRATCH = re.compile(r"\..+-[0-9a-f]{32}")
+"""Names of files and folders that are moved to their places when they are whole."""
 CHUNK_BYTES = 1 << 26
 
 
@@ -24,23 +31,27 @@ def block_folder(out: Path, index: int) -> Path:
 
 def finish_block(folder: Path, facts: dict[str, Any]) -> None:
     """Mark a block as whole, and keep its facts (counts, hash, bad records) in `part.json`."""
-    scratch = folder / "part.json.partial"
-    scratch.write_text(json.dumps(facts), encoding="utf-8")
-    scratch.replace(folder / "part.json")
+    write_json(folder / "part.json", facts)
 
 
-def read_block(out: Path, index: int) -> dict[str, Any] | None:
-    """The facts that `finish_block` kept; None while the block is not whole.
+def has_block(out: Path, index: int) -> bool:
+    """Whether a block is whole."""
+    return (block_folder(out, index) / "part.json").is_file()
+
+
+def read_block(out: Path, index: int) -> dict[str, Any]:
+    """The facts that `finish_block` kept of a block that is whole.
 
     Raises:
-        ValueError: for a damaged file.
+        ValueError: for a file that is damaged or absent.
     """
-    file = block_folder(out, index) / "part.json"
-    return read_json(file) if file.is_file() else None
+    return read_json(block_folder(out, index) / "part.json")
 
 
 def claim(out: Path, plan: dict[str, Any], block: int) -> int:
-    """Claim a folder for some work, or check that it was begun for the same work.
+    """Claim a folder for some work, or check that it was claimed for the same work, now or before.
+
+    Any number of processes may do this at once; the first decides on the size of blocks.
 
     Args:
         out: the folder.
@@ -53,23 +64,59 @@ def claim(out: Path, plan: dict[str, Any], block: int) -> int:
     Raises:
         ValueError: when the folder holds something else.
     """
-    file = out / BLOCKS / "plan.json"
-    if file.is_file():
-        begun = read_json(file)
-        block = begun.pop("block")
-        if begun != plan:
-            changed = "; ".join(f"{key} {begun.get(key)} → {plan[key]}" for key in plan if begun.get(key) != plan[key])
-            raise ValueError(
-                f"{out} holds unfinished work on something else ({changed}): remove it, or name another folder"
-            )
-        return block
-    if out.exists() and visible(out.iterdir()):
-        raise ValueError(f"{out} is not empty: remove it, or name another folder")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    scratch = file.with_suffix(".partial")
-    scratch.write_text(json.dumps({**plan, "block": block}), encoding="utf-8")
-    scratch.replace(file)
+    for _ in range(2):  # what is there may be finished by another task while it is looked at
+        for file in (out / PLAN, out / BLOCKS / PLAN):
+            if file.is_file():
+                return _same_plan(out, read_json(file), plan)
+        if not (out.exists() and visible(out.iterdir())) and _begin(out, {**plan, "block": block}):
+            return block
+    raise ValueError(f"{out} is not empty: remove it, or name another folder")
+
+
+def _begin(out: Path, plan: dict[str, Any]) -> bool:
+    """Make the folder of blocks with the plan in it, at once; False when another process did so before."""
+    scratch = out / f".{BLOCKS}-{uuid.uuid4().hex}"
+    scratch.mkdir(parents=True)
+    write_json(scratch / PLAN, plan)
+    try:
+        scratch.rename(out / BLOCKS)
+    except OSError:
+        shutil.rmtree(scratch)
+        return False
+    return True
+
+
+def _same_plan(out: Path, begun: dict[str, Any], plan: dict[str, Any]) -> int:
+    """Records per block of the work that was begun, if its plan is the same; raises ValueError if it is not."""
+    block: int = begun.pop("block")
+    if begun != plan:
+        changed = "; ".join(f"{key} {begun.get(key)} → {plan[key]}" for key in plan if begun.get(key) != plan[key])
+        state = "unfinished work on" if is_begun(out) else "the result of"
+        raise ValueError(f"{out} holds {state} something else ({changed}): remove it, or name another folder")
     return block
+
+
+def is_begun(out: Path) -> bool:
+    """Whether a folder holds blocks that were not put together yet, or not put away."""
+    return (out / BLOCKS / PLAN).is_file()
+
+
+def keep_plan(out: Path) -> None:
+    """Keep the plan with the result, so that the same command knows later that its work is done."""
+    write_json(out / PLAN, read_json(out / BLOCKS / PLAN))
+
+
+def put_away(out: Path) -> None:
+    """Remove the blocks of a folder whose result is whole, all at once, so that nobody takes some of them for all."""
+    with suppress(FileNotFoundError):
+        (out / BLOCKS).rename(out / f".{BLOCKS}-{uuid.uuid4().hex}")
+    places = (out, *(file for file in visible(out.iterdir()) if file.is_dir()))
+    for scratch in [file for place in places for file in place.iterdir() if SCRATCH.fullmatch(file.name)]:
+        # Also of tasks that died; others may still hold a file open there, or remove the same.
+        if scratch.is_dir():
+            shutil.rmtree(scratch, ignore_errors=True)
+        else:
+            scratch.unlink(missing_ok=True)
 
 
 def merge(folders: Sequence[Path], out: Path) -> list[int]:
@@ -93,16 +140,28 @@ def merge(folders: Sequence[Path], out: Path) -> list[int]:
             config = config or index["config"]
             for chunk in index["chunks"]:
                 name = f"chunk-{len(chunks):06d}.bin"
-                (out / name).unlink(missing_ok=True)
-                try:
-                    os.link(folder / chunk["filename"], out / name)
-                except OSError:  # not every file system has links
-                    shutil.copyfile(folder / chunk["filename"], out / name)
+                _put(folder / chunk["filename"], out / name)
                 chunks.append({**chunk, "filename": name})
-    scratch = out / "index.json.partial"
-    scratch.write_text(json.dumps({"chunks": chunks, "config": config}), encoding="utf-8")
-    scratch.replace(out / "index.json")
+    write_json(out / "index.json", {"chunks": chunks, "config": config})
     return [chunk["chunk_size"] for chunk in chunks]
+
+
+def _put(file: Path, target: Path) -> None:
+    """Link or copy a file to a place that never lacks one in between."""
+    scratch = target.with_name(f".{target.name}-{uuid.uuid4().hex}")
+    try:
+        os.link(file, scratch)
+    except OSError:  # not every file system has links
+        shutil.copyfile(file, scratch)
+    scratch.replace(target)
+    scratch.unlink(missing_ok=True)  # nothing is moved where both are links to one file
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Write a JSON file at once; of processes that write it at the same time, the last wins."""
+    scratch = file.with_name(f".{file.name}-{uuid.uuid4().hex}")
+    scratch.write_text(json.dumps(content), encoding="utf-8")
+    scratch.replace(file)
 
 
 def _indices(folder: Path) -> Iterator[dict[str, Any]]:

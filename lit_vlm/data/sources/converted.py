@@ -10,9 +10,9 @@ Layout of a set:
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
@@ -23,7 +23,6 @@ from litdata import StreamingDataset
 from litdata.streaming.downloader import get_downloader
 from numpy.typing import NDArray
 
-from lit_vlm.core.cache import cache_dir
 from lit_vlm.data.records import Content, Image, Message, Record, Text
 from lit_vlm.data.records.json_files import read_info
 from lit_vlm.data.records.media import refuse_marks
@@ -159,15 +158,16 @@ class Converted(Source):
         return self.__dict__ | {"_streams": {}}
 
     def _read_info(self) -> SetInfo:
-        file = Path(self.path) / INFO
-        if self.remote:
-            folder = cache_dir() / "sets" / hashlib.sha256(self.path.encode()).hexdigest()[:16]
-            folder.mkdir(parents=True, exist_ok=True)
-            file = folder / INFO
-            file.unlink(missing_ok=True)
-            get_downloader(self.path, str(folder), [], self.storage_options).download_file(
-                f"{self.path}/{INFO}", str(file)
+        if not self.remote:
+            return self._info_in(Path(self.path))
+        with tempfile.TemporaryDirectory() as folder:
+            get_downloader(self.path, folder, [], self.storage_options).download_file(
+                f"{self.path}/{INFO}", f"{folder}/{INFO}"
             )
+            return self._info_in(Path(folder))
+
+    def _info_in(self, folder: Path) -> SetInfo:
+        file = folder / INFO
         if not file.is_file():
             words = f"{self.path} OUT" if os.path.isfile(self.path) else f"SOURCE {self.path}"
             raise ValueError(

@@ -392,8 +392,20 @@ def test_another_source_is_not_mixed_into_an_unfinished_conversion(tmp_path: Pat
     with pytest.raises(ValueError, match=r"unfinished work on something else \(.*records 400 → 300"):
         convert(Count("n", 300), tmp_path / "out")
     convert(Count("n", 400), tmp_path / "out")
+    with pytest.raises(ValueError, match=r"the result of something else \(.*records 400 → 300"):
+        convert(Count("n", 300), tmp_path / "out")
+    (tmp_path / "out" / "plan.json").unlink()  # as earlier versions left a set
     with pytest.raises(ValueError, match="is not empty"):
         convert(Count("n", 400), tmp_path / "out")
+
+
+def test_the_same_command_leaves_a_finished_set_alone(tmp_path: Path) -> None:
+    info = convert(Count("n", 400), tmp_path / "out")
+    before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")}
+    again = Count("n", 400)
+    again._on_record = pytest.fail  # type: ignore[assignment]
+    assert convert(again, tmp_path / "out") == info
+    assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")} == before
 
 
 def test_check_says_what_is_wrong(tmp_path: Path) -> None:
