@@ -9,7 +9,9 @@ from callbacks.memory import Memory
 from callbacks.planned import Planned
 from callbacks.predictions import Predictions
 from callbacks.sources import Sources
+from callbacks.stragglers import Stragglers
 from callbacks.throughput import Throughput
+from callbacks.watchdog import Watchdog
 
 __all__ = [
     "Checkpoint",
@@ -21,5 +23,7 @@ __all__ = [
     "Planned",
     "Predictions",
     "Sources",
+    "Stragglers",
     "Throughput",
+    "Watchdog",
 ]

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
-from callbacks import Checkpoint
+from callbacks import Checkpoint, Watchdog
 from lit_vlm.checkpoints.folder import checkpoints_in, find_checkpoint, run_folder
 from lit_vlm.commands.flags import explain, innermost
 from lit_vlm.commands.named_sources import Parser
@@ -31,7 +31,8 @@ from lit_vlm.training.trainer import Trainer
 WORDS = ("last", "best", "hpc")
 """Words that Lightning takes for `--ckpt_path` besides paths: they name checkpoints in the run's own folder."""
 DEFAULT_CALLBACKS = tuple(
-    f"callbacks.{name}" for name in ("FreezeGuard", "GradientMonitor", "Planned", "Memory", "Sources", "Throughput")
+    f"callbacks.{name}"
+    for name in ("FreezeGuard", "GradientMonitor", "Planned", "Memory", "Sources", "Throughput", "Stragglers")
 )
 
 
@@ -84,10 +85,11 @@ class LitVLMCLI(LightningCLI):
         return [flag.lstrip("-") for one in parsers for action in one._actions for flag in action.option_strings]
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Give `checkpoint` a key of its own, as flags cannot change an item inside the list of callbacks."""
+        """Give `checkpoint` and `watchdog` own keys, as flags cannot change an item in the list of callbacks."""
         assert isinstance(parser, Parser)
         parser.check_names()
         parser.add_lightning_class_args(Checkpoint, "checkpoint")
+        parser.add_lightning_class_args(Watchdog, "watchdog")
         parser.set_defaults({"trainer.callbacks": [{"class_path": path} for path in DEFAULT_CALLBACKS]})
 
     def before_instantiate_classes(self) -> None:

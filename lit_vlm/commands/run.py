@@ -27,7 +27,7 @@ from lit_vlm.commands.runs import STATE_FILE, RunState
 from lit_vlm.core.launcher import launch
 from lit_vlm.core.plugins import named_plugins, nearest, use_plugins
 
-KEYS = ("model", "data", "trainer", "checkpoint")
+KEYS = ("model", "data", "trainer", "checkpoint", "watchdog")
 """What flags begin with that are of no single stage."""
 
 

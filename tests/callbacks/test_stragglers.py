@@ -1,0 +1,82 @@
+"""A process that stays slower than the others is named, with what takes its time; others are not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from callbacks import Stragglers
+from callbacks.stragglers import Episodes, Slowest
+from tests.callbacks.test_callbacks import data, lit, trainer
+from tests.callbacks.test_watchdog import two_ranks
+
+NAMES = ["rank 0 on node a", "rank 1 on node a", "rank 2 on node b"]
+EVEN = [[0.0, 0.10], [0.01, 0.10], [0.0, 0.11]]
+COMPUTES = [[0.0, 0.10], [0.0, 0.10], [0.0, 0.15]]
+READS = [[0.0, 0.10], [0.09, 0.10], [0.01, 0.10]]
+
+
+def test_the_slowest_is_held_against_the_median_of_the_others() -> None:
+    found = Slowest.of(COMPUTES)
+    assert (found.rank, found.ratio, found.by_data) == (2, pytest.approx(1.5), False)
+    found = Slowest.of(READS)
+    assert (found.rank, found.data_share, found.by_data) == (1, pytest.approx(0.09 / 0.19), True)
+
+
+def test_who_is_slow_for_long_is_named_once_and_again_when_it_is_over() -> None:
+    episodes = Episodes(1.2, 3, NAMES)
+    rows = [
+        EVEN,
+        COMPUTES,
+        COMPUTES,
+        EVEN,
+        COMPUTES,
+        COMPUTES,
+        COMPUTES,
+        COMPUTES,
+        EVEN,
+        COMPUTES,
+        EVEN,
+        EVEN,
+        EVEN,
+        EVEN,
+    ]
+    news = {index: line for index, row in enumerate(rows) if (line := episodes.take(row))}
+    assert list(news) == [6, 12]
+    assert news[6].startswith("straggler: rank 2 on node b is slow, and the others wait for it: 0.150 s")
+    assert "1.5 times the median of the others (0.100 s); it spends more on computation" in news[6]
+    assert news[12] == "straggler: rank 2 on node b is no longer slower than the others"
+
+
+def test_another_one_that_is_slow_is_named_with_what_takes_its_time() -> None:
+    episodes = Episodes(1.2, 2, NAMES)
+    news = [episodes.take(rows) for rows in (COMPUTES, COMPUTES, READS, READS)]
+    assert [line is not None for line in news] == [False, True, False, True]
+    assert "rank 1 on node a is slow" in news[3]
+    assert "it spends more on data" in news[3]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["slow", "nothing"])
+def test_a_slow_process_is_named_in_a_run_and_a_fast_one_is_not(tmp_path: Path, what: str) -> None:
+    flags = ["--trainer.max_steps", "24", "--trainer.log_every_n_steps", "4", "--trainer.limit_val_batches", "0"]
+    ended = two_ranks(tmp_path, {"rank": "1", "what": what}, *flags)
+    assert ended.codes == [0, 0], ended.said
+    named = [line for said in ended.said for line in said.splitlines() if line.startswith("straggler")]
+    assert len(named) == (1 if what == "slow" else 0), ended.said
+    assert all("rank 1 on node n1 is slow" in line and "it spends more on data" in line for line in named)
+
+
+def test_one_process_is_held_against_nobody(tmp_path: Path) -> None:
+    run = trainer(tmp_path, Stragglers())
+    run.fit(lit(), data())
+    assert not [name for name in run.callback_metrics if name.startswith("straggler")]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"), [({"factor": 1.0}, "factor is above 1"), ({"patience": 0}, "patience is at least 1")]
+)
+def test_settings_that_make_no_sense_are_refused(settings: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Stragglers(**settings)
