@@ -1,10 +1,10 @@
-"""`python -m tests.benchmarks [step|loss|data|eve|hovle|ola|plan]`: print every ratio."""
+"""`python -m tests.benchmarks [step|loss|data|eve|hovle|ola|plan|watched]`: print every ratio."""
 
 from __future__ import annotations
 
 import sys
 
-from tests.benchmarks import data, eve, hovle, loss, ola, plan, step
+from tests.benchmarks import data, eve, hovle, loss, ola, plan, step, watched
 
 ALL = {
     "step": step.main,
@@ -14,6 +14,7 @@ ALL = {
     "hovle": hovle.main,
     "ola": ola.main,
     "plan": plan.main,
+    "watched": watched.main,
 }
 
 if __name__ == "__main__":
