@@ -53,7 +53,7 @@ class Stragglers(L.Callback):
         self._exchange: _Exchange | None = None
         self._episodes: Episodes | None = None
         self._cuda = False
-        self._data, self._forward = _Spans(), _Spans()
+        self._data, self._forward = Spans(), Spans()
         self._scale = 1.0
         self._mark: Any = None
         self._begun: Any = None
@@ -148,7 +148,7 @@ class Stragglers(L.Callback):
             self._forward.add(self._begun, self._now())
 
 
-class _Spans:
+class Spans:
     """Times between two marks; of a GPU, as soon as it has come to the second one."""
 
     def __init__(self) -> None:

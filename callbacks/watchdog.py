@@ -164,11 +164,25 @@ class _Watch(threading.Thread):
     def leave(self, error: str | None) -> None:
         """End the thread, and let the other processes know why."""
         self._error, self._leaving = error, True
-        self.peers.wake()
+        with suppress(OSError):  # the thread has stopped
+            self.peers.wake()
         self.join()
 
     def run(self) -> None:
-        """Look until this process leaves or its end is decided."""
+        """Look until this process leaves or its end is decided; an error of this thread is no reason for an end."""
+        name = self.peers.name(self.peers.rank)
+        try:
+            self._look()
+        except Exception:
+            log.warning(
+                "the watchdog of %s has stopped; training goes on", self.peers.name(self.peers.rank), exc_info=True
+            )
+        if self._error is not None:
+            name = self.peers.name(self.peers.rank)
+            self.peers.tell(Verdict("failed", self.peers.rank, f"{name} failed: {self._error}"))
+        self.peers.leave()
+
+    def _look(self) -> None:
         verdict, due = None, 0.0
         while not self._leaving:
             found = self.peers.look(self._state)
@@ -180,10 +194,6 @@ class _Watch(threading.Thread):
                     self.before_end(verdict, code)
                 finally:
                     os._exit(code)
-        if self._error is not None:
-            name = self.peers.name(self.peers.rank)
-            self.peers.tell(Verdict("failed", self.peers.rank, f"{name} failed: {self._error}"))
-        self.peers.leave()
 
     def _hung(self) -> Verdict | None:
         peers = self.peers

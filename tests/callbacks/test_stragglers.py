@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from mlflow import MlflowClient
 
 from callbacks import Stragglers
-from callbacks.stragglers import Episodes, Slowest
+from callbacks.stragglers import Episodes, Slowest, Spans
 from tests.callbacks.test_callbacks import data, lit, trainer
 from tests.callbacks.test_watchdog import two_ranks
 
@@ -56,6 +57,39 @@ def test_another_one_that_is_slow_is_named_with_what_takes_its_time() -> None:
     assert [line is not None for line in news] == [False, True, False, True]
     assert "rank 1 on node a is slow" in news[3]
     assert "it spends more on data" in news[3]
+
+
+class Event(torch.cuda.Event):
+    """An event of a GPU that comes when it is told to."""
+
+    milliseconds = 0.0
+    arrived = False
+
+    def query(self) -> bool:
+        return self.arrived
+
+    def elapsed_time(self, end_event: Event) -> float:
+        assert self.arrived
+        assert end_event.arrived
+        return end_event.milliseconds - self.milliseconds
+
+    def synchronize(self) -> None:
+        raise AssertionError("nobody waits for a GPU here")
+
+
+def test_times_of_a_gpu_count_as_soon_as_they_are_known_and_once() -> None:
+    events = [Event(enable_timing=True) for _ in range(4)]
+    for event, milliseconds in zip(events, (10, 30, 50, 90), strict=True):
+        event.milliseconds = milliseconds
+    spans = Spans()
+    spans.add(events[0], events[1])
+    spans.add(events[2], events[3])
+    taken = [spans.take()]
+    for event in events:
+        event.arrived = True
+        taken.append(spans.take())
+    assert taken == pytest.approx([0, 0, 0.02, 0, 0.04])
+    assert spans.take() == 0
 
 
 @pytest.mark.slow

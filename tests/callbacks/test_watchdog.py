@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import subprocess
+import threading
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +17,8 @@ from mlflow import MlflowClient
 from callbacks import Watchdog
 from lit_vlm.commands.recipe import find_recipe
 from lit_vlm.core.launcher import HUNG, LOST
+from lit_vlm.training.heartbeat import Peers
+from tests.callbacks.test_callbacks import data, lit, trainer
 from tests.forkserver import interpreter
 from tests.runs import environment
 
@@ -116,6 +119,26 @@ def test_nothing_is_said_of_a_run_that_validates_and_saves(tmp_path: Path) -> No
     assert ended.codes == [0, 0], ended.said
     assert "watchdog" not in "".join(ended.said)
     assert run_of(tmp_path) == ("FINISHED", None)
+
+
+def test_nothing_of_the_watchdog_is_left_behind_a_run(tmp_path: Path) -> None:
+    module = lit()
+    trainer(tmp_path, Watchdog()).fit(module, data())
+    assert not [thread for thread in threading.enumerate() if thread.name == "watchdog"]
+    assert not module.vlm.decoder._forward_hooks
+
+
+def test_an_error_of_the_watchdog_itself_ends_no_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def look(*_: object) -> None:
+        raise OSError("no more descriptors")
+
+    monkeypatch.setattr(Peers, "look", look)
+    run = trainer(tmp_path, Watchdog())
+    run.fit(lit(), data())
+    assert run.global_step == 4
+    assert "the watchdog of rank 0 on node 0 has stopped; training goes on" in caplog.text
 
 
 @pytest.mark.parametrize(
