@@ -19,6 +19,7 @@ from typing import Any
 import lightning.pytorch as L
 import torch
 import torch.distributed as dist
+from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from torch.utils.hooks import RemovableHandle
 
@@ -229,6 +230,9 @@ def _meet(trainer: L.Trainer, silence: float) -> Peers:
     nodes = [one[0] for one in all_of_them]
     if hub is not None:
         hub.nodes = nodes
+        for thread in threading.enumerate():
+            if isinstance(thread, _ChildProcessObserver):  # Lightning's would kill this process before it has said why
+                thread._child_processes = []
         return hub
     meeting = Meeting(*all_of_them[0][1])
     try:

@@ -24,7 +24,7 @@ import lightning.pytorch as L
 from callbacks import Stragglers, Watchdog
 from tests.benchmarks.measure import show
 
-STEPS, WARM, ROUNDS, LOGS = 60, 10, 7, 10
+STEPS, ROUNDS, LOGS = 60, 9, 10
 CASES: dict[str, Callable[[], list[L.Callback]]] = {
     "neither": list,
     "Watchdog": lambda: [Watchdog()],
@@ -34,22 +34,24 @@ CASES: dict[str, Callable[[], list[L.Callback]]] = {
 
 
 class Stopwatch(L.Callback):
-    """Processor time and wall time of the steps behind the warm-up, of all threads of this process."""
+    """Microseconds per step of each interval of `LOGS` steps but the first: of the main thread, and of the others."""
 
     def __init__(self) -> None:
-        self.start = (0.0, 0.0)
-        self.seconds = (0.0, 0.0)
+        self.found: list[tuple[float, float]] = []
+        self._before = (0.0, 0.0)
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        now = (time.process_time(), time.perf_counter())
-        if trainer.global_step == WARM:
-            self.start = now
-        elif trainer.global_step == STEPS:
-            self.seconds = (now[0] - self.start[0], now[1] - self.start[1])
+        if trainer.global_step % LOGS:
+            return
+        main = time.thread_time()
+        now = (main, time.process_time() - main)
+        if trainer.global_step > LOGS:
+            self.found.append(tuple((a - b) / LOGS * 1e6 for a, b in zip(now, self._before, strict=True)))
+        self._before = now
 
 
 def measure(folder: str) -> dict[str, list[tuple[float, float]]]:
-    """Seconds of the steps, by what watches, in turns."""
+    """What `Stopwatch` finds, by what watches, in turns."""
     from tests.callbacks.test_callbacks import data, lit
 
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in CASES}
@@ -64,7 +66,7 @@ def measure(folder: str) -> dict[str, list[tuple[float, float]]]:
             )  # fmt: skip
             run.fit(lit(), data())
             if turn:  # the first round warms up
-                found[name].append(watch.seconds)
+                found[name] += watch.found
     return found
 
 
@@ -82,20 +84,13 @@ def main() -> None:
             ranks.append(subprocess.Popen(command, env=os.environ | own, stderr=subprocess.DEVNULL))
         assert [process.wait() for process in ranks] == [0, 0]
         found = json.loads((Path(folder) / "0.json").read_text())
-    steps = STEPS - WARM
-    base = found["neither"]
-    for part, unit in enumerate(("processor", "wall")):
-        more = {
-            name: statistics.median(a[part] - b[part] for a, b in zip(own, base, strict=True)) / steps * 1e6
-            for name, own in found.items()
-        }
-        step = statistics.median(one[part] for one in base) / steps * 1e3
-        show(f"a step of {step:.1f} ms ({unit} time of a process): what watching adds", "µs per step", more, 0)
-        ratio = {
-            name: statistics.median(a[part] / b[part] for a, b in zip(own, base, strict=True))
-            for name, own in found.items()
-        }
-        show(f"the same as a ratio ({unit} time)", "×", ratio, 3)
+    sums = {name: statistics.median(map(sum, own)) for name, own in found.items()}
+    base = sums["neither"]
+    show("processor time of a step, all threads of a process", "µs", sums, 0)
+    show("what watching adds", "µs per step", {name: one - base for name, one in sums.items()}, 0)
+    show("the same as a ratio", "×", {name: one / base for name, one in sums.items()}, 3)
+    for part, threads in enumerate(("main thread", "others")):
+        show(threads, "µs", {name: statistics.median(one[part] for one in own) for name, own in found.items()}, 0)
 
 
 if __name__ == "__main__":

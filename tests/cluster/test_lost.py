@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -39,12 +40,20 @@ def training(slurm: Slurm, folder: Path, nodes: str, strategy: str) -> int:
         pytest.param("fsdp", "n1,n2", 1, id="fsdp"),
     ],
 )
-def test_a_killed_process_ends_its_job(slurm: Slurm, tmp_path: Path, strategy: str, nodes: str, rank: int) -> None:
+def test_a_killed_process_ends_its_job(
+    slurm: Slurm,
+    tmp_path: Path,
+    record_property: Callable[[str, object], None],
+    strategy: str,
+    nodes: str,
+    rank: int,
+) -> None:
     names = nodes.split(",")
     job = training(slurm, tmp_path, nodes, strategy)
     slurm.signal_rank(job, rank, signal.SIGKILL, "-m lit_vlm fit")
     killed = time.monotonic()
     slurm.wait(job, seconds=MINUTE)
+    record_property("seconds from the death of a process to the end of its job", round(time.monotonic() - killed, 1))
     assert time.monotonic() - killed < MINUTE
     printed = slurm.output(job)
     lost = f"watchdog: rank {rank} on node {names[rank]} is gone: its process ended; this run ends with code {LOST}"
