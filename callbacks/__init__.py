@@ -11,7 +11,9 @@ from callbacks.predictions import Predictions
 from callbacks.preemption import Preemption
 from callbacks.progress import Progress
 from callbacks.sources import Sources
+from callbacks.stragglers import Stragglers
 from callbacks.throughput import Throughput
+from callbacks.watchdog import Watchdog
 
 __all__ = [
     "Checkpoint",
@@ -25,5 +27,7 @@ __all__ = [
     "Preemption",
     "Progress",
     "Sources",
+    "Stragglers",
     "Throughput",
+    "Watchdog",
 ]

@@ -17,7 +17,7 @@ from lit_vlm.commands.runs import STATE_FILE, RunState, run_name
 from lit_vlm.core.launcher import launch, launch_name
 from lit_vlm.core.plugins import named_plugins, nearest
 
-KEYS = ("model", "data", "trainer", "checkpoint", "preemption")
+KEYS = ("model", "data", "trainer", "checkpoint", "preemption", "watchdog")
 """What flags begin with that are of no single stage."""
 DEVICES = ("--trainer.devices", "--trainer.num_nodes")
 """Flags that may change when a run goes on."""

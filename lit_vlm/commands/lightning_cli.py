@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
-from callbacks import Checkpoint, Preemption
+from callbacks import Checkpoint, Preemption, Watchdog
 from lit_vlm.checkpoints.folder import checkpoints_in, find_checkpoint, mark_done, run_folder
 from lit_vlm.checkpoints.weights import read_place
 from lit_vlm.commands.flags import explain, innermost
@@ -36,7 +36,9 @@ WORDS = ("last", "best")
 """Words that `--ckpt_path` takes besides paths: they name checkpoints in the run's own folder."""
 DEFAULT_CALLBACKS = tuple(
     f"callbacks.{name}"
-    for name in ("FreezeGuard", "GradientMonitor", "Planned", "Memory", "Sources", "Throughput", "Progress")
+    for name in (
+        *("FreezeGuard", "GradientMonitor", "Planned", "Memory", "Sources", "Throughput", "Stragglers", "Progress"),
+    )
 )
 
 
@@ -89,11 +91,12 @@ class LitVLMCLI(LightningCLI):
         return [flag.lstrip("-") for one in parsers for action in one._actions for flag in action.option_strings]
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Give two callbacks keys of their own, as flags cannot change an item inside the list of callbacks."""
+        """Give three callbacks keys of their own, as flags cannot change an item inside the list of callbacks."""
         assert isinstance(parser, Parser)
         parser.check_names()
         parser.add_lightning_class_args(Checkpoint, "checkpoint")
         parser.add_lightning_class_args(Preemption, "preemption")
+        parser.add_lightning_class_args(Watchdog, "watchdog")
         parser.set_defaults({"trainer.callbacks": [{"class_path": path} for path in DEFAULT_CALLBACKS]})
 
     def before_instantiate_classes(self) -> None:

@@ -13,6 +13,10 @@ PORTS = range(15000, 25000)
 """Ports where the processes of a step meet: below those that Linux gives to outgoing connections."""
 PREEMPTED = 75
 """Exit code of a run that saved its state because it was asked to leave: the same command goes on. EX_TEMPFAIL."""
+LOST = 69
+"""Exit code of a process that ended because another one of its run is gone or has failed. EX_UNAVAILABLE."""
+HUNG = 70
+"""Exit code of a run in which nothing happened for too long; to start it again may end alike. EX_SOFTWARE."""
 
 
 class Launch(NamedTuple):

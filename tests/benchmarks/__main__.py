@@ -1,10 +1,10 @@
-"""`python -m tests.benchmarks [step|loss|data|eve|hovle|ola|plan|saves]`: print every ratio."""
+"""`python -m tests.benchmarks [step|loss|data|eve|hovle|ola|plan|saves|watched]`: print every ratio."""
 
 from __future__ import annotations
 
 import sys
 
-from tests.benchmarks import data, eve, hovle, loss, ola, plan, saves, step
+from tests.benchmarks import data, eve, hovle, loss, ola, plan, saves, step, watched
 
 ALL = {
     "step": step.main,
@@ -15,6 +15,7 @@ ALL = {
     "ola": ola.main,
     "plan": plan.main,
     "saves": saves.main,
+    "watched": watched.main,
 }
 
 if __name__ == "__main__":
