@@ -12,7 +12,7 @@ from pathlib import Path
 
 from lit_vlm.cluster.queue import ATTEMPTS, START
 from lit_vlm.cluster.site import Site
-from lit_vlm.core.launcher import PREEMPTED
+from lit_vlm.core.launcher import LOST, PREEMPTED
 
 SCRIPT = "job.sh"
 """Name of the script in the folder of the run."""
@@ -74,7 +74,7 @@ def script(job: Job, environment: Mapping[str, str] | None = None) -> str:
             "",
             f"command=({_command(job)})",
             "",
-            BODY % {"step": _step(job), "attempts": ATTEMPTS, "start": START, "preempted": PREEMPTED},
+            BODY % ({"step": _step(job), "attempts": ATTEMPTS, "start": START} | CODES),
         ]
     )
 
@@ -173,6 +173,8 @@ def _step(job: Job) -> str:
     return " ".join([*words, '"${command[@]}"'])
 
 
+CODES = {"preempted": PREEMPTED, "lost": LOST, "killed": 137}
+"""Exit codes behind which a run can go on; the last is that of what SIGKILL ended, such as for want of memory."""
 BODY = """\
 # The newest checkpoint of each stage, and the stages that are done.
 reached() {
@@ -204,10 +206,11 @@ last=$(awk -F '\\t' -v job="$job" '$2 == job && $3 != "%(start)s" { went = $5 } 
 note "$code" "$after" "$went"
 echo "$(date -Is) job $job ended with exit code $code"
 
-# %(preempted)s: the run saved and left because it was asked to. The same command goes on with it.
-if [ "$code" -eq %(preempted)s ]; then
+# %(preempted)s: the run saved and left because it was asked to; %(lost)s: a process of it was lost; %(killed)s: one was
+# killed. The same command goes on with it.
+if [ "$code" -eq %(preempted)s ] || [ "$code" -eq %(lost)s ] || [ "$code" -eq %(killed)s ]; then
   if [ "$went$last" = nowherenowhere ]; then
-    echo "error: this job was taken away twice in a row before it had a new checkpoint, so it is not put into the" \\
+    echo "error: this job ended twice in a row before it had a new checkpoint, so it is not put into the" \\
       "queue again. Ask for more time (--time), or look above for what takes so long" >&2
   else
     scontrol requeue "$job" || echo "error: not put into the queue again; submit this script once more" >&2

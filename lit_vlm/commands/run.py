@@ -6,6 +6,7 @@ import argparse
 import multiprocessing
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -23,7 +24,7 @@ from lit_vlm.commands.fit import REFUSED, Checked, check_flags, in_one_line
 from lit_vlm.commands.foretell import foretell
 from lit_vlm.commands.recipe import Recipe, find_recipe, shipped_recipes
 from lit_vlm.commands.runs import RunState
-from lit_vlm.core.launcher import PREEMPTED, launch
+from lit_vlm.core.launcher import LOST, PREEMPTED, launch
 from lit_vlm.core.plugins import use_plugins
 
 SEEN = 60.0
@@ -188,7 +189,8 @@ def _end(tracker: _ParentRun, folder: Path, stage: str, code: int, asked: str | 
     console.print(
         f"\n[red]stage {stage} ended with exit code {code}[/]; {_advice(folder, stage, code)}", soft_wrap=True
     )
-    raise SystemExit(code if code > 0 else 128 - code)
+    # A process that was killed is one that the run has lost, as the other processes say of it.
+    raise SystemExit(LOST if -code == signal.SIGKILL else code if code > 0 else 128 - code)
 
 
 def _advice(folder: Path, stage: str, code: int) -> str:

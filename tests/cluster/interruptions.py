@@ -74,7 +74,7 @@ def script(case: Case, out: str) -> str:
         f"--checkpoint.every_n_steps 7 --data.batch_size {4 // nodes} --data.num_workers {case.workers} "
         f"{BATCHING[case.batching]} --trainer.callbacks+=tests.cluster.pause.Pause\n"
         "code=$?; echo $(date +%T) srun ended with $code\n"
-        "if [ $code = 75 ]; then scontrol requeue $SLURM_JOB_ID; sleep 60; fi\nexit $code"
+        "case $code in 75|69|137) scontrol requeue $SLURM_JOB_ID; sleep 60;; esac\nexit $code"
     )
 
 
