@@ -129,7 +129,7 @@ class Driver:
     def _interrupt(self, case: Case, name: str, job: int, kind: str, chance: random.Random) -> int:
         """Interrupt a job that runs, at a random moment; returns the job that goes on, perhaps another."""
         job = self._running(case, name, job)
-        moment = chance.uniform(2.0, 40.0)
+        moment = chance.uniform(2.0, 25.0)
         restarts = self.slurm.restarts(job)
         time.sleep(moment)
         done = is_done(self.folder / name / "2_sft")

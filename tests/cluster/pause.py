@@ -15,7 +15,7 @@ class Pause(L.Callback):
         seconds: how long.
     """
 
-    def __init__(self, seconds: float = 0.15) -> None:
+    def __init__(self, seconds: float = 0.25) -> None:
         self.seconds = seconds
 
     def on_after_backward(self, trainer: L.Trainer, *_: Any) -> None:
