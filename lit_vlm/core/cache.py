@@ -36,7 +36,7 @@ def held(lock: Path, doing: str) -> Iterator[None]:
     seemed dead was not, so what they write must be whole at once, and the same.
 
     Args:
-        lock: the file.
+        lock: the file, `.lease`: locks of earlier versions, `.lock`, stay behind and would never be given up.
         doing: what the process does that holds it, for the line of those that wait: "draws pictures".
 
     Raises:

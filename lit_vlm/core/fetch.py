@@ -151,7 +151,7 @@ def _once(name: str, kind: str, ask: Callable[[], Any]) -> Any:
         may_write = False
     if not may_write:  # a hub cache that is only read
         return ask()
-    with held(place / f"lit-vlm-{kind}.lock", f"fetches {name}"):
+    with held(place / f"lit-vlm-{kind}.lease", f"fetches {name}"):
         note = place / f"lit-vlm-{kind}.json"
         answer = _noted(note)
         if answer is None:

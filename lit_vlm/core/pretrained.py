@@ -241,7 +241,7 @@ def _converted_gguf(path: Path) -> Path:
         return target
     if importlib.util.find_spec("gguf") is None:
         raise ValueError(f"reading {path.name} needs the package gguf: pip install 'lit-vlm[quickstart]'")
-    with held(target.with_suffix(".lock"), f"converts {path.name} to safetensors"):
+    with held(target.with_suffix(".lease"), f"converts {path.name} to safetensors"):
         if not target.exists():
             _convert_gguf(path, target)
     return target

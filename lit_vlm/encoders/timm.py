@@ -114,7 +114,7 @@ def _from_hub(name: str) -> StateDict:
     """All weights that timm has published of a model."""
     published = timm.get_pretrained_cfg(name)
     if not published.hf_hub_id:  # a plain address, which timm keeps in the cache of torch.hub
-        with held(cache_dir() / f"timm-{name}.lock", f"fetches the weights of {name}"):
+        with held(cache_dir() / f"timm-{name}.lease", f"fetches the weights of {name}"):
             return timm.create_model(name, pretrained=True).state_dict()
     folder = fetched(published.hf_hub_id, True)
     names = (published.hf_hub_filename, "model.safetensors", "pytorch_model.bin")

