@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -257,6 +258,9 @@ def main() -> int:
     """Run cases until the time is up; returns 1 where one did not end as it should."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=600.0, help="no case begins after this (default: 600)")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="runs at the same time, which disturb each other (default: 1)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of kinds and moments (default: 0)")
     parser.add_argument("--keep", type=Path, help="a folder for the runs (default: a temporary one)")
     options = parser.parse_args()
@@ -271,13 +275,21 @@ def main() -> int:
         slurm = Slurm()
         try:
             driver = Driver(slurm, folder)
-            for case, kinds in cases(options.seed):
+            for layout in LAYOUTS:
+                for batching in BATCHING:
+                    driver.reference(layout, batching)
+
+            def run(given: tuple[Case, list[str]]) -> None:
+                case, kinds = given
                 if time.monotonic() - start > options.seconds:
-                    break
+                    return
                 driver.run(case, kinds)
                 done.append(case)
                 print(json.dumps(asdict(case)), flush=True)  # noqa: T201
                 FILE.write_text(json.dumps([asdict(one) for one in done], indent=1))
+
+            with ThreadPoolExecutor(options.jobs) as pool:
+                list(pool.map(run, cases(options.seed)))
         finally:
             slurm.stop()
     print(table(done))  # noqa: T201

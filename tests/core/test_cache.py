@@ -96,7 +96,7 @@ def test_a_scan_is_made_once_in_each_cache(shared: bool, tmp_path: Path, monkeyp
 
 def test_a_lock_that_an_earlier_version_left_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LIT_VLM_CACHE", str(tmp_path))
-    source = Count(3)
+    source = Count("numbers", 3)
     first = scan(source, id_value, 1, "ids", ids=True)
     (file,) = (tmp_path / "scans").glob("*.npy")
     file.unlink()

@@ -19,6 +19,7 @@ from lit_vlm.core.batch import BadSample, Batch, Counts, Window
 from lit_vlm.data.feed.plan import BatchPlan, Place
 from lit_vlm.data.records import RecordError
 from lit_vlm.data.sample.encode import Sample, SampleEncoder
+from lit_vlm.data.sets.parallel import heed_parent_alone
 from lit_vlm.data.sources import Source
 
 ENOUGH = 100
@@ -118,6 +119,7 @@ class Loader:
             collate_fn=partial(assemble, collate=collate),
             pin_memory=pin_memory,
             prefetch_factor=4 if num_workers else None,
+            worker_init_fn=heed_parent_alone,
         )
         self._done = 0
         self.seen = 0

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -40,6 +43,27 @@ def _one(items: Sequence[Any]) -> Any:
     return items[0]
 
 
+def heed_parent_alone(worker: int) -> None:
+    """Let a loader process ignore signals that ask a run to leave, unless its parent ends it: `worker_init_fn`.
+
+    A launcher signals all processes of a job. The one that trains saves first, and needs its data until then.
+
+    Args:
+        worker: number of the process.
+    """
+    for one in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(one, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS, where a worker goes with the signal
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        continue
+    os._exit(0)
+
+
 def map_blocks(
     blocks: Sequence[Block],
     function: Callable[[Block], Any],
@@ -54,7 +78,13 @@ def map_blocks(
         workers: number of processes; 0 works in this one.
         title: of the progress bar.
     """
-    loader = DataLoader(_Work(blocks, function), batch_size=1, num_workers=min(workers, len(blocks)), collate_fn=_one)
+    loader = DataLoader(
+        _Work(blocks, function),
+        batch_size=1,
+        num_workers=min(workers, len(blocks)),
+        collate_fn=_one,
+        worker_init_fn=heed_parent_alone,
+    )
     with progress(title, sum(block.end - block.start for block in blocks)) as advance:
         for block, result in zip(blocks, loader, strict=True):
             advance(block.end - block.start)

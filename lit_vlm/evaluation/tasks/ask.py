@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from lit_vlm.core.batch import IGNORE
 from lit_vlm.data.records import Record, RecordError
 from lit_vlm.data.sample.encode import Sample, SampleEncoder
+from lit_vlm.data.sets.parallel import heed_parent_alone
 from lit_vlm.evaluation.asker import Asker
 from lit_vlm.evaluation.tasks.base import Choosing, Example
 from lit_vlm.evaluation.tasks.prompts import Prompts, Shots, document
@@ -104,6 +105,7 @@ def ask(
         batch_size=settings.batch_size,
         num_workers=settings.workers,
         collate_fn=list,
+        worker_init_fn=heed_parent_alone,
         generator=torch.Generator(),  # keeps the global generator, which training draws from, as it is
     )
     for batch in loader:

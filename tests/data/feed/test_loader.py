@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -338,3 +342,21 @@ def test_a_list_of_bad_samples_that_cannot_be_written_is_warned_of_once(tmp_path
     assert sum(len(names) for names in ids(loader)) == 30
     (record,) = [record for record in caplog.records if "cannot be written" in record.getMessage()]
     assert "bad_samples.jsonl cannot be written, and samples are missing in it: " in record.getMessage()
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="this system does not tell who sent a signal")
+def test_workers_ignore_signals_that_ask_a_run_to_leave_but_for_those_of_their_parent() -> None:
+    loader = make(Numbers(40), workers=2)
+    batches = iter(loader)
+    next(batches)
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    stranger = "import os, signal, sys; [os.kill(int(pid), getattr(signal, sys.argv[1])) for pid in sys.argv[2:]]"
+    for name in ("SIGUSR1", "SIGUSR2", "SIGTERM"):
+        subprocess.run([sys.executable, "-c", stranger, name, *(str(worker.pid) for worker in workers)], check=True)
+    assert len(list(batches)) == len(loader) - 1
+    workers = multiprocessing.active_children()
+    for worker in workers:
+        worker.terminate()
+        worker.join(10)
+    assert [worker.is_alive() for worker in workers] == [False] * len(workers)
