@@ -259,7 +259,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=600.0, help="no case begins after this (default: 600)")
     parser.add_argument(
-        "--jobs", type=int, default=1, help="runs at the same time, which disturb each other (default: 1)"
+        "--jobs", type=int, default=1, help="runs at the same time; they disturb each other (default: 1)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of kinds and moments (default: 0)")
     parser.add_argument("--keep", type=Path, help="a folder for the runs (default: a temporary one)")
