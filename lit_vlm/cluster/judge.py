@@ -266,7 +266,7 @@ def odd(subject: str, what: str, said: Mapping[int, str], places: Places) -> lis
     right = [rank for rank, word in said.items() if word == usual]
     rest = where(right, places) if len(right) <= 2 else f"the {len(right)} others"
     return [
-        Judgement("error", subject, f"{what} is {word} on {where(ranks, places)}, and {usual} on {rest}", tuple(ranks))
+        Judgement("error", subject, f"{what}: {word} on {where(ranks, places)}, {usual} on {rest}", tuple(ranks))
         for word, ranks in others.items()
     ]
 

@@ -33,7 +33,7 @@ def test_a_slowed_node_and_one_with_another_version_are_named(slurm: Slurm, tmp_
     }
     said = check(slurm, tmp_path, f"--size 4MiB --out {tmp_path}/runs --data {ROOT}/README.md", ill, "-N4")
     assert "4 processes, started by srun" in said
-    assert f"error versions lit-vlm is 0.0.9 on n3 (rank 2), and {lit_vlm.__version__} on the 3 others" in said
+    assert f"error versions lit-vlm: 0.0.9 on n3 (rank 2), {lit_vlm.__version__} on the 3 others" in said
     assert "error versions the code of n3 (rank 2) differs from the others' in lit_vlm/__init__.py" in said
     slow = [line for line in said.splitlines() if " matrix products " in line]
     assert "of n2 (rank 1) multiplies matrices" in slow[0], said  # the slowest comes first

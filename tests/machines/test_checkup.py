@@ -105,7 +105,7 @@ def test_another_version_of_the_kit_is_named_with_its_files(tmp_path: Path) -> N
     code, said, errors = job.end()[0]
     assert code == 1
     assert lines(said, "error")[:2] == [
-        f"error versions lit-vlm is 0.0.9 on n2 (rank 1), and {lit_vlm.__version__} on n1 (rank 0), n3 (rank 2)",
+        f"error versions lit-vlm: 0.0.9 on n2 (rank 1), {lit_vlm.__version__} on n1 (rank 0), n3 (rank 2)",
         "error versions the code of n2 (rank 1) differs from the others' in lit_vlm/__init__.py",
     ], said + errors
 

@@ -64,13 +64,13 @@ def test_who_stops_answering_is_named() -> None:
 def test_the_version_that_few_have_is_the_odd_one() -> None:
     other = fact(2, versions=FACTS[2].versions | {"torch": "2.14.1"})
     judged = judge.versions({0: FACTS[0], 1: FACTS[1], 2: other}, ALL)
-    assert only(judged) == ("error", "torch is 2.14.1 on n3 (rank 2), and 2.15.0 on n1 (rank 0), n2 (rank 1)", (2,))
+    assert only(judged) == ("error", "torch: 2.14.1 on n3 (rank 2), 2.15.0 on n1 (rank 0), n2 (rank 1)", (2,))
 
 
 def test_the_first_process_may_be_the_odd_one() -> None:
     other = fact(0, versions=FACTS[0].versions | {"torch": "2.14.1"})
     _, text, ranks = only(judge.versions(FACTS | {0: other}, ALL))
-    assert text == "torch is 2.14.1 on n1 (rank 0), and 2.15.0 on the 3 others"
+    assert text == "torch: 2.14.1 on n1 (rank 0), 2.15.0 on the 3 others"
     assert ranks == (0,)
 
 
@@ -87,7 +87,7 @@ def test_a_machine_whose_card_is_not_found_is_an_error_and_another_card_a_warnin
     none = fact(1, device=card(1, kind="cpu", name="x86_64", id=""))
     level, text, ranks = only(judge.devices(FACTS | {1: none}, ALL))
     assert (level, ranks) == ("error", (1,))
-    assert text == "the kind of device is cpu on n2 (rank 1), and cuda on the 3 others"
+    assert text == "the kind of device: cpu on n2 (rank 1), cuda on the 3 others"
     level, text, _ = only(judge.devices(FACTS | {1: fact(1, device=card(1, name="NVIDIA A100"))}, ALL))
     assert level == "warning"
     assert "NVIDIA A100 on n2 (rank 1)" in text
@@ -126,7 +126,7 @@ def test_data_that_some_do_not_see_or_see_differently_are_named() -> None:
     machines = {rank: machine() for rank in range(3)} | {3: machine(data={"/data": "nothing"})}
     level, text, ranks = only(judge.data(machines, ALL))
     assert (level, ranks) == ("error", (3,))
-    assert text == "/data is nothing on n4 (rank 3), and a folder of 3 entries (12ab) on the 3 others"
+    assert text == "/data: nothing on n4 (rank 3), a folder of 3 entries (12ab) on the 3 others"
     nowhere = {rank: machine(data={"/data": "nothing"}) for rank in range(3)}
     assert only(judge.data(nowhere, ALL)) == ("error", "/data exists nowhere", ())
 

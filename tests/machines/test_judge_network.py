@@ -84,7 +84,7 @@ FACTS = {rank: fact(rank) for rank in range(4)}
 @pytest.mark.parametrize(
     ("changed", "text"),
     [
-        ({"variables": {"MASTER_ADDR": "n2"}}, "MASTER_ADDR is n2 on n3 (rank 2), and n1 on the 3 others"),
+        ({"variables": {"MASTER_ADDR": "n2"}}, "MASTER_ADDR: n2 on n3 (rank 2), n1 on the 3 others"),
         ({"address": "127.0.1.1"}, "its own name stands for 127.0.1.1, which gloo takes for its address"),
         ({"address": ""}, "its own name is not resolved, which gloo takes for its address: set GLOO_SOCKET_IFNAME"),
         ({"open_files": 256}, "256 files may be open, which loader workers exceed: ulimit -n 1024 or more"),
