@@ -52,10 +52,11 @@ def main(argv: Sequence[str]) -> None:
         checked.update(_check(begin))
         return found(begin) if begin.goes_on else begin
 
-    with together(asked, decided) as begin:
+    # Signals are noted from here on: one that comes while flags are checked ends the run as one that comes later does.
+    with Stages() as stages, together(asked, decided) as begin:
         recipe = find_recipe(begin.state.recipe)
         use_plugins(begin.state.plugins)
-        _run(recipe, begin, console, checked)
+        _run(recipe, begin, stages, console, checked)
 
 
 def _dry_run(begin: Begin, console: Console) -> None:
@@ -143,32 +144,31 @@ def command_of(recipe: Recipe, state: RunState, stage: str, folder: Path) -> lis
     return words
 
 
-def _run(recipe: Recipe, begin: Begin, console: Console, checked: Mapping[str, Checked]) -> None:
+def _run(recipe: Recipe, begin: Begin, stages: Stages, console: Console, checked: Mapping[str, Checked]) -> None:
     folder, state = begin.folder, begin.state
     console.print(f"{recipe.name}: {', '.join(state.stages)} into {folder}", soft_wrap=True, highlight=False)
     if begin.goes_on:
         console.print(f"going on: done {', '.join(state.done) or 'nothing yet'}", soft_wrap=True, highlight=False)
     state.save(folder)
     tracker = _ParentRun(state, folder, recipe)
-    with Stages() as stages:
-        for stage in state.stages:
-            if stage in state.done:
-                continue
-            words = command_of(recipe, state, stage, folder)
-            if stage in begin.checkpoints:
-                words += ["--ckpt_path", begin.checkpoints[stage]]
-            console.rule(f"{recipe.name}: {stage}")
-            console.print(f"lit-vlm {shlex.join(words)}\n", soft_wrap=True, highlight=False)
-            if stage in checked and checked[stage].gpus > 1:
-                foretell(state, stage, folder / stage, checked[stage], console)
-            code = stages.run(words, tracker.environment())
-            if code == 0 and not until(partial(is_done, folder / stage), SEEN):
-                console.print(f"stage {stage} ended without {folder / stage / DONE_FILE}", soft_wrap=True)
-                code = 1
-            if code != 0:
-                _end(tracker, folder, stage, code, stages.asked, console)
-            state.done.append(stage)
-            state.save(folder)
+    for stage in state.stages:
+        if stage in state.done:
+            continue
+        words = command_of(recipe, state, stage, folder)
+        if stage in begin.checkpoints:
+            words += ["--ckpt_path", begin.checkpoints[stage]]
+        console.rule(f"{recipe.name}: {stage}")
+        console.print(f"lit-vlm {shlex.join(words)}\n", soft_wrap=True, highlight=False)
+        if stage in checked and checked[stage].gpus > 1:
+            foretell(state, stage, folder / stage, checked[stage], console)
+        code = stages.run(words, tracker.environment())
+        if code == 0 and not until(partial(is_done, folder / stage), SEEN):
+            console.print(f"stage {stage} ended without {folder / stage / DONE_FILE}", soft_wrap=True)
+            code = 1
+        if code != 0:
+            _end(tracker, folder, stage, code, stages.asked, console)
+        state.done.append(stage)
+        state.save(folder)
     tracker.end("FINISHED")
     if launch().is_first:
         from lit_vlm.commands.report import report

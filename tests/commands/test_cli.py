@@ -14,10 +14,11 @@ import torch
 import yaml
 from mlflow import MlflowClient
 
-from lit_vlm.checkpoints.folder import checkpoints_in
+from lit_vlm.checkpoints.folder import checkpoints_in, is_done
 from lit_vlm.checkpoints.weights import read_state
 from lit_vlm.commands.cli import lightning_cli, main
 from lit_vlm.commands.recipe import SHIPPED, find_recipe, shipped_recipes
+from lit_vlm.core.launcher import PREEMPTED
 from lit_vlm.data.records import Message, Record, Text
 from lit_vlm.evaluation.asker import load_run
 from lit_vlm.model.build import build_on_meta
@@ -127,6 +128,32 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path: Path, killed_in: str
         for name, value in expected.items():
             assert torch.equal(found[name], value), name
     check_tracking(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_signal_to_the_run_lets_its_stage_save_and_mlflow_knows(tmp_path: Path) -> None:
+    words = ["run", "llava15", "--scale", "tiny", "--strategy", "single", "--stages", "2_sft", "--out", "a",
+             "--trainer.max_steps", "4000", "--trainer.max_epochs", "-1", "--trainer.accelerator", "cpu",
+             "--trainer.limit_val_batches", "0"]  # fmt: skip
+    command = [sys.executable, "-m", "lit_vlm", *words]
+    with (tmp_path / "said").open("w") as said:
+        process = subprocess.Popen(command, cwd=tmp_path, env=environment(tmp_path), stdout=said, stderr=said)
+        progress = tmp_path / "a" / "2_sft" / "progress.json"
+        while process.poll() is None and not (progress.exists() and json.loads(progress.read_text())["step"]):
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == PREEMPTED, (tmp_path / "said").read_text()
+    told = (tmp_path / "said").read_text()
+    assert "asked to leave (SIGTERM): saved step" in told
+    assert "stage 2_sft left, as SIGTERM asked it to: the same command goes on" in told
+    assert "Traceback" not in told
+    assert checkpoints_in(tmp_path / "a" / "2_sft")
+    assert not is_done(tmp_path / "a" / "2_sft")
+    assert json.loads(progress.read_text())["state"] == "preempted"
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    runs = client.search_runs([client.get_experiment_by_name("lit-vlm").experiment_id])
+    assert [(run.info.status, run.data.tags["state"]) for run in runs] == [("KILLED", "PREEMPTED")] * 2
+    assert not any("failure" in run.data.tags for run in runs)
 
 
 def check_tracking(folder: Path) -> None:
