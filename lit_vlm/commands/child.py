@@ -52,7 +52,7 @@ class Stages:
             environment: variables besides those of this process.
 
         Returns:
-            its exit code; `launcher.PREEMPTED` also where a signal came before it could save.
+            its exit code; `launcher.PREEMPTED` also where a signal ended it, as it came before there was anything to save.
         """
         if self.asked is not None:
             return PREEMPTED
@@ -65,7 +65,7 @@ class Stages:
         except KeyboardInterrupt:
             self._process.send_signal(signal.SIGINT)
             return self._process.wait() or 130
-        return PREEMPTED if self.asked is not None and -code in SIGNALS else code
+        return PREEMPTED if -code in SIGNALS else code
 
 
 def _die_with_parent() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import platform
 import re
@@ -106,6 +107,7 @@ class Slurm:
         self.folder.chmod(0o711)  # munged wants that all may reach its socket
         self.names = [f"n{number}" for number in range(1, nodes + 1)]
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
+        self._scripts = itertools.count()
         guard = [sys.executable, "-m", "tests.cluster.guard", str(self.folder)]
         self._guard = subprocess.Popen(guard, stdin=subprocess.PIPE, cwd=ROOT, start_new_session=True)
         try:
@@ -205,7 +207,7 @@ class Slurm:
             flags: of `sbatch`, such as `-N2`.
             variables: environment variables of the job.
         """
-        file = folder / f"job-{len(list(folder.glob('job-*.sh')))}.sh"
+        file = folder / f"job-{next(self._scripts)}.sh"
         path = f'export PATH="{Path(sys.executable).parent}:$PATH"'
         file.write_text(f"#!/bin/bash\n{path}\n{script}\n")
         given = {"MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"} | dict(variables or {})
