@@ -52,7 +52,7 @@ class Stages:
             environment: variables besides those of this process.
 
         Returns:
-            its exit code; `launcher.PREEMPTED` also where a signal ended it, as it came before there was anything to save.
+            its exit code; `launcher.PREEMPTED` also where a signal ended it before there was anything to save.
         """
         if self.asked is not None:
             return PREEMPTED
