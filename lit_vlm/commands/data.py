@@ -150,7 +150,7 @@ def _spread(values: dict[str, Any]) -> str:
 
 def _check(arguments: argparse.Namespace) -> None:
     problems = check_set(arguments.set, arguments.decode, arguments.workers)
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
     if not problems:
         console.print(f"[green]{arguments.set} is whole[/]")
         return

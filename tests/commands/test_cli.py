@@ -389,7 +389,7 @@ def test_a_run_that_fails_says_so_in_mlflow_and_on_the_terminal(tmp_path: Path) 
     assert "error: non-finite" in result.stderr
     assert "Traceback" not in result.stderr
     assert "mend what is named above" in result.stdout
-    assert "as --resume takes the same flags" in result.stdout
+    assert "as a run goes on with the flags that it began with" in result.stdout
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     parent, child = sorted(client.search_runs(["1"]), key=lambda run: "mlflow.parentRunId" in run.data.tags)
     assert parent.info.status == child.info.status == "FAILED"

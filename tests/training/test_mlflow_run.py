@@ -254,10 +254,10 @@ def test_reports_wait_for_a_server_that_goes_and_comes_back(
     (file,) = unsent(folder)
     whose, *kept = [json.loads(line) for line in file.read_text().splitlines()]
     assert whose["run_id"] == run.run_id
-    assert [entry["kind"] for entry in kept] == ["metrics"] * 58 + ["status"]
+    assert [entry["kind"] for entry in kept] == ["metrics"] * 58 + ["tag", "status"]
     with pytest.raises(SystemExit):
         main(["sync", str(tmp_path)])
-    assert "59 reports could not be sent" in capsys.readouterr().err
+    assert "60 reports could not be sent" in capsys.readouterr().err
     server.start()
     main(["sync", str(tmp_path)])
     assert not unsent(folder)
@@ -283,7 +283,7 @@ def test_a_store_that_never_answers_does_not_end_the_work(
     assert "does not answer" in caplog.text
     assert f"lit-vlm sync {tmp_path}" in caplog.text
     (file,) = unsent(tmp_path)
-    assert len(file.read_text().splitlines()) == 3
+    assert len(file.read_text().splitlines()) == 4  # whose they are, a metric, the state and the status
 
 
 def dead(tmp_path: Path) -> str:
