@@ -15,6 +15,7 @@ import lightning.pytorch as L
 from lightning.pytorch.trainer.states import TrainerFn
 
 from callbacks.checkpoint import Checkpoint
+from lit_vlm.core.launcher import end_of_job
 from lit_vlm.training.tracking import MLflow
 from lit_vlm.training.trainer import Trainer
 
@@ -61,8 +62,8 @@ class Preemption(L.Callback):
         self._ends = []
         if self._seconds is not None:
             self._ends.append((time.time() + self._seconds, "preemption.max_time is over"))
-        if end := os.environ.get("SLURM_JOB_END_TIME"):
-            self._ends.append((float(end) - self.margin, "the SLURM job ends soon"))
+        if trainer.is_global_zero and (end := end_of_job()) is not None:  # one that leaves takes the others along
+            self._ends.append((end - self.margin, "the SLURM job ends soon"))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Note where training begins: without a step there is nothing to save."""

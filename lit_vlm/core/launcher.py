@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
 import time
 from collections.abc import Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -137,6 +139,27 @@ def tasks_of_job(variables: Mapping[str, str] | None = None) -> tuple[int, int]:
     given: Mapping[str, str] = os.environ if variables is None else variables
     nodes = int(given.get("SLURM_JOB_NUM_NODES", "1")) if "SLURM_JOB_ID" in given else 1
     return max(nodes, int(given.get("SLURM_NTASKS", "1")) if "SLURM_JOB_ID" in given else 1), nodes
+
+
+def end_of_job(variables: Mapping[str, str] | None = None) -> float | None:
+    """When SLURM ends the job of this process, in seconds since the epoch; None without a job, or where it is not told.
+
+    Newer versions of SLURM tell it by a variable, others are asked.
+
+    Args:
+        variables: the environment; default: that of this process.
+    """
+    given: Mapping[str, str] = os.environ if variables is None else variables
+    if "SLURM_JOB_ID" not in given:
+        return None
+    try:
+        if end := given.get("SLURM_JOB_END_TIME"):
+            return float(end)
+        asked = ["squeue", "--noheader", "--jobs", given["SLURM_JOB_ID"], "--format", "%e"]
+        said = subprocess.run(asked, capture_output=True, text=True, timeout=20, check=True, env=dict(given)).stdout
+        return datetime.fromisoformat(said.strip().splitlines()[0]).timestamp()
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return None  # no limit, or nobody who answers
 
 
 def launch_name(variables: Mapping[str, str] | None = None) -> str:

@@ -113,7 +113,7 @@ class Driver:
             for kind in kinds:
                 job = self._interrupt(case, name, job, kind, chance)
             job = self._to_the_end(case, name, job)
-            case.outcome = self._judge(name, job, whole)
+            case.outcome = self.judge(name, job, whole)
         except (TimeoutError, AssertionError) as error:
             case.outcome = f"failed: {str(error).splitlines()[0][:200]}"
             (self.folder / f"{name}.txt").write_text(self.slurm.report(job))
@@ -198,7 +198,7 @@ class Driver:
             job = self._submit(case, name)
         raise AssertionError(f"not at its end after {ATTEMPTS} more attempts")
 
-    def _judge(self, name: str, job: int, whole: dict[str, torch.Tensor]) -> str:
+    def judge(self, name: str, job: int, whole: dict[str, torch.Tensor]) -> str:
         """`same`, or what is not as in the run that nothing happened to."""
         wrong = []
         found = read_state(self.folder / name / "2_sft")

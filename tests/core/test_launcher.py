@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+from datetime import datetime
+from pathlib import Path
+
 import pytest
 
-from lit_vlm.core.launcher import PORTS, Launch, launch, launch_name, rendezvous, tasks_of_job
+from lit_vlm.core.launcher import PORTS, Launch, end_of_job, launch, launch_name, rendezvous, tasks_of_job
 
 JOB = {"SLURM_JOB_ID": "12", "SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURMD_NODENAME": "n1"}
 TASK = JOB | {"SLURM_STEP_ID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "0"}
@@ -86,3 +89,17 @@ def test_a_job_tells_its_tasks() -> None:
     assert tasks_of_job({}) == (1, 1)
     assert tasks_of_job(JOB) == (4, 1)
     assert tasks_of_job({"SLURM_JOB_ID": "12", "SLURM_JOB_NUM_NODES": "2"}) == (2, 2)
+
+
+def test_the_end_of_a_job_is_told_or_asked_for(tmp_path: Path) -> None:
+    squeue = tmp_path / "squeue"
+    squeue.write_text('#!/bin/sh\n[ "$3" = 12 ] && echo 2026-11-26T10:00:00 || echo N/A\n')
+    squeue.chmod(0o755)
+    variables = JOB | {"PATH": f"{tmp_path}:/bin"}
+    expected = datetime(2026, 11, 26, 10).timestamp()
+    assert end_of_job({}) is None
+    assert end_of_job(JOB | {"SLURM_JOB_END_TIME": "77"}) == 77
+    assert end_of_job(variables) == expected
+    assert end_of_job(variables | {"SLURM_JOB_ID": "13"}) is None  # without a limit
+    squeue.unlink()
+    assert end_of_job(variables) is None
