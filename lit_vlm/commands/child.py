@@ -26,6 +26,7 @@ class Stages:
 
     def __init__(self) -> None:
         self.asked: str | None = None
+        self._ends = False
         self._process: subprocess.Popen[bytes] | None = None
         self._before: dict[signal.Signals, Any] = {}
 
@@ -36,8 +37,10 @@ class Stages:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        # Once a process of a job has ended with an error, the launcher signals the others, which end by themselves: the
+        # exit code of the job is that of a signal otherwise.
         for one, handler in self._before.items():
-            signal.signal(one, handler)
+            signal.signal(one, signal.SIG_IGN if self._ends else handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.asked = signal.Signals(number).name
@@ -54,8 +57,11 @@ class Stages:
         Returns:
             its exit code; `launcher.PREEMPTED` also where a signal ended it before there was anything to save.
         """
-        if self.asked is not None:
-            return PREEMPTED
+        code = PREEMPTED if self.asked is not None else self._run(words, environment)
+        self._ends = code != 0
+        return code
+
+    def _run(self, words: Sequence[str], environment: Mapping[str, str]) -> int:
         command = [sys.executable, "-P", "-m", "lit_vlm", *words]
         self._process = subprocess.Popen(command, env=os.environ | environment, preexec_fn=_die_with_parent)
         if self.asked is not None:  # while it started
