@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import sys
 import threading
@@ -15,13 +14,10 @@ import lightning.pytorch as L
 from lightning.pytorch.trainer.states import TrainerFn
 
 from callbacks.checkpoint import Checkpoint
-from lit_vlm.core.launcher import end_of_job
+from lit_vlm.core.launcher import ASKING, end_of_job
+from lit_vlm.core.times import seconds_of
 from lit_vlm.training.tracking import MLflow
 from lit_vlm.training.trainer import Trainer
-
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-"""Signals that ask a run to leave."""
-TIME = re.compile(r"(?:(\d+)-)?(\d+):([0-5]\d):([0-5]\d)")
 
 
 class Preemption(L.Callback):
@@ -32,7 +28,8 @@ class Preemption(L.Callback):
     `max_time`, and the end of the SLURM job.
 
     Args:
-        max_time: time from the start of training until the run leaves, as `HH:MM:SS` or `D-HH:MM:SS`; null: none.
+        max_time: time from the start of training until the run leaves, as SLURM writes it: minutes, `HH:MM:SS` or
+            `D-HH`; null: none.
         margin: seconds before the end of the SLURM job at which the run leaves, for a step, a validation and the save.
 
     Raises:
@@ -40,7 +37,9 @@ class Preemption(L.Callback):
     """
 
     def __init__(self, max_time: str | None = None, margin: float = 120.0) -> None:
-        self._seconds = None if max_time is None else _seconds(max_time)
+        self._seconds = None if max_time is None else seconds_of(max_time)
+        if max_time is not None and self._seconds is None:
+            raise ValueError(f"preemption.max_time is a time such as 04:00:00 or 1-12, not '{max_time}'")
         if margin < 0:
             raise ValueError(f"preemption.margin is a number of seconds, not {margin}")
         self.margin = margin
@@ -58,7 +57,7 @@ class Preemption(L.Callback):
         trainer.leaving.forget()
         trainer.leaving.late, trainer.leaving.go = self._late, self._save_and_report
         if threading.current_thread() is threading.main_thread():  # signals reach no other
-            self._before = {one: signal.signal(one, self._note) for one in SIGNALS}
+            self._before = {one: signal.signal(one, self._note) for one in ASKING}
         self._ends = []
         if self._seconds is not None:
             self._ends.append((time.time() + self._seconds, "preemption.max_time is over"))
@@ -123,11 +122,3 @@ class Preemption(L.Callback):
                 if isinstance(logger, MLflow):
                     logger.preempted(f"{reason} at step {trainer.global_step}")
         trainer.strategy.barrier("preempted")
-
-
-def _seconds(text: str) -> float:
-    match = TIME.fullmatch(text.strip())
-    if match is None:
-        raise ValueError(f"preemption.max_time is a time such as 04:00:00 or 1-12:00:00, not '{text}'")
-    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
-    return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)

@@ -95,7 +95,6 @@ class Progress(L.Callback):
             tokens_per_s=next(iter(rates), None),
             time=now(),
             started=self._started,
-            rank=trainer.global_rank,
             host=socket.gethostname(),
             pid=os.getpid(),
             slurm_job=os.environ.get("SLURM_JOB_ID"),

@@ -11,6 +11,8 @@ import time
 import zipfile
 from pathlib import Path
 
+from lit_vlm.core.written import write_whole
+
 SUFFIX = ".ckpt"
 DONE_FILE = "done.json"
 """What training leaves in the folder of a stage when it has come to its end."""
@@ -38,10 +40,7 @@ def mark_done(folder: Path, step: int) -> None:
         folder: of the stage.
         step: optimizer steps that were taken.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    scratch = folder / f".{DONE_FILE}"
-    scratch.write_text(json.dumps({"step": step, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}), encoding="utf-8")
-    scratch.replace(folder / DONE_FILE)
+    write_whole(folder / DONE_FILE, json.dumps({"step": step, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}))
 
 
 def partial_of(path: Path) -> Path:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
+
+from lit_vlm.core.written import write_whole
 
 PROGRESS_FILE = "progress.json"
 """Name of the file, in the folder of the stage."""
@@ -27,8 +28,7 @@ class Progress:
         tokens_per_s: tokens without padding per second, of all devices; None before it was measured.
         time: when this was written, ISO 8601 in UTC.
         started: when this process began to train, ISO 8601 in UTC.
-        rank: the process that wrote this, among those of the run.
-        host: its machine.
+        host: machine of the first process, which writes this.
         pid: its number there.
         slurm_job: the job of SLURM that it belongs to.
         state: what it was doing.
@@ -41,7 +41,6 @@ class Progress:
     tokens_per_s: float | None
     time: str
     started: str
-    rank: int
     host: str
     pid: int
     slurm_job: str | None
@@ -54,13 +53,7 @@ class Progress:
         Raises:
             OSError: where that is not possible.
         """
-        folder.mkdir(parents=True, exist_ok=True)
-        scratch = folder / f".{PROGRESS_FILE}.{os.getpid()}"
-        try:
-            scratch.write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
-            scratch.replace(folder / PROGRESS_FILE)
-        finally:
-            scratch.unlink(missing_ok=True)
+        write_whole(folder / PROGRESS_FILE, json.dumps(asdict(self)) + "\n")
 
     @staticmethod
     def read(folder: Path) -> Progress | None:

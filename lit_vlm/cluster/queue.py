@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from lit_vlm.core.written import write_whole
+
 JOB_FILE = "job.json"
 """Name of the file in the folder of a run that says which job it was submitted as."""
 ATTEMPTS = "attempts.tsv"
@@ -37,10 +39,7 @@ class Submitted:
 
     def save(self, folder: Path) -> None:
         """Write the file, whole or not at all."""
-        folder.mkdir(parents=True, exist_ok=True)
-        scratch = folder / f".{JOB_FILE}"
-        scratch.write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
-        scratch.replace(folder / JOB_FILE)
+        write_whole(folder / JOB_FILE, json.dumps(asdict(self)) + "\n")
 
     @staticmethod
     def load(folder: Path) -> Submitted | None:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lit_vlm.checkpoints.folder import DONE_FILE
 from lit_vlm.cluster.queue import ATTEMPTS, START
 from lit_vlm.cluster.site import Site
 from lit_vlm.core.launcher import LOST, PREEMPTED
@@ -74,7 +75,7 @@ def script(job: Job, environment: Mapping[str, str] | None = None) -> str:
             "",
             f"command=({_command(job)})",
             "",
-            BODY % ({"step": _step(job), "attempts": ATTEMPTS, "start": START} | CODES),
+            BODY % ({"step": _step(job), "attempts": ATTEMPTS, "start": START, "done": DONE_FILE} | CODES),
         ]
     )
 
@@ -181,7 +182,7 @@ reached() {
   local stage newest
   for stage in "$run"/*/; do
     newest=$(ls "$stage/checkpoints" 2>/dev/null | grep -o '^step=[0-9]*' | sort -V | tail -n 1)
-    if [ -e "$stage/done.json" ]; then newest=done; fi
+    if [ -e "$stage/%(done)s" ]; then newest=done; fi
     if [ -n "$newest" ]; then printf '%%s:%%s ' "$(basename "$stage")" "$newest"; fi
   done
 }

@@ -11,13 +11,10 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from lit_vlm.core.plugins import nearest
+from lit_vlm.core.times import seconds_of
 
 VARIABLE = "LIT_VLM_CLUSTER"
 """Environment variable: the file, in place of the user's own."""
-TIME = re.compile(r"(?:(?P<days>\d+)-(?P<hours>\d+)(?::(?P<minutes>\d+)(?::(?P<seconds>\d+))?)?"
-                  r"|(?P<h>\d+):(?P<m>\d+):(?P<s>\d+)|(?P<min>\d+)(?::(?P<sec>\d+))?)")  # fmt: skip
-"""How SLURM writes a length of time."""
-
 NULL = "tag:yaml.org,2002:null"
 
 
@@ -126,16 +123,6 @@ def read_site(file: Path | None = None) -> Site:
     if site.time is not None:
         check_time(site.time, site.signal_before, f"{path}: time")
     return site
-
-
-def seconds_of(time: str) -> int | None:
-    """Seconds of a length of time as SLURM writes it; None for one that it would refuse."""
-    if (match := TIME.fullmatch(time)) is None:
-        return None
-    part = {name: int(value or 0) for name, value in match.groupdict().items()}
-    hours = 24 * part["days"] + part["hours"] + part["h"]
-    minutes = part["minutes"] + part["m"] + part["min"]
-    return 3600 * hours + 60 * minutes + part["seconds"] + part["s"] + part["sec"]
 
 
 def check_time(time: str, signal_before: int, where: str) -> None:

@@ -10,13 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from lit_vlm.checkpoints.folder import checkpoints_in, step_of
+from lit_vlm.checkpoints.folder import checkpoints_in, is_done, step_of
 from lit_vlm.checkpoints.progress import AT_WORK, PROGRESS_FILE, Progress, now, seconds_between
 from lit_vlm.cluster.queue import ATTEMPTS, JOB_FILE, START, WAITING, InQueue, Submitted
 from lit_vlm.core.launcher import PREEMPTED
 
-DONE_FILE = "done.json"
-"""Marks a stage that has ended, in its folder."""
 SILENCE = {"training": 300.0, "validating": 300.0, "saving": 1800.0}
 """Seconds without a sign of life after which a run is taken for dead."""
 
@@ -83,7 +81,7 @@ class Run:
 
     def has_ended(self, stage: str) -> bool:
         """Whether a stage is done."""
-        return stage in self.done or (self.folder / stage / DONE_FILE).is_file()
+        return stage in self.done or is_done(self.folder / stage)
 
     @property
     def has_finished(self) -> bool:

@@ -14,8 +14,9 @@ from lit_vlm.checkpoints.folder import checkpoints_in, is_done, settle
 from lit_vlm.commands.asked import Asked
 from lit_vlm.commands.recipe import find_recipe, shipped_recipes
 from lit_vlm.commands.runs import STATE_FILE, RunState, run_name
-from lit_vlm.core.launcher import launch, launch_name
+from lit_vlm.core.launcher import launch, launch_name, rendezvous
 from lit_vlm.core.plugins import named_plugins, nearest
+from lit_vlm.core.written import write_whole
 
 KEYS = ("model", "data", "trainer", "checkpoint", "preemption", "watchdog")
 """What flags begin with that are of no single stage."""
@@ -218,7 +219,8 @@ def together(asked: Asked, decided: Callable[[Asked], Begin]) -> Iterator[Begin]
         yield decided(asked)
         return
     parent = asked.options.out.parent if asked.options.out is not None else Path("runs")
-    file = parent / LAUNCHES / f"{launch_name()}-{mine.attempt}.json"
+    name = launch_name() if mine.id is not None or mine.nodes == 1 else "{}-{}".format(*rendezvous())
+    file = parent / LAUNCHES / f"{name}-{mine.attempt}.json"
     if not mine.is_first:
         since = time.time() - SKEW if mine.by == "torchrun" else 0.0
         begin = _told(file, mine.rank, since)
@@ -231,14 +233,14 @@ def together(asked: Asked, decided: Callable[[Asked], Begin]) -> Iterator[Begin]
     try:
         begin = decided(asked)
         said = begin._asdict() | {"folder": str(begin.folder), "state": asdict(begin.state)}
-        _write(file, said)
+        write_whole(file, json.dumps(said))
         yield begin
     except BaseException as error:
         if not said:
             said = {"refused": str(error) if isinstance(error, ValueError | OSError) else "see its own message"}
         raise
     finally:
-        _write(file, said | {"ended": True})
+        write_whole(file, json.dumps(said | {"ended": True}))
 
 
 def _told(file: Path, rank: int, since: float) -> Begin:
@@ -277,10 +279,3 @@ def until(met: Callable[[], bool], seconds: float) -> bool:
             return False
         time.sleep(0.2)
     return True
-
-
-def _write(file: Path, content: object) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    scratch = file.with_suffix(".partial")
-    scratch.write_text(json.dumps(content), encoding="utf-8")
-    scratch.replace(file)

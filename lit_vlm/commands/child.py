@@ -11,10 +11,7 @@ from collections.abc import Mapping, Sequence
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-from lit_vlm.core.launcher import PREEMPTED
-
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-"""Signals that ask a run to leave; the stage's process saves and leaves, and this one waits for it."""
+from lit_vlm.core.launcher import ASKING, PREEMPTED
 
 
 class Stages:
@@ -31,7 +28,7 @@ class Stages:
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
-        self._before = {one: signal.signal(one, self._note) for one in SIGNALS}
+        self._before = {one: signal.signal(one, self._note) for one in ASKING}
         return self
 
     def __exit__(
@@ -71,7 +68,7 @@ class Stages:
         except KeyboardInterrupt:
             self._process.send_signal(signal.SIGINT)
             return self._process.wait() or 130
-        return PREEMPTED if -code in SIGNALS else code
+        return PREEMPTED if -code in ASKING else code
 
 
 def _die_with_parent() -> None:

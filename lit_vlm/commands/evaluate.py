@@ -18,6 +18,7 @@ from rich.progress import MofNCompleteColumn, Progress, TaskID
 from rich.table import Table
 
 from lit_vlm.checkpoints.folder import find_checkpoint
+from lit_vlm.core.launcher import launch, rendezvous
 from lit_vlm.core.precision import choose
 from lit_vlm.evaluation.tasks import TASKS, Evaluated, Prompts, Shots, Task, TaskSettings, find_task, run_task
 from lit_vlm.evaluation.tasks.base import Choosing
@@ -151,18 +152,21 @@ def _task(name: str, data: Path) -> Task:
 
 
 def _join_processes(device: str | None) -> str:
-    """Join the other processes that torchrun started, and choose the device."""
+    """Join the other processes that torchrun or srun started, and choose the device."""
     from lit_vlm.evaluation.asker import pick_device
 
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    started = launch()
+    if started.world_size == 1:
         return pick_device(device)
     if device in (None, "cuda") and torch.cuda.is_available():
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        device = f"cuda:{started.local_rank % torch.cuda.device_count()}"  # a process may see its own card alone
     device = pick_device(device)
     if device != "cpu":
         torch.cuda.set_device(device)  # NCCL sends objects through the current device
     if not dist.is_initialized():
-        dist.init_process_group("gloo" if device == "cpu" else "nccl")
+        host, port = rendezvous()
+        os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": str(port)}
+        dist.init_process_group("gloo" if device == "cpu" else "nccl", rank=started.rank, world_size=started.world_size)
     return device
 
 

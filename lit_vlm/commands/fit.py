@@ -59,7 +59,7 @@ def lightning_cli(arguments: Sequence[str], run: bool = True) -> Any:
         ValueError: for a wrong flag or key, and for anything that training refuses.
     """
     _quiet()
-    if run and os.environ.get("LOCAL_RANK", "0") == "0":
+    if run and int(os.environ.get("LOCAL_RANK", launch().local_rank)) == 0:
         sys.stderr.write("loading libraries ...\n")  # which takes ten seconds
     from lit_vlm.commands.lightning_cli import LitVLMCLI
 

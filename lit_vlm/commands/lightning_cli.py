@@ -163,7 +163,7 @@ class LitVLMCLI(LightningCLI):
     def after_fit(self) -> None:
         """Mark the stage as done: nothing else says that its training has come to its end."""
         trainer = self.trainer
-        if trainer.is_global_zero and trainer.state.finished and not getattr(trainer, "fast_dev_run", False):
+        if trainer.is_global_zero and trainer.state.finished:
             mark_done(Path(trainer.default_root_dir), trainer.global_step)
 
     def after_predict(self) -> None:

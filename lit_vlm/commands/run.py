@@ -29,8 +29,6 @@ from lit_vlm.core.plugins import use_plugins
 
 SEEN = 60.0
 """Seconds until a file that another machine wrote is seen on this one."""
-LEFT = "PREEMPTED"
-"""Value of the tag `state` of an MLflow run that left in order and can go on."""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -179,9 +177,9 @@ def _run(recipe: Recipe, begin: Begin, stages: Stages, console: Console, checked
 def _end(tracker: _ParentRun, folder: Path, stage: str, code: int, asked: str | None, console: Console) -> NoReturn:
     """Report a stage that has not come to its end, and end as it did."""
     if code == PREEMPTED:
-        tracker.end("KILLED", state=LEFT)
-        what = f"left, as {asked} asked it to" if asked else "left, as its time is over"
-        console.print(f"\nstage {stage} {what}: the same command goes on", soft_wrap=True, highlight=False)
+        what = f"stage {stage} left, as {asked} asked it to" if asked else f"stage {stage} left, as its time is over"
+        tracker.preempted(what)
+        console.print(f"\n{what}: the same command goes on", soft_wrap=True, highlight=False)
         raise SystemExit(PREEMPTED)
     if code < 0 and launch().is_first:  # it could not say so itself
         tracker.end_stage(folder / stage, "KILLED")
@@ -235,12 +233,17 @@ class _ParentRun:
             return {}
         return {PARENT_RUN: self._run.run_id, "MLFLOW_TRACKING_URI": self._run.uri}
 
-    def end(self, status: str, reason: str | None = None, state: str | None = None) -> None:
-        """Report the last status, the reason of a failure, and the state where MLflow has no status for it."""
+    def preempted(self, reason: str) -> None:
+        """Report that the run leaves in order and can go on."""
+        if self._run:
+            self._run.preempted(reason)
+
+    def end(self, status: str, reason: str | None = None) -> None:
+        """Report the last status, and the reason of a failure."""
         if self._run:
             if reason:
                 self._run.tag("failure", reason)
-            self._run.end(status, state)
+            self._run.end(status)
 
     def end_stage(self, folder: Path, status: str) -> None:
         """Report the last status of the stage of a folder, whose process could not."""

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from lit_vlm.core.launcher import launch, launch_name
+from lit_vlm.core.written import write_whole
 
 RUN_FOLDER = "LIT_VLM_RUN_FOLDER"
 """Environment variable: the folder that the first process of a stage chose, for those that it starts."""
@@ -42,10 +43,7 @@ class RunState:
         """Write run.json, whole or not at all; of several processes of a launcher, only the first does."""
         if not launch().is_first:
             return
-        folder.mkdir(parents=True, exist_ok=True)
-        scratch = folder / f".{STATE_FILE}"
-        scratch.write_text(json.dumps(asdict(self), indent=2))
-        scratch.replace(folder / STATE_FILE)
+        write_whole(folder / STATE_FILE, json.dumps(asdict(self), indent=2))
 
     @staticmethod
     def load(folder: Path) -> RunState:

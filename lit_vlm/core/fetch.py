@@ -8,13 +8,13 @@ import os
 import re
 import socket
 import time
-import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lit_vlm.core.cache import held
 from lit_vlm.core.launcher import launch
+from lit_vlm.core.written import write_whole
 
 STARTED = time.time()
 """When this process began: what another one asked since then need not be asked again."""
@@ -159,9 +159,7 @@ def _once(name: str, kind: str, ask: Callable[[], Any]) -> Any:
                 answer = {"found": ask()}
             except ValueError as error:
                 answer = {"error": str(error)}
-            scratch = note.with_suffix(f".{uuid.uuid4().hex}")
-            scratch.write_text(json.dumps({**answer, "time": time.time(), "by": _self(), "launch": _launch()}))
-            scratch.replace(note)
+            write_whole(note, json.dumps({**answer, "time": time.time(), "by": _self(), "launch": _launch()}))
     if "error" in answer:
         raise ValueError(answer["error"])
     return answer["found"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import time
 from collections.abc import Mapping
@@ -13,6 +14,8 @@ from typing import Literal, NamedTuple
 
 PORTS = range(15000, 25000)
 """Ports where the processes of a step meet: below those that Linux gives to outgoing connections."""
+ASKING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+"""Signals that ask a run to leave."""
 PREEMPTED = 75
 """Exit code of a run that saved its state because it was asked to leave: the same command goes on. EX_TEMPFAIL."""
 LOST = 69

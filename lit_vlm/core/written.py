@@ -1,13 +1,33 @@
-"""Files that report on a run: a full disk costs the file, never the run."""
+"""Files that are there whole or not at all, and reports, whose absence on a full disk ends no run."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
 log = logging.getLogger(__name__)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all; of processes that write it at the same time, the last one wins.
+
+    Args:
+        path: the file; an earlier one stays until the new one is whole. Folders above it are made.
+        text: what is in it.
+
+    Raises:
+        OSError: where it cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
+    try:
+        scratch.write_text(text, encoding="utf-8")
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 def write_report(path: Path, write: Callable[[Path], object]) -> bool:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import math
-import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -21,6 +20,7 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from PIL import Image as PILImage
 from rich.progress import track
 
+from lit_vlm.core.launcher import launch
 from lit_vlm.core.precision import choose
 from lit_vlm.data.records import Image, Message, Record, RecordError, Text
 from lit_vlm.data.records.media import MARK
@@ -54,8 +54,8 @@ class LmmsEvalModel(lmms):
         max_length: int | str | None = None,
     ) -> None:
         super().__init__()
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise ValueError("lit_vlm answers lmms-eval in one process: start it without torchrun or accelerate")
+        if launch().world_size > 1:
+            raise ValueError("lit_vlm answers lmms-eval in one process: start it without torchrun, accelerate or srun")
         place = pick_device(device)
         asker = load_run(checkpoint, place, choose(torch.device(place).type, scaled=False).dtype)
         self.rows = int(batch_size)

@@ -35,7 +35,7 @@ class Leaving:
     Attributes:
         reason: why this process was asked to; None while it was not.
         late: whether the time is up, asked before each batch.
-        go: saves, and raises `Preempted`; set by who saves.
+        go: saves and reports, for a reason; set by who does so.
     """
 
     def __init__(self) -> None:

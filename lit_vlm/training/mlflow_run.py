@@ -147,15 +147,18 @@ class MLflowRun:
         self.tag(STATE, "RUNNING")
         self._send({"kind": "status", "status": "RUNNING"})
 
-    def end(self, status: str, state: str | None = None) -> None:
-        """Report the last status, and try once more to send waiting reports.
+    def preempted(self, reason: str) -> None:
+        """Report that the run leaves in order and can go on, for which MLflow has no status: a tag says so."""
+        self.tag("preempted", reason)
+        self._end("KILLED", PREEMPTED)
 
-        Args:
-            status: FINISHED, FAILED or KILLED.
-            state: what the tag `state` says; default: the status. MLflow has no status for a run that will go on.
-        """
+    def end(self, status: str) -> None:
+        """Report the last status (FINISHED, FAILED or KILLED), and try once more to send waiting reports."""
+        self._end(status, status)
+
+    def _end(self, status: str, state: str) -> None:
         self._again = 0.0
-        self.tag(STATE, state or status)
+        self.tag(STATE, state)
         self._send({"kind": "status", "status": status, "time": int(time.time() * 1000)})
         for _ in range(BUSY_TRIES):
             if not (self._pending and self._busy):

@@ -12,6 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from lit_vlm.core.written import write_whole
+
 DEFAULT_URI = "sqlite:///mlflow.db"
 SQLITE = "sqlite:///"
 REFUSED = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_ALREADY_EXISTS")
@@ -54,11 +56,8 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
 
 def write_lines(file: Path, values: Sequence[Mapping[str, Any]]) -> None:
     """Write a file of JSON lines, whole or not at all; a file that cannot be written is only warned of."""
-    scratch = file.with_suffix(".partial")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        scratch.write_text("".join(json.dumps(value) + "\n" for value in values), encoding="utf-8")
-        scratch.replace(file)
+        write_whole(file, "".join(json.dumps(value) + "\n" for value in values))
     except OSError as error:
         log.warning("%s cannot be written: %s", file, error)
 
@@ -114,9 +113,25 @@ def _make(file: Path) -> None:
         store = SqlAlchemyStore(f"{SQLITE}{scratch}", DEFAULT_LOCAL_FILE_AND_ARTIFACT_PATH)
         store.engine.dispose()
         with suppress(FileExistsError):  # another process was faster
-            os.link(scratch, file)
+            _link(scratch, file)
     finally:
-        scratch.unlink()
+        scratch.unlink(missing_ok=True)
+
+
+def _link(scratch: Path, file: Path) -> None:
+    """Give a file a second name, or another one where the file system has no links.
+
+    Raises:
+        FileExistsError: where the name is taken.
+    """
+    try:
+        os.link(scratch, file)
+    except FileExistsError:
+        raise
+    except OSError:
+        if file.exists():
+            raise FileExistsError(str(file)) from None
+        scratch.rename(file)
 
 
 def busy(error: BaseException | None) -> bool:

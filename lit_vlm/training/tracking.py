@@ -22,7 +22,7 @@ from lit_vlm.checkpoints.folder import DONE_FILE
 from lit_vlm.data import VLMData
 from lit_vlm.training.frozen import stored_in
 from lit_vlm.training.leaving import Preempted
-from lit_vlm.training.mlflow_run import PARENT_RUN, PREEMPTED, MLflowRun, known_run
+from lit_vlm.training.mlflow_run import PARENT_RUN, MLflowRun, known_run
 from lit_vlm.training.mlflow_store import default_uri
 from lit_vlm.training.module import LitVLM
 from lit_vlm.training.stage import SlotCount
@@ -99,8 +99,7 @@ class MLflow(Logger):
     def preempted(self, reason: str) -> None:
         """Set the status of a run that leaves and can go on."""
         self._left = True
-        self.run.tag("preempted", reason)
-        self.run.end("KILLED", PREEMPTED)
+        self.run.preempted(reason)
 
 
 class RunRecord(SaveConfigCallback):

@@ -86,7 +86,7 @@ def test_the_clock_asks_as_a_signal_does(tmp_path: Path) -> None:
     left = fit(tmp_path, "left", "--preemption.max_time", "00:00:00")
     assert left.returncode == PREEMPTED
     assert "asked to leave (preemption.max_time is over): nothing was trained" in left.stderr
-    with pytest.raises(ValueError, match=r"preemption\.max_time is a time such as 04:00:00 or 1-12:00:00, not '4 h'"):
+    with pytest.raises(ValueError, match=r"preemption\.max_time is a time such as 04:00:00 or 1-12, not '4 h'"):
         Preemption(max_time="4 h")
     with pytest.raises(ValueError, match=r"preemption\.margin is a number of seconds, not -1"):
         Preemption(margin=-1)

@@ -83,8 +83,15 @@ def test_a_second_experiment_of_one_job_has_a_folder_of_its_own(
     assert found == [(first, False), (second, False), (first, True)]
 
 
-def _rank(rank: int, out: str, decided: Callable[[Asked], Begin], results: multiprocessing.Queue) -> None:  # type: ignore[type-arg]
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "3", "TORCHELASTIC_RUN_ID": "mine"}
+NAMED = {"TORCHELASTIC_RUN_ID": "mine"}
+NAMELESS = {"TORCHELASTIC_RUN_ID": "none", "GROUP_WORLD_SIZE": "3", "MASTER_ADDR": "here", "MASTER_PORT": "2"}
+"""torchrun on several machines, with and without --rdzv-id."""
+
+
+def _rank(
+    rank: int, given: dict[str, str], out: str, decided: Callable[[Asked], Begin], results: multiprocessing.Queue
+) -> None:  # type: ignore[type-arg]
+    os.environ |= given | {"RANK": str(rank), "WORLD_SIZE": "3"}
     try:
         with together(asked("llava15", "--scale", "tiny", "--out", out), decided) as begin:
             results.put((rank, str(begin.folder), begin.state.flags))
@@ -92,10 +99,12 @@ def _rank(rank: int, out: str, decided: Callable[[Asked], Begin], results: multi
         results.put((rank, str(error), None))
 
 
-def _follow(out: str, decided: Callable[[Asked], Begin]) -> dict[int, tuple[str, list[str] | None]]:
+def _follow(
+    given: dict[str, str], out: str, decided: Callable[[Asked], Begin]
+) -> dict[int, tuple[str, list[str] | None]]:
     context = multiprocessing.get_context("fork")
     results = context.Queue()
-    ranks = [context.Process(target=_rank, args=(rank, out, decided, results)) for rank in (2, 1, 0)]
+    ranks = [context.Process(target=_rank, args=(rank, given, out, decided, results)) for rank in (2, 1, 0)]
     for process in ranks:
         process.start()
     found = [results.get(timeout=60) for _ in ranks]
@@ -104,12 +113,13 @@ def _follow(out: str, decided: Callable[[Asked], Begin]) -> dict[int, tuple[str,
     return {rank: (said, flags) for rank, said, flags in found}
 
 
-def test_all_processes_do_what_the_first_decides(tmp_path: Path) -> None:
+@pytest.mark.parametrize("given", [NAMED, NAMELESS], ids=["named", "nameless"])
+def test_all_processes_do_what_the_first_decides(given: dict[str, str], tmp_path: Path) -> None:
     def decided(given: Asked) -> Begin:
         return Begin(tmp_path / "elsewhere", RunState("llava15", "tiny", "ddp", ["2_sft"], ["--x"]), goes_on=False)
 
     out = tmp_path / "runs" / "a"
-    assert _follow(str(out), decided) == dict.fromkeys(range(3), (str(tmp_path / "elsewhere"), ["--x"]))
+    assert _follow(given, str(out), decided) == dict.fromkeys(range(3), (str(tmp_path / "elsewhere"), ["--x"]))
     assert list(out.parent.iterdir()) == [out.parent / ".launches"]
 
 
@@ -117,7 +127,7 @@ def test_all_processes_end_where_the_first_refuses(tmp_path: Path) -> None:
     def decided(given: Asked) -> Begin:
         raise ValueError("no such thing")
 
-    found = _follow(str(tmp_path / "a"), decided)
+    found = _follow(NAMED, str(tmp_path / "a"), decided)
     assert found[0] == ("no such thing", None)
     assert found[1] == ("process 1 ends, as the first one refused: no such thing", None)
     assert found[2] == ("process 2 ends, as the first one refused: no such thing", None)

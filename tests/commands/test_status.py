@@ -39,7 +39,7 @@ def ago(seconds: float) -> str:
 def progress(**changes: Any) -> Progress:
     settings = {
         "step": 300, "steps": 500, "first_step": 100, "tokens_per_s": 51234.5, "time": ago(3), "started": ago(403),
-        "rank": 0, "host": socket.gethostname(), "pid": os.getpid(), "slurm_job": None, "state": "training",
+        "host": socket.gethostname(), "pid": os.getpid(), "slurm_job": None, "state": "training",
     }  # fmt: skip
     return Progress(**(settings | changes))
 

@@ -17,11 +17,12 @@ from rich.console import Console
 from lit_vlm.checkpoints.progress import Progress, now
 from lit_vlm.cluster.queue import Submitted, states
 from lit_vlm.cluster.sbatch import Job, script
-from lit_vlm.cluster.site import VARIABLE, Site, read_site, seconds_of, site_file
+from lit_vlm.cluster.site import VARIABLE, Site, read_site, site_file
 from lit_vlm.cluster.status import exit_code
 from lit_vlm.commands import follow as following
 from lit_vlm.commands import submit
 from lit_vlm.commands.runs import RunState
+from lit_vlm.core.times import seconds_of
 
 TINY = ["llava15", "--scale", "tiny", "--strategy", "ddp", "--gpus", "0"]
 
@@ -382,7 +383,7 @@ def test_following_shows_the_step_and_stops_on_ctrl_c_without_ending_the_job(
     program: Callable[[str, str], Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Submitted("12", ("1_align",)).save(Path("r"))
-    Progress(30, 100, 10, 5000.0, now(), now(), 0, "elsewhere", 1, "12", "training").write(Path("r/1_align"))
+    Progress(30, 100, 10, 5000.0, now(), now(), "elsewhere", 1, "12", "training").write(Path("r/1_align"))
     asked = program("scancel", "")
     program("squeue", "echo '12|12_N/A|RUNNING|None'")
 

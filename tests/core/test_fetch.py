@@ -107,7 +107,9 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
 
 CODE = """
 import sys
+from lit_vlm.core import cache
 from lit_vlm.core.fetch import fetched
+cache.SILENT = 0.1  # the fetch of the tests is over before a user would be told to wait
 try:
     print(sorted(file.name for file in fetched(sys.argv[1], sys.argv[2] == "weights").iterdir()))
 except ValueError as error:

@@ -18,6 +18,7 @@ from litdata import StreamingDataset
 from torch import Tensor
 
 from lit_vlm.core.batch import Grid
+from lit_vlm.core.written import write_whole
 from lit_vlm.data.records import Image, RecordError, image_bytes
 from lit_vlm.data.records.json_files import read_info
 
@@ -55,9 +56,7 @@ class PreparedInfo:
 
     def write(self, folder: Path) -> None:
         """Write `prepared.json`, the last file of a set."""
-        scratch = folder / f"{INFO}.partial"
-        scratch.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
-        scratch.replace(folder / INFO)
+        write_whole(folder / INFO, json.dumps(asdict(self), indent=1) + "\n")
 
 
 def image_key(content: bytes) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
+from lit_vlm.core.launcher import ASKING
 from lit_vlm.core.progress import progress
 
 
@@ -51,8 +52,9 @@ def heed_parent_alone(worker: int) -> None:
     Args:
         worker: number of the process.
     """
-    for one in (signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(one, signal.SIG_IGN)
+    for one in ASKING:
+        if one != signal.SIGTERM:
+            signal.signal(one, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS, where a worker goes with the signal
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_with_parent, daemon=True).start()

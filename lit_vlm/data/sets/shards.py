@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from lit_vlm.core.written import write_whole
 from lit_vlm.data.records.files import visible
 from lit_vlm.data.records.json_files import read_json
 
@@ -31,7 +32,7 @@ def block_folder(out: Path, index: int) -> Path:
 
 def finish_block(folder: Path, facts: dict[str, Any]) -> None:
     """Mark a block as whole, and keep its facts (counts, hash, bad records) in `part.json`."""
-    write_json(folder / "part.json", facts)
+    write_whole(folder / "part.json", json.dumps(facts))
 
 
 def has_block(out: Path, index: int) -> bool:
@@ -77,7 +78,7 @@ def _begin(out: Path, plan: dict[str, Any]) -> bool:
     """Make the folder of blocks with the plan in it, at once; False when another process did so before."""
     scratch = out / f".{BLOCKS}-{uuid.uuid4().hex}"
     scratch.mkdir(parents=True)
-    write_json(scratch / PLAN, plan)
+    write_whole(scratch / PLAN, json.dumps(plan))
     try:
         scratch.rename(out / BLOCKS)
     except OSError:
@@ -103,7 +104,7 @@ def is_begun(out: Path) -> bool:
 
 def keep_plan(out: Path) -> None:
     """Keep the plan with the result, so that the same command knows later that its work is done."""
-    write_json(out / PLAN, read_json(out / BLOCKS / PLAN))
+    write_whole(out / PLAN, json.dumps(read_json(out / BLOCKS / PLAN)))
 
 
 def put_away(out: Path) -> None:
@@ -142,7 +143,7 @@ def merge(folders: Sequence[Path], out: Path) -> list[int]:
                 name = f"chunk-{len(chunks):06d}.bin"
                 _put(folder / chunk["filename"], out / name)
                 chunks.append({**chunk, "filename": name})
-    write_json(out / "index.json", {"chunks": chunks, "config": config})
+    write_whole(out / "index.json", json.dumps({"chunks": chunks, "config": config}))
     return [chunk["chunk_size"] for chunk in chunks]
 
 
@@ -155,13 +156,6 @@ def _put(file: Path, target: Path) -> None:
         shutil.copyfile(file, scratch)
     scratch.replace(target)
     scratch.unlink(missing_ok=True)  # nothing is moved where both are links to one file
-
-
-def write_json(file: Path, content: Any) -> None:
-    """Write a JSON file at once; of processes that write it at the same time, the last wins."""
-    scratch = file.with_name(f".{file.name}-{uuid.uuid4().hex}")
-    scratch.write_text(json.dumps(content), encoding="utf-8")
-    scratch.replace(file)
 
 
 def _indices(folder: Path) -> Iterator[dict[str, Any]]:

@@ -23,6 +23,7 @@ from litdata import StreamingDataset
 from litdata.streaming.downloader import get_downloader
 from numpy.typing import NDArray
 
+from lit_vlm.core.written import write_whole
 from lit_vlm.data.records import Content, Image, Message, Record, Text
 from lit_vlm.data.records.json_files import read_info
 from lit_vlm.data.records.media import refuse_marks
@@ -71,9 +72,7 @@ class SetInfo:
 
     def write(self, folder: Path) -> None:
         """Write `lit_vlm.json`; it is the last file of a conversion."""
-        scratch = folder / f"{INFO}.partial"
-        scratch.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
-        scratch.replace(folder / INFO)
+        write_whole(folder / INFO, json.dumps(asdict(self), indent=1) + "\n")
 
 
 class Converted(Source):
