@@ -34,11 +34,15 @@ from lit_vlm.training.trainer import Trainer, device_type
 
 WORDS = ("last", "best")
 """Words that `--ckpt_path` takes besides paths: they name checkpoints in the run's own folder."""
-DEFAULT_CALLBACKS = tuple(
-    f"callbacks.{name}"
-    for name in (
-        *("FreezeGuard", "GradientMonitor", "Planned", "Memory", "Sources", "Throughput", "Stragglers", "Progress"),
-    )
+DEFAULT_CALLBACKS = (
+    "callbacks.FreezeGuard",
+    "callbacks.GradientMonitor",
+    "callbacks.Planned",
+    "callbacks.Memory",
+    "callbacks.Sources",
+    "callbacks.Throughput",
+    "callbacks.Stragglers",
+    "callbacks.Progress",
 )
 
 
