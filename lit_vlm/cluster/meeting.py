@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
+from typing import Self
 
 import torch.distributed as dist
 from torch.distributed import HashStore, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
@@ -28,7 +29,10 @@ class LeftAlone(Exception):
 
 
 class Meeting:
-    """Rounds of questions that all processes answer and the first one collects.
+    """Rounds of questions that all processes answer and the first one collects; a context, from which they part.
+
+    At its end the first process stays until the others have heard its last word, for a few seconds at most; with an
+    error it does not wait.
 
     Args:
         store: that all processes reach.
@@ -43,6 +47,21 @@ class Meeting:
     def __init__(self, store: Store, rank: int, world_size: int, timeout: float) -> None:
         self.store, self.rank, self.world_size, self.timeout = store, rank, world_size, timeout
         self.silent: set[int] = set()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
+        faulthandler.cancel_dump_traceback_later()
+        if kind is not None:
+            return
+        try:
+            self.say(f"left/{self.rank}", "")
+            if self.rank == 0:
+                keys = [f"left/{rank}" for rank in self.present()]
+                self.store.wait(keys, timedelta(seconds=FAREWELL))
+        except (dist.DistError, LeftAlone):
+            pass  # they end by their own time limits
 
     def present(self) -> list[int]:
         """Ranks that have answered so far, in order."""
@@ -104,17 +123,6 @@ class Meeting:
         That covers waits inside of drivers and file systems, which Python cannot end.
         """
         faulthandler.dump_traceback_later(3 * self.timeout + 2 * GRACE, exit=True, file=2)
-
-    def leave(self) -> None:
-        """Part: the first process stays until the others have heard its last word, for a few seconds at most."""
-        faulthandler.cancel_dump_traceback_later()
-        try:
-            self.say(f"left/{self.rank}", "")
-            if self.rank == 0:
-                keys = [f"left/{rank}" for rank in self.present()]
-                self.store.wait(keys, timedelta(seconds=FAREWELL))
-        except (dist.DistError, LeftAlone):
-            pass  # they end by their own time limits
 
     def say(self, name: str, said: str) -> None:
         """Leave a message.

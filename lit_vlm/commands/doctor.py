@@ -102,10 +102,9 @@ def _nodes(options: argparse.Namespace) -> None:
 
     launched = launch()
     try:
-        meeting = meet(launched, options.timeout)
-        checkup = Checkup(meeting, launched, options.data, options.out, size)
-        judged = list(_shown(checkup.judgements(), launched))
-        meeting.leave()
+        with meet(launched, options.timeout) as meeting:
+            checkup = Checkup(meeting, launched, options.data, options.out, size)
+            judged = list(_shown(checkup.judgements(), launched))
     except LeftAlone as error:
         sys.stderr.write(f"rank {launched.rank} on {platform.node()}: {error}\n")
         raise SystemExit(1) from None

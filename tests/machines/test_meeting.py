@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
 import pytest
+from torch.distributed import HashStore
 
 from lit_vlm.cluster.meeting import LeftAlone, Meeting, address, meet
 from lit_vlm.core.launcher import Launch, launch
@@ -23,7 +25,8 @@ def in_threads(world_size: int, ranks: list[int], timeout: float, act: Callable[
 
     def one(rank: int) -> object:
         try:
-            return act(meet(Launch("torchrun", rank, world_size), timeout, given))
+            with meet(Launch("torchrun", rank, world_size), timeout, given) as meeting:
+                return act(meeting)
         except LeftAlone as error:
             return str(error)
 
@@ -36,7 +39,6 @@ def test_the_first_gets_all_answers_and_all_hear_what_it_says() -> None:
         answers = meeting.gather("name", f"I am {meeting.rank}")
         some = meeting.gather("some", f"{meeting.rank}", among=[1, 2])
         told = meeting.tell("end", f"said by {meeting.rank}")
-        meeting.leave()
         return answers, some, told
 
     first, *others = in_threads(3, [0, 1, 2], 30, act)
@@ -47,9 +49,7 @@ def test_the_first_gets_all_answers_and_all_hear_what_it_says() -> None:
 def test_who_does_not_come_is_known_to_those_that_did() -> None:
     def act(meeting: Meeting) -> object:
         answers = meeting.gather("name", "here")
-        found = sorted(answers), sorted(meeting.silent), meeting.present()
-        meeting.leave()
-        return found
+        return sorted(answers), sorted(meeting.silent), meeting.present()
 
     assert in_threads(4, [0, 2], 1.0, act) == [([0, 2], [1, 3], [0, 2]), ([], [1, 3], [0, 2])]
 
@@ -74,6 +74,13 @@ def test_without_the_first_process_a_wait_ends() -> None:
     (said,) = in_threads(2, [1], 1.0, lambda meeting: meeting)
     assert isinstance(said, str)
     assert said.startswith("rank 0 does not answer at 127.0.0.1:")
+
+
+def test_who_is_left_alone_is_ended_by_no_guard(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lit_vlm.cluster.meeting.GRACE", 0.0)
+    with pytest.raises(LeftAlone), Meeting(HashStore(), 1, 2, 0.1) as meeting:
+        meeting.gather("name", "here")
+    time.sleep(0.4)  # the guard would end this process
 
 
 def test_a_taken_port_is_named() -> None:

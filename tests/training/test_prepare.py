@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from contextlib import redirect_stdout
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import lit_vlm.training.prepare
 from lit_vlm.commands.cli import lightning_cli, main
 from lit_vlm.commands.prepare import _devices
 from lit_vlm.commands.recipe import find_recipe
@@ -23,6 +24,7 @@ from lit_vlm.data.sets.convert import convert
 from lit_vlm.teachers import EncoderTeacher
 from lit_vlm.training.module import LitVLM
 from lit_vlm.worlds import Shapes
+from tests.runs import run_ranks
 from tests.tiny import CLIP
 
 TEACHER = {
@@ -45,7 +47,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     files = find_recipe("llava15").configs("2_sft", "tiny", "single")
     source = {"class_path": "lit_vlm.data.Converted", "init_args": {"path": str(folder / "set")}}
     return [
-        *[word for path in files for word in ("--config", str(path))],
+        *[word for path in files for word in ("--config", str(path.resolve()))],
         *("--data.train", json.dumps([source]), "--data.val", "null"),
         *("--model.heads", json.dumps({"distil": HEAD}), "--model.stage.losses.distil", "0.5"),
         *("--trainer.accelerator", "cpu", "--trainer.logger", "false"),
@@ -181,11 +183,12 @@ def test_a_stopped_preparation_goes_on(
     assert losses(*first_batch(config, "--data.prepared.distil", str(tmp_path / "out")))
 
 
-def _as_task(config: list[str], out: Path, rank: int) -> None:
-    variables = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2}
-    os.environ.update({name: str(value) for name, value in variables.items()})
-    with out.with_suffix(f".{rank}").open("w") as said, redirect_stdout(said):
-        prepare(config, out, "--of", "distil")
+def _as_task(rank: str, out: str, *config: str) -> None:
+    variables = {"RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": "2"}
+    os.environ.update(variables)
+    lit_vlm.training.prepare.BLOCK = 2
+    with Path(f"{out}.{rank}").open("w") as said, redirect_stdout(said):
+        prepare(list(config), Path(out), "--of", "distil")
 
 
 def test_two_tasks_of_a_launcher_share_the_blocks(
@@ -193,13 +196,7 @@ def test_two_tasks_of_a_launcher_share_the_blocks(
 ) -> None:
     monkeypatch.setattr("lit_vlm.training.prepare.BLOCK", 2)
     whole = prepare(config, tmp_path / "whole", "--of", "distil")
-    fork = get_context("fork")
-    tasks = [fork.Process(target=_as_task, args=(config, tmp_path / "out", rank)) for rank in range(2)]
-    for task in tasks:
-        task.start()
-    for task in tasks:
-        task.join(120)
-    assert [task.exitcode for task in tasks] == [0, 0]
+    run_ranks(tmp_path, "tests.training.test_prepare", str(tmp_path / "out"), *config)
     content = {file.name: file.read_bytes() for file in whole.iterdir()}
     assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == content
     assert "features of 16 images" in (tmp_path / "out.0").read_text().replace("\n", "")
@@ -259,3 +256,7 @@ def test_all_targets_of_ola_are_prepared_and_read(tmp_path: Path, monkeypatch: p
     module, batch = first_batch(flags)
     assert not batch.teacher_images
     assert losses(module, batch) == pytest.approx(online, rel=2e-2)  # features are kept in bf16
+
+
+if __name__ == "__main__":
+    _as_task(*sys.argv[1:])
