@@ -33,6 +33,7 @@ ROOMS = (
     ("callbacks",),
     ("planning",),
     ("cluster",),
+    ("experiments",),
     ("commands", "__main__"),
 )
 """From the ground up: a room imports from those before it, and from its own."""

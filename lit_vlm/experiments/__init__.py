@@ -1,0 +1,1 @@
+"""Ablations: variants × seeds of a recipe in one file, their shared stages, statistics and report."""
