@@ -1,0 +1,324 @@
+"""The file of an ablation: a recipe, variants of its flags, seeds, scores, and claims to be judged."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from lit_vlm.core.plugins import nearest
+
+BASE = "base"
+"""Name of the variant that has the flags for all, and no other."""
+SEED = "seed_everything"
+NAME = re.compile(r"[A-Za-z0-9][\w.,=+-]*")
+"""Names of variants, which are names of folders."""
+Flags = Mapping[str, Any]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class Evaluation(_Model):
+    """Questions that the last stage of each run is asked: arguments of `lit-vlm evaluate`.
+
+    Attributes:
+        task: name or class path of a task.
+        file: records of the user's own, in place of a task.
+        score: how answers to the user's own are scored.
+        shots: numbers of demonstrations.
+        data: folder of the tasks' files.
+        limit: so many examples.
+        flags: further flags of `lit-vlm evaluate`, name → value.
+    """
+
+    task: str | None = None
+    file: Path | None = None
+    score: str | None = None
+    shots: tuple[int, ...] = (0,)
+    data: Path | None = None
+    limit: int | None = None
+    flags: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _one(self) -> Evaluation:
+        if (self.task is None) == (self.file is None):
+            raise ValueError("name either a task or a file of your own questions")
+        if self.score is not None and self.file is None:
+            raise ValueError("score is for a file of your own questions; a task has its own")
+        return self
+
+    @property
+    def name(self) -> str:
+        """A name for tables."""
+        return self.task or (self.file.stem if self.file is not None else "")
+
+    def words(self) -> list[str]:
+        """Arguments of `lit-vlm evaluate`, but for the checkpoint."""
+        named = {"task": self.task, "file": self.file, "score": self.score, "data": self.data, "limit": self.limit}
+        words = [word for key, value in named.items() if value is not None for word in (f"--{key}", str(value))]
+        return [*words, "--shots", ",".join(map(str, self.shots)), *flag_words(self.flags)]
+
+
+class Claim(_Model):
+    """What is to be judged: that one variant is better than another.
+
+    Attributes:
+        text: the claim in words, with its source.
+        better: the variant that is said to be better.
+        worse: the other one.
+        score: name of the score, such as `held_out/accuracy` or `scenes/0-shot/accuracy`.
+    """
+
+    text: str
+    better: str
+    worse: str
+    score: str
+
+
+class AblationFile(_Model):
+    """What an ablation runs, compares and judges.
+
+    Attributes:
+        about: one sentence.
+        source: what it is after: paper and table.
+        recipe: name or folder of the recipe.
+        scale: its scale; default: the recipe's.
+        strategy: how it is sharded; default: the recipe's.
+        stages: which stages; default: the recipe's.
+        seeds: seeds of every variant; a number stands for 0, 1, ... With `--sequential` they are used one by one.
+        base: flags of all variants, as for `lit-vlm run` without dashes: name → value.
+        variants: name → flags; `recipe`, `scale`, `strategy` and `stages` among them replace those above.
+        grid: flag → values, or names → values; each combination is a variant.
+        evaluate: what the last stage of each run is asked, besides what it leaves by itself.
+        claims: what is judged. Default: each variant against the base, by the first score.
+    """
+
+    about: str = ""
+    source: str = ""
+    recipe: str
+    scale: str | None = None
+    strategy: str | None = None
+    stages: tuple[str, ...] | None = None
+    seeds: tuple[int, ...] = (0,)
+    base: dict[str, Any] = Field(default_factory=dict)
+    variants: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    grid: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    evaluate: tuple[Evaluation, ...] = ()
+    claims: tuple[Claim, ...] = ()
+
+    @field_validator("seeds", mode="before")
+    @classmethod
+    def _numbered(cls, seeds: Any) -> Any:
+        if isinstance(seeds, int) and not isinstance(seeds, bool):
+            if seeds < 1:
+                raise ValueError("at least one seed is needed")
+            return tuple(range(seeds))
+        if isinstance(seeds, list) and len(set(map(str, seeds))) < len(seeds):
+            raise ValueError("a seed is named twice")
+        return seeds or None
+
+    @field_validator("base", mode="before")
+    @classmethod
+    def _without(cls, given: Any) -> Any:
+        return {} if given is None else given
+
+    @field_validator("variants", mode="before")
+    @classmethod
+    def _empty(cls, given: Any) -> Any:
+        """Let a variant without flags be written as a name alone."""
+        if not isinstance(given, dict):
+            return given or {}
+        return {name: {} if flags is None else flags for name, flags in given.items()}
+
+    @field_validator("grid", mode="before")
+    @classmethod
+    def _named(cls, given: Any) -> Any:
+        """Give the values of a list their names."""
+        if not isinstance(given, dict):
+            return given or {}
+        return {flag: _names(flag, values) for flag, values in given.items()}
+
+    @model_validator(mode="after")
+    def _agree(self) -> AblationFile:
+        for name in self.variants:
+            if name == BASE:
+                raise ValueError(f"variants: '{BASE}' is the variant with no flags of its own; its flags are base's")
+            if not NAME.fullmatch(name):
+                raise ValueError(f"variants: {name!r} is a folder's name, too: letters, digits and . , = + - _")
+        for where, flags in (("base", self.base), *((f"variants.{name}", one) for name, one in self.variants.items())):
+            _check_flags(where, flags)
+        _check_flags("grid", self.grid)
+        names = [variant.name for variant in self.all_variants()]
+        if double := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"two variants are called {double[0]}")
+        for claim in self.claims:
+            for side in (claim.better, claim.worse):
+                if side not in names:
+                    raise ValueError(
+                        f"claims: there is no variant '{side}'{nearest(side, names)}; variants: {', '.join(names)}"
+                    )
+            if claim.better == claim.worse:
+                raise ValueError(f"claims: {claim.text!r} compares {claim.better} with itself")
+        return self
+
+    def all_variants(self) -> list[Variant]:
+        """The variants in order: the base, those that have a name, those of the grid.
+
+        Where there is a grid alone, the base is among them only if a claim names it.
+        """
+        found = [self._variant(name, flags) for name, flags in self.variants.items()]
+        found += [self._variant(name, flags) for name, flags in _combinations(self.grid)]
+        named = any(BASE in (claim.better, claim.worse) for claim in self.claims)
+        return [self._variant(BASE, {}), *found] if self.variants or not self.grid or named else found
+
+    def _variant(self, name: str, own: Flags) -> Variant:
+        flags = {**self.base, **own}
+        axes = {key: flags.get(key, getattr(self, key)) for key in ("recipe", "scale", "strategy", "stages")}
+        stages = axes["stages"]
+        words = flag_words({key: value for key, value in flags.items() if key not in axes})
+        return Variant(
+            name, str(axes["recipe"]), axes["scale"], axes["strategy"], None if stages is None else tuple(stages),
+            tuple(words),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A variant as a command of `lit-vlm run`: its axes, and its flags without the seed."""
+
+    name: str
+    recipe: str
+    scale: str | None
+    strategy: str | None
+    stages: tuple[str, ...] | None
+    flags: tuple[str, ...]
+
+
+def read_file(path: Path) -> AblationFile:
+    """Read an ablation.
+
+    Raises:
+        ValueError: for a file that is missing or no YAML, an unknown key or a wrong value, naming file and key.
+    """
+    try:
+        content: Any = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds keys of an ablation, such as 'recipe: eve', not a {type(content).__name__}")
+    return parsed(content, str(path))
+
+
+def parsed(content: Mapping[str, Any], where: str) -> AblationFile:
+    """An ablation from its keys.
+
+    Args:
+        content: the keys.
+        where: file or command, for messages.
+
+    Raises:
+        ValueError: as `read_file`.
+    """
+    known = list(AblationFile.model_fields)
+    if unknown := [str(key) for key in content if key not in known]:
+        raise ValueError(
+            f"{where}: there is no key '{unknown[0]}'{nearest(unknown[0], known)}; keys: {', '.join(known)}"
+        )
+    try:
+        return AblationFile(**content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        found = "" if isinstance(first["input"], dict | AblationFile) else f", found {first['input']!r}"
+        text = first["msg"].removeprefix("Value error, ")
+        raise ValueError(f"{where}: {f'{place}: ' if place else ''}{text}{found}") from error
+
+
+def flag_words(flags: Flags) -> list[str]:
+    """Flags as words of a command: null, true and false as YAML writes them, mappings and lists as JSON."""
+    words: list[str] = []
+    for name, value in flags.items():
+        plain = isinstance(value, str)
+        words += [f"--{name}", value if plain else json.dumps(value)]
+    return words
+
+
+def _check_flags(where: str, flags: Flags) -> None:
+    for name in flags:
+        if name.startswith("-"):
+            raise ValueError(f"{where}: write {name.lstrip('-')!r} without dashes")
+        if name.rpartition(".")[2] == SEED:
+            raise ValueError(f"{where}: {name} is the seed of each run: name the seeds by the key 'seeds'")
+        if name.rpartition(".")[2] in ("default_root_dir", "start_from", "ckpt_path", "out"):
+            raise ValueError(f"{where}: {name} is what an ablation sets itself, for each stage that it runs")
+
+
+def _combinations(grid: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Name and flags of each combination of a grid's values."""
+    if not grid:
+        return
+    short = _short_names(list(grid))
+    for values in product(*(one.items() for one in grid.values())):
+        name = ",".join(f"{short[flag]}={label}" for flag, (label, _) in zip(grid, values, strict=True))
+        yield name, {flag: value for flag, (_, value) in zip(grid, values, strict=True)}
+
+
+def _short_names(flags: Sequence[str]) -> dict[str, str]:
+    """Flag → as many of its last parts as tell it from the others."""
+    found = {}
+    for flag in flags:
+        parts = flag.split(".")
+        others = [other.split(".") for other in flags if other != flag]
+        count = next(
+            n for n in range(1, len(parts) + 1) if n == len(parts) or all(parts[-n:] != o[-n:] for o in others)
+        )
+        found[flag] = ".".join(parts[-count:])
+    return found
+
+
+def _names(flag: str, values: Any) -> dict[str, Any]:
+    if isinstance(values, dict) and values:
+        named = {str(label): value for label, value in values.items()}
+    elif isinstance(values, list) and values:
+        labels = [_label(value) for value in values]
+        if None in labels:
+            raise ValueError(f"{flag}: give values that are mappings or lists a name each: {{small: {{...}}, ...}}")
+        if len(set(labels)) < len(labels):
+            raise ValueError(f"{flag}: a value is there twice")
+        named = dict(zip(map(str, labels), values, strict=True))
+    else:
+        raise ValueError(f"{flag}: give a list of values, or names and values")
+    if bad := [label for label in named if not NAME.fullmatch(label)]:
+        raise ValueError(
+            f"{flag}: {bad[0]!r} is a part of a folder's name: letters, digits and . , = + - _; name the value"
+        )
+    return named
+
+
+def _label(value: Any) -> str | None:
+    """A name for a value: the last part of a class path, or the value as YAML writes it; None for nested ones."""
+    if isinstance(value, dict | list):
+        return None
+    if isinstance(value, str):
+        return value.rpartition(".")[2] if re.fullmatch(r"[A-Za-z_][\w.]*", value) else value.replace("/", "-")
+    return f"{value:g}" if isinstance(value, float) else str(json.dumps(value))
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which only true and false are truth values: `off` and `on` are good names of variants."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    letter: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+    for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"true|True|TRUE|false|False|FALSE"), list("tTfF"))
