@@ -77,7 +77,10 @@ CLAIM = {"text": "t", "better": "base", "worse": "a", "score": "s"}
     ("content", "error"),
     [
         ({}, "x: recipe: Field required"),
-        ({"recipe": "eve", "variant": {}}, "there is no key 'variant' .did you mean 'variants'..; keys: about, source,"),
+        (
+            {"recipe": "eve", "variant": {}},
+            "there is no key 'variant' .did you mean 'variants'..; keys: about, source,",
+        ),
         ({"recipe": "eve", "seeds": 0}, "x: seeds: at least one seed is needed, found 0"),
         ({"recipe": "eve", "seeds": [1, 1]}, "x: seeds: a seed is named twice"),
         ({"recipe": "eve", "variants": {"base": {}}}, "variants: 'base' is the variant with no flags of its own"),
