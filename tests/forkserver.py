@@ -34,7 +34,7 @@ _PATHS = dict.fromkeys([str(ROOT), *filter(None, os.environ.get("PYTHONPATH", ""
 FIXED = {"PYTHONPATH": os.pathsep.join(_PATHS), "OMP_NUM_THREADS": "1"}
 """Variables that libraries read on import; the server and each program that asks for a fork must have them alike."""
 QUIET = {"JE_ARROW_MALLOC_CONF": "background_thread:false", "GIT_PYTHON_REFRESH": "quiet"}
-"""Variables of the server alone: no background thread, as a fork has none of its threads; Git's as in `cli._quiet`."""
+"""Variables of the server alone: no background thread, as a fork has none of its threads; Git's as in `fit.quiet`."""
 PRELOAD = (
     "lit_vlm.commands.lightning_cli",
     "mlflow.store.tracking.sqlalchemy_store",

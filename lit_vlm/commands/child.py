@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import subprocess
@@ -11,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from types import FrameType, TracebackType
 from typing import Any, Self
 
+from lit_vlm.core.children import die_with_parent
 from lit_vlm.core.launcher import ASKING, PREEMPTED
 
 
@@ -60,7 +60,7 @@ class Stages:
 
     def _run(self, words: Sequence[str], environment: Mapping[str, str]) -> int:
         command = [sys.executable, "-P", "-m", "lit_vlm", *words]
-        self._process = subprocess.Popen(command, env=os.environ | environment, preexec_fn=_die_with_parent)
+        self._process = subprocess.Popen(command, env=os.environ | environment, preexec_fn=die_with_parent)
         if self.asked is not None:  # while it started
             self._process.send_signal(signal.SIGTERM)
         try:
@@ -69,9 +69,3 @@ class Stages:
             self._process.send_signal(signal.SIGINT)
             return self._process.wait() or 130
         return PREEMPTED if -code in ASKING else code
-
-
-def _die_with_parent() -> None:
-    """Ask Linux to kill this process when its parent dies, so that no orphan goes on writing into the run."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)

@@ -58,7 +58,7 @@ def lightning_cli(arguments: Sequence[str], run: bool = True) -> Any:
     Raises:
         ValueError: for a wrong flag or key, and for anything that training refuses.
     """
-    _quiet()
+    quiet()
     if run and int(os.environ.get("LOCAL_RANK", launch().local_rank)) == 0:
         sys.stderr.write("loading libraries ...\n")  # which takes ten seconds
     from lit_vlm.commands.lightning_cli import LitVLMCLI
@@ -100,7 +100,7 @@ def check_flags(arguments: Sequence[str]) -> Checked:
     Raises:
         ValueError: for a wrong flag.
     """
-    _quiet()
+    quiet()
     words = take_plugins(list(arguments))
     with quietly():
         import torch
@@ -133,7 +133,7 @@ def quietly() -> Iterator[None]:
             log.setLevel(level)
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Silence notices of libraries that a user of this kit cannot act on."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")

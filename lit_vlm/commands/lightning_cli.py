@@ -254,6 +254,25 @@ class CheckedCLI(ParsedCLI):
         LitVLMCLI.instantiate_classes(self)
 
 
+class ExaminedCLI(ParsedCLI):
+    """Builds the objects of a stage and its sources.
+
+    Attributes:
+        settings: all settings, defaults included, before anything is chosen for this machine.
+    """
+
+    settings: dict[str, Any]
+
+    def before_instantiate_classes(self) -> None:
+        """Keep the settings; else as for a stage."""
+        self.settings = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+        LitVLMCLI.before_instantiate_classes(self)
+
+    def instantiate_classes(self) -> None:
+        """As for a stage."""
+        LitVLMCLI.instantiate_classes(self)
+
+
 def _refuse_other_run(folder: Path, checkpoint: str | None) -> None:
     """Refuse a folder that holds another run, as two models in one folder cannot be told apart.
 

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
 import shlex
 import signal
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NoReturn
 
 from rich.console import Console
 
 from lit_vlm.checkpoints.folder import DONE_FILE, checkpoints_in, is_done
+from lit_vlm.commands.apart import apart
 from lit_vlm.commands.asked import Asked, ask, flags_for, recipe_parser
 from lit_vlm.commands.begin import Begin, decide, found, together, until
 from lit_vlm.commands.child import Stages
-from lit_vlm.commands.fit import REFUSED, Checked, check_flags, in_one_line
+from lit_vlm.commands.fit import REFUSED, Checked, check_flags
 from lit_vlm.commands.foretell import foretell
 from lit_vlm.commands.recipe import Recipe, find_recipe, shipped_recipes
 from lit_vlm.commands.runs import RunState
@@ -87,29 +86,16 @@ def check_commands(commands: Sequence[Sequence[str]]) -> list[Checked]:
         SystemExit: for a wrong flag, which the separate process has reported in one line.
     """
     sys.stderr.write("checking flags ...\n")  # a few seconds, as classes must be loaded to know their arguments
-    context = multiprocessing.get_context("fork")
-    results, sends = context.Pipe(duplex=False)
-    child = context.Process(target=_check_all, args=(commands, sends))
-    child.start()
-    sends.close()
-    try:
-        checked: list[Checked] = results.recv()
-    except EOFError:  # a wrong flag
-        checked = []
-    child.join()
-    if child.exitcode:
-        raise SystemExit(child.exitcode)
+    return apart(_check_all, commands)
+
+
+def _check_all(commands: Sequence[Sequence[str]]) -> list[Checked]:
+    checked = [check_flags(words[1:]) for words in commands]
+    if checked and checked[0].start_from:  # later stages start from what earlier ones will leave
+        from lit_vlm.checkpoints.weights import find_start
+
+        find_start(checked[0].start_from)
     return checked
-
-
-def _check_all(commands: Sequence[Sequence[str]], results: Connection) -> None:
-    with in_one_line():
-        checked = [check_flags(words[1:]) for words in commands]
-        if checked and checked[0].start_from:  # later stages start from what earlier ones will leave
-            from lit_vlm.checkpoints.weights import find_start
-
-            find_start(checked[0].start_from)
-        results.send(checked)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -130,15 +116,28 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def command_of(recipe: Recipe, state: RunState, stage: str, folder: Path) -> list[str]:
-    """Arguments of `lit-vlm` for one stage."""
+    """Arguments of `lit-vlm` for one stage of a run, whose folder holds one of each stage."""
+    start = recipe.start_of(stage, state.stages)
+    return stage_words(recipe, state, stage, folder / stage, folder / start if start else None)
+
+
+def stage_words(recipe: Recipe, state: RunState, stage: str, folder: Path, start: Path | None) -> list[str]:
+    """Arguments of `lit-vlm` for one stage.
+
+    Args:
+        recipe: the recipe.
+        state: what is run of it.
+        stage: the stage.
+        folder: of the stage.
+        start: folder of the stage whose weights it starts from.
+    """
     words = ["fit", *(["--plugins", ",".join(state.plugins)] if state.plugins else [])]
     for config in recipe.configs(stage, state.scale, state.strategy):
         words += ["--config", os.path.relpath(config)]
-    start = recipe.start_of(stage, state.stages)
-    words += ["--trainer.default_root_dir", str(folder / stage)]
+    words += ["--trainer.default_root_dir", str(folder)]
     words += flags_for(stage, state.flags, recipe.stages)
     if start:  # last, as a start_from among the flags is meant for the first stage
-        words += ["--model.stage.start_from", str(folder / start)]
+        words += ["--model.stage.start_from", str(start)]
     return words
 
 

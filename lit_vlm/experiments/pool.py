@@ -1,0 +1,222 @@
+"""Processes of an ablation side by side: as many as there are devices, each when what it needs is done."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from types import FrameType
+from typing import IO, Any, Self
+
+from lit_vlm.core.children import die_with_parent
+from lit_vlm.core.launcher import ASKING
+
+POLL = 0.25
+"""Seconds between two looks at the processes."""
+LEAVING = (*ASKING, signal.SIGINT)
+
+
+class State(Enum):
+    """What a task is doing."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    DONE = "done"
+    FAILED = "failed"
+    LEFT_OUT = "left out"
+    """Because something that it needs has failed."""
+    LEFT = "left"
+    """In order, as a signal asked for it; it can go on."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A command that is run once.
+
+    Attributes:
+        name: its name.
+        words: its arguments of `lit-vlm`, asked for when it starts.
+        log: file that gets what it prints.
+        is_done: whether it has come to its end, now or in an earlier attempt.
+        needs: names of tasks that are done before.
+        devices: devices that it runs on.
+        environment: variables besides those of this process.
+        mark: notes that it has ended well, where the command does not do so itself.
+    """
+
+    name: str
+    words: Callable[[], Sequence[str]]
+    log: Path
+    is_done: Callable[[], bool]
+    needs: tuple[str, ...] = ()
+    devices: int = 1
+    environment: Mapping[str, str] = field(default_factory=dict)
+    mark: Callable[[], object] = lambda: None
+
+
+@dataclass(frozen=True)
+class Slots:
+    """What runs side by side.
+
+    Attributes:
+        gpus: names of the GPUs, as CUDA_VISIBLE_DEVICES has them; none for a machine without.
+        jobs: processes side by side on a machine without GPUs, which share its cores.
+    """
+
+    gpus: tuple[str, ...]
+    jobs: int
+
+    @property
+    def count(self) -> int:
+        """Number of slots."""
+        return len(self.gpus) or self.jobs
+
+    def environment(self, taken: Sequence[int]) -> dict[str, str]:
+        """Variables of a process that has some of the slots."""
+        if self.gpus:
+            return {"CUDA_VISIBLE_DEVICES": ",".join(self.gpus[slot] for slot in taken)}
+        threads = max(1, len(os.sched_getaffinity(0)) // self.jobs)
+        return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
+
+
+@dataclass
+class _Running:
+    process: subprocess.Popen[bytes]
+    slots: list[int]
+    log: IO[bytes]
+
+
+class Pool:
+    """A context in which tasks run side by side, until all are done or a signal asks to leave.
+
+    A task that fails stops no other but those that need it.
+
+    Args:
+        slots: what runs side by side.
+        show: called now and then, and when a state has changed.
+
+    Attributes:
+        states: name of a task → its state.
+        codes: name of a task that failed → exit code.
+        asked: name of the signal that asked to leave; None while none came.
+    """
+
+    def __init__(self, slots: Slots, show: Callable[[], None]) -> None:
+        self.slots, self._show = slots, show
+        self.states: dict[str, State] = {}
+        self.codes: dict[str, int] = {}
+        self.asked: str | None = None
+        self._running: dict[str, _Running] = {}
+        self._free = list(range(slots.count))
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        self._before = {one: signal.signal(one, self._note) for one in LEAVING}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for running in self._running.values():  # after an error of this process alone
+            running.process.kill()
+            running.process.wait()
+        for one, handler in self._before.items():
+            signal.signal(one, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.asked = signal.Signals(number).name
+        for running in self._running.values():
+            self._tell(running.process)
+
+    def _tell(self, process: subprocess.Popen[bytes]) -> None:
+        """Have a process save and leave; Ctrl-C asks for that, too, as a terminal's signal does not reach it."""
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+
+    def run(self, tasks: Sequence[Task]) -> None:
+        """Run tasks that are not done, in their order as far as what they need allows.
+
+        Raises:
+            ValueError: for a task that needs more devices than there are, before anything runs.
+        """
+        for task in tasks:
+            if task.devices > self.slots.count:
+                raise ValueError(
+                    f"{task.name} trains on {task.devices} devices, and there are {self.slots.count}: lower "
+                    "trainer.devices, or run it on a larger machine"
+                )
+        self.states |= {task.name: State.DONE if task.is_done() else State.WAITING for task in tasks}
+        named = {task.name: task for task in tasks}
+        while True:
+            self._end(named)
+            self._leave_out(tasks)
+            if self.asked is None:
+                self._start(tasks)
+            self._show()
+            if not self._running and (self.asked is not None or State.WAITING not in self._of(tasks)):
+                return
+            time.sleep(POLL)
+
+    def _of(self, tasks: Sequence[Task]) -> list[State]:
+        return [self.states[task.name] for task in tasks]
+
+    def _start(self, tasks: Sequence[Task]) -> None:
+        for task in tasks:
+            ready = self.states[task.name] is State.WAITING and all(
+                self.states[need] is State.DONE for need in task.needs
+            )
+            if not ready:
+                continue
+            if task.devices > len(self._free):
+                return  # a large task is not passed by smaller ones, which would let it wait for ever
+            taken = [self._free.pop(0) for _ in range(task.devices)]
+            task.log.parent.mkdir(parents=True, exist_ok=True)
+            log = task.log.open("ab")
+            command = [sys.executable, "-P", "-m", "lit_vlm", *task.words()]
+            variables = {**os.environ, **self.slots.environment(taken), **task.environment}
+            process = subprocess.Popen(
+                command, env=variables, stdin=subprocess.DEVNULL, stdout=log, stderr=log, process_group=0,
+                preexec_fn=die_with_parent,
+            )  # fmt: skip
+            self._running[task.name] = _Running(process, taken, log)
+            if self.asked is not None:  # while it started
+                self._tell(process)
+            self.states[task.name] = State.RUNNING
+
+    def _end(self, named: Mapping[str, Task]) -> None:
+        for name, running in list(self._running.items()):
+            code = running.process.poll()
+            if code is None:
+                continue
+            del self._running[name]
+            running.log.close()
+            self._free = sorted([*self._free, *running.slots])
+            if code == 0:
+                named[name].mark()
+            if code == 0 and named[name].is_done():
+                self.states[name] = State.DONE
+            elif self.asked is not None:
+                self.states[name] = State.LEFT
+            else:
+                self.states[name], self.codes[name] = State.FAILED, code
+
+    def _leave_out(self, tasks: Sequence[Task]) -> None:
+        for task in tasks:  # each comes behind those that it needs
+            lost = any(self.states[need] in (State.FAILED, State.LEFT_OUT) for need in task.needs)
+            if self.states[task.name] is State.WAITING and lost:
+                self.states[task.name] = State.LEFT_OUT
+
+
+def last_words(log: Path) -> str:
+    """Why a task failed, as far as its log says: its last error, or its last line."""
+    try:
+        lines = log.read_bytes()[-20_000:].decode(errors="replace").splitlines()
+    except OSError:
+        return ""
+    lines = [line.strip() for line in lines if line.strip() and not line.startswith("(set LIT_VLM_DEBUG")]
+    errors = [line for line in lines if "rror: " in line]
+    return (errors or lines or [""])[-1]
