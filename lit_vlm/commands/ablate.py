@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,15 +14,19 @@ import yaml
 from rich.console import Console
 from rich.live import Live
 
+from lit_vlm.cluster.queue import Submitted, need_sbatch
+from lit_vlm.cluster.sbatch import Job, script
 from lit_vlm.commands.ablation import FILE, Ablation, make
 from lit_vlm.commands.asked import ask, recipe_parser
-from lit_vlm.core.cache import held
+from lit_vlm.commands.submit import add_job_options, put_into_queue, site_of
 from lit_vlm.core.launcher import PREEMPTED
 from lit_vlm.experiments.file import SEED, AblationFile, parsed, read_file
 from lit_vlm.experiments.live import cost_line, known_seconds, live_table, plan_table, print_states
 from lit_vlm.experiments.pool import Pool, Slots, State, Task, last_words
+from lit_vlm.training.mlflow_store import absolute_uri, default_uri
 
 YAML = (".yaml", ".yml")
+SLURM = "slurm"
 
 
 def main(argv: Sequence[str]) -> None:
@@ -34,16 +39,17 @@ def main(argv: Sequence[str]) -> None:
     file, options = _read(argv)
     folder = options.out or Path("runs") / _name(argv, file)
     console = Console(highlight=False)
+    if options.on == SLURM and not options.dry_run:
+        need_sbatch()
     sys.stderr.write("checking the flags and data of all variants ...\n")
-    ablation = make(file, folder, options.only or ())
+    ablation = make(file, folder, options.only or (), here=options.on != SLURM)
     _show_plan(ablation, console)
-    if options.dry_run:
+    if options.on == SLURM:
+        _submit(ablation, options, console)
+    elif options.dry_run:
         _dry_run(ablation, console)
-        return
-    slots = _slots(options.jobs)
-    folder.mkdir(parents=True, exist_ok=True)
-    with held(folder / "ablation.lease", "runs this ablation"):
-        _run(ablation, slots, console)
+    else:
+        _run(ablation, _slots(options.jobs), console)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -64,10 +70,19 @@ def _parser() -> argparse.ArgumentParser:
         "several times, each combination is a variant",
     )
     parser.add_argument("--seeds", help="how many seeds, or which: 3, or 0,1,2")
-    parser.add_argument("--jobs", type=int, help="without GPUs: runs side by side, which share the cores (default: 1)")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        help="without GPUs: runs side by side, which share the cores; with --on slurm: jobs that share the runs "
+        "(default: 1)",
+    )
+    parser.add_argument(
+        "--on", choices=("local", SLURM), default="local", help="run on this machine, or as an array of jobs of SLURM"
+    )
     parser.add_argument("--only", action="append", metavar="VARIANT", help="this variant alone; may be given again")
     parser.add_argument("--dry-run", action="store_true", help="show the plan and check every variant; train nothing")
     parser.add_argument("--resume", action="store_true", help="go on with the ablation in --out")
+    add_job_options(parser.add_argument_group("with --on slurm"))
     return parser
 
 
@@ -167,6 +182,27 @@ def _show_plan(ablation: Ablation, console: Console) -> None:
 
 def _folders(ablation: Ablation) -> dict[str, Path]:
     return {node: ablation.stage(node) for node in ablation.plan.nodes}
+
+
+def _submit(ablation: Ablation, options: argparse.Namespace, console: Console) -> None:
+    """Write the script of an array of jobs, each of which takes what is left to do, and submit it."""
+    if options.gpus < 0:
+        raise ValueError(f"--gpus is at least 0, not {options.gpus}")
+    folder, name = ablation.folder, f"ablate-{ablation.folder.name}"
+    mlflow = absolute_uri(default_uri())
+    words, site = ("ablate", "--resume"), site_of(options)
+    job = Job(name, folder, words, 1, options.gpus, 1, site, (), options.jobs or 1, options.container, mlflow)
+    text = script(job)
+    console.print(text, markup=False, soft_wrap=True)
+    if options.dry_run:
+        return
+    ablation.save()
+    number = put_into_queue(folder, text)
+    Submitted(number, ()).save(folder)
+    console.print(
+        f"job {number}: {folder}\nhow it is: lit-vlm status {shlex.quote(str(folder))}\nto end it: scancel {number}",
+        soft_wrap=True,
+    )
 
 
 def _dry_run(ablation: Ablation, console: Console) -> None:
