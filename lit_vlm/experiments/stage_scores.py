@@ -22,8 +22,8 @@ def stage_scores(stage: Path) -> dict[str, Score]:
         stage: its folder.
 
     Returns:
-        name → score: `held_out/accuracy`, `held_out/loss`, `held_out/SOURCE/accuracy`, `TASK/PROMPT/SCORE` such as
-        `scenes/4-shot/accuracy`, `probe/TARGET/cosine`.
+        name → score: `held_out/accuracy`, `held_out/loss`, `held_out/SOURCE/accuracy`, `held_out/shuffled/accuracy`
+        (with pictures of other questions), `TASK/PROMPT/SCORE` such as `scenes/4-shot/accuracy`, `probe/TARGET/cosine`.
 
     Raises:
         ValueError: for a file of scores that cannot be read.
@@ -40,7 +40,8 @@ def held_out_scores(stage: Path) -> dict[str, Score]:
     found = _json(file) if file.is_file() else {}
     if "after" not in found:
         return {}
-    answers = [line for line in _lines(stage / HELD_OUT_ANSWERS) if line["when"] == "after"]
+    lines = _lines(stage / HELD_OUT_ANSWERS)
+    answers = [line for line in lines if line["when"] == "after"]
     after, shuffled = found["after"], found.get("shuffled") or {}
     by_source = after.get("by_source") or {}
     scores = _of_records("held_out", after, shuffled, by_source, answers, main=True)
@@ -48,7 +49,9 @@ def held_out_scores(stage: Path) -> dict[str, Score]:
         mixed = (shuffled.get("by_source") or {}).get(source) or {}
         mine = [line for line in answers if line["source"] == source]
         scores |= _of_records(f"held_out/{source}", own, mixed, {}, mine, main=False)
-    return scores
+    without = [line for line in lines if line["when"] == "shuffled"]
+    control = _of_records("held_out/shuffled", shuffled, {}, shuffled.get("by_source") or {}, without, main=False)
+    return control | scores
 
 
 def _of_records(

@@ -24,6 +24,8 @@ def test_held_out_scores_have_direction_chance_control_kinds_and_answers(tmp_pat
     assert accuracy.kinds["depth/0"] == "depth"
     assert (loss.value, loss.better, loss.share, loss.answers) == (1.25, "lower", False, {})
     assert run.scores["held_out/depth/accuracy"].answers == {"depth/0": 1, "depth/1": 1}
+    control = run.scores["held_out/shuffled/accuracy"]
+    assert (control.value, control.answers["count/0"]) == (0.0, 0.0)
     assert {name for name, one in run.scores.items() if one.main} == {"held_out/accuracy", "held_out/loss"}
     assert run.seed == 3
     assert run.flags == ("llava15", "--scale mini", "--stages 1_align,2_sft")
