@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,12 +92,12 @@ class Ablation:
                 self.stage(node).mkdir(parents=True, exist_ok=True)
                 _link(folder / stage, self.stage(node))
 
-    def tasks(self, seeds: Sequence[int], environment: Mapping[str, str]) -> list[Task]:
+    def tasks(self, seeds: Sequence[int], environment: Callable[[Node], Mapping[str, str]]) -> list[Task]:
         """What is to be done for some seeds: stages, and behind the last one of each run its evaluations.
 
         Args:
             seeds: the seeds.
-            environment: variables of all processes.
+            environment: variables of the processes of a stage.
         """
         asked = [run for run in self.plan.runs if run.seed in seeds]
         wanted = {node for run in asked for node in self.plan.runs[run].values()}
@@ -105,9 +105,9 @@ class Ablation:
         tasks = []
         for node in self.plan.nodes.values():
             if node.id in wanted:
-                tasks.append(self._training(node, environment))
+                tasks.append(self._training(node, environment(node)))
                 if node.id in last:
-                    tasks += [self._evaluation(node, one, environment) for one in self.file.evaluate]
+                    tasks += [self._evaluation(node, one, environment(node)) for one in self.file.evaluate]
         return tasks
 
     def _training(self, node: Node, environment: Mapping[str, str]) -> Task:

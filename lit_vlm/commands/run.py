@@ -211,7 +211,7 @@ class _ParentRun:
         own = {"system": recipe.name, "scale": state.scale, "strategy": state.strategy, RUN: run_name(folder)}
         own["seed"] = _flag_value(state.flags, "--seed_everything")
         self._tags = given_tags() | {key: value for key, value in own.items() if value}
-        if not (_uses_mlflow(state.flags) and launch().is_first):
+        if not (uses_mlflow(state.flags) and launch().is_first):
             return
         from lit_vlm.training.mlflow_run import MLflowRun, known_run
         from lit_vlm.training.mlflow_store import default_uri
@@ -265,7 +265,8 @@ class _ParentRun:
             MLflowRun.of_folder(folder).end(status)
 
 
-def _uses_mlflow(flags: Sequence[str]) -> bool:
+def uses_mlflow(flags: Sequence[str]) -> bool:
+    """Whether stages with these flags report to MLflow."""
     value = _flag_value(flags, "--trainer.logger")
     return value is None or "MLflow" in value
 

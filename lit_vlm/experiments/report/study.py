@@ -105,6 +105,21 @@ def findings(study: Study) -> list[Finding]:
     ]
 
 
+def tested(study: Study) -> list[Tested]:
+    """Every claim with the difference that it is about, in order.
+
+    Raises:
+        ValueError: for a claim that there is nothing to judge by.
+    """
+    found = []
+    for claim in study.claims:
+        difference = _compare(study.runs, claim.better, claim.worse, claim.score)
+        if not isinstance(difference, Difference):
+            raise ValueError(f"claim {claim.text!r} cannot be judged: {difference}")
+        found.append(Tested(claim.text, difference))
+    return found
+
+
 def gaps(study: Study) -> list[Gap]:
     """Every other variant against the base by every score that tables have, as one family."""
     places, tested = [], []

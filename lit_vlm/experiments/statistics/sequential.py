@@ -92,6 +92,15 @@ class Looks:
         return look
 
 
+def planned_looks(seeds: Sequence[int]) -> Looks:
+    """A look behind each seed, from the third on, or where there are fewer than five from the second.
+
+    Args:
+        seeds: all that may be used.
+    """
+    return Looks(tuple(range(3 if len(seeds) >= 5 else 2, len(seeds) + 1)))
+
+
 def judge_looks(looks: Looks, rounds: Sequence[Sequence[Tested]], level: float = LEVEL) -> list[Judged]:
     """Judge a family of claims at the latest of several looks.
 
