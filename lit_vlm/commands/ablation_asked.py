@@ -12,7 +12,7 @@ import yaml
 from lit_vlm.commands.ablation import FILE
 from lit_vlm.commands.asked import Asked, ask, recipe_parser
 from lit_vlm.commands.submit import add_job_options
-from lit_vlm.experiments.file import SEED, AblationFile, parsed, read_file
+from lit_vlm.experiments.file import SEED, AblationFile, load_yaml, parsed, read_file
 
 YAML = (".yaml", ".yml")
 SLURM = "slurm"
@@ -132,7 +132,7 @@ def _varied(text: str) -> tuple[str, Any]:
     if not equals or not values:
         raise ValueError(f"--vary {text}: write a flag and its values, as model.projector=Linear,MLP")
     try:
-        found = yaml.safe_load(values if values.startswith("{") else f"[{values}]")
+        found = load_yaml(values if values.startswith("{") else f"[{values}]")
     except yaml.YAMLError as error:
         raise ValueError(f"--vary {text}: {' '.join(str(error).split())}") from error
     return flag.lstrip("-"), found

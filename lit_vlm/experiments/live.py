@@ -131,8 +131,19 @@ def _seconds_left(
 def print_states(
     console: Console, tasks: Sequence[Task], states: Mapping[str, State], before: dict[str, State]
 ) -> None:
-    """Print a line for each task whose state has changed, where there is no terminal to draw a table on."""
+    """Print a line for each task whose state has changed, where there is no terminal to draw a table on.
+
+    Args:
+        console: where it is printed.
+        tasks: all that is to be done.
+        states: name of a task → its state.
+        before: the states at the last call, which this one replaces.
+    """
+    if not before:
+        done = [task for task in tasks if states[task.name] is State.DONE]
+        before |= {task.name: State.DONE for task in done}
+        console.print(f"{len(done)} of {len(tasks)} done already" if done else f"{len(tasks)} to do")
     for task in tasks:
         if states[task.name] is not before.get(task.name) and states[task.name] is not State.WAITING:
             console.print(f"{task.name}: {states[task.name].value}", soft_wrap=True)
-    before.update(states)
+    before |= states

@@ -22,6 +22,9 @@ from lit_vlm.experiments.tracked import PEAKS, TOKENS, Tracked, read_tracked
 RUN_FILE, CONFIG_FILE = "run.json", "config.yaml"
 SEED_FLAG, DEFAULT_SEED = "--seed_everything", "0"
 GIB = 2**30
+LOSSES = ("train/loss", "val/loss")
+MAIN_LOSSES = ("val/loss", "train/loss")
+"""Which loss stands for a run that has no other score, the first that there is."""
 FINAL_SHARE = 0.1
 """Share of the last stage's logged training losses whose mean is its final one."""
 MINE = (
@@ -58,16 +61,19 @@ def read_run(folder: Path, variant: str = "") -> Run:
     found = _of_run(folder) if (folder / RUN_FILE).is_file() else _of_stage(folder)
     known = [read_tracked(stage) for stage in found.stages]
     last = found.stages[-1]
+    steps = [_steps(stage) for stage in found.stages]
+    cost = _cost(found.stages, steps, known[-1])
+    measured = _measured(known[-1], cost)
     scores = stage_scores(last)
-    if not scores:
+    if not scores and not any(name.startswith(LOSSES) for name in measured):
         raise ValueError(
             f"{last / HELD_OUT} holds no scores: the last stage of the run needs callbacks.HeldOut, or lit-vlm evaluate"
         )
-    steps = [_steps(stage) for stage in found.stages]
-    cost = _cost(found.stages, steps, known[-1])
+    if not scores and (loss := next((name for name in MAIN_LOSSES if name in measured), None)) is not None:
+        measured[loss] = replace(measured[loss], main=True)
     origin = {key: value for one in known for key, value in one.origin.items()}
     curves = _joined(known, steps)
-    return Run(variant, found.seed, folder, found.settings, scores | _measured(known[-1], cost), curves, cost, origin)
+    return Run(variant, found.seed, folder, found.settings, scores | measured, curves, cost, origin)
 
 
 def by_settings(runs: Sequence[Run], names: Iterator[str]) -> list[Run]:
@@ -93,7 +99,7 @@ def by_settings(runs: Sequence[Run], names: Iterator[str]) -> list[Run]:
 def _of_run(folder: Path) -> _Folders:
     state = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
     stages, done = state["stages"], state["done"]
-    if missing := [stage for stage in stages if stage not in done]:
+    if missing := [stage for stage in stages if stage not in done and not is_done(folder / stage)]:
         raise ValueError(f"{folder} has not ended: {', '.join(missing)} to go; lit-vlm run --resume --out {folder}")
     return _with_flags(folder, state, stages)
 
@@ -200,7 +206,7 @@ def _measured(last: Tracked, cost: Cost) -> dict[str, Score]:
     """The last stage's final losses, speed and memory, as scores that may be asked for."""
     found: dict[str, Score] = {}
     for name, points in last.curves.items():
-        if not name.startswith(("train/loss", "val/loss")) or not points:
+        if not name.startswith(LOSSES) or not points:
             continue
         kept = max(1, round(FINAL_SHARE * len(points))) if name.startswith("train/") else 1
         found[name] = Score(fmean(value for _, value in points[-kept:]), "lower", share=False)
