@@ -16,17 +16,21 @@ from rich.markup import escape
 
 from lit_vlm.cluster.queue import Submitted, need_sbatch
 from lit_vlm.cluster.sbatch import Job, script
-from lit_vlm.commands.ablation import Ablation, make
-from lit_vlm.commands.ablation_asked import SLURM, name_for, read
+from lit_vlm.commands.ablation import Ablation, make, opened
+from lit_vlm.commands.ablation_asked import FINDINGS, SLURM, name_for, read
 from lit_vlm.commands.ablation_runs import Tracked, report, study_of
 from lit_vlm.commands.submit import put_into_queue, site_of
 from lit_vlm.core.launcher import PREEMPTED
+from lit_vlm.core.written import write_whole
 from lit_vlm.experiments.live import cost_line, known_seconds, live_table, plan_table, print_states
 from lit_vlm.experiments.pool import Pool, Slots, State, Task, last_words
-from lit_vlm.experiments.report import Study, findings, tested
+from lit_vlm.experiments.report import Study, findings, findings_table, tested
 from lit_vlm.experiments.report.words import headline
 from lit_vlm.experiments.statistics import Judged, Tested, judge_looks, planned_looks
 from lit_vlm.training.mlflow_store import absolute_uri, default_uri
+
+COMMAND = "command.txt"
+"""The command that ran last, in the folder of the ablation."""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -36,6 +40,9 @@ def main(argv: Sequence[str]) -> None:
         ValueError: for a wrong file, argument or setting.
         SystemExit: when a run fails, or a signal asks to leave.
     """
+    if argv[:1] == [FINDINGS]:
+        _findings(argv[1:])
+        return
     file, options = read(argv)
     folder = options.out or Path("runs") / name_for(argv, file)
     console = Console(highlight=False)
@@ -51,6 +58,19 @@ def main(argv: Sequence[str]) -> None:
     else:
         command = f"lit-vlm ablate {shlex.join(argv)}"
         _run(ablation, _slots(options.jobs), console, command, options.sequential)
+
+
+def _findings(folders: Sequence[str]) -> None:
+    """Print a Markdown table of the claims of several ablations, for a page of documentation."""
+    studies = []
+    for folder in map(Path, folders):
+        ablation = opened(folder)
+        command = (folder / COMMAND).read_text(encoding="utf-8").strip() if (folder / COMMAND).is_file() else ""
+        study = study_of(ablation, ablation.file.seeds, command)
+        if study is None:
+            raise ValueError(f"{folder} has no finished run yet: lit-vlm ablate --resume --out {folder}")
+        studies.append(study)
+    sys.stdout.write(findings_table(studies))
 
 
 def _show_plan(ablation: Ablation, console: Console) -> None:
@@ -137,6 +157,7 @@ def _run(ablation: Ablation, slots: Slots, console: Console, command: str, seque
     """Run what is left to do, one seed after the other where each is to be judged, and report."""
     tracked = Tracked(ablation)
     ablation.save(tracked.run_id)
+    write_whole(ablation.folder / COMMAND, f"{command}\n")
     seeds = ablation.file.seeds
     looks = planned_looks(seeds) if sequential else None
     rounds: list[list[Tested]] = []

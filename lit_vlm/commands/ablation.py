@@ -21,7 +21,7 @@ from lit_vlm.commands.run import stage_words
 from lit_vlm.commands.runs import RunState
 from lit_vlm.core.plugins import use_plugins
 from lit_vlm.core.written import write_whole
-from lit_vlm.experiments.file import SEED, AblationFile, Evaluation, Variant
+from lit_vlm.experiments.file import SEED, AblationFile, Evaluation, Variant, read_file
 from lit_vlm.experiments.plan import STAGES, Node, Plan, RunKey, Wanted, make_plan
 from lit_vlm.experiments.pool import Task
 
@@ -136,6 +136,19 @@ class Ablation:
             environment,
             mark.touch,
         )
+
+
+def opened(folder: Path) -> Ablation:
+    """The ablation that a folder holds, as it ran last.
+
+    Raises:
+        ValueError: where the folder is not that of an ablation.
+    """
+    plan, file = Plan.load(folder), read_file(folder / FILE)
+    first: dict[str, RunKey] = {}
+    for run in plan.runs:
+        first.setdefault(run.variant, run)
+    return Ablation(folder, file, {name: RunState.load(folder / run.folder) for name, run in first.items()}, plan)
 
 
 def make(file: AblationFile, folder: Path, only: Sequence[str] = (), here: bool = True) -> Ablation:

@@ -15,16 +15,17 @@ from lit_vlm.commands.submit import add_job_options
 from lit_vlm.experiments.file import SEED, AblationFile, load_yaml, parsed, read_file
 
 YAML = (".yaml", ".yml")
-SLURM = "slurm"
+SLURM, FINDINGS = "slurm", "--findings"
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = recipe_parser(
         "ablate",
         "FILE [options] [flags for all variants]\nRECIPE --vary FLAG=VALUE,VALUE [options] [flags for all variants]\n"
-        "--resume --out DIR",
+        f"--resume --out DIR\n{FINDINGS} DIR...",
         "Run variants of a recipe for several seeds. Stages that runs have in common train once. The same command goes "
         "on where it stopped, and a changed file runs what is new in it. What a file holds: docs/ablations.md.",
+        f"{FINDINGS} DIR... prints the claims of finished ablations as a table in Markdown.\n"
         "Any other flag is one of lit-vlm run, for all variants: --data.batch_size 8, --1_align.trainer.max_steps 100.",
     )
     parser.add_argument("--out", type=Path, help="folder of the ablation (default: runs/NAME-OF-THE-FILE)")
