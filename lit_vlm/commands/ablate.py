@@ -84,7 +84,8 @@ def _show_plan(ablation: Ablation, console: Console) -> None:
         soft_wrap=True,
     )
     console.print(plan_table(plan))
-    console.print(cost_line(plan, known_seconds(plan, _folders(ablation))), soft_wrap=True)
+    seconds = known_seconds(plan, _folders(ablation), ablation.earlier())
+    console.print(cost_line(plan, seconds), soft_wrap=True)
 
 
 def _folders(ablation: Ablation) -> dict[str, Path]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from lit_vlm.commands.begin import state_of
 from lit_vlm.commands.examined import Examined, examine
 from lit_vlm.commands.recipe import find_recipe
 from lit_vlm.commands.run import stage_words
-from lit_vlm.commands.runs import RunState
+from lit_vlm.commands.runs import STATE_FILE, RunState
 from lit_vlm.core.plugins import use_plugins
 from lit_vlm.core.written import write_whole
 from lit_vlm.experiments.file import SEED, AblationFile, Evaluation, Variant, read_file
@@ -73,6 +73,14 @@ class Ablation:
         settle(folder / "checkpoints")
         found = checkpoints_in(folder)
         return [*words, *(["--ckpt_path", str(found[-1])] if found else [])]
+
+    def earlier(self) -> Iterator[Path]:
+        """Folders of stages of other runs, beside this ablation, of a recipe and scale that it has as well."""
+        known = {(state.recipe, state.scale) for state in self.states.values()}
+        for file in self.folder.parent.glob(f"*/{STATE_FILE}"):
+            state = RunState.load(file.parent)
+            if (state.recipe, state.scale) in known:
+                yield from (file.parent / stage for stage in state.done)
 
     def save(self, parent: str | None = None) -> None:
         """Write the file, the plan, and a folder for each run, with links to its stages.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from rich import box
@@ -35,19 +35,26 @@ def plan_table(plan: Plan) -> Table:
     return table
 
 
-def known_seconds(plan: Plan, folders: Mapping[str, Path]) -> dict[str, float]:
+def known_seconds(plan: Plan, folders: Mapping[str, Path], earlier: Iterable[Path] = ()) -> dict[str, float]:
     """Seconds that a stage takes in the mean, by its name, as far as some have trained.
 
     Args:
         plan: the plan.
         folders: id of a node → its folder.
+        earlier: folders of stages of other runs; they tell of stages of their name that none of the plan tells of.
     """
+    own = _seconds((node.stage, folders[node.id]) for node in plan.nodes.values())
+    return _seconds((folder.name, folder) for folder in earlier) | own
+
+
+def _seconds(stages: Iterable[tuple[str, Path]]) -> dict[str, float]:
+    """Mean seconds by name of a stage, of pairs of name and folder; what has not ended does not count."""
     found = defaultdict(list)
-    for node in plan.nodes.values():
-        told = Progress.read(folders[node.id]) if is_done(folders[node.id]) else None
+    for name, folder in stages:
+        told = Progress.read(folder) if is_done(folder) else None
         if told is not None:
-            found[node.stage].append(seconds_between(told.started, told.time))
-    return {stage: statistics.fmean(values) for stage, values in found.items()}
+            found[name].append(seconds_between(told.started, told.time))
+    return {name: statistics.fmean(values) for name, values in found.items()}
 
 
 def cost_line(plan: Plan, seconds: Mapping[str, float]) -> str:
