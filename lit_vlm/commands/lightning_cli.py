@@ -27,7 +27,7 @@ from lit_vlm.data import VLMData
 from lit_vlm.data.given import DataPath
 from lit_vlm.training.elastic import COUNTING, keep_step
 from lit_vlm.training.launched import agree_settings
-from lit_vlm.training.loggers import check_packages, tell_folder
+from lit_vlm.training.loggers import check_packages, refusals_in_one_line, tell_folder
 from lit_vlm.training.module import LitVLM
 from lit_vlm.training.run_record import RunRecord
 from lit_vlm.training.sharding import FSDP2  # noqa: F401 - a class name for recipes
@@ -163,6 +163,10 @@ class LitVLMCLI(LightningCLI):
             folder = Path(self.trainer.default_root_dir)
             if self.trainer.loggers:
                 tell_folder(self.trainer, folder, go_on=bool(config.get("ckpt_path")) or self._began_so(folder))
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        with refusals_in_one_line():
+            super()._run_subcommand(subcommand)
 
     def after_fit(self) -> None:
         """Mark the stage as done: nothing else says that its training has come to its end."""

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import pkgutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -68,3 +71,22 @@ def check_packages(given: Any) -> None:
                     f"trainer.logger: {kind.__name__} needs the package {packages[0]}, which is not installed: pip "
                     f"install {packages[0]}"
                 )
+
+
+@contextmanager
+def refusals_in_one_line() -> Iterator[None]:
+    """A context in which an error of W&B, such as a login that is missing, becomes one for the user.
+
+    Raises:
+        ValueError: for an error of W&B.
+    """
+    try:
+        yield
+    except Exception as error:
+        wandb = sys.modules.get("wandb")  # without which none of its errors is raised
+        if wandb is None or not isinstance(error, wandb.Error):
+            raise
+        raise ValueError(
+            f"trainer.logger: W&B says: {str(error).splitlines()[0]} Log in by `wandb login`, or set "
+            "WANDB_MODE=offline, which keeps everything for `wandb sync`"
+        ) from error

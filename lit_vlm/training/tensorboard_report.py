@@ -64,7 +64,7 @@ class TensorBoardReport(Report):
         """Put a picture among the images."""
         with Image.open(file) as image:
             pixels = np.asarray(image.convert("RGB"))
-        self.logger.experiment.add_image(file.stem, pixels, step, dataformats="HWC")
+        self.logger.experiment.add_image(file.name, pixels, step, dataformats="HWC")
 
     def failed(self, reason: str) -> None:
         """Say why among the texts."""

@@ -160,7 +160,7 @@ def test_saving_now_saves_a_step_once(tmp_path: Path) -> None:
 
 def test_reports_that_cannot_be_written_end_no_run(disk: Path, tmp_path: Path, caplog) -> None:
     logger = MLflow(f"sqlite:///{disk}/mlflow.db")
-    logger.belongs_to(disk / "run", "run", go_on=False)
+    logger.belongs_to(disk / "run", go_on=False)
     (disk / "run").mkdir()
 
     class NoRoom(At):

@@ -174,6 +174,51 @@ def test_a_run_that_is_gone_is_replaced_by_a_new_one(
     assert found.info.run_name == "stage"
 
 
+def test_the_experiment_is_one_of_training_runs(uri: str) -> None:
+    kind = {"mlflow.experimentKind": "custom_model_development"}
+    client = MlflowClient(uri)
+    assert MLflowRun(uri, "new", None, {}).open()
+    assert client.get_experiment_by_name("new").tags == kind
+    client.create_experiment("earlier")
+    client.create_experiment("chosen", tags={"mlflow.experimentKind": "genai_development"})
+    for name in ("earlier", "chosen"):
+        assert MLflowRun(uri, name, None, {}).open()
+    assert client.get_experiment_by_name("earlier").tags == kind
+    assert client.get_experiment_by_name("chosen").tags == {"mlflow.experimentKind": "genai_development"}
+
+
+@pytest.mark.parametrize("sent", ["at once", "later"])
+def test_a_run_that_finished_keeps_no_failure(tmp_path: Path, uri: str, sent: str) -> None:
+    first = MLflowRun(uri, "e", None, {}, tmp_path)
+    first.owns_folder()
+    first.tag("failure", "a cable was pulled")
+    first.end("FAILED")
+    client = MlflowClient(uri)
+    assert client.get_run(first.run_id).data.tags["failure"] == "a cable was pulled"
+    second = MLflowRun.of_folder(tmp_path)
+    if sent == "later":
+        (tmp_path / "m.db").rename(tmp_path / "away.db")
+        (tmp_path / "m.db").mkdir()
+    second.tag("failure", "another one")  # of a second attempt, which waits as well
+    second.end("FAILED")
+    second.end("FINISHED")
+    if sent == "later":
+        (file,) = unsent(tmp_path)
+        (tmp_path / "m.db").rmdir()
+        (tmp_path / "away.db").rename(tmp_path / "m.db")
+        assert MLflowRun.of_unsent(file).flush() == 0
+    found = client.get_run(first.run_id)
+    assert (found.info.status, found.data.tags["state"]) == ("FINISHED", "FINISHED")
+    assert "failure" not in found.data.tags
+
+
+def test_tags_that_mlflow_would_refuse_are_made_such_as_it_takes(uri: str) -> None:
+    run = MLflowRun(uri, "e", None, {"a@b": "x" * 6000})
+    run.tag("c@d", "y")
+    tags = MlflowClient(run.uri).get_run(run.run_id).data.tags
+    assert (len(tags["a_b"]), tags["c_d"]) == (5000, "y")
+
+
 def test_what_is_refused_does_not_hold_up_the_rest(tmp_path: Path, uri: str, caplog: pytest.LogCaptureFixture) -> None:
     run = MLflowRun(uri, "e", None, {}, tmp_path)
     run.params({"lr": "1"})
