@@ -15,7 +15,7 @@ from PIL import Image
 from lit_vlm.commands.cli import main
 from lit_vlm.experiments.report import Study, curves, findings, findings_table, gaps, log_report, tables, write_report
 from lit_vlm.experiments.report.forest import panels
-from lit_vlm.experiments.report.words import details, headline, number
+from lit_vlm.experiments.report.words import details, headline, number, summary
 from lit_vlm.experiments.results import Claim, Cost, Run, Score
 from lit_vlm.experiments.scores import read_run
 from lit_vlm.training.mlflow_run import MLflowRun
@@ -92,6 +92,14 @@ def test_verdicts_that_are_handed_in_are_those_of_the_report() -> None:
     known = [one.judged for one in findings(study()) if one.judged is not None]
     given = Study("t", "base", study().runs, CLAIMS, judged=list(reversed(known)))
     assert [one.judged for one in findings(given)] == [*reversed(known), None]
+
+
+def test_without_claims_the_differences_are_summed_up(tmp_path: Path) -> None:
+    files = write_report(study(4, ()), tmp_path)
+    told = "Worse than base: no-pal on scenes/0-shot/accuracy, no-pal on held_out/loss. Undecided: 2 of 4 differences."
+    assert [told in file.read_text() for file in files[:2]] == [True, True]
+    assert summary(gaps(study(1)), "base") == "One seed: nothing is said about other seeds."
+    assert summary([], "base") == ""
 
 
 def test_tables_have_every_variant_kind_cost_and_run() -> None:
