@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -88,10 +89,15 @@ def test_one_seed_gives_no_verdict_about_seeds() -> None:
     assert {row[2] for row in tables.gaps_table(study(1), gaps(study(1))).rows} == {"one seed"}
 
 
-def test_verdicts_that_are_handed_in_are_those_of_the_report() -> None:
+def test_verdicts_of_several_looks_are_those_of_the_report_with_their_intervals() -> None:
     known = [one.judged for one in findings(study()) if one.judged is not None]
-    given = Study("t", "base", study().runs, CLAIMS, judged=list(reversed(known)))
-    assert [one.judged for one in findings(given)] == [*reversed(known), None]
+    looked = [replace(one, verdict="undecided", low=one.low - 1, high=one.high + 1) for one in known]
+    given = replace(study(), judged=looked)
+    found = [one.judged for one in findings(given) if one.judged is not None]
+    assert [one.verdict for one in found] == ["undecided"] * 3
+    assert [(one.difference.low, one.difference.high) for one in found] == [(one.low, one.high) for one in looked]
+    methods = dict(tables.origin_table(given, [one.difference for one in found]).rows)["intervals"]
+    assert "paired t over seeds, for all claims and looks at once" in methods
 
 
 def test_without_claims_the_differences_are_summed_up(tmp_path: Path) -> None:
