@@ -109,12 +109,6 @@ def findings(study: Study) -> list[Finding]:
     ]
 
 
-def _looked(judged: Judged) -> Judged:
-    """A verdict of several looks, whose difference has the interval that allows for them."""
-    found = judged.difference
-    return replace(judged, difference=replace(found, low=judged.low, high=judged.high, method=f"{found.method}{LOOKS}"))
-
-
 def gaps(study: Study) -> list[Gap]:
     """Every other variant against the base by every score that tables have, as one family."""
     places, tested = [], []
@@ -137,3 +131,9 @@ def _compare(runs: Sequence[Run], better: str, worse: str, score: str) -> Differ
         return difference(first, second)
     except ValueError as error:
         return str(error)
+
+
+def _looked(judged: Judged) -> Judged:
+    """A verdict of several looks, whose difference has the interval that allows for them."""
+    found = judged.difference
+    return replace(judged, difference=replace(found, low=judged.low, high=judged.high, method=f"{found.method}{LOOKS}"))
