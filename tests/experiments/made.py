@@ -36,6 +36,8 @@ def finished_run(
     for stage, steps in STAGES.items():
         finished_stage(folder / stage, steps)
     (folder / "run.json").write_text(json.dumps(state))
+    if not done:
+        (folder / "2_sft" / "done.json").unlink()
     if scored:
         score_held_out(folder / "2_sft", right, answered)
     return folder

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from PIL import Image
 from lit_vlm.commands.cli import main
 from lit_vlm.experiments.report import Study, curves, findings, findings_table, gaps, log_report, tables, write_report
 from lit_vlm.experiments.report.forest import panels
-from lit_vlm.experiments.report.words import details, headline, number
+from lit_vlm.experiments.report.words import details, headline, number, summary
 from lit_vlm.experiments.results import Claim, Cost, Run, Score
 from lit_vlm.experiments.scores import read_run
 from lit_vlm.training.mlflow_run import MLflowRun
@@ -88,10 +89,23 @@ def test_one_seed_gives_no_verdict_about_seeds() -> None:
     assert {row[2] for row in tables.gaps_table(study(1), gaps(study(1))).rows} == {"one seed"}
 
 
-def test_verdicts_that_are_handed_in_are_those_of_the_report() -> None:
+def test_verdicts_of_several_looks_are_those_of_the_report_with_their_intervals() -> None:
     known = [one.judged for one in findings(study()) if one.judged is not None]
-    given = Study("t", "base", study().runs, CLAIMS, judged=list(reversed(known)))
-    assert [one.judged for one in findings(given)] == [*reversed(known), None]
+    looked = [replace(one, verdict="undecided", low=one.low - 1, high=one.high + 1) for one in known]
+    given = replace(study(), judged=looked)
+    found = [one.judged for one in findings(given) if one.judged is not None]
+    assert [one.verdict for one in found] == ["undecided"] * 3
+    assert [(one.difference.low, one.difference.high) for one in found] == [(one.low, one.high) for one in looked]
+    methods = dict(tables.origin_table(given, [one.difference for one in found]).rows)["intervals"]
+    assert "paired t over seeds, for all claims and looks at once" in methods
+
+
+def test_without_claims_the_differences_are_summed_up(tmp_path: Path) -> None:
+    files = write_report(study(4, ()), tmp_path)
+    told = "Worse than base: no-pal on scenes/0-shot/accuracy, no-pal on held_out/loss. Undecided: 2 of 4 differences."
+    assert [told in file.read_text() for file in files[:2]] == [True, True]
+    assert summary(gaps(study(1)), "base") == "One seed: nothing is said about other seeds."
+    assert summary([], "base") == ""
 
 
 def test_tables_have_every_variant_kind_cost_and_run() -> None:
@@ -125,12 +139,19 @@ def test_marks_stand_on_an_axis_for_each_unit_and_far_ends_are_cut_off() -> None
     assert all(0 <= panel.place(0) <= 1 for panel in (shares, losses))
     wild = losses.marks[1]
     assert wild.high - wild.low > 0
-    assert losses.left >= -4 * max(abs(seed) for mark in losses.marks for seed in mark.seeds)
+    assert losses.left >= -3.4 * max(abs(seed) for mark in losses.marks for seed in mark.seeds)
     assert shares.place(-1e9) == 0
     assert any(abs(tick) < 1e-9 for tick in shares.ticks())
     without = Study("t", "base", study().runs)
     marks = [mark for panel in panels(without, [], gaps(without)) for mark in panel.marks]
     assert {(mark.label, mark.verdict) for mark in marks} >= {("no-pal", "worse"), ("again", "undecided")}
+
+
+def test_equal_variants_have_an_axis_too(tmp_path: Path) -> None:
+    same = Study("t", "base", [run(variant, 0, 0.5, 1.0) for variant in ("base", "same")])
+    loss = panels(same, [], gaps(same))[1]
+    assert (loss.left, loss.place(0), loss.right) == (-1.12, 0.5, 1.12)
+    assert "forest.png" in {file.name for file in write_report(same, tmp_path)}
 
 
 def test_curves_are_means_over_seeds_in_a_band() -> None:
@@ -242,7 +263,7 @@ def test_a_run_of_the_kit_is_read_and_reported(tmp_path: Path, capsys: pytest.Ca
     lit_vlm(tmp_path, "run", "llava15", "--scale", "tiny", "--stages", "1_align", "--out", "run", *flags)
     run = read_run(tmp_path / "run")
     assert (run.seed, run.cost.steps, run.cost.devices) == (3, 4, 1)
-    assert [step for step, _ in run.curves["train/loss"]] == [1, 2, 3, 4]
+    assert [step for step, _ in run.curves["train/loss"]] == [0, 1, 2, 3]
     assert run.cost.trained > 0
     assert run.scores["memory/peak_gib"].value > 0
     assert {"version.torch", "data.train/shapes"} <= run.origin.keys()

@@ -16,7 +16,6 @@ COLOURS = {"shown": "#0072B2", "contradicted": "#D55E00", "undecided": "#7A7A7A"
 """Told apart without seeing red or green, on white and on black."""
 FARTHEST = 3.0
 """Intervals end at so many times the largest difference of a seed, as those of two seeds would hide the rest."""
-MOST_ROWS = 40
 
 
 @dataclass(frozen=True)
@@ -101,7 +100,7 @@ def panels(study: Study, findings: Sequence[Finding], gaps: Sequence[Gap]) -> li
             word = words.COMPARED.get(gap.judged.verdict, gap.judged.verdict)
             mark = _mark(study, gap.variant, gap.score, gap.score, gap.judged, word)
             marks.setdefault(_axis(study, gap.score, f"better than {study.base}"), []).append(mark)
-    return [_panel(axis, rows[:MOST_ROWS]) for axis, rows in marks.items()]
+    return [_panel(axis, rows) for axis, rows in marks.items()]
 
 
 def _axis(study: Study, score: str, right: str) -> str:
@@ -126,11 +125,13 @@ def _mark(study: Study, label: str, detail: str, score: str, judged: Judged, ver
 
 
 def _panel(axis: str, marks: Sequence[Mark]) -> Panel:
-    reach = max((abs(value) for mark in marks for value in (mark.mean, *mark.seeds)), default=0.0) or 1.0
+    """The rows on an axis from their lowest to their highest value, with zero in it."""
+    dots = [value for mark in marks for value in (mark.mean, *mark.seeds)]
     ends = [value for mark in marks for value in (mark.low, mark.high, *mark.wide) if math.isfinite(value)]
-    reach *= FARTHEST if ends else 1.2
-    left = max(-reach, min(0.0, *ends, *(mark.mean for mark in marks), *(s for mark in marks for s in mark.seeds)))
-    right = min(reach, max(0.0, *ends, *(mark.mean for mark in marks), *(s for mark in marks for s in mark.seeds)))
+    reach = FARTHEST * max(map(abs, dots)) or max(map(abs, ends), default=0.0) or 1.0
+    left, right = max(-reach, min(0.0, *dots, *ends)), min(reach, max(0.0, *dots, *ends))
+    if left == right:  # all differences are zero
+        left, right = -reach, reach
     margin = 0.06 * (right - left)
     return Panel(axis, tuple(marks), left - margin, right + margin)
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from lit_vlm.experiments.results import Claim, Run, Score, by_seed
 from lit_vlm.experiments.statistics.paired import Difference, difference
 from lit_vlm.experiments.statistics.verdict import Judged, Tested, judge
+
+LOOKS = ", for all claims and looks at once"
+"""What is said of the intervals of a study with several looks."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,8 @@ class Study:
         scores: names of the scores that tables have; default: the main ones.
         command: the command that makes it again.
         about: further lines of its record, by name, such as stages that were shared and hours that this saved.
-        judged: verdicts on the claims that can be judged, in their order; default: those of one look at the end.
+        judged: verdicts on the claims that can be judged, in their order, where there were several looks; intervals of
+            claims are then those that allow for looking. Default: verdicts of one look at the end.
     """
 
     title: str
@@ -98,7 +102,7 @@ def findings(study: Study) -> list[Finding]:
         for claim, found in zip(study.claims, compared, strict=True)
         if isinstance(found, Difference)
     ]
-    verdicts = iter(judge(tested) if study.judged is None else study.judged)
+    verdicts = iter(judge(tested) if study.judged is None else map(_looked, study.judged))
     return [
         Finding(claim, None, found) if isinstance(found, str) else Finding(claim, next(verdicts))
         for claim, found in zip(study.claims, compared, strict=True)
@@ -142,3 +146,9 @@ def _compare(runs: Sequence[Run], better: str, worse: str, score: str) -> Differ
         return difference(first, second)
     except ValueError as error:
         return str(error)
+
+
+def _looked(judged: Judged) -> Judged:
+    """A verdict of several looks, whose difference has the interval that allows for them."""
+    found = judged.difference
+    return replace(judged, difference=replace(found, low=judged.low, high=judged.high, method=f"{found.method}{LOOKS}"))

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from statistics import fmean, stdev
 
-from lit_vlm.experiments.report.study import Finding
+from lit_vlm.experiments.report.study import Finding, Gap
 from lit_vlm.experiments.statistics.paired import Difference
 from lit_vlm.experiments.statistics.power import MOST_SEEDS
 from lit_vlm.experiments.statistics.verdict import Judged
@@ -112,6 +112,22 @@ def details(finding: Finding, share: bool) -> str:
         return f"{text}; {more}."
     seen = f"{number(found.smallest_detectable, share)}{unit(share)}"
     return f"{text}; {more}. A true difference of {seen} would have been found four times in five."
+
+
+def summary(compared: Sequence[Gap], base: str) -> str:
+    """What all differences to the base come to, in one or two sentences; nothing without any."""
+    if not compared:
+        return ""
+    if all(gap.judged.verdict == "one seed" for gap in compared):
+        return "One seed: nothing is said about other seeds."
+    named = {word: [gap for gap in compared if gap.judged.verdict == state] for state, word in COMPARED.items()}
+    told = [
+        f"{word.capitalize()} than {base}: {', '.join(f'{gap.variant} on {gap.score}' for gap in found)}."
+        for word, found in named.items()
+        if found
+    ]
+    left = len(compared) - sum(map(len, named.values()))
+    return " ".join([*told, *([f"Undecided: {left} of {len(compared)} differences."] if left else [])])
 
 
 def _equals(p: str) -> str:

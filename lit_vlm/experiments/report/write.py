@@ -36,6 +36,7 @@ def write_report(study: Study, folder: Path) -> list[Path]:
     found, compared = findings(study), gaps(study)
     panels, lines = forest.panels(study, found, compared), curves.curves(study)
     every = _tables(study, found, compared)
+    summary = "" if study.claims else words.summary(compared, study.base)
     files = [folder / MARKDOWN, folder / PAGE]
     if panels:
         forest.draw(panels, study.title, folder / FOREST)
@@ -43,8 +44,8 @@ def write_report(study: Study, folder: Path) -> list[Path]:
     if lines:
         curves.draw(lines, folder / CURVES)
         files.append(folder / CURVES)
-    write_whole(folder / MARKDOWN, _markdown(study, found, every, files))
-    write_whole(folder / PAGE, _page(study, found, panels, lines, every))
+    write_whole(folder / MARKDOWN, _markdown(study, found, summary, every, files))
+    write_whole(folder / PAGE, _page(study, found, summary, panels, lines, every))
     return files
 
 
@@ -117,8 +118,10 @@ def _about(study: Study) -> str:
 # ---------------------------------------------------------------------- Markdown
 
 
-def _markdown(study: Study, found: Sequence[Finding], every: Sequence[Table], files: Sequence[Path]) -> str:
-    lines = [f"# {study.title}", "", f"{_about(study)}.", ""]
+def _markdown(
+    study: Study, found: Sequence[Finding], summary: str, every: Sequence[Table], files: Sequence[Path]
+) -> str:
+    lines = [f"# {study.title}", "", f"{_about(study)}.", "", *([summary, ""] if summary else [])]
     for finding in found:
         share = study.example(finding.claim.score).share if finding.judged is not None else False
         verdict = finding.judged.verdict if finding.judged is not None else "not judged"
@@ -151,6 +154,7 @@ def _markdown_table(table: Table) -> str:
 def _page(
     study: Study,
     found: Sequence[Finding],
+    summary: str,
     panels: Sequence[Panel],
     lines: dict[str, list[Line]],
     every: Sequence[Table],
@@ -166,6 +170,7 @@ def _page(
     return environment.get_template(TEMPLATE).render(
         title=study.title,
         about=_about(study),
+        summary=summary,
         findings=[_told(study, finding) for finding in found],
         forest="What was found" if study.claims else f"Differences to {study.base}",
         panels=panels,
