@@ -10,6 +10,7 @@ from callbacks.planned import Planned
 from callbacks.predictions import Predictions
 from callbacks.preemption import Preemption
 from callbacks.progress import Progress
+from callbacks.pruning import Pruning
 from callbacks.sources import Sources
 from callbacks.stragglers import Stragglers
 from callbacks.throughput import Throughput
@@ -26,6 +27,7 @@ __all__ = [
     "Predictions",
     "Preemption",
     "Progress",
+    "Pruning",
     "Sources",
     "Stragglers",
     "Throughput",

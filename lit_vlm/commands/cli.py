@@ -19,6 +19,7 @@ VERBS = {
     "status": "tell how runs are: step, speed, time left, queue, newest checkpoint, errors",
     "plan": "say what stages take: memory, time, cost, and what makes them fit",
     "bench": "measure stages on this machine: speed, memory, and where the time goes",
+    "tune": "search learning rates and other settings of a recipe, by Optuna",
     "compare": "show what finished runs reached, side by side",
     "probe": "find out what can be read from a decoder's layers about depth, objects or whole pictures",
     "evaluate": "score a checkpoint on benchmarks, with or without demonstrations",

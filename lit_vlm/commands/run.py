@@ -213,13 +213,15 @@ class _ParentRun:
         self._tags = given_tags() | {key: value for key, value in own.items() if value}
         if not (uses_mlflow(state.flags) and launch().is_first):
             return
-        from lit_vlm.training.mlflow_run import MLflowRun, known_run
+        from lit_vlm.training.mlflow_run import PARENT_RUN, MLflowRun, known_run
         from lit_vlm.training.mlflow_store import default_uri
 
         prefixes = ("--trainer.logger.init_args", "--trainer.logger")
         uri = _flag_value(state.flags, *(f"{prefix}.tracking_uri" for prefix in prefixes))
         name = _flag_value(state.flags, *(f"{prefix}.experiment_name" for prefix in prefixes))
         tags = self._tags | {"folder": str(folder), "flags": shlex.join(state.flags)}
+        if above := os.environ.get(PARENT_RUN):  # that of a search, of which this run is a trial
+            tags["mlflow.parentRunId"] = above
         given = uri or os.environ.get("MLFLOW_TRACKING_URI")
         known = known_run(folder, given) if state.parent_run else None
         label = self._tags[RUN]

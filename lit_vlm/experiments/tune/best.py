@@ -1,0 +1,89 @@
+"""The best setting of a search: as flags, and as a recipe on top of the one that was searched."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lit_vlm.core.written import write_whole
+from lit_vlm.experiments.file import flag_words
+
+RECIPE = "best"
+"""Folder of the recipe, in that of the search."""
+GROUPS = {(), ("model",), ("model", "stage"), ("data",), ("trainer",), ("checkpoint",), ("preemption",), ("watchdog",)}
+"""Mappings of a config that a later file adds to; it replaces all others, but for the arguments of a class."""
+
+
+def flags_line(setting: Mapping[str, Any]) -> str:
+    """A setting as flags of `lit-vlm run`."""
+    return shlex.join(flag_words(setting))
+
+
+def write_recipe(
+    folder: Path, base: str, scale: str | None, stages: Sequence[str], trial: Path, setting: Mapping[str, Any]
+) -> Path:
+    """Write a recipe that is another one with the setting of a trial.
+
+    What stands in a mapping that a config file replaces as a whole, such as the learning rates of a stage, is written
+    with its neighbours, from the settings of the trial.
+
+    Args:
+        folder: folder of the search.
+        base: name of the recipe, or its path from the new recipe's folder.
+        scale: the scale that was searched; its settings come behind those of stages, so the setting is written there.
+        stages: stages of the trials.
+        trial: folder of the trial.
+        setting: flag → value.
+
+    Returns:
+        folder of the recipe.
+
+    Raises:
+        OSError: where it cannot be written, or the trial's folder lacks its settings.
+    """
+    recipe = folder / RECIPE
+    about = f"{base} with the best setting of {folder.name}"
+    content: dict[str, Any] = {"about": about, "base": base} | ({"scale": scale} if scale else {})
+    write_whole(recipe / "recipe.yaml", yaml.safe_dump(content, sort_keys=False))
+    for stage in stages:
+        config: dict[str, Any] = yaml.safe_load((trial / stage / "config.yaml").read_text(encoding="utf-8"))
+        file = recipe / "scales" / scale / f"{stage}.yaml" if scale else recipe / f"{stage}.yaml"
+        write_whole(file, yaml.safe_dump(_overlay(config, _of_stage(stage, stages, setting)), sort_keys=False))
+    return recipe
+
+
+def _of_stage(stage: str, stages: Sequence[str], setting: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags of one stage: those for all, and those that begin with its name, without that."""
+    own = {}
+    for flag, value in setting.items():
+        first, _, rest = flag.partition(".")
+        if first not in stages:
+            own[flag] = value
+        elif first == stage:
+            own[rest] = value
+    return own
+
+
+def _overlay(config: Mapping[str, Any], setting: Mapping[str, Any]) -> dict[str, Any]:
+    """A config file that changes a setting, and nothing else of a resolved config."""
+    overlay: dict[str, Any] = {}
+    for flag, value in setting.items():
+        there, into = config, overlay
+        parts = flag.split(".")
+        for depth, part in enumerate(parts[:-1]):
+            inner = there.get(part)
+            inner = inner if isinstance(inner, Mapping) else {}
+            if "class_path" in inner:
+                into, there = into.setdefault(part, {}).setdefault("init_args", {}), inner.get("init_args") or {}
+            elif tuple(parts[: depth + 1]) in GROUPS:
+                into, there = into.setdefault(part, {}), inner
+            else:
+                into[part] = dict(inner)
+                break
+        else:
+            into[parts[-1]] = value
+    return overlay
