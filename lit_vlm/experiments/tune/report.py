@@ -99,13 +99,16 @@ def _plots(trials: Trials, folder: Path) -> list[Path]:
     drawn: dict[str, Callable[[], Any]] = {}
     if values:
         drawn["history"] = lambda: plots.plot_optimization_history(study, target_name=name)
+    if len(set(values)) > 1:
         drawn["slice"] = lambda: plots.plot_slice(study, target_name=name)
     if len(set(values)) > 1 and several:
         evaluator = PedAnovaImportanceEvaluator()  # needs no further package
         drawn["importances"] = lambda: plots.plot_param_importances(study, evaluator=evaluator, target_name=name)
         drawn["contour"] = lambda: plots.plot_contour(study, target_name=name)
     if any(one.intermediate_values for one in trials.finished()):
-        drawn["curves"] = lambda: plots.plot_intermediate_values(study)
+        drawn["curves"] = lambda: plots.plot_intermediate_values(study).set(
+            title="By share of training", xlabel="% of training", ylabel=name
+        )
     return [file for title, draw in drawn.items() if (file := _draw(draw, folder / f"{title}.png")) is not None]
 
 

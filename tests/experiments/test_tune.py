@@ -1,0 +1,425 @@
+"""`lit-vlm tune`: its file, its study, and searches that are interrupted."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from filelock import FileLock
+from rich.console import Console
+
+from lit_vlm.checkpoints.folder import checkpoints_in, is_done
+from lit_vlm.checkpoints.progress import Progress
+from lit_vlm.commands.cli import main
+from lit_vlm.commands.recipe import find_recipe
+from lit_vlm.commands.runs import RunState
+from lit_vlm.experiments.tune import best, report, search
+from lit_vlm.experiments.tune.file import TuneFile, read_file
+from lit_vlm.experiments.tune.study import Trials, best_of
+from lit_vlm.experiments.tune.trial import Outcome, folder_of, outcome, words_of
+from tests.forkserver import interpreter
+from tests.runs import environment, lit_vlm
+
+RATE = "model.stage.train.decoder"
+GIVEN: dict[str, Any] = {
+    "recipe": "llava15",
+    "scale": "tiny",
+    "stages": ["2_sft"],
+    "search": {RATE: {"low": 1e-5, "high": 1e-1, "log": True}, "data.batch_size": {"choices": [4, 8]}},
+    "score": "val/loss",
+    "better": "lower",
+    "trials": 4,
+}
+
+
+def written(folder: Path, **changes: Any) -> Path:
+    """A file of a search; None leaves a key out."""
+    content = {key: value for key, value in {**GIVEN, **changes}.items() if value is not None}
+    file = folder / "tune.yaml"
+    file.write_text(yaml.safe_dump(content))
+    return file
+
+
+# ---------------------------------------------------------------------------- the file
+
+
+def test_numbers_are_numbers_as_yaml_or_people_write_them(tmp_path: Path) -> None:
+    file = tmp_path / "tune.yaml"
+    file.write_text(
+        "recipe: quickstart\nscore: val/loss\nbetter: lower\nsearch:\n"
+        "  a: {low: 1e-5, high: 1.0e-2, log: true}\n  b: {low: 1, high: 3}\n"
+        "  c: {choices: [1e-4, 8, true, null, MLP]}\n"
+        "  d: {low: 0.1, high: 0.4, step: 0.1}\n"
+    )
+    found = read_file(file)
+    assert (found.search["a"].low, found.search["a"].values()) == (1e-5, None)
+    assert found.search["b"].values() == [1, 2, 3]
+    assert found.search["c"].values() == [1e-4, 8, True, None, "MLP"]
+    assert found.search["d"].values() == [0.1, 0.2, 0.3, 0.4]
+    assert found.count == 20
+
+
+def ranges(**one: Any) -> dict[str, Any]:
+    return {"search": {RATE: one}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"serach": {}}, r"there is no key 'serach' \(did you mean 'search'"),
+        (ranges(lo=1, high=2), rf"search.{RATE}: there is no key 'lo' \(did you mean 'low'.*keys: low, high"),
+        ({"recipe": None}, r"tune.yaml: recipe: Field required"),
+        ({"better": None}, r"better: Field required"),
+        ({"better": "less"}, r"better: Input should be 'higher' or 'lower', found 'less'"),
+        ({"sampler": "gp"}, r"sampler: Input should be 'tpe', 'random' or 'grid', found 'gp'"),
+        ({"trials": 0}, r"trials: Input should be greater than or equal to 1, found 0"),
+        ({"search": {}}, r"search: name at least one flag"),
+        (ranges(low=1), r"give low and high, or choices"),
+        (ranges(low=2, high=1), r"low must be less than high, found 2 and 1"),
+        (ranges(low=0, high=1, log=True), r"log goes from a low above 0"),
+        (ranges(low=0.0, high=1.0, step=-1), r"step must be above 0"),
+        (ranges(low="a", high=1), r"low.*Input should be a valid"),
+        (ranges(choices=[1]), r"choices are two or more different values"),
+        (ranges(choices=[1, 1]), r"choices are two or more different values"),
+        (ranges(choices=[1, 2], log=True), r"choices are all values; low, high, log and step are of a range"),
+        ({"search": {"--" + RATE: {"choices": [1, 2]}}}, rf"search: write '{RATE}' without dashes"),
+        ({"base": {"trainer.default_root_dir": "x"}}, r"base: trainer.default_root_dir is what a search sets itself"),
+        ({"base": {RATE: 1.0}}, rf"{RATE} is both in base and in search"),
+        ({"score": "held_out/accuracy"}, r"held_out/accuracy is known at the end alone.*set pruner: none"),
+        ({"sampler": "grid"}, rf"sampler grid needs choices, or a step, for {RATE}"),
+    ],
+)
+def test_a_wrong_file_is_refused_in_one_line(tmp_path: Path, changes: dict[str, Any], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        read_file(written(tmp_path, **changes))
+
+
+def test_a_file_that_is_no_mapping_or_not_there_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "list.yaml").write_text("- 1")
+    with pytest.raises(ValueError, match=r"list.yaml holds keys of a search.*not a list"):
+        read_file(tmp_path / "list.yaml")
+    with pytest.raises(ValueError, match=r"none.yaml cannot be read: .*No such file"):
+        read_file(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"recipe": "llava16"}, r"there is no recipe 'llava16' \(did you mean 'llava15'"),
+        ({"scale": "tinyy"}, r"has no scale 'tinyy' \(did you mean 'tiny'"),
+        ({"stages": ["2_stf"]}, r"has no stage '2_stf' \(did you mean '2_sft'"),
+        ({"base": {"1_align.trainer.max_steps": 2}}, r"1_align.trainer.max_steps: '1_align' is neither a stage"),
+        ({"base": {"modle.compile": "blocks"}}, r"modle.compile: 'modle' is neither .* \(did you mean 'model'"),
+    ],
+)
+def test_a_wrong_recipe_stage_or_flag_is_refused_before_anything_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], match: str
+) -> None:
+    with pytest.raises(SystemExit, match="1"):
+        main(["tune", str(written(tmp_path, **changes)), "--out", str(tmp_path / "out")])
+    assert re.search(match, capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_the_machine_lacks_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as changed:
+        changed.setattr("importlib.util.find_spec", lambda name: None)
+        with pytest.raises(SystemExit, match="1"):
+            main(["tune", str(written(tmp_path))])
+    assert "lit-vlm tune needs the package optuna: pip install 'lit-vlm[tune]'" in capsys.readouterr().err
+    with monkeypatch.context() as changed:
+        changed.setenv("RANK", "0")
+        changed.setenv("WORLD_SIZE", "2")
+        with pytest.raises(SystemExit, match="1"):
+            main(["tune", str(written(tmp_path))])
+    assert "lit-vlm tune is one process" in capsys.readouterr().err
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    with pytest.raises(ValueError, match=r"--jobs 3 needs as many GPUs, and there are 2"):
+        search.places(3)
+    assert search.places(2) == [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "1"}]
+    assert search.places(1) == [{}]
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    monkeypatch.setattr("os.cpu_count", lambda: 16)
+    assert search.places(3) == [{"OMP_NUM_THREADS": "5"}] * 3
+
+
+# ---------------------------------------------------------------------------- the study
+
+
+def test_a_study_that_was_closed_goes_on_with_other_settings_and_the_trials_that_were_under_way(
+    tmp_path: Path,
+) -> None:
+    file = TuneFile(**GIVEN)
+    once = Trials(file, tmp_path / "once", parallel=False)
+    drawn = []
+    for value in (3.0, 2.0, 1.0):
+        trial = once.next()
+        drawn.append(trial.params)
+        once.end(trial, value)
+    assert len({params[RATE] for params in drawn}) == 3
+    for index, value in enumerate((3.0, 2.0, 1.0)):  # a process for each
+        again = Trials(file, tmp_path / "again", parallel=False)
+        begun = again.next()
+        (trial,) = Trials(file, tmp_path / "again", parallel=False).under_way()
+        assert (trial.number, trial.params) == (index, begun.params)
+        assert trial.params == drawn[index]
+        again.end(trial, value)
+    found = best_of(Trials(file, tmp_path / "again", parallel=False).finished(), "lower")
+    assert (found.number, found.params) == (2, drawn[2])
+
+
+def test_a_folder_takes_the_trials_of_one_file(tmp_path: Path) -> None:
+    Trials(TuneFile(**GIVEN), tmp_path, parallel=False)
+    Trials(TuneFile(**GIVEN | {"trials": 9}), tmp_path, parallel=False)  # more of them
+    with pytest.raises(ValueError, match=r"holds the search of another file: seed was 0, and is 1 now. Choose another"):
+        Trials(TuneFile(**GIVEN | {"seed": 1}), tmp_path, parallel=False)
+
+
+def test_a_grid_is_all_combinations_once(tmp_path: Path) -> None:
+    grid = {"a": {"choices": ["x", None]}, "b": {"low": 1, "high": 5, "step": 2}}
+    file = TuneFile(**GIVEN | {"search": grid, "sampler": "grid", "trials": None})
+    for _ in range(2):  # the second time none is added
+        trials = Trials(file, tmp_path, parallel=False)
+    found = [trials.next().params for _ in range(file.count)]
+    assert found == [{"a": a, "b": b} for a in ("x", None) for b in (1, 3, 5)]
+    assert TuneFile(**GIVEN | {"search": grid, "sampler": "grid", "trials": 40}).count == 6
+
+
+def test_the_best_is_the_best_of_those_that_came_to_their_end(tmp_path: Path) -> None:
+    trials = Trials(TuneFile(**GIVEN | {"better": "higher"}), tmp_path, parallel=False)
+    for value, reason, failed in ((0.2, "", False), (0.4, "", False), (None, "diverged", False), (None, "no", True)):
+        trials.end(trials.next(), value, reason, failed)
+    assert [one.state.name for one in trials.finished()] == ["COMPLETE", "COMPLETE", "PRUNED", "FAIL"]
+    assert best_of(trials.finished(), "higher").number == 1
+    assert best_of(trials.finished(), "lower").number == 0
+    assert best_of(trials.finished()[2:], "higher") is None
+    files = report.write(trials, tmp_path, "lit-vlm tune tune.yaml", tmp_path / "best")
+    assert [file.name for file in files] == ["report.md", "history.png", "slice.png", "importances.png", "contour.png"]
+    assert all(file.stat().st_size for file in files)
+    text = files[0].read_text()
+    assert "Best: **val/loss 0.4** (trial 1, trials/0001)" in text
+    rows = [line for line in text.splitlines() if line.startswith("| ") and line[2].isdigit()]
+    assert [row.split(" | ")[0] for row in rows] == ["| 1", "| 0", "| 2", "| 3"]
+    assert rows[2].endswith("| pruned | diverged |")
+
+
+# ---------------------------------------------------------------------------- trials
+
+
+def held_out(choices: int) -> dict[str, Any]:
+    scores = {"loss": 1.5, "choice_accuracy": 0.75, "exact_match": 0.25, "num_choices": choices, "precision": "32"}
+    return {"after": scores | {"by_source": {"count": scores | {"loss": 2.0}}}}
+
+
+@pytest.mark.parametrize(
+    ("score", "left", "found"),
+    [
+        ("val/loss", {"value": 1.0, "pruned": False, "step": 9}, Outcome(1.0)),
+        ("val/loss", {"value": 1.0, "pruned": True, "step": 3}, Outcome(None, "given up at step 3")),
+        ("val/loss", {"value": float("nan"), "pruned": False, "step": 9}, Outcome(None, "its score is nan")),
+        ("held_out/loss", held_out(8), Outcome(1.5)),
+        ("held_out/accuracy", held_out(8), Outcome(0.75)),
+        ("held_out/accuracy", held_out(0), Outcome(0.25)),
+        ("held_out/count/loss", held_out(8), Outcome(2.0)),
+    ],
+)
+def test_what_a_trial_that_has_ended_is_worth(tmp_path: Path, score: str, left: dict[str, Any], found: Outcome) -> None:
+    file = "held_out.json" if score.startswith("held_out/") else "tuned.json"
+    (tmp_path / "2_sft").mkdir()
+    (tmp_path / "2_sft" / file).write_text(json.dumps(left))
+    assert outcome(0, tmp_path, ["1_align", "2_sft"], score) == found
+
+
+def test_a_trial_without_its_score_says_which_there_are(tmp_path: Path) -> None:
+    (tmp_path / "2_sft").mkdir()
+    found = outcome(0, tmp_path, ["2_sft"], "held_out/loss")
+    assert (found.failed, found.value) == (True, None)
+    assert "there is no 'held_out/loss'; there are none, in " in found.reason
+    (tmp_path / "2_sft" / "held_out.json").write_text(json.dumps(held_out(8)))
+    assert "(did you mean 'held_out/loss'" in outcome(0, tmp_path, ["2_sft"], "held_out/los").reason
+
+
+def test_a_training_that_breaks_is_kept_away_from_and_one_that_never_began_is_not(tmp_path: Path) -> None:
+    (tmp_path / "output.log").write_text("...\nerror: there is no flag --x\n(set LIT_VLM_DEBUG=1 ...)\n")
+    assert outcome(1, tmp_path, ["2_sft"], "val/loss") == Outcome(None, "there is no flag --x", failed=True)
+    ended = Progress(3, 9, 0, None, "", "", "", 1, None, "failed", "ValueError: non-finite loss")
+    ended.write(tmp_path / "2_sft")
+    assert not outcome(1, tmp_path, ["2_sft"], "val/loss").failed
+    assert outcome(-9, tmp_path / "none", ["2_sft"], "val/loss") == Outcome(None, "exit code -9", failed=True)
+
+
+def test_a_command_has_base_then_setting_then_the_callback_of_the_last_stage(tmp_path: Path) -> None:
+    file = TuneFile(**GIVEN | {"base": {"trainer.max_steps": 2, "model.heads.align": None}})
+    words = words_of(file, ["1_align", "2_sft"], tmp_path, 3, 4, {RATE: 1e-5})
+    assert words[:9] == ["run", "llava15", "--stages", "1_align,2_sft", "--out", str(tmp_path / "trials" / "0003"),
+                         "--scale", "tiny", "--trainer.max_steps"]  # fmt: skip
+    assert words[9:14] == ["2", "--model.heads.align", "null", f"--{RATE}", "1e-05"]
+    assert words[14] == "--2_sft.trainer.callbacks+"
+    assert json.loads(words[15])["init_args"] == {
+        "study": str(tmp_path / "study.db"), "trial": 4, "score": "val/loss", "pruner": "median", "startup": 5,
+    }  # fmt: skip
+    held = TuneFile(**GIVEN | {"score": "held_out/loss", "pruner": "none"})
+    assert "--2_sft.trainer.callbacks+" not in words_of(held, ["2_sft"], tmp_path, 0, 1, {})
+
+
+# ---------------------------------------------------------------------------- the best setting
+
+
+def test_the_recipe_of_the_best_keeps_what_a_file_would_replace(tmp_path: Path) -> None:
+    config = {
+        "model": {
+            "projector": {"class_path": "lit_vlm.projectors.MLP", "init_args": {"depth": 2, "width": None}},
+            "stage": {"train": {"projector": 1e-3, "decoder": 2e-5}, "warmup_ratio": 0.1},
+            "heads": {"align": {"class_path": "A", "init_args": {"every": 4}}, "other": None},
+        },
+        "trainer": {"max_steps": 7},
+    }
+    for stage in ("1_align", "2_sft"):
+        (tmp_path / "trial" / stage).mkdir(parents=True)
+        (tmp_path / "trial" / stage / "config.yaml").write_text(yaml.safe_dump(config))
+    setting = {
+        "model.stage.train.decoder": 2e-5, "model.projector.depth": 2, "model.heads.align.every": 4,
+        "2_sft.trainer.max_steps": 7, "2_sft.model.stage.warmup_ratio": 0.1, "seed_everything": 3,
+    }  # fmt: skip
+    stages = ["1_align", "2_sft"]
+    recipe = best.write_recipe(tmp_path, "llava15", None, stages, tmp_path / "trial", setting)
+    first = {
+        "model": {
+            "stage": {"train": {"projector": 1e-3, "decoder": 2e-5}},
+            "projector": {"init_args": {"depth": 2}},
+            "heads": config["model"]["heads"],
+        },
+        "seed_everything": 3,
+    }
+    assert yaml.safe_load((recipe / "1_align.yaml").read_text()) == first
+    second = yaml.safe_load((recipe / "2_sft.yaml").read_text())
+    assert second["trainer"] == {"max_steps": 7}
+    assert second["model"].pop("stage") == first["model"].pop("stage") | {"warmup_ratio": 0.1}
+    assert second["model"] == first["model"]
+    found = find_recipe(str(recipe))
+    assert found.base.name == "llava15"
+    at_scale = best.write_recipe(tmp_path / "scaled", "llava15", "tiny", stages, tmp_path / "trial", setting)
+    found = find_recipe(str(at_scale))
+    assert found.scale == "tiny"
+    assert found.configs("2_sft", "tiny", "single")[-2] == at_scale / "scales" / "tiny" / "2_sft.yaml"
+
+
+# ---------------------------------------------------------------------------- searches
+
+
+def test_one_process_works_in_a_folder(tmp_path: Path) -> None:
+    setup = search.Setup(TuneFile(**GIVEN), tmp_path, ["2_sft"], 4)
+    with FileLock(tmp_path / search.LOCK_FILE), pytest.raises(ValueError, match=r"another lit-vlm tune works in"):
+        search.Search(setup, {}, Console(), lambda one: None).run()
+
+
+def test_a_search_ends_when_its_first_trials_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = TuneFile(**GIVEN | {"recipe": "nowhere", "trials": 9})
+    setup = search.Setup(file, tmp_path / "out", ["2_sft"], 9)
+    ended: list[str] = []
+    with pytest.raises(ValueError, match=r"the first 3 trials failed, the last one by: there is no recipe 'nowhere'"):
+        search.Search(setup, {}, Console(quiet=True), lambda one: ended.append(one.state.name)).run()
+    assert ended == ["FAIL"] * 3
+
+
+BASE = {
+    "trainer.accelerator": "cpu", "trainer.precision": "32-true", "trainer.max_steps": 10, "trainer.max_epochs": -1,
+    "trainer.val_check_interval": 2, "trainer.limit_val_batches": 1,
+    "trainer.callbacks+": {"class_path": "tests.cluster.pause.Pause", "init_args": {"seconds": 0.2}},
+}  # fmt: skip
+
+
+def wait_for(met: Callable[[], bool], process: subprocess.Popen[bytes], log: Path) -> None:
+    end = time.monotonic() + 240
+    while not met():
+        assert process.poll() is None, log.read_text()[-3000:]
+        assert time.monotonic() < end, log.read_text()[-3000:]
+        time.sleep(0.05)
+
+
+def begin(folder: Path, python: str, *words: str) -> tuple[subprocess.Popen[bytes], Path]:
+    """Start a search; returns its process and what it prints."""
+    log = folder / "search.log"
+    command = [python, "-m", "lit_vlm", "tune", *words]
+    with log.open("wb") as file:
+        return subprocess.Popen(command, cwd=folder, env=environment(folder), stdout=file, stderr=file), log
+
+
+@pytest.mark.slow
+def test_a_search_that_is_killed_goes_on_in_the_middle_of_a_trial(tmp_path: Path) -> None:
+    rates = {RATE: {"choices": [1e-2, 1e-7, 3e-2]}}
+    file = written(tmp_path, base=BASE, search=rates, sampler="grid", trials=None, startup=1)
+    process, log = begin(tmp_path, interpreter(), str(file), "--out", "out")
+    stage = tmp_path / "out" / "trials" / "0000" / "2_sft"
+    wait_for(lambda: bool(checkpoints_in(stage)), process, log)
+    process.kill()
+    process.wait()
+    assert not is_done(stage)
+    printed = lit_vlm(tmp_path, "tune", str(file), "--out", "out").stdout
+    assert "going on: 0 trials have ended, 1 were under way" in printed
+    assert (stage / "config-resumed.yaml").is_file()  # from its checkpoint
+    assert "trial 1: decoder=1e-07 pruned: given up at step 2" in printed
+    trials = Trials(read_file(file), tmp_path / "out", parallel=False)
+    assert [one.state.name for one in trials.finished()] == ["COMPLETE", "PRUNED", "COMPLETE"]
+    found = best_of(trials.finished(), "lower")
+    kept = [number for number in range(3) if checkpoints_in(folder_of(tmp_path / "out", number) / "2_sft")]
+    assert kept == [found.number]
+    # The recipe of the best has its rate, and the other rate of the stage.
+    assert f"lit-vlm run {Path('out/best')}" in printed
+    steps = ["--trainer.max_steps", "1", "--trainer.accelerator", "cpu"]
+    lit_vlm(tmp_path, "run", "out/best", "--stages", "2_sft", "--out", "again", *steps)
+    assert RunState.load(tmp_path / "again").scale == "tiny"
+    train = [
+        yaml.safe_load((folder / "2_sft" / "config.yaml").read_text())["model"]["stage"]["train"]
+        for folder in (tmp_path / "again", folder_of(tmp_path / "out", found.number))
+    ]
+    assert train[0] == train[1]
+    assert train[0]["decoder"] == found.params[RATE]
+    # Once more, nothing is left to do.
+    again = lit_vlm(tmp_path, "tune", str(file), "--out", "out").stdout
+    assert "going on: 3 trials have ended, 0 were under way" in again
+    assert "starts" not in again
+
+
+@pytest.mark.slow
+def test_two_trials_at_a_time_leave_in_order_and_go_on(tmp_path: Path) -> None:
+    held = {"trainer.callbacks+": ["callbacks.HeldOut", BASE["trainer.callbacks+"]], "trainer.limit_val_batches": 0}
+    changes = {"base": BASE | held, "score": "held_out/loss", "pruner": "none", "trials": 2}
+    file = written(tmp_path, **changes)
+    words = (str(file), "--out", "out", "--jobs", "2")
+    process, log = begin(tmp_path, sys.executable, *words)  # a signal reaches no fork
+    stages = [folder_of(tmp_path / "out", number) / "2_sft" for number in range(2)]
+    wait_for(lambda: all((one := Progress.read(stage)) and one.step > 0 for stage in stages), process, log)
+    os.kill(process.pid, signal.SIGINT)
+    assert process.wait(120) == 130, log.read_text()
+    assert "left: the same command goes on" in log.read_text()
+    states = [one.state for stage in stages if (one := Progress.read(stage))]
+    assert states == ["preempted"] * 2, log.read_text()
+    printed = lit_vlm(tmp_path, "tune", *words).stdout
+    assert "going on: 0 trials have ended, 2 were under way" in printed
+    assert all((stage / "config-resumed.yaml").is_file() for stage in stages)
+    assert "best: trial" in printed
+    # One MLflow run for the search, above those of the trials.
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    runs = client.search_runs([client.get_experiment_by_name("lit-vlm").experiment_id])
+    (above,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    assert (above.info.status, above.data.tags["state"]) == ("FINISHED", "FINISHED")
+    assert f"best.{RATE}" in above.data.tags
+    below = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == above.info.run_id]
+    assert len(below) == 2
+    assert above.data.metrics["best held_out/loss"] > 0
