@@ -164,6 +164,7 @@ def test_the_inner_rooms_load_the_model_s_libraries_alone(room: str, loaded: dic
         ["doctor", "--help"],
         ["run", "--help"],
         ["status", "--help"],
+        ["tune", "--help"],
         ["submit", "--help"],
     ],
 )

@@ -360,7 +360,7 @@ def begin(folder: Path, python: str, *words: str) -> tuple[subprocess.Popen[byte
 
 @pytest.mark.slow
 def test_a_search_that_is_killed_goes_on_in_the_middle_of_a_trial(tmp_path: Path) -> None:
-    rates = {RATE: {"choices": [1e-2, 1e-7, 3e-2]}}
+    rates = {RATE: {"choices": [1e-3, 1e-7, 5e-3]}}
     file = written(tmp_path, base=BASE, search=rates, sampler="grid", trials=None, startup=1)
     process, log = begin(tmp_path, interpreter(), str(file), "--out", "out")
     stage = tmp_path / "out" / "trials" / "0000" / "2_sft"
@@ -371,7 +371,8 @@ def test_a_search_that_is_killed_goes_on_in_the_middle_of_a_trial(tmp_path: Path
     printed = lit_vlm(tmp_path, "tune", str(file), "--out", "out").stdout
     assert "going on: 0 trials have ended, 1 were under way" in printed
     assert (stage / "config-resumed.yaml").is_file()  # from its checkpoint
-    assert "trial 1: decoder=1e-07 pruned: given up at step 2" in printed
+    # The first one may have been killed between its checkpoint and the validation of that step.
+    assert re.search("trial 1: decoder=1e-07 pruned: given up at step [24]\n", printed)
     trials = Trials(read_file(file), tmp_path / "out", parallel=False)
     assert [one.state.name for one in trials.finished()] == ["COMPLETE", "PRUNED", "COMPLETE"]
     found = best_of(trials.finished(), "lower")
