@@ -46,7 +46,7 @@ def written(folder: Path, **changes: Any) -> Path:
     """A file of a search; None leaves a key out."""
     content = {key: value for key, value in {**GIVEN, **changes}.items() if value is not None}
     file = folder / "tune.yaml"
-    file.write_text(yaml.safe_dump(content))
+    file.write_text(yaml.safe_dump(content, sort_keys=False))
     return file
 
 
@@ -333,6 +333,18 @@ def test_a_search_ends_when_its_first_trials_fail(tmp_path: Path, monkeypatch: p
     with pytest.raises(ValueError, match=r"the first 3 trials failed, the last one by: there is no recipe 'nowhere'"):
         search.Search(setup, {}, Console(quiet=True), lambda one: ended.append(one.state.name)).run()
     assert ended == ["FAIL"] * 3
+
+
+@pytest.mark.slow
+def test_a_dry_run_checks_the_ends_of_ranges_and_all_choices(tmp_path: Path) -> None:
+    rate = {"low": 1e-5, "high": 1e-1, "log": True}
+    file = written(tmp_path, search={RATE: rate, "model.projector": {"choices": ["Linear", "MLPs"]}})
+    done = lit_vlm(tmp_path, "tune", str(file), "--dry-run", check=False)
+    assert done.returncode == 1
+    assert done.stdout.count("ready: config parses") == 1
+    assert f"{RATE}=0.1 model.projector=MLPs" in done.stdout
+    assert "there is no class 'MLPs' (did you mean 'MLP'" in " ".join((done.stdout + done.stderr).split())
+    assert not (tmp_path / "runs").exists()
 
 
 BASE = {
