@@ -19,6 +19,7 @@ from lit_vlm.core.launcher import ASKING, PREEMPTED
 from lit_vlm.experiments.tune.file import TuneFile
 from lit_vlm.experiments.tune.study import REASON, Trials, best_of, short_names, shown
 from lit_vlm.experiments.tune.trial import folder_of, outcome, remove_checkpoints, start, stop, where, words_of
+from lit_vlm.training.run_tags import RUN, for_children, given_tags
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial, Trial
@@ -163,7 +164,9 @@ class Search:
             trial = waiting.pop(0) if waiting else trials.next()
             folder = folder_of(setup.folder, trial.number)
             words = words_of(setup.file, setup.stages, setup.folder, trial.number, trial._trial_id, trial.params)
-            process = start(words, folder, {**self.environment, **setup.devices[place]})
+            name = f"{setup.folder.absolute().name}/{folder.name}"
+            tags = for_children({**given_tags(), RUN: name, "trial": str(trial.number)})
+            process = start(words, folder, {**self.environment, **tags, **setup.devices[place]})
             signals.processes.append(process)
             self._running.append(_Running(trial, process, place))
             self._say(f"trial {trial.number}: {self._setting(trial.params)} starts")

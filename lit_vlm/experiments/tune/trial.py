@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import math
 import os
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lit_vlm.checkpoints.progress import Progress
+from lit_vlm.core.children import die_with_parent
 from lit_vlm.experiments.file import flag_words
 from lit_vlm.experiments.tune.file import HELD_OUT, TuneFile
 from lit_vlm.experiments.tune.study import STUDY_FILE, missing
@@ -94,14 +93,8 @@ def start(words: Sequence[str], folder: Path, environment: Mapping[str, str]) ->
             stdout=log,
             stderr=log,
             start_new_session=True,
-            preexec_fn=_die_with_parent,
+            preexec_fn=die_with_parent,
         )
-
-
-def _die_with_parent() -> None:
-    """Ask Linux to kill this process when its parent dies, so that no orphan goes on writing into the trial."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 def outcome(code: int, folder: Path, stages: Sequence[str], score: str) -> Outcome:
