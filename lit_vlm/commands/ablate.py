@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -146,12 +145,9 @@ def _slots(jobs: int | None) -> Slots:
 
 
 def _gpus(_: None) -> tuple[str, ...]:
-    """Names of the GPUs that this process may use."""
-    import torch
+    from lit_vlm.core.devices import visible_gpus
 
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = visible.split(",") if visible else []
-    return tuple(names or map(str, range(torch.cuda.device_count()))) if torch.cuda.is_available() else ()
+    return visible_gpus()
 
 
 def _run(ablation: Ablation, slots: Slots, console: Console, command: str, sequential: bool) -> None:

@@ -8,6 +8,7 @@ which join two to four PCIe cards, are left out. They are per direction, where m
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -158,3 +159,12 @@ def _sizes(words: list[str]) -> Iterator[float]:
 
 def _fits(card: Card, size: float) -> bool:
     return abs(size / card.marketed - 1) <= OFF
+
+
+def visible_gpus() -> tuple[str, ...]:
+    """Names of the GPUs that this process may use, as CUDA_VISIBLE_DEVICES has them; none on a machine without."""
+    import torch
+
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    count = torch.cuda.device_count()
+    return tuple(given.split(",")[:count] if given else map(str, range(count)))

@@ -271,13 +271,13 @@ def _combinations(grid: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, 
     """Name and flags of each combination of a grid's values."""
     if not grid:
         return
-    short = _short_names(list(grid))
+    short = short_names(list(grid))
     for values in product(*(one.items() for one in grid.values())):
         name = ",".join(f"{short[flag]}={label}" for flag, (label, _) in zip(grid, values, strict=True))
         yield name, {flag: value for flag, (_, value) in zip(grid, values, strict=True)}
 
 
-def _short_names(flags: Sequence[str]) -> dict[str, str]:
+def short_names(flags: Sequence[str]) -> dict[str, str]:
     """Flag → as many of its last parts as tell it from the others."""
     found = {}
     for flag in flags:

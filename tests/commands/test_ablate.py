@@ -156,7 +156,7 @@ def test_the_report_says_what_was_found(ablation: Path) -> None:
     page = (ablation / "report.md").read_text()
     assert "longer is better" in page
     assert "lit-vlm ablate" in page
-    assert "8 in 4 runs; 6 trained, 2 shared" in page
+    assert "8 in 4 runs, of which 6 trained and 2 shared" in page
     assert (ablation / "forest.png").is_file()
 
 

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from lit_vlm import __version__
 from lit_vlm.core.written import write_report
+from lit_vlm.experiments.file import short_names
 from lit_vlm.experiments.tune.best import flags_line
 from lit_vlm.experiments.tune.file import TuneFile
-from lit_vlm.experiments.tune.study import REASON, Trials, best_of, short_names, shown
+from lit_vlm.experiments.tune.study import REASON, Trials, best_of, shown
 from lit_vlm.experiments.tune.trial import folder_of
 
 if TYPE_CHECKING:

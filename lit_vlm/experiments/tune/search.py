@@ -16,8 +16,9 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 
 from lit_vlm.core.launcher import ASKING, PREEMPTED
+from lit_vlm.experiments.file import short_names
 from lit_vlm.experiments.tune.file import TuneFile
-from lit_vlm.experiments.tune.study import REASON, Trials, best_of, short_names, shown
+from lit_vlm.experiments.tune.study import REASON, Trials, best_of, shown
 from lit_vlm.experiments.tune.trial import folder_of, outcome, remove_checkpoints, start, stop, where, words_of
 from lit_vlm.training.run_tags import RUN, for_children, given_tags
 
@@ -223,20 +224,13 @@ def places(jobs: int) -> list[dict[str, str]]:
     Raises:
         ValueError: for more trials than GPUs, where there are GPUs.
     """
+    from lit_vlm.core.devices import visible_gpus
+
     if jobs == 1:
         return [{}]
-    if gpus := _gpus():
+    if gpus := visible_gpus():
         if jobs > len(gpus):
             raise ValueError(f"--jobs {jobs} needs as many GPUs, and there are {len(gpus)}")
         return [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus[:jobs]]
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
     return [{"OMP_NUM_THREADS": threads} for _ in range(jobs)]
-
-
-def _gpus() -> list[str]:
-    """Names of the GPUs of this process, as CUDA_VISIBLE_DEVICES gives them."""
-    import torch
-
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    count = torch.cuda.device_count()
-    return given.split(",")[:count] if given else [str(number) for number in range(count)]

@@ -147,12 +147,6 @@ def _keep(file: TuneFile, path: Path) -> None:
     write_whole(path, yaml.safe_dump(now, sort_keys=False))
 
 
-def short_names(flags: Sequence[str]) -> dict[str, str]:
-    """Flag → its last part, or the whole flag where another one has the same last part."""
-    last = [flag.rpartition(".")[2] for flag in flags]
-    return {flag: flag if last.count(name) > 1 else name for flag, name in zip(flags, last, strict=True)}
-
-
 def shown(value: object) -> str:
     """A value as a person reads it."""
     if isinstance(value, float):
