@@ -16,7 +16,7 @@ Verdict = Literal["shown", "contradicted", "undecided", "one seed"]
 
 
 @dataclass(frozen=True)
-class Tested:
+class Finding:
     """A claim that one variant is better than another, with what was found.
 
     Attributes:
@@ -65,7 +65,7 @@ class Judged:
         return f"undecided: {MOST_SEEDS} seeds would not decide, if the difference is as observed"
 
 
-def judge(claims: Sequence[Tested], level: float = LEVEL) -> list[Judged]:
+def judge(claims: Sequence[Finding], level: float = LEVEL) -> list[Judged]:
     """Judge claims as one family: the chance of any wrong `shown` or `contradicted` is at most 1 − level.
 
     Claims with one seed are not tested and do not count in the family.
@@ -74,7 +74,7 @@ def judge(claims: Sequence[Tested], level: float = LEVEL) -> list[Judged]:
     return pronounce(claims, corrected, level, [level] * len(claims))
 
 
-def holm(claims: Sequence[Tested], p_values: Sequence[float]) -> list[float]:
+def holm(claims: Sequence[Finding], p_values: Sequence[float]) -> list[float]:
     """Correct p values for the family; that of a claim with one seed is 1."""
     tested = [place for place, claim in enumerate(claims) if claim.difference.seeds > 1]
     corrected = np.ones(len(claims))
@@ -84,7 +84,7 @@ def holm(claims: Sequence[Tested], p_values: Sequence[float]) -> list[float]:
 
 
 def pronounce(
-    claims: Sequence[Tested], corrected: Sequence[float], level: float, interval_levels: Sequence[float]
+    claims: Sequence[Finding], corrected: Sequence[float], level: float, interval_levels: Sequence[float]
 ) -> list[Judged]:
     """Say what corrected p values mean.
 
