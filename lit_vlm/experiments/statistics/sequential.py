@@ -21,7 +21,7 @@ from lit_vlm.experiments.statistics.verdict import Finding, Judged, holm, pronou
 
 Spending = Literal["pocock", "obrien-fleming"]
 
-CELLS = 240
+CELLS = 400
 """Cells that a t statistic falls into, equally wide in normal scores of its own distribution."""
 WIDEST = 6.5
 """Normal score beyond which there are no cells."""
@@ -125,7 +125,8 @@ def judge_looks(looks: Looks, rounds: Sequence[Sequence[Finding]], level: float 
     # What is not decided is shown as it is now.
     shown = [best[place][1] if p < 1 - level else len(rounds) for place, p in enumerate(corrected)]
     claims = [rounds[look - 1][place] for place, look in enumerate(shown)]
-    return pronounce(claims, corrected, level, [looks.level(look, level) for look in shown])
+    levels = [looks.level(look, level) for look in shown]
+    return pronounce(claims, corrected, level, levels, looks.level(len(looks.seeds), level))
 
 
 @lru_cache(maxsize=4096)

@@ -77,6 +77,8 @@ def test_a_claim_that_was_decided_stays_so_and_others_go_on() -> None:
     assert [one.verdict for one in later] == ["shown", "undecided"]
     assert later[0].difference.seeds == 3
     assert later[1].difference.seeds == 5
+    # Seeds that would decide are counted at the level of the last look, also at the first.
+    assert judged[1].seeds_needed == judge([claim("faint", *faint[:3])], looks.level(2))[0].seeds_needed
     assert (later[1].low, later[1].high) == pytest.approx(second[1].difference.interval(1 - looks.alpha(2) / 2))
 
 
