@@ -21,14 +21,15 @@ WAYS: tuple[Spending, ...] = ("pocock", "obrien-fleming")
         ("obrien-fleming", (4.877, 3.357, 2.680, 2.290, 2.031)),
     ],
 )
-def test_with_many_seeds_boundaries_are_those_for_normal_observations(
+def test_with_many_seeds_boundaries_are_nearly_those_for_normal_observations(
     spending: Spending, published: tuple[float, ...]
 ) -> None:
-    looks = Looks((16, 32, 48, 64, 80), spending)
+    looks = Looks((8, 16, 24, 32, 40), spending)
     found = [stats.norm.isf(looks.alpha(look) / 2) for look in range(1, 6)]
-    # The first differs by what a t statistic of 16 seeds is from a normal one; there is little in its tail.
-    assert found[0] == pytest.approx(published[0], abs=0.01)
-    assert found[1:] == pytest.approx(published[1:], abs=0.05)
+    assert found[0] == pytest.approx(published[0], abs=1e-3)
+    # t statistics of looks are less alike than normal ones, so that a little less is left for each.
+    assert found == pytest.approx(published, abs=0.03)
+    assert all(ours > other for ours, other in zip(found[1:], published[1:], strict=True))
 
 
 @pytest.mark.parametrize("spending", WAYS)
