@@ -95,7 +95,9 @@ def difference(first: Mapping[int, Score], second: Mapping[int, Score], level: f
         )
     runs = [first[seed] for seed in seeds], [second[seed] for seed in seeds]
     if len(ways := {score.better for side in runs for score in side}) > 1:
-        raise ValueError(f"A score is {' and '.join(sorted(ways))} the better, by run: these are different scores.")
+        raise ValueError(
+            f"The better score is the {' and the '.join(sorted(ways))} one, by run: these are different scores."
+        )
     asked = [set(score.answers) for side in runs for score in side]
     shared = sorted(set.intersection(*asked))
     left, right = (_table(side, shared) for side in runs)

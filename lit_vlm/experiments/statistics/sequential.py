@@ -134,7 +134,8 @@ def judge_looks(looks: Looks, rounds: Sequence[Sequence[Tested]], level: float =
     # What is not decided is shown as it is now.
     shown = [best[place][1] if p < 1 - level else len(rounds) for place, p in enumerate(corrected)]
     claims = [rounds[look - 1][place] for place, look in enumerate(shown)]
-    return pronounce(claims, corrected, level, [looks.level(look, level) for look in shown])
+    levels = [looks.level(look, level) for look in shown]
+    return pronounce(claims, corrected, level, levels, looks.level(len(looks.seeds), level))
 
 
 @lru_cache(maxsize=4096)
@@ -194,7 +195,9 @@ def _move(seeds: int) -> Array:
     independent of r and √seeds · y has a t distribution. With y = tan φ this is √(1 + r²) · sin(φ + atan r).
     """
     edges, _ = _cells()
-    middle = _ratio(special.ndtri(0.5 * (special.ndtr(edges[:-1]) + special.ndtr(edges[1:]))), seeds)[:, None]
+    # Centres alone would widen the distribution with each step by a twelfth of a cell's square, and means narrow it.
+    centres = (edges[:-1] + edges[1:]) / 2 * (1 - (edges[1] - edges[0]) ** 2 / 24)
+    middle = _ratio(centres, seeds)[:, None]
     border = _ratio(edges, seeds + 1)[None, :]
     angle = np.arctan(middle)
     turned = np.arcsin(np.clip(border / np.sqrt(1 + middle**2), -1, 1))

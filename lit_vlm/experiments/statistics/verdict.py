@@ -71,7 +71,7 @@ def judge(claims: Sequence[Tested], level: float = LEVEL) -> list[Judged]:
     Claims with one seed are not tested and do not count in the family.
     """
     corrected = holm(claims, [claim.difference.p_value for claim in claims])
-    return pronounce(claims, corrected, level, [level] * len(claims))
+    return pronounce(claims, corrected, level, [level] * len(claims), level)
 
 
 def holm(claims: Sequence[Tested], p_values: Sequence[float]) -> list[float]:
@@ -84,7 +84,11 @@ def holm(claims: Sequence[Tested], p_values: Sequence[float]) -> list[float]:
 
 
 def pronounce(
-    claims: Sequence[Tested], corrected: Sequence[float], level: float, interval_levels: Sequence[float]
+    claims: Sequence[Tested],
+    corrected: Sequence[float],
+    level: float,
+    interval_levels: Sequence[float],
+    final_level: float,
 ) -> list[Judged]:
     """Say what corrected p values mean.
 
@@ -93,19 +97,20 @@ def pronounce(
         corrected: p values after correction, one for each claim.
         level: 1 − the chance of any wrong verdict.
         interval_levels: level of each claim's interval, before it is widened for the family.
+        final_level: level at which more seeds would decide.
     """
     family = max(1, sum(claim.difference.seeds > 1 for claim in claims))
     # Holm's next step would have to get below the error over the claims that are left.
     left = max(1, family - sum(p < 1 - level for p in corrected))
     judged = []
     for claim, p, interval_level in zip(claims, corrected, interval_levels, strict=True):
-        found, error = claim.difference, 1 - interval_level
-        low, high = found.interval(1 - error / family)
+        found = claim.difference
+        low, high = found.interval(1 - (1 - interval_level) / family)
         verdict: Verdict = "one seed" if found.seeds < 2 else "undecided"
         needed = None
         if p < 1 - level:
             verdict = "shown" if found.mean > 0 else "contradicted"
         elif verdict == "undecided":
-            needed = seeds_that_decide(found.spread, found.mean, 1 - error / left)
+            needed = seeds_that_decide(found.spread, found.mean, 1 - (1 - final_level) / left)
         judged.append(Judged(claim.text, found, verdict, p, low, high, needed))
     return judged

@@ -8,7 +8,7 @@ import pytest
 from tests.experiments.statistics import simulations
 from tests.experiments.statistics.simulations import SHARES, Looks
 
-COUNT = 1500
+COUNT = 800
 
 
 def _slack(share: float, count: int) -> float:
@@ -16,7 +16,7 @@ def _slack(share: float, count: int) -> float:
     return 3 * float(np.sqrt(share * (1 - share) / count))
 
 
-@pytest.mark.parametrize("name", sorted(SHARES))
+@pytest.mark.parametrize("name", ["rest only", "questions only", "no rest", "mostly seeds"])
 @pytest.mark.parametrize("seeds", [2, 3, 5, 10])
 def test_coverage(seeds: int, name: str) -> None:
     found = simulations.coverage(COUNT, seeds, 60, SHARES[name])
@@ -35,7 +35,7 @@ def test_coverage_where_answers_are_right_or_wrong(seeds: int, sds: tuple[float,
 
 
 def test_a_percentile_bootstrap_would_not_do() -> None:
-    found = simulations.other_methods(150, 3, 100, SHARES["seeds only"], draws=199)
+    found = simulations.other_methods(100, 3, 100, SHARES["seeds only"], draws=199)
     assert found["percentile bootstrap"] < 0.85
     assert found["expanded percentile"] < 0.85
 
@@ -55,7 +55,7 @@ def test_true_differences_in_a_family_are_found_and_the_others_not() -> None:
 @pytest.mark.parametrize("spending", ["pocock", "obrien-fleming"])
 @pytest.mark.parametrize("plan", [(2, 3, 5, 10), (3, 4, 5, 6, 8, 10)])
 def test_levels_of_looks_are_exact_for_t_over_seeds(plan: tuple[int, ...], spending: simulations.Spending) -> None:
-    count = 60_000
+    count = 30_000
     assert abs(simulations.t_only(count, Looks(plan, spending)) - 0.05) < _slack(0.05, count)
 
 
