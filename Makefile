@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar o
 # An exact set of versions that passed CI; CONSTRAINTS= installs the newest that the ranges admit.
 CONSTRAINTS ?= constraints.txt
 
-.PHONY: help install quickstart test test-fast test-cluster lint docs bench gpu clean
+.PHONY: help install quickstart test test-fast test-cluster lint docs findings bench gpu clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -47,6 +47,12 @@ $(VENV)/.docs: $(VENV)/.installed
 docs: $(VENV)/.docs  ## the documentation as a site, in build/docs; a broken link is an error
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --config-file docs/site/mkdocs.yml
 	@echo "build/docs/index.html"
+
+# Ablations leave their plan in their folder; OUT names another place to look for them.
+OUT ?= runs
+findings: install  ## the claims of the ablations in runs/ as a table, in build/findings.md
+	@mkdir -p build; $(BIN)/lit-vlm ablate --findings $(patsubst %/plan.json,%,$(wildcard $(OUT)/*/plan.json)) > build/findings.md
+	@cat build/findings.md
 
 bench: install  ## measure speed and memory as ratios, side by side in one process
 	@$(BIN)/python -m tests.benchmarks

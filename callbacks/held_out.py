@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,14 @@ from lit_vlm.data.records import Record
 from lit_vlm.evaluation.asker import Asker
 from lit_vlm.evaluation.held_out import HeldOutScores, evaluate_held_out
 from lit_vlm.evaluation.held_out_records import NONE_HELD_OUT, held_out_records, shuffle_images
+from lit_vlm.training.loggers import reports
 from lit_vlm.training.module import LitVLM
 
 FILE = "held_out.json"
 
 
 class HeldOut(L.Callback):
-    """Scores held-out questions when a stage starts and when it ends, into held_out.json and MLflow.
+    """Scores held-out questions when a stage starts and when it ends, into held_out.json and the loggers.
 
     At the end it also scores each question with the picture of another question (`shuffled`), which shows what can be
     answered without seeing.
@@ -87,10 +89,22 @@ class HeldOut(L.Callback):
                 for source, own in scores.by_source.items():
                     metrics |= _metrics(f"held_out/{source}/{when}", own)
                 logger.log_metrics(metrics, step=trainer.global_step)
+            for report in reports(trainer):
+                report.table("held_out_scores", _rows(found), trainer.global_step)
 
 
 def _metrics(prefix: str, scores: HeldOutScores) -> dict[str, float]:
     return {f"{prefix}_{key}": float(value) for key, value in asdict(scores).items() if key != "by_source"}
+
+
+def _rows(found: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A table of all scores so far: those of all sources, and of each one where there are several."""
+    rows = []
+    for when, scores in found.items():
+        for source, own in {"all": scores, **scores.get("by_source", {})}.items():
+            values = {key: value for key, value in own.items() if isinstance(value, int | float)}
+            rows.append({"when": when, "source": source, **values})
+    return rows
 
 
 def _line(scores: HeldOutScores) -> str:

@@ -26,7 +26,12 @@ class Memory(L.Callback):
 
     Peaks count from the first step: what loading the model took before is not in them. They travel to rank 0 on the
     device, together with what else is logged, so no process waits for them.
+
+    Attributes:
+        peak: bytes at this process's own highest peak so far; None before.
     """  # noqa: D415
+
+    peak: int | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begin to count."""
@@ -40,6 +45,7 @@ class Memory(L.Callback):
         if not stepped or trainer.global_step % int(getattr(trainer, "log_every_n_steps", 1)):
             return
         peaks = _peaks(pl_module.device)
+        self.peak = max(self.peak or 0, *peaks.values())
         values = send_numbers([size / GIB for size in peaks.values()], pl_module.device)
         values = trainer.strategy.reduce(values, reduce_op="max")
         pl_module.log_dict(dict(zip(peaks, values.unbind(), strict=True)))

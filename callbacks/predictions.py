@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,12 @@ from lit_vlm.data.records import Record, open_image
 from lit_vlm.evaluation.asker import Asker
 from lit_vlm.evaluation.held_out import Answer, answer_records
 from lit_vlm.evaluation.held_out_records import NONE_HELD_OUT, held_out_records
+from lit_vlm.training.loggers import reports
 from lit_vlm.training.module import LitVLM
-from lit_vlm.training.tracking import MLflow
 
 
 class Predictions(L.Callback):
-    """Answers some held-out questions now and then and at the end: a PNG and a JSON file in the run and in MLflow.
+    """Answers some held-out questions now and then and at the end: a PNG and a JSON file in the run and its loggers.
 
     Args:
         num: number of questions, spread over all of data.val.
@@ -73,15 +73,13 @@ class Predictions(L.Callback):
         folder = Path(trainer.default_root_dir)
         rows = [{"id": a.record.id, "question": a.question, "expected": a.expected, "given": a.given} for a in answers]
         text = json.dumps(rows, indent=2, ensure_ascii=False)
-        writers: dict[Path, Callable[[Path], object]] = {
-            folder / f"{name}.json": lambda file: file.write_text(text, encoding="utf-8"),
-            folder / f"{name}.png": lambda file: draw_answers(answers, file),
-        }
-        written = [file for file, write in writers.items() if write_report(file, write)]
-        for logger in trainer.loggers:
-            if isinstance(logger, MLflow):
-                for file in written:
-                    logger.run.file(file)
+        picture = folder / f"{name}.png"
+        write_report(folder / f"{name}.json", lambda file: file.write_text(text, encoding="utf-8"))
+        drawn = write_report(picture, lambda file: draw_answers(answers, file))
+        for report in reports(trainer):
+            report.table(name, rows, trainer.global_step)
+            if drawn:
+                report.picture(picture, trainer.global_step)
 
 
 def draw_answers(answers: Sequence[Answer], path: Path) -> None:

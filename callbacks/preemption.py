@@ -16,7 +16,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from callbacks.checkpoint import Checkpoint
 from lit_vlm.core.launcher import ASKING, end_of_job
 from lit_vlm.core.times import seconds_of
-from lit_vlm.training.tracking import MLflow
+from lit_vlm.training.loggers import reports
 from lit_vlm.training.trainer import Trainer
 
 
@@ -24,7 +24,7 @@ class Preemption(L.Callback):
     """Lets a run leave in order, by exit code 75, when a signal or the clock asks for it.
 
     SIGTERM, SIGUSR1 and SIGUSR2 are only noted. At the end of the optimizer step all processes agree, save into
-    `checkpoints/`, report `PREEMPTED` to MLflow and leave. A time limit does the same before it is reached: that of
+    `checkpoints/`, report `PREEMPTED` and leave. A time limit does the same before it is reached: that of
     `max_time`, and the end of the SLURM job.
 
     Args:
@@ -118,7 +118,6 @@ class Preemption(L.Callback):
             saved = f"saved step {trainer.global_step}" if savers else "no checkpoint callback, so nothing is saved"
         if trainer.is_global_zero:
             sys.stderr.write(f"\nasked to leave ({reason}): {saved}; the same command goes on\n")
-            for logger in trainer.loggers:
-                if isinstance(logger, MLflow):
-                    logger.preempted(f"{reason} at step {trainer.global_step}")
+            for report in reports(trainer):
+                report.preempted(f"{reason} at step {trainer.global_step}")
         trainer.strategy.barrier("preempted")

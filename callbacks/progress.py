@@ -12,10 +12,12 @@ from typing import Any
 
 import lightning.pytorch as L
 
+from callbacks.memory import Memory
 from callbacks.throughput import Throughput
 from lit_vlm.checkpoints.progress import PROGRESS_FILE, State, now
 from lit_vlm.checkpoints.progress import Progress as Written
 from lit_vlm.core.launcher import PREEMPTED
+from lit_vlm.training.module import LitVLM
 
 log = logging.getLogger(__name__)
 
@@ -37,12 +39,17 @@ class Progress(L.Callback):
         self._started = ""
         self._first_step = 0
         self._steps: int | None = None
+        self._before, self._trained = 0.0, 0
         self._warned = False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take down where training begins."""
         steps = trainer.estimated_stepping_batches
         self._steps = int(steps) if 0 <= steps < math.inf else None
+        earlier = Written.read(Path(trainer.default_root_dir)) if trainer.global_step else None
+        self._before = earlier.seconds if earlier is not None else 0.0
+        if isinstance(pl_module, LitVLM):
+            self._trained = sum(row.trained for row in pl_module.stage.summary(pl_module.vlm))
         self._started, self._first_step, self._state = now(), trainer.global_step, None
         self._write(trainer, "training")
 
@@ -88,6 +95,7 @@ class Progress(L.Callback):
             return
         self._last, self._state = clock, state
         rates = [one.tokens_per_s for one in _callbacks(trainer) if isinstance(one, Throughput)]
+        peaks = [one.peak for one in _callbacks(trainer) if isinstance(one, Memory) and one.peak is not None]
         written = Written(
             step=trainer.global_step,
             steps=self._steps,
@@ -100,6 +108,10 @@ class Progress(L.Callback):
             slurm_job=os.environ.get("SLURM_JOB_ID"),
             state=state,
             error=error,
+            seconds_before=self._before,
+            devices=int(getattr(trainer, "world_size", 1)),
+            trained=self._trained,
+            peak_bytes=max(peaks, default=None),
         )
         try:
             written.write(Path(trainer.default_root_dir))

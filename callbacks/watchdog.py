@@ -26,6 +26,7 @@ from torch.utils.hooks import RemovableHandle
 from lit_vlm.core.launcher import HUNG, LOST, launch
 from lit_vlm.training.heartbeat import Hub, Peers, Spoke
 from lit_vlm.training.mlflow_run import MLflowRun
+from lit_vlm.training.mlflow_store import FAILURE
 from lit_vlm.training.module import LitVLM
 from lit_vlm.training.signs import Meeting, State, Verdict
 from lit_vlm.training.tracking import MLflow
@@ -277,7 +278,7 @@ def _tell_mlflow(trainer: L.Trainer, reason: str) -> None:
     if any(isinstance(logger, MLflow) for logger in trainer.loggers):
         with suppress(ValueError):  # the run was not opened
             run = MLflowRun.of_folder(Path(trainer.default_root_dir))
-            run.tag("failure", reason)
+            run.tag(FAILURE, reason)
             run.end("FAILED")
 
 

@@ -33,6 +33,11 @@ class Progress:
         slurm_job: the job of SLURM that it belongs to.
         state: what it was doing.
         error: why training failed, in one line.
+        seconds_before: time that earlier processes of the stage trained for.
+        devices: number of processes, each with a device.
+        trained: parameters that train; 0 before that is known.
+        peak_bytes: most memory that the device of the first process held, or without one that process; None before it
+            was measured.
     """
 
     step: int
@@ -46,6 +51,15 @@ class Progress:
     slurm_job: str | None
     state: State
     error: str | None = None
+    seconds_before: float = 0.0
+    devices: int = 0
+    trained: int = 0
+    peak_bytes: int | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Time that the stage has trained for, in all its processes."""
+        return self.seconds_before + seconds_between(self.started, self.time)
 
     def write(self, folder: Path) -> None:
         """Write the file into the folder of a stage, whole or not at all.
@@ -60,8 +74,9 @@ class Progress:
         """What is in the folder of a stage; None where there is nothing that can be read."""
         try:
             content = json.loads((folder / PROGRESS_FILE).read_text(encoding="utf-8"))
-            return Progress(**{field.name: content[field.name] for field in fields(Progress)})
-        except (OSError, ValueError, KeyError, TypeError):
+            known = {field.name for field in fields(Progress)}
+            return Progress(**{name: value for name, value in content.items() if name in known})
+        except (OSError, ValueError, AttributeError, TypeError):
             return None
 
 

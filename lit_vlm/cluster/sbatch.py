@@ -36,6 +36,7 @@ class Job:
         tasks: processes of each machine.
         site: settings of the cluster.
         seeds: seeds of the runs of an array; none for a single run.
+        workers: tasks of an array that share the work in one folder; 0 for none.
         image: image of a container.
         mlflow: URI of the store of MLflow runs, valid in any working folder.
     """
@@ -48,6 +49,7 @@ class Job:
     tasks: int
     site: Site
     seeds: Sequence[int] = ()
+    workers: int = 0
     image: str | None = None
     mlflow: str = ""
 
@@ -64,7 +66,8 @@ def script(job: Job, environment: Mapping[str, str] | None = None) -> str:
     return "\n".join(
         [
             "#!/bin/bash",
-            "# Written by lit-vlm submit. It starts the run or goes on with it, so it can be submitted again:",
+            f"# Written by lit-vlm {'ablate' if job.workers else 'submit'}. It starts the run or goes on, so it "
+            "can be submitted again:",
             f"#     sbatch {shlex.quote(str(own.absolute()))}",
             *(f"#SBATCH {option}" for option in _options(job)),
             "",
@@ -75,7 +78,17 @@ def script(job: Job, environment: Mapping[str, str] | None = None) -> str:
             "",
             f"command=({_command(job)})",
             "",
-            BODY % ({"step": _step(job), "attempts": ATTEMPTS, "start": START, "done": DONE_FILE} | CODES),
+            BODY
+            % (
+                {
+                    "step": _step(job),
+                    "stages": "stages/" if job.workers else "",
+                    "attempts": ATTEMPTS,
+                    "start": START,
+                    "done": DONE_FILE,
+                }
+                | CODES
+            ),
         ]
     )
 
@@ -83,7 +96,7 @@ def script(job: Job, environment: Mapping[str, str] | None = None) -> str:
 def _options(job: Job) -> list[str]:
     """Options of sbatch; those that the site file adds come last, so that they win."""
     site = job.site
-    log = "%A_%a.out" if job.seeds else "%j.out"
+    log = "%A_%a.out" if job.seeds or job.workers else "%j.out"
     values = {
         "job-name": job.name,
         "partition": site.partition,
@@ -95,7 +108,7 @@ def _options(job: Job) -> list[str]:
         "cpus-per-task": site.cpus_per_gpu,
         "mem": site.mem,
         "time": site.time,
-        "array": _ranges(job.seeds) or None,
+        "array": _ranges(job.seeds or range(job.workers)) or None,
         # Without B: the signal goes to the processes of the run, and not to this script.
         "signal": f"USR1@{site.signal_before}",
         "open-mode": "append",
@@ -180,7 +193,7 @@ BODY = """\
 # The newest checkpoint of each stage, and the stages that are done.
 reached() {
   local stage newest
-  for stage in "$run"/*/; do
+  for stage in "$run"/%(stages)s*/; do
     newest=$(ls "$stage/checkpoints" 2>/dev/null | grep -o '^step=[0-9]*' | sort -V | tail -n 1)
     if [ -e "$stage/%(done)s" ]; then newest=done; fi
     if [ -n "$newest" ]; then printf '%%s:%%s ' "$(basename "$stage")" "$newest"; fi

@@ -14,6 +14,7 @@ from lit_vlm.core.plugins import find_class
 
 VERBS = {
     "run": "run the stages of a recipe, one after the other",
+    "ablate": "run variants of a recipe for several seeds, what they share once, and judge what they show",
     "submit": "run a recipe as a job of SLURM that goes on by itself when it is taken away",
     "status": "tell how runs are: step, speed, time left, queue, newest checkpoint, errors",
     "plan": "say what stages take: memory, time, cost, and what makes them fit",

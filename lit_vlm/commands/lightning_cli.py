@@ -27,9 +27,10 @@ from lit_vlm.data import VLMData
 from lit_vlm.data.given import DataPath
 from lit_vlm.training.elastic import COUNTING, keep_step
 from lit_vlm.training.launched import agree_settings
+from lit_vlm.training.loggers import check_packages, tell_folder
 from lit_vlm.training.module import LitVLM
+from lit_vlm.training.run_record import RunRecord
 from lit_vlm.training.sharding import FSDP2  # noqa: F401 - a class name for recipes
-from lit_vlm.training.tracking import MLflow, RunRecord
 from lit_vlm.training.trainer import Trainer, device_type
 
 WORDS = ("last", "best")
@@ -114,6 +115,7 @@ class LitVLMCLI(LightningCLI):
             lambda r: "litlogger" not in r.getMessage()
         )
         config = self.config[self.subcommand] if self.subcommand else self.config
+        check_packages(config.trainer.logger)
         agree_settings(config.trainer, device_type(config.trainer.accelerator))
         if config.trainer.default_root_dir is None:
             config.trainer.default_root_dir = run_folder_for(config.model.stage.name)
@@ -143,7 +145,7 @@ class LitVLMCLI(LightningCLI):
             config.trainer.precision = _precision_begun(Path(config.trainer.default_root_dir), config.get("ckpt_path"))
 
     def instantiate_classes(self) -> None:
-        """Build all objects, keep the precision in the config, and tell MLflow the run's folder before it is used."""
+        """Build all objects, keep the precision in the config, and tell loggers the run's folder before any report."""
         try:
             super().instantiate_classes()
         except (TypeError, MisconfigurationException) as error:  # of Lightning's own arguments, such as devices
@@ -159,10 +161,8 @@ class LitVLMCLI(LightningCLI):
             self._keep_step(config)
         if self.subcommand == "fit":
             folder = Path(self.trainer.default_root_dir)
-            for logger in self.trainer.loggers:
-                if isinstance(logger, MLflow):
-                    go_on = bool(config.get("ckpt_path")) or self._began_so(folder)
-                    logger.belongs_to(folder, self.model.stage.name, go_on)
+            if self.trainer.loggers:
+                tell_folder(self.trainer, folder, go_on=bool(config.get("ckpt_path")) or self._began_so(folder))
 
     def after_fit(self) -> None:
         """Mark the stage as done: nothing else says that its training has come to its end."""

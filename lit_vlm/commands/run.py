@@ -158,7 +158,7 @@ def _run(recipe: Recipe, begin: Begin, stages: Stages, console: Console, checked
         console.print(f"lit-vlm {shlex.join(words)}\n", soft_wrap=True, highlight=False)
         if stage in checked and checked[stage].gpus > 1:
             foretell(state, stage, folder / stage, checked[stage], console)
-        code = stages.run(words, tracker.environment())
+        code = stages.run(words, tracker.environment(stage))
         if code == 0 and not until(partial(is_done, folder / stage), SEEN):
             console.print(f"stage {stage} ended without {folder / stage / DONE_FILE}", soft_wrap=True)
             code = 1
@@ -201,11 +201,17 @@ def _advice(folder: Path, stage: str, code: int) -> str:
 
 
 class _ParentRun:
-    """The MLflow run that the stages of one `lit-vlm run` are children of."""
+    """The MLflow run that the stages of one `lit-vlm run` are children of, and the tags that they share."""
 
     def __init__(self, state: RunState, folder: Path, recipe: Recipe) -> None:
+        from lit_vlm.training.run_tags import RUN, TOLD_APART, given_tags, run_name
+
         self._run: Any = None
-        if not (_uses_mlflow(state.flags) and launch().is_first):
+        self._state, self._recipe = state, recipe
+        own = {"system": recipe.name, "scale": state.scale, "strategy": state.strategy, RUN: run_name(folder)}
+        own["seed"] = _flag_value(state.flags, "--seed_everything")
+        self._tags = given_tags() | {key: value for key, value in own.items() if value}
+        if not (uses_mlflow(state.flags) and launch().is_first):
             return
         from lit_vlm.training.mlflow_run import MLflowRun, known_run
         from lit_vlm.training.mlflow_store import default_uri
@@ -213,24 +219,29 @@ class _ParentRun:
         prefixes = ("--trainer.logger.init_args", "--trainer.logger")
         uri = _flag_value(state.flags, *(f"{prefix}.tracking_uri" for prefix in prefixes))
         name = _flag_value(state.flags, *(f"{prefix}.experiment_name" for prefix in prefixes))
-        tags = {"system": recipe.name, "scale": state.scale or "", "strategy": state.strategy, "folder": str(folder)}
-        label = "-".join(filter(None, (recipe.name, state.scale)))
+        tags = self._tags | {"folder": str(folder), "flags": shlex.join(state.flags)}
         given = uri or os.environ.get("MLFLOW_TRACKING_URI")
         known = known_run(folder, given) if state.parent_run else None
+        label = self._tags[RUN]
         self._run = known or MLflowRun(default_uri(uri), name or "lit-vlm", label, tags, folder, state.parent_run)
         self._run.owns_folder()
         self._run.going_on()
+        if not known:
+            self._run.params({key: tags[key] for key in TOLD_APART if key in tags})
         if self._run.run_id != state.parent_run:
             state.parent_run = self._run.run_id
             state.save(folder)
 
-    def environment(self) -> dict[str, str]:
-        """Environment variables by which a stage's MLflow run becomes a child of this one, in the same store."""
+    def environment(self, stage: str) -> dict[str, str]:
+        """Environment variables that give a stage's run its tags, and make it a child of this one in the same store."""
         from lit_vlm.training.mlflow_run import PARENT_RUN
+        from lit_vlm.training.run_tags import for_children
 
-        if not (self._run and self._run.run_id):
-            return {}
-        return {PARENT_RUN: self._run.run_id, "MLFLOW_TRACKING_URI": self._run.uri}
+        flags = shlex.join(flags_for(stage, self._state.flags, self._recipe.stages))
+        variables = for_children(self._tags | {"flags": flags})
+        if self._run and self._run.run_id:
+            variables |= {PARENT_RUN: self._run.run_id, "MLFLOW_TRACKING_URI": self._run.uri}
+        return variables
 
     def preempted(self, reason: str) -> None:
         """Report that the run leaves in order and can go on."""
@@ -239,9 +250,11 @@ class _ParentRun:
 
     def end(self, status: str, reason: str | None = None) -> None:
         """Report the last status, and the reason of a failure."""
+        from lit_vlm.training.mlflow_store import FAILURE
+
         if self._run:
             if reason:
-                self._run.tag("failure", reason)
+                self._run.tag(FAILURE, reason)
             self._run.end(status)
 
     def end_stage(self, folder: Path, status: str) -> None:
@@ -252,7 +265,8 @@ class _ParentRun:
             MLflowRun.of_folder(folder).end(status)
 
 
-def _uses_mlflow(flags: Sequence[str]) -> bool:
+def uses_mlflow(flags: Sequence[str]) -> bool:
+    """Whether stages with these flags report to MLflow."""
     value = _flag_value(flags, "--trainer.logger")
     return value is None or "MLflow" in value
 

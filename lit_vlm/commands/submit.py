@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> None:
     if not options.dry_run:
         need_sbatch()
     seeds = _seeds(options.array_of) if options.array_of is not None else ()
-    site = _site(options)
+    site = site_of(options)
     _check(options, asked.flags, bool(seeds))
     state = _state(asked)
     recipe = find_recipe(state.recipe)
@@ -60,8 +60,9 @@ def main(argv: Sequence[str]) -> None:
     tasks = options.gpus or options.tasks
     mlflow = absolute_uri(default_uri())
     job = Job(
-        name, folder, _words(asked, state), options.nodes, options.gpus, tasks, site, seeds, options.container, mlflow
-    )
+        name, folder, _words(asked, state), options.nodes, options.gpus, tasks, site, seeds, image=options.container,
+        mlflow=mlflow,
+    )  # fmt: skip
     text = script(job)
     sys.stdout.write(text)
     sys.stdout.flush()
@@ -91,8 +92,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--out", type=Path, help="folder of the run (default: runs/RECIPE-SCALE-TIME)")
     parser.add_argument("--nodes", type=int, default=1, help="number of machines (default: 1)")
-    parser.add_argument("--gpus", type=int, default=1, help="GPUs of each machine; 0 for none (default: 1)")
     parser.add_argument("--tasks", type=int, help="with --gpus 0: processes of each machine (default: 1)")
+    add_job_options(parser)
+    parser.add_argument("--array-of", metavar="SEEDS", help="a job array, a run for each seed: 0,1,2 or 0-7")
+    parser.add_argument("--wait", action="store_true", help="follow the job, and end with its exit code")
+    parser.add_argument("--dry-run", action="store_true", help="check the flags and print the script; submit nothing")
+    return parser
+
+
+def add_job_options(parser: argparse._ActionsContainer) -> None:
+    """Add the options of a job that say what it gets; `site_of` reads them."""
+    parser.add_argument("--gpus", type=int, default=1, help="GPUs of each machine; 0 for none (default: 1)")
     parser.add_argument("--time", help="limit of a job: minutes, HH:MM:SS or D-HH; a run may take several jobs")
     parser.add_argument("--partition", help="partition of the job")
     parser.add_argument("--account", help="account that it is charged to")
@@ -101,14 +111,10 @@ def _parser() -> argparse.ArgumentParser:
         "--cpus-per-gpu", type=int, help="processor cores for each GPU, or process where there are none"
     )
     parser.add_argument("--mem", help="memory of each machine, such as 200G; 0 for all")
-    parser.add_argument("--array-of", metavar="SEEDS", help="a job array, a run for each seed: 0,1,2 or 0-7")
     parser.add_argument("--container", metavar="IMAGE", help="image of a container that has lit-vlm")
-    parser.add_argument("--wait", action="store_true", help="follow the job, and end with its exit code")
-    parser.add_argument("--dry-run", action="store_true", help="check the flags and print the script; submit nothing")
-    return parser
 
 
-def _site(options: argparse.Namespace) -> Site:
+def site_of(options: argparse.Namespace) -> Site:
     """The settings of the site under the flags."""
     site = read_site()
     if options.time is not None:
@@ -186,13 +192,22 @@ def _refuse_queued(folders: Sequence[Path]) -> None:
             raise ValueError(f"job {job} of {jobs[job]} is {told}: scancel {job} first, or choose another --out")
 
 
-def _submit(folder: Path, text: str, state: RunState, seeds: Sequence[int]) -> str:
-    """Write the script, submit it, and note the job in the folder of each run; returns its number."""
+def put_into_queue(folder: Path, text: str) -> str:
+    """Write the script into a folder and submit it; returns the number of the job.
+
+    Raises:
+        ValueError: with what sbatch says, where it refuses.
+    """
     (folder / LOGS).mkdir(parents=True, exist_ok=True)
     file = folder / SCRIPT
     file.write_text(text, encoding="utf-8")
     file.chmod(0o755)
-    number = sbatch(file)
+    return sbatch(file)
+
+
+def _submit(folder: Path, text: str, state: RunState, seeds: Sequence[int]) -> str:
+    """Submit the script, and note the job in the folder of each run; returns its number."""
+    number = put_into_queue(folder, text)
     stages = tuple(state.stages)
     Submitted(number, stages, tuple(seeds)).save(folder)
     for seed in seeds:

@@ -210,12 +210,17 @@ def read_file(path: Path) -> AblationFile:
         ValueError: for a file that is missing or no YAML, an unknown key or a wrong value, naming file and key.
     """
     try:
-        content: Any = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        content = load_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds keys of an ablation, such as 'recipe: eve', not a {type(content).__name__}")
     return parsed(content, str(path))
+
+
+def load_yaml(text: str) -> Any:
+    """A value from YAML in which `off`, `on`, `no` and `yes` are words, as they are good names of variants."""
+    return yaml.load(text, _Loader)
 
 
 def parsed(content: Mapping[str, Any], where: str) -> AblationFile:

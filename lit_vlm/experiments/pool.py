@@ -1,4 +1,7 @@
-"""Processes of an ablation side by side: as many as there are devices, each when what it needs is done."""
+"""Processes of an ablation side by side: as many as there are devices, each when what it needs is done.
+
+Several pools, on one machine or on several that share the folder, share the tasks: a task is claimed by a lease.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,19 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any, Self
 
+from filelock import SoftFileLease, Timeout
+
+from lit_vlm.core.cache import PATIENCE
 from lit_vlm.core.children import die_with_parent
 from lit_vlm.core.launcher import ASKING
+from lit_vlm.core.written import write_whole
 
 POLL = 0.25
 """Seconds between two looks at the processes."""
+LOOK = 3.0
+"""Seconds between two looks at what other pools have done."""
+FAILED_FILE = ".failed"
+"""Behind the name of a task's log: a file that tells other pools that the task has failed."""
 LEAVING = (*ASKING, signal.SIGINT)
 
 
@@ -27,6 +38,8 @@ class State(Enum):
 
     WAITING = "waiting"
     RUNNING = "running"
+    ELSEWHERE = "running elsewhere"
+    """By another pool, on this machine or another."""
     DONE = "done"
     FAILED = "failed"
     LEFT_OUT = "left out"
@@ -90,6 +103,7 @@ class _Running:
     process: subprocess.Popen[bytes]
     slots: list[int]
     log: IO[bytes]
+    lease: SoftFileLease
 
 
 class Pool:
@@ -113,6 +127,10 @@ class Pool:
         self.codes: dict[str, int] = {}
         self.asked: str | None = None
         self._running: dict[str, _Running] = {}
+        # A lease is stale when the same object has seen it untouched for long, so the objects are kept.
+        self._leases: dict[str, SoftFileLease] = {}
+        self._looked = 0.0
+        self._since = time.time()
         self._free = list(range(slots.count))
         self._before: dict[signal.Signals, Any] = {}
 
@@ -124,6 +142,7 @@ class Pool:
         for running in self._running.values():  # after an error of this process alone
             running.process.kill()
             running.process.wait()
+            running.lease.release()
         for one, handler in self._before.items():
             signal.signal(one, handler)
 
@@ -153,16 +172,33 @@ class Pool:
         named = {task.name: task for task in tasks}
         while True:
             self._end(named)
+            if time.monotonic() - self._looked > LOOK:
+                self._look(tasks)
             self._leave_out(tasks)
             if self.asked is None:
                 self._start(tasks)
             self._show()
-            if not self._running and (self.asked is not None or State.WAITING not in self._of(tasks)):
+            left = {State.WAITING, State.ELSEWHERE} & set(self._of(tasks))
+            if not self._running and (self.asked is not None or not left):
                 return
             time.sleep(POLL)
 
     def _of(self, tasks: Sequence[Task]) -> list[State]:
         return [self.states[task.name] for task in tasks]
+
+    def _look(self, tasks: Sequence[Task]) -> None:
+        """See what other pools have done, and what they gave up."""
+        self._looked = time.monotonic()
+        for task in tasks:
+            if self.states[task.name] not in (State.WAITING, State.ELSEWHERE):
+                continue
+            failed = _failed(task)
+            if task.is_done():
+                self.states[task.name] = State.DONE
+            elif failed.is_file() and failed.stat().st_mtime >= self._since:
+                self.states[task.name], self.codes[task.name] = State.FAILED, int(failed.read_text())
+            else:
+                self.states[task.name] = State.WAITING  # claimed anew if the other one still has it
 
     def _start(self, tasks: Sequence[Task]) -> None:
         for task in tasks:
@@ -173,19 +209,39 @@ class Pool:
                 continue
             if task.devices > len(self._free):
                 return  # a large task is not passed by smaller ones, which would let it wait for ever
-            taken = [self._free.pop(0) for _ in range(task.devices)]
             task.log.parent.mkdir(parents=True, exist_ok=True)
-            log = task.log.open("ab")
-            command = [sys.executable, "-P", "-m", "lit_vlm", *task.words()]
-            variables = {**os.environ, **self.slots.environment(taken), **task.environment}
-            process = subprocess.Popen(
-                command, env=variables, stdin=subprocess.DEVNULL, stdout=log, stderr=log, process_group=0,
-                preexec_fn=die_with_parent,
-            )  # fmt: skip
-            self._running[task.name] = _Running(process, taken, log)
-            if self.asked is not None:  # while it started
-                self._tell(process)
-            self.states[task.name] = State.RUNNING
+            if (lease := self._claim(task)) is None:
+                self.states[task.name] = State.ELSEWHERE
+            elif task.is_done():  # another pool has ended it since the last look
+                lease.release()
+                self.states[task.name] = State.DONE
+            else:
+                self._begin(task, lease)
+
+    def _claim(self, task: Task) -> SoftFileLease | None:
+        """The lease of a task; None where another pool has it."""
+        path = task.log.with_suffix(".lease")
+        lease = self._leases.setdefault(task.name, SoftFileLease(path, lease_duration=PATIENCE))
+        try:
+            lease.acquire(timeout=0)
+        except Timeout:
+            return None
+        return lease
+
+    def _begin(self, task: Task, lease: SoftFileLease) -> None:
+        taken = [self._free.pop(0) for _ in range(task.devices)]
+        _failed(task).unlink(missing_ok=True)
+        log = task.log.open("ab")
+        command = [sys.executable, "-P", "-m", "lit_vlm", *task.words()]
+        variables = {**os.environ, **self.slots.environment(taken), **task.environment}
+        process = subprocess.Popen(
+            command, env=variables, stdin=subprocess.DEVNULL, stdout=log, stderr=log, process_group=0,
+            preexec_fn=die_with_parent,
+        )  # fmt: skip
+        self._running[task.name] = _Running(process, taken, log, lease)
+        self.states[task.name] = State.RUNNING
+        if self.asked is not None:  # while it started
+            self._tell(process)
 
     def _end(self, named: Mapping[str, Task]) -> None:
         for name, running in list(self._running.items()):
@@ -203,12 +259,18 @@ class Pool:
                 self.states[name] = State.LEFT
             else:
                 self.states[name], self.codes[name] = State.FAILED, code
+                write_whole(_failed(named[name]), str(code))
+            running.lease.release()
 
     def _leave_out(self, tasks: Sequence[Task]) -> None:
         for task in tasks:  # each comes behind those that it needs
             lost = any(self.states[need] in (State.FAILED, State.LEFT_OUT) for need in task.needs)
             if self.states[task.name] is State.WAITING and lost:
                 self.states[task.name] = State.LEFT_OUT
+
+
+def _failed(task: Task) -> Path:
+    return task.log.with_name(task.log.name + FAILED_FILE)
 
 
 def last_words(log: Path) -> str:

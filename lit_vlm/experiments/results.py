@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,9 @@ class Score:
         kinds: question → its kind, source or skill, where it has one.
         chance: value of guessing, where it is known.
         shuffled: value where pictures were exchanged between questions, where that was asked.
+        share: whether it is a share of 0 to 1, which tables print in percent.
+        main: whether it stands for its task, so that tables have it without being asked.
+        by_kind: kind, source or skill of question → value, where there are several.
     """
 
     value: float
@@ -30,6 +34,9 @@ class Score:
     kinds: Mapping[str, str] = field(default_factory=dict)
     chance: float | None = None
     shuffled: float | None = None
+    share: bool = True
+    main: bool = False
+    by_kind: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -37,12 +44,14 @@ class Cost:
     """What a run has taken, summed over its stages.
 
     Attributes:
-        seconds: time in training; that of shared stages is counted in each run that has them.
-        devices: devices of the largest stage.
-        trained: parameters that the last stage trained.
+        seconds: time in training; that of shared stages is counted in each run that has them. NaN where a stage does
+            not tell it.
+        devices: devices of the largest stage; 0 where none tells it.
+        trained: parameters that the last stage trained; 0 where it does not tell it.
         steps: optimizer steps of all stages.
         tokens_per_second: of the last stage, in the mean; None where it was not measured.
-        peak_bytes: most memory that a device held; None where it was not measured.
+        peak_bytes: most memory that a device held, or without one the process; None where it was not measured.
+        device_seconds: time of each stage times its devices, summed. NaN where a stage does not tell it.
     """
 
     seconds: float
@@ -51,6 +60,7 @@ class Cost:
     steps: int
     tokens_per_second: float | None = None
     peak_bytes: int | None = None
+    device_seconds: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -61,10 +71,11 @@ class Run:
         variant: name of its settings; runs of one variant differ in the seed alone.
         seed: value of `--seed_everything`.
         folder: folder of the run, with a folder per stage.
-        flags: what its command line adds to the recipe, without the seed.
+        flags: recipe, scale, stages, and what else its command line says, without the seed.
         scores: name → score, e.g. `held_out/accuracy`, `scenes/4-shot/accuracy`, `held_out/loss`.
         curves: name of a metric → optimizer step and value, stages one after the other.
         cost: what it has taken.
+        origin: where it comes from: versions, commit, fingerprint of each source of data.
     """
 
     variant: str
@@ -74,6 +85,26 @@ class Run:
     scores: Mapping[str, Score]
     curves: Mapping[str, Sequence[tuple[int, float]]]
     cost: Cost
+    origin: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What is said of two variants, to be judged.
+
+    Attributes:
+        text: the claim, in its author's words.
+        better: the variant that is said to be better.
+        worse: the other one.
+        score: name of the score by which it is.
+        source: where that is said.
+    """
+
+    text: str
+    better: str
+    worse: str
+    score: str
+    source: str | None = None
 
 
 def by_seed(runs: Sequence[Run], variant: str, score: str) -> dict[int, Score]:

@@ -16,11 +16,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lit_vlm.core.metric_names import safe_names
+from lit_vlm.core.metric_names import safe_name, safe_names
 from lit_vlm.training.mlflow_store import (
     absolute_uri,
     busy,
     connect,
+    deliver,
     experiment_id,
     first_line,
     has_run,
@@ -132,7 +133,7 @@ class MLflowRun:
 
     def tag(self, key: str, value: str) -> None:
         """Report one tag."""
-        self._send({"kind": "tag", "key": key, "value": value[:MOST_LETTERS]})
+        self._send({"kind": "tag", "key": safe_name(key), "value": value[:MOST_LETTERS]})
 
     def text(self, text: str, file: str) -> None:
         """Report a text, as a file of this name among the run's artifacts."""
@@ -153,7 +154,10 @@ class MLflowRun:
         self._end("KILLED", PREEMPTED)
 
     def end(self, status: str) -> None:
-        """Report the last status (FINISHED, FAILED or KILLED), and try once more to send waiting reports."""
+        """Report the last status (FINISHED, FAILED or KILLED), and try once more to send waiting reports.
+
+        A run that finished keeps no tag `failure` of an earlier attempt.
+        """
         self._end(status, status)
 
     def _end(self, status: str, state: str) -> None:
@@ -199,7 +203,7 @@ class MLflowRun:
         if time.monotonic() >= self._again and self.open():
             for entry in self._pending:
                 try:
-                    self._deliver(entry)
+                    deliver(self._client, self.run_id, entry)
                 except Exception as error:  # no failed report may end the training
                     if may_pass(error, entry["kind"]):
                         self._fail(error)
@@ -233,7 +237,8 @@ class MLflowRun:
             self.run_id, self.resumed = None, False
         if self.run_id is None:
             experiment = experiment_id(client, self.experiment)
-            tags = resolve_tags(self.tags)  # adds user and source, as MLflow's start_run does
+            tags = {safe_name(key): value[:MOST_LETTERS] for key, value in self.tags.items()}
+            tags = resolve_tags(tags)  # adds user and source, as MLflow's start_run does
             self.run_id = client.create_run(experiment, run_name=self.name, tags=tags).info.run_id
         self._client = client
         self._remember()
@@ -254,28 +259,6 @@ class MLflowRun:
             write_lines(self.folder / RUN_FILE, [self._identity()])
         if self._pending and self.unsent is not None and self.unsent.exists():
             self._write()
-
-    def _deliver(self, entry: Mapping[str, Any]) -> None:
-        from mlflow.entities import Metric, Param
-
-        client, run = self._client, self.run_id
-        match entry["kind"]:
-            case "params":
-                client.log_batch(run, params=[Param(key, value) for key, value in entry["values"]])
-            case "metrics":
-                when, step = entry["time"], entry["step"]
-                metrics = [Metric(key, value, when, step) for key, value in entry["values"].items()]
-                client.log_batch(run, metrics=metrics)
-            case "tag":
-                client.set_tag(run, entry["key"], entry["value"])
-            case "text":
-                client.log_text(run, entry["text"], entry["file"])
-            case "file":
-                client.log_artifact(run, entry["path"])
-            case "status" if "time" in entry:
-                client.set_terminated(run, entry["status"], entry["time"])
-            case "status":
-                client.update_run(run, entry["status"])
 
     def _keep(self, entry: Mapping[str, Any]) -> None:
         """Add a report that could not be sent to the file of unsent reports."""

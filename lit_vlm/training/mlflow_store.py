@@ -18,6 +18,10 @@ DEFAULT_URI = "sqlite:///mlflow.db"
 SQLITE = "sqlite:///"
 REFUSED = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_ALREADY_EXISTS")
 """Error codes by which MLflow refuses a report for good; other errors, such as expired credentials, may pass."""
+FAILURE = "failure"
+"""Tag: why a run ended before its end."""
+KIND = {"mlflow.experimentKind": "custom_model_development"}
+"""Tag of an experiment: MLflow's pages open its table of training runs, and not that of traces of a language model."""
 
 log = logging.getLogger(__name__)
 
@@ -163,7 +167,7 @@ def has_run(client: Any, run_id: str) -> bool:
 
 
 def experiment_id(client: Any, name: str) -> str:
-    """The id of an experiment, which is made if there is none, or restored if it was deleted.
+    """The id of an experiment of training runs, which is made if there is none, or restored if it was deleted.
 
     Raises:
         MlflowException: where the store does not answer.
@@ -173,7 +177,7 @@ def experiment_id(client: Any, name: str) -> str:
     found = client.get_experiment_by_name(name)
     if found is None:
         try:
-            return str(client.create_experiment(name))
+            return str(client.create_experiment(name, tags=KIND))
         except MlflowException:  # another run may have made it at the same time
             found = client.get_experiment_by_name(name)
             if found is None:
@@ -181,4 +185,37 @@ def experiment_id(client: Any, name: str) -> str:
     if found.lifecycle_stage != "active":
         log.warning("MLflow: the experiment '%s' was deleted; it is restored for the new run", name)
         client.restore_experiment(found.experiment_id)
+    for key, value in KIND.items():
+        if key not in found.tags:
+            with suppress(MlflowException):  # a server may refuse changes to an experiment of somebody else
+                client.set_experiment_tag(found.experiment_id, key, value)
     return str(found.experiment_id)
+
+
+def deliver(client: Any, run_id: str | None, entry: Mapping[str, Any]) -> None:
+    """Send one report of a run.
+
+    Raises:
+        Exception: whatever MLflow raises where the store does not answer, or refuses the report.
+    """
+    from mlflow.entities import Metric, Param
+
+    match entry["kind"]:
+        case "params":
+            client.log_batch(run_id, params=[Param(key, value) for key, value in entry["values"]])
+        case "metrics":
+            when, step = entry["time"], entry["step"]
+            metrics = [Metric(key, value, when, step) for key, value in entry["values"].items()]
+            client.log_batch(run_id, metrics=metrics)
+        case "tag":
+            client.set_tag(run_id, entry["key"], entry["value"])
+        case "text":
+            client.log_text(run_id, entry["text"], entry["file"])
+        case "file":
+            client.log_artifact(run_id, entry["path"])
+        case "status" if "time" in entry:
+            if entry["status"] == "FINISHED" and FAILURE in client.get_run(run_id).data.tags:
+                client.delete_tag(run_id, FAILURE)  # of an earlier attempt
+            client.set_terminated(run_id, entry["status"], entry["time"])
+        case "status":
+            client.update_run(run_id, entry["status"])

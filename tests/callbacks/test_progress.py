@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+import json
 import os
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import lightning.pytorch as L
 import pytest
 
-from callbacks import Checkpoint, Progress, Throughput
+from callbacks import Checkpoint, Memory, Progress, Throughput
 from lit_vlm.checkpoints.progress import Progress as Written
 from lit_vlm.core.launcher import PREEMPTED
 from tests.callbacks.test_callbacks import data, lit, trainer
@@ -38,7 +40,8 @@ def test_each_change_of_what_training_does_is_written(
 ) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     callbacks = [Throughput(), Progress(), Checkpoint(every_n_steps=2)]
-    trainer(tmp_path, *callbacks, val_check_interval=2).fit(lit(), data())
+    module = lit()
+    trainer(tmp_path, *callbacks, val_check_interval=2).fit(module, data())
     assert states == [
         ("training", 0),
         ("saving", 2), ("validating", 2), ("training", 3),
@@ -51,6 +54,33 @@ def test_each_change_of_what_training_does_is_written(
     assert written.tokens_per_s > 0
     assert (written.host, written.pid) == (socket.gethostname(), os.getpid())
     assert (written.state, written.error, written.slurm_job) == ("finished", None, "7")
+    projector = sum(weight.numel() for weight in module.vlm.projector.parameters())
+    assert (written.devices, written.trained, written.peak_bytes) == (1, projector, None)
+
+
+def test_time_and_memory_of_all_processes_of_a_stage_are_written(tmp_path: Path) -> None:
+    memory = Memory()
+    half = trainer(tmp_path, memory, Progress(), max_steps=2, log_every_n_steps=1)
+    half.fit(lit(), data())
+    half.save_checkpoint(tmp_path / "half.ckpt")
+    first = Written.read(tmp_path)
+    assert first is not None
+    assert first.peak_bytes == memory.peak
+    replace(first, started="2026-01-01T00:00:00+00:00", time="2026-01-01T00:01:00+00:00").write(tmp_path)
+    checkpoint = tmp_path / "half.ckpt"
+    trainer(tmp_path, Progress()).fit(lit(), data(), ckpt_path=str(checkpoint))
+    second = Written.read(tmp_path)
+    assert second is not None
+    assert (second.first_step, second.seconds_before) == (2, 60.0)
+    assert second.seconds >= 60
+
+
+def test_a_file_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    known = ("step", "steps", "first_step", "tokens_per_s", "time", "started", "host", "pid", "slurm_job", "state")
+    (tmp_path / "progress.json").write_text(json.dumps(dict.fromkeys(known) | {"more": 1}))
+    read = Written.read(tmp_path)
+    assert read is not None
+    assert (read.seconds_before, read.trained) == (0, 0)
 
 
 def test_between_changes_it_is_written_every_few_seconds(tmp_path: Path, states: list[tuple[str, int]]) -> None:

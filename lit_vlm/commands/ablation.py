@@ -1,0 +1,221 @@
+"""An ablation in its folder: its runs as commands of `lit-vlm`, the stages that they share, and what is done."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lit_vlm.checkpoints.folder import checkpoints_in, is_done, settle
+from lit_vlm.commands.asked import Asked
+from lit_vlm.commands.begin import state_of
+from lit_vlm.commands.examined import Examined, examine
+from lit_vlm.commands.recipe import find_recipe
+from lit_vlm.commands.run import stage_words
+from lit_vlm.commands.runs import RunState
+from lit_vlm.core.plugins import use_plugins
+from lit_vlm.core.written import write_whole
+from lit_vlm.experiments.file import SEED, AblationFile, Evaluation, Variant, read_file
+from lit_vlm.experiments.plan import STAGES, Node, Plan, RunKey, Wanted, make_plan
+from lit_vlm.experiments.pool import Task
+
+FILE = "ablation.yaml"
+"""The ablation's file, in its folder."""
+LOG = "log.txt"
+"""What a stage printed, in its folder."""
+EVALUATION = "evaluation"
+CPU = ("--trainer.accelerator", "cpu")
+"""Flags by which settings are read on a machine that does not train."""
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """An ablation that can run.
+
+    Attributes:
+        folder: its folder.
+        file: what was asked for.
+        states: name of a variant → what it runs, without a seed.
+        plan: the stages.
+    """
+
+    folder: Path
+    file: AblationFile
+    states: Mapping[str, RunState]
+    plan: Plan
+
+    def state(self, run: RunKey) -> RunState:
+        """What a run consists of, and which of its stages are done."""
+        state = self.states[run.variant]
+        flags = [*state.flags, f"--{SEED}", str(run.seed)]
+        stages = self.plan.runs[run]
+        done = [stage for stage in state.stages if is_done(self.stage(stages[stage]))]
+        return RunState(
+            state.recipe, state.scale, state.strategy, list(state.stages), flags, done, plugins=list(state.plugins)
+        )
+
+    def stage(self, node: str) -> Path:
+        """The folder of a stage."""
+        return self.folder / STAGES / node
+
+    def words(self, node: Node) -> list[str]:
+        """Arguments of `lit-vlm` that train a stage, from its newest checkpoint if there is one."""
+        run, folder = node.runs[0], self.stage(node.id)
+        state = self.state(run)
+        start = self.stage(node.start) if node.start is not None else None
+        words = stage_words(find_recipe(state.recipe), state, node.stage, folder, start)
+        settle(folder / "checkpoints")
+        found = checkpoints_in(folder)
+        return [*words, *(["--ckpt_path", str(found[-1])] if found else [])]
+
+    def save(self, parent: str | None = None) -> None:
+        """Write the file, the plan, and a folder for each run, with links to its stages.
+
+        Args:
+            parent: the MLflow run that the stages are children of.
+        """
+        content = self.file.model_dump(mode="json", exclude_unset=True)
+        write_whole(self.folder / FILE, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+        self.plan.save(self.folder)
+        for run, stages in self.plan.runs.items():
+            folder = self.folder / run.folder
+            state = self.state(run)
+            state.parent_run = parent
+            state.save(folder)
+            for stage, node in stages.items():
+                self.stage(node).mkdir(parents=True, exist_ok=True)
+                _link(folder / stage, self.stage(node))
+
+    def tasks(self, seeds: Sequence[int], environment: Callable[[Node], Mapping[str, str]]) -> list[Task]:
+        """What is to be done for some seeds: stages, and behind the last one of each run its evaluations.
+
+        Args:
+            seeds: the seeds.
+            environment: variables of the processes of a stage.
+        """
+        asked = [run for run in self.plan.runs if run.seed in seeds]
+        wanted = {node for run in asked for node in self.plan.runs[run].values()}
+        last = {self.plan.last(run).id for run in asked}
+        tasks = []
+        for node in self.plan.nodes.values():
+            if node.id in wanted:
+                tasks.append(self._training(node, environment(node)))
+                if node.id in last:
+                    tasks += [self._evaluation(node, one, environment(node)) for one in self.file.evaluate]
+        return tasks
+
+    def _training(self, node: Node, environment: Mapping[str, str]) -> Task:
+        folder = self.stage(node.id)
+        return Task(
+            node.id,
+            lambda: self.words(node),
+            folder / LOG,
+            lambda: is_done(folder),
+            (node.start,) if node.start is not None else (),
+            node.devices,
+            environment,
+        )
+
+    def _evaluation(self, node: Node, one: Evaluation, environment: Mapping[str, str]) -> Task:
+        folder, words = self.stage(node.id), one.words()
+        key = hashlib.sha256(" ".join(words).encode()).hexdigest()[:8]
+        mark = folder / EVALUATION / f"{one.name.rpartition('.')[2]}-{key}.done"
+        return Task(
+            f"{node.id} {one.name}",
+            lambda: ["evaluate", str(folder), *words, "--out", str(folder / EVALUATION)],
+            mark.with_suffix(".txt"),
+            mark.is_file,
+            (node.id,),
+            1,
+            environment,
+            mark.touch,
+        )
+
+
+def opened(folder: Path) -> Ablation:
+    """The ablation that a folder holds, as it ran last.
+
+    Raises:
+        ValueError: where the folder is not that of an ablation.
+    """
+    plan, file = Plan.load(folder), read_file(folder / FILE)
+    first: dict[str, RunKey] = {}
+    for run in plan.runs:
+        first.setdefault(run.variant, run)
+    return Ablation(folder, file, {name: RunState.load(folder / run.folder) for name, run in first.items()}, plan)
+
+
+def make(file: AblationFile, folder: Path, only: Sequence[str] = (), here: bool = True) -> Ablation:
+    """Resolve the settings of all runs, and find the stages that they share.
+
+    Args:
+        file: the ablation.
+        folder: its folder.
+        only: names of variants; default: all.
+        here: whether it runs on this machine; else no GPU of it is asked for.
+
+    Raises:
+        ValueError: for an unknown variant, recipe, stage or scale.
+        SystemExit: for a wrong flag or missing data, which has been reported in one line.
+    """
+    variants = _chosen(file.all_variants(), only)
+    states = {variant.name: _state(variant) for variant in variants}
+    commands, places = [], []
+    for name, state in states.items():
+        use_plugins(state.plugins)
+        recipe = find_recipe(state.recipe)
+        for stage in state.stages:
+            words = stage_words(recipe, state, stage, folder / STAGES / stage, None)
+            commands.append([*words, *(() if here else CPU)])
+            places.append((name, stage))
+    found = dict(zip(places, examine(commands), strict=True))
+    plan = make_plan(
+        _wanted(RunKey(name, seed), state, stage, found[name, stage])
+        for seed in file.seeds
+        for name, state in states.items()
+        for stage in state.stages
+    )
+    return Ablation(folder, file, states, plan)
+
+
+def _chosen(variants: Sequence[Variant], only: Sequence[str]) -> list[Variant]:
+    names = [variant.name for variant in variants]
+    if unknown := [name for name in only if name not in names]:
+        raise ValueError(f"--only {unknown[0]}: there is no such variant; variants: {', '.join(names)}")
+    return [variant for variant in variants if not only or variant.name in only]
+
+
+def _state(variant: Variant) -> RunState:
+    """What `lit-vlm run` makes of a variant.
+
+    Raises:
+        ValueError: as `state_of`, with the variant's name.
+    """
+    stages = ",".join(variant.stages) if variant.stages is not None else None
+    options = argparse.Namespace(scale=variant.scale, strategy=variant.strategy, stages=stages)
+    try:
+        return state_of(Asked(variant.recipe, options, list(variant.flags)))
+    except ValueError as error:
+        raise ValueError(f"variant {variant.name}: {error}") from error
+
+
+def _wanted(run: RunKey, state: RunState, stage: str, found: Examined) -> Wanted:
+    start = find_recipe(state.recipe).start_of(stage, state.stages)
+    settings: dict[str, Any] = {**found.settings, SEED: run.seed}
+    devices = found.devices if found.on_gpus else 1
+    return Wanted(run, stage, start, settings, found.fingerprints, devices)
+
+
+def _link(link: Path, target: Path) -> None:
+    """Let a name in the folder of a run stand for a stage; a link to another one is replaced."""
+    text = os.path.relpath(target, link.parent)
+    if link.is_symlink() and os.readlink(link) == text:
+        return
+    link.unlink(missing_ok=True)
+    link.symlink_to(text, target_is_directory=True)

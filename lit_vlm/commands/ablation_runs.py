@@ -1,0 +1,140 @@
+"""What the runs of an ablation have found, as a study, and its record in MLflow."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from lit_vlm.checkpoints.folder import is_done
+from lit_vlm.cluster.status import length
+from lit_vlm.commands.ablation import Ablation
+from lit_vlm.commands.recipe import find_recipe
+from lit_vlm.commands.run import uses_mlflow
+from lit_vlm.experiments.file import BASE
+from lit_vlm.experiments.live import known_seconds
+from lit_vlm.experiments.plan import Node, RunKey
+from lit_vlm.experiments.report import Study, log_report, write_report
+from lit_vlm.experiments.results import Claim, Run
+from lit_vlm.experiments.scores import read_run
+from lit_vlm.experiments.statistics import Judged
+from lit_vlm.training.mlflow_run import PARENT_RUN, MLflowRun, known_run
+from lit_vlm.training.mlflow_store import default_uri
+from lit_vlm.training.run_tags import RUN, for_children
+
+EXPERIMENT = "lit-vlm"
+
+
+class Tracked:
+    """The MLflow run that all stages of an ablation are children of; none where its flags name another logger.
+
+    Args:
+        ablation: the ablation.
+    """
+
+    def __init__(self, ablation: Ablation) -> None:
+        self._ablation = ablation
+        self.run: MLflowRun | None = None
+        if not all(uses_mlflow(state.flags) for state in ablation.states.values()):
+            return
+        folder, file = ablation.folder, ablation.file
+        tags = {"ablation": folder.name, "system": Path(file.recipe).name, "folder": str(folder), RUN: folder.name}
+        known = known_run(folder, os.environ.get("MLFLOW_TRACKING_URI"))
+        self.run = known or MLflowRun(default_uri(), EXPERIMENT, folder.name, tags, folder)
+        self.run.owns_folder()
+        self.run.going_on()
+
+    @property
+    def run_id(self) -> str | None:
+        """Its id; None where there is none, or the store does not answer."""
+        return self.run.run_id if self.run is not None else None
+
+    def environment(self, node: Node) -> dict[str, str]:
+        """Variables of the process that trains a stage: its tags, and that it is a child of this run."""
+        run = node.runs[0]
+        state = self._ablation.states[run.variant]
+        variants = list(dict.fromkeys(one.variant for one in node.runs))
+        more = f"+{len(variants) - 1}" if variants[1:] else ""
+        tags = {
+            "system": find_recipe(state.recipe).name,
+            "scale": state.scale,
+            "strategy": state.strategy,
+            RUN: f"{self._ablation.folder.name}/{run.variant}{more}/seed-{run.seed}",
+            "ablation": self._ablation.folder.name,
+            "variant": ",".join(variants),
+            "seed": str(run.seed),
+            "flags": shlex.join(state.flags),
+        }
+        variables = for_children({key: value for key, value in tags.items() if value})
+        if self.run is not None and self.run.run_id is not None:
+            variables |= {PARENT_RUN: self.run.run_id, "MLFLOW_TRACKING_URI": self.run.uri}
+        return variables
+
+    def end(self, status: str) -> None:
+        """Report the last status."""
+        if self.run is not None:
+            self.run.end(status)
+
+    def preempted(self, reason: str) -> None:
+        """Report that the ablation leaves in order and can go on."""
+        if self.run is not None:
+            self.run.preempted(reason)
+
+
+def finished(ablation: Ablation, seeds: Sequence[int]) -> list[RunKey]:
+    """The runs whose stages are all done, variant by variant."""
+    done = {node: is_done(ablation.stage(node)) for node in ablation.plan.nodes}
+    runs = [
+        run for run, stages in ablation.plan.runs.items() if run.seed in seeds and all(map(done.get, stages.values()))
+    ]
+    order = list(ablation.states)
+    return sorted(runs, key=lambda run: (order.index(run.variant), run.seed))
+
+
+def study_of(
+    ablation: Ablation, seeds: Sequence[int], command: str, judged: Sequence[Judged] | None = None
+) -> Study | None:
+    """What the finished runs show; None while none has finished.
+
+    Args:
+        ablation: the ablation.
+        seeds: the seeds that count.
+        command: the command that makes it again.
+        judged: verdicts of a sequential design.
+
+    Raises:
+        ValueError: where a finished run cannot be read.
+    """
+    runs: list[Run] = [read_run(ablation.folder / run.folder, run.variant) for run in finished(ablation, seeds)]
+    if not runs:
+        return None
+    file = ablation.file
+    source = file.source or None
+    claims = [Claim(one.text, one.better, one.worse, one.score, source) for one in file.claims]
+    names = {run.variant for run in runs}
+    base = BASE if BASE in names else runs[0].variant
+    title = file.about or ablation.folder.name
+    return Study(title, base, runs, claims, (), command, _about(ablation), judged)
+
+
+def report(ablation: Ablation, study: Study, tracked: Tracked) -> list[Path]:
+    """Write the report into the folder of the ablation, and log it; returns the files."""
+    files = write_report(study, ablation.folder)
+    if tracked.run is not None:
+        log_report(tracked.run, study, files)
+    return files
+
+
+def _about(ablation: Ablation) -> Mapping[str, str]:
+    plan = ablation.plan
+    shared = plan.wanted - len(plan.nodes)
+    about = {
+        "stages": f"{plan.wanted} in {len(plan.runs)} runs, of which {len(plan.nodes)} trained and {shared} shared"
+    }
+    seconds = known_seconds(plan, {node: ablation.stage(node) for node in plan.nodes})
+    if all(node.stage in seconds for node in plan.nodes.values()):
+        wanted = sum(seconds[stage] for stages in plan.runs.values() for stage in stages)
+        trained = sum(seconds[node.stage] for node in plan.nodes.values())
+        about["saved by sharing"] = f"{length(wanted - trained)} of {length(wanted)}"
+    return about

@@ -1,0 +1,227 @@
+"""`lit-vlm ablate`: plan, runs, shared stages, failures, an end by force, seeds one by one, jobs of SLURM."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lit_vlm.checkpoints.weights import read_state
+from lit_vlm.commands.ablation_asked import name_for, read
+from lit_vlm.commands.cli import main
+from lit_vlm.experiments.plan import Plan, RunKey
+from tests.forkserver import interpreter
+from tests.runs import environment, lit_vlm
+
+QUICK = {
+    "trainer.max_steps": 2,
+    "trainer.precision": "32-true",
+    "trainer.accelerator": "cpu",
+    "trainer.log_every_n_steps": 1,
+}
+FILE = {
+    "recipe": "llava15",
+    "scale": "tiny",
+    "seeds": 2,
+    "base": QUICK,
+    "variants": {"short": {"2_sft.trainer.max_steps": 1}},
+    "claims": [{"text": "longer is better", "better": "base", "worse": "short", "score": "train/loss"}],
+}
+
+
+def written(folder: Path, **changes: object) -> str:
+    file = folder / "steps.yaml"
+    file.write_text(yaml.safe_dump(FILE | changes))
+    return str(file)
+
+
+# ----- what a command asks for
+
+
+def test_a_command_adds_to_a_file(tmp_path: Path) -> None:
+    words = ["--scale", "mini", "--seeds", "3,5", "--vary", "model.projector=Linear,MLP", "--data.batch_size", "4"]
+    file, options = read([written(tmp_path), *words, "--only", "short", "--stages=2_sft"])
+    assert (file.scale, file.seeds, file.stages) == ("mini", (3, 5), ("2_sft",))
+    assert file.base == QUICK | {"data.batch_size": "4"}
+    assert file.grid == {"model.projector": {"Linear": "Linear", "MLP": "MLP"}}
+    assert options.only == ["short"]
+    assert name_for([str(tmp_path / "steps.yaml")], file) == "steps"
+
+
+def test_a_command_needs_no_file() -> None:
+    lora = "2_sft.model.decoder.lora={off: null, on: {r: 8}}"
+    words = ["eve", "--scale", "mini", "--vary", "model.projector=Linear,MLP", "--vary", lora, "--seeds", "3"]
+    file, _ = read(words)
+    assert file.seeds == (0, 1, 2)
+    assert [variant.name for variant in file.all_variants()][-1] == "projector=MLP,lora=on"
+    assert name_for(words, file) == "eve-mini-projector-lora"
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        ([], "name the file of an ablation, or a recipe with --vary, as the first argument"),
+        (
+            ["eve"],
+            "eve is no file of an ablation, whose name ends in .yaml, and as a recipe it needs something to vary",
+        ),
+        (["eve", "--vary", "x"], "--vary x: write a flag and its values, as model.projector=Linear,MLP"),
+        (["eve", "--vary", "x={a"], "--vary x={a: while parsing"),
+        (["eve", "--vary", "a.b=1,2", "--seeds", "x"], "--seeds x: write how many .3., or which .0,1,2."),
+        (["eve", "--vary", "a.b=1,2", "--seed_everything", "1"], "name the seeds by --seeds"),
+        (["eve", "--vary", "a.b=1,2", "--jobs", "0"], "--jobs is at least 1, not 0"),
+        (
+            ["eve", "--vary", "a.b=1,2", "--sequential"],
+            "--sequential adds seeds until claims are decided, and eve makes",
+        ),
+        (["--resume"], "--resume goes on with the ablation in a folder, and takes no other file"),
+        (["--resume", "--out", "none"], r"none/ablation\.yaml cannot be read"),
+    ],
+)
+def test_what_is_wrong_with_a_command_is_named(words: list[str], error: str) -> None:
+    with pytest.raises(ValueError, match=error):
+        read(words)
+
+
+def test_what_is_wrong_with_a_variant_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["ablate", written(tmp_path), "--out", str(tmp_path / "out"), "--only", "shot", "--dry-run"])
+    assert "--only shot: there is no such variant; variants: base, short" in capfd.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["ablate", written(tmp_path, variants={"a": {"stages": ["3_x"]}}, claims=[])])
+    assert "variant a: recipe 'llava15' has no stage '3_x'; stages: 1_align, 2_sft" in capfd.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["ablate", written(tmp_path, variants={"a": {"model.projctor": "MLP"}}, claims=[])])
+    assert "projctor" in capfd.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_shows_the_plan_and_checks_each_variant(tmp_path: Path) -> None:
+    said = lit_vlm(tmp_path, "ablate", written(tmp_path), "--dry-run").stdout
+    assert "2 variants × 2 seeds = 4 runs of 8 stages; 6 train, as 2 are shared; into runs/steps" in said
+    assert said.count("ready: config parses") == 4
+    assert not (tmp_path / "runs").exists()
+
+
+# ----- runs
+
+
+@pytest.fixture(scope="module")
+def ablation(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an ablation that was killed on the way, and went on by the same command."""
+    folder = tmp_path_factory.mktemp("ablate")
+    words = [interpreter(), "-m", "lit_vlm", "ablate", written(folder), "--jobs", "2"]
+    process = subprocess.Popen(words, cwd=folder, env=environment(folder), stdout=subprocess.DEVNULL)
+    while len(list((folder / "runs").glob("steps/stages/*/done.json"))) < 2:
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    time.sleep(1)  # its stages die with it
+    done = {file: file.stat().st_mtime_ns for file in folder.glob("runs/steps/stages/*/done.json")}
+    assert len(done) < 6
+    (folder / "said").write_text(lit_vlm(folder, "ablate", written(folder), "--jobs", "2").stdout)
+    assert all(file.stat().st_mtime_ns == when for file, when in done.items()), "a stage that was done ran again"
+    return folder / "runs" / "steps"
+
+
+@pytest.mark.slow
+def test_equal_stages_train_once_and_runs_are_as_by_hand(ablation: Path) -> None:
+    plan = Plan.load(ablation)
+    assert len(list((ablation / "stages").iterdir())) == len(plan.nodes) == 6
+    for run, stages in plan.runs.items():
+        assert json.loads((ablation / run.folder / "run.json").read_text())["done"] == ["1_align", "2_sft"]
+        for stage, node in stages.items():
+            assert (ablation / run.folder / stage).resolve() == (ablation / "stages" / node).resolve()
+    folder = ablation.parent.parent
+    flags = [word for name, value in QUICK.items() for word in (f"--{name}", str(value))]
+    own = ["--2_sft.trainer.max_steps", "1", "--seed_everything", "1", "--out", "hand"]
+    lit_vlm(folder, "run", "llava15", "--scale", "tiny", *flags, *own)
+    hand = read_state(folder / "hand" / "2_sft")
+    for name, value in read_state(ablation / RunKey("short", 1).folder / "2_sft").items():
+        assert hand[name].equal(value), name
+
+
+@pytest.mark.slow
+def test_the_report_says_what_was_found(ablation: Path) -> None:
+    said = (ablation.parent.parent / "said").read_text()
+    assert "report: runs/steps/report.md, runs/steps/report.html" in said
+    page = (ablation / "report.md").read_text()
+    assert "longer is better" in page
+    assert "lit-vlm ablate" in page
+    assert "8 in 4 runs; 6 trained, 2 shared" in page
+    assert (ablation / "forest.png").is_file()
+
+
+@pytest.mark.slow
+def test_mlflow_has_one_run_above_all_stages(ablation: Path) -> None:
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{ablation.parent.parent}/mlflow.db")
+    (experiment,) = (one for one in client.search_experiments() if one.name == "lit-vlm")
+    runs = client.search_runs([experiment.experiment_id])
+    (above,) = (run for run in runs if run.data.tags.get("mlflow.runName") == "steps")
+    assert above.info.status == "FINISHED"
+    assert {file.path for file in client.list_artifacts(above.info.run_id)} >= {"report.html", "forest.png"}
+    below = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == above.info.run_id]
+    assert {(run.data.params["variant"], run.data.params["seed"]) for run in below} == {
+        *(("base,short", seed) for seed in "01"),
+        *(("base", seed) for seed in "01"),
+        *(("short", seed) for seed in "01"),
+    }
+    assert all(run.info.status in ("FINISHED", "KILLED", "FAILED") or run.info.end_time for run in below)
+
+
+@pytest.mark.slow
+def test_a_failure_stops_no_other_run_and_is_tried_again(tmp_path: Path) -> None:
+    bad = {"bad": {"data.train": str(tmp_path / "own.json")}}
+    (tmp_path / "own.json").write_text('[{"id": "1", "conversations": [{"from": "human", "value": "a"}]}]')
+    file = written(tmp_path, seeds=1, variants=bad, claims=[], stages=["2_sft"])
+    found = lit_vlm(tmp_path, "ablate", file, check=False)
+    assert found.returncode == 1
+    assert "1 failed, 0 were left out for it; the same command tries them again" in found.stdout
+    assert (tmp_path / "runs/steps/runs/base/seed-0/2_sft/done.json").is_file()
+    file = written(tmp_path, seeds=1, variants={}, claims=[], stages=["2_sft"])
+    assert "report: " in lit_vlm(tmp_path, "ablate", file).stdout  # a changed file: what is there is used
+
+
+@pytest.mark.slow
+def test_seeds_are_added_until_claims_are_decided(tmp_path: Path) -> None:
+    claims = [{"text": "training helps", "better": "base", "worse": "hardly", "score": "train/loss"}]
+    variants = {"hardly": {"model.stage.train.projector": 1e-9, "model.stage.train.decoder": 1e-9}}
+    base = QUICK | {"trainer.max_steps": 12}
+    file = written(tmp_path, seeds=4, base=base, variants=variants, claims=claims, stages=["2_sft"])
+    said = lit_vlm(tmp_path, "ablate", file, "--sequential", "--jobs", "2").stdout
+    seeds = {path.name for path in tmp_path.glob("runs/steps/runs/*/*") if (path / "2_sft" / "done.json").is_file()}
+    assert "report: " in said
+    assert {"seed-0", "seed-1"} <= seeds
+
+
+@pytest.mark.slow
+def test_a_signal_is_passed_on(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "lit_vlm", "ablate", written(tmp_path, seeds=1)]  # no signal reaches a fork
+    with subprocess.Popen(words, cwd=tmp_path, env=environment(tmp_path), stdout=subprocess.PIPE, text=True) as process:
+        while not list(tmp_path.glob("runs/steps/stages/*/log.txt")):
+            assert process.poll() is None
+            time.sleep(0.05)
+        os.kill(process.pid, signal.SIGTERM)
+        said, _ = process.communicate(timeout=240)
+    assert process.returncode == 75
+    assert "left, as SIGTERM asked it to: the same command goes on" in said
+    assert not list(tmp_path.glob("runs/steps/stages/*/done.json"))
+
+
+def test_a_script_for_slurm_is_shown(tmp_path: Path) -> None:
+    words = ["--on", "slurm", "--jobs", "3", "--gpus", "0", "--time", "60", "--dry-run"]
+    said = lit_vlm(tmp_path, "ablate", written(tmp_path), *words).stdout
+    assert "#SBATCH --array=0-2" in said
+    assert "-m lit_vlm ablate --resume --out" in said
+    assert "#SBATCH --time=60" in said
+    assert not (tmp_path / "runs").exists()
