@@ -35,7 +35,7 @@ DEFAULT_CARD = "h100"
 PER_NODE = 8
 EVERY = "all"
 """In the place of a recipe: all of them."""
-OWN_DATA = ("tiny", "mini", "smol")
+OWN_DATA = ("tiny", "tiny_deep", "mini", "smol")
 """Scales whose data are made here, and not described by the statistics of published ones."""
 WORKER = (sys.executable, "-P", "-m", "lit_vlm.commands.simulated")
 

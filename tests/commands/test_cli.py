@@ -29,7 +29,7 @@ from tests.tiny import CLIP
 STRATEGIES = sorted(path.stem for path in (SHIPPED / "strategies").glob("*.yaml"))
 ONE_NODE = ["--trainer.num_nodes", "1"]
 TWO = ["--data.batch_size", "4", "--trainer.devices", "2"]
-HUB_SCALES = ("2b", "3b", "3b_s2", "4b", "4b_convnext", "7b", "8b", "8b_convnext", "13b")
+HUB_SCALES = ("2b", "3b", "3b_s2", "4b", "4b_convnext", "7b", "7b_224", "7b_558k", "8b", "8b_convnext", "13b")
 RUNS = [
     (name, scale, stage)
     for name in shipped_recipes()

@@ -26,7 +26,7 @@ from lit_vlm.planning.published import FOLDER, shipped, shipped_names
 from tests.tiny import ROOT
 
 OWN_DATA = ("quickstart",)
-OWN_SCALES = ("mini", "smol", "tiny")
+OWN_SCALES = ("mini", "smol", "tiny", "tiny_deep")
 
 
 def published_stages() -> list[tuple[str, str | None, str]]:
