@@ -10,7 +10,9 @@ from collections.abc import Sequence
 
 from lit_vlm import __version__
 from lit_vlm.commands.fit import in_one_line, lightning_cli, take_plugins
+from lit_vlm.core.launcher import launch
 from lit_vlm.core.plugins import find_class
+from lit_vlm.core.progress import slowly
 
 VERBS = {
     "run": "run the stages of a recipe, one after the other",
@@ -74,7 +76,9 @@ def _run(verb: str, arguments: list[str]) -> None:
     """Run one of the kit's commands."""
     with in_one_line():
         if verb in VERBS:
-            importlib.import_module(f"lit_vlm.commands.{verb}").main(arguments[1:])
+            with slowly("loading libraries", launch().is_first):
+                command = importlib.import_module(f"lit_vlm.commands.{verb}")
+            command.main(arguments[1:])
         else:
             lightning_cli(arguments)
 

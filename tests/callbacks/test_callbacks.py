@@ -19,7 +19,7 @@ from lit_vlm.decoders import HFDecoder
 from lit_vlm.embedders import Splice
 from lit_vlm.encoders import HFEncoder, TimmEncoder
 from lit_vlm.evaluation.asker import Asker
-from lit_vlm.evaluation.held_out import evaluate_held_out
+from lit_vlm.evaluation.held_out import held_out_scores, judge_held_out
 from lit_vlm.evaluation.held_out_records import held_out_records
 from lit_vlm.projectors import MLP
 from lit_vlm.training.module import LitVLM
@@ -207,7 +207,7 @@ def test_scores_do_not_depend_on_the_batch_size(tmp_path: Path) -> None:
     run = trainer(tmp_path, max_steps=1)
     run.fit(module, source)
     records = held_out_records(Asker(module, source.format), source.val_sources)
-    one, five = (evaluate_held_out(Asker(module, source.format), records, size) for size in (1, 5))
+    one, five = (held_out_scores(judge_held_out(Asker(module, source.format), records, size)) for size in (1, 5))
     assert one.loss == pytest.approx(five.loss, rel=1e-5)
     assert one.exact_match == five.exact_match
     assert one.choice_accuracy == five.choice_accuracy
