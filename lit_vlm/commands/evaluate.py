@@ -47,7 +47,11 @@ def main(argv: Sequence[str]) -> None:
     arguments = _parser().parse_args(argv)
     shots = _shots(arguments.shots)
     _check(arguments, shots)
-    named = list({one.checkpoint.resolve(): one for one in map(find_named, arguments.checkpoints)}.values())
+    found: dict[Path, Named] = {}
+    for source in arguments.checkpoints:
+        one = find_named(source)
+        found.setdefault(one.checkpoint.resolve(), one)
+    named = list(found.values())
     prompts = [
         Shots(count, 0 if count else arguments.text_shots, seed=arguments.seed, system=arguments.system)
         for count in shots
