@@ -22,7 +22,7 @@ class Evaluate(L.Callback):
 
     Args:
         task: name of a task, as `lit-vlm evaluate --help` lists them, or the path of its class.
-        folder: folder of the task's files; not needed for generated scenes.
+        folder: folder of the task's files, or for `file` the file itself; not needed for generated scenes.
         every_n_steps: optimizer steps between two runs of the task; None runs it at the end only.
         limit: number of examples; default: all.
         shots: demonstrations with pictures.

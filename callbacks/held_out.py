@@ -91,7 +91,8 @@ class HeldOut(L.Callback):
             return
         trainer.print(f"held out: {what}: {_line(scores)} ({time.perf_counter() - start:.0f} s)")
         folder = Path(trainer.default_root_dir)
-        text = json.dumps(_load(trainer) | {when: asdict(scores) | {"precision": str(trainer.precision)}}, indent=2)
+        found = _load(trainer) | {when: asdict(scores) | {"precision": str(trainer.precision)}}
+        text = json.dumps(found, indent=2)
         write_report(folder / FILE, lambda file: file.write_text(text))
         lines = [json.dumps({"when": when} | asdict(one), ensure_ascii=False) for one in judged]
         answers = "".join(f"{line}\n" for line in [*_kept(folder / ANSWERS, when), *lines])

@@ -22,7 +22,7 @@ VERBS = {
     "bench": "measure stages on this machine: speed, memory, and where the time goes",
     "compare": "show what finished runs reached, side by side",
     "probe": "find out what can be read from a decoder's layers about depth, objects or whole pictures",
-    "evaluate": "score a checkpoint on benchmarks, with or without demonstrations",
+    "evaluate": "score checkpoints on benchmarks, or on questions of your own, with or without demonstrations",
     "chat": "ask a trained model about pictures",
     "data": "convert data to shards, check them, show what is in them",
     "inspect": "show one batch as the model sees it, or in which settings two recipes or runs differ",

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import get_args
@@ -14,14 +14,13 @@ from typing import get_args
 import torch
 import torch.distributed as dist
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, TaskID
 from rich.table import Table
 
 from lit_vlm.commands.evaluated import Results, log_scores, release
 from lit_vlm.commands.named_runs import Named, find_named, labels
 from lit_vlm.core.launcher import launch, rendezvous
 from lit_vlm.core.precision import choose
-from lit_vlm.core.progress import slowly
+from lit_vlm.core.progress import progress, slowly
 from lit_vlm.evaluation.asker import Asker, load_run, pick_device
 from lit_vlm.evaluation.tasks import (
     TASKS,
@@ -115,11 +114,9 @@ def _evaluate(
     for task, settings in work:
         name = f"{task.name}, {settings.prompt.shots} shots"
         folder = out / task.name / settings.prompt.name
-        with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=console) as progress:
-            bar = progress.add_task(name, total=None)
-            result = run_task(
-                asker, task, settings, folder, str(named.checkpoint.resolve()), resume, partial(_show, progress, bar)
-            )
+        with ExitStack() as stack:
+            show = _Bar(stack, name, not console.quiet)
+            result = run_task(asker, task, settings, folder, str(named.checkpoint.resolve()), resume, show)
         results[task.name, settings.prompt.name] = result
         console.print(f"{name}: {_line(result)}   {folder}", soft_wrap=True)
     return results
@@ -242,6 +239,8 @@ def _shots(text: str) -> list[int]:
 
 def _task(name: str, data: Path) -> Task:
     kind = find_task(name)
+    if kind is RecordFile:
+        raise ValueError("--task file: questions of your own are named by --file FILE")
     return kind(str(data / kind.name if kind.needs_files else "."))
 
 
@@ -262,8 +261,20 @@ def _join_processes(device: str | None) -> str:
     return device
 
 
-def _show(progress: Progress, bar: TaskID, done: int, total: int) -> None:
-    progress.update(bar, completed=done, total=total)
+class _Bar:
+    """Shows how many questions are answered, once it is known how many are to be asked."""
+
+    def __init__(self, stack: ExitStack, title: str, shown: bool) -> None:
+        self._stack, self._title, self._shown = stack, title, shown
+        self._advance: Callable[[int], None] | None = None
+        self._done = 0
+
+    def __call__(self, done: int, total: int) -> None:
+        """Show `done` of `total`."""
+        if self._advance is None:
+            self._advance = self._stack.enter_context(progress(self._title, total, shown=self._shown))
+        self._advance(done - self._done)
+        self._done = done
 
 
 def _line(result: Evaluated) -> str:

@@ -140,6 +140,7 @@ def test_flags_that_make_no_sense_together(run: Path, mine: Path, capsys: pytest
         (["--file", str(mine), "--file", str(same)], "two of what is asked are called mine"),
         (["--file", str(mine), "--shots", "3"], "3 demonstrations were asked for, and there are 2"),
         (["--file", "none.jsonl"], "none.jsonl is not there"),
+        (["--task", "file"], "--task file: questions of your own are named by --file FILE"),
     ):
         with pytest.raises(SystemExit):
             main(["evaluate", str(run), *flags, "--device", "cpu"])

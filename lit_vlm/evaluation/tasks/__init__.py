@@ -18,6 +18,7 @@ TASKS: dict[str, type[Task]] = {
     for task in (
         VQAv2, OKVQA, TextVQA, VizWiz, GQA, ChartQA, DocVQA, POPE, MME, ScienceQA, MMBench, SEED, MMMU, CVBench, MMStar,
         AI2D, CocoCaptions, Flickr30k, MMLU, Perplexity, SceneQuestions, SceneText,
+        RecordFile,
     )
 }  # fmt: skip
 """The tasks of the kit by their names on the command line."""

@@ -93,7 +93,7 @@ class Task(ABC):
         split: the split that is evaluated, as the benchmark's files call it.
         demonstration_split: the split that demonstrations are taken from; "" where there is none.
         same_group: whether demonstrations are of the example's group.
-        needs_files: whether the task reads files.
+        needs_files: whether the task reads the files of a folder.
         perplexity: whether the likelihood of the examples' text is measured, and no question is asked.
 
     Raises:

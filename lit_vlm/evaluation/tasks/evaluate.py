@@ -54,7 +54,7 @@ def run_task(
     out: Path | None = None,
     checkpoint: str = "",
     resume: bool = True,
-    on_answer: Callable[[int, int], None] | None = None,
+    on_answer: Callable[[int, int], object] = lambda done, total: None,
 ) -> Evaluated:
     """Ask every example of a task, score the answers, and write both.
 
@@ -68,7 +68,8 @@ def run_task(
         out: folder for answers.jsonl and scores.json.
         checkpoint: path of the checkpoint, for the files. Answers of another path or time of writing are refused.
         resume: take answers that `out` holds; otherwise they are removed.
-        on_answer: called after each answer with the number of answers of this process so far and in the end.
+        on_answer: called at the start and after each answer with the number of answers of this process so far and in
+            the end.
 
     Raises:
         ValueError: where `out` holds answers of another checkpoint, task or setting, no example could be asked, or as
@@ -88,12 +89,12 @@ def run_task(
     mine = left[rank::world]
     found: list[dict[str, Any]] = []
     keep = _partial(out, rank, how)
+    on_answer(0, len(mine))
     with asker.evaluating():
         for line in ask(asker, prompts, mine, settings, -(-len(left) // world), out is not None):
             found.append(line)
             keep(line)
-            if on_answer is not None:
-                on_answer(len(found), len(mine))
+            on_answer(len(found), len(mine))
     lines = done | {line["id"]: line for of_rank in _gathered(found) for line in of_rank}
     outcomes = [_outcome(example, lines[example.id]) for example in examples]
     try:

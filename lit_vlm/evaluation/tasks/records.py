@@ -54,6 +54,7 @@ class RecordFile(Task):
     files = "records as docs/data.md describes them, one per line"
     max_new_tokens = 32
     choosing = "option"
+    needs_files = False  # it is made of a file, not of a folder
     split = "file"
     demonstration_split = "demonstrations"
 
