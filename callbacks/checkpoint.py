@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from lit_vlm.checkpoints.folder import checkpoints_in, remove, settle, step_of
+from lit_vlm.core.progress import slowly
 from lit_vlm.training.module import LitVLM
 from lit_vlm.training.saving import ASYNCHRONOUS, SaveFailed
 from lit_vlm.training.sharding import FSDP2
@@ -83,7 +84,8 @@ class Checkpoint(ModelCheckpoint):
         """
         super().on_train_end(trainer, pl_module)
         if not getattr(trainer, "fast_dev_run", False):
-            self.save_now(trainer)
+            with slowly("saving the last checkpoint", trainer.is_global_zero):
+                self.save_now(trainer)
 
     def save_now(self, trainer: L.Trainer) -> None:
         """Save this step, unless it is saved, and return when that is whole; all processes call this.

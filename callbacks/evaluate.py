@@ -11,6 +11,7 @@ import lightning.pytorch as L
 from lit_vlm.data import VLMData
 from lit_vlm.evaluation.asker import Asker
 from lit_vlm.evaluation.tasks import Prompts, Shots, Task, TaskSettings, find_task, run_task
+from lit_vlm.evaluation.tasks.prompts import in_order
 from lit_vlm.training.module import LitVLM
 
 
@@ -21,7 +22,7 @@ class Evaluate(L.Callback):
 
     Args:
         task: name of a task, as `lit-vlm evaluate --help` lists them, or the path of its class.
-        folder: folder of the task's files; not needed for generated scenes.
+        folder: folder of the task's files, or for `file` the file itself; not needed for generated scenes.
         every_n_steps: optimizer steps between two runs of the task; None runs it at the end only.
         limit: number of examples; default: all.
         shots: demonstrations with pictures.
@@ -80,6 +81,8 @@ class Evaluate(L.Callback):
         name = f"{self.task.name}/{self.settings.prompt.name}"
         out = Path(trainer.default_root_dir) / "tasks" / name / str(trainer.global_step)
         asker = Asker(module, data.format)
+        count = len(in_order(self.task, self.settings.limit, self.settings.prompt.seed))
+        trainer.print(f"{name}, step {self._last}: asking {count:,} questions ...")
         result = run_task(asker, self.task, self.settings, out, f"step {trainer.global_step}", resume=False)
         if trainer.is_global_zero:
             main = f"{result.main} {result.scores[result.main]:.2f}"

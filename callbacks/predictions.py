@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning.pytorch as L
 
+from lit_vlm.core.progress import slowly
 from lit_vlm.core.written import write_report
 from lit_vlm.data import VLMData
 from lit_vlm.data.records import Record, open_image
@@ -67,7 +68,8 @@ class Predictions(L.Callback):
             self._records = held_out_records(asker, data.val_sources, self.num)
         if not self._records:
             raise ValueError(f"callbacks.Predictions answers the questions of data.val, and {NONE_HELD_OUT}")
-        answers = answer_records(asker, self._records, self.max_new_tokens)
+        with slowly(f"answering {len(self._records)} held-out questions for {name}.png", trainer.is_global_zero):
+            answers = answer_records(asker, self._records, self.max_new_tokens)
         if not trainer.is_global_zero:
             return
         folder = Path(trainer.default_root_dir)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, get_args
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -53,7 +53,7 @@ from lit_vlm.data.records import Message, Record, Text
 from lit_vlm.data.sample.templates import Span
 from lit_vlm.data.sets.convert import convert
 from lit_vlm.encoders import HFEncoder, LinearPatches
-from lit_vlm.evaluation.tasks import TASKS, SceneQuestions, SceneText
+from lit_vlm.evaluation.tasks import TASKS, RecordFile, SceneQuestions, SceneText, Scoring
 from lit_vlm.heads import FeatureDistillation
 from lit_vlm.planning.mock import Mock
 from lit_vlm.projectors import Linear, Projector
@@ -185,7 +185,7 @@ OWN_KINDS = [
     ("templates", public(data, Template), TEMPLATES.keys()),
     ("transforms", public(data, ImageTransform), TRANSFORMS.keys()),
     ("sources", public(data, Source) | public(worlds, Source), SOURCES.keys()),
-    ("tasks", set(TASKS), {*TASK_FILES, "perplexity", "scenes", "scenes_text"}),
+    ("tasks", set(TASKS), {*TASK_FILES, "perplexity", "scenes", "scenes_text", RecordFile.name}),
 ]
 
 
@@ -285,6 +285,16 @@ def test_tasks(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("task", [SceneQuestions, SceneText])
 def test_tasks_without_files(task: Any) -> None:
     check_task(partial(task, count=2), best=None if task.perplexity else 100.0)
+
+
+@pytest.mark.parametrize("scoring", get_args(Scoring))
+def test_tasks_of_own_files(scoring: Scoring, tmp_path: Path) -> None:
+    records = [
+        {"messages": [{"role": "user", "content": f"{n}?"}], "answers": [f"{n}"], "options": ["0", "1"], "kind": "sums"}
+        for n in range(2)
+    ]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    check_task(lambda: RecordFile(str(tmp_path / "mine.jsonl"), scoring))
 
 
 def test_all_parts_train_on_two_processes_one_without_pictures_as_on_one() -> None:
@@ -415,6 +425,11 @@ class Backwards(SceneQuestions):
         return "Z"
 
 
+class Halved(SceneQuestions):
+    def score_of(self, outcome: Any) -> float:
+        return super().score_of(outcome) / 2
+
+
 VIT = partial(HFVision, None, CLIP)
 BROKEN: list[tuple[str, Callable[[], None]]] = [
     ("WithLambda: grid_map does not pickle", partial(check_projector, WithLambda)),
@@ -434,6 +449,7 @@ BROKEN: list[tuple[str, Callable[[], None]]] = [
      partial(check_teacher, partial(Reversing, partial(HFEncoder, config=CLIP)))),
     ("Mean: the loss of a batch is not the sum over its samples", partial(check_head, partial(Mean, teacher=VIT))),
     ("Backwards: right answers have accuracy 0", partial(check_task, partial(Backwards, count=2))),
+    ("Halved: 'accuracy' is 50.0, and the mean of score_of 25", partial(check_task, partial(Halved, count=2))),
 ]  # fmt: skip
 
 

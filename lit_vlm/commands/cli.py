@@ -10,7 +10,9 @@ from collections.abc import Sequence
 
 from lit_vlm import __version__
 from lit_vlm.commands.fit import in_one_line, lightning_cli, take_plugins
+from lit_vlm.core.launcher import launch
 from lit_vlm.core.plugins import find_class
+from lit_vlm.core.progress import slowly
 
 VERBS = {
     "run": "run the stages of a recipe, one after the other",
@@ -22,7 +24,7 @@ VERBS = {
     "tune": "search learning rates and other settings of a recipe, by Optuna",
     "compare": "show what finished runs reached, side by side",
     "probe": "find out what can be read from a decoder's layers about depth, objects or whole pictures",
-    "evaluate": "score a checkpoint on benchmarks, with or without demonstrations",
+    "evaluate": "score checkpoints on benchmarks, or on questions of your own, with or without demonstrations",
     "chat": "ask a trained model about pictures",
     "data": "convert data to shards, check them, show what is in them",
     "inspect": "show one batch as the model sees it, or in which settings two recipes or runs differ",
@@ -76,7 +78,9 @@ def _run(verb: str, arguments: list[str]) -> None:
     """Run one of the kit's commands."""
     with in_one_line():
         if verb in VERBS:
-            importlib.import_module(f"lit_vlm.commands.{verb}").main(arguments[1:])
+            with slowly("loading libraries", launch().is_first):
+                command = importlib.import_module(f"lit_vlm.commands.{verb}")
+            command.main(arguments[1:])
         else:
             lightning_cli(arguments)
 

@@ -1,12 +1,12 @@
-"""`lit-vlm evaluate`: benchmarks in their official files."""
+"""`lit-vlm evaluate`: benchmarks in their official files, and questions of one's own."""
 
 from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import get_args
@@ -14,101 +14,185 @@ from typing import get_args
 import torch
 import torch.distributed as dist
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, TaskID
 from rich.table import Table
 
-from lit_vlm.checkpoints.folder import find_checkpoint
+from lit_vlm.commands.evaluated import Results, log_scores, release
+from lit_vlm.commands.named_runs import Named, find_named, labels
 from lit_vlm.core.launcher import launch, rendezvous
 from lit_vlm.core.precision import choose
-from lit_vlm.evaluation.tasks import TASKS, Evaluated, Prompts, Shots, Task, TaskSettings, find_task, run_task
+from lit_vlm.core.progress import progress, slowly
+from lit_vlm.evaluation.asker import Asker, load_run, pick_device
+from lit_vlm.evaluation.tasks import (
+    TASKS,
+    Evaluated,
+    Prompts,
+    RecordFile,
+    Scoring,
+    Shots,
+    Task,
+    TaskSettings,
+    find_task,
+    run_task,
+)
 from lit_vlm.evaluation.tasks.base import Choosing
 
 
 def main(argv: Sequence[str]) -> None:
-    """Run each task at each number of demonstrations, and print a table.
+    """Run each task at each number of demonstrations on each checkpoint, and print a table.
 
     Raises:
         ValueError: for a wrong value of a flag, a missing file, or as `load_run` and `run_task`.
     """
     arguments = _parser().parse_args(argv)
     shots = _shots(arguments.shots)
+    _check(arguments, shots)
+    found: dict[Path, Named] = {}
+    for source in arguments.checkpoints:
+        one = find_named(source)
+        found.setdefault(one.checkpoint.resolve(), one)
+    named = list(found.values())
+    prompts = [
+        Shots(count, 0 if count else arguments.text_shots, seed=arguments.seed, system=arguments.system)
+        for count in shots
+    ]
+    tasks = _tasks(arguments)
+    with slowly("reading questions", launch().is_first):
+        for task, prompt in product(tasks, prompts):
+            Prompts(task, prompt, arguments.choose)  # reads all files before minutes of work
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    device = _join_processes(arguments.device)
+    main_process = not dist.is_initialized() or dist.get_rank() == 0
+    console = Console(highlight=False, quiet=not main_process)
+    chosen = (
+        getattr(torch, arguments.dtype) if arguments.dtype else choose(torch.device(device).type, scaled=False).dtype
+    )
+    dtype = str(chosen).removeprefix("torch.")
+    console.print(f"weights in {dtype}{'' if arguments.dtype else ', which this device is fast in'}")
+    work = [
+        (task, TaskSettings(prompt, arguments.choose, arguments.think, arguments.limit, arguments.batch_size,
+                            arguments.workers, arguments.max_new_tokens, dtype))
+        for task, prompt in product(tasks, prompts)
+    ]  # fmt: skip
+    results: dict[str, Results] = {}
+    for label, one in zip(labels(named), named, strict=True):
+        out = one.results()
+        if arguments.out is not None:
+            out = arguments.out / label if len(named) > 1 else arguments.out
+        if one.note:
+            console.print(one.note, soft_wrap=True)
+        with slowly(f"loading {one.checkpoint}", shown=main_process):
+            asker = load_run(one.checkpoint, device, chosen)
+        length = arguments.max_length or asker.format.max_length
+        asker = replace(asker, format=replace(asker.format, max_length=length))
+        results[label] = _evaluate(asker, one, work, out, not arguments.overwrite, console)
+        if main_process and not arguments.no_mlflow:
+            log_scores(one, results[label], dtype, out)
+        del asker  # its memory is for the next one
+        release(device)
+    console.print(_table(results))
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if unwritten := [one.unwritten for found in results.values() for one in found.values() if one.unwritten]:
+        raise OSError(
+            f"answers and scores could not be written: {unwritten[0]}. The same command takes up what there is, and "
+            "--out names another folder"
+        )
+
+
+def _evaluate(
+    asker: Asker,
+    named: Named,
+    work: Sequence[tuple[Task, TaskSettings]],
+    out: Path,
+    resume: bool,
+    console: Console,
+) -> Results:
+    """Run tasks on one checkpoint, each with a bar and a line of its own."""
+    results: Results = {}
+    for task, settings in work:
+        name = f"{task.name}, {settings.prompt.shots} shots"
+        folder = out / task.name / settings.prompt.name
+        with ExitStack() as stack:
+            show = _Bar(stack, name, not console.quiet)
+            result = run_task(asker, task, settings, folder, str(named.checkpoint.resolve()), resume, show)
+        results[task.name, settings.prompt.name] = result
+        console.print(f"{name}: {_line(result)}   {folder}", soft_wrap=True)
+    return results
+
+
+def _check(arguments: argparse.Namespace, shots: Sequence[int]) -> None:
+    """Refuse flags that make no sense together; raises ValueError naming them."""
     for flag in ("batch_size", "limit", "max_length", "max_new_tokens"):
         value = getattr(arguments, flag)
         if value is not None and value < 1:
             raise ValueError(f"--{flag.replace('_', '-')} must be at least 1, not {value}")
     if arguments.text_shots and 0 not in shots:
         raise ValueError(f"--text-shots belongs to prompts of 0 shots, and --shots is {arguments.shots}")
-    prompts = {
-        count: Shots(count, 0 if count else arguments.text_shots, seed=arguments.seed, system=arguments.system)
-        for count in shots
-    }
+    if not arguments.task and not arguments.file:
+        raise ValueError("name what is asked: --task for a benchmark, --file for questions of your own")
+    for flag in ("score", "demonstrations"):
+        if getattr(arguments, flag) and not arguments.file:
+            raise ValueError(f"--{flag} belongs to questions of --file, and there is none")
+    if arguments.demonstrations and not any(shots) and not arguments.text_shots:
+        raise ValueError("--demonstrations are put into prompts by --shots, which is 0")
+
+
+def _tasks(arguments: argparse.Namespace) -> list[Task]:
+    """The benchmarks and the files of questions; raises ValueError where two have one name, as their results do."""
     tasks = [_task(name, arguments.data) for name in dict.fromkeys(arguments.task)]
-    for task, prompt in product(tasks, prompts.values()):
-        Prompts(task, prompt, arguments.choose)  # reads all files before minutes of work
-    from transformers.utils.logging import disable_progress_bar
-
-    from lit_vlm.evaluation.asker import load_run
-
-    disable_progress_bar()
-    device = _join_processes(arguments.device)
-    main_process = not dist.is_initialized() or dist.get_rank() == 0
-    console = Console(highlight=False, quiet=not main_process)
-    checkpoint = find_checkpoint(arguments.checkpoint)
-    chosen = (
-        getattr(torch, arguments.dtype) if arguments.dtype else choose(torch.device(device).type, scaled=False).dtype
-    )
-    dtype = str(chosen).removeprefix("torch.")
-    console.print(f"weights in {dtype}{'' if arguments.dtype else ', which this device is fast in'}")
-    run = load_run(checkpoint, device, chosen)
-    length = arguments.max_length or run.format.max_length
-    asker = replace(run, format=replace(run.format, max_length=length))
-    results: dict[tuple[str, int], Evaluated] = {}
-    for task in tasks:
-        for count, prompt in prompts.items():
-            settings = TaskSettings(
-                prompt, arguments.choose, arguments.think, arguments.limit, arguments.batch_size, arguments.workers,
-                arguments.max_new_tokens, dtype,
-            )  # fmt: skip
-            out = arguments.out / task.name / prompt.name
-            with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=console) as progress:
-                bar = progress.add_task(f"{task.name}, {count} shots", total=None)
-                show = partial(_show, progress, bar)
-                result = run_task(asker, task, settings, out, str(checkpoint.resolve()), on_answer=show)
-            results[task.name, count] = result
-            console.print(f"{task.name}, {count} shots: {_line(result)}   {out}", soft_wrap=True)
-    console.print(_table(results, shots))
-    if main_process and not arguments.no_mlflow:
-        _log(results, prompts, arguments.checkpoint, dtype, arguments.out)
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    if unwritten := [result.unwritten for result in results.values() if result.unwritten]:
-        raise OSError(
-            f"answers and scores could not be written: {unwritten[0]}. The same command takes up what there is"
-        )
+    tasks += [RecordFile(file, arguments.score, arguments.demonstrations) for file in dict.fromkeys(arguments.file)]
+    names = [task.name for task in tasks]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"two of what is asked are called {twice[0]}, as their results would be: rename a file")
+    return tasks
 
 
 def _parser() -> argparse.ArgumentParser:
     tasks = "\n".join(f"  {name:14} {task.about}\n{'':17}{task.files}" for name, task in TASKS.items())
     parser = argparse.ArgumentParser(
         prog="lit-vlm evaluate",
-        description="Score a checkpoint on benchmarks in their official file formats, from local folders. Answers,\n"
-        "prompts and settings are saved beside the scores; a run that was cut off goes on where it stopped.\n"
+        description="Score checkpoints on benchmarks in their official file formats, from local folders, or on\n"
+        "questions of your own. Answers, prompts and settings are saved beside the scores; what was cut off goes on\n"
+        "where it stopped.\n"
         "On several devices: torchrun --nproc-per-node N -m lit_vlm evaluate ...",
         epilog=f"tasks, and the files in --data/TASK:\n{tasks}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("checkpoint", help="a checkpoint, or the folder of a run")
+    parser.add_argument(
+        "checkpoints",
+        nargs="+",
+        metavar="RUN",
+        help="folder of `lit-vlm run` (its last finished stage), of a stage (its newest checkpoint), or a checkpoint",
+    )
     parser.add_argument(
         "--task",
         action="append",
-        required=True,
+        default=[],
         metavar="TASK",
         help="one of those below, or the class path of a task; may be given several times",
+    )
+    parser.add_argument(
+        "--file",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="questions of your own: a .jsonl file of records (docs/data.md); may be given several times",
+    )
+    parser.add_argument(
+        "--score",
+        choices=get_args(Scoring),
+        help="of answers to --file: exact match, VQA accuracy, choice of an option, ANLS, relaxed accuracy (numbers "
+        "within 5 %%), F1 of words (default: choice where records have options, else exact)",
     )
     parser.add_argument(
         "--data", type=Path, default=Path("benchmarks"), help="folder with one folder per task (default: benchmarks)"
     )
     parser.add_argument("--shots", default="0", help="demonstrations with pictures, e.g. 0,4 (default: 0)")
+    parser.add_argument(
+        "--demonstrations", metavar="FILE", help="records that those of --file are taken from (default: its others)"
+    )
     parser.add_argument(
         "--text-shots",
         type=int,
@@ -128,14 +212,21 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--workers", type=int, default=2, help="processes that decode pictures (2)")
     parser.add_argument("--max-length", type=int, help="positions of a prompt at most (default: that of the run)")
     parser.add_argument("--max-new-tokens", type=int, help="length of an answer at most (default: the task's)")
-    parser.add_argument("--out", type=Path, default=Path("evaluation"), help="folder of the results (evaluation)")
+    parser.add_argument(
+        "--out", type=Path, help="folder of the results (default: evaluation/ in the folder of each stage)"
+    )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="ask anew and replace answers that are there (default: go on with them)",
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     parser.add_argument(
         "--dtype",
         choices=["float32", "bfloat16", "float16"],
         help="of weights (default: what the device is fast in; scores say which)",
     )
-    parser.add_argument("--no-mlflow", action="store_true", help="log nothing to MLflow")
+    parser.add_argument("--no-mlflow", action="store_true", help="report no score to MLflow")
     return parser
 
 
@@ -148,13 +239,13 @@ def _shots(text: str) -> list[int]:
 
 def _task(name: str, data: Path) -> Task:
     kind = find_task(name)
+    if kind is RecordFile:
+        raise ValueError("--task file: questions of your own are named by --file FILE")
     return kind(str(data / kind.name if kind.needs_files else "."))
 
 
 def _join_processes(device: str | None) -> str:
     """Join the other processes that torchrun or srun started, and choose the device."""
-    from lit_vlm.evaluation.asker import pick_device
-
     started = launch()
     if started.world_size == 1:
         return pick_device(device)
@@ -170,8 +261,20 @@ def _join_processes(device: str | None) -> str:
     return device
 
 
-def _show(progress: Progress, bar: TaskID, done: int, total: int) -> None:
-    progress.update(bar, completed=done, total=total)
+class _Bar:
+    """Shows how many questions are answered, once it is known how many are to be asked."""
+
+    def __init__(self, stack: ExitStack, title: str, shown: bool) -> None:
+        self._stack, self._title, self._shown = stack, title, shown
+        self._advance: Callable[[int], None] | None = None
+        self._done = 0
+
+    def __call__(self, done: int, total: int) -> None:
+        """Show `done` of `total`."""
+        if self._advance is None:
+            self._advance = self._stack.enter_context(progress(self._title, total, shown=self._shown))
+        self._advance(done - self._done)
+        self._done = done
 
 
 def _line(result: Evaluated) -> str:
@@ -184,32 +287,16 @@ def _line(result: Evaluated) -> str:
     return text
 
 
-def _table(results: dict[tuple[str, int], Evaluated], shots: Sequence[int]) -> Table:
+def _table(results: Mapping[str, Results]) -> Table:
+    """A column for each checkpoint, and a row for each score of each prompt."""
     table = Table()
-    table.add_column("task")
-    table.add_column("score")
-    for count in shots:
-        table.add_column(f"{count} shots", justify="right")
-    for name in dict.fromkeys(task for task, _ in results):
-        main_score = results[name, shots[0]].main
-        for score in results[name, shots[0]].scores:
-            values = [f"{results[name, count].scores.get(score, float('nan')):.2f}" for count in shots]
-            table.add_row(name if score == main_score else "", score, *values)
+    for title in ("task", "prompt", "score"):
+        table.add_column(title)
+    for label in results:
+        table.add_column(label, justify="right", overflow="fold")
+    for key in next(iter(results.values())):
+        found = [own[key] for own in results.values()]
+        for score in dict.fromkeys(score for one in found for score in one.scores):
+            values = [f"{one.scores[score]:.2f}" if score in one.scores else "" for one in found]
+            table.add_row(*(key if score == found[0].main else ("", "")), score, *values)
     return table
-
-
-def _log(
-    results: dict[tuple[str, int], Evaluated], prompts: dict[int, Shots], checkpoint: str, dtype: str, out: Path
-) -> None:
-    """Report all scores as one run of MLflow."""
-    from lit_vlm.training.mlflow_run import MLflowRun
-    from lit_vlm.training.mlflow_store import default_uri
-
-    run = MLflowRun(default_uri(), "lit-vlm", "evaluate", {}, out)
-    run.params({"checkpoint": checkpoint, "dtype": dtype})
-    names = {(task, count): f"{task}/{prompts[count].name}" for task, count in results}
-    scores = {
-        f"{names[key]}/{score}": value for key, result in results.items() for score, value in result.scores.items()
-    }
-    run.metrics(scores, step=0)
-    run.end("FINISHED")

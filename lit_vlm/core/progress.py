@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +13,27 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 SECONDS = 5.0
 """Least time between two lines of progress where there is no terminal."""
+
+PATIENCE = 2.0
+"""Seconds of silence after which work of unknown length is named."""
+
+
+@contextmanager
+def slowly(title: str, shown: bool = True) -> Iterator[None]:
+    """Name the work inside the context on the terminal, if it takes long enough to look like a hang.
+
+    Args:
+        title: what is being done; ` ...` is put behind it.
+        shown: False says nothing, for all processes but the first.
+    """
+    teller = threading.Timer(PATIENCE, lambda: sys.stderr.write(f"{title} ...\n"))
+    teller.daemon = True
+    if shown:
+        teller.start()
+    try:
+        yield
+    finally:
+        teller.cancel()
 
 
 @contextmanager

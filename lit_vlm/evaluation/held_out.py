@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from statistics import fmean
 from typing import NamedTuple
 
 import torch
@@ -25,6 +26,37 @@ class Answer(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Judged:
+    """How a model did on one held-out record.
+
+    Attributes:
+        id: id of the record, unique in its source.
+        source: name of the source.
+        expected: the expected answer.
+        answer: what the model wrote.
+        nll: negative log-likelihood of the expected answer, in nats.
+        tokens: number of tokens that `nll` sums over.
+        exact_match: 1 where the answer is the expected one, normalised, else 0.
+        token_f1: F1 over words.
+        choice: the likeliest of the record's options; None without options.
+        choice_accuracy: 1 where that is the expected answer, else 0; None without options.
+        choice_chance: 1 / number of options; None without options.
+    """
+
+    id: str
+    source: str
+    expected: str
+    answer: str
+    nll: float
+    tokens: int
+    exact_match: float
+    token_f1: float
+    choice: str | None = None
+    choice_accuracy: float | None = None
+    choice_chance: float | None = None
+
+
+@dataclass(frozen=True)
 class HeldOutScores:
     """Scores over held-out records.
 
@@ -32,8 +64,8 @@ class HeldOutScores:
         loss: mean negative log-likelihood of the expected answers' tokens, in nats.
         exact_match: share of generated answers that are the expected one, normalised.
         token_f1: mean F1 over words.
-        choice_accuracy: share of records with options whose likeliest option is the expected one.
-        choice_chance: accuracy of guessing: the mean of 1 / number of options.
+        choice_accuracy: share of records with options whose likeliest option is the expected one; None without any.
+        choice_chance: accuracy of guessing: the mean of 1 / number of options; None without any.
         num_records: records that were scored.
         num_choices: records with options that were scored.
         by_source: the scores of each source, where there are several.
@@ -42,32 +74,32 @@ class HeldOutScores:
     loss: float
     exact_match: float
     token_f1: float
-    choice_accuracy: float
-    choice_chance: float
+    choice_accuracy: float | None
+    choice_chance: float | None
     num_records: int
     num_choices: int
     by_source: dict[str, HeldOutScores] = field(default_factory=dict)
 
 
 @torch.no_grad()
-def evaluate_held_out(
+def judge_held_out(
     asker: Asker,
     records: Sequence[Record],
     batch_size: int = 32,
     max_new_tokens: int = 16,
     title: str | None = None,
-) -> HeldOutScores:
-    """Score a model's answers to records; ranks share the records.
+) -> list[Judged]:
+    """Ask a model held-out records, and judge each answer; ranks share the records.
 
     Args:
-        asker: whose model is scored.
+        asker: whose model is asked.
         records: each ends with the expected answer.
         batch_size: records at a time.
         max_new_tokens: length of an answer at most.
         title: title of the progress bar that the first rank shows; None shows no bar.
 
     Returns:
-        the scores over all ranks, of each source too.
+        the answers of all ranks, in the order of the records.
 
     Raises:
         RecordError: for a record that cannot be asked; `held_out_records` leaves those out.
@@ -76,26 +108,27 @@ def evaluate_held_out(
     # All ranks run the same number of batches, as sharded parts run on all ranks together; records may repeat.
     per_rank = -(-len(records) // world)
     mine = list(records[rank::world])
-    padding = [records[0]] * (per_rank - len(mine))
-    sources = sorted({record.source for record in records})
-    totals = torch.zeros(len(sources), len(_Sums._fields), dtype=torch.float64)
+    padded = mine + [records[0]] * (per_rank - len(mine))
+    found: list[Judged] = []
     with progress(title or "", per_rank, shown=title is not None and rank == 0) as advance:
         for start in range(0, per_rank, batch_size):
-            chunk = (mine + padding)[start : start + batch_size]
-            found = _score_batch(asker, chunk, max_new_tokens)
-            # Repeated records are scored, to keep ranks in step, and not counted.
-            for record, sums in zip(chunk[: max(0, len(mine) - start)], found, strict=False):
-                totals[sources.index(record.source)] += torch.tensor(sums, dtype=torch.float64)
+            chunk = padded[start : start + batch_size]
+            found += _judge(asker, chunk, max_new_tokens)
             advance(len(chunk))
+    parts = [found[: len(mine)]]  # those that keep ranks in step are not counted
     if world > 1:
-        moved = totals.to(asker.module.device, torch.float32)
-        dist.all_reduce(moved)
-        totals = moved.cpu().double()
-    scores = _means(_Sums(*totals.sum(0).tolist()))
+        parts = [[] for _ in range(world)]
+        dist.all_gather_object(parts, found[: len(mine)])
+    return [parts[index % world][index // world] for index in range(len(records))]
+
+
+def held_out_scores(judged: Sequence[Judged]) -> HeldOutScores:
+    """The scores over all answers, and those of each source."""
+    sources = sorted({one.source for one in judged})
+    scores = _means(judged)
     if len(sources) == 1:
         return scores
-    rows = zip(sources, totals.tolist(), strict=True)
-    return replace(scores, by_source={source: _means(_Sums(*row)) for source, row in rows})
+    return replace(scores, by_source={name: _means([one for one in judged if one.source == name]) for name in sources})
 
 
 @torch.no_grad()
@@ -113,48 +146,30 @@ def answer_records(asker: Asker, records: Sequence[Record], max_new_tokens: int 
     ]
 
 
-class _Sums(NamedTuple):
-    """Sums over one or several records, of which scores are the means."""
-
-    nll: float
-    tokens: float
-    exact: float
-    f1: float
-    records: float
-    right: float
-    chance: float
-    choices: float
-
-
-def _means(sums: _Sums) -> HeldOutScores:
+def _means(judged: Sequence[Judged]) -> HeldOutScores:
+    right = [one.choice_accuracy for one in judged if one.choice_accuracy is not None]
+    chance = [one.choice_chance for one in judged if one.choice_chance is not None]
     return HeldOutScores(
-        loss=sums.nll / max(1, sums.tokens),
-        exact_match=sums.exact / max(1, sums.records),
-        token_f1=sums.f1 / max(1, sums.records),
-        choice_accuracy=sums.right / max(1, sums.choices),
-        choice_chance=sums.chance / max(1, sums.choices),
-        num_records=int(sums.records),
-        num_choices=int(sums.choices),
+        loss=sum(one.nll for one in judged) / max(1, sum(one.tokens for one in judged)),
+        exact_match=fmean(one.exact_match for one in judged),
+        token_f1=fmean(one.token_f1 for one in judged),
+        choice_accuracy=fmean(right) if right else None,
+        choice_chance=fmean(chance) if chance else None,
+        num_records=len(judged),
+        num_choices=len(right),
     )
 
 
-def _score_batch(asker: Asker, records: Sequence[Record], max_new_tokens: int) -> list[_Sums]:
-    """The sums of each record."""
+def _judge(asker: Asker, records: Sequence[Record], max_new_tokens: int) -> list[Judged]:
     given = asker.answer(asker.encode(records), max_new_tokens)
     scored = asker.score_answers(records)
     found = []
     for record, answer, (nll, tokens), chosen in zip(records, given, *scored, strict=True):
-        expected, num_options = record.messages[-1].text, len(record.options)
-        found.append(
-            _Sums(
-                nll=nll,
-                tokens=tokens,
-                exact=exact_match(answer, expected),
-                f1=token_f1(answer, expected),
-                records=1,
-                right=num_options > 0 and chosen == expected,
-                chance=1 / num_options if num_options else 0,
-                choices=num_options > 0,
-            )
-        )
+        expected = record.messages[-1].text
+        exact, f1 = exact_match(answer, expected), token_f1(answer, expected)
+        one = Judged(record.id, record.source, expected, answer, nll, tokens, exact, f1)
+        if record.options:
+            right, chance = float(chosen == expected), 1 / len(record.options)
+            one = replace(one, choice=chosen, choice_accuracy=right, choice_chance=chance)
+        found.append(one)
     return found

@@ -45,7 +45,7 @@ def held_out_records(asker: Asker, sources: Sequence[Source], limit: int | None 
                 continue
             if record.messages[-1].role == "assistant":
                 # Paths are made absolute, as records of several sources are scored together.
-                absolute = _absolute(record, source.image_folder)
+                absolute = absolute_paths(record, source.image_folder)
                 if reason := _why_not(encode, absolute):
                     left_out[reason] += 1
                 else:
@@ -85,7 +85,8 @@ def _tell(left_out: Counter[str]) -> None:
         log.warning("%d of the held-out records looked at are left out: %s", left_out.total(), reasons)
 
 
-def _absolute(record: Record, folder: Path) -> Record:
+def absolute_paths(record: Record, folder: Path) -> Record:
+    """A record whose pictures, which are found from a folder, are named by absolute paths."""
     messages = tuple(
         Message(
             message.role,

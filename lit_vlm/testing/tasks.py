@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from lit_vlm.evaluation.tasks import Outcome, Task
 from lit_vlm.testing.rules import broken
@@ -32,6 +33,13 @@ def check_task(factory: Callable[[], Task], best: float | None = 100.0) -> None:
         broken(task, f"scores are {sorted(scores)} without '{task.main}'", "`main` names one of them")
     if best is not None and abs(scores[task.main] - best) > 1e-6:
         broken(task, f"right answers have {task.main} {scores[task.main]}, not {best}", "Right answers score best")
+    if task.averaged:
+        # Half of them unanswered: a mean of ones alone would hide how it is made.
+        mixed = [replace(one, answer="", left_out=True) if n % 2 else one for n, one in enumerate(outcomes)]
+        mean, found = 100 * sum(task.score_of(one) or 0.0 for one in mixed) / len(mixed), task.score(mixed)
+        if abs(found.get(task.averaged, float("nan")) - mean) > 1e-6 or task.averaged not in found:
+            broken(task, f"'{task.averaged}' is {found.get(task.averaged)}, and the mean of score_of {mean}",
+                   "`averaged` names the score that is 100 × the mean over questions of score_of")  # fmt: skip
     left_out = task.score([Outcome(example, "", left_out=True) for example in task.examples])
     if not task.perplexity and best is not None and left_out[task.main] >= best:
         broken(task, "what could not be asked counts as right", "No answer is never right: see Outcome.left_out")

@@ -26,6 +26,7 @@ from lit_vlm.checkpoints.weights import read_slots
 from lit_vlm.core.batch import ENCODER, Batch
 from lit_vlm.core.lora import NO_ADAPTERS, Adapters
 from lit_vlm.core.precision import DTYPES, SCALED
+from lit_vlm.core.progress import slowly
 from lit_vlm.core.quantised import UNQUANTISED, Quantize
 from lit_vlm.core.transfer import Fetched, on_host, send_numbers
 from lit_vlm.data.datamodule import VLMData
@@ -179,8 +180,9 @@ class LitVLM(LightningModule):
             ValueError: as `read_slots` and `build.build`.
         """
         start = self.stage.start_from
-        saved = read_slots(start) if start else None
-        model = build(self.slots, saved, tuple(self.stage.fresh), only, origin=str(start))
+        with slowly(f"building the model{f' from {start}' if start else ''}", self.global_rank == 0):
+            saved = read_slots(start) if start else None
+            model = build(self.slots, saved, tuple(self.stage.fresh), only, origin=str(start))
         if only is None or ENCODER in only:
             self.encoder_digest = model.encoder.digest()
         return model

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -9,17 +10,18 @@ from pathlib import Path
 import lightning.pytorch as L
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger
 from mlflow import MlflowClient
 
 from callbacks import Checkpoint, FreezeGuard, GradientMonitor, HeldOut, Memory, Predictions, Throughput
 from lit_vlm.core.batch import VisualTokens
-from lit_vlm.data import ChatML, SquareCrop, VLMData
+from lit_vlm.data import ChatJsonl, ChatML, SquareCrop, VLMData
 from lit_vlm.data.sample.collate import collate
 from lit_vlm.decoders import HFDecoder
 from lit_vlm.embedders import Splice
 from lit_vlm.encoders import HFEncoder, TimmEncoder
 from lit_vlm.evaluation.asker import Asker
-from lit_vlm.evaluation.held_out import evaluate_held_out
+from lit_vlm.evaluation.held_out import held_out_scores, judge_held_out
 from lit_vlm.evaluation.held_out_records import held_out_records
 from lit_vlm.projectors import MLP
 from lit_vlm.training.module import LitVLM
@@ -172,18 +174,46 @@ def test_what_cannot_be_counted_leaves_mfu_out_and_training_goes_on(tmp_path: Pa
     assert run.callback_metrics["throughput/tokens_per_s"] > 0
 
 
-def test_held_out_scores_and_pictures(tmp_path: Path) -> None:
+def test_held_out_scores_and_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     logger = MLflow(tracking_uri=f"sqlite:///{tmp_path}/m.db")
     run = trainer(tmp_path, HeldOut(batch_size=3), Predictions(num=3, every_n_steps=2), logger=logger)
     run.fit(lit(), data())
     scores = json.loads((tmp_path / "held_out.json").read_text())
     assert scores["before"]["num_records"] == 8
     assert scores["after"]["loss"] != scores["before"]["loss"]
+    printed = capsys.readouterr().out
+    assert re.search(r"held out: asking 8 questions of \w+, before training: 0 of 8", printed)
+    assert re.search(r"held out: 8 questions of \w+, each with the pictures of another: loss ", printed)
+    answers = [json.loads(line) for line in (tmp_path / "held_out.jsonl").read_text().splitlines()]
+    for when in ("before", "after", "shuffled"):
+        own = [line for line in answers if line["when"] == when]
+        assert len({line["id"] for line in own}) == len(own) == 8
+        loss = sum(line["nll"] for line in own) / sum(line["tokens"] for line in own)
+        assert loss == pytest.approx(scores[when]["loss"])
+        for name in ("exact_match", "token_f1"):
+            assert sum(line[name] for line in own) / 8 == pytest.approx(scores[when][name])
     answers = json.loads((tmp_path / "answers.json").read_text())
     assert len(answers) == 3
     assert (tmp_path / "answers-step=00000002.png").stat().st_size > 1000
     files = {item.path for item in MlflowClient(f"sqlite:///{tmp_path}/m.db").list_artifacts(logger.version)}
     assert {"answers.png", "answers.json", "answers-step=00000004.png"} <= files
+
+
+def test_without_options_no_score_of_choices_is_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [
+        {"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": "2"}]} for n in range(4)
+    ]
+    (tmp_path / "talk.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    talk = ChatJsonl(str(tmp_path / "talk.jsonl"))
+    logger = CSVLogger(tmp_path)
+    run = trainer(tmp_path, HeldOut(), max_steps=1, logger=logger)
+    run.fit(lit(), VLMData([talk], ChatML(), SquareCrop(), val=[talk], batch_size=2, max_length=256))
+    scores = json.loads((tmp_path / "held_out.json").read_text())["after"]
+    assert (scores["choice_accuracy"], scores["choice_chance"], scores["num_choices"]) == (None, None, 0)
+    assert "choice" not in capsys.readouterr().out
+    logged = (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()[0].split(",")
+    assert "held_out/after_exact_match" in logged
+    assert not {name for name in logged if "choice_accuracy" in name or "choice_chance" in name}
 
 
 def test_what_is_too_long_to_be_asked_is_left_out_with_a_word(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -207,7 +237,7 @@ def test_scores_do_not_depend_on_the_batch_size(tmp_path: Path) -> None:
     run = trainer(tmp_path, max_steps=1)
     run.fit(module, source)
     records = held_out_records(Asker(module, source.format), source.val_sources)
-    one, five = (evaluate_held_out(Asker(module, source.format), records, size) for size in (1, 5))
+    one, five = (held_out_scores(judge_held_out(Asker(module, source.format), records, size)) for size in (1, 5))
     assert one.loss == pytest.approx(five.loss, rel=1e-5)
     assert one.exact_match == five.exact_match
     assert one.choice_accuracy == five.choice_accuracy

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from lit_vlm.core import progress
@@ -24,3 +26,14 @@ def test_a_line_says_how_fast_it_goes_and_how_long_it_takes(
         advance(done)
         clock[0] = progress.SECONDS - 1  # the last line is for work that took longer
     assert capsys.readouterr().out.splitlines() == ["reading: 0 of 1,000", expected]
+
+
+def test_only_work_that_takes_long_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "PATIENCE", 0.05)
+    for title, seconds, shown in (("short", 0.0, True), ("long", 0.4, True), ("of another process", 0.4, False)):
+        with progress.slowly(title, shown):
+            time.sleep(seconds)
+    time.sleep(0.1)
+    assert capsys.readouterr().err == "long ...\n"

@@ -2,7 +2,8 @@
 
 from lit_vlm.evaluation.metrics.captions import Cider
 from lit_vlm.evaluation.metrics.choice import YesNoF1, chosen_letter, first_word_yes_or_no, yes_or_no
-from lit_vlm.evaluation.metrics.text import exact_match, normalise_answer, token_f1
+from lit_vlm.evaluation.metrics.mean import MeanScore
+from lit_vlm.evaluation.metrics.text import ExactMatch, TokenF1, exact_match, normalise_answer, token_f1
 from lit_vlm.evaluation.metrics.vqa import (
     ANLS,
     Accuracy,
@@ -18,7 +19,10 @@ __all__ = [
     "ANLS",
     "Accuracy",
     "Cider",
+    "ExactMatch",
+    "MeanScore",
     "RelaxedAccuracy",
+    "TokenF1",
     "VQAAccuracy",
     "YesNoF1",
     "anls",

@@ -5,6 +5,9 @@ from __future__ import annotations
 import re
 import string
 from collections import Counter
+from collections.abc import Sequence
+
+from lit_vlm.evaluation.metrics.mean import MeanScore
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -27,3 +30,21 @@ def token_f1(answer: str, expected: str) -> float:
         return float(given == wanted)
     common = sum((Counter(given) & Counter(wanted)).values())
     return 2 * common / (len(given) + len(wanted))
+
+
+class ExactMatch(MeanScore):
+    """Share of answers that are one of the references; see `exact_match`."""
+
+    @staticmethod
+    def of(answer: str, references: Sequence[str]) -> float:
+        """The best reference counts."""
+        return max(exact_match(answer, reference) for reference in references)
+
+
+class TokenF1(MeanScore):
+    """Mean F1 of words; see `token_f1`."""
+
+    @staticmethod
+    def of(answer: str, references: Sequence[str]) -> float:
+        """The best reference counts."""
+        return max(token_f1(answer, reference) for reference in references)

@@ -5,9 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
-from torchmetrics import Metric
+from lit_vlm.evaluation.metrics.mean import MeanScore
 
 NUMBERS = {
     word: str(value)
@@ -113,56 +111,38 @@ def anls(answer: str, references: Sequence[str], threshold: float = 0.5) -> floa
     return best if best >= threshold else 0.0
 
 
-class _Mean(Metric):
-    """A mean over questions."""
-
-    total: Tensor
-    count: Tensor
-    higher_is_better = True
-    full_state_update = False
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-
-    def _add(self, score: float) -> None:
-        self.total += score
-        self.count += 1
-
-    def compute(self) -> Tensor:
-        """The mean, from 0 to 1."""
-        return self.total / self.count.clamp(min=1)
-
-
-class VQAAccuracy(_Mean):
+class VQAAccuracy(MeanScore):
     """Official accuracy of VQAv2, OK-VQA, TextVQA and VizWiz; see `vqa_accuracy`."""
 
-    def update(self, answer: str, references: Sequence[str]) -> None:
-        """Add one answer."""
-        self._add(vqa_accuracy(answer, references))
+    @staticmethod
+    def of(answer: str, references: Sequence[str]) -> float:
+        """See `vqa_accuracy`."""
+        return vqa_accuracy(answer, references)
 
 
-class RelaxedAccuracy(_Mean):
+class RelaxedAccuracy(MeanScore):
     """ChartQA; see `relaxed_match`."""
 
-    def update(self, answer: str, references: Sequence[str]) -> None:
-        """Add one answer; the best reference counts."""
-        self._add(max(relaxed_match(answer, reference) for reference in references))
+    @staticmethod
+    def of(answer: str, references: Sequence[str]) -> float:
+        """The best reference counts."""
+        return max(relaxed_match(answer, reference) for reference in references)
 
 
-class ANLS(_Mean):
+class ANLS(MeanScore):
     """DocVQA; see `anls`."""
 
-    def update(self, answer: str, references: Sequence[str]) -> None:
-        """Add one answer."""
-        self._add(anls(answer, references))
+    @staticmethod
+    def of(answer: str, references: Sequence[str]) -> float:
+        """See `anls`."""
+        return anls(answer, references)
 
 
-class Accuracy(_Mean):
+class Accuracy(MeanScore):
     """Share of answers that are one of the references after lower-casing and without a final period (GQA, choices)."""
 
-    def update(self, answer: str, references: Sequence[str]) -> None:
-        """Add one answer."""
+    @staticmethod
+    def of(answer: str, references: Sequence[str]) -> float:
+        """1 if it is one of the references, else 0."""
         given = answer.strip().rstrip(".").lower()
-        self._add(any(given == reference.strip().rstrip(".").lower() for reference in references))
+        return float(any(given == reference.strip().rstrip(".").lower() for reference in references))

@@ -7,6 +7,7 @@ from lit_vlm.evaluation.tasks.captions import CocoCaptions, Flickr30k
 from lit_vlm.evaluation.tasks.choice import AI2D, MMMU, SEED, CVBench, MMBench, MMStar, ScienceQA
 from lit_vlm.evaluation.tasks.evaluate import Evaluated, run_task
 from lit_vlm.evaluation.tasks.prompts import Prompts, Shots
+from lit_vlm.evaluation.tasks.records import RecordFile, Scoring
 from lit_vlm.evaluation.tasks.scenes import SceneQuestions, SceneText
 from lit_vlm.evaluation.tasks.text import MMLU, Perplexity
 from lit_vlm.evaluation.tasks.vqa import GQA, OKVQA, ChartQA, DocVQA, TextVQA, VizWiz, VQAv2
@@ -17,6 +18,7 @@ TASKS: dict[str, type[Task]] = {
     for task in (
         VQAv2, OKVQA, TextVQA, VizWiz, GQA, ChartQA, DocVQA, POPE, MME, ScienceQA, MMBench, SEED, MMMU, CVBench, MMStar,
         AI2D, CocoCaptions, Flickr30k, MMLU, Perplexity, SceneQuestions, SceneText,
+        RecordFile,
     )
 }  # fmt: skip
 """The tasks of the kit by their names on the command line."""
@@ -53,9 +55,11 @@ __all__ = [
     "Outcome",
     "Perplexity",
     "Prompts",
+    "RecordFile",
     "SceneQuestions",
     "SceneText",
     "ScienceQA",
+    "Scoring",
     "Shots",
     "Task",
     "TaskSettings",

@@ -134,7 +134,7 @@ class _Asked(NamedTuple):
 
 def _stand_in(asker: Asker, prompts: Prompts, example: Example) -> _Asked:
     """A prompt that can always be asked, in place of an example's: without pictures and demonstrations."""
-    plain = replace(example, images=(), question="?")
+    plain = replace(example, images=(), question="?", turns=())
     if prompts.task.perplexity:
         record = document(plain, prompts.task.name)
         return _Asked(plain, record, asker.sample_encoder("document")(record, Path("/")))

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from lit_vlm.data.records import Image
+from lit_vlm.data.records import Image, Message
 from lit_vlm.data.records.files import list_files
 from lit_vlm.evaluation.metrics import chosen_letter
 from lit_vlm.evaluation.metrics.choice import LETTERS
@@ -30,6 +30,8 @@ class Example:
         references: right answers; with options, the text of the right option.
         options: texts to choose from, in the order of their letters.
         group: group of examples that has scores of its own, such as a category.
+        turns: the question as a conversation that ends with it, with texts and pictures in an order of their own; the
+            prompt then has these in place of `images` and `question`. Empty for most.
     """
 
     id: str
@@ -38,6 +40,7 @@ class Example:
     references: tuple[str, ...]
     options: tuple[str, ...] = ()
     group: str = ""
+    turns: tuple[Message, ...] = ()
 
     @property
     def letter(self) -> str:
@@ -65,9 +68,9 @@ class Outcome:
 
     @property
     def right(self) -> bool:
-        """Whether the chosen option has the text of the right one; two options may have the same text."""
+        """Whether the chosen option has the text of a right one; two options may have the same text."""
         letter = "" if self.left_out else chosen_letter(self.answer, self.example.options)
-        return letter != "" and self.example.options[LETTERS.index(letter)] == self.example.references[0]
+        return letter != "" and self.example.options[LETTERS.index(letter)] in self.example.references
 
 
 class Task(ABC):
@@ -83,25 +86,27 @@ class Task(ABC):
         instruction: line that follows every question (LLaVA-1.5's evaluation).
         max_new_tokens: length of an answer at most.
         main: name of the score that stands for the task.
+        averaged: name of the score that is 100 × the mean over questions of `score_of`; "" where none is.
         choosing: how one of several options is chosen: the model writes its letter (`generate`), or the likeliest
             letter or text of an option counts.
         lists_options: whether the question is followed by its options with their letters.
         split: the split that is evaluated, as the benchmark's files call it.
         demonstration_split: the split that demonstrations are taken from; "" where there is none.
         same_group: whether demonstrations are of the example's group.
-        needs_files: whether the task reads files.
+        needs_files: whether the task reads the files of a folder.
         perplexity: whether the likelihood of the examples' text is measured, and no question is asked.
 
     Raises:
         ValueError: when there is no such folder.
     """
 
-    name: ClassVar[str]
+    name: str
+    main: str = "accuracy"
+    averaged: str = ""
     about: ClassVar[str]
     files: ClassVar[str]
     instruction: ClassVar[str] = ""
     max_new_tokens: ClassVar[int] = 16
-    main: ClassVar[str] = "accuracy"
     choosing: ClassVar[Choosing] = "generate"
     lists_options: ClassVar[bool] = True
     split: ClassVar[str] = "test"
@@ -160,6 +165,13 @@ class Task(ABC):
     @abstractmethod
     def score(self, outcomes: Sequence[Outcome]) -> dict[str, float]:
         """Scores by name, in the unit that papers print; `main` is among them."""
+
+    def score_of(self, outcome: Outcome) -> float | None:
+        """The score of one question, from 0 to 1, by which runs can be compared question by question.
+
+        None where a question has no score of its own.
+        """
+        return None
 
     def ask(self, example: Example) -> str:
         """The text of the question as the model reads it: with its options by letter, and the instruction."""

@@ -27,12 +27,17 @@ class MultipleChoice(Task):
 
     instruction = LETTER
     max_new_tokens = 8
+    averaged = "accuracy"
     groups: ClassVar[str] = "group"
     """Word for groups of questions in the names of scores."""
 
     def score(self, outcomes: Sequence[Outcome]) -> dict[str, float]:
         """Accuracy in percent, over all questions and of each group."""
         return choice_accuracy(outcomes, self.groups)
+
+    def score_of(self, outcome: Outcome) -> float:
+        """1 for a right choice, else 0."""
+        return float(outcome.right)
 
     def rows(self, *names: str) -> Iterator[tuple[str, dict[str, Any]]]:
         """Rows of all Parquet files in the folder whose file names contain one of `names`, each with its place.
@@ -228,6 +233,7 @@ class CVBench(MultipleChoice):
     about = "2-D and 3-D vision; mean of ADE20K and COCO, and of that with Omni3D"
     files = "test*.parquet (huggingface.co/datasets/nyu-visionx/CV-Bench)"
     main = "mean"
+    averaged = ""
     groups = "task"
 
     def read(self, split: str) -> list[Example]:

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from lit_vlm import __version__
+from lit_vlm.data.records import Message, Text
 from lit_vlm.data.sources.base import describe
 from lit_vlm.evaluation.asker import Asker
 from lit_vlm.evaluation.tasks.ask import TaskSettings, ask
@@ -53,7 +54,7 @@ def run_task(
     out: Path | None = None,
     checkpoint: str = "",
     resume: bool = True,
-    on_answer: Callable[[int, int], None] | None = None,
+    on_answer: Callable[[int, int], object] = lambda done, total: None,
 ) -> Evaluated:
     """Ask every example of a task, score the answers, and write both.
 
@@ -67,7 +68,8 @@ def run_task(
         out: folder for answers.jsonl and scores.json.
         checkpoint: path of the checkpoint, for the files. Answers of another path or time of writing are refused.
         resume: take answers that `out` holds; otherwise they are removed.
-        on_answer: called after each answer with the number of answers of this process so far and in the end.
+        on_answer: called at the start and after each answer with the number of answers of this process so far and in
+            the end.
 
     Raises:
         ValueError: where `out` holds answers of another checkpoint, task or setting, no example could be asked, or as
@@ -87,20 +89,25 @@ def run_task(
     mine = left[rank::world]
     found: list[dict[str, Any]] = []
     keep = _partial(out, rank, how)
+    on_answer(0, len(mine))
     with asker.evaluating():
         for line in ask(asker, prompts, mine, settings, -(-len(left) // world), out is not None):
             found.append(line)
             keep(line)
-            if on_answer is not None:
-                on_answer(len(found), len(mine))
+            on_answer(len(found), len(mine))
     lines = done | {line["id"]: line for of_rank in _gathered(found) for line in of_rank}
-    result = _result(task, examples, lines)
+    outcomes = [_outcome(example, lines[example.id]) for example in examples]
+    try:
+        result = _result(task, outcomes, lines)
+    except ValueError:
+        _clear(out if rank == 0 else None)
+        raise
     if out is not None and rank == 0:
         asked = {example.id for example in examples}
         others = [line for key, line in done.items() if key not in asked]  # of a run with a larger limit, or none
-        lines_in_order = [*(lines[example.id] for example in examples), *others]
+        lines_in_order = [*(lines[one.example.id] | _score_of(task, one) for one in outcomes), *others]
         try:
-            _write(out, result, task, settings, checkpoint, how, lines_in_order)
+            _write(out, _saved(result, task, settings, checkpoint, outcomes), how, lines_in_order)
         except OSError as error:  # the others wait, and a training run goes on
             result = replace(result, unwritten=str(error))
             log.warning("answers and scores could not be written: %s", error)
@@ -129,22 +136,39 @@ def _partial(out: Path | None, rank: int, how: str) -> Callable[[dict[str, Any]]
     return keep
 
 
-def _result(task: Task, examples: Sequence[Example], lines: Mapping[str, dict[str, Any]]) -> Evaluated:
-    outcomes = [_outcome(example, lines[example.id]) for example in examples]
-    left_out = dict(sorted(Counter(lines[one.id]["left_out"] for one in examples if lines[one.id]["left_out"]).items()))
-    if sum(left_out.values()) == len(examples):
+def _result(task: Task, outcomes: Sequence[Outcome], lines: Mapping[str, dict[str, Any]]) -> Evaluated:
+    asked = [lines[one.example.id] for one in outcomes]
+    left_out = dict(sorted(Counter(line["left_out"] for line in asked if line["left_out"]).items()))
+    if sum(left_out.values()) == len(asked):
         raise ValueError(
-            f"task {task.name}: none of {len(examples)} examples could be asked: {left_out}, first: "
-            f"{lines[examples[0].id].get('detail', '')}"
+            f"task {task.name}: none of {len(asked)} examples could be asked: {left_out}, first: "
+            f"{asked[0].get('detail', '')}"
         )
-    return Evaluated(task.score(outcomes), task.main, len(examples), left_out)
+    return Evaluated(task.score(outcomes), task.main, len(outcomes), left_out)
+
+
+def _clear(out: Path | None) -> None:
+    """Remove what an attempt without any answer left in the folder."""
+    if out is None:
+        return
+    for partial in out.glob("answers.*.partial.jsonl"):
+        partial.unlink()
+    if out.is_dir() and not any(out.iterdir()):
+        out.rmdir()
+
+
+def _score_of(task: Task, outcome: Outcome) -> dict[str, Any]:
+    """The score of one question and its group, as fields of its line."""
+    return {"score": task.score_of(outcome), "group": outcome.example.group}
 
 
 def _how(asker: Asker, task: Task, settings: TaskSettings, checkpoint: str) -> str:
     questions, written = hashlib.sha256(), asker.format
     for one in task.examples:
         paths = [image.path for image in one.images]
-        questions.update(json.dumps([one.id, one.question, one.options, one.references, paths]).encode())
+        turns = [_described(turn) for turn in one.turns]
+        what = [one.id, one.question, one.options, one.references, paths, *([turns] if turns else [])]
+        questions.update(json.dumps(what).encode())
     text = json.dumps(
         [
             checkpoint, _written(checkpoint), task.name, str(task.folder.resolve()), questions.hexdigest(),
@@ -153,6 +177,17 @@ def _how(asker: Asker, task: Task, settings: TaskSettings, checkpoint: str) -> s
         ]
     )  # fmt: skip
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _described(turn: Message) -> list[Any]:
+    """A turn as plain values, pictures by their paths or the hashes of their bytes."""
+    content: list[Any] = [turn.role]
+    for part in turn.content:
+        if isinstance(part, Text):
+            content.append(part.text)
+        else:
+            content.append([hashlib.sha256(part.data).hexdigest() if part.data is not None else part.path])
+    return content
 
 
 def _written(checkpoint: str) -> int:
@@ -184,36 +219,28 @@ def _read_answers(out: Path, how: str) -> dict[str, dict[str, Any]]:
                 line = json.loads(text)
             except ValueError:
                 continue
+            if line["left_out"]:  # it can be asked by now, its picture may exist; in any case it is no answer
+                continue
             if line.pop("how", None) != how:
                 raise ValueError(
-                    f"{file} holds answers of another checkpoint, task or setting: choose another --out, or remove it"
+                    f"{file} holds answers of another checkpoint, of other questions or settings: --overwrite asks "
+                    "anew and replaces them, another --out keeps them"
                 )
-            if not line["left_out"]:  # its picture may exist by now
-                done[line["id"]] = line
+            done[line["id"]] = line
     return done
 
 
-def _write(
-    out: Path,
-    result: Evaluated,
-    task: Task,
-    settings: TaskSettings,
-    checkpoint: str,
-    how: str,
-    lines: Sequence[dict[str, Any]],
-) -> None:
-    """Write all answers in the order of the task, and the scores; remove partial files."""
-    out.mkdir(parents=True, exist_ok=True)
-    scratch = out / f"{ANSWERS}.{os.getpid()}"
-    with scratch.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps({"how": how} | line, ensure_ascii=False) + "\n" for line in lines)
-    scratch.replace(out / ANSWERS)
-    for partial in out.glob("answers.*.partial.jsonl"):
-        partial.unlink()
-    saved = {
+def _saved(
+    result: Evaluated, task: Task, settings: TaskSettings, checkpoint: str, outcomes: Sequence[Outcome]
+) -> dict[str, Any]:
+    """The content of scores.json."""
+    options = [len(one.example.options) for one in outcomes]
+    return {
         "task": task.name,
         "scores": result.scores,
         "main": result.main,
+        "averaged": task.averaged or None,
+        "chance": 100 * sum(1 / count for count in options) / len(options) if all(options) else None,
         "count": result.count,
         "left_out": result.left_out,
         "checkpoint": checkpoint,
@@ -222,4 +249,15 @@ def _write(
         "lit_vlm": __version__,
         "torch": torch.__version__,
     }
+
+
+def _write(out: Path, saved: Mapping[str, Any], how: str, lines: Sequence[dict[str, Any]]) -> None:
+    """Write all answers in the order of the task, and the scores; remove partial files."""
+    out.mkdir(parents=True, exist_ok=True)
+    scratch = out / f"{ANSWERS}.{os.getpid()}"
+    with scratch.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps({"how": how} | line, ensure_ascii=False) + "\n" for line in lines)
+    scratch.replace(out / ANSWERS)
+    for partial in out.glob("answers.*.partial.jsonl"):
+        partial.unlink()
     (out / SCORES).write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")

@@ -108,13 +108,13 @@ class Prompts:
         Raises:
             ValueError: as `demonstrations`.
         """
-        messages: list[Message] = []
+        messages = [turn for turn in example.turns if turn.role == "system"]
         if self.shots.system is not None:
-            messages.append(Message("system", (Text(self.shots.system),)))
+            messages = [Message("system", (Text(self.shots.system),))]
         for number, shown in enumerate(self.demonstrations(example)):
-            messages.append(self._question(shown, images=number >= self.shots.text_shots))
+            messages += self._question(shown, images=number >= self.shots.text_shots)
             messages.append(Message("assistant", (Text(self._solve(shown)),)))
-        messages.append(self._question(example, think=think))
+        messages += self._question(example, think=think)
         if thought is not None:
             messages.append(Message("assistant", (Text(thought or THINK),)))
             messages.append(Message("user", (Text(f"{CONCLUDE}\n{self.task.instruction}".rstrip()),)))
@@ -129,12 +129,25 @@ class Prompts:
     def _solve(self, example: Example) -> str:
         return example.references[0] if self.choosing == "option" else self.task.solve(example)
 
-    def _question(self, example: Example, images: bool = True, think: bool = False) -> Message:
+    def _question(self, example: Example, images: bool = True, think: bool = False) -> list[Message]:
+        """The question as one message, or, of an example with turns, as these."""
         text = example.question if self.choosing == "option" else self.task.ask(example)
         if think:
             text = text.removesuffix(self.task.instruction).rstrip() + f"\n{THINK}"
+        if example.turns:
+            return self._turns(example, images, text.removeprefix(example.question))
         shown: tuple[Content, ...] = tuple(self._absolute(image) for image in example.images) if images else ()
-        return Message("user", (*shown, Text(f"\n{text}" if shown else text)))
+        return [Message("user", (*shown, Text(f"\n{text}" if shown else text)))]
+
+    def _turns(self, example: Example, images: bool, behind: str) -> list[Message]:
+        """The turns of an example without the system's, with or without pictures, and a text behind the last."""
+        messages = []
+        for turn in example.turns:
+            parts = [self._absolute(part) if isinstance(part, Image) else part for part in turn.content]
+            kept = tuple(part for part in parts if images or isinstance(part, Text))
+            if turn.role != "system":
+                messages.append(Message(turn.role, kept))
+        return [*messages[:-1], Message("user", (*messages[-1].content, *((Text(behind),) if behind else ())))]
 
     def _absolute(self, image: Image) -> Image:
         """The image under its absolute path, which may be outside of the folder: benchmarks share pictures by links."""

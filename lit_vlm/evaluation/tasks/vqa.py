@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from torchmetrics import Metric
-
 from lit_vlm.data.records import Image
-from lit_vlm.evaluation.metrics import ANLS, Accuracy, RelaxedAccuracy, VQAAccuracy
+from lit_vlm.evaluation.metrics import ANLS, Accuracy, MeanScore, RelaxedAccuracy, VQAAccuracy
 from lit_vlm.evaluation.tasks.base import Example, Outcome, Task
 
 SHORT = "Answer the question using a single word or phrase."
@@ -18,7 +16,8 @@ class ShortAnswers(Task):
     """Short answers; the score is the mean of a metric over questions, in percent."""
 
     instruction = SHORT
-    metric: ClassVar[type[Metric]] = VQAAccuracy
+    averaged = "accuracy"
+    metric: type[MeanScore] = VQAAccuracy
 
     def score(self, outcomes: Sequence[Outcome]) -> dict[str, float]:
         """The metric in percent, over all questions and of each group."""
@@ -26,13 +25,13 @@ class ShortAnswers(Task):
         groups = sorted({one.example.group for one in outcomes} - {""})
         return scores | {f"{self.main}/{g}": self._mean([o for o in outcomes if o.example.group == g]) for g in groups}
 
+    def score_of(self, outcome: Outcome) -> float:
+        """The metric, from 0 to 1."""
+        # A question that was left out is wrong, even where the normalised reference is empty, as its answer is.
+        return 0.0 if outcome.left_out else self.metric.of(outcome.answer, outcome.example.references)
+
     def _mean(self, outcomes: Sequence[Outcome]) -> float:
-        metric = self.metric()
-        answered = [one for one in outcomes if not one.left_out]
-        for one in answered:
-            metric.update(one.answer, one.example.references)
-        # Questions that were left out are wrong, even where the normalised reference is empty, as their answer is.
-        return 100 * float(metric.compute()) * len(answered) / len(outcomes) if answered else 0.0
+        return 100 * sum(map(self.score_of, outcomes)) / len(outcomes)
 
 
 class CocoVQA(ShortAnswers):
@@ -197,7 +196,7 @@ class DocVQA(ShortAnswers):
     files = "val_v1.0_withQT.json (or val_v1.0.json) and documents/ (docvqa.org)"
     metric = ANLS
     split = "val"
-    main = "anls"
+    main = averaged = "anls"
     max_new_tokens = 32
 
     def read(self, split: str) -> list[Example]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from lit_vlm.data.records import Image
 from lit_vlm.data.records.files import visible
 from lit_vlm.data.records.media import IMAGE_SUFFIXES
-from lit_vlm.evaluation.metrics import YesNoF1, first_word_yes_or_no
+from lit_vlm.evaluation.metrics import YesNoF1, first_word_yes_or_no, yes_or_no
 from lit_vlm.evaluation.tasks.base import Example, Outcome, Task
 from lit_vlm.evaluation.tasks.vqa import SHORT
 
@@ -61,6 +61,10 @@ class POPE(Task):
                 scores[f"{key}/{split}"] = 100 * float(value)
                 means[key].append(100 * float(value))
         return {key: sum(values) / len(values) for key, values in means.items()} | scores
+
+    def score_of(self, outcome: Outcome) -> float:
+        """1 for a right answer, else 0."""
+        return float(not outcome.left_out and yes_or_no(outcome.answer) == outcome.example.references[0])
 
 
 class MME(Task):
@@ -122,8 +126,7 @@ class MME(Task):
             pairs: dict[str, list[bool]] = defaultdict(list)
             for one in outcomes:
                 if one.example.group == category:
-                    right = first_word_yes_or_no(one.answer) == one.example.references[0]
-                    pairs[self.unit(one.example)].append(right and not one.left_out)
+                    pairs[self.unit(one.example)].append(self.score_of(one) == 1)
             every = [right for pair in pairs.values() for right in pair]
             both = [all(pair) for pair in pairs.values()]
             scores[category] = 100 * sum(every) / len(every) + 100 * sum(both) / len(both)
@@ -132,3 +135,7 @@ class MME(Task):
             "cognition": sum(scores.get(category, 0.0) for category in self.cognition),
         }
         return sums | scores
+
+    def score_of(self, outcome: Outcome) -> float:
+        """1 for a right answer, else 0."""
+        return float(not outcome.left_out and first_word_yes_or_no(outcome.answer) == outcome.example.references[0])

@@ -142,10 +142,10 @@ def test_a_run_goes_on_where_it_stopped(asker: Asker, tmp_path: Path) -> None:
     assert run_task(asker, Lettered(count=2), TaskSettings(limit=2), out, str(checkpoint)).count == 2
     assert lines(out) == answers
     for other in (TaskSettings(Shots(1)), TaskSettings(choosing="letter")):
-        with pytest.raises(ValueError, match="another checkpoint, task or setting"):
+        with pytest.raises(ValueError, match="of another checkpoint, of other questions or settings: --overwrite"):
             run_task(asker, Lettered(count=2), other, out, str(checkpoint))
     for other_task in (Lettered(count=3), scenes()):
-        with pytest.raises(ValueError, match="another checkpoint, task or setting"):
+        with pytest.raises(ValueError, match="of another checkpoint, of other questions or settings: --overwrite"):
             run_task(asker, other_task, TaskSettings(max_new_tokens=3), out, str(checkpoint))
     os.utime(checkpoint, ns=(1, 1))  # other weights in the same place
     with pytest.raises(ValueError, match="another checkpoint"):

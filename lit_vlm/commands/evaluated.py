@@ -1,0 +1,83 @@
+"""What `lit-vlm evaluate` does with scores that are there: their report to MLflow."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from lit_vlm.checkpoints.folder import step_of
+from lit_vlm.commands.named_runs import Named
+from lit_vlm.evaluation.tasks import Evaluated
+from lit_vlm.training.mlflow_run import RUN_FILE, MLflowRun
+from lit_vlm.training.mlflow_store import SQLITE, connect, default_uri, first_line, has_run
+
+Results = dict[tuple[str, str], Evaluated]
+"""Name of a task and of a prompt → the result."""
+
+log = logging.getLogger(__name__)
+
+
+def log_scores(named: Named, results: Mapping[tuple[str, str], Evaluated], dtype: str, out: Path) -> None:
+    """Report scores as `evaluate/TASK/PROMPT/SCORE`: to the MLflow run of the checkpoint's stage.
+
+    A stage that was trained without MLflow gets a run of its own for them. What cannot be reported is warned of.
+
+    Args:
+        named: the checkpoint.
+        results: its results.
+        dtype: type of the weights.
+        out: folder of the results, beside which unsent reports are kept for a run of its own.
+    """
+    scores = {
+        f"evaluate/{task}/{prompt}/{score}": value
+        for (task, prompt), result in results.items()
+        for score, value in result.scores.items()
+    }
+    step = max(0, step_of(named.checkpoint))
+    if (named.folder / RUN_FILE).is_file():
+        run = _of_stage(named.folder)
+        if run is not None:
+            run.metrics(scores, step)
+            if waiting := run.flush():
+                log.warning("MLflow: %d reports wait: lit-vlm sync %s sends them", waiting, named.folder)
+        return
+    run = MLflowRun(default_uri(), "lit-vlm", f"evaluate {named.folder.name}", {}, out)
+    run.params({"checkpoint": str(named.checkpoint), "dtype": dtype})
+    run.metrics(scores, step)
+    run.end("FINISHED")
+
+
+def _of_stage(folder: Path) -> MLflowRun | None:
+    """The MLflow run of a stage, to add to; None, with a warning, where its store no longer has it.
+
+    It has a file of unsent reports of its own, as training may still be under way and use that of the stage.
+    """
+    why = ""
+    try:
+        known = MLflowRun.of_folder(folder)
+    except ValueError as error:
+        log.warning("MLflow: %s; scores are in files alone", error)
+        return None
+    file = Path(known.uri.removeprefix(SQLITE))
+    if known.uri.startswith(SQLITE) and not file.exists():  # asking would make an empty store there
+        why = f"{file} is gone"
+    elif known.run_id is not None:
+        try:
+            why = "" if has_run(connect(known.uri), known.run_id) else f"{known.uri} has no run {known.run_id} any more"
+        except Exception as error:  # a store that does not answer now may later: reports wait
+            log.warning("MLflow: %s does not answer (%s)", known.uri, first_line(error))
+    if why or known.run_id is None:
+        log.warning("MLflow: %s; scores are in files alone", why or f"{folder / RUN_FILE} names no run")
+        return None
+    return MLflowRun(known.uri, known.experiment, known.name, known.tags, folder, known.run_id)
+
+
+def release(device: str) -> None:
+    """Free the memory of a model that is no longer held."""
+    gc.collect()
+    if device != "cpu":
+        torch.cuda.empty_cache()
