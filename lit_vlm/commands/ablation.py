@@ -136,7 +136,7 @@ class Ablation:
         mark = folder / EVALUATION / f"{one.name.rpartition('.')[2]}-{key}.done"
         return Task(
             f"{node.id} {one.name}",
-            lambda: ["evaluate", str(folder), *words, "--out", str(folder / EVALUATION)],
+            lambda: ["evaluate", str(folder), *words],
             mark.with_suffix(".txt"),
             mark.is_file,
             (node.id,),

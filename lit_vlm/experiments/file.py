@@ -65,7 +65,10 @@ class Evaluation(_Model):
         """Arguments of `lit-vlm evaluate`, but for the checkpoint."""
         named = {"task": self.task, "file": self.file, "score": self.score, "data": self.data, "limit": self.limit}
         words = [word for key, value in named.items() if value is not None for word in (f"--{key}", str(value))]
-        return [*words, "--shots", ",".join(map(str, self.shots)), *flag_words(self.flags)]
+        words += ["--shots", ",".join(map(str, self.shots))]
+        for key, value in self.flags.items():
+            words += [f"--{key}", *([] if value is True else [str(value)])]  # --think takes no value
+        return words
 
 
 class Claim(_Model):

@@ -58,7 +58,7 @@ def test_variants_are_commands(tmp_path: Path) -> None:
 def test_evaluations_are_arguments_of_the_command(tmp_path: Path) -> None:
     scenes, mine = read(tmp_path, FULL).evaluate
     assert scenes.words() == ["--task", "scenes", "--shots", "0,4"]
-    words = "--file mine.jsonl --score vqa --limit 5 --shots 0 --think true"
+    words = "--file mine.jsonl --score vqa --limit 5 --shots 0 --think"
     assert (mine.name, mine.words()) == ("mine", words.split())
 
 
