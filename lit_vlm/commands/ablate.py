@@ -47,8 +47,9 @@ def main(argv: Sequence[str]) -> None:
     console = Console(highlight=False)
     if options.on == SLURM and not options.dry_run:
         need_sbatch()
-    sys.stderr.write("checking the flags and data of all variants ...\n")
-    ablation = make(file, folder, options.only or (), here=options.on != SLURM)
+    sys.stderr.write(f"checking the flags {'of' if options.dry_run else 'and data of'} all variants ...\n")
+    # What a dry run lists is missing data, too.
+    ablation = make(file, folder, options.only or (), here=options.on != SLURM, data=not options.dry_run)
     _show_plan(ablation, console)
     if options.on == SLURM:
         _submit(ablation, options, console)

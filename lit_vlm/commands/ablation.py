@@ -159,7 +159,7 @@ def opened(folder: Path) -> Ablation:
     return Ablation(folder, file, {name: RunState.load(folder / run.folder) for name, run in first.items()}, plan)
 
 
-def make(file: AblationFile, folder: Path, only: Sequence[str] = (), here: bool = True) -> Ablation:
+def make(file: AblationFile, folder: Path, only: Sequence[str] = (), here: bool = True, data: bool = True) -> Ablation:
     """Resolve the settings of all runs, and find the stages that they share.
 
     Args:
@@ -167,6 +167,7 @@ def make(file: AblationFile, folder: Path, only: Sequence[str] = (), here: bool 
         folder: its folder.
         only: names of variants; default: all.
         here: whether it runs on this machine; else no GPU of it is asked for.
+        data: whether the data is there; without, stages are told apart by their settings alone.
 
     Raises:
         ValueError: for an unknown variant, recipe, stage or scale.
@@ -182,7 +183,7 @@ def make(file: AblationFile, folder: Path, only: Sequence[str] = (), here: bool 
             words = stage_words(recipe, state, stage, folder / STAGES / stage, None)
             commands.append([*words, *(() if here else CPU)])
             places.append((name, stage))
-    found = dict(zip(places, examine(commands), strict=True))
+    found = dict(zip(places, examine(commands, data), strict=True))
     plan = make_plan(
         _wanted(RunKey(name, seed), state, stage, found[name, stage])
         for seed in file.seeds

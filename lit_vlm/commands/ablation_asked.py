@@ -95,9 +95,11 @@ def _content(asked: Asked, named: str) -> dict[str, Any]:
     given: dict[str, Any] = {"recipe": named}
     if _is_file(named):
         given = read_file(Path(named)).model_dump(exclude_unset=True)
-    given |= {key: value for key in ("scale", "strategy") if (value := getattr(options, key)) is not None}
-    if asked.stages is not None:
-        given["stages"] = asked.stages
+    axes = {"scale": options.scale, "strategy": options.strategy, "stages": asked.stages}
+    chosen = {key: value for key, value in axes.items() if value is not None}
+    given |= chosen
+    for name, flags in given.get("variants", {}).items():  # the command wins, also where a variant has its own
+        given["variants"][name] = {key: value for key, value in flags.items() if key not in chosen}
     if options.seeds is not None:
         given["seeds"] = _seeds(options.seeds)
     if options.vary:

@@ -26,20 +26,30 @@ class Examined(NamedTuple):
     on_gpus: bool
 
 
-def examine(commands: Sequence[Sequence[str]]) -> list[Examined]:
+def examine(commands: Sequence[Sequence[str]], data: bool = True) -> list[Examined]:
     """Parse the flags of stages, build their objects and sources, and read what their data is; no part is built.
 
     Args:
         commands: arguments of `lit-vlm fit`, `fit` among them.
+        data: whether the data is there; without, flags are parsed alone, and nothing is known of data and devices.
 
     Raises:
         SystemExit: for a wrong flag or missing data, which has been reported in one line.
     """
-    return apart(_examine_all, commands)
+    return apart(_examine_all if data else _parse_all, commands)
 
 
 def _examine_all(commands: Sequence[Sequence[str]]) -> list[Examined]:
     return [_examine(take_plugins(list(words[1:]))) for words in commands]
+
+
+def _parse_all(commands: Sequence[Sequence[str]]) -> list[Examined]:
+    quiet()
+    with quietly():
+        from lit_vlm.commands.diff import resolved
+
+        load_plugins()
+        return [Examined(resolved(take_plugins(list(words[1:]))), {}, 1, on_gpus=False) for words in commands]
 
 
 def _examine(words: Sequence[str]) -> Examined:

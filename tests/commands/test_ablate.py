@@ -55,6 +55,21 @@ def test_a_command_adds_to_a_file(tmp_path: Path) -> None:
     assert name_for([str(tmp_path / "steps.yaml")], file) == "steps"
 
 
+def test_a_command_wins_over_a_variant(tmp_path: Path) -> None:
+    variants = {"small": {"scale": "tiny", "strategy": "ddp", "model.projector": "MLP"}}
+    file, _ = read([written(tmp_path, variants=variants, claims=[]), "--scale", "mini"])
+    assert [(one.scale, one.strategy) for one in file.all_variants()] == [("mini", None), ("mini", "ddp")]
+
+
+def test_a_dry_run_lists_missing_data(tmp_path: Path) -> None:
+    file = written(tmp_path, seeds=1, variants={"own": {"data.train": "none.json"}}, claims=[], stages=["2_sft"])
+    done = lit_vlm(tmp_path, "ablate", file, "--dry-run", check=False)
+    assert done.returncode == 1
+    assert "missing or wrong: " in done.stdout
+    assert "none.json" in done.stdout
+    assert "not ready: own\n" in done.stdout
+
+
 def test_a_command_needs_no_file() -> None:
     lora = "2_sft.model.decoder.lora={off: null, on: {r: 8}}"
     words = ["eve", "--scale", "mini", "--vary", "model.projector=Linear,MLP", "--vary", lora, "--seeds", "3"]
