@@ -22,7 +22,7 @@ VERBS = {
     "plan": "say what stages take: memory, time, cost, and what makes them fit",
     "bench": "measure stages on this machine: speed, memory, and where the time goes",
     "tune": "search learning rates and other settings of a recipe, by Optuna",
-    "compare": "show what finished runs reached, side by side",
+    "compare": "show what finished runs reached, side by side, and which differences are beyond chance",
     "probe": "find out what can be read from a decoder's layers about depth, objects or whole pictures",
     "evaluate": "score checkpoints on benchmarks, or on questions of your own, with or without demonstrations",
     "chat": "ask a trained model about pictures",
