@@ -98,8 +98,10 @@ def _submit(ablation: Ablation, options: argparse.Namespace, console: Console) -
         raise ValueError(f"--gpus is at least 0, not {options.gpus}")
     folder, name = ablation.folder, f"ablate-{ablation.folder.name}"
     mlflow = absolute_uri(default_uri())
-    words, site = ["ablate", "--resume", *(["--sequential"] if options.sequential else [])], site_of(options)
-    job = Job(name, folder, words, 1, options.gpus, 1, site, (), options.jobs or 1, options.container, mlflow)
+    words = ["ablate", "--resume", *(["--sequential"] if options.sequential else [])]
+    words += [word for variant in options.only or () for word in ("--only", variant)]
+    workers, site = options.jobs or 1, site_of(options)
+    job = Job(name, folder, words, 1, options.gpus, 1, site, (), workers, options.container, mlflow)
     text = script(job)
     console.print(text, markup=False, soft_wrap=True)
     if options.dry_run:

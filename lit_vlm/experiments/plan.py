@@ -16,6 +16,7 @@ PLAN_FILE, STAGES, RUNS = "plan.json", "stages", "runs"
 """File and folders of an ablation: the plan, the stages that are trained, and the runs, which link to them."""
 NO_EFFECT = {
     "trainer": (
+        "accelerator",  # `auto` is another one on another machine
         "default_root_dir",
         "logger",
         "enable_progress_bar",
@@ -26,7 +27,7 @@ NO_EFFECT = {
     "preemption": None,
     "watchdog": None,
 }
-"""Settings on which no weight and no score depends: groups, and keys of a group."""
+"""Settings on which no weight and no score depends but by rounding: groups, and keys of a group."""
 
 
 class RunKey(NamedTuple):

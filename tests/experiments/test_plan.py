@@ -42,6 +42,7 @@ def changed(path: str, value: object) -> dict[str, Any]:
         ("trainer.max_steps", 4, True),
         ("trainer.logger", "y", False),
         ("trainer.default_root_dir", "b", False),
+        ("trainer.accelerator", "cpu", False),
         ("watchdog", None, False),
         ("model.stage.start_from", "b", False),  # what it starts from is known by its own identity
     ],
