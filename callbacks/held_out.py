@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -116,12 +116,12 @@ def _metrics(prefix: str, scores: HeldOutScores) -> dict[str, float]:
 
 def _rows(found: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     """A table of all scores so far: those of all sources, and of each one where there are several."""
-    rows = []
-    for when, scores in found.items():
-        for source, own in {"all": scores, **scores.get("by_source", {})}.items():
-            values = {key: value for key, value in own.items() if isinstance(value, int | float)}
-            rows.append({"when": when, "source": source, **values})
-    return rows
+    columns = [field.name for field in fields(HeldOutScores) if field.name != "by_source"]
+    return [
+        {"when": when, "source": source, **{column: own.get(column) for column in columns}}
+        for when, scores in found.items()
+        for source, own in {"all": scores, **scores.get("by_source", {})}.items()
+    ]
 
 
 def _line(scores: HeldOutScores) -> str:

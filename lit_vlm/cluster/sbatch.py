@@ -105,7 +105,7 @@ def _options(job: Job) -> list[str]:
         "nodes": job.nodes,
         "ntasks-per-node": job.tasks,
         "gpus-per-node": job.gpus or None,
-        "cpus-per-task": site.cpus_per_gpu,
+        "cpus-per-task": site.cpus_per_gpu and site.cpus_per_gpu * max(1, job.gpus // job.tasks),
         "mem": site.mem,
         "time": site.time,
         "array": _ranges(job.seeds or range(job.workers)) or None,
@@ -205,7 +205,7 @@ job="${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}"
 job="${job:-$SLURM_JOB_ID}"
 mkdir -p -- "$run"
 attempts="$run/%(attempts)s"
-note() { printf '%%s\\t' "$(date -Is)" "$job" "$@" >>"$attempts"; echo >>"$attempts"; }
+note() { local line; printf -v line '%%s\\t' "$(date -Is)" "$job" "$@"; printf '%%s\\n' "$line" >>"$attempts"; }
 before=$(reached)
 note %(start)s "$before"
 echo "$(date -Is) job $job, started again ${SLURM_RESTART_COUNT:-0} times, on $SLURM_JOB_NODELIST"

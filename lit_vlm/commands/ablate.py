@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -17,15 +17,15 @@ from lit_vlm.cluster.queue import Submitted, need_sbatch
 from lit_vlm.cluster.sbatch import Job, script
 from lit_vlm.commands.ablation import Ablation, make, opened
 from lit_vlm.commands.ablation_asked import FINDINGS, SLURM, name_for, read
-from lit_vlm.commands.ablation_runs import Tracked, report, study_of
-from lit_vlm.commands.submit import put_into_queue, site_of
-from lit_vlm.core.launcher import PREEMPTED
+from lit_vlm.commands.ablation_runs import Tracked, is_decided, report, runs_of, study_of
+from lit_vlm.commands.submit import put_into_queue, refuse_queued, site_of
+from lit_vlm.core.launcher import ASKING, PREEMPTED
 from lit_vlm.core.written import write_whole
 from lit_vlm.experiments.live import cost_line, known_seconds, live_table, plan_table, print_states
 from lit_vlm.experiments.pool import Pool, Slots, State, Task, last_words
-from lit_vlm.experiments.report import Study, findings, findings_table, tested
+from lit_vlm.experiments.report import findings, findings_table
 from lit_vlm.experiments.report.words import headline
-from lit_vlm.experiments.statistics import Judged, Tested, judge_looks, planned_looks
+from lit_vlm.experiments.statistics import planned_looks
 from lit_vlm.training.mlflow_store import absolute_uri, default_uri
 
 COMMAND = "command.txt"
@@ -42,6 +42,8 @@ def main(argv: Sequence[str]) -> None:
     if argv[:1] == [FINDINGS]:
         _findings(argv[1:])
         return
+    for one in ASKING:  # as later on, and before there is anything to save
+        signal.signal(one, lambda *_: sys.exit(PREEMPTED))
     file, options = read(argv)
     folder = options.out or Path("runs") / name_for(argv, file)
     console = Console(highlight=False)
@@ -49,39 +51,52 @@ def main(argv: Sequence[str]) -> None:
         need_sbatch()
     sys.stderr.write(f"checking the flags {'of' if options.dry_run else 'and data of'} all variants ...\n")
     # What a dry run lists is missing data, too.
-    ablation = make(file, folder, options.only or (), here=options.on != SLURM, data=not options.dry_run)
+    ablation = make(file, folder, here=options.on != SLURM, data=not options.dry_run)
     _show_plan(ablation, console)
     if options.on == SLURM:
-        _submit(ablation, options, console)
+        _submit(ablation, options, console, argv)
     elif options.dry_run:
         _dry_run(ablation, console)
     else:
-        command = f"lit-vlm ablate {shlex.join(argv)}"
-        _run(ablation, _slots(options.jobs), console, command, options.sequential)
+        _keep_command(folder, argv)
+        _run(ablation, _slots(options.jobs), console, options.only or ())
 
 
 def _findings(folders: Sequence[str]) -> None:
     """Print a Markdown table of the claims of several ablations, for a page of documentation."""
+    if not folders:
+        raise ValueError(f"{FINDINGS} DIR...: name the folders of ablations")
     studies = []
     for folder in map(Path, folders):
         ablation = opened(folder)
-        command = (folder / COMMAND).read_text(encoding="utf-8").strip() if (folder / COMMAND).is_file() else ""
-        study = study_of(ablation, ablation.file.seeds, command)
+        study = study_of(ablation, runs_of(ablation, ablation.file.seeds), _command(folder))
         if study is None:
             raise ValueError(f"{folder} has no finished run yet: lit-vlm ablate --resume --out {folder}")
         studies.append(study)
     sys.stdout.write(findings_table(studies))
 
 
+def _keep_command(folder: Path, argv: Sequence[str]) -> None:
+    """Write the command into the folder, unless it goes on with what is there."""
+    if "--resume" not in argv or not (folder / COMMAND).is_file():
+        write_whole(folder / COMMAND, f"lit-vlm ablate {shlex.join(argv)}\n")
+
+
+def _command(folder: Path) -> str:
+    """The command that an ablation was begun with."""
+    return (folder / COMMAND).read_text(encoding="utf-8").strip() if (folder / COMMAND).is_file() else ""
+
+
 def _show_plan(ablation: Ablation, console: Console) -> None:
     plan, file = ablation.plan, ablation.file
     runs, trained = len(plan.runs), len(plan.nodes)
     if file.about:
-        console.print(file.about, soft_wrap=True)
+        console.print(file.about, soft_wrap=True, markup=False)
     console.print(
         f"{len(ablation.states)} variants × {len(file.seeds)} seeds = {runs} runs of {plan.wanted} stages; "
         f"{trained} train, as {plan.wanted - trained} are shared; into {ablation.folder}",
         soft_wrap=True,
+        markup=False,
     )
     console.print(plan_table(plan))
     seconds = known_seconds(plan, _folders(ablation), ablation.earlier())
@@ -92,13 +107,13 @@ def _folders(ablation: Ablation) -> dict[str, Path]:
     return {node: ablation.stage(node) for node in ablation.plan.nodes}
 
 
-def _submit(ablation: Ablation, options: argparse.Namespace, console: Console) -> None:
+def _submit(ablation: Ablation, options: argparse.Namespace, console: Console, argv: Sequence[str]) -> None:
     """Write the script of an array of jobs, each of which takes what is left to do, and submit it."""
     if options.gpus < 0:
         raise ValueError(f"--gpus is at least 0, not {options.gpus}")
     folder, name = ablation.folder, f"ablate-{ablation.folder.name}"
     mlflow = absolute_uri(default_uri())
-    words = ["ablate", "--resume", *(["--sequential"] if options.sequential else [])]
+    words = ["ablate", "--resume"]
     words += [word for variant in options.only or () for word in ("--only", variant)]
     workers, site = options.jobs or 1, site_of(options)
     job = Job(name, folder, words, 1, options.gpus, 1, site, (), workers, options.container, mlflow)
@@ -106,8 +121,9 @@ def _submit(ablation: Ablation, options: argparse.Namespace, console: Console) -
     console.print(text, markup=False, soft_wrap=True)
     if options.dry_run:
         return
-    tracked = Tracked(ablation)
-    ablation.save(tracked.run_id)
+    refuse_queued([folder])
+    _keep_command(folder, argv)
+    ablation.save(Tracked(ablation).run_id)
     number = put_into_queue(folder, text)
     Submitted(number, ()).save(folder)
     console.print(
@@ -153,40 +169,45 @@ def _gpus(_: None) -> tuple[str, ...]:
     return visible_gpus()
 
 
-def _run(ablation: Ablation, slots: Slots, console: Console, command: str, sequential: bool) -> None:
+def _run(ablation: Ablation, slots: Slots, console: Console, only: Sequence[str]) -> None:
     """Run what is left to do, one seed after the other where each is to be judged, and report."""
     tracked = Tracked(ablation)
     ablation.save(tracked.run_id)
-    write_whole(ablation.folder / COMMAND, f"{command}\n")
     seeds = ablation.file.seeds
-    looks = planned_looks(seeds) if sequential else None
-    rounds: list[list[Tested]] = []
-    judged: list[Judged] | None = None
-    for count in looks.seeds if looks is not None else [len(seeds)]:
-        used = seeds[:count]
-        tasks = ablation.tasks(used, tracked.environment)
+    for count in planned_looks(seeds).seeds if ablation.file.sequential else [len(seeds)]:
+        tasks = ablation.tasks(seeds[:count], tracked.environment, only)
         pool = _go(ablation, tasks, slots, console)
-        ablation.save(tracked.run_id)
-        study = study_of(ablation, used, command)
-        if looks is not None and study is not None and not _has_failed(pool, tasks):
-            rounds.append(tested(study))
-            judged = judge_looks(looks, rounds)
-            study = replace(study, judged=judged)
-        if study is not None:
-            _report(ablation, study, tracked, console)
+        decided, error = False, None
+        if pool.asked is None:
+            try:
+                decided = _report(ablation, seeds[:count], tracked, console)
+            except Exception as raised:  # whatever it is, runs are kept, and what failed of them is said
+                error = raised
         _end(tasks, pool, tracked, console)
-        if judged is not None and all(one.verdict in ("shown", "contradicted") for one in judged):
+        if error is not None:
+            tracked.end("FAILED")
+            raise ValueError(f"no report: {error}; the runs are kept, and the same command makes it again") from error
+        if decided:
             break
     tracked.end("FINISHED")
 
 
-def _report(ablation: Ablation, study: Study, tracked: Tracked, console: Console) -> None:
-    """Write the report, and say what it says."""
+def _report(ablation: Ablation, seeds: Sequence[int], tracked: Tracked, console: Console) -> bool:
+    """Write the report, and say what it says; whether every claim is decided.
+
+    Raises:
+        ValueError: where there is none; runs are kept, and the same command makes it again.
+    """
+    ablation.save(tracked.run_id)
+    study = study_of(ablation, runs_of(ablation, seeds), _command(ablation.folder))
+    if study is None:
+        return False
+    files = report(ablation, study, tracked)
     for finding in findings(study):
         share = study.example(finding.claim.score).share if finding.judged is not None else False
         console.print(headline(finding, share), soft_wrap=True, markup=False)
-    files = report(ablation, study, tracked)
-    console.print(f"report: {', '.join(map(str, files))}", soft_wrap=True)
+    console.print(f"report: {', '.join(map(str, files))}", soft_wrap=True, markup=False)
+    return is_decided(study)
 
 
 def _go(ablation: Ablation, tasks: Sequence[Task], slots: Slots, console: Console) -> Pool:
@@ -205,10 +226,6 @@ def _go(ablation: Ablation, tasks: Sequence[Task], slots: Slots, console: Consol
     return pool
 
 
-def _has_failed(pool: Pool, tasks: Sequence[Task]) -> bool:
-    return pool.asked is not None or any(pool.states[task.name] is not State.DONE for task in tasks)
-
-
 def _end(tasks: Sequence[Task], pool: Pool, tracked: Tracked, console: Console) -> None:
     """Say what failed.
 
@@ -224,7 +241,7 @@ def _end(tasks: Sequence[Task], pool: Pool, tracked: Tracked, console: Console) 
     for task in failed:
         console.print(
             f"[red]{task.name} ended with exit code {pool.codes[task.name]}[/]: {escape(last_words(task.log))}  "
-            f"({task.log})",
+            f"({escape(str(task.log))})",
             soft_wrap=True,
         )
     if failed:

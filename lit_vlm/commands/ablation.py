@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,7 +79,10 @@ class Ablation:
         """Folders of stages of other runs, beside this ablation, of a recipe and scale that it has as well."""
         known = {(state.recipe, state.scale) for state in self.states.values()}
         for file in self.folder.parent.glob(f"*/{STATE_FILE}"):
-            state = RunState.load(file.parent)
+            try:
+                state = RunState.load(file.parent)
+            except (OSError, ValueError, TypeError):  # broken, or of another version
+                continue
             if (state.recipe, state.scale) in known:
                 yield from (file.parent / stage for stage in state.done)
 
@@ -100,14 +104,17 @@ class Ablation:
                 self.stage(node).mkdir(parents=True, exist_ok=True)
                 _link(folder / stage, self.stage(node))
 
-    def tasks(self, seeds: Sequence[int], environment: Callable[[Node], Mapping[str, str]]) -> list[Task]:
+    def tasks(
+        self, seeds: Sequence[int], environment: Callable[[Node], Mapping[str, str]], only: Sequence[str] = ()
+    ) -> list[Task]:
         """What is to be done for some seeds: stages, and behind the last one of each run its evaluations.
 
         Args:
             seeds: the seeds.
             environment: variables of the processes of a stage.
+            only: names of variants; default: all.
         """
-        asked = [run for run in self.plan.runs if run.seed in seeds]
+        asked = [run for run in self.plan.runs if run.seed in seeds and (not only or run.variant in only)]
         wanted = {node for run in asked for node in self.plan.runs[run].values()}
         last = {self.plan.last(run).id for run in asked}
         tasks = []
@@ -132,10 +139,13 @@ class Ablation:
 
     def _evaluation(self, node: Node, one: Evaluation, environment: Mapping[str, str]) -> Task:
         folder, words = self.stage(node.id), one.words()
-        key = hashlib.sha256(" ".join(words).encode()).hexdigest()[:8]
+        digest = hashlib.sha256(" ".join(words).encode())
+        if one.file is not None and one.file.is_file():
+            digest.update(one.file.read_bytes())
+        key = digest.hexdigest()[:8]
         mark = folder / EVALUATION / f"{one.name.rpartition('.')[2]}-{key}.done"
         return Task(
-            f"{node.id} {one.name}",
+            f"{node.id} {one.name} {key}",
             lambda: ["evaluate", str(folder), *words],
             mark.with_suffix(".txt"),
             mark.is_file,
@@ -159,22 +169,21 @@ def opened(folder: Path) -> Ablation:
     return Ablation(folder, file, {name: RunState.load(folder / run.folder) for name, run in first.items()}, plan)
 
 
-def make(file: AblationFile, folder: Path, only: Sequence[str] = (), here: bool = True, data: bool = True) -> Ablation:
+def make(file: AblationFile, folder: Path, here: bool = True, data: bool = True) -> Ablation:
     """Resolve the settings of all runs, and find the stages that they share.
 
     Args:
         file: the ablation.
         folder: its folder.
-        only: names of variants; default: all.
         here: whether it runs on this machine; else no GPU of it is asked for.
         data: whether the data is there; without, stages are told apart by their settings alone.
 
     Raises:
-        ValueError: for an unknown variant, recipe, stage or scale.
+        ValueError: for an unknown recipe, stage or scale, or a folder that holds something else.
         SystemExit: for a wrong flag or missing data, which has been reported in one line.
     """
-    variants = _chosen(file.all_variants(), only)
-    states = {variant.name: _state(variant) for variant in variants}
+    _refuse_other(file, folder)
+    states = {variant.name: _state(variant) for variant in file.all_variants()}
     commands, places = [], []
     for name, state in states.items():
         use_plugins(state.plugins)
@@ -193,11 +202,19 @@ def make(file: AblationFile, folder: Path, only: Sequence[str] = (), here: bool 
     return Ablation(folder, file, states, plan)
 
 
-def _chosen(variants: Sequence[Variant], only: Sequence[str]) -> list[Variant]:
-    names = [variant.name for variant in variants]
-    if unknown := [name for name in only if name not in names]:
-        raise ValueError(f"--only {unknown[0]}: there is no such variant; variants: {', '.join(names)}")
-    return [variant for variant in variants if not only or variant.name in only]
+def _refuse_other(file: AblationFile, folder: Path) -> None:
+    """Refuse the folder of a run, or of an ablation of something else.
+
+    Raises:
+        ValueError: naming both.
+    """
+    if (folder / STATE_FILE).is_file():
+        raise ValueError(f"{folder} is the folder of a run: choose another --out")
+    if (folder / FILE).is_file():
+        there = read_file(folder / FILE)
+        if (there.recipe, there.about) != (file.recipe, file.about):
+            other = there.about or f"an ablation of {there.recipe}"
+            raise ValueError(f"{folder} holds another ablation ({other}): choose another --out")
 
 
 def _state(variant: Variant) -> RunState:
@@ -222,9 +239,13 @@ def _wanted(run: RunKey, state: RunState, stage: str, found: Examined) -> Wanted
 
 
 def _link(link: Path, target: Path) -> None:
-    """Let a name in the folder of a run stand for a stage; a link to another one is replaced."""
-    text = os.path.relpath(target, link.parent)
-    if link.is_symlink() and os.readlink(link) == text:
-        return
-    link.unlink(missing_ok=True)
-    link.symlink_to(text, target_is_directory=True)
+    """Let a name in the folder of a run stand for a stage; a link to another one is replaced.
+
+    Raises:
+        ValueError: where a folder has the name.
+    """
+    if link.is_dir() and not link.is_symlink():
+        raise ValueError(f"{link} is a folder, and no link to a stage of the ablation: move it away")
+    scratch = link.with_name(f".{link.name}-{uuid.uuid4().hex}")
+    scratch.symlink_to(os.path.relpath(target, link.parent), target_is_directory=True)
+    scratch.replace(link)

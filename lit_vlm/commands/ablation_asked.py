@@ -77,10 +77,9 @@ def read(argv: Sequence[str]) -> tuple[AblationFile, argparse.Namespace]:
     if named is None:
         raise ValueError("name the file of an ablation, or a recipe with --vary, as the first argument")
     file = parsed(_content(asked, named), named if _is_file(named) else "lit-vlm ablate")
-    if options.sequential and not file.claims:
-        raise ValueError(f"--sequential adds seeds until claims are decided, and {named} makes none: add 'claims'")
-    if options.sequential and len(file.seeds) < 2:
-        raise ValueError("--sequential needs two seeds or more to choose from: add them to 'seeds', or by --seeds 5")
+    known = [variant.name for variant in file.all_variants()]
+    if unknown := [name for name in options.only or () if name not in known]:
+        raise ValueError(f"--only {unknown[0]}: there is no such variant; variants: {', '.join(known)}")
     return file, options
 
 
@@ -95,18 +94,31 @@ def _content(asked: Asked, named: str) -> dict[str, Any]:
     given: dict[str, Any] = {"recipe": named}
     if _is_file(named):
         given = read_file(Path(named)).model_dump(exclude_unset=True)
-    axes = {"scale": options.scale, "strategy": options.strategy, "stages": asked.stages}
-    chosen = {key: value for key, value in axes.items() if value is not None}
-    given |= chosen
-    for name, flags in given.get("variants", {}).items():  # the command wins, also where a variant has its own
-        given["variants"][name] = {key: value for key, value in flags.items() if key not in chosen}
+    if options.sequential:
+        given["sequential"] = True
     if options.seeds is not None:
         given["seeds"] = _seeds(options.seeds)
     if options.vary:
         given["grid"] = given.get("grid", {}) | dict(_varied(text) for text in options.vary)
-    if flags := _flags(asked.flags):
-        given["base"] = given.get("base", {}) | flags
-    return given
+    axes = {"scale": options.scale, "strategy": options.strategy, "stages": asked.stages}
+    chosen = {key: value for key, value in axes.items() if value is not None}
+    return _with(given, chosen, _flags(asked.flags))
+
+
+def _with(given: dict[str, Any], axes: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
+    """The keys of an ablation, where axes and flags of the command win over those of its base and its variants.
+
+    Raises:
+        ValueError: for one that is among the flags of the grid.
+    """
+    if both := [name for name in (*axes, *flags) if name in given.get("grid", {})]:
+        raise ValueError(f"--{both[0]} is what the grid varies: leave it out, or change the grid by --vary")
+
+    def rest(own: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in own.items() if name not in axes and name not in flags}
+
+    variants = {name: rest(own) for name, own in given.get("variants", {}).items()}
+    return given | axes | {"base": rest(given.get("base", {})) | flags, "variants": variants}
 
 
 def _is_file(named: str) -> bool:
@@ -114,11 +126,12 @@ def _is_file(named: str) -> bool:
 
 
 def name_for(argv: Sequence[str], file: AblationFile) -> str:
-    """A name for the folder, the same for the same command."""
+    """A name for the folder, the same for the same command; a file among a recipe's has the recipe's name in it."""
     first = Path(argv[0])
     if _is_file(argv[0]):
-        return first.stem
-    varied = [flag.rpartition(".")[2] for flag in file.grid]
+        beside = first.absolute().parent
+        return f"{beside.parent.name}-{first.stem}" if beside.name == "ablations" else first.stem
+    varied = [flag.replace(".", "_") if flag.count(".") > 1 else flag.rpartition(".")[2] for flag in file.grid]
     return "-".join(filter(None, (Path(file.recipe).name, file.scale, *varied)))
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from lit_vlm.checkpoints.folder import is_done
@@ -15,15 +17,17 @@ from lit_vlm.commands.run import uses_mlflow
 from lit_vlm.experiments.file import BASE
 from lit_vlm.experiments.live import known_seconds
 from lit_vlm.experiments.plan import Node, RunKey
-from lit_vlm.experiments.report import Study, log_report, write_report
+from lit_vlm.experiments.report import Study, log_report, tested, write_report
 from lit_vlm.experiments.results import Claim, Run
 from lit_vlm.experiments.scores import read_run
-from lit_vlm.experiments.statistics import Judged
+from lit_vlm.experiments.statistics import Tested, judge_looks, planned_looks
 from lit_vlm.training.mlflow_run import PARENT_RUN, MLflowRun, known_run
 from lit_vlm.training.mlflow_store import default_uri
 from lit_vlm.training.run_tags import RUN, for_children
 
 EXPERIMENT = "lit-vlm"
+
+log = logging.getLogger(__name__)
 
 
 class Tracked:
@@ -92,21 +96,35 @@ def finished(ablation: Ablation, seeds: Sequence[int]) -> list[RunKey]:
     return sorted(runs, key=lambda run: (order.index(run.variant), run.seed))
 
 
-def study_of(
-    ablation: Ablation, seeds: Sequence[int], command: str, judged: Sequence[Judged] | None = None
-) -> Study | None:
-    """What the finished runs show; None while none has finished.
+def runs_of(ablation: Ablation, seeds: Sequence[int]) -> list[Run]:
+    """The finished runs that can be read, variant by variant; of any other, the reason is warned of.
 
     Args:
         ablation: the ablation.
         seeds: the seeds that count.
+    """
+    runs = []
+    for run in finished(ablation, seeds):
+        try:
+            runs.append(read_run(ablation.folder / run.folder, run.variant))
+        except ValueError as error:
+            log.warning("left out of the report: %s", error)
+    return runs
+
+
+def study_of(ablation: Ablation, runs: Sequence[Run], command: str) -> Study | None:
+    """What finished runs show; None without any.
+
+    Where seeds are added one by one, verdicts allow for that, and seeds behind the one that decided do not count.
+
+    Args:
+        ablation: the ablation.
+        runs: its finished runs.
         command: the command that makes it again.
-        judged: verdicts of a sequential design.
 
     Raises:
-        ValueError: where a finished run cannot be read.
+        ValueError: where seeds are added one by one and a claim cannot be judged.
     """
-    runs: list[Run] = [read_run(ablation.folder / run.folder, run.variant) for run in finished(ablation, seeds)]
     if not runs:
         return None
     file = ablation.file
@@ -114,8 +132,31 @@ def study_of(
     claims = [Claim(one.text, one.better, one.worse, one.score, source) for one in file.claims]
     names = {run.variant for run in runs}
     base = BASE if BASE in names else runs[0].variant
-    title = file.about or ablation.folder.name
-    return Study(title, base, runs, claims, (), command, _about(ablation), judged)
+    study = Study(file.about or ablation.folder.name, base, runs, claims, (), command, _about(ablation))
+    return _looked(ablation, study) if file.sequential else study
+
+
+def _looked(ablation: Ablation, study: Study) -> Study:
+    """The study of the seeds of the latest complete look, with its verdicts; without any look, all claims are open."""
+    seeds = ablation.file.seeds
+    looks = planned_looks(seeds)
+    rounds: list[list[Tested]] = []
+    latest = study
+    for count in looks.seeds:
+        runs = [run for run in study.runs if run.seed in seeds[:count]]
+        if len(runs) < count * len(ablation.states):
+            break
+        then = replace(study, runs=runs)
+        rounds.append(tested(then))
+        latest = replace(then, judged=judge_looks(looks, rounds))
+        if is_decided(latest):
+            break
+    return latest if rounds else replace(study, claims=())
+
+
+def is_decided(study: Study) -> bool:
+    """Whether every claim is shown or contradicted."""
+    return study.judged is not None and all(one.verdict in ("shown", "contradicted") for one in study.judged)
 
 
 def report(ablation: Ablation, study: Study, tracked: Tracked) -> list[Path]:

@@ -59,7 +59,27 @@ def _examine(words: Sequence[str]) -> Examined:
 
         load_plugins()
         cli = ExaminedCLI([*words, "--trainer.logger", "false"])
+        _check(cli.config.trainer)
         device = cli.trainer.strategy.root_device
         return Examined(
             cli.settings, cli.datamodule.fingerprints(), len(cli.trainer.device_ids) or 1, device.type == "cuda"
+        )
+
+
+def _check(trainer: Any) -> None:
+    """Refuse what an ablation cannot give a stage.
+
+    Raises:
+        ValueError: for several machines, or devices by their numbers.
+    """
+    if trainer.num_nodes not in (1, "auto"):
+        raise ValueError(
+            f"trainer.num_nodes is {trainer.num_nodes}, and an ablation runs each stage on one machine: lit-vlm submit "
+            "runs one variant on several"
+        )
+    counted = isinstance(trainer.devices, int) or str(trainer.devices).lstrip("-").isdecimal()
+    if not counted and trainer.devices != "auto":
+        raise ValueError(
+            f"trainer.devices is {trainer.devices}, and an ablation gives each stage its devices: say how many, and by "
+            "CUDA_VISIBLE_DEVICES which there are"
         )

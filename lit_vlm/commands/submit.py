@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> None:
     folders = [folder / f"seed-{seed}" for seed in seeds] or [folder]
     for one, seed in zip(folders, seeds or [None], strict=True):
         into(one, state if seed is None else replace(state, flags=[*state.flags, SEED, str(seed)]))
-    _refuse_queued([folder, *folders])
+    refuse_queued([folder, *folders])
     # No GPU of this machine is asked for, as it is not the one that trains.
     check_commands(
         [[*command_of(recipe, state, stage, folder), "--trainer.accelerator", "cpu"] for stage in state.stages]
@@ -180,7 +180,7 @@ def _words(asked: Asked, state: RunState) -> list[str]:
     return [*words, *state.flags]
 
 
-def _refuse_queued(folders: Sequence[Path]) -> None:
+def refuse_queued(folders: Sequence[Path]) -> None:
     """Refuse a folder whose run is in the queue.
 
     Raises:

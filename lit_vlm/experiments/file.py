@@ -67,7 +67,8 @@ class Evaluation(_Model):
         words = [word for key, value in named.items() if value is not None for word in (f"--{key}", str(value))]
         words += ["--shots", ",".join(map(str, self.shots))]
         for key, value in self.flags.items():
-            words += [f"--{key}", *([] if value is True else [str(value)])]  # --think takes no value
+            if value is not False and value is not None:
+                words += [f"--{key}", *([] if value is True else [str(value)])]  # --think takes no value
         return words
 
 
@@ -87,6 +88,15 @@ class Claim(_Model):
     score: str
 
 
+class _Axes(_Model):
+    """What a variant may have of its own besides flags."""
+
+    recipe: str
+    scale: str | None
+    strategy: str | None
+    stages: tuple[str, ...] | None
+
+
 class AblationFile(_Model):
     """What an ablation runs, compares and judges.
 
@@ -97,12 +107,13 @@ class AblationFile(_Model):
         scale: its scale; default: the recipe's.
         strategy: how it is sharded; default: the recipe's.
         stages: which stages; default: the recipe's.
-        seeds: seeds of every variant; a number stands for 0, 1, ... With `--sequential` they are used one by one.
+        seeds: seeds of every variant; a number stands for 0, 1, ...
+        sequential: whether seeds are added one by one, until every claim is decided.
         base: flags of all variants, as for `lit-vlm run` without dashes: name → value.
         variants: name → flags; `recipe`, `scale`, `strategy` and `stages` among them replace those above.
         grid: flag → values, or names → values; each combination is a variant.
         evaluate: what the last stage of each run is asked, besides what it leaves by itself.
-        claims: what is judged. Default: each variant against the base, by the first score.
+        claims: what is judged; without, the report compares each variant with the base.
     """
 
     about: str = ""
@@ -115,6 +126,7 @@ class AblationFile(_Model):
     base: dict[str, Any] = Field(default_factory=dict)
     variants: dict[str, dict[str, Any]] = Field(default_factory=dict)
     grid: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    sequential: bool = False
     evaluate: tuple[Evaluation, ...] = ()
     claims: tuple[Claim, ...] = ()
 
@@ -125,9 +137,16 @@ class AblationFile(_Model):
             if seeds < 1:
                 raise ValueError("at least one seed is needed")
             return tuple(range(seeds))
-        if isinstance(seeds, list) and len(set(map(str, seeds))) < len(seeds):
-            raise ValueError("a seed is named twice")
         return seeds or None
+
+    @field_validator("seeds")
+    @classmethod
+    def _told_apart(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(seeds)) < len(seeds):
+            raise ValueError("a seed is named twice")
+        if any(seed < 0 for seed in seeds):
+            raise ValueError("a seed is a number from 0 on")
+        return seeds
 
     @field_validator("base", mode="before")
     @classmethod
@@ -160,18 +179,23 @@ class AblationFile(_Model):
         for where, flags in (("base", self.base), *((f"variants.{name}", one) for name, one in self.variants.items())):
             _check_flags(where, flags)
         _check_flags("grid", self.grid)
+        _check_evaluations(self.evaluate)
         names = [variant.name for variant in self.all_variants()]
         if double := [name for name in names if names.count(name) > 1]:
             raise ValueError(f"two variants are called {double[0]}")
+        self._check_claims(names)
+        return self
+
+    def _check_claims(self, variants: Sequence[str]) -> None:
+        if self.sequential and (not self.claims or len(self.seeds) < 2):
+            raise ValueError("sequential: seeds are added until claims are decided: add claims, and two seeds or more")
         for claim in self.claims:
             for side in (claim.better, claim.worse):
-                if side not in names:
-                    raise ValueError(
-                        f"claims: there is no variant '{side}'{nearest(side, names)}; variants: {', '.join(names)}"
-                    )
+                if side not in variants:
+                    near, known = nearest(side, variants), ", ".join(variants)
+                    raise ValueError(f"claims: there is no variant '{side}'{near}; variants: {known}")
             if claim.better == claim.worse:
                 raise ValueError(f"claims: {claim.text!r} compares {claim.better} with itself")
-        return self
 
     def all_variants(self) -> list[Variant]:
         """The variants in order: the base, those that have a name, those of the grid.
@@ -185,13 +209,9 @@ class AblationFile(_Model):
 
     def _variant(self, name: str, own: Flags) -> Variant:
         flags = {**self.base, **own}
-        axes = {key: flags.get(key, getattr(self, key)) for key in ("recipe", "scale", "strategy", "stages")}
-        stages = axes["stages"]
-        words = flag_words({key: value for key, value in flags.items() if key not in axes})
-        return Variant(
-            name, str(axes["recipe"]), axes["scale"], axes["strategy"], None if stages is None else tuple(stages),
-            tuple(words),
-        )  # fmt: skip
+        axes = _Axes(**{key: flags.get(key, getattr(self, key)) for key in _Axes.model_fields})
+        words = flag_words({key: value for key, value in flags.items() if key not in _Axes.model_fields})
+        return Variant(name, axes.recipe, axes.scale, axes.strategy, axes.stages, tuple(words))
 
 
 @dataclass(frozen=True)
@@ -270,6 +290,16 @@ def _check_flags(where: str, flags: Flags) -> None:
             raise ValueError(f"{where}: {name} is what an ablation sets itself, for each stage that it runs")
 
 
+def _check_evaluations(evaluations: Sequence[Evaluation]) -> None:
+    """Refuse two evaluations whose results would have the same name."""
+    asked: set[tuple[str, int]] = set()
+    for one in evaluations:
+        for shots in one.shots:
+            if (one.name, shots) in asked:
+                raise ValueError(f"evaluate: {one.name} with {shots} shots is there twice; results are kept by name")
+            asked.add((one.name, shots))
+
+
 def _combinations(grid: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Name and flags of each combination of a grid's values."""
     if not grid:
@@ -305,7 +335,7 @@ def _names(flag: str, values: Any) -> dict[str, Any]:
         named = dict(zip(map(str, labels), values, strict=True))
     else:
         raise ValueError(f"{flag}: give a list of values, or names and values")
-    if bad := [label for label in named if not NAME.fullmatch(label)]:
+    if bad := [label for label in named if not re.fullmatch(r"[\w.,=+-]+", label)]:
         raise ValueError(
             f"{flag}: {bad[0]!r} is a part of a folder's name: letters, digits and . , = + - _; name the value"
         )
@@ -325,8 +355,13 @@ class _Loader(yaml.SafeLoader):
     """YAML in which only true and false are truth values: `off` and `on` are good names of variants."""
 
 
+WORDS = {f"tag:yaml.org,2002:{name}" for name in ("bool", "int", "timestamp")}
 _Loader.yaml_implicit_resolvers = {
-    letter: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+    letter: [(tag, pattern) for tag, pattern in resolvers if tag not in WORDS]
     for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"true|True|TRUE|false|False|FALSE"), list("tTfF"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+# Neither 12:00:00 nor 2024-01-01 is a number.
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?(?:0|[1-9][0-9]*)$"), list("-+0123456789"))

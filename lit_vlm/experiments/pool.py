@@ -5,6 +5,7 @@ Several pools, on one machine or on several that share the folder, share the tas
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -21,16 +22,19 @@ from filelock import SoftFileLease, Timeout
 
 from lit_vlm.core.cache import PATIENCE
 from lit_vlm.core.children import die_with_parent
-from lit_vlm.core.launcher import ASKING
+from lit_vlm.core.launcher import ASKING, PREEMPTED
 from lit_vlm.core.written import write_whole
 
 POLL = 0.25
 """Seconds between two looks at the processes."""
 LOOK = 3.0
 """Seconds between two looks at what other pools have done."""
+TIME_OVER = "the end of its time"
 FAILED_FILE = ".failed"
 """Behind the name of a task's log: a file that tells other pools that the task has failed."""
-LEAVING = (*ASKING, signal.SIGINT)
+LEAVING = (*ASKING, signal.SIGINT, signal.SIGHUP)
+SAVING = 60.0
+"""Seconds that processes have to save when this one breaks off by an error of its own."""
 
 
 class State(Enum):
@@ -92,10 +96,12 @@ class Slots:
 
     def environment(self, taken: Sequence[int]) -> dict[str, str]:
         """Variables of a process that has some of the slots."""
+        share = max(1, len(os.sched_getaffinity(0)) // self.count)
+        threads = min(share, int(os.environ.get("OMP_NUM_THREADS") or share))
         if self.gpus:
-            return {"CUDA_VISIBLE_DEVICES": ",".join(self.gpus[slot] for slot in taken)}
-        threads = max(1, len(os.sched_getaffinity(0)) // self.jobs)
-        return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
+            visible = ",".join(self.gpus[slot] for slot in taken)
+            return {"CUDA_VISIBLE_DEVICES": visible, "OMP_NUM_THREADS": str(threads)}
+        return {"OMP_NUM_THREADS": str(threads)}
 
 
 @dataclass
@@ -118,7 +124,7 @@ class Pool:
     Attributes:
         states: name of a task → its state.
         codes: name of a task that failed → exit code.
-        asked: name of the signal that asked to leave; None while none came.
+        asked: name of the signal that asked to leave, or that time is over; None while nothing asked.
     """
 
     def __init__(self, slots: Slots, show: Callable[[], None]) -> None:
@@ -129,19 +135,26 @@ class Pool:
         self._running: dict[str, _Running] = {}
         # A lease is stale when the same object has seen it untouched for long, so the objects are kept.
         self._leases: dict[str, SoftFileLease] = {}
+        self._elsewhere: set[str] = set()
         self._looked = 0.0
         self._since = time.time()
         self._free = list(range(slots.count))
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
-        self._before = {one: signal.signal(one, self._note) for one in LEAVING}
+        heard = [one for one in LEAVING if signal.getsignal(one) is not signal.SIG_IGN]  # nohup ignores SIGHUP
+        self._before = {one: signal.signal(one, self._note) for one in heard}
         return self
 
     def __exit__(self, *_: object) -> None:
         for running in self._running.values():  # after an error of this process alone
-            running.process.kill()
-            running.process.wait()
+            self._tell(running.process)
+        for running in self._running.values():
+            try:
+                running.process.wait(SAVING)
+            except subprocess.TimeoutExpired:
+                running.process.kill()
+                running.process.wait()
             running.lease.release()
         for one, handler in self._before.items():
             signal.signal(one, handler)
@@ -192,11 +205,11 @@ class Pool:
         for task in tasks:
             if self.states[task.name] not in (State.WAITING, State.ELSEWHERE):
                 continue
-            failed = _failed(task)
+            code = _failed_since(task, self._since)
             if task.is_done():
                 self.states[task.name] = State.DONE
-            elif failed.is_file() and failed.stat().st_mtime >= self._since:
-                self.states[task.name], self.codes[task.name] = State.FAILED, int(failed.read_text())
+            elif code is not None:
+                self.states[task.name], self.codes[task.name] = State.FAILED, code
             else:
                 self.states[task.name] = State.WAITING  # claimed anew if the other one still has it
 
@@ -208,10 +221,13 @@ class Pool:
             if not ready:
                 continue
             if task.devices > len(self._free):
+                if task.name in self._elsewhere:
+                    continue
                 return  # a large task is not passed by smaller ones, which would let it wait for ever
             task.log.parent.mkdir(parents=True, exist_ok=True)
             if (lease := self._claim(task)) is None:
                 self.states[task.name] = State.ELSEWHERE
+                self._elsewhere.add(task.name)
             elif task.is_done():  # another pool has ended it since the last look
                 lease.release()
                 self.states[task.name] = State.DONE
@@ -229,10 +245,16 @@ class Pool:
         return lease
 
     def _begin(self, task: Task, lease: SoftFileLease) -> None:
+        try:
+            words = task.words()
+            log = task.log.open("ab")
+            _failed(task).unlink(missing_ok=True)
+        except (OSError, ValueError) as error:  # it fails alone
+            lease.release()
+            self._fail(task, 1, f"error: {error}\n")
+            return
         taken = [self._free.pop(0) for _ in range(task.devices)]
-        _failed(task).unlink(missing_ok=True)
-        log = task.log.open("ab")
-        command = [sys.executable, "-P", "-m", "lit_vlm", *task.words()]
+        command = [sys.executable, "-P", "-m", "lit_vlm", *words]
         variables = {**os.environ, **self.slots.environment(taken), **task.environment}
         process = subprocess.Popen(
             command, env=variables, stdin=subprocess.DEVNULL, stdout=log, stderr=log, process_group=0,
@@ -246,21 +268,42 @@ class Pool:
     def _end(self, named: Mapping[str, Task]) -> None:
         for name, running in list(self._running.items()):
             code = running.process.poll()
-            if code is None:
+            if code is None and running.lease.compromise is None:
                 continue
+            if code is None:  # this process stood still for so long that another pool has taken the task over
+                running.process.kill()
+                running.process.wait()
             del self._running[name]
             running.log.close()
             self._free = sorted([*self._free, *running.slots])
-            if code == 0:
-                named[name].mark()
-            if code == 0 and named[name].is_done():
-                self.states[name] = State.DONE
-            elif self.asked is not None:
-                self.states[name] = State.LEFT
-            else:
-                self.states[name], self.codes[name] = State.FAILED, code
-                write_whole(_failed(named[name]), str(code))
+            self._conclude(named[name], code)
             running.lease.release()
+
+    def _conclude(self, task: Task, code: int | None) -> None:
+        """The state of a task whose process has ended; None for one that is another pool's now."""
+        if code == 0:
+            task.mark()
+        if code is None:
+            self.states[task.name] = State.ELSEWHERE
+        elif code == 0 and task.is_done():
+            self.states[task.name] = State.DONE
+        elif self.asked is not None or code == PREEMPTED:
+            self.states[task.name] = State.LEFT
+            if self.asked is None:  # its time is over, and so is that of the others
+                self.asked = TIME_OVER
+                for other in self._running.values():
+                    self._tell(other.process)
+        else:
+            self._fail(task, code)
+
+    def _fail(self, task: Task, code: int, said: str = "") -> None:
+        """Note that a task has failed, for other pools as well."""
+        self.states[task.name], self.codes[task.name] = State.FAILED, code
+        with contextlib.suppress(OSError):  # a full disk
+            write_whole(_failed(task), str(code))
+            if said:
+                with task.log.open("a", encoding="utf-8") as log:
+                    log.write(said)
 
     def _leave_out(self, tasks: Sequence[Task]) -> None:
         for task in tasks:  # each comes behind those that it needs
@@ -271,6 +314,15 @@ class Pool:
 
 def _failed(task: Task) -> Path:
     return task.log.with_name(task.log.name + FAILED_FILE)
+
+
+def _failed_since(task: Task, since: float) -> int | None:
+    """The exit code with which a pool gave a task up after some moment; None where none did."""
+    file = _failed(task)
+    try:
+        return int(file.read_text()) if file.stat().st_mtime >= since else None
+    except (OSError, ValueError):  # another pool tries it again
+        return None
 
 
 def last_words(log: Path) -> str:

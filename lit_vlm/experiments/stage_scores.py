@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import logging
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from lit_vlm.checkpoints.folder import DONE_FILE, is_done, step_of
 from lit_vlm.experiments.results import Score
 
 HELD_OUT, HELD_OUT_ANSWERS = "held_out.json", "held_out.jsonl"
 LOWER = ("loss", "perplexity")
 """Scores of which a lower value is the better one."""
+
+log = logging.getLogger(__name__)
 
 
 def stage_scores(stage: Path) -> dict[str, Score]:
@@ -76,8 +81,8 @@ def _of_records(
         scores[f"{prefix}/{name}"] = Score(
             value=value,
             better="lower" if name in LOWER else "higher",
-            answers={_question(line): float(line[key]) for line in asked},
-            kinds={_question(line): line["source"] for line in asked},
+            answers={name: float(line[key]) for name, line in zip(_questions(asked), asked, strict=True)},
+            kinds={name: line["source"] for name, line in zip(_questions(asked), asked, strict=True)},
             chance=chance if name == "accuracy" else None,
             shuffled=shuffled.get(key),
             share=name != "loss",
@@ -91,9 +96,15 @@ def _of_records(
     return scores
 
 
-def _question(line: Mapping[str, Any]) -> str:
-    """A record's name among those of all sources."""
-    return f"{line['source']}/{line['id']}"
+def _questions(lines: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Names of records among those of all sources; a name that comes again, in the order of the file, gets a number."""
+    seen: Counter[str] = Counter()
+    names = []
+    for line in lines:
+        name = f"{line['source']}/{line['id']}"
+        seen[name] += 1
+        names.append(name if seen[name] == 1 else f"{name}#{seen[name]}")
+    return names
 
 
 def _accuracy(scores: Mapping[str, Any]) -> str:
@@ -115,8 +126,18 @@ def task_scores(stage: Path) -> dict[str, Score]:
         scores |= _of_task(file, prompt.name)
     # Those asked for afterwards have the last word; those of other checkpoints than the last are a folder deeper.
     for file in sorted((stage / "evaluation").glob("*/*/scores.json")):
-        scores |= _of_task(file, file.parent.name)
+        if _is_of_end(file, stage):
+            scores |= _of_task(file, file.parent.name)
+        else:
+            log.warning("%s is of an earlier checkpoint than the last one, and is left out: evaluate anew", file)
     return scores
+
+
+def _is_of_end(file: Path, stage: Path) -> bool:
+    """Whether scores are those of the checkpoint with which training ended, as far as both are known."""
+    asked = step_of(Path(str(_json(file).get("checkpoint", ""))))
+    end = json.loads((stage / DONE_FILE).read_text(encoding="utf-8"))["step"] if is_done(stage) else -1
+    return -1 in (asked, end) or asked == end
 
 
 def _of_task(file: Path, prompt: str) -> dict[str, Score]:
@@ -130,7 +151,7 @@ def _of_task(file: Path, prompt: str) -> dict[str, Score]:
     groups = {line["id"]: line["group"] for line in lines if line.get("group") and line["id"] in own}
     scores = {}
     for name, value in found["scores"].items():
-        lower, main = name.rpartition("/")[2] in LOWER, name == found["main"]
+        lower, main = name in LOWER, name == found["main"]
         scale = 100 if averaged and not lower else 1
         each = own if name == averaged and len(own) == found["count"] else {}
         kinds = groups if each else {}
@@ -209,7 +230,19 @@ def _json(file: Path) -> dict[str, Any]:
 
 
 def _lines(file: Path) -> list[dict[str, Any]]:
-    """The objects in a file of JSON lines; nothing without a file. Answers may hold other line breaks."""
+    """The objects in a file of JSON lines; nothing without a file. Answers may hold other line breaks.
+
+    Raises:
+        ValueError: for a line that is no JSON, naming the file.
+    """
     if not file.is_file():
         return []
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
+    lines = []
+    for number, text in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
+        try:
+            lines += [json.loads(text)] if text.strip() else []
+        except ValueError as error:
+            raise ValueError(
+                f"{file} line {number} is no JSON ({error}): remove it, or ask the questions anew"
+            ) from error
+    return lines

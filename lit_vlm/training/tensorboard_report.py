@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 
@@ -35,7 +36,8 @@ class TensorBoardReport(Report):
 
     def belongs_to(self, folder: Path, go_on: bool) -> None:
         """Name the folder of event files as the run, unless flags name it; an attempt that goes on adds to it."""
-        if self.logger.name != "lightning_logs" or self.logger._version is not None:
+        given = self.logger._version
+        if self.logger.name != "lightning_logs" or (given is not None and given != SLURMEnvironment.job_id()):
             return
         inside = Path(self.logger.save_dir).absolute() == folder.absolute()
         self.logger._name, self.logger._version = "", OWN_FOLDER if inside else stage_name(folder)

@@ -9,6 +9,7 @@ import torch
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.plugins.precision.precision import _PRECISION_INPUT
 from lightning.fabric.utilities.types import _PATH
+from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.plugins import _PLUGIN_INPUT, CheckpointIO
 from lightning.pytorch.plugins import Precision as PrecisionPlugin
@@ -70,7 +71,9 @@ class Trainer(L.Trainer):
         super().__init__(devices=devices, num_nodes=nodes, plugins=given, precision=precision, **kwargs)
         self.leaving = Leaving()
         self._signal_connector = NoSignals(self)
-        self.fit_loop.epoch_loop = EpochLoop(self, self.fit_loop.min_steps, self.fit_loop.max_steps)
+        fit_loop = FitLoop(self, self.fit_loop.min_epochs, self.fit_loop.max_epochs)
+        fit_loop.epoch_loop = EpochLoop(self, self.fit_loop.min_steps, self.fit_loop.max_steps)
+        self.fit_loop = fit_loop
         if not any(isinstance(plugin, CheckpointIO) for plugin in given):
             self.strategy.checkpoint_io = WholeFiles()
 
@@ -93,6 +96,23 @@ class Trainer(L.Trainer):
             failure = self.strategy.broadcast(writer.failure)
             if failure is not None:
                 raise SaveFailed(failure)
+
+
+class FitLoop(_FitLoop):
+    """Lightning's loop over epochs, which also ends a run whose last step was saved, and whose end was then cut off.
+
+    Lightning returns at once where all steps are taken, so that what callbacks do at the end, such as scoring, would
+    never be done.
+    """
+
+    def run(self) -> None:
+        """Train, or where the checkpoint holds the last step, do what comes behind it."""
+        self.setup_data()
+        if self.trainer.global_step and self.trainer.limit_train_batches and self.done:
+            self.on_run_start()
+            self.on_run_end()
+        else:
+            super().run()
 
 
 class EpochLoop(_TrainingEpochLoop):

@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from lit_vlm.checkpoints.weights import read_state
+from lit_vlm.commands.ablation import make
 from lit_vlm.commands.ablation_asked import name_for, read
 from lit_vlm.commands.cli import main
 from lit_vlm.experiments.plan import Plan, RunKey
@@ -48,7 +49,7 @@ def written(folder: Path, **changes: object) -> str:
 def test_a_command_adds_to_a_file(tmp_path: Path) -> None:
     words = ["--scale", "mini", "--seeds", "3,5", "--vary", "model.projector=Linear,MLP", "--data.batch_size", "4"]
     file, options = read([written(tmp_path), *words, "--only", "short", "--stages=2_sft"])
-    assert (file.scale, file.seeds, file.stages) == ("mini", (3, 5), ("2_sft",))
+    assert (file.scale, file.seeds, file.stages, file.sequential) == ("mini", (3, 5), ("2_sft",), False)
     assert file.base == QUICK | {"data.batch_size": "4"}
     assert file.grid == {"model.projector": {"Linear": "Linear", "MLP": "MLP"}}
     assert options.only == ["short"]
@@ -59,6 +60,19 @@ def test_a_command_wins_over_a_variant(tmp_path: Path) -> None:
     variants = {"small": {"scale": "tiny", "strategy": "ddp", "model.projector": "MLP"}}
     file, _ = read([written(tmp_path, variants=variants, claims=[]), "--scale", "mini"])
     assert [(one.scale, one.strategy) for one in file.all_variants()] == [("mini", None), ("mini", "ddp")]
+    file, _ = read([written(tmp_path), "--2_sft.trainer.max_steps", "7"])
+    assert {one.flags[-2:] for one in file.all_variants()} == {("--2_sft.trainer.max_steps", "7")}
+
+
+def test_another_ablation_or_a_run_is_not_written_over(tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "steps"
+    folder.mkdir(parents=True)
+    (folder / "ablation.yaml").write_text("recipe: eve\nabout: something else\n")
+    with pytest.raises(ValueError, match=r"holds another ablation \(something else\): choose another --out"):
+        make(read([written(tmp_path)])[0], folder)
+    (folder / "run.json").touch()
+    with pytest.raises(ValueError, match="is the folder of a run: choose another --out"):
+        make(read([written(tmp_path)])[0], folder)
 
 
 def test_a_dry_run_lists_missing_data(tmp_path: Path) -> None:
@@ -76,7 +90,7 @@ def test_a_command_needs_no_file() -> None:
     file, _ = read(words)
     assert file.seeds == (0, 1, 2)
     assert [variant.name for variant in file.all_variants()][-1] == "projector=MLP,lora=on"
-    assert name_for(words, file) == "eve-mini-projector-lora"
+    assert name_for(words, file) == "eve-mini-projector-2_sft_model_decoder_lora"
 
 
 @pytest.mark.parametrize(
@@ -94,8 +108,9 @@ def test_a_command_needs_no_file() -> None:
         (["eve", "--vary", "a.b=1,2", "--jobs", "0"], "--jobs is at least 1, not 0"),
         (
             ["eve", "--vary", "a.b=1,2", "--sequential"],
-            "--sequential adds seeds until claims are decided, and eve makes",
+            "until claims are decided: add claims, and two seeds",
         ),
+        (["eve", "--vary", "a.b=1,2", "--a.b", "3"], "--a.b is what the grid varies: leave it out"),
         (["--resume"], "--resume goes on with the ablation in a folder, and takes no other file"),
         (["--resume", "--out", "none"], r"none/ablation\.yaml cannot be read"),
     ],

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lit_vlm.experiments.file import AblationFile, parsed, read_file
+from lit_vlm.experiments.file import AblationFile, load_yaml, parsed, read_file
 
 FULL = """
 recipe: eve
@@ -55,6 +55,22 @@ def test_variants_are_commands(tmp_path: Path) -> None:
     assert grid[-1].flags == (*base.flags, *own, "--3_sft.model.decoder.lora", '{"r": 8}')
 
 
+def test_words_that_look_like_times_stay_words() -> None:
+    found = load_yaml("{i: trueish, j: 0-1, a: 12:00:00, b: 2024-01-01, c: 3, d: off, e: 1e-3, f: 0.5, g: true, h: -2}")
+    assert found == {
+        "i": "trueish",
+        "j": "0-1",
+        "a": "12:00:00",
+        "b": "2024-01-01",
+        "c": 3,
+        "d": "off",
+        "e": "1e-3",
+        "f": 0.5,
+        "g": True,
+        "h": -2,
+    }
+
+
 def test_evaluations_are_arguments_of_the_command(tmp_path: Path) -> None:
     scenes, mine = read(tmp_path, FULL).evaluate
     assert scenes.words() == ["--task", "scenes", "--shots", "0,4"]
@@ -83,6 +99,13 @@ CLAIM = {"text": "t", "better": "base", "worse": "a", "score": "s"}
         ),
         ({"recipe": "eve", "seeds": 0}, "x: seeds: at least one seed is needed, found 0"),
         ({"recipe": "eve", "seeds": [1, 1]}, "x: seeds: a seed is named twice"),
+        ({"recipe": "eve", "seeds": [-1]}, "x: seeds: a seed is a number from 0 on"),
+        ({"recipe": "eve", "variants": {"a": {"stages": "1_a"}}}, "stages: Input should be a valid tuple, found '1_a'"),
+        ({"recipe": "eve", "sequential": True}, "seeds are added until claims are decided: add claims, and two seeds"),
+        (
+            {"recipe": "eve", "evaluate": [{"task": "s"}, {"task": "s", "limit": 2}]},
+            "s with 0 shots is there twice",
+        ),
         ({"recipe": "eve", "variants": {"base": {}}}, "variants: 'base' is the variant with no flags of its own"),
         ({"recipe": "eve", "variants": {"a/b": {}}}, "variants: 'a/b' is a folder's name, too"),
         ({"recipe": "eve", "variants": {"a": {"--x": 1}}}, "variants.a: write 'x' without dashes"),

@@ -74,6 +74,26 @@ def test_a_command_that_ends_without_its_mark_has_failed(program: Path) -> None:
     assert ran([marked]).states == {"m": State.DONE}
 
 
+def test_the_end_of_a_task_s_time_is_that_of_all(program: Path) -> None:
+    save = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75)); open('%s', 'w').close(); time.sleep(60)"
+    ready = program / "ready"
+    first = f"end = time.time() + 30\nwhile not os.path.exists({str(ready)!r}): assert time.time() < end\nsys.exit(75)"
+    tasks = [task(program, "a", first), task(program, "b", save % ready), task(program, "c")]
+    pool = ran(tasks)
+    assert pool.states == {"a": State.LEFT, "b": State.LEFT, "c": State.WAITING}
+    assert pool.asked == "the end of its time"
+
+
+def test_a_task_that_cannot_start_fails_alone(program: Path) -> None:
+    def words() -> list[str]:
+        raise ValueError("the recipe is gone")
+
+    bad = Task("bad", words, program / "bad.log", lambda: False)
+    assert ran([bad, task(program, "a")]).states == {"bad": State.FAILED, "a": State.DONE}
+    assert last_words(bad.log) == "error: the recipe is gone"
+    assert ran([bad]).states == {"bad": State.FAILED}  # and it can be tried again
+
+
 def test_slots_are_shared_out(program: Path) -> None:
     said = "print(os.environ['CUDA_VISIBLE_DEVICES'], flush=True); time.sleep(0.4)"
     tasks = [task(program, name, said, devices=n) for name, n in (("a", 1), ("b", 2), ("c", 1), ("d", 1))]

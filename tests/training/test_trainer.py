@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+from pathlib import Path
+
+import lightning.pytorch as L
 import pytest
 import torch
+from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 
@@ -50,3 +54,29 @@ def test_a_run_leaves_where_no_gradients_wait_for_more_batches() -> None:
     with pytest.raises(Preempted, match="time"):
         loop._leave_if_asked()
     assert told == ["time"]
+
+
+def test_what_comes_behind_the_last_step_is_done_after_an_interruption(tmp_path: Path) -> None:
+    class Ends(L.Callback):
+        cut = True
+        ends = 0
+
+        def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            trainer.save_checkpoint(tmp_path / "last.ckpt")
+            if self.cut:
+                raise KeyError("the process is gone")
+            Ends.ends += 1
+
+    def fit(ckpt_path: Path | None) -> Trainer:
+        trainer = Trainer(
+            precision="32-true", accelerator="cpu", devices=1, max_steps=2, logger=False, callbacks=[Ends()],
+            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
+        )  # fmt: skip
+        trainer.fit(BoringModel(), ckpt_path=ckpt_path)
+        return trainer
+
+    with pytest.raises(KeyError, match="the process is gone"):
+        fit(None)
+    Ends.cut = False
+    assert fit(tmp_path / "last.ckpt").global_step == 2
+    assert Ends.ends == 1

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from lit_vlm import __version__
+from lit_vlm.core.written import write_whole
 from lit_vlm.data.records import Message, Text
 from lit_vlm.data.sources.base import describe
 from lit_vlm.evaluation.asker import Asker
@@ -81,7 +82,7 @@ def run_task(
     how = _how(asker, task, settings, checkpoint)
     done = _read_answers(out, how) if out is not None and resume else {}
     if out is not None and not resume and rank == 0:
-        for old in out.glob("answers*.jsonl"):
+        for old in (*out.glob("answers*.jsonl"), *out.glob(SCORES)):
             old.unlink()
     if dist.is_initialized():
         dist.barrier()  # no rank writes before all have read
@@ -214,7 +215,8 @@ def _read_answers(out: Path, how: str) -> dict[str, dict[str, Any]]:
     """Answers of an earlier run into the same folder, by example; an incomplete last line is left out."""
     done: dict[str, dict[str, Any]] = {}
     for file in sorted(out.glob("answers*.jsonl")):
-        for text in file.read_text(encoding="utf-8").split("\n"):  # answers may hold other line breaks
+        # A cut line may end inside a letter; answers may hold other line breaks.
+        for text in file.read_text(encoding="utf-8", errors="replace").split("\n"):
             try:
                 line = json.loads(text)
             except ValueError:
@@ -260,4 +262,4 @@ def _write(out: Path, saved: Mapping[str, Any], how: str, lines: Sequence[dict[s
     scratch.replace(out / ANSWERS)
     for partial in out.glob("answers.*.partial.jsonl"):
         partial.unlink()
-    (out / SCORES).write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
+    write_whole(out / SCORES, json.dumps(saved, indent=2) + "\n")
