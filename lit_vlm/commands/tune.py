@@ -6,7 +6,7 @@ import argparse
 import importlib.util
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,21 +52,31 @@ def main(argv: Sequence[str]) -> None:
         return
     setup = Setup(file, folder, stages, options.trials or file.count, places(options.jobs))
     console.print(f"{setup.count} trials of {file.recipe} into {folder}", soft_wrap=True, highlight=False)
-    parent = _parent_run(file, folder, recipe)
-    trials = _search(setup, parent, console)
+    trials, parent = _search(setup, recipe, console)
     _finish(setup, trials, recipe, shlex.join(["lit-vlm", "tune", *argv]), parent, console)
 
 
-def _search(setup: Setup, parent: MLflowRun | None, console: Console) -> Trials:
-    """Run the trials, and report each to the search's MLflow run."""
+def _search(setup: Setup, recipe: Recipe, console: Console) -> tuple[Trials, MLflowRun | None]:
+    """Run the trials, and report each to the search's MLflow run.
+
+    That run is opened by the process that may work in the folder alone: one that is refused would end the run of a
+    search that goes on elsewhere, or of another file.
+    """
     from lit_vlm.experiments.tune.search import Search
+
+    parent: MLflowRun | None = None
+
+    def begin() -> Mapping[str, str]:
+        nonlocal parent
+        parent = _parent_run(setup.file, setup.folder, recipe)
+        return _environment(parent)
 
     def ended(trial: FrozenTrial) -> None:
         if parent is not None and trial.state.name == "COMPLETE" and trial.value is not None:
             parent.metrics({setup.file.score: trial.value}, trial.number)
 
     try:
-        return Search(setup, _environment(parent), console, ended).run()
+        return Search(setup, begin, console, ended).run(), parent
     except SystemExit:
         if parent is not None:
             parent.preempted("a signal asked to leave")
@@ -143,7 +153,6 @@ def _parent_run(file: TuneFile, folder: Path, recipe: Recipe) -> MLflowRun | Non
     from lit_vlm.training.mlflow_store import default_uri
 
     tags = {"system": recipe.name, "scale": file.scale or "", "folder": str(folder)}
-    folder.mkdir(parents=True, exist_ok=True)
     known = known_run(folder, os.environ.get("MLFLOW_TRACKING_URI"))
     parent = known or MLflowRun(default_uri(), "lit-vlm", folder.name, tags, folder)
     parent.owns_folder()

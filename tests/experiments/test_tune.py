@@ -19,10 +19,11 @@ from filelock import FileLock
 from rich.console import Console
 
 from lit_vlm.checkpoints.folder import checkpoints_in, is_done
-from lit_vlm.checkpoints.progress import Progress
+from lit_vlm.checkpoints.progress import AT_WORK, Progress, State, now
 from lit_vlm.commands.cli import main
 from lit_vlm.commands.recipe import find_recipe
 from lit_vlm.commands.runs import RunState
+from lit_vlm.core.launcher import LOST
 from lit_vlm.experiments.tune import best, report, search
 from lit_vlm.experiments.tune.file import TuneFile, read_file
 from lit_vlm.experiments.tune.study import Trials, best_of
@@ -239,25 +240,52 @@ def test_what_a_trial_that_has_ended_is_worth(tmp_path: Path, score: str, left: 
     file = "held_out.json" if score.startswith("held_out/") else "tuned.json"
     (tmp_path / "2_sft").mkdir()
     (tmp_path / "2_sft" / file).write_text(json.dumps(left))
-    assert outcome(0, tmp_path, ["1_align", "2_sft"], score) == found
+    assert outcome(0, tmp_path, ["1_align", "2_sft"], score, now()) == found
 
 
 def test_a_trial_without_its_score_says_which_there_are(tmp_path: Path) -> None:
     (tmp_path / "2_sft").mkdir()
-    found = outcome(0, tmp_path, ["2_sft"], "held_out/loss")
+    found = outcome(0, tmp_path, ["2_sft"], "held_out/loss", now())
     assert (found.failed, found.value) == (True, None)
     assert "there is no 'held_out/loss'; there are none, in " in found.reason
     (tmp_path / "2_sft" / "held_out.json").write_text(json.dumps(held_out(8)))
-    assert "(did you mean 'held_out/loss'" in outcome(0, tmp_path, ["2_sft"], "held_out/los").reason
+    assert "(did you mean 'held_out/loss'" in outcome(0, tmp_path, ["2_sft"], "held_out/los", now()).reason
+
+
+@pytest.mark.parametrize(("score", "file"), [("val/loss", "tuned.json"), ("held_out/loss", "held_out.json")])
+def test_a_score_that_cannot_be_read_fails_the_trial_and_not_the_search(tmp_path: Path, score: str, file: str) -> None:
+    (tmp_path / "2_sft").mkdir()
+    if score == "val/loss":
+        found = outcome(0, tmp_path, ["2_sft"], score, now())
+        assert (found.failed, found.value) == (True, None)
+        assert re.search(r"score: .*2_sft/tuned.json cannot be read: FileNotFoundError", found.reason)
+    (tmp_path / "2_sft" / file).write_text('{"value": 1.')
+    found = outcome(0, tmp_path, ["2_sft"], score, now())
+    assert (found.failed, found.value) == (True, None)
+    assert f"{file} cannot be read: JSONDecodeError" in found.reason
 
 
 def test_a_training_that_breaks_is_kept_away_from_and_one_that_never_began_is_not(tmp_path: Path) -> None:
     (tmp_path / "output.log").write_text("...\nerror: there is no flag --x\n(set LIT_VLM_DEBUG=1 ...)\n")
-    assert outcome(1, tmp_path, ["2_sft"], "val/loss") == Outcome(None, "there is no flag --x", failed=True)
-    ended = Progress(3, 9, 0, None, "", "", "", 1, None, "failed", "ValueError: non-finite loss")
+    since = now()
+    assert outcome(1, tmp_path, ["2_sft"], "val/loss", since) == Outcome(None, "there is no flag --x", failed=True)
+    ended = Progress(3, 9, 0, None, since, since, "", 1, None, "failed", "ValueError: non-finite loss")
     ended.write(tmp_path / "2_sft")
-    assert not outcome(1, tmp_path, ["2_sft"], "val/loss").failed
-    assert outcome(-9, tmp_path / "none", ["2_sft"], "val/loss") == Outcome(None, "exit code -9", failed=True)
+    assert not outcome(1, tmp_path, ["2_sft"], "val/loss", since).failed
+    assert outcome(-9, tmp_path / "none", ["2_sft"], "val/loss", since) == Outcome(None, "exit code -9", failed=True)
+
+
+@pytest.mark.parametrize("state", AT_WORK)
+def test_a_training_that_is_killed_is_kept_away_from_unless_it_was_an_earlier_process(
+    tmp_path: Path, state: State
+) -> None:
+    started = "2026-07-01T10:00:05+00:00"
+    Progress(3, 9, 0, None, started, started, "", 1, None, state).write(tmp_path / "2_sft")
+    for code in (-9, LOST):  # the trial itself, or its stage, by the kernel that lacks memory
+        found = outcome(code, tmp_path, ["1_align", "2_sft"], "val/loss", "2026-07-01T10:00:00+00:00")
+        assert found == Outcome(None, f"exit code {code}", failed=False)
+    # What is there was written before the search itself was killed; now the trial went on, and never began to train.
+    assert outcome(1, tmp_path, ["1_align", "2_sft"], "val/loss", "2026-07-01T11:00:00+00:00").failed
 
 
 def test_a_command_has_base_then_setting_then_the_callback_of_the_last_stage(tmp_path: Path) -> None:
@@ -322,7 +350,7 @@ def test_the_recipe_of_the_best_keeps_what_a_file_would_replace(tmp_path: Path) 
 def test_one_process_works_in_a_folder(tmp_path: Path) -> None:
     setup = search.Setup(TuneFile(**GIVEN), tmp_path, ["2_sft"], 4)
     with FileLock(tmp_path / search.LOCK_FILE), pytest.raises(ValueError, match=r"another lit-vlm tune works in"):
-        search.Search(setup, {}, Console(), lambda one: None).run()
+        search.Search(setup, dict, Console(), lambda one: None).run()
 
 
 def test_a_search_ends_when_its_first_trials_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -331,7 +359,7 @@ def test_a_search_ends_when_its_first_trials_fail(tmp_path: Path, monkeypatch: p
     setup = search.Setup(file, tmp_path / "out", ["2_sft"], 9)
     ended: list[str] = []
     with pytest.raises(ValueError, match=r"the first 3 trials failed, the last one by: there is no recipe 'nowhere'"):
-        search.Search(setup, {}, Console(quiet=True), lambda one: ended.append(one.state.name)).run()
+        search.Search(setup, dict, Console(quiet=True), lambda one: ended.append(one.state.name)).run()
     assert ended == ["FAIL"] * 3
 
 

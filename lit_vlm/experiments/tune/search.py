@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Self
 from filelock import FileLock, Timeout
 from rich.console import Console
 
+from lit_vlm.checkpoints.progress import now
 from lit_vlm.core.launcher import ASKING, PREEMPTED
 from lit_vlm.experiments.file import short_names
 from lit_vlm.experiments.tune.file import TuneFile
@@ -40,7 +41,7 @@ class Setup:
         file: what is searched.
         folder: folder of the search.
         stages: stages of each trial, in order.
-        count: number of trials, those of earlier processes among them.
+        count: number of trials, those of earlier processes among them, but for those that failed there.
         devices: environment variables of each of the trials that run at the same time.
     """
 
@@ -54,6 +55,8 @@ class Setup:
 class Signals:
     """A context in which the first signal that asks to leave is noted and told to trials, and the second kills them.
 
+    Each trial is asked once: a trial that has left its training no longer handles a signal, and would die of one more.
+
     Attributes:
         asked: the signal; None while none came.
         processes: the trials that run.
@@ -62,6 +65,8 @@ class Signals:
     def __init__(self) -> None:
         self.asked: signal.Signals | None = None
         self.processes: list[subprocess.Popen[bytes]] = []
+        self._telling: signal.Signals | None = None
+        self._told: dict[subprocess.Popen[bytes], signal.Signals] = {}
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
@@ -77,9 +82,23 @@ class Signals:
         for process in self.processes:
             process.wait()
 
+    def add(self, process: subprocess.Popen[bytes]) -> None:
+        """Take a trial that has started, and tell it what came while it did."""
+        self.processes.append(process)
+        self._tell()
+
     def _note(self, number: int, frame: FrameType | None) -> None:
-        stop(self.processes, signal.SIGTERM if self.asked is None else signal.SIGKILL)
+        self._telling = signal.SIGTERM if self.asked is None else signal.SIGKILL
         self.asked = self.asked or signal.Signals(number)
+        self._tell()
+
+    def _tell(self) -> None:
+        if self._telling is None:
+            return
+        for process in self.processes:
+            if self._told.get(process) != self._telling:
+                self._told[process] = self._telling
+                stop([process], self._telling)
 
     @property
     def exit_code(self) -> int:
@@ -92,6 +111,7 @@ class _Running:
     trial: Trial
     process: subprocess.Popen[bytes]
     place: int
+    since: str
 
 
 class Search:
@@ -99,15 +119,20 @@ class Search:
 
     Args:
         setup: the search.
-        environment: environment variables of all trials.
+        begin: is called once this process may work in the folder, and returns environment variables of all trials.
         console: where a line is printed when a trial starts and when it ends.
         ended: is called with each trial that has ended.
     """
 
     def __init__(
-        self, setup: Setup, environment: Mapping[str, str], console: Console, ended: Callable[[FrozenTrial], None]
+        self,
+        setup: Setup,
+        begin: Callable[[], Mapping[str, str]],
+        console: Console,
+        ended: Callable[[FrozenTrial], None],
     ) -> None:
-        self.setup, self.environment, self.console, self._ended = setup, environment, console, ended
+        self.setup, self.console, self._begin, self._ended = setup, console, begin, ended
+        self._environment: Mapping[str, str] = {}
         self._running: list[_Running] = []
         self._failures = 0
         self._left = False
@@ -129,6 +154,7 @@ class Search:
         try:
             with FileLock(folder / LOCK_FILE, timeout=0), Signals() as signals:
                 trials = Trials(self.setup.file, folder, parallel=len(self.setup.devices) > 1)
+                self._environment = self._begin()
                 self._run(trials, signals)
         except Timeout:
             raise ValueError(f"another lit-vlm tune works in {folder}; choose another --out, or wait for it") from None
@@ -136,9 +162,10 @@ class Search:
 
     def _run(self, trials: Trials, signals: Signals) -> None:
         waiting = trials.under_way()
-        done = len(trials.finished())
-        if done or waiting:
-            self._say(f"going on: {done} trials have ended, {len(waiting)} were under way")
+        done, again = len(trials.counted()), len(trials.to_try_again)
+        if done or waiting or again:
+            failed = f", {again} failed and may be tried again" if again else ""
+            self._say(f"going on: {done} trials have ended, {len(waiting)} were under way{failed}")
         with self.console.status("") as status:
             while True:
                 self._start(trials, signals, waiting)
@@ -159,7 +186,7 @@ class Search:
         setup = self.setup
         free = [place for place in range(len(setup.devices)) if place not in {one.place for one in self._running}]
         for place in free:
-            left = setup.count - len(trials.finished()) - len(self._running)
+            left = setup.count - len(trials.counted()) - len(self._running)
             if signals.asked is not None or self._left or left <= 0:
                 return
             trial = waiting.pop(0) if waiting else trials.next()
@@ -167,12 +194,11 @@ class Search:
             words = words_of(setup.file, setup.stages, setup.folder, trial.number, trial._trial_id, trial.params)
             name = f"{setup.folder.absolute().name}/{folder.name}"
             tags = for_children({**given_tags(), RUN: name, "trial": str(trial.number)})
-            process = start(words, folder, {**self.environment, **tags, **setup.devices[place]})
-            signals.processes.append(process)
-            self._running.append(_Running(trial, process, place))
+            since = now()
+            process = start(words, folder, {**self._environment, **tags, **setup.devices[place]})
+            signals.add(process)
+            self._running.append(_Running(trial, process, place, since))
             self._say(f"trial {trial.number}: {self._setting(trial.params)} starts")
-        if signals.asked is not None:  # while one started
-            stop(signals.processes, signal.SIGTERM)
 
     def _end(self, trials: Trials, one: _Running, signals: Signals) -> None:
         """Take down how a trial has ended; one that left in order, or was told to, goes on later."""
@@ -183,7 +209,7 @@ class Search:
             self._say(f"trial {trial.number}: left in order; it goes on later")
             return
         before = best_of(trials.finished(), setup.file.better)
-        found = outcome(code, folder, setup.stages, setup.file.score)
+        found = outcome(code, folder, setup.stages, setup.file.score, one.since)
         ended = trials.end(trial, found.value, found.reason, found.failed)
         best = best_of(trials.finished(), setup.file.better)
         self._say(f"trial {trial.number}: {self._setting(trial.params)} {self._result(ended, ended == best)}")

@@ -25,6 +25,8 @@ STUDY_FILE, KEPT_FILE = "study.db", "tune.yaml"
 """Names in the folder of a search: the study, and the file as it was when the search began."""
 MAY_CHANGE = {"trials", "checkpoints"}
 """Keys of the file that may be others when a search goes on."""
+AGAIN = "again"
+"""What Optuna keeps of a trial that has the settings of one that failed, under this name: the number of that one."""
 REASON = "reason"
 """What Optuna keeps of a trial that ended early, under this name."""
 
@@ -36,6 +38,9 @@ class Trials:
         file: what is searched.
         folder: folder of the search; a search that it holds goes on.
         parallel: whether several trials run at the same time.
+
+    Attributes:
+        to_try_again: trials that failed when an earlier process ran the search, and that no later one stands for.
 
     Raises:
         ValueError: when the folder holds the search of another file.
@@ -60,6 +65,12 @@ class Trials:
             values = [one.values() or [] for one in file.search.values()]
             for combination in product(*values):
                 self.study.enqueue_trial(dict(zip(file.search, combination, strict=True)), skip_if_exists=True)
+        from optuna.trial import TrialState
+
+        failed = self.study.get_trials(deepcopy=False, states=(TrialState.FAIL,))
+        stood_for = {one.user_attrs.get(AGAIN) for one in self.study.get_trials(deepcopy=False)}
+        self._failed_before = {one.number for one in failed}
+        self.to_try_again: list[FrozenTrial] = [one for one in failed if one.number not in stood_for]
 
     def under_way(self) -> list[Trial]:
         """Trials that an earlier process has begun; they go on, with the settings that they have."""
@@ -69,17 +80,23 @@ class Trials:
         return [self._chosen(Trial(self.study, one._trial_id)) for one in begun]
 
     def next(self) -> Trial:
-        """A new trial.
+        """A new trial: one that failed before with its settings, once in a process, and then what the sampler chooses.
 
         What the sampler draws depends on the seed and the number of the trial, so that a search that was interrupted
         does not draw again what it has drawn.
         """
+        if self.to_try_again:
+            return self._anew(self.to_try_again.pop(0))
         self.study.sampler = self._sampler(self.file.seed + len(self.study.get_trials(deepcopy=False)))
         return self._chosen(self.study.ask())
 
     def finished(self) -> list[FrozenTrial]:
         """Trials that have come to an end, whatever it was."""
         return [one for one in self.study.get_trials(deepcopy=False) if one.state.is_finished()]
+
+    def counted(self) -> list[FrozenTrial]:
+        """Trials that have come to an end, without those that failed in earlier processes: these are tried again."""
+        return [one for one in self.finished() if one.number not in self._failed_before]
 
     def end(self, trial: Trial, value: float | None, reason: str = "", failed: bool = False) -> FrozenTrial:
         """Keep how a trial has ended.
@@ -96,6 +113,21 @@ class Trials:
             trial.set_user_attr(REASON, reason)
         state = TrialState.FAIL if failed else TrialState.PRUNED if value is None else TrialState.COMPLETE
         return self.study.tell(trial, value, state=state)
+
+    def _anew(self, failed: FrozenTrial) -> Trial:
+        """A new trial with the settings of one that failed, which begins before those that wait in Optuna's queue."""
+        from optuna.trial import Trial, TrialState, create_trial
+
+        # As `enqueue_trial` does, but for the state. It notes at once whom it stands for, as a process may be killed.
+        settings = {"fixed_params": failed.params}
+        attributes = {AGAIN: failed.number}
+        self.study.add_trial(create_trial(state=TrialState.RUNNING, system_attrs=settings, user_attrs=attributes))
+        (one,) = [
+            one
+            for one in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+            if one.user_attrs.get(AGAIN) == failed.number
+        ]
+        return self._chosen(Trial(self.study, one._trial_id))
 
     def _chosen(self, trial: Trial) -> Trial:
         """Choose the values of a trial that are not chosen yet."""

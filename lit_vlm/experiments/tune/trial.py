@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lit_vlm.checkpoints.progress import Progress
+from lit_vlm.checkpoints.progress import AT_WORK, Progress, seconds_between
 from lit_vlm.core.children import die_with_parent
 from lit_vlm.experiments.file import flag_words
 from lit_vlm.experiments.tune.file import HELD_OUT, TuneFile
@@ -97,7 +97,7 @@ def start(words: Sequence[str], folder: Path, environment: Mapping[str, str]) ->
         )
 
 
-def outcome(code: int, folder: Path, stages: Sequence[str], score: str) -> Outcome:
+def outcome(code: int, folder: Path, stages: Sequence[str], score: str, since: str) -> Outcome:
     """What has become of a trial whose process has ended.
 
     Args:
@@ -105,21 +105,39 @@ def outcome(code: int, folder: Path, stages: Sequence[str], score: str) -> Outco
         folder: folder of the trial.
         stages: its stages, in order.
         score: name of the score.
+        since: when the process started, as `checkpoints.progress.now` says it.
     """
     if code != 0:
-        trained = any((one := Progress.read(folder / stage)) and one.state == "failed" for stage in stages)
+        trained = any(_broke(Progress.read(folder / stage), since) for stage in stages)
         return Outcome(None, last_error(folder / LOG_FILE) or f"exit code {code}", failed=not trained)
-    last = folder / stages[-1]
-    if score.startswith(HELD_OUT):
-        found = held_out_scores(last / HELD_OUT_FILE)
-        if score not in found:
-            return Outcome(None, f"score: {missing(score, list(found))}, in {last / HELD_OUT_FILE}", failed=True)
-        value = found[score]
-    else:
-        left: dict[str, Any] = json.loads((last / TUNED_FILE).read_text(encoding="utf-8"))
-        if left["pruned"]:
-            return Outcome(None, f"given up at step {left['step']}")
-        value = left["value"]
+    held_out = score.startswith(HELD_OUT)
+    file = folder / stages[-1] / (HELD_OUT_FILE if held_out else TUNED_FILE)
+    try:
+        return _of_held_out(file, score) if held_out else _of_training(file)
+    except (OSError, ValueError, KeyError, TypeError) as error:  # the search goes on whatever a trial leaves
+        return Outcome(None, f"score: {file} cannot be read: {type(error).__name__}: {error}", failed=True)
+
+
+def _broke(one: Progress | None, since: str) -> bool:
+    """Whether a training broke on the way; one that was killed, as for its memory, had no time to say so."""
+    if one is None or seconds_between(since, one.started) < 0:  # of an earlier process, which left the trial under way
+        return False
+    return one.state == "failed" or one.state in AT_WORK
+
+
+def _of_held_out(file: Path, score: str) -> Outcome:
+    found = held_out_scores(file)
+    if score not in found:
+        return Outcome(None, f"score: {missing(score, list(found))}, in {file}", failed=True)
+    return _of_value(found[score])
+
+
+def _of_training(file: Path) -> Outcome:
+    left: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return Outcome(None, f"given up at step {left['step']}") if left["pruned"] else _of_value(left["value"])
+
+
+def _of_value(value: float) -> Outcome:
     return Outcome(value) if math.isfinite(value) else Outcome(None, f"its score is {value}")
 
 
