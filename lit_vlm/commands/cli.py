@@ -12,7 +12,6 @@ from lit_vlm import __version__
 from lit_vlm.commands.fit import in_one_line, lightning_cli, take_plugins
 from lit_vlm.core.launcher import launch
 from lit_vlm.core.plugins import find_class
-from lit_vlm.core.progress import slowly
 
 VERBS = {
     "run": "run the stages of a recipe, one after the other",
@@ -76,6 +75,8 @@ def _working_folder_last() -> None:
 
 def _run(verb: str, arguments: list[str]) -> None:
     """Run one of the kit's commands."""
+    from lit_vlm.core.progress import slowly  # rich, of which the working folder may have a namesake
+
     with in_one_line():
         if verb in VERBS:
             with slowly("loading libraries", launch().is_first):

@@ -395,7 +395,7 @@ def test_a_run_that_fails_says_so_in_mlflow_and_on_the_terminal(tmp_path: Path) 
     assert parent.info.status == child.info.status == "FAILED"
     assert parent.data.tags["failure"] == "stage 1_align ended with exit code 1"
     assert child.data.tags["failure"].startswith("ValueError: non-finite")
-    assert child.info.run_name == "align"
+    assert child.info.run_name == "out/1_align"
 
 
 def test_inspect_shows_the_supervised_text_and_the_pictures(

@@ -414,7 +414,9 @@ def test_a_search_that_is_killed_goes_on_in_the_middle_of_a_trial(tmp_path: Path
     # The first one may have been killed between its checkpoint and the validation of that step.
     assert re.search("trial 1: decoder=1e-07 pruned: given up at step [24]\n", printed)
     trials = Trials(read_file(file), tmp_path / "out", parallel=False)
-    assert [one.state.name for one in trials.finished()] == ["COMPLETE", "PRUNED", "COMPLETE"]
+    *first, last = (one.state.name for one in trials.finished())
+    assert first == ["COMPLETE", "PRUNED"]
+    assert last in ("COMPLETE", "PRUNED")  # how the larger rate does is that of the machine's arithmetic
     found = best_of(trials.finished(), "lower")
     kept = [number for number in range(3) if checkpoints_in(folder_of(tmp_path / "out", number) / "2_sft")]
     assert kept == [found.number]
