@@ -122,9 +122,15 @@ def folders_of_runs(folder: Path, marker: str) -> list[Path]:
 
 
 def _inside(folder: Path) -> list[Path]:
-    """Folders in a folder and those of arrays in them, but not the stages of a run."""
+    """Folders in a folder, and those of arrays and of ablations in them, but not the stages of a run."""
     below = sorted((one for one in folder.iterdir() if one.is_dir()), key=lambda one: one.stat().st_mtime)
-    return [one for first in below for one in (first, *sorted(first.glob("seed-*"), key=_seed))]
+    inside = [one for first in below for one in (first, *sorted(first.glob("seed-*"), key=_seed), *_of_ablation(first))]
+    return [*_of_ablation(folder), *inside]
+
+
+def _of_ablation(folder: Path) -> list[Path]:
+    """The runs of an ablation, variant by variant."""
+    return sorted(folder.glob("runs/*/seed-*"), key=lambda one: (one.parent.name, _seed(one)))
 
 
 def _seed(folder: Path) -> tuple[int, str]:

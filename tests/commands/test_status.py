@@ -195,3 +195,11 @@ def test_it_answers_without_pytorch(here: Path) -> None:
 )  # fmt: skip
 def test_lengths_of_time_have_two_units(seconds: float, words: str) -> None:
     assert length(seconds) == words
+
+
+def test_runs_of_an_ablation_are_found_in_its_folder_and_above(capsys: pytest.CaptureFixture[str]) -> None:
+    names = [f"runs/pal/runs/{variant}/seed-{seed}" for variant in ("base", "no-pal") for seed in (0, 10)]
+    for name in reversed(names):
+        run(name, written=progress())
+    assert [one["run"] for one in told(capsys, "runs/pal")] == names
+    assert [one["run"] for one in told(capsys)] == names
