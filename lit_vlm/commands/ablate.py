@@ -101,6 +101,12 @@ def _show_plan(ablation: Ablation, console: Console) -> None:
     console.print(plan_table(plan))
     seconds = known_seconds(plan, _folders(ablation), ablation.earlier())
     console.print(cost_line(plan, seconds), soft_wrap=True)
+    for claim in file.claims:
+        console.print(
+            f"claim: {claim.text} ({claim.better} over {claim.worse}, {claim.score})", soft_wrap=True, markup=False
+        )
+    for line in ablation.remarks:
+        console.print(f"[yellow]{escape(line)}[/]", soft_wrap=True)
 
 
 def _folders(ablation: Ablation) -> dict[str, Path]:

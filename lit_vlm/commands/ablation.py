@@ -31,6 +31,8 @@ FILE = "ablation.yaml"
 LOG = "log.txt"
 """What a stage printed, in its folder."""
 EVALUATION = "evaluation"
+MEASURED = ("held_out", "train", "val", "throughput", "memory", "cost", "probe")
+"""What names of scores begin with that need no evaluation."""
 CPU = ("--trainer.accelerator", "cpu")
 """Flags by which settings are read on a machine that does not train."""
 
@@ -44,12 +46,14 @@ class Ablation:
         file: what was asked for.
         states: name of a variant → what it runs, without a seed.
         plan: the stages.
+        remarks: what will be missing when it has run.
     """
 
     folder: Path
     file: AblationFile
     states: Mapping[str, RunState]
     plan: Plan
+    remarks: Sequence[str] = ()
 
     def state(self, run: RunKey) -> RunState:
         """What a run consists of, and which of its stages are done."""
@@ -199,7 +203,33 @@ def make(file: AblationFile, folder: Path, here: bool = True, data: bool = True)
         for name, state in states.items()
         for stage in state.stages
     )
-    return Ablation(folder, file, states, plan)
+    last = {name: found[name, state.stages[-1]].settings for name, state in states.items()}
+    return Ablation(folder, file, states, plan, unscored(file, last))
+
+
+def unscored(file: AblationFile, last: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Lines on claims whose score the last stage of a variant will not have, as far as the beginning of its name tells.
+
+    Args:
+        file: the ablation.
+        last: name of a variant → settings of its last stage.
+    """
+    lines = []
+    asked = {one.name.rpartition(".")[2] for one in file.evaluate}
+    for claim in file.claims:
+        first = claim.score.partition("/")[0]
+        for variant in dict.fromkeys((claim.better, claim.worse)):
+            callbacks = [one["class_path"].rpartition(".")[2] for one in last[variant]["trainer"]["callbacks"] or ()]
+            if first == "held_out" and "HeldOut" not in callbacks:
+                lines.append(
+                    f"{claim.text!r} wants {claim.score}, and the last stage of {variant} has no callbacks.HeldOut: "
+                    "add trainer.callbacks+: callbacks.HeldOut to the flags, or name another score"
+                )
+            elif first not in (*MEASURED, *asked) and "Evaluate" not in callbacks:
+                lines.append(
+                    f"{claim.text!r} wants {claim.score}, which nothing asks for: name the task under evaluate"
+                )
+    return lines
 
 
 def _refuse_other(file: AblationFile, folder: Path) -> None:

@@ -14,9 +14,10 @@ import pytest
 import yaml
 
 from lit_vlm.checkpoints.weights import read_state
-from lit_vlm.commands.ablation import make
+from lit_vlm.commands.ablation import make, unscored
 from lit_vlm.commands.ablation_asked import name_for, read
 from lit_vlm.commands.cli import main
+from lit_vlm.experiments.file import parsed
 from lit_vlm.experiments.plan import Plan, RunKey
 from tests.forkserver import interpreter
 from tests.runs import environment, lit_vlm
@@ -73,6 +74,19 @@ def test_another_ablation_or_a_run_is_not_written_over(tmp_path: Path) -> None:
     (folder / "run.json").touch()
     with pytest.raises(ValueError, match="is the folder of a run: choose another --out"):
         make(read([written(tmp_path)])[0], folder)
+
+
+def test_claims_whose_score_nothing_leaves_are_named() -> None:
+    score = {"text": "t", "better": "base", "worse": "a"}
+    claims = [
+        score | {"score": name} for name in ("held_out/loss", "train/loss", "scenes/0-shot/accuracy", "vqav2/a/b")
+    ]
+    given = {"recipe": "eve", "variants": {"a": {}}, "evaluate": [{"task": "scenes"}], "claims": claims}
+    callbacks = {"base": ["callbacks.HeldOut"], "a": ["callbacks.Throughput"]}
+    last = {name: {"trainer": {"callbacks": [{"class_path": one} for one in own]}} for name, own in callbacks.items()}
+    held_out, *tasks = unscored(parsed(given, "x"), last)
+    assert held_out.startswith("'t' wants held_out/loss, and the last stage of a has no callbacks.HeldOut: add")
+    assert set(tasks) == {"'t' wants vqav2/a/b, which nothing asks for: name the task under evaluate"}
 
 
 def test_a_dry_run_lists_missing_data(tmp_path: Path) -> None:
