@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-from lit_vlm.core.children import die_with_parent
+from lit_vlm.core.children import GENERATION, die_with_parent
 from lit_vlm.core.launcher import ASKING, PREEMPTED
 
 
@@ -24,6 +24,7 @@ class Stages:
     def __init__(self) -> None:
         self.asked: str | None = None
         self._ends = False
+        self._count = 0
         self._process: subprocess.Popen[bytes] | None = None
         self._before: dict[signal.Signals, Any] = {}
 
@@ -60,7 +61,9 @@ class Stages:
 
     def _run(self, words: Sequence[str], environment: Mapping[str, str]) -> int:
         command = [sys.executable, "-P", "-m", "lit_vlm", *words]
-        self._process = subprocess.Popen(command, env=os.environ | environment, preexec_fn=die_with_parent)
+        self._count += 1
+        variables = os.environ | environment | {GENERATION: str(self._count)}
+        self._process = subprocess.Popen(command, env=variables, preexec_fn=die_with_parent)
         if self.asked is not None:  # while it started
             self._process.send_signal(signal.SIGTERM)
         try:

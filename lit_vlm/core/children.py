@@ -6,6 +6,9 @@ import ctypes
 import signal
 import sys
 
+GENERATION = "LIT_VLM_GENERATION"
+"""Environment variable: number of a stage among those that a process has started."""
+
 
 def die_with_parent() -> None:
     """Ask Linux to kill this process when its parent dies, so that no orphan goes on writing into a run.

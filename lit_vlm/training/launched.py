@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
+import os
 from typing import Any, Literal
 
 import torch
@@ -10,8 +13,11 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.lsf import LSFEnvironment
 from lightning.fabric.plugins.environments.mpi import MPIEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
-from lit_vlm.core.launcher import Launch, launch, rendezvous, tasks_of_job
+from lit_vlm.core.children import GENERATION
+from lit_vlm.core.launcher import Launch, launch, tasks_of_job
+from lit_vlm.core.launcher import rendezvous as meeting_point
 
 AUTO = "auto"
 Devices = list[int] | str | int
@@ -34,12 +40,12 @@ class Launched(ClusterEnvironment):
     @property
     def main_address(self) -> str:
         """The machine of rank 0."""
-        return rendezvous()[0]
+        return meeting_point()[0]
 
     @property
     def main_port(self) -> int:
         """A port of it."""
-        return rendezvous()[1]
+        return meeting_point()[1]
 
     @staticmethod
     def detect() -> bool:
@@ -83,6 +89,7 @@ def environment(started: Launch) -> ClusterEnvironment:
     A job script is one process even where its job has several tasks, as is a step of one task, such as a shell.
     """
     if started.by == "torchrun" and TorchElasticEnvironment.detect():
+        keep_attempts_apart(started.attempt)
         return TorchElasticEnvironment()
     if started.by == "torchrun" or started.world_size > 1:
         return Launched()
@@ -91,6 +98,27 @@ def environment(started: Launch) -> ClusterEnvironment:
             if other.detect():
                 return other()
     return LightningEnvironment()
+
+
+def keep_attempts_apart(attempt: int) -> None:
+    """Let processes meet under keys that no other attempt, and no other stage of it, has used.
+
+    Torchrun's store outlives the processes that it starts again. What those left in it, such as the addresses of
+    processes that are gone, would be taken for that of this attempt by whoever comes first (PyTorch 2.15).
+
+    Args:
+        attempt: how often the launcher has started before.
+    """
+    prefix = f"lit-vlm/{attempt}/{os.environ.get(GENERATION, '0')}"
+    rendezvous: Any = importlib.import_module("torch.distributed.rendezvous")  # a function has this name as well
+    made = rendezvous._create_c10d_store
+    made = getattr(made, "__wrapped__", made)
+
+    @functools.wraps(made)
+    def create(*arguments: Any, **named: Any) -> Any:
+        return PrefixStore(prefix, made(*arguments, **named))
+
+    rendezvous._create_c10d_store = create
 
 
 def spread(devices: Devices, num_nodes: int | Literal["auto"], started: Launch) -> tuple[Devices, int]:

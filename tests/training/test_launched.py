@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,9 @@ from lit_vlm.commands.recipe import find_recipe
 from lit_vlm.core.launcher import Launch, launch
 from lit_vlm.training.launched import Launched, agree, environment, spread
 from lit_vlm.training.trainer import Trainer
+from tests.forkserver import FIXED
 from tests.runs import lit_vlm
+from tests.tiny import ROOT
 
 ALONE, SHELL, SCRIPT = Launch("alone"), Launch("srun", id="7.0"), Launch("batch", id="7")
 STEP = Launch("srun", 1, 4, 1, "n1", "7.0", nodes=2, per_node=2)
@@ -177,3 +181,11 @@ def test_a_job_script_of_several_tasks_trains_as_one_process(tmp_path: Path, mon
     flags += ["--trainer.limit_val_batches", "0", "--trainer.logger", "false", "--trainer.accelerator", "cpu"]
     result = lit_vlm(tmp_path, "fit", *WORDS, *flags, "--trainer.default_root_dir", str(tmp_path / "out"))
     assert list((tmp_path / "out" / "checkpoints").iterdir()), result.stderr
+
+
+def test_processes_that_are_started_again_do_not_meet_those_that_are_gone() -> None:
+    agent = ["torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1", "--rdzv-backend", "c10d"]
+    words = [sys.executable, "-m", *agent, "--rdzv-endpoint", "localhost:0", "-m", "tests.training.restarted"]
+    done = subprocess.run(words, cwd=ROOT, env=os.environ | FIXED, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert sorted(done.stdout.split("\n"))[-2:] == ["rank 0: 2", "rank 1: 2"]
