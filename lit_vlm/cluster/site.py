@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from lit_vlm.core.plugins import nearest
+from lit_vlm.core.settings import checked, read_mapping
 from lit_vlm.core.times import seconds_of
 
 VARIABLE = "LIT_VLM_CLUSTER"
@@ -98,28 +98,8 @@ def read_site(file: Path | None = None) -> Site:
     path = file or site_file()
     if not path.exists() and file is None and not os.environ.get(VARIABLE):
         return Site()
-    try:
-        content: Any = yaml.load(path.read_text(encoding="utf-8"), _Words)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} ({VARIABLE}) cannot be read: {' '.join(str(error).split())}") from error
-    if content is None:
-        return Site()
-    if not isinstance(content, dict):
-        raise ValueError(
-            f"{path} holds settings of a cluster, such as 'partition: gpu', not a {type(content).__name__}"
-        )
-    known = list(Site.model_fields)
-    if unknown := [str(key) for key in content if key not in known]:
-        raise ValueError(
-            f"{path}: there is no key '{unknown[0]}'{nearest(unknown[0], known)}; keys: {', '.join(known)}"
-        )
-    try:
-        site = Site(**content)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        found = "" if isinstance(first["input"], dict) else f", found {first['input']!r}"
-        raise ValueError(f"{path}: {where}: {first['msg'].removeprefix('Value error, ')}{found}") from error
+    content = read_mapping(path, "settings of a cluster, such as 'partition: gpu'", _Words, VARIABLE)
+    site = checked(Site, content, str(path))
     if site.time is not None:
         check_time(site.time, site.signal_before, f"{path}: time")
     return site

@@ -12,7 +12,8 @@ import yaml
 from lit_vlm.commands.ablation import FILE
 from lit_vlm.commands.asked import Asked, ask, recipe_parser
 from lit_vlm.commands.submit import add_job_options
-from lit_vlm.experiments.file import SEED, AblationFile, load_yaml, parsed, read_file
+from lit_vlm.core.settings import PlainYaml, checked
+from lit_vlm.experiments.file import SEED, AblationFile, read_file
 
 YAML = (".yaml", ".yml")
 SLURM, FINDINGS = "slurm", "--findings"
@@ -76,7 +77,7 @@ def read(argv: Sequence[str]) -> tuple[AblationFile, argparse.Namespace]:
         named = str(options.out / FILE)
     if named is None:
         raise ValueError("name the file of an ablation, or a recipe with --vary, as the first argument")
-    file = parsed(_content(asked, named), named if _is_file(named) else "lit-vlm ablate")
+    file = checked(AblationFile, _content(asked, named), named if _is_file(named) else "lit-vlm ablate")
     known = [variant.name for variant in file.all_variants()]
     if unknown := [name for name in options.only or () if name not in known]:
         raise ValueError(f"--only {unknown[0]}: there is no such variant; variants: {', '.join(known)}")
@@ -148,7 +149,7 @@ def _varied(text: str) -> tuple[str, Any]:
     if not equals or not values:
         raise ValueError(f"--vary {text}: write a flag and its values, as model.projector=Linear,MLP")
     try:
-        found = load_yaml(values if values.startswith("{") else f"[{values}]")
+        found = yaml.load(values if values.startswith("{") else f"[{values}]", PlainYaml)
     except yaml.YAMLError as error:
         raise ValueError(f"--vary {text}: {' '.join(str(error).split())}") from error
     return flag.lstrip("-"), found

@@ -10,10 +10,10 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from lit_vlm.core.plugins import nearest
+from lit_vlm.core.settings import checked, read_mapping
 
 BASE = "base"
 """Name of the variant that has the flags for all, and no other."""
@@ -232,43 +232,7 @@ def read_file(path: Path) -> AblationFile:
     Raises:
         ValueError: for a file that is missing or no YAML, an unknown key or a wrong value, naming file and key.
     """
-    try:
-        content = load_yaml(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds keys of an ablation, such as 'recipe: eve', not a {type(content).__name__}")
-    return parsed(content, str(path))
-
-
-def load_yaml(text: str) -> Any:
-    """A value from YAML in which `off`, `on`, `no` and `yes` are words, as they are good names of variants."""
-    return yaml.load(text, _Loader)
-
-
-def parsed(content: Mapping[str, Any], where: str) -> AblationFile:
-    """An ablation from its keys.
-
-    Args:
-        content: the keys.
-        where: file or command, for messages.
-
-    Raises:
-        ValueError: as `read_file`.
-    """
-    known = list(AblationFile.model_fields)
-    if unknown := [str(key) for key in content if key not in known]:
-        raise ValueError(
-            f"{where}: there is no key '{unknown[0]}'{nearest(unknown[0], known)}; keys: {', '.join(known)}"
-        )
-    try:
-        return AblationFile(**content)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        found = "" if isinstance(first["input"], dict | AblationFile) else f", found {first['input']!r}"
-        text = first["msg"].removeprefix("Value error, ")
-        raise ValueError(f"{where}: {f'{place}: ' if place else ''}{text}{found}") from error
+    return checked(AblationFile, read_mapping(path, "keys of an ablation, such as 'recipe: eve'"), str(path))
 
 
 def flag_words(flags: Flags) -> list[str]:
@@ -349,19 +313,3 @@ def _label(value: Any) -> str | None:
     if isinstance(value, str):
         return value.rpartition(".")[2] if re.fullmatch(r"[A-Za-z_][\w.]*", value) else value.replace("/", "-")
     return f"{value:g}" if isinstance(value, float) else str(json.dumps(value))
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML in which only true and false are truth values: `off` and `on` are good names of variants."""
-
-
-WORDS = {f"tag:yaml.org,2002:{name}" for name in ("bool", "int", "timestamp")}
-_Loader.yaml_implicit_resolvers = {
-    letter: [(tag, pattern) for tag, pattern in resolvers if tag not in WORDS]
-    for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-# Neither 12:00:00 nor 2024-01-01 is a number.
-_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?(?:0|[1-9][0-9]*)$"), list("-+0123456789"))

@@ -17,7 +17,8 @@ from lit_vlm.checkpoints.weights import read_state
 from lit_vlm.commands.ablation import make, unscored
 from lit_vlm.commands.ablation_asked import name_for, read
 from lit_vlm.commands.cli import main
-from lit_vlm.experiments.file import parsed
+from lit_vlm.core.settings import checked
+from lit_vlm.experiments.file import AblationFile
 from lit_vlm.experiments.plan import Plan, RunKey
 from tests.forkserver import interpreter
 from tests.runs import environment, lit_vlm
@@ -84,7 +85,7 @@ def test_claims_whose_score_nothing_leaves_are_named() -> None:
     given = {"recipe": "eve", "variants": {"a": {}}, "evaluate": [{"task": "scenes"}], "claims": claims}
     callbacks = {"base": ["callbacks.HeldOut"], "a": ["callbacks.Throughput"]}
     last = {name: {"trainer": {"callbacks": [{"class_path": one} for one in own]}} for name, own in callbacks.items()}
-    held_out, *tasks = unscored(parsed(given, "x"), last)
+    held_out, *tasks = unscored(checked(AblationFile, given, "x"), last)
     assert held_out.startswith("'t' wants held_out/loss, and the last stage of a has no callbacks.HeldOut: add")
     assert set(tasks) == {"'t' wants vqav2/a/b, which nothing asks for: name the task under evaluate"}
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from lit_vlm.experiments.file import AblationFile, load_yaml, parsed, read_file
+from lit_vlm.core.settings import checked
+from lit_vlm.experiments.file import AblationFile, read_file
 
 FULL = """
 recipe: eve
@@ -55,22 +56,6 @@ def test_variants_are_commands(tmp_path: Path) -> None:
     assert grid[-1].flags == (*base.flags, *own, "--3_sft.model.decoder.lora", '{"r": 8}')
 
 
-def test_words_that_look_like_times_stay_words() -> None:
-    found = load_yaml("{i: trueish, j: 0-1, a: 12:00:00, b: 2024-01-01, c: 3, d: off, e: 1e-3, f: 0.5, g: true, h: -2}")
-    assert found == {
-        "i": "trueish",
-        "j": "0-1",
-        "a": "12:00:00",
-        "b": "2024-01-01",
-        "c": 3,
-        "d": "off",
-        "e": "1e-3",
-        "f": 0.5,
-        "g": True,
-        "h": -2,
-    }
-
-
 def test_evaluations_are_arguments_of_the_command(tmp_path: Path) -> None:
     scenes, mine = read(tmp_path, FULL).evaluate
     assert scenes.words() == ["--task", "scenes", "--shots", "0,4"]
@@ -81,7 +66,9 @@ def test_evaluations_are_arguments_of_the_command(tmp_path: Path) -> None:
 @pytest.mark.parametrize("claimed", [False, True])
 def test_a_grid_alone_has_a_base_if_a_claim_is_about_it(claimed: bool) -> None:
     claims = [{"text": "t", "better": "base", "worse": "projector=MLP", "score": "held_out/loss"}] if claimed else []
-    found = parsed({"recipe": "eve", "grid": {"model.projector": ["Linear", "MLP"]}, "claims": claims}, "x")
+    found = checked(
+        AblationFile, {"recipe": "eve", "grid": {"model.projector": ["Linear", "MLP"]}, "claims": claims}, "x"
+    )
     names = [variant.name for variant in found.all_variants()]
     assert names == [*(["base"] if claimed else []), "projector=Linear", "projector=MLP"]
 
@@ -125,7 +112,7 @@ CLAIM = {"text": "t", "better": "base", "worse": "a", "score": "s"}
 )
 def test_what_is_wrong_is_named(content: dict[str, Any], error: str) -> None:
     with pytest.raises(ValueError, match=error):
-        parsed(content, "x")
+        checked(AblationFile, content, "x")
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from lit_vlm.core.plugins import nearest
+from lit_vlm.core.settings import check_keys, checked, read_mapping
 from lit_vlm.experiments.results import Better
 from lit_vlm.training.trial import PrunerName
 
@@ -168,29 +167,9 @@ def read_file(path: Path) -> TuneFile:
     Raises:
         ValueError: for a file that is missing or no YAML, an unknown key or a wrong value, naming file and key.
     """
-    try:
-        content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds keys of a search, such as 'recipe: eve', not a {type(content).__name__}")
-    _check_keys(str(path), content, list(TuneFile.model_fields))
+    content = read_mapping(path, "keys of a search, such as 'recipe: eve'")
     search = content.get("search")
     for name, one in search.items() if isinstance(search, dict) else ():
         if isinstance(one, dict):
-            _check_keys(f"{path}: search.{name}", one, list(Range.model_fields))
-    try:
-        return TuneFile(**content)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        found = "" if isinstance(first["input"], dict | BaseModel) else f", found {first['input']!r}"
-        text = first["msg"].removeprefix("Value error, ")
-        raise ValueError(f"{path}: {f'{place}: ' if place else ''}{text}{found}") from error
-
-
-def _check_keys(where: str, content: Mapping[Any, Any], known: list[str]) -> None:
-    if unknown := [str(key) for key in content if key not in known]:
-        raise ValueError(
-            f"{where}: there is no key '{unknown[0]}'{nearest(unknown[0], known)}; keys: {', '.join(known)}"
-        )
+            check_keys(f"{path}: search.{name}", one, list(Range.model_fields))
+    return checked(TuneFile, content, str(path))
