@@ -260,8 +260,9 @@ def _before_end(trainer: L.Trainer, peers: Peers, verdict: Verdict, code: int) -
     if verdict.kind == "hung" and STACKS is not None:
         for worker in workers:
             _say(f"watchdog: {peers.name(peers.rank)}: stacks of {worker.name} (pid {worker.pid})")
-            with suppress(OSError):
-                os.kill(worker.pid or 0, STACKS)
+            if worker.pid is not None:  # 0 would be this process and all beside it
+                with suppress(OSError):
+                    os.kill(worker.pid, STACKS)
             time.sleep(0.2)
     if peers.rank == min(left, default=peers.rank):
         _at_most(TELLING, partial(_tell_mlflow, trainer, verdict.reason))

@@ -21,6 +21,7 @@ from pydantic import BaseModel
 
 import lit_vlm
 from lit_vlm.core.cache import cache_dir
+from lit_vlm.core.devices import cores
 from lit_vlm.core.precision import choose
 
 PACKAGES = ("torch", "torchvision", "lightning", "transformers", "timm", "peft", "jsonargparse", "litdata", "mlflow",
@@ -134,7 +135,7 @@ def facts(local_rank: int) -> Facts:
         versions=_versions(),
         sources=_sources(),
         device=_device(local_rank),
-        cpus=sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1)),
+        cpus=cores(),
         variables={name: value for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)},
         interfaces=[name for _, name in socket.if_nameindex()],
         address=_own_address(),

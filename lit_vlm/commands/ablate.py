@@ -29,7 +29,7 @@ from lit_vlm.experiments.statistics import planned_looks
 from lit_vlm.training.mlflow_store import absolute_uri, default_uri
 
 COMMAND = "command.txt"
-"""The command that ran last, in the folder of the ablation."""
+"""The command that an ablation was begun with, in its folder."""
 
 
 def main(argv: Sequence[str]) -> None:

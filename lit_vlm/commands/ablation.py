@@ -17,6 +17,7 @@ from lit_vlm.checkpoints.folder import checkpoints_in, is_done, settle
 from lit_vlm.commands.asked import Asked
 from lit_vlm.commands.begin import state_of
 from lit_vlm.commands.examined import Examined, examine
+from lit_vlm.commands.named_runs import EVALUATION
 from lit_vlm.commands.recipe import find_recipe
 from lit_vlm.commands.run import stage_words
 from lit_vlm.commands.runs import STATE_FILE, RunState
@@ -30,7 +31,6 @@ FILE = "ablation.yaml"
 """The ablation's file, in its folder."""
 LOG = "log.txt"
 """What a stage printed, in its folder."""
-EVALUATION = "evaluation"
 MEASURED = ("held_out", "train", "val", "throughput", "memory", "cost", "probe")
 """What names of scores begin with that need no evaluation."""
 CPU = ("--trainer.accelerator", "cpu")
@@ -215,7 +215,8 @@ def unscored(file: AblationFile, last: Mapping[str, Mapping[str, Any]]) -> list[
         last: name of a variant → settings of its last stage.
     """
     lines = []
-    asked = {one.name.rpartition(".")[2] for one in file.evaluate}
+    asked = {one.name for one in file.evaluate}
+    named_by_class = any("." in name for name in asked)  # whose scores have a name that only the class knows
     for claim in file.claims:
         first = claim.score.partition("/")[0]
         for variant in dict.fromkeys((claim.better, claim.worse)):
@@ -225,7 +226,7 @@ def unscored(file: AblationFile, last: Mapping[str, Mapping[str, Any]]) -> list[
                     f"{claim.text!r} wants {claim.score}, and the last stage of {variant} has no callbacks.HeldOut: "
                     "add trainer.callbacks+: callbacks.HeldOut to the flags, or name another score"
                 )
-            elif first not in (*MEASURED, *asked) and "Evaluate" not in callbacks:
+            elif first not in (*MEASURED, *asked) and "Evaluate" not in callbacks and not named_by_class:
                 lines.append(
                     f"{claim.text!r} wants {claim.score}, which nothing asks for: name the task under evaluate"
                 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lit_vlm.commands.fit import REFUSED, lightning_cli, unlaunched
+from lit_vlm.core.devices import cores
 from lit_vlm.core.launcher import launch
 from lit_vlm.data.sets.check import check_set
 from lit_vlm.data.sets.convert import TooManyBad, convert
@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
         help="an argument of the form's class, e.g. image_folder=images",
     )
     convert_.add_argument(
-        "--workers", type=int, default=_cores(), help="processes of each task (default: one per core)"
+        "--workers", type=int, default=len(cores()), help="processes of each task (default: one per core)"
     )
     convert_.add_argument(
         "--max-bad-share", type=float, default=0.05, help="share of unusable records above which it fails (0.05)"
@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     check = verbs.add_parser("check", help="verify a converted set", description="Verify a converted set.")
     check.add_argument("set", metavar="SET", help="its folder or address")
     check.add_argument("--decode", action="store_true", help="decode every image again, too")
-    check.add_argument("--workers", type=int, default=_cores(), help="processes (default: one per core)")
+    check.add_argument("--workers", type=int, default=len(cores()), help="processes (default: one per core)")
     stats = verbs.add_parser(
         "stats",
         help="histograms of a converted set",
@@ -94,13 +94,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     stats.add_argument("set", metavar="SET", help="its folder or address")
     stats.add_argument("--png", type=Path, help="where to draw (default: SET/stats.png, or ./stats.png)")
-    stats.add_argument("--workers", type=int, default=_cores(), help="processes (default: one per core)")
+    stats.add_argument("--workers", type=int, default=len(cores()), help="processes (default: one per core)")
     return parser
-
-
-def _cores() -> int:
-    """Cores that this process may use; a job's task is often given a part of its machine's."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _convert(arguments: argparse.Namespace) -> None:

@@ -35,6 +35,7 @@ from lit_vlm.evaluation.tasks import (
     run_task,
 )
 from lit_vlm.evaluation.tasks.base import Choosing
+from lit_vlm.training.launched import keep_attempts_apart
 
 
 def main(argv: Sequence[str]) -> None:
@@ -255,6 +256,8 @@ def _join_processes(device: str | None) -> str:
     if device != "cpu":
         torch.cuda.set_device(device)  # NCCL sends objects through the current device
     if not dist.is_initialized():
+        if started.by == "torchrun":
+            keep_attempts_apart(started.attempt)
         host, port = rendezvous()
         os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": str(port)}
         dist.init_process_group("gloo" if device == "cpu" else "nccl", rank=started.rank, world_size=started.world_size)

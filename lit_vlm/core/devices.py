@@ -168,3 +168,10 @@ def visible_gpus() -> tuple[str, ...]:
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     count = torch.cuda.device_count()
     return tuple(given.split(",")[:count] if given else map(str, range(count)))
+
+
+def cores() -> list[int]:
+    """Numbers of the cores that this process may use; a job's task is often given a part of its machine's."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))

@@ -22,6 +22,7 @@ from filelock import SoftFileLease, Timeout
 
 from lit_vlm.core.cache import PATIENCE
 from lit_vlm.core.children import die_with_parent
+from lit_vlm.core.devices import cores
 from lit_vlm.core.launcher import ASKING, PREEMPTED
 from lit_vlm.core.written import write_whole
 
@@ -96,12 +97,11 @@ class Slots:
 
     def environment(self, taken: Sequence[int]) -> dict[str, str]:
         """Variables of a process that has some of the slots."""
-        share = max(1, len(os.sched_getaffinity(0)) // self.count)
-        threads = min(share, int(os.environ.get("OMP_NUM_THREADS") or share))
-        if self.gpus:
-            visible = ",".join(self.gpus[slot] for slot in taken)
-            return {"CUDA_VISIBLE_DEVICES": visible, "OMP_NUM_THREADS": str(threads)}
-        return {"OMP_NUM_THREADS": str(threads)}
+        share = max(1, len(cores()) // self.count)
+        given = os.environ.get("OMP_NUM_THREADS", "")  # a list of numbers is for nested loops, and stays
+        threads = str(min(share, int(given))) if given.isdecimal() else given or str(share)
+        visible = {"CUDA_VISIBLE_DEVICES": ",".join(self.gpus[slot] for slot in taken)} if self.gpus else {}
+        return {"OMP_NUM_THREADS": threads, **visible}
 
 
 @dataclass

@@ -64,8 +64,15 @@ class Case:
     seconds: float = 0.0
 
 
-def script(case: Case, out: str) -> str:
-    """A job script as users have one: it starts the run, or goes on, and puts itself back when the run says 75."""
+def script(case: Case, out: str, words: str = "", pause: float = 0.25) -> str:
+    """A job script as users have one: it starts the run, or goes on, and puts itself back when the run says 75.
+
+    Args:
+        case: what is trained.
+        out: folder of the run.
+        words: more arguments of the run.
+        pause: seconds that each step sleeps.
+    """
     nodes, strategy = LAYOUTS[case.layout]
     where = "" if nodes == 1 else f"--trainer.devices 1 --trainer.num_nodes {nodes}"
     return (
@@ -73,7 +80,8 @@ def script(case: Case, out: str) -> str:
         "--trainer.accelerator cpu --trainer.precision 32-true --trainer.max_epochs -1 "
         f"--trainer.max_steps {STEPS} --trainer.limit_val_batches 0 --trainer.enable_progress_bar false "
         f"--checkpoint.every_n_steps 7 --data.batch_size {4 // nodes} --data.num_workers {case.workers} "
-        f"{BATCHING[case.batching]} --trainer.callbacks+=tests.cluster.pause.Pause\n"
+        f"{BATCHING[case.batching]} --trainer.callbacks+=tests.cluster.pause.Pause --trainer.callbacks.seconds {pause} "
+        f"{words}\n"
         "code=$?; echo $(date +%T) srun ended with $code\n"
         "case $code in 75|69|137) scontrol requeue $SLURM_JOB_ID; sleep 60;; esac\nexit $code"
     )

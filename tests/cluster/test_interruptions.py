@@ -30,7 +30,8 @@ def test_a_job_that_is_taken_away_ends_as_one_that_is_not(
 def test_a_job_whose_time_ends_saves_before_and_goes_on(slurm: Slurm, tmp_path: Path) -> None:
     case, driver = Case(8, "1 task", 0, "padded"), Driver(slurm, tmp_path)
     whole = driver.reference(case.layout, case.batching)
-    limited = script(case, "limited").replace("--checkpoint", "--preemption.margin 20 --checkpoint", 1)
+    # its steps sleep for 45 seconds, and it has 40, however fast the machine
+    limited = script(case, "limited", "--preemption.margin 20", pause=0.75)
     store = {"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/limited.db"}
     job = slurm.submit(tmp_path, limited, "--time=1", variables=store)
     assert slurm.wait(job, seconds=300) == "COMPLETED", slurm.report(job)

@@ -152,7 +152,7 @@ def test_what_the_machine_lacks_is_said(
     assert search.places(2) == [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "1"}]
     assert search.places(1) == [{}]
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    monkeypatch.setattr("os.cpu_count", lambda: 16)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(16)))
     assert search.places(3) == [{"OMP_NUM_THREADS": "5"}] * 3
 
 

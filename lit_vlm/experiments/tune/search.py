@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import time
@@ -250,7 +249,7 @@ def places(jobs: int) -> list[dict[str, str]]:
     Raises:
         ValueError: for more trials than GPUs, where there are GPUs.
     """
-    from lit_vlm.core.devices import visible_gpus
+    from lit_vlm.core.devices import cores, visible_gpus
 
     if jobs == 1:
         return [{}]
@@ -258,5 +257,5 @@ def places(jobs: int) -> list[dict[str, str]]:
         if jobs > len(gpus):
             raise ValueError(f"--jobs {jobs} needs as many GPUs, and there are {len(gpus)}")
         return [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus[:jobs]]
-    threads = str(max(1, (os.cpu_count() or 1) // jobs))
+    threads = str(max(1, len(cores()) // jobs))
     return [{"OMP_NUM_THREADS": threads} for _ in range(jobs)]
