@@ -23,7 +23,8 @@ from lit_vlm.commands.run import stage_words
 from lit_vlm.commands.runs import STATE_FILE, RunState
 from lit_vlm.core.plugins import use_plugins
 from lit_vlm.core.written import write_whole
-from lit_vlm.experiments.file import SEED, AblationFile, Evaluation, Variant, read_file
+from lit_vlm.experiments.asked import Evaluation, Probing
+from lit_vlm.experiments.file import SEED, AblationFile, Variant, read_file
 from lit_vlm.experiments.plan import STAGES, Node, Plan, RunKey, Wanted, make_plan
 from lit_vlm.experiments.pool import Task
 
@@ -31,7 +32,7 @@ FILE = "ablation.yaml"
 """The ablation's file, in its folder."""
 LOG = "log.txt"
 """What a stage printed, in its folder."""
-MEASURED = ("held_out", "train", "val", "throughput", "memory", "cost", "probe")
+MEASURED = ("held_out", "train", "val", "throughput", "memory", "cost")
 """What names of scores begin with that need no evaluation."""
 CPU = ("--trainer.accelerator", "cpu")
 """Flags by which settings are read on a machine that does not train."""
@@ -127,6 +128,7 @@ class Ablation:
                 tasks.append(self._training(node, environment(node)))
                 if node.id in last:
                     tasks += [self._evaluation(node, one, environment(node)) for one in self.file.evaluate]
+                    tasks += [self._probing(node, one, environment(node)) for one in self.file.probe]
         return tasks
 
     def _training(self, node: Node, environment: Mapping[str, str]) -> Task:
@@ -143,21 +145,26 @@ class Ablation:
 
     def _evaluation(self, node: Node, one: Evaluation, environment: Mapping[str, str]) -> Task:
         folder, words = self.stage(node.id), one.words()
-        digest = hashlib.sha256(" ".join(words).encode())
-        if one.file is not None and one.file.is_file():
-            digest.update(one.file.read_bytes())
-        key = digest.hexdigest()[:8]
+        own = one.file.read_bytes() if one.file is not None and one.file.is_file() else b""
+        key = _digest(words, own)
         mark = folder / EVALUATION / f"{one.name.rpartition('.')[2]}-{key}.done"
-        return Task(
-            f"{node.id} {one.name} {key}",
-            lambda: ["evaluate", str(folder), *words],
-            mark.with_suffix(".txt"),
-            mark.is_file,
-            (node.id,),
-            1,
-            environment,
-            mark.touch,
-        )
+        return _asking(node, f"{one.name} {key}", ["evaluate", str(folder), *words], mark, environment)
+
+    def _probing(self, node: Node, one: Probing, environment: Mapping[str, str]) -> Task:
+        words = one.words(self.stage(node.id))
+        mark = self.stage(node.id) / one.folder / f"{_digest(words)}.done"
+        return _asking(node, f"probe {one.target}", ["probe", *words], mark, environment)
+
+
+def _asking(node: Node, name: str, words: list[str], mark: Path, environment: Mapping[str, str]) -> Task:
+    """A task on a stage that has been trained, which leaves a mark of its own when it has ended well."""
+    name, log = f"{node.id} {name}", mark.with_suffix(".txt")
+    return Task(name, lambda: words, log, mark.is_file, (node.id,), 1, environment, mark.touch)
+
+
+def _digest(words: Sequence[str], content: bytes = b"") -> str:
+    """Stands for what is asked, so that something else is asked anew."""
+    return hashlib.sha256(" ".join(words).encode() + content).hexdigest()[:8]
 
 
 def opened(folder: Path) -> Ablation:
@@ -217,8 +224,13 @@ def unscored(file: AblationFile, last: Mapping[str, Mapping[str, Any]]) -> list[
     lines = []
     asked = {one.name for one in file.evaluate}
     named_by_class = any("." in name for name in asked)  # whose scores have a name that only the class knows
+    probed = [one.target for one in file.probe]
     for claim in file.claims:
-        first = claim.score.partition("/")[0]
+        first, _, rest = claim.score.partition("/")
+        if first == "probe":
+            if (target := rest.partition("/")[0]) not in probed:
+                lines.append(f"{claim.text!r} wants {claim.score}: add 'probe: [{{target: {target}}}]' to the file")
+            continue
         for variant in dict.fromkeys((claim.better, claim.worse)):
             callbacks = [one["class_path"].rpartition(".")[2] for one in last[variant]["trainer"]["callbacks"] or ()]
             if first == "held_out" and "HeldOut" not in callbacks:

@@ -109,7 +109,7 @@ def nearest(name: str, names: Iterable[str], before: str = "") -> str:
     """
     known = list(dict.fromkeys(names))
     close = difflib.get_close_matches(name, known, n=3)
-    close = close or [other for other in known if other.lower() == name.lower()]
+    close = close or [other for other in known if name and other.lower().startswith(name.lower())][:3]
     meant = " or ".join(f"'{before}{other}'" for other in close)
     return f" (did you mean {meant}?)" if close else ""
 

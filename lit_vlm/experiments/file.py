@@ -10,10 +10,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from lit_vlm.core.plugins import nearest
 from lit_vlm.core.settings import checked, read_mapping
+from lit_vlm.experiments.asked import Evaluation, Probing, Strict, refuse_doubles
 
 BASE = "base"
 """Name of the variant that has the flags for all, and no other."""
@@ -23,56 +24,7 @@ NAME = re.compile(r"[A-Za-z0-9][\w.,=+-]*")
 Flags = Mapping[str, Any]
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
-
-
-class Evaluation(_Model):
-    """Questions that the last stage of each run is asked: arguments of `lit-vlm evaluate`.
-
-    Attributes:
-        task: name or class path of a task.
-        file: records of the user's own, in place of a task.
-        score: how answers to the user's own are scored.
-        shots: numbers of demonstrations.
-        data: folder of the tasks' files.
-        limit: so many examples.
-        flags: further flags of `lit-vlm evaluate`, name → value.
-    """
-
-    task: str | None = None
-    file: Path | None = None
-    score: str | None = None
-    shots: tuple[int, ...] = (0,)
-    data: Path | None = None
-    limit: int | None = None
-    flags: dict[str, Any] = Field(default_factory=dict)
-
-    @model_validator(mode="after")
-    def _one(self) -> Evaluation:
-        if (self.task is None) == (self.file is None):
-            raise ValueError("name either a task or a file of your own questions")
-        if self.score is not None and self.file is None:
-            raise ValueError("score is for a file of your own questions; a task has its own")
-        return self
-
-    @property
-    def name(self) -> str:
-        """A name for tables."""
-        return self.task or (self.file.stem if self.file is not None else "")
-
-    def words(self) -> list[str]:
-        """Arguments of `lit-vlm evaluate`, but for the checkpoint."""
-        named = {"task": self.task, "file": self.file, "score": self.score, "data": self.data, "limit": self.limit}
-        words = [word for key, value in named.items() if value is not None for word in (f"--{key}", str(value))]
-        words += ["--shots", ",".join(map(str, self.shots))]
-        for key, value in self.flags.items():
-            if value is not False and value is not None:
-                words += [f"--{key}", *([] if value is True else [str(value)])]  # --think takes no value
-        return words
-
-
-class Claim(_Model):
+class Claim(Strict):
     """What is to be judged: that one variant is better than another.
 
     Attributes:
@@ -88,7 +40,7 @@ class Claim(_Model):
     score: str
 
 
-class _Axes(_Model):
+class _Axes(Strict):
     """What a variant may have of its own besides flags."""
 
     recipe: str
@@ -97,7 +49,7 @@ class _Axes(_Model):
     stages: tuple[str, ...] | None
 
 
-class AblationFile(_Model):
+class AblationFile(Strict):
     """What an ablation runs, compares and judges.
 
     Attributes:
@@ -113,6 +65,7 @@ class AblationFile(_Model):
         variants: name → flags; `recipe`, `scale`, `strategy` and `stages` among them replace those above.
         grid: flag → values, or names → values; each combination is a variant.
         evaluate: what the last stage of each run is asked, besides what it leaves by itself.
+        probe: what is read from the layers of the last stage of each run.
         claims: what is judged; without, the report compares each variant with the base.
     """
 
@@ -128,6 +81,7 @@ class AblationFile(_Model):
     grid: dict[str, dict[str, Any]] = Field(default_factory=dict)
     sequential: bool = False
     evaluate: tuple[Evaluation, ...] = ()
+    probe: tuple[Probing, ...] = ()
     claims: tuple[Claim, ...] = ()
 
     @field_validator("seeds", mode="before")
@@ -179,7 +133,7 @@ class AblationFile(_Model):
         for where, flags in (("base", self.base), *((f"variants.{name}", one) for name, one in self.variants.items())):
             _check_flags(where, flags)
         _check_flags("grid", self.grid)
-        _check_evaluations(self.evaluate)
+        refuse_doubles(self.evaluate, self.probe)
         names = [variant.name for variant in self.all_variants()]
         if double := [name for name in names if names.count(name) > 1]:
             raise ValueError(f"two variants are called {double[0]}")
@@ -252,16 +206,6 @@ def _check_flags(where: str, flags: Flags) -> None:
             raise ValueError(f"{where}: {name} is the seed of each run: name the seeds by the key 'seeds'")
         if name.rpartition(".")[2] in ("default_root_dir", "start_from", "ckpt_path", "out"):
             raise ValueError(f"{where}: {name} is what an ablation sets itself, for each stage that it runs")
-
-
-def _check_evaluations(evaluations: Sequence[Evaluation]) -> None:
-    """Refuse two evaluations whose results would have the same name."""
-    asked: set[tuple[str, int]] = set()
-    for one in evaluations:
-        for shots in one.shots:
-            if (one.name, shots) in asked:
-                raise ValueError(f"evaluate: {one.name} with {shots} shots is there twice; results are kept by name")
-            asked.add((one.name, shots))
 
 
 def _combinations(grid: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:

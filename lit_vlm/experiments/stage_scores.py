@@ -198,7 +198,8 @@ def probe_scores(stage: Path) -> dict[str, Score]:
             if len(found["results"]) == 1 or stage.resolve() in (Path(label).resolve(), *Path(label).resolve().parents)
         ]
         for result in own[:1]:
-            for name, values in (("cosine", result["cosine"]), (result["score_name"] or "score", result["score"])):
+            exact = (result["score_name"] or "score").lower().replace(" ", "_")
+            for name, values in (("cosine", result["cosine"]), (exact, result["score"])):
                 scores |= dict(_of_layers(f"probe/{found['target']}", name, values))
     return scores
 

@@ -20,6 +20,7 @@ from lit_vlm.commands.cli import main
 from lit_vlm.core.settings import checked
 from lit_vlm.experiments.file import AblationFile
 from lit_vlm.experiments.plan import Plan, RunKey
+from lit_vlm.experiments.stage_scores import stage_scores
 from tests.forkserver import interpreter
 from tests.runs import environment, lit_vlm
 
@@ -80,14 +81,26 @@ def test_another_ablation_or_a_run_is_not_written_over(tmp_path: Path) -> None:
 def test_claims_whose_score_nothing_leaves_are_named() -> None:
     score = {"text": "t", "better": "base", "worse": "a"}
     claims = [
-        score | {"score": name} for name in ("held_out/loss", "train/loss", "scenes/0-shot/accuracy", "vqav2/a/b")
+        score | {"score": name}
+        for name in (
+            "held_out/loss",
+            "train/loss",
+            "scenes/0-shot/accuracy",
+            "vqav2/a",
+            "probe/seg/miou",
+            "probe/gen/x",
+        )
     ]
     given = {"recipe": "eve", "variants": {"a": {}}, "evaluate": [{"task": "scenes"}], "claims": claims}
+    given["probe"] = [{"target": "gen"}]
     callbacks = {"base": ["callbacks.HeldOut"], "a": ["callbacks.Throughput"]}
     last = {name: {"trainer": {"callbacks": [{"class_path": one} for one in own]}} for name, own in callbacks.items()}
     held_out, *tasks = unscored(checked(AblationFile, given, "x"), last)
     assert held_out.startswith("'t' wants held_out/loss, and the last stage of a has no callbacks.HeldOut: add")
-    assert set(tasks) == {"'t' wants vqav2/a/b, which nothing asks for: name the task under evaluate"}
+    assert set(tasks) == {
+        "'t' wants vqa/a, which nothing asks for: name the task under evaluate",
+        "'t' wants probe/seg/miou: add 'probe: [{target: seg}]' to the file",
+    }
 
 
 def test_a_dry_run_lists_missing_data(tmp_path: Path) -> None:
@@ -233,8 +246,10 @@ def test_a_failure_stops_no_other_run_and_is_tried_again(tmp_path: Path) -> None
     assert found.returncode == 1
     assert "1 failed, 0 were left out for it; the same command tries them again" in found.stdout
     assert (tmp_path / "runs/steps/runs/base/seed-0/2_sft/done.json").is_file()
-    file = written(tmp_path, seeds=1, variants={}, claims=[], stages=["2_sft"])
+    probe = [{"target": "depth", "flags": {"steps": 2, "held-out": 4, "batch-size": 2, "exact": True}}]
+    file = written(tmp_path, seeds=1, variants={}, claims=[], stages=["2_sft"], probe=probe)
     assert "report: " in lit_vlm(tmp_path, "ablate", file).stdout  # a changed file: what is there is used
+    assert "probe/depth/cosine" in stage_scores(tmp_path / "runs/steps/runs/base/seed-0/2_sft")
 
 
 @pytest.mark.slow

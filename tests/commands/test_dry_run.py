@@ -178,6 +178,7 @@ CASES = {
     "shortened flag": Case(["--trainer.max_step", "3"], ["no flag --trainer.max_step (did you mean"]),
     "precision": Case(["--trainer.precision", "fp17"], ["trainer.precision: expected one of auto", "found 'fp17'"]),
     "flag": Case(["--model.projectr", "Linear"], ["there is no flag --model.projectr (did you mean '--model.pro"]),
+    "logger": Case(["--trainer.logger", "wandb"], ["there is no class 'wandb' (did you mean 'WandbLogger'?)"]),
     "class": Case(["--model.projector", "Linaer"], ["model.projector: there is no class 'Linaer' (did you mean"]),
     "argument of a class": Case(["--model.projector.dept", "3"], ["MLP has no argument 'dept' (did you mean 'depth'"]),
     "type of an argument": Case(["--model.projector.depth", "two"], ["projector.depth: expected int, found 'two'"]),

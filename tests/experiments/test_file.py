@@ -24,6 +24,7 @@ grid:
   model.stage.train.projector: [1.0e-4, 1e-3]
   3_sft.model.decoder.lora: {off: null, on: {r: 8}}
 evaluate: [{task: scenes, shots: [0, 4]}, {file: mine.jsonl, score: vqa, limit: 5, flags: {think: true}}]
+probe: [{target: depth, flags: {exact: true, steps: 9}}]
 claims:
   - {text: a, better: base, worse: no-stage-1, score: scenes/0-shot/accuracy}
 """
@@ -63,6 +64,11 @@ def test_evaluations_are_arguments_of_the_command(tmp_path: Path) -> None:
     assert (mine.name, mine.words()) == ("mine", words.split())
 
 
+def test_probes_are_arguments_of_the_command(tmp_path: Path) -> None:
+    (depth,) = read(tmp_path, FULL).probe
+    assert depth.words(Path("s")) == ["s", "--target", "depth", "--out", "s/probe-depth", "--exact", "--steps", "9"]
+
+
 @pytest.mark.parametrize("claimed", [False, True])
 def test_a_grid_alone_has_a_base_if_a_claim_is_about_it(claimed: bool) -> None:
     claims = [{"text": "t", "better": "base", "worse": "projector=MLP", "score": "held_out/loss"}] if claimed else []
@@ -93,6 +99,8 @@ CLAIM = {"text": "t", "better": "base", "worse": "a", "score": "s"}
             {"recipe": "eve", "evaluate": [{"task": "s"}, {"task": "s", "limit": 2}]},
             "s with 0 shots is there twice",
         ),
+        ({"recipe": "eve", "probe": [{"target": "gen"}, {"target": "gen"}]}, "probe: gen is there twice"),
+        ({"recipe": "eve", "probe": [{"target": "gen", "flags": {"out": "x"}}]}, "probe: out is no flag here"),
         ({"recipe": "eve", "variants": {"base": {}}}, "variants: 'base' is the variant with no flags of its own"),
         ({"recipe": "eve", "variants": {"a/b": {}}}, "variants: 'a/b' is a folder's name, too"),
         ({"recipe": "eve", "variants": {"a": {"--x": 1}}}, "variants.a: write 'x' without dashes"),

@@ -83,8 +83,8 @@ def test_probes_kept_beside_a_stage_are_read_by_layer(tmp_path: Path) -> None:
     (stage / "probe-depth" / "probe.json").write_text(json.dumps(saved))
     found = read_run(tmp_path / "a").scores
     assert found["probe/depth/cosine"].value == pytest.approx(0.3)
-    assert found["probe/depth/depth order"].by_kind == {"layer 1": 0.5, "layer 2": 0.9}
-    assert found["probe/depth/layer-2/depth order"].value == 0.9
+    assert found["probe/depth/depth_order"].by_kind == {"layer 1": 0.5, "layer 2": 0.9}
+    assert found["probe/depth/layer-2/depth_order"].value == 0.9
 
 
 def test_costs_are_summed_over_stages_and_stages_may_be_links(tmp_path: Path) -> None:
