@@ -144,15 +144,15 @@ def _dry_run(ablation: Ablation, console: Console) -> None:
     Raises:
         SystemExit: where a stage could not start.
     """
-    from lit_vlm.commands.dry_run import check_recipe
+    from lit_vlm.commands.dry_run import Checked, check_recipe
 
-    wrong = []
+    wrong, known = [], dict[str, Checked]()
     for run, stages in ablation.plan.runs.items():
         if run.seed != ablation.file.seeds[0]:
             continue
         console.rule(run.variant)
         words = {node: ablation.words(ablation.plan.nodes[node]) for node in stages.values()}
-        if not check_recipe(words, console):
+        if not check_recipe(words, console, known):
             wrong.append(run.variant)
     if wrong:
         console.print(f"[red]not ready[/]: {', '.join(wrong)}", soft_wrap=True)

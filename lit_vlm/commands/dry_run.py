@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,34 +42,58 @@ LARGEST = 4
 """Number of samples, at most, in the batch that takes the step."""
 
 
-def check_recipe(commands: Mapping[str, Sequence[str]], console: Console) -> bool:
+@dataclass(frozen=True)
+class Checked:
+    """What checking a stage has found.
+
+    Attributes:
+        ready: whether it could start.
+        leaves: weights that it leaves, without values; None where its model cannot be built.
+    """
+
+    ready: bool
+    leaves: SlotStates | None
+
+
+def check_recipe(
+    commands: Mapping[str, Sequence[str]], console: Console, known: dict[str, Checked] | None = None
+) -> bool:
     """Check the stages of a recipe, and print what was checked and what is wrong.
 
     Args:
         commands: arguments of `lit-vlm` by stage.
         console: where findings are printed.
+        known: what was found of stages that other recipes have as well; those found here are added.
 
     Returns:
         whether every stage could start.
     """
+    known = {} if known is None else known
     left: dict[str, SlotStates] = {}
-    ok = True
     for stage, words in commands.items():
+        if (found := known.get(stage)) is not None:
+            said = "[green]ready[/]" if found.ready else "[red]missing or wrong[/]"
+            console.print(f"[bold]{stage}[/]  {said}, as above", soft_wrap=True, highlight=False)
+            if found.leaves is not None:
+                left[stage] = found.leaves
+            continue
         console.print(f"[bold]{stage}[/]  lit-vlm {escape(shlex.join(words))}", soft_wrap=True, highlight=False)
         check = _StageCheck(words, left, [name for name in commands if name not in left])
         try:
             with quietly():
                 check.run()
         except (ValueError, OSError, ImportError) as error:
-            ok = False
+            ready = False
             console.print(f"  [red]missing or wrong[/]: {escape(str(error))}", soft_wrap=True, highlight=False)
         else:
+            ready = True
             console.print(f"  [green]ready[/]: {escape('; '.join(check.done))}", soft_wrap=True, highlight=False)
         for note in check.notes:
             console.print(f"  [yellow]{escape(note)}[/]", soft_wrap=True, highlight=False)
         if check.leaves is not None:
             left[stage] = check.leaves
-    return ok
+        known[stage] = Checked(ready, check.leaves)
+    return all(known[stage].ready for stage in commands)
 
 
 class _StageCheck:

@@ -103,9 +103,8 @@ def _unknown_class(key: str, found: re.Match[str], known: Sequence[str]) -> str:
 def _near_class(key: str, name: str) -> str:
     """A hint: the classes that may have been meant, and the command that lists all."""
     if key.startswith("trainer.logger"):
-        from lightning.pytorch.loggers import Logger
-
-        loggers = [one.__name__ for one in subclasses(Logger)]
+        base: type = importlib.import_module("lightning.pytorch.loggers").Logger
+        loggers = [one.__name__ for one in subclasses(base)]
         return f"{nearest(name, loggers)}; there are {', '.join(sorted(loggers))}"
     title = next((t for t, one in LISTS.items() for start in one.keys if f"{key}.".startswith(f"{start}.")), None)
     if title is None:
