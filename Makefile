@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar o
 # An exact set of versions that passed CI; CONSTRAINTS= installs the newest that the ranges admit.
 CONSTRAINTS ?= constraints.txt
 
-.PHONY: help install quickstart test test-fast test-cluster lint docs findings bench gpu clean
+.PHONY: help install quickstart test test-fast test-ablations test-cluster lint docs findings bench gpu clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -29,6 +29,9 @@ test: install  ## lint, types and the whole test suite
 
 test-fast: install  ## the tests without the end-to-end runs
 	@$(BIN)/python -m pytest -n 2 -m "not slow and not cluster"
+
+test-ablations: install  ## every shipped ablation, dry, at its smallest scale
+	@LIT_VLM_ALL_ABLATIONS=1 $(BIN)/python -m pytest -n 2 tests/experiments/test_published_ablations.py
 
 # Without SLURM, and without the rights to install it, the tests are skipped and say so.
 test-cluster: install  ## the tests on a SLURM of four nodes, started on this machine (needs root)

@@ -119,7 +119,7 @@ def test_ci_runs_the_readme_s_test_command_and_builds_the_docs() -> None:
     command = re.search(r"^    (.+?) +# lint, types and all tests$", readme, re.MULTILINE)
     assert command
     lines = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
-    assert lines[-2:] == [command[1], "make test-cluster"]
+    assert lines[-3:] == [command[1], "make test-ablations", "make test-cluster"]
     jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))["jobs"]
     assert [step["run"] for job in jobs.values() for step in job["steps"] if "run" in step] == [command[1], "make docs"]
 

@@ -10,7 +10,7 @@ import importlib
 import inspect
 import re
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lit_vlm.core.plugins import nearest, subclasses
 
@@ -103,7 +103,7 @@ def _unknown_class(key: str, found: re.Match[str], known: Sequence[str]) -> str:
 def _near_class(key: str, name: str) -> str:
     """A hint: the classes that may have been meant, and the command that lists all."""
     if key.startswith("trainer.logger"):
-        base: type = importlib.import_module("lightning.pytorch.loggers").Logger
+        base: type[Any] = importlib.import_module("lightning.pytorch.loggers").Logger
         loggers = [one.__name__ for one in subclasses(base)]
         return f"{nearest(name, loggers)}; there are {', '.join(sorted(loggers))}"
     title = next((t for t, one in LISTS.items() for start in one.keys if f"{key}.".startswith(f"{start}.")), None)
