@@ -129,8 +129,9 @@ def _submit(ablation: Ablation, options: argparse.Namespace, console: Console, a
         return
     refuse_queued([folder])
     _keep_command(folder, argv)
-    ablation.save(Tracked(ablation).run_id)
-    number = put_into_queue(folder, text)
+    with Tracked(ablation) as tracked:
+        ablation.save(tracked.run_id)
+        number = put_into_queue(folder, text)
     Submitted(number, ()).save(folder)
     console.print(
         f"job {number}: {folder}\nhow it is: lit-vlm status {shlex.quote(str(folder))}\nto end it: scancel {number}",
@@ -177,25 +178,26 @@ def _gpus(_: None) -> tuple[str, ...]:
 
 def _run(ablation: Ablation, slots: Slots, console: Console, only: Sequence[str]) -> None:
     """Run what is left to do, one seed after the other where each is to be judged, and report."""
-    tracked = Tracked(ablation)
-    ablation.save(tracked.run_id)
     seeds = ablation.file.seeds
-    for count in planned_looks(seeds).seeds if ablation.file.sequential else [len(seeds)]:
-        tasks = ablation.tasks(seeds[:count], tracked.environment, only)
-        pool = _go(ablation, tasks, slots, console)
-        decided, error = False, None
-        if pool.asked is None:
-            try:
-                decided = _report(ablation, seeds[:count], tracked, console)
-            except Exception as raised:  # whatever it is, runs are kept, and what failed of them is said
-                error = raised
-        _end(tasks, pool, tracked, console)
-        if error is not None:
-            tracked.end("FAILED")
-            raise ValueError(f"no report: {error}; the runs are kept, and the same command makes it again") from error
-        if decided:
-            break
-    tracked.end("FINISHED")
+    with Tracked(ablation) as tracked:
+        ablation.save(tracked.run_id)
+        for count in planned_looks(seeds).seeds if ablation.file.sequential else [len(seeds)]:
+            tasks = ablation.tasks(seeds[:count], tracked.environment, only)
+            pool = _go(ablation, tasks, slots, console)
+            decided, error = False, None
+            if pool.asked is None:
+                try:
+                    decided = _report(ablation, seeds[:count], tracked, console)
+                except Exception as raised:  # whatever it is, runs are kept, and what failed of them is said
+                    error = raised
+            _end(tasks, pool, tracked, console)
+            if error is not None:
+                raise ValueError(
+                    f"no report: {error}; the runs are kept, and the same command makes it again"
+                ) from error
+            if decided:
+                break
+        tracked.end("FINISHED")
 
 
 def _report(ablation: Ablation, seeds: Sequence[int], tracked: Tracked, console: Console) -> bool:

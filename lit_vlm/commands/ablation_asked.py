@@ -164,6 +164,8 @@ def _flags(words: Sequence[str]) -> dict[str, Any]:
             name, equals, value = word[2:].partition("=")
             if name == SEED:
                 raise ValueError(f"--{SEED} is the seed of each run: name the seeds by --seeds")
+            if name in flags:
+                raise ValueError(f"--{name} is there twice: give it once, with a list where it takes several")
             flags[name] = value if equals else "true"
         else:
             flags[name] = word

@@ -8,8 +8,11 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 from lit_vlm.checkpoints.folder import is_done
+from lit_vlm.checkpoints.progress import Progress
 from lit_vlm.cluster.status import length
 from lit_vlm.commands.ablation import Ablation
 from lit_vlm.commands.recipe import find_recipe
@@ -17,7 +20,7 @@ from lit_vlm.commands.run import uses_mlflow
 from lit_vlm.experiments.file import BASE
 from lit_vlm.experiments.live import known_seconds
 from lit_vlm.experiments.plan import Node, RunKey
-from lit_vlm.experiments.report import Study, log_report, tested, write_report
+from lit_vlm.experiments.report import SPENT, Study, log_report, tested, write_report
 from lit_vlm.experiments.results import Claim, Run
 from lit_vlm.experiments.scores import read_run
 from lit_vlm.experiments.statistics import Tested, judge_looks, planned_looks
@@ -33,12 +36,14 @@ log = logging.getLogger(__name__)
 class Tracked:
     """The MLflow run that all stages of an ablation are children of; none where its flags name another logger.
 
+    As a context it reports how the ablation has ended where nothing else has: an error, or a request to leave.
+
     Args:
         ablation: the ablation.
     """
 
     def __init__(self, ablation: Ablation) -> None:
-        self._ablation = ablation
+        self._ablation, self._ended = ablation, False
         self.run: MLflowRun | None = None
         if not all(uses_mlflow(state.flags) for state in ablation.states.values()):
             return
@@ -48,6 +53,19 @@ class Tracked:
         self.run = known or MLflowRun(default_uri(), EXPERIMENT, folder.name, tags, folder)
         self.run.owns_folder()
         self.run.going_on()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None or self._ended:
+            return
+        if isinstance(error, SystemExit | KeyboardInterrupt):
+            self.preempted("left while no stage ran")
+        else:
+            self.end("FAILED")
 
     @property
     def run_id(self) -> str | None:
@@ -77,11 +95,13 @@ class Tracked:
 
     def end(self, status: str) -> None:
         """Report the last status."""
+        self._ended = True
         if self.run is not None:
             self.run.end(status)
 
     def preempted(self, reason: str) -> None:
         """Report that the ablation leaves in order and can go on."""
+        self._ended = True
         if self.run is not None:
             self.run.preempted(reason)
 
@@ -102,13 +122,19 @@ def runs_of(ablation: Ablation, seeds: Sequence[int]) -> list[Run]:
     Args:
         ablation: the ablation.
         seeds: the seeds that count.
+
+    Raises:
+        ValueError: where runs have finished, and none of them can be read.
     """
-    runs = []
+    runs, reason = [], ""
     for run in finished(ablation, seeds):
         try:
             runs.append(read_run(ablation.folder / run.folder, run.variant))
         except ValueError as error:
+            reason = str(error)
             log.warning("left out of the report: %s", error)
+    if reason and not runs:
+        raise ValueError(f"no finished run can be read, the last one because {reason}")
     return runs
 
 
@@ -122,8 +148,6 @@ def study_of(ablation: Ablation, runs: Sequence[Run], command: str) -> Study | N
         runs: its finished runs.
         command: the command that makes it again.
 
-    Raises:
-        ValueError: where seeds are added one by one and a claim cannot be judged.
     """
     if not runs:
         return None
@@ -132,26 +156,40 @@ def study_of(ablation: Ablation, runs: Sequence[Run], command: str) -> Study | N
     claims = [Claim(one.text, one.better, one.worse, one.score, source) for one in file.claims]
     names = {run.variant for run in runs}
     base = BASE if BASE in names else runs[0].variant
-    study = Study(file.about or ablation.folder.name, base, runs, claims, (), command, _about(ablation))
+    about = {**_about(ablation), **({} if file.sequential else _missing(ablation, runs))}
+    if BASE in ablation.states and base != BASE:
+        about["compared with"] = f"{base}, as no run of {BASE} has finished"
+    study = Study(file.about or ablation.folder.name, base, runs, claims, (), command, about)
     return _looked(ablation, study) if file.sequential else study
 
 
 def _looked(ablation: Ablation, study: Study) -> Study:
-    """The study of the seeds of the latest complete look, with its verdicts; without any look, all claims are open."""
+    """The study of the seeds of the latest complete look, with its verdicts; without any look, all claims are open.
+
+    A look is complete when all its runs have finished and have what every claim is judged by.
+    """
     seeds = ablation.file.seeds
     looks = planned_looks(seeds)
     rounds: list[list[Tested]] = []
-    latest = study
+    latest, lacks = study, ""
     for count in looks.seeds:
         runs = [run for run in study.runs if run.seed in seeds[:count]]
-        if len(runs) < count * len(ablation.states):
+        if missing := count * len(ablation.states) - len(runs):
+            lacks = f"of the look at {count} seeds {missing} runs have not finished"
             break
         then = replace(study, runs=runs)
-        rounds.append(tested(then))
+        try:
+            rounds.append(tested(then))
+        except ValueError as error:
+            lacks = f"the look at {count} seeds cannot be judged: {error}"
+            break
         latest = replace(then, judged=judge_looks(looks, rounds))
         if is_decided(latest):
             break
-    return latest if rounds else replace(study, claims=())
+    if not rounds:
+        return replace(study, open=lacks)
+    judged = f"{looks.seeds[len(rounds) - 1]} seeds of {len(seeds)}{f', as {lacks}' if lacks else ''}"
+    return replace(latest, about={**latest.about, "judged at": judged})
 
 
 def is_decided(study: Study) -> bool:
@@ -167,12 +205,22 @@ def report(ablation: Ablation, study: Study, tracked: Tracked) -> list[Path]:
     return files
 
 
+def _missing(ablation: Ablation, runs: Sequence[Run]) -> dict[str, str]:
+    """The runs that the report is without; nothing where it has all."""
+    there = {(run.variant, run.seed) for run in runs}
+    names = [f"{run.variant} seed {run.seed}" for run in ablation.plan.runs if tuple(run) not in there]
+    return {"without": ", ".join(names)} if names else {}
+
+
 def _about(ablation: Ablation) -> Mapping[str, str]:
     plan = ablation.plan
     shared = plan.wanted - len(plan.nodes)
     about = {
         "stages": f"{plan.wanted} in {len(plan.runs)} runs, of which {len(plan.nodes)} trained and {shared} shared"
     }
+    told = [Progress.read(ablation.stage(node)) for node in plan.nodes]
+    spent = sum(one.seconds * max(1, one.devices) for one in told if one is not None)
+    about[SPENT] = length(spent)
     seconds = known_seconds(plan, {node: ablation.stage(node) for node in plan.nodes})
     if all(node.stage in seconds for node in plan.nodes.values()):
         wanted = sum(seconds[stage] for stages in plan.runs.values() for stage in stages)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
+import sys
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import TypeVar
@@ -33,6 +35,9 @@ def apart(function: Callable[[Given], Result], given: Given) -> Result:
     except EOFError:  # it has failed
         found = []
     child.join()
+    if child.exitcode is not None and child.exitcode < 0:
+        sys.stderr.write(f"\nerror: a process was ended by {signal.Signals(-child.exitcode).name}: is memory short?\n")
+        raise SystemExit(128 - child.exitcode)
     if child.exitcode or not found:
         raise SystemExit(child.exitcode or 1)
     return found[0]

@@ -20,7 +20,7 @@ from rich.table import Table
 
 from lit_vlm.core.plugins import nearest
 from lit_vlm.core.written import write_whole
-from lit_vlm.experiments.report import Gap, Study, gaps, words, write_report
+from lit_vlm.experiments.report import Gap, Study, gaps, not_compared, words, write_report
 from lit_vlm.experiments.report import tables as tabled
 from lit_vlm.experiments.results import Run
 from lit_vlm.experiments.scores import by_settings, read_run
@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> None:
     _check_scores(arguments.score, runs)
     base = _base(arguments.base, runs)
     command = shlex.join(["lit-vlm", "compare", *argv])
-    title = f"Comparison of {', '.join(dict.fromkeys(run.flags[0] for run in runs))}"
+    title = f"Comparison of {', '.join(dict.fromkeys(_what(run) for run in runs))}"
     study = Study(title, base, runs, scores=arguments.score, command=command)
     found = gaps(study)
     console = Console(highlight=False, markup=False)
@@ -77,6 +77,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures into a file")
     parser.add_argument("--report", type=Path, metavar="DIR", help="write a report: page, Markdown, figures")
     return parser
+
+
+def _what(run: Run) -> str:
+    """The recipe of a run, or of a stage by itself its folder's name."""
+    first = next(iter(run.flags), "--")
+    return run.folder.name if first.startswith("--") else first
 
 
 def _check_scores(names: Sequence[str], runs: Sequence[Run]) -> None:
@@ -196,15 +202,10 @@ def _remarks(study: Study, found: Sequence[Gap]) -> Iterator[str]:
         yield "differences are those of the seeds that both have, so they need not be those of the means above"
     if len(found) > 1 and any(gap.judged.verdict != "one seed" for gap in found):
         yield f"p is corrected for {len(found)} comparisons (Holm)"
-    paired = {(gap.variant, gap.score) for gap in found}
-    unpaired = [
-        f"{variant} ({name})"
-        for variant in study.variants
-        for name in study.shown
-        if variant != study.base and (variant, name) not in paired
-    ]
-    if unpaired:
-        yield f"not compared, as no seed or no such score is in common with {study.base}: {', '.join(unpaired)}"
+    if lacking := dict.fromkeys(text for gap in found if (text := words.left_out(gap.judged.difference))):
+        yield f"of some differences: {'; '.join(lacking)}"
+    if unpaired := not_compared(study):
+        yield f"not compared with {study.base}: {'; '.join(unpaired)}"
 
 
 def _plain(study: Study, found: Sequence[Gap]) -> dict[str, Any]:
@@ -219,7 +220,7 @@ def _plain(study: Study, found: Sequence[Gap]) -> dict[str, Any]:
                 "folder": str(run.folder),
                 "settings": list(run.flags),
                 "scores": {
-                    name: {"value": one.value, "chance": one.chance, "shuffled": one.shuffled}
+                    name: {key: _finite(getattr(one, key)) for key in ("value", "chance", "shuffled")}
                     for name, one in run.scores.items()
                 },
                 "cost": {key: _finite(value) for key, value in asdict(run.cost).items()},
@@ -234,7 +235,8 @@ def _plain(study: Study, found: Sequence[Gap]) -> dict[str, Any]:
 def _of_gap(gap: Gap) -> dict[str, Any]:
     names = [field.name for field in fields(gap.judged.difference) if field.name != "spread"]
     values = {name: _finite(getattr(gap.judged.difference, name)) for name in names}
-    own = {"p_corrected": gap.judged.p_value, "verdict": gap.judged.verdict, "seeds_needed": gap.judged.seeds_needed}
+    own = {"p_corrected": gap.judged.p_value, "verdict": gap.judged.verdict, "seeds_needed": gap.judged.seeds_needed,
+           "smallest_detectable": _finite(gap.judged.smallest_detectable)}  # fmt: skip
     return {"variant": gap.variant, "score": gap.score} | values | own
 
 

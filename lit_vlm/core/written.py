@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import uuid
 from collections.abc import Callable
@@ -11,20 +10,23 @@ from pathlib import Path
 log = logging.getLogger(__name__)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all; of processes that write it at the same time, the last one wins.
+def write_whole(path: Path, content: str | Callable[[Path], object]) -> None:
+    """Write a file, whole or not at all; of processes that write it at the same time, the last one wins.
 
     Args:
         path: the file; an earlier one stays until the new one is whole. Folders above it are made.
-        text: what is in it.
+        content: its text, or a function that writes a file of this suffix, elsewhere.
 
     Raises:
         OSError: where it cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
+    scratch = path.with_name(f".{uuid.uuid4().hex}-{path.name}")
     try:
-        scratch.write_text(text, encoding="utf-8")
+        if callable(content):
+            content(scratch)
+        else:
+            scratch.write_text(content, encoding="utf-8")
         scratch.replace(path)
     finally:
         scratch.unlink(missing_ok=True)
@@ -40,13 +42,9 @@ def write_report(path: Path, write: Callable[[Path], object]) -> bool:
     Returns:
         whether it was written.
     """
-    scratch = path.with_name(f".partial-{path.name}")
     try:
-        write(scratch)
-        scratch.replace(path)
+        write_whole(path, write)
     except OSError as error:
         log.warning("%s could not be written and is left out: %s", path, error)
-        with contextlib.suppress(OSError):
-            scratch.unlink(missing_ok=True)
         return False
     return True

@@ -53,7 +53,7 @@ def _seconds(stages: Iterable[tuple[str, Path]]) -> dict[str, float]:
     for name, folder in stages:
         told = Progress.read(folder) if is_done(folder) else None
         if told is not None:
-            found[name].append(seconds_between(told.started, told.time))
+            found[name].append(told.seconds)
     return {name: statistics.fmean(values) for name, values in found.items()}
 
 
@@ -120,7 +120,7 @@ def _left_of(told: Progress) -> float | None:
 def _seconds_left(
     plan: Plan, tasks: Sequence[Task], states: Mapping[str, State], folders: Mapping[str, Path]
 ) -> float | None:
-    """Seconds of one slot until all stages are trained; None while a stage's time is not known."""
+    """Seconds of one device until all stages are trained; None while a stage's time is not known."""
     known = known_seconds(plan, folders)
     total = 0.0
     for task in tasks:
@@ -131,7 +131,7 @@ def _seconds_left(
         left = _left_of(told) if told is not None and states[task.name] is State.RUNNING else None
         if left is None and node.stage not in known:
             return None
-        total += left if left is not None else known[node.stage]
+        total += (left if left is not None else known[node.stage]) * node.devices
     return total
 
 

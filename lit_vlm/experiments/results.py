@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 Better = Literal["higher", "lower"]
 
@@ -26,6 +26,7 @@ class Score:
         share: whether it is a share of 0 to 1, which tables print in percent.
         main: whether it stands for its task, so that tables have it without being asked.
         by_kind: kind, source or skill of question → value, where there are several.
+        asked: settings of an evaluation on which answers depend, by name; scores of others are not compared.
     """
 
     value: float
@@ -37,6 +38,7 @@ class Score:
     share: bool = True
     main: bool = False
     by_kind: Mapping[str, float] = field(default_factory=dict)
+    asked: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

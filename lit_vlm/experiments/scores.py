@@ -16,7 +16,7 @@ import yaml
 from lit_vlm.checkpoints.folder import DONE_FILE, checkpoints_in, is_done, step_of
 from lit_vlm.checkpoints.progress import Progress
 from lit_vlm.experiments.results import Cost, Run, Score
-from lit_vlm.experiments.stage_scores import HELD_OUT, stage_scores
+from lit_vlm.experiments.stage_scores import HELD_OUT, read_object, stage_scores
 from lit_vlm.experiments.tracked import PEAKS, TOKENS, Tracked, read_tracked
 
 RUN_FILE, CONFIG_FILE = "run.json", "config.yaml"
@@ -97,17 +97,30 @@ def by_settings(runs: Sequence[Run], names: Iterator[str]) -> list[Run]:
 
 
 def _of_run(folder: Path) -> _Folders:
-    state = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+    state = _state(folder / RUN_FILE)
     stages, done = state["stages"], state["done"]
     if missing := [stage for stage in stages if stage not in done and not is_done(folder / stage)]:
         raise ValueError(f"{folder} has not ended: {', '.join(missing)} to go; lit-vlm run --resume --out {folder}")
     return _with_flags(folder, state, stages)
 
 
+def _state(file: Path) -> dict[str, Any]:
+    """What run.json says.
+
+    Raises:
+        ValueError: when it is not what `lit-vlm run` writes.
+    """
+    state = read_object(file, "it is written by lit-vlm run")
+    if lacking := [key for key in ("recipe", "scale", "strategy", "stages", "flags", "done") if key not in state]:
+        raise ValueError(f"{file} has no {lacking[0]!r}: it is written by lit-vlm run")
+    return state
+
+
 def _with_flags(folder: Path, state: Mapping[str, Any], stages: Sequence[str]) -> _Folders:
     seed, flags = _without_seed(state["flags"])
     scale = [f"--scale {state['scale']}"] if state["scale"] else []
-    settings = (state["recipe"], *scale, f"--stages {','.join(stages)}", *flags)
+    strategy = f"--strategy {state['strategy']}"  # which sets devices and precision as well
+    settings = (state["recipe"], *scale, strategy, f"--stages {','.join(stages)}", *flags)
     return _Folders(_number(seed, folder), settings, tuple(folder / stage for stage in stages))
 
 
@@ -118,15 +131,17 @@ def _of_stage(folder: Path) -> _Folders:
             f"{folder} has no {RUN_FILE}, so it is not the folder of a `lit-vlm run`, and no {CONFIG_FILE}, so it is "
             "not that of a stage"
         )
-    if not is_done(folder) and not (folder / HELD_OUT).is_file():
+    if not is_done(folder):
         raise ValueError(f"{folder} has not ended: it has no {DONE_FILE}; go on with the command that began it")
     above = folder.absolute().parent / RUN_FILE
     if above.is_file():
-        state = json.loads(above.read_text(encoding="utf-8"))
+        state = _state(above)
         if folder.name in state["stages"]:
             whole = _with_flags(above.parent, state, state["stages"][: state["stages"].index(folder.name) + 1])
             return replace(whole, stages=(folder,))
     config = yaml.safe_load(file.read_text(encoding="utf-8"))
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} holds no settings of a stage: the stage has to be trained anew")
     flat = dict(_flat(config, ""))
     settings = tuple(f"--{key} {shlex.quote(value)}" for key, value in flat.items() if not key.startswith(MINE))
     return _Folders(_number(str(config.get("seed_everything", DEFAULT_SEED)), folder), settings, (folder,))
@@ -141,7 +156,7 @@ def _flat(value: Any, prefix: str) -> Iterator[tuple[str, str]]:
 
 
 def _without_seed(flags: Sequence[str]) -> tuple[str, list[str]]:
-    """The seed, and the other flags with their values, sorted, as their order does not matter."""
+    """The seed, and the other flags with their values, by name; of one that comes again, the last value counts."""
     rest: list[str] = []
     seed, index = DEFAULT_SEED, 0
     while index < len(flags):
@@ -154,7 +169,7 @@ def _without_seed(flags: Sequence[str]) -> tuple[str, list[str]]:
             seed = value
         else:
             rest.append(f"{name} {shlex.quote(value)}" if value else name)
-    return seed, sorted(rest)
+    return seed, sorted(rest, key=lambda flag: flag.partition(" ")[0])
 
 
 def _number(seed: str, folder: Path) -> int:
@@ -169,7 +184,7 @@ def _number(seed: str, folder: Path) -> int:
 def _steps(stage: Path) -> int:
     """Optimizer steps of a stage; 0 where nothing tells them."""
     if is_done(stage):
-        return int(json.loads((stage / DONE_FILE).read_text(encoding="utf-8"))["step"])
+        return int(read_object(stage / DONE_FILE, "its stage has to be trained anew")["step"])
     return max((step_of(path) for path in checkpoints_in(stage)), default=0)
 
 

@@ -17,6 +17,9 @@ HELD_OUT, HELD_OUT_ANSWERS = "held_out.json", "held_out.jsonl"
 LOWER = ("loss", "perplexity")
 """Scores of which a lower value is the better one."""
 
+HARMLESS = ("batch_size", "workers", "dtype", "limit")
+"""Settings of an evaluation on which answers depend by rounding at most, and the limit, as questions are paired."""
+
 log = logging.getLogger(__name__)
 
 
@@ -135,14 +138,20 @@ def task_scores(stage: Path) -> dict[str, Score]:
 
 def _is_of_end(file: Path, stage: Path) -> bool:
     """Whether scores are those of the checkpoint with which training ended, as far as both are known."""
-    asked = step_of(Path(str(_json(file).get("checkpoint", ""))))
-    end = json.loads((stage / DONE_FILE).read_text(encoding="utf-8"))["step"] if is_done(stage) else -1
-    return -1 in (asked, end) or asked == end
+    return _may_be_end(step_of(Path(str(_json(file).get("checkpoint", "")))), stage)
+
+
+def _may_be_end(step: int, stage: Path) -> bool:
+    """Whether a step is the last one of a stage, as far as both are known; −1 is a step that is not."""
+    end = read_object(stage / DONE_FILE, "its stage has to be trained anew")["step"] if is_done(stage) else -1
+    return -1 in (step, end) or step == end
 
 
 def _of_task(file: Path, prompt: str) -> dict[str, Score]:
     """The scores of one task and prompt; those of tasks that average over questions become shares."""
     found = _json(file)
+    if lacking := [key for key in ("task", "scores", "main", "count") if key not in found]:
+        raise ValueError(f"{file} has no {lacking[0]!r}, so it is not of lit-vlm evaluate: move it away")
     # Files of earlier versions do not tell which score is a mean over questions.
     averaged = found.get("averaged", "accuracy" if found["main"] == "accuracy" else None)
     # Answers of an earlier run with a larger limit stand behind the ones that count.
@@ -151,7 +160,7 @@ def _of_task(file: Path, prompt: str) -> dict[str, Score]:
     groups = {line["id"]: line["group"] for line in lines if line.get("group") and line["id"] in own}
     scores = {}
     for name, value in found["scores"].items():
-        lower, main = name in LOWER, name == found["main"]
+        lower, main = name in found.get("lower", LOWER), name == found["main"]
         scale = 100 if averaged and not lower else 1
         each = own if name == averaged and len(own) == found["count"] else {}
         kinds = groups if each else {}
@@ -165,8 +174,17 @@ def _of_task(file: Path, prompt: str) -> dict[str, Score]:
             share=scale == 100,
             main=main,
             by_kind=_by_group(each, kinds) or {kind: its / scale for kind, its in by_name.items()},
+            asked=_decisive(found, paired=bool(each)),
         )
     return scores
+
+
+def _decisive(found: Mapping[str, Any], paired: bool) -> dict[str, Any]:
+    """Settings of an evaluation on which answers depend; and how many there are, where they are not paired."""
+    settings = dict(found.get("settings") or {})
+    prompt = settings.pop("prompt", None) or {}
+    limit = {} if paired else {"questions": found["count"]}
+    return {**prompt, **{name: value for name, value in settings.items() if name not in HARMLESS}, **limit}
 
 
 def _by_group(each: Mapping[str, float], groups: Mapping[str, str]) -> dict[str, float]:
@@ -195,8 +213,13 @@ def probe_scores(stage: Path) -> dict[str, Score]:
         own = [
             result
             for label, result in found["results"].items()
-            if len(found["results"]) == 1 or stage.resolve() in (Path(label).resolve(), *Path(label).resolve().parents)
+            if _may_be_end(step_of(Path(label)), stage)
+            and (
+                len(found["results"]) == 1 or stage.resolve() in (Path(label).resolve(), *Path(label).resolve().parents)
+            )
         ]
+        if not own:
+            log.warning("%s is of no last checkpoint of this stage, and is left out: probe anew", file)
         for result in own[:1]:
             exact = (result["score_name"] or "score").lower().replace(" ", "_")
             for name, values in (("cosine", result["cosine"]), (exact, result["score"])):
@@ -215,19 +238,27 @@ def _of_layers(prefix: str, name: str, values: list[float]) -> Iterator[tuple[st
 # ---------------------------------------------------------------------- files
 
 
-def _json(file: Path) -> dict[str, Any]:
-    """The object in a file.
+def read_object(file: Path, remedy: str) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Args:
+        file: the file.
+        remedy: what is to be done where it holds none.
 
     Raises:
-        ValueError: when it is not one.
+        ValueError: when it holds none.
     """
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{file} is not JSON ({error}): remove it, or score the stage again") from error
+        raise ValueError(f"{file} is not JSON ({error}): {remedy}") from error
     if not isinstance(found, dict):
-        raise ValueError(f"{file} holds no object with scores: remove it, or score the stage again")
+        raise ValueError(f"{file} holds no JSON object: {remedy}")
     return found
+
+
+def _json(file: Path) -> dict[str, Any]:
+    return read_object(file, "remove it, or score the stage again")
 
 
 def _lines(file: Path) -> list[dict[str, Any]]:

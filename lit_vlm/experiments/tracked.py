@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ KEPT = ("train/loss", "val/", "task/", TOKENS, *PEAKS)
 """Beginnings of the names of metrics whose curves are read."""
 ORIGIN = ("version.", "git.commit")
 FINGERPRINTS = "data_fingerprints.json"
+LARGEST = 1.7e308
 QUIET = {"MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"}
 
 log = logging.getLogger(__name__)
@@ -72,7 +74,12 @@ def read_tracked(stage: Path) -> Tracked:
 def _curve(client: Any, run_id: str, name: str) -> list[tuple[int, float]]:
     """Values by step; of a step that was taken again after an interruption, the last one."""
     history = sorted(client.get_metric_history(run_id, name), key=lambda metric: metric.timestamp)
-    return sorted({metric.step: metric.value for metric in history}.items())
+    return sorted({metric.step: _value(metric.value) for metric in history}.items())
+
+
+def _value(stored: float) -> float:
+    """A value as it was logged, as stores write the largest number in place of infinity."""
+    return math.copysign(math.inf, stored) if abs(stored) >= LARGEST else stored
 
 
 def _fingerprints(client: Any, run_id: str) -> dict[str, str]:

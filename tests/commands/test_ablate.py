@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -14,8 +15,9 @@ import pytest
 import yaml
 
 from lit_vlm.checkpoints.weights import read_state
-from lit_vlm.commands.ablation import make, unscored
+from lit_vlm.commands.ablation import Ablation, make, unscored
 from lit_vlm.commands.ablation_asked import name_for, read
+from lit_vlm.commands.ablation_runs import Tracked
 from lit_vlm.commands.cli import main
 from lit_vlm.core.settings import checked
 from lit_vlm.experiments.file import AblationFile
@@ -67,6 +69,35 @@ def test_a_command_wins_over_a_variant(tmp_path: Path) -> None:
     assert {one.flags[-2:] for one in file.all_variants()} == {("--2_sft.trainer.max_steps", "7")}
 
 
+def test_a_flag_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    words = ["--trainer.callbacks+=callbacks.HeldOut", "--trainer.callbacks+=callbacks.Throughput"]
+    with pytest.raises(ValueError, match=r"--trainer.callbacks\+ is there twice: give it once, with a list"):
+        read([written(tmp_path), *words])
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "state"),
+    [(SystemExit(75), "KILLED", "PREEMPTED"), (KeyboardInterrupt(), "KILLED", "PREEMPTED"),
+     (OSError("full"), "FAILED", "FAILED"), (None, "RUNNING", "RUNNING")],
+)  # fmt: skip
+def test_however_an_ablation_ends_mlflow_knows(
+    error: BaseException | None, status: str, state: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow.tracking import MlflowClient
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    file, _ = read([written(tmp_path)])
+    with (
+        contextlib.suppress(SystemExit, KeyboardInterrupt, OSError),
+        Tracked(Ablation(tmp_path / "a", file, {}, Plan({}, {}))) as tracked,
+    ):
+        run_id = tracked.run_id
+        if error is not None:
+            raise error
+    found = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").get_run(run_id)
+    assert (found.info.status, found.data.tags["state"]) == (status, state)
+
+
 def test_another_ablation_or_a_run_is_not_written_over(tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "steps"
     folder.mkdir(parents=True)
@@ -86,7 +117,7 @@ def test_claims_whose_score_nothing_leaves_are_named() -> None:
             "held_out/loss",
             "train/loss",
             "scenes/0-shot/accuracy",
-            "vqav2/a",
+            "vqa/a",
             "probe/seg/miou",
             "probe/gen/x",
         )

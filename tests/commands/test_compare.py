@@ -1,6 +1,7 @@
 """The tables of finished runs."""
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -29,7 +30,8 @@ def test_runs_that_differ_in_the_seed_alone_are_one_column(tmp_path: Path, capsy
     main(["compare", *map(str, runs), str(runs[0])])
     printed = capsys.readouterr().out
     assert (
-        "all: llava15 --scale mini --stages 1_align,2_sft --data.batch_size 8\nA: --model.x 1\nB: --flag\n" in printed
+        "all: llava15 --scale mini --strategy single --stages 1_align,2_sft --data.batch_size 8\n"
+        "A: --model.x 1\nB: --flag\n" in printed
     )
     found = rows(printed)
     for row in (
@@ -101,9 +103,26 @@ def test_what_cannot_be_compared_is_said(tmp_path: Path, capsys: pytest.CaptureF
     runs = [finished_run(tmp_path / "a"), finished_run(tmp_path / "b", ["--m", "1", "--seed_everything", "7"])]
     main(["compare", *map(str, runs)])
     assert (
-        "not compared, as no seed or no such score is in common with A: B (held_out/loss), B (held_out/accuracy)"
-        in capsys.readouterr().out
+        "not compared with A: B on held_out/loss: The variants have no seed in common: [7] and [0]. Differences are "
+        "paired by seed; run both with the same seeds; B on held_out/accuracy: " in capsys.readouterr().out
     )
+
+
+def test_a_run_whose_loss_is_not_finite_is_named_and_hides_no_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = many(tmp_path)
+    file = Path(runs[-1]) / "2_sft" / "held_out.json"
+    found = json.loads(file.read_text())
+    found["after"]["loss"] = math.nan
+    file.write_text(json.dumps(found))
+    main(["compare", *runs, "--json", str(tmp_path / "figures.json"), "--report", str(tmp_path / "report")])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "(1 of " in printed
+    assert "not finite)" in printed
+    assert "a score is not a finite number; leave this seed out" in printed
+    assert "not compared with A: " in printed
+    json.loads((tmp_path / "figures.json").read_text(), parse_constant=lambda name: pytest.fail(name))
 
 
 def test_a_run_without_end_or_scores_and_unknown_names_are_refused(

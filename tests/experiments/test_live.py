@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -104,3 +105,23 @@ def test_without_a_terminal_changes_are_lines(plan: Plan, tmp_path: Path) -> Non
     print_states(console, all_of_them, states, before)
     print_states(console, all_of_them, states, before)
     assert written(console).splitlines() == ["1 of 6 done already", f"{names[1]}: running"]
+
+
+def test_a_stage_that_was_resumed_took_the_time_of_all_its_processes(plan: Plan, tmp_path: Path) -> None:
+    where = folders(plan, tmp_path)
+    first = next(iter(plan.nodes))
+    told = Progress(9, 9, 5, None, "2026-01-01T00:10:00+00:00", "2026-01-01T00:00:00+00:00", "h", 1, None, "finished",
+                    seconds_before=36_000.0)  # fmt: skip
+    told.write(where[first])
+    mark_done(where[first], 9)
+    assert known_seconds(plan, where) == {"align": 36_600}
+
+
+def test_what_is_left_counts_devices(plan: Plan, tmp_path: Path) -> None:
+    where, all_of_them = folders(plan, tmp_path), tasks(plan, tmp_path)
+    large = replace(plan, nodes={name: replace(node, devices=8) for name, node in plan.nodes.items()})
+    states = dict.fromkeys(plan.nodes, State.DONE)
+    last = list(plan.nodes)[-1]
+    states[last] = State.RUNNING
+    progress(where[last], 50, 600)
+    assert "; about 10 min to go" in " ".join(printed(live_table(large, all_of_them, states, where, 8))[0])

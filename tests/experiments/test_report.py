@@ -100,6 +100,64 @@ def test_verdicts_of_several_looks_are_those_of_the_report_with_their_intervals(
     assert "paired t over seeds, for all claims and looks at once" in methods
 
 
+def test_where_seeds_are_added_only_claims_have_verdicts() -> None:
+    given = replace(study(), judged=[one.judged for one in findings(study()) if one.judged is not None])
+    table = tables.gaps_table(given, gaps(given))
+    assert {(row[2], row[6]) for row in table.rows} == {("–", "–")}
+    assert "only claims have verdicts that allow for that" in table.note
+    waiting = findings(replace(study(), open="of the look at 2 seeds 3 runs have not finished"))
+    assert {(one.judged, one.missing) for one in waiting} == {(None, "of the look at 2 seeds 3 runs have not finished")}
+
+
+def test_what_does_not_count_is_said() -> None:
+    made = study()
+    first = made.runs[1]
+    scores = dict(first.scores)
+    accuracy = scores["scenes/0-shot/accuracy"]
+    scores["scenes/0-shot/accuracy"] = replace(
+        accuracy, answers={k: v for k, v in accuracy.answers.items() if k != "0"}
+    )
+    scores["held_out/loss"] = replace(scores["held_out/loss"], value=math.inf)
+    runs = [replace(one, scores=scores) if one is first else one for one in made.runs]
+    given = replace(made, runs=[one for one in runs if (one.variant, one.seed) != ("again", 3)])
+    assert "(1 questions left out, as not all runs have answered them)" in details(findings(given)[0], True)
+    note = tables.gaps_table(given, gaps(given)).note
+    assert "Of some: 1 questions left out, as not all runs have answered them; seed 3 left out, as only one" in note
+    assert "Not compared: no-pal on held_out/loss: seed 0: a score is not a finite number; leave this seed out." in note
+    assert tables.scores_table(given).rows[1][4] == "– (1 of 4 not finite)"
+
+
+def test_equal_differences_ask_for_no_more_seeds() -> None:
+    claims = (Claim("less memory", "base", "again", "memory/peak_gib"),)
+    base = study(3, claims)
+    runs = [
+        replace(one, scores={"memory/peak_gib": Score(2.0 + (one.variant == "again"), "lower", share=False)})
+        for one in base.runs
+    ]
+    (found,) = findings(replace(base, runs=runs))
+    assert details(found, False).endswith(
+        "p = 1.000. All differences are equal, so nothing says how uncertain they are."
+    )
+
+
+def test_signs_that_libraries_read_as_their_own_stay_letters(tmp_path: Path) -> None:
+    text = "what ${oc.env:X} | and\n<b>$x^y^z$</b> bring"
+    given = replace(study(3, [replace(CLAIMS[0], text=text)]), title=text)
+    runs = [replace(one, variant=f"{one.variant}: $x^y^z$") for one in given.runs]
+    claims = [replace(given.claims[0], better="base: $x^y^z$", worse="no-pal: $x^y^z$")]
+    files = write_report(replace(given, base="base: $x^y^z$", runs=runs, claims=claims), tmp_path)
+    assert {file.name for file in files} == {"report.md", "report.html", "forest.png", "curves.png"}
+    assert "&lt;b>$x^y^z$&lt;/b> bring”" in files[0].read_text()
+    assert "<b>$x" not in files[1].read_text()
+
+
+def test_a_report_leaves_no_figure_of_an_earlier_one(tmp_path: Path) -> None:
+    write_report(study(), tmp_path)
+    files = write_report(replace(study(), runs=[replace(run("base", 0, 0.5, 1.0), curves={})], claims=()), tmp_path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted(file.name for file in files)
+    assert not (tmp_path / "forest.png").exists()
+
+
 def test_without_claims_the_differences_are_summed_up(tmp_path: Path) -> None:
     files = write_report(study(4, ()), tmp_path)
     told = "Worse than base: no-pal on scenes/0-shot/accuracy, no-pal on held_out/loss. Undecided: 2 of 4 differences."
@@ -231,7 +289,7 @@ def test_findings_of_several_studies_are_one_table() -> None:
     assert len(lines) == 2 + 2 * len(CLAIMS)
     assert lines[0] == "| claim | score | difference [95 %] | seeds | verdict | command | device time |"
     assert re.fullmatch(
-        r"\| PAL brings \+2\.9 \(EVE, table 5\) \| scenes/0-shot/accuracy \| \+41\.0 \[.*\] \| 4 \| shown "
+        r"\| PAL brings \+2\.9 \(EVE, table 5\) \| scenes/0-shot/accuracy \| \+41\.0 \[.*\] points \| 4 \| shown "
         r"\| `lit-vlm ablate pal.yaml` \| 96.0 h \|",
         lines[2],
     )

@@ -28,7 +28,7 @@ def test_held_out_scores_have_direction_chance_control_kinds_and_answers(tmp_pat
     assert (control.value, control.answers["count/0"]) == (0.0, 0.0)
     assert {name for name, one in run.scores.items() if one.main} == {"held_out/accuracy", "held_out/loss"}
     assert run.seed == 3
-    assert run.flags == ("llava15", "--scale mini", "--stages 1_align,2_sft")
+    assert run.flags == ("llava15", "--scale mini", "--strategy single", "--stages 1_align,2_sft")
 
 
 def test_without_options_accuracy_is_exact_match(tmp_path: Path) -> None:
@@ -134,7 +134,7 @@ def test_a_store_that_is_gone_leaves_curves_out_and_is_not_made_anew(
 def test_a_single_stage_is_a_run(tmp_path: Path) -> None:
     inside = finished_run(tmp_path / "a", ["--seed_everything", "2", "--model.x", "1"]) / "2_sft"
     run = read_run(inside)
-    assert (run.seed, run.flags[2:], run.cost.steps) == (2, ("--stages 1_align,2_sft", "--model.x 1"), 50)
+    assert (run.seed, run.flags[3:], run.cost.steps) == (2, ("--stages 1_align,2_sft", "--model.x 1"), 50)
     config = "seed_everything: 5\ntrainer: {max_steps: 3, default_root_dir: runs/x}\nmodel: {projector: null}\n"
     alone = finished_stage(tmp_path / "alone", 9, config)
     score_held_out(alone, [1, 0])
@@ -146,6 +146,46 @@ def test_runs_of_the_same_settings_are_one_variant_and_repetitions_another(tmp_p
     flags = [["--m", "1"], ["--m=1", "--seed_everything", "1"], ["--m", "2"], ["--m", "1"]]
     runs = [read_run(finished_run(tmp_path / str(number), own)) for number, own in enumerate(flags)]
     assert [run.variant for run in by_settings(runs, map(str, count()))] == ["0", "0", "1", "2"]
+
+
+def test_the_last_of_equal_flags_and_the_strategy_tell_variants_apart(tmp_path: Path) -> None:
+    flags = [["--m", "1", "--m", "2"], ["--m", "2", "--m", "1"], ["--n", "3", "--m", "1"], ["--m", "1", "--n", "3"]]
+    runs = [read_run(finished_run(tmp_path / str(number), own)) for number, own in enumerate(flags)]
+    file = finished_run(tmp_path / "fsdp", ["--m", "1", "--n", "3", "--seed_everything", "1"]) / "run.json"
+    file.write_text(file.read_text().replace('"single"', '"fsdp"'))
+    runs.append(read_run(file.parent))
+    assert [run.flags[4:] for run in runs[2:4]] == [("--m 1", "--n 3")] * 2
+    assert [run.variant for run in by_settings(runs, map(str, count()))] == ["0", "1", "2", "3", "4"]
+
+
+def test_an_evaluation_tells_how_it_was_asked(tmp_path: Path) -> None:
+    stage = finished_run(tmp_path / "a") / "2_sft"
+    settings = {"prompt": {"shots": 4, "seed": 42}, "choosing": "letter", "limit": 2, "batch_size": 16, "dtype": "fp32"}
+    score_task(stage / "evaluation" / "scenes" / "4-shot", {"accuracy": 50.0}, [1, 0], settings=settings)
+    score_task(
+        stage / "evaluation" / "wer" / "0-shot", {"wer": 9.0}, [None], averaged=None, lower=["wer"], settings=settings
+    )
+    found = read_run(tmp_path / "a").scores
+    asked = {"shots": 4, "seed": 42, "choosing": "letter"}
+    assert found["scenes/4-shot/accuracy"].asked == asked
+    error = next(one for name, one in found.items() if name.endswith("/wer"))
+    assert (error.better, error.asked) == ("lower", asked | {"questions": 1})
+
+
+def test_probes_of_an_earlier_checkpoint_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    stage = finished_run(tmp_path / "a") / "2_sft"
+    results = {
+        str(stage / "checkpoints" / f"step={step}.ckpt"): {"cosine": [step / 100], "score": [], "score_name": ""}
+        for step in (10, STAGES["2_sft"])
+    }
+    for name, chosen in (("probe", results), ("probe-early", dict([next(iter(results.items()))]))):
+        (stage / name).mkdir()
+        target = "depth" if name == "probe" else "seg"
+        (stage / name / "probe.json").write_text(json.dumps({"target": target, "results": chosen}))
+    found = read_run(tmp_path / "a").scores
+    assert found["probe/depth/cosine"].value == 0.5
+    assert "probe/seg/cosine" not in found
+    assert "probe-early/probe.json is of no last checkpoint of this stage" in caplog.text
 
 
 def test_what_is_no_finished_run_with_scores_is_refused(tmp_path: Path) -> None:
@@ -161,7 +201,21 @@ def test_what_is_no_finished_run_with_scores_is_refused(tmp_path: Path) -> None:
     }
     begun = finished_stage(tmp_path / "begun", 9)
     (begun / "done.json").unlink()
+    score_held_out(begun, [1, 0])  # before training, or by an earlier end
     cases["begun has not ended: it has no done.json"] = begun
+    for name, content, message in (
+        ("cut", "{", "cut/run.json is not JSON"),
+        ("empty", "{}", "empty/run.json has no 'recipe': it is written by lit-vlm run"),
+        ("list", "[]", "list/run.json holds no JSON object"),
+    ):
+        (finished_run(tmp_path / name) / "run.json").write_text(content)
+        cases[message] = tmp_path / name
+    (finished_stage(tmp_path / "nothing", 9) / "config.yaml").write_text("")
+    cases["nothing/config.yaml holds no settings of a stage"] = tmp_path / "nothing"
+    foreign = finished_run(tmp_path / "foreign") / "2_sft" / "evaluation" / "x" / "0-shot"
+    foreign.mkdir(parents=True)
+    (foreign / "scores.json").write_text("{}")
+    cases["scores.json has no 'task', so it is not of lit-vlm evaluate"] = tmp_path / "foreign"
     broken = finished_run(tmp_path / "broken")
     (broken / "2_sft" / "held_out.json").write_text("{")
     cases["held_out.json is not JSON"] = broken

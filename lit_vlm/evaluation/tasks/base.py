@@ -87,6 +87,7 @@ class Task(ABC):
         max_new_tokens: length of an answer at most.
         main: name of the score that stands for the task.
         averaged: name of the score that is 100 × the mean over questions of `score_of`; "" where none is.
+        lower: names of scores of which a lower value is the better one.
         choosing: how one of several options is chosen: the model writes its letter (`generate`), or the likeliest
             letter or text of an option counts.
         lists_options: whether the question is followed by its options with their letters.
@@ -103,6 +104,7 @@ class Task(ABC):
     name: str
     main: str = "accuracy"
     averaged: str = ""
+    lower: ClassVar[tuple[str, ...]] = ()
     about: ClassVar[str]
     files: ClassVar[str]
     instruction: ClassVar[str] = ""

@@ -242,6 +242,7 @@ def _saved(
         "scores": result.scores,
         "main": result.main,
         "averaged": task.averaged or None,
+        "lower": list(task.lower),
         "chance": 100 * sum(1 / count for count in options) / len(options) if all(options) else None,
         "count": result.count,
         "left_out": result.left_out,

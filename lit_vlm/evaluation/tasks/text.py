@@ -19,6 +19,7 @@ class Perplexity(Task):
     about = "text only: perplexity of documents, which are cut at the run's max_length"
     files = ".txt files with one document per line, or .jsonl files with a field 'text'"
     main = "perplexity"
+    lower = ("perplexity", "loss")
     perplexity = True
 
     def read(self, split: str) -> list[Example]:

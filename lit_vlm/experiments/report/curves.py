@@ -11,9 +11,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lit_vlm.experiments.report.forest import plain
 from lit_vlm.experiments.report.study import Study
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#B8860B", "#56B4E9", "#8C6D31", "#8A5CD6", "#7A7A7A", "#C0392B")
+STYLES = ("solid", "dashed", "dotted")
+"""Of lines, in turn where there are more variants than colours."""
 MOST_POINTS = 60
 MOST_CURVES = 6
 INK = "#010203"
@@ -27,6 +30,7 @@ class Line:
 
     variant: str
     colour: str
+    style: str
     steps: NDArray[np.float64]
     mean: NDArray[np.float64]
     low: NDArray[np.float64]
@@ -38,17 +42,20 @@ def curves(study: Study) -> dict[str, list[Line]]:
     names = {name for run in study.runs for name, points in run.curves.items() if len(points) > 1}
     other = sorted(name for name in names if name.startswith("task/"))
     chosen = [*(name for name in FIRST if name in names), *other][:MOST_CURVES]
-    colours = {variant: COLOURS[index % len(COLOURS)] for index, variant in enumerate(study.variants)}
+    looks = {
+        variant: (COLOURS[index % len(COLOURS)], STYLES[index // len(COLOURS) % len(STYLES)])
+        for index, variant in enumerate(study.variants)
+    }
     found: dict[str, list[Line]] = {}
     for name in chosen:
-        for variant, colour in colours.items():
+        for variant, look in looks.items():
             lines = [run.curves[name] for run in study.of(variant) if len(run.curves.get(name, ())) > 1]
             if lines:
-                found.setdefault(name, []).append(_line(variant, colour, lines))
+                found.setdefault(name, []).append(_line(variant, *look, lines))
     return found
 
 
-def _line(variant: str, colour: str, runs: Sequence[Sequence[tuple[int, float]]]) -> Line:
+def _line(variant: str, colour: str, style: str, runs: Sequence[Sequence[tuple[int, float]]]) -> Line:
     """Mean, lowest and highest seed in bins of steps."""
     every = sorted({step for points in runs for step, _ in points})
     edges = np.linspace(every[0], every[-1] + 1, min(MOST_POINTS, len(every)) + 1)
@@ -60,7 +67,9 @@ def _line(variant: str, colour: str, runs: Sequence[Sequence[tuple[int, float]]]
             row[place] = values[places == place].mean()
     kept = ~np.isnan(table).all(axis=0)
     table, middle = table[:, kept], ((edges[:-1] + edges[1:]) / 2)[kept]
-    return Line(variant, colour, middle, np.nanmean(table, axis=0), np.nanmin(table, axis=0), np.nanmax(table, axis=0))
+    return Line(
+        variant, colour, style, middle, np.nanmean(table, axis=0), np.nanmin(table, axis=0), np.nanmax(table, axis=0)
+    )
 
 
 def draw(found: dict[str, list[Line]], file: Path) -> None:
@@ -93,8 +102,10 @@ def svg(name: str, lines: Sequence[Line]) -> str:
 def _draw(axes: Any, name: str, lines: Sequence[Line], ink: str) -> None:
     for line in lines:
         axes.fill_between(line.steps, line.low, line.high, color=line.colour, alpha=0.18, linewidth=0)
-        axes.plot(line.steps, line.mean, color=line.colour, linewidth=1.6, label=line.variant)
-    axes.set_title(name, fontsize=10, loc="left", color=ink)
+        axes.plot(
+            line.steps, line.mean, color=line.colour, linewidth=1.6, linestyle=line.style, label=plain(line.variant)
+        )
+    axes.set_title(plain(name), fontsize=10, loc="left", color=ink)
     axes.set_xlabel("optimizer step", fontsize=9, color=ink)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(ink)

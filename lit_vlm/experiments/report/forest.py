@@ -142,7 +142,7 @@ def draw(found: Sequence[Panel], title: str, file: Path) -> None:
 
     heights = [len(panel.marks) + 1.1 for panel in found]
     figure = Figure(figsize=(9.5, 0.8 + 0.52 * sum(heights)), layout="constrained")
-    figure.suptitle(title, fontsize=11, x=0.01, ha="left", weight="bold")
+    figure.suptitle(plain(title), fontsize=11, x=0.01, ha="left", weight="bold")
     rows = figure.subplots(len(found), 1, squeeze=False, gridspec_kw={"height_ratios": heights})
     for (axes,), panel in zip(rows, found, strict=True):
         _draw_panel(axes, panel)
@@ -165,7 +165,7 @@ def _draw_panel(axes: Any, panel: Panel) -> None:
     axes.set_yticks([-row for row in range(len(panel.marks))], [_two_lines(mark) for mark in panel.marks], fontsize=9)
     axes.set_ylim(-len(panel.marks) + 0.4, 0.6)
     axes.set_xlim(panel.left, panel.right)
-    axes.set_xlabel(panel.axis, fontsize=9)
+    axes.set_xlabel(plain(panel.axis), fontsize=9)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
     axes.tick_params(axis="x", labelsize=8)
@@ -176,4 +176,10 @@ def _two_lines(mark: Mark) -> str:
 
 
 def _short(text: str, most: int = 52) -> str:
-    return text if len(text) <= most else f"{text[: most - 1]}…"
+    text = " ".join(text.split())
+    return plain(text if len(text) <= most else f"{text[: most - 1]}…")
+
+
+def plain(text: str) -> str:
+    """Text that Matplotlib does not read as a formula."""
+    return text.replace("$", r"\$")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from lit_vlm.experiments.results import Claim, Run, Score, by_seed
 from lit_vlm.experiments.statistics.paired import Difference, difference
 from lit_vlm.experiments.statistics.verdict import Judged, Tested, judge
 
+SPENT = "device time, each stage counted once"
+"""Name of what a study tells about itself: what its runs have cost, where they share stages."""
 LOOKS = ", for all claims and looks at once"
 """What is said of the intervals of a study with several looks."""
 
@@ -27,6 +29,7 @@ class Study:
         about: further lines of its record, by name, such as stages that were shared and hours that this saved.
         judged: verdicts on the claims that can be judged, in their order, where there were several looks; intervals of
             claims are then those that allow for looking. Default: verdicts of one look at the end.
+        open: why no claim can be judged yet, such as a first look that is not complete; "" where they can.
     """
 
     title: str
@@ -37,6 +40,7 @@ class Study:
     command: str = ""
     about: Mapping[str, str] = field(default_factory=dict)
     judged: Sequence[Judged] | None = None
+    open: str = ""
 
     def __post_init__(self) -> None:
         if self.base not in self.variants:
@@ -96,6 +100,8 @@ class Gap:
 
 def findings(study: Study) -> list[Finding]:
     """Every claim with its verdict, in order; claims are one family."""
+    if study.open:
+        return [Finding(claim, None, study.open) for claim in study.claims]
     compared = [_compare(study.runs, claim.better, claim.worse, claim.score) for claim in study.claims]
     tested = [
         Tested(claim.text, found)
@@ -127,13 +133,28 @@ def tested(study: Study) -> list[Tested]:
 def gaps(study: Study) -> list[Gap]:
     """Every other variant against the base by every score that tables have, as one family."""
     places, tested = [], []
+    for variant, score, found in _against_base(study):
+        if isinstance(found, Difference):
+            places.append((variant, score))
+            tested.append(Tested(f"{variant} is better than {study.base}", found))
+    return [Gap(*place, judged) for place, judged in zip(places, judge(tested), strict=True)]
+
+
+def not_compared(study: Study) -> list[str]:
+    """A line for each variant and score that cannot be compared with the base, with the reason."""
+    return [
+        f"{variant} on {score}: {found.removesuffix('.')}"
+        for variant, score, found in _against_base(study)
+        if isinstance(found, str)
+    ]
+
+
+def _against_base(study: Study) -> Iterator[tuple[str, str, Difference | str]]:
+    """Variant, score, and its difference to the base, or why there is none."""
     for score in study.shown:
         for variant in study.variants:
-            found = _compare(study.runs, variant, study.base, score) if variant != study.base else ""
-            if isinstance(found, Difference):
-                places.append((variant, score))
-                tested.append(Tested(f"{variant} is better than {study.base}", found))
-    return [Gap(*place, judged) for place, judged in zip(places, judge(tested), strict=True)]
+            if variant != study.base:
+                yield variant, score, _compare(study.runs, variant, study.base, score)
 
 
 def _compare(runs: Sequence[Run], better: str, worse: str, score: str) -> Difference | str:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from lit_vlm.experiments.report import words
-from lit_vlm.experiments.report.study import Gap, Study
-from lit_vlm.experiments.results import Run
+from lit_vlm.experiments.report.study import Gap, Study, not_compared
+from lit_vlm.experiments.results import Run, Score
 from lit_vlm.experiments.statistics.paired import Difference
 
 NO_FLAG = "(no other flag)"
@@ -61,21 +61,21 @@ def scores_table(study: Study) -> Table:
 
 
 def gaps_table(study: Study, found: Sequence[Gap]) -> Table:
-    """Every variant against the base."""
-    rows = []
+    """Every variant against the base; where there were several looks, only claims have verdicts that allow for them."""
+    rows, looked = [], study.judged is not None
     for gap in found:
         share, judged, difference = study.example(gap.score).share, gap.judged, gap.judged.difference
         rows.append(
             (
                 gap.variant,
                 gap.score,
-                words.COMPARED.get(judged.verdict, judged.verdict),
+                "–" if looked else words.COMPARED.get(judged.verdict, judged.verdict),
                 words.number(difference.mean, share, signed=True),
                 words.interval(difference, share),
                 words.signs(difference),
-                words.p_value(judged),
+                "–" if looked else words.p_value(judged),
                 words.effect(difference.effect_size),
-                "–" if math.isinf(visible := difference.smallest_detectable) else words.number(visible, share),
+                "–" if math.isinf(visible := judged.smallest_detectable) else words.number(visible, share),
                 f"{difference.questions:,}" if difference.questions else "–",
             )
         )
@@ -86,7 +86,18 @@ def gaps_table(study: Study, found: Sequence[Gap]) -> Table:
         "Positive is better, also where lower scores are. p by Holm for all rows. Effect size: mean over standard "
         "deviation of seeds. Smallest visible: the true difference that these runs would find four times in five."
     )
-    return Table(f"Differences to {study.base}", head, tuple(rows), note)
+    if looked:
+        note += " Seeds were added one by one, and only claims have verdicts that allow for that."
+    if lacking := {text: None for gap in found if (text := words.left_out(gap.judged.difference))}:
+        note += f" Of some: {'; '.join(lacking)}."
+    if without := not_compared(study):
+        note += f" Not compared: {'; '.join(without)}."
+    return Table(differences(study), head, tuple(rows), note)
+
+
+def differences(study: Study) -> str:
+    """Heading of the table of differences."""
+    return f"Differences to {study.base}"
 
 
 def kinds_tables(study: Study) -> list[Table]:
@@ -103,9 +114,9 @@ def kinds_tables(study: Study) -> list[Table]:
         for kind in kinds:
             values = {variant: _of_kind(study.of(variant), name, kind) for variant in study.variants}
             base = values[study.base]
-            cells = [_against(values[variant], base, score.share, variant == study.base) for variant in study.variants]
+            cells = [_against(values[variant], base, score, variant == study.base) for variant in study.variants]
             rows.append((kind, *cells))
-        note = f"Mean over seeds; in brackets the difference to {study.base}."
+        note = f"Mean over seeds; in brackets the difference to {study.base}, positive where it is better."
         tables.append(Table(f"{name} by kind of question", ("", *study.variants), tuple(rows), note))
     return tables
 
@@ -115,11 +126,13 @@ def _of_kind(runs: Sequence[Run], name: str, kind: str) -> float:
     return fmean(values) if values else math.nan
 
 
-def _against(value: float, base: float, share: bool, is_base: bool) -> str:
-    text = words.number(value, share)
+def _against(value: float, base: float, score: Score, is_base: bool) -> str:
+    """A value, and how much better it is than the base's."""
+    text = words.number(value, score.share)
     if is_base or math.isnan(value) or math.isnan(base):
         return text
-    return f"{text} ({words.number(value - base, share, signed=True)})"
+    gained = value - base if score.better == "higher" else base - value
+    return f"{text} ({words.number(gained, score.share, signed=True)})"
 
 
 def costs_table(study: Study) -> Table:

@@ -34,9 +34,11 @@ def unit(share: bool) -> str:
 
 
 def mean_of(values: Sequence[float], share: bool) -> str:
-    """Mean, and standard deviation where there are several."""
+    """Mean, and standard deviation where there are several; how many are not finite, where one is."""
     if not values:
         return "–"
+    if odd := sum(not math.isfinite(value) for value in values):
+        return f"– ({odd} of {len(values)} not finite)"
     text = number(fmean(values), share)
     return text if len(values) == 1 else f"{text} ± {number(stdev(values), share)}"
 
@@ -64,6 +66,16 @@ def p_value(judged: Judged) -> str:
 def effect(value: float | None) -> str:
     """An effect size."""
     return "–" if value is None else f"{value:+.1f}".replace("-", "−")
+
+
+def left_out(found: Difference) -> str:
+    """What only some of the runs have, and so does not count; nothing where all have all."""
+    parts = []
+    if seeds := found.seeds_left_out:
+        parts.append(f"seed{'s' if seeds[1:] else ''} {', '.join(map(str, seeds))} left out, as only one side has it")
+    if found.questions_left_out:
+        parts.append(f"{found.questions_left_out:,} questions left out, as not all runs have answered them")
+    return "; ".join(parts)
 
 
 def signs(found: Difference) -> str:
@@ -102,15 +114,19 @@ def details(finding: Finding, share: bool) -> str:
     if found.mean and not math.isinf(found.low):
         text += f" ({found.level:.0%} interval {interval(found, share)})"
     text += f", better at {signs(found)} seeds, p {_equals(p_value(judged))}"
+    if lacking := left_out(found):
+        text += f" ({lacking})"
     if judged.verdict != "undecided":
         return f"{text}."
+    if math.isinf(found.low):
+        return f"{text}. All differences are equal, so nothing says how uncertain they are."
     if judged.seeds_needed:
         more = f"about {judged.seeds_needed} seeds would decide, if the difference is as observed"
     else:
         more = f"{MOST_SEEDS} seeds would not decide, if the difference is as observed"
-    if math.isinf(found.smallest_detectable):
+    if math.isinf(judged.smallest_detectable):
         return f"{text}; {more}."
-    seen = f"{number(found.smallest_detectable, share)}{unit(share)}"
+    seen = f"{number(judged.smallest_detectable, share)}{unit(share)}"
     return f"{text}; {more}. A true difference of {seen} would have been found four times in five."
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from lit_vlm.core.written import write_whole
 from lit_vlm.experiments.report import curves, forest, tables, words
 from lit_vlm.experiments.report.curves import Line
 from lit_vlm.experiments.report.forest import Panel
-from lit_vlm.experiments.report.study import Finding, Gap, Study, findings, gaps
+from lit_vlm.experiments.report.study import SPENT, Finding, Gap, Study, findings, gaps
 from lit_vlm.experiments.report.tables import Table
 from lit_vlm.training.mlflow_run import MLflowRun
 
@@ -38,12 +39,15 @@ def write_report(study: Study, folder: Path) -> list[Path]:
     every = _tables(study, found, compared)
     summary = "" if study.claims else words.summary(compared, study.base)
     files = [folder / MARKDOWN, folder / PAGE]
-    if panels:
-        forest.draw(panels, study.title, folder / FOREST)
-        files.append(folder / FOREST)
-    if lines:
-        curves.draw(lines, folder / CURVES)
-        files.append(folder / CURVES)
+    for name, drawn, draw in (
+        (FOREST, panels, partial(forest.draw, panels, study.title)),
+        (CURVES, lines, partial(curves.draw, lines)),
+    ):
+        if drawn:
+            write_whole(folder / name, draw)
+            files.append(folder / name)
+        else:
+            (folder / name).unlink(missing_ok=True)
     write_whole(folder / MARKDOWN, _markdown(study, found, summary, every, files))
     write_whole(folder / PAGE, _page(study, found, summary, panels, lines, every))
     return files
@@ -75,13 +79,14 @@ def findings_table(studies: Sequence[Study]) -> str:
     """A Markdown table of all claims of several studies: difference, interval, seeds, verdict, command, cost."""
     rows = []
     for study in studies:
-        cost = words.hours(math.fsum(run.cost.device_seconds for run in study.runs))
+        cost = study.about.get(SPENT) or words.hours(math.fsum(run.cost.device_seconds for run in study.runs))
         for finding in findings(study):
             judged = finding.judged
             cells = (finding.missing, "", "not judged")
             if judged is not None:
                 share = study.example(finding.claim.score).share
-                cells = (words.gained(judged.difference, share), str(judged.difference.seeds), judged.verdict)
+                gained = f"{words.gained(judged.difference, share)}{words.unit(share)}"
+                cells = (gained, str(judged.difference.seeds), judged.verdict)
             command = f"`{study.command}`" if study.command else ""
             source = f" ({finding.claim.source})" if finding.claim.source else ""
             rows.append((f"{finding.claim.text}{source}", finding.claim.score, *cells, command, cost))
@@ -106,7 +111,8 @@ def _tables(study: Study, found: Sequence[Finding], compared: Sequence[Gap]) -> 
         tables.settings_table(study),
         tables.origin_table(study, differences),
     ]
-    return [table for table in every if table.rows or table.title == "Origin"]
+    kept = ("Origin", tables.differences(study))  # where they are empty their notes say why
+    return [table for table in every if table.rows or (table.title in kept and len(study.variants) > 1)]
 
 
 def _about(study: Study) -> str:
@@ -127,7 +133,7 @@ def _markdown(
         verdict = finding.judged.verdict if finding.judged is not None else "not judged"
         source = f" ({finding.claim.source})" if finding.claim.source else ""
         told = f"{words.headline(finding, share)}. {words.details(finding, share)}"
-        lines.append(f"- **{verdict}**: {told} Claimed: “{finding.claim.text}”{source}")
+        lines.append(f"- **{verdict}**: {told} Claimed: “{_cell(finding.claim.text)}”{source}")
     lines += [""] if found else []
     for file in files:
         if file.suffix == ".png":
@@ -145,7 +151,14 @@ def _markdown(
 def _markdown_table(table: Table) -> str:
     marks = ["---", *["---:"] * (len(table.head) - 1)] if len(table.head) > 2 else ["---"] * len(table.head)
     rows = [table.head, marks, *table.rows]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in rows)
+    return "\n".join("| " + " | ".join(map(_cell, row)) + " |" for row in rows)
+
+
+def _cell(text: str) -> str:
+    """Text that is one cell and no HTML; code is left as it is."""
+    if not text.startswith("`"):
+        text = text.replace("<", "&lt;")
+    return " ".join(text.replace("|", "\\|").split())
 
 
 # ---------------------------------------------------------------------- page

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from lit_vlm.experiments.results import Score
-from lit_vlm.experiments.statistics.power import smallest_detectable
 from lit_vlm.experiments.statistics.spread import Array, Spread, spread
 
 LEVEL = 0.95
@@ -41,7 +40,6 @@ class Difference:
         seeds_left_out: seeds that only one of the two has.
         questions_left_out: questions that some run has not answered.
         method: where the interval comes from, in words.
-        smallest_detectable: the true difference that this design would have found with power 80 %.
         spread: mean squares of the differences.
     """
 
@@ -59,7 +57,6 @@ class Difference:
     seeds_left_out: tuple[int, ...]
     questions_left_out: int
     method: str
-    smallest_detectable: float
     spread: Spread = field(repr=False)
 
     @property
@@ -82,8 +79,8 @@ def difference(first: Mapping[int, Score], second: Mapping[int, Score], level: f
         level: confidence level of the interval.
 
     Raises:
-        ValueError: no seed in common, a level outside of 0 to 1, scores of opposite direction, or one that is not
-            finite.
+        ValueError: no seed in common, a level outside of 0 to 1, scores of opposite direction, of other units, of other
+            settings or questions, or one that is not finite.
     """
     if not 0 < level < 1:
         raise ValueError(f"level: {level} is no confidence level; it is a share between 0 and 1, such as 0.95.")
@@ -94,12 +91,11 @@ def difference(first: Mapping[int, Score], second: Mapping[int, Score], level: f
             "Differences are paired by seed; run both with the same seeds."
         )
     runs = [first[seed] for seed in seeds], [second[seed] for seed in seeds]
-    if len(ways := {score.better for side in runs for score in side}) > 1:
-        raise ValueError(
-            f"The better score is the {' and the '.join(sorted(ways))} one, by run: these are different scores."
-        )
+    _check_same([score for side in runs for score in side])
     asked = [set(score.answers) for side in runs for score in side]
     shared = sorted(set.intersection(*asked))
+    if all(asked) and not shared:
+        raise ValueError("There is no question that all runs have answered: ask all of them the same ones.")
     left, right = (_table(side, shared) for side in runs)
     for seed, *cells in zip(seeds, left, right, strict=True):
         if not np.isfinite(cells).all():
@@ -125,9 +121,28 @@ def difference(first: Mapping[int, Score], second: Mapping[int, Score], level: f
         seeds_left_out=tuple(sorted(first.keys() ^ second.keys())),
         questions_left_out=len(set.union(*asked)) - len(shared),
         method=_method(found, bool(shared)),
-        smallest_detectable=smallest_detectable(found, level),
         spread=found,
     )
+
+
+def _check_same(scores: Sequence[Score]) -> None:
+    """Refuse scores that measure different things.
+
+    Raises:
+        ValueError: saying in what they differ.
+    """
+    if len(ways := {score.better for score in scores}) > 1:
+        raise ValueError(
+            f"The better score is the {' and the '.join(sorted(ways))} one, by run: these are different scores."
+        )
+    if len({score.share for score in scores}) > 1:
+        raise ValueError("Some runs have a share of 0 to 1 and others another number: evaluate all of them anew.")
+    for name in dict.fromkeys(name for score in scores for name in score.asked):
+        found = dict.fromkeys(str(score.asked.get(name)) for score in scores if score.asked)
+        if len(found) > 1:
+            raise ValueError(
+                f"Runs were evaluated in different ways ({name}: {' and '.join(found)}): evaluate all of them alike."
+            )
 
 
 def _table(runs: Sequence[Score], questions: Sequence[str]) -> Array:

@@ -10,7 +10,7 @@ import numpy as np
 from statsmodels.stats.multitest import multipletests
 
 from lit_vlm.experiments.statistics.paired import LEVEL, Difference
-from lit_vlm.experiments.statistics.power import MOST_SEEDS, seeds_that_decide
+from lit_vlm.experiments.statistics.power import seeds_that_decide, smallest_detectable
 
 Verdict = Literal["shown", "contradicted", "undecided", "one seed"]
 
@@ -43,6 +43,8 @@ class Judged:
         high: its upper end.
         seeds_needed: seeds with which an undecided claim would be decided with power 80 %, if the difference were as it
             was observed; None if 100 do not suffice, or for any other verdict.
+        smallest_detectable: the true difference that these seeds would have decided with power 80 %, corrected as the
+            p value is; infinite where nothing is known of the spread.
     """
 
     text: str
@@ -52,17 +54,7 @@ class Judged:
     low: float
     high: float
     seeds_needed: int | None
-
-    @property
-    def sentence(self) -> str:
-        """The verdict, with what would help where there is none yet."""
-        if self.verdict == "one seed":
-            return "one seed: nothing is known about other seeds"
-        if self.verdict != "undecided":
-            return self.verdict
-        if self.seeds_needed:
-            return f"undecided: about {self.seeds_needed} seeds would decide, if the difference is as observed"
-        return f"undecided: {MOST_SEEDS} seeds would not decide, if the difference is as observed"
+    smallest_detectable: float
 
 
 def judge(claims: Sequence[Tested], level: float = LEVEL) -> list[Judged]:
@@ -108,9 +100,11 @@ def pronounce(
         low, high = found.interval(1 - (1 - interval_level) / family)
         verdict: Verdict = "one seed" if found.seeds < 2 else "undecided"
         needed = None
+        deciding = 1 - (1 - final_level) / left if verdict == "undecided" else level  # one seed is not of the family
         if p < 1 - level:
             verdict = "shown" if found.mean > 0 else "contradicted"
         elif verdict == "undecided":
-            needed = seeds_that_decide(found.spread, found.mean, 1 - (1 - final_level) / left)
-        judged.append(Judged(claim.text, found, verdict, p, low, high, needed))
+            needed = seeds_that_decide(found.spread, found.mean, deciding)
+        visible = smallest_detectable(found.spread, deciding)
+        judged.append(Judged(claim.text, found, verdict, p, low, high, needed, visible))
     return judged

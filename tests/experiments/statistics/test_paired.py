@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -43,7 +44,6 @@ def test_a_difference_is_a_mean_over_seeds_and_questions(pair: tuple[np.ndarray,
     assert found.relative == pytest.approx(by_seed.mean() / pair[1].mean())
     assert found.low < found.mean < found.high
     assert (found.low > 0) == (found.p_value < 0.05)
-    assert found.smallest_detectable > found.mean - found.low
     assert found.method == CROSSED
     assert found.interval(0.95) == pytest.approx((found.low, found.high))
 
@@ -108,7 +108,19 @@ def test_one_seed_has_an_interval_over_questions_and_says_so() -> None:
 def test_one_value_each_has_no_interval() -> None:
     found = difference(_valued(0.7), _valued(0.5))
     assert (found.mean, found.low, found.high, found.p_value) == (pytest.approx(0.2), -np.inf, np.inf, 1)
-    assert (found.method, found.smallest_detectable) == (ONE_VALUE, np.inf)
+    assert found.method == ONE_VALUE
+
+
+def test_scores_that_measure_different_things_are_refused() -> None:
+    one = Score(0.5, answers={"a": 1.0, "b": 0.0}, asked={"choosing": "letter", "shots": 0})
+    for other, message in (
+        (replace(one, answers={"c": 1.0}), "There is no question that all runs have answered"),
+        (replace(one, share=False), "Some runs have a share of 0 to 1 and others another number"),
+        (replace(one, asked={"choosing": "generate", "shots": 0}), "different ways .choosing: letter and generate."),
+    ):
+        with pytest.raises(ValueError, match=message):
+            difference({0: one}, {0: other})
+    assert difference({0: one}, {0: replace(one, answers={}, asked={}, value=0.2)}).mean == pytest.approx(0.3)
 
 
 def test_equal_differences_at_all_seeds_are_no_proof() -> None:
