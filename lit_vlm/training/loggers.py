@@ -86,7 +86,8 @@ def refusals_in_one_line() -> Iterator[None]:
         wandb = sys.modules.get("wandb")  # without which none of its errors is raised
         if wandb is None or not isinstance(error, wandb.Error):
             raise
+        said = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(
-            f"trainer.logger: W&B says: {str(error).splitlines()[0]} Log in by `wandb login`, or set "
+            f"trainer.logger: W&B says: {said} Log in by `wandb login`, or set "
             "WANDB_MODE=offline, which keeps everything for `wandb sync`"
         ) from error

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import wandb
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from mlflow import MlflowClient
 from mlflow.entities import Run
@@ -19,7 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from lit_vlm.commands.cli import main
 from lit_vlm.commands.lightning_cli import ParsedCLI
 from lit_vlm.commands.recipe import find_recipe
-from lit_vlm.training.loggers import check_packages, report_of, tell_folder
+from lit_vlm.training.loggers import check_packages, refusals_in_one_line, report_of, tell_folder
 from lit_vlm.training.tracking import MLflow
 from lit_vlm.training.trainer import Trainer
 from tests.forkserver import interpreter
@@ -237,6 +238,13 @@ def test_a_logger_without_its_package_is_refused_in_one_line(
     monkeypatch.setattr("lit_vlm.training.loggers.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=f"which is not installed: pip install {package}$"):
         check_packages(config.trainer.logger)
+
+
+@pytest.mark.parametrize(("said", "told"), [("no network\nat all", "no network"), ("", "Error")])
+def test_an_error_of_wandb_is_one_line(said: str, told: str) -> None:
+    match = f"^trainer.logger: W&B says: {told} Log in by `wandb login`"
+    with pytest.raises(ValueError, match=match), refusals_in_one_line():
+        raise wandb.Error(said)
 
 
 def test_wandb_without_a_login_is_refused_in_one_line(tmp_path: Path) -> None:
