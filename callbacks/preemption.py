@@ -16,7 +16,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from callbacks.checkpoint import Checkpoint
 from lit_vlm.core.launcher import ASKING, end_of_job
 from lit_vlm.core.times import seconds_of
-from lit_vlm.training.loggers import reports
+from lit_vlm.training.loggers import tell_end
 from lit_vlm.training.trainer import Trainer
 
 
@@ -118,6 +118,5 @@ class Preemption(L.Callback):
             saved = f"saved step {trainer.global_step}" if savers else "no checkpoint callback, so nothing is saved"
         if trainer.is_global_zero:
             sys.stderr.write(f"\nasked to leave ({reason}): {saved}; the same command goes on\n")
-            for report in reports(trainer):
-                report.preempted(f"{reason} at step {trainer.global_step}")
+            tell_end(trainer, lambda report: report.preempted(f"{reason} at step {trainer.global_step}"))
         trainer.strategy.barrier("preempted")

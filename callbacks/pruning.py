@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as L
 from lightning.pytorch.trainer.states import TrainerFn
@@ -41,8 +41,17 @@ class Pruning(L.Callback):
     def __init__(self, study: str, trial: int, score: str, pruner: PrunerName = "median", startup: int = 5) -> None:
         self.study, self.trial, self.score, self.pruner, self.startup = study, trial, score, pruner, startup
         self.pruned = False
+        self._last: float | None = None
         self._steps = math.inf
         self._trial: Trial | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps: the last score, as a training that goes on may have no validation left."""
+        return {"last": self._last}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the last score."""
+        self._last = state_dict["last"]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take down how long the training is, and find the trial."""
@@ -67,8 +76,8 @@ class Pruning(L.Callback):
             self.pruned = trainer.should_stop = True
             trainer.print(f"\nthis trial is given up at step {trainer.global_step}: {self.score} {value:.6g}")
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Leave the last score in the folder of the stage."""
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Leave the last score in the folder of the stage; a training that went on may have had no step left."""
         value = self._value(trainer)
         if trainer.is_global_zero:
             found = {"score": self.score, "value": value, "pruned": self.pruned, "step": trainer.global_step}
@@ -76,9 +85,11 @@ class Pruning(L.Callback):
 
     def _value(self, trainer: L.Trainer) -> float:
         found = trainer.callback_metrics
-        if self.score not in found:
+        if self.score in found:
+            self._last = float(found[self.score])
+        if self._last is None:
             raise ValueError(
                 f"score: this stage logs no '{self.score}'{nearest(self.score, found)}; it logs "
                 f"{', '.join(sorted(found))}. Those of val/ need trainer.limit_val_batches above 0"
             )
-        return float(found[self.score])
+        return self._last

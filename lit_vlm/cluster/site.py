@@ -10,7 +10,7 @@ from typing import Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from lit_vlm.core.settings import checked, read_mapping
+from lit_vlm.core.settings import StrictYaml, checked, read_mapping
 from lit_vlm.core.times import seconds_of
 
 VARIABLE = "LIT_VLM_CLUSTER"
@@ -18,7 +18,7 @@ VARIABLE = "LIT_VLM_CLUSTER"
 NULL = "tag:yaml.org,2002:null"
 
 
-class _Words(yaml.SafeLoader):
+class _Words(StrictYaml):
     """Reads values as they are written, as YAML would take 24:00:00 for the number 86400, and `on` for true."""
 
 

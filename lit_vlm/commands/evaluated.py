@@ -13,7 +13,7 @@ from lit_vlm.checkpoints.folder import step_of
 from lit_vlm.commands.named_runs import Named
 from lit_vlm.evaluation.tasks import Evaluated
 from lit_vlm.training.mlflow_run import RUN_FILE, MLflowRun
-from lit_vlm.training.mlflow_store import SQLITE, connect, default_uri, first_line, has_run
+from lit_vlm.training.mlflow_store import SQLITE, connect, default_uri, first_line, has_run, sqlite_file
 
 Results = dict[tuple[str, str], Evaluated]
 """Name of a task and of a prompt → the result."""
@@ -62,7 +62,7 @@ def _of_stage(folder: Path) -> MLflowRun | None:
     except ValueError as error:
         log.warning("MLflow: %s; scores are in files alone", error)
         return None
-    file = Path(known.uri.removeprefix(SQLITE))
+    file = sqlite_file(known.uri)
     if known.uri.startswith(SQLITE) and not file.exists():  # asking would make an empty store there
         why = f"{file} is gone"
     elif known.run_id is not None:

@@ -216,16 +216,14 @@ class _ParentRun:
         from lit_vlm.training.mlflow_run import PARENT_RUN, MLflowRun, known_run
         from lit_vlm.training.mlflow_store import default_uri
 
-        prefixes = ("--trainer.logger.init_args", "--trainer.logger")
-        uri = _flag_value(state.flags, *(f"{prefix}.tracking_uri" for prefix in prefixes))
-        name = _flag_value(state.flags, *(f"{prefix}.experiment_name" for prefix in prefixes))
+        uri, experiment = mlflow_place(state.flags)
         tags = self._tags | {"folder": str(folder), "flags": shlex.join(state.flags)}
         if above := os.environ.get(PARENT_RUN):  # that of a search, of which this run is a trial
             tags["mlflow.parentRunId"] = above
         given = uri or os.environ.get("MLFLOW_TRACKING_URI")
         known = known_run(folder, given) if state.parent_run else None
         label = self._tags[RUN]
-        self._run = known or MLflowRun(default_uri(uri), name or "lit-vlm", label, tags, folder, state.parent_run)
+        self._run = known or MLflowRun(default_uri(uri), experiment, label, tags, folder, state.parent_run)
         self._run.owns_folder()
         self._run.going_on()
         if not known:
@@ -271,6 +269,13 @@ def uses_mlflow(flags: Sequence[str]) -> bool:
     """Whether stages with these flags report to MLflow."""
     value = _flag_value(flags, "--trainer.logger")
     return value is None or "MLflow" in value
+
+
+def mlflow_place(flags: Sequence[str]) -> tuple[str | None, str]:
+    """The URI of MLflow's store that flags name, None where they name none, and the experiment."""
+    prefixes = ("--trainer.logger.init_args", "--trainer.logger")
+    uri = _flag_value(flags, *(f"{prefix}.tracking_uri" for prefix in prefixes))
+    return uri, _flag_value(flags, *(f"{prefix}.experiment_name" for prefix in prefixes)) or "lit-vlm"
 
 
 def _flag_value(flags: Sequence[str], *names: str) -> str | None:

@@ -38,10 +38,12 @@ def main(argv: Sequence[str]) -> None:
         raise ValueError("lit-vlm tune needs the package optuna: pip install 'lit-vlm[tune]'")
     if launch().world_size > 1:
         raise ValueError("lit-vlm tune is one process, which starts others: give it without srun or torchrun")
+    from lit_vlm.experiments.tune.best import flags_line
     from lit_vlm.experiments.tune.file import read_file
     from lit_vlm.experiments.tune.search import Setup, places
 
     file = read_file(options.file)
+    file = file.model_copy(update={"trials": options.trials or file.trials})
     recipe = find_recipe(file.recipe)
     stages = _stages(options.file, file, recipe)
     name = "-".join(filter(None, ("tune", recipe.name, file.scale, options.file.stem.removeprefix("tune"))))
@@ -50,10 +52,21 @@ def main(argv: Sequence[str]) -> None:
     if options.dry_run:
         _dry_run(file, stages, folder, console)
         return
-    setup = Setup(file, folder, stages, options.trials or file.count, places(options.jobs))
+    setup = Setup(file, folder, stages, file.count, places(options.jobs))
     console.print(f"{setup.count} trials of {file.recipe} into {folder}", soft_wrap=True, highlight=False)
     trials, parent = _search(setup, recipe, console)
-    _finish(setup, trials, recipe, shlex.join(["lit-vlm", "tune", *argv]), parent, console)
+    try:
+        best, written, report = _finish(setup, trials, recipe, shlex.join(["lit-vlm", "tune", *argv]), parent)
+    except BaseException:
+        _fail(parent)
+        raise
+    if best is None:
+        console.print(f"no trial came to its end: {report}", soft_wrap=True, highlight=False)
+        raise SystemExit(1)
+    console.print(f"\nbest: trial {best.number}, {file.score} {best.value:.6g}", highlight=False)
+    console.print(flags_line(best.params), soft_wrap=True, highlight=False, markup=False)
+    console.print(f"lit-vlm run {shlex.quote(str(written))}", soft_wrap=True, highlight=False, markup=False)
+    console.print(f"report: {report}", soft_wrap=True, highlight=False)
 
 
 def _search(setup: Setup, recipe: Recipe, console: Console) -> tuple[Trials, MLflowRun | None]:
@@ -82,9 +95,13 @@ def _search(setup: Setup, recipe: Recipe, console: Console) -> tuple[Trials, MLf
             parent.preempted("a signal asked to leave")
         raise
     except BaseException:
-        if parent is not None:
-            parent.end("FAILED")
+        _fail(parent)
         raise
+
+
+def _fail(parent: MLflowRun | None) -> None:
+    if parent is not None:
+        parent.end("FAILED")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -96,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("file", type=Path, metavar="FILE", help="what is searched, in YAML")
-    parser.add_argument("--out", type=Path, help="folder of the search (default: runs/tune-RECIPE-SCALE)")
+    parser.add_argument("--out", type=Path, help="folder of the search (default: runs/tune-RECIPE-SCALE-FILE)")
     parser.add_argument("--trials", type=_count, help="how many in all, in place of the file's")
     parser.add_argument(
         "--jobs", type=_count, default=1, help="trials at the same time: one per GPU, or sharing the processor's cores"
@@ -141,20 +158,26 @@ def _dry_run(file: TuneFile, stages: Sequence[str], folder: Path, console: Conso
     for index in range(max(map(len, ends.values()))):
         setting = {name: values[min(index, len(values) - 1)] for name, values in ends.items()}
         console.rule(" ".join(f"{name}={value}" for name, value in setting.items()))
-        run.main([*words_of(file, stages, folder, index, index + 1, setting)[1:], "--dry-run"])
+        # A trial may have begun in its folder, with flags of its own.
+        run.main([*words_of(file, stages, folder / "dry-run", index, index + 1, setting)[1:], "--dry-run"])
     console.print(f"{file.count} trials; {file.score}, {file.better} is better; nothing was trained", highlight=False)
 
 
 def _parent_run(file: TuneFile, folder: Path, recipe: Recipe) -> MLflowRun | None:
-    """The MLflow run that the runs of trials are children of; None where the file names a logger."""
-    if any("trainer.logger" in name for name in file.base):
+    """The MLflow run that the runs of trials are children of; None where these do not report to MLflow."""
+    from lit_vlm.commands.run import mlflow_place, uses_mlflow
+    from lit_vlm.experiments.file import flag_words
+
+    flags = flag_words(file.base)
+    if not uses_mlflow(flags):
         return None
     from lit_vlm.training.mlflow_run import MLflowRun, known_run
     from lit_vlm.training.mlflow_store import default_uri
 
     tags = {"system": recipe.name, "scale": file.scale or "", "folder": str(folder)}
-    known = known_run(folder, os.environ.get("MLFLOW_TRACKING_URI"))
-    parent = known or MLflowRun(default_uri(), "lit-vlm", folder.name, tags, folder)
+    uri, experiment = mlflow_place(flags)
+    known = known_run(folder, uri or os.environ.get("MLFLOW_TRACKING_URI"))
+    parent = known or MLflowRun(default_uri(uri), experiment, folder.name, tags, folder)
     parent.owns_folder()
     parent.going_on()
     if known is None:
@@ -180,10 +203,14 @@ def _environment(parent: MLflowRun | None) -> dict[str, str]:
 
 
 def _finish(
-    setup: Setup, trials: Trials, recipe: Recipe, command: str, parent: MLflowRun | None, console: Console
-) -> None:
-    """Write the recipe with the best setting and the report, and say where they are."""
-    from lit_vlm.experiments.tune.best import RECIPE, flags_line, write_recipe
+    setup: Setup, trials: Trials, recipe: Recipe, command: str, parent: MLflowRun | None
+) -> tuple[FrozenTrial | None, Path | None, Path]:
+    """Write the recipe with the best setting and the report, and end the search's MLflow run.
+
+    Returns:
+        the best trial, the folder of the recipe, None of both where no trial came to its end, and the report.
+    """
+    from lit_vlm.experiments.tune.best import RECIPE, write_recipe
     from lit_vlm.experiments.tune.report import write
     from lit_vlm.experiments.tune.study import best_of
     from lit_vlm.experiments.tune.trial import folder_of
@@ -204,10 +231,4 @@ def _finish(
         for one in files:
             parent.file(one)
         parent.end("FINISHED")
-    if best is None:
-        console.print(f"no trial came to its end: {files[0]}", soft_wrap=True, highlight=False)
-        raise SystemExit(1)
-    console.print(f"\nbest: trial {best.number}, {file.score} {best.value:.6g}", highlight=False)
-    console.print(flags_line(best.params), soft_wrap=True, highlight=False, markup=False)
-    console.print(f"lit-vlm run {shlex.quote(str(written))}", soft_wrap=True, highlight=False, markup=False)
-    console.print(f"report: {files[0]}", soft_wrap=True, highlight=False)
+    return best, written, files[0]

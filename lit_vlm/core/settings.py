@@ -16,19 +16,45 @@ Settings = TypeVar("Settings", bound=BaseModel)
 TAG = "tag:yaml.org,2002:"
 
 
-class PlainYaml(yaml.SafeLoader):
+class StrictYaml(yaml.SafeLoader):
+    """YAML in which a key stands once in its mapping, and a value that is not of the type it names is an error."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """Read a mapping as it is written, before `<<` adds keys that it may replace."""
+        node = super().compose_mapping_node(anchor)
+        first: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            name = (key.tag, str(key.value))
+            if name in first:
+                text = f"the key {key.value!r} stands here and in line {first[name]}; a key stands once"
+                raise yaml.MarkedYAMLError(problem=text, problem_mark=key.start_mark)
+            first[name] = key.start_mark.line + 1
+        return node
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """Make the value of a node."""
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, LookupError, AttributeError) as error:  # what PyYAML raises of `!!int four`
+            text = f"{node.value!r} is no {node.tag.removeprefix(TAG)}"
+            raise yaml.MarkedYAMLError(problem=text, problem_mark=node.start_mark) from error
+
+
+class PlainYaml(StrictYaml):
     """YAML in which `off`, `on`, 12:00:00 and 2024-01-01 are words, and only true, false and plain numbers are not."""
 
 
 PlainYaml.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag.removeprefix(TAG) not in ("bool", "int", "timestamp")]
+    first: [(tag, form) for tag, form in resolvers if tag.removeprefix(TAG) in ("null", "merge")]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+FLOAT = r"[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][-+][0-9]+)?$|[-+]?\.(?:inf|Inf|INF)$|\.(?:nan|NaN|NAN)$"
 PlainYaml.add_implicit_resolver(f"{TAG}bool", re.compile(r"(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 PlainYaml.add_implicit_resolver(f"{TAG}int", re.compile(r"[-+]?(?:0|[1-9][0-9]*)$"), list("-+0123456789"))
+PlainYaml.add_implicit_resolver(f"{TAG}float", re.compile(FLOAT), list("-+.0123456789"))
 
 
-def read_mapping(path: Path, holds: str, loader: type[yaml.SafeLoader] = PlainYaml, named: str = "") -> dict[str, Any]:
+def read_mapping(path: Path, holds: str, loader: type[StrictYaml] = PlainYaml, named: str = "") -> dict[str, Any]:
     """The keys of a YAML file; none for an empty one.
 
     Args:
@@ -38,7 +64,7 @@ def read_mapping(path: Path, holds: str, loader: type[yaml.SafeLoader] = PlainYa
         named: what says that this is the file, such as an environment variable.
 
     Raises:
-        ValueError: for a file that is missing, no YAML, or no mapping.
+        ValueError: for a file that is missing, no YAML, or no mapping, and for a key that stands twice, with its line.
     """
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), loader)

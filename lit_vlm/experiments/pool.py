@@ -142,19 +142,14 @@ class Pool:
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
-        heard = [one for one in LEAVING if signal.getsignal(one) is not signal.SIG_IGN]  # nohup ignores SIGHUP
-        self._before = {one: signal.signal(one, self._note) for one in heard}
+        self._before = {one: signal.signal(one, self._note) for one in heard()}
         return self
 
     def __exit__(self, *_: object) -> None:
         for running in self._running.values():  # after an error of this process alone
             self._tell(running.process)
         for running in self._running.values():
-            try:
-                running.process.wait(SAVING)
-            except subprocess.TimeoutExpired:
-                running.process.kill()
-                running.process.wait()
+            wait_or_kill(running.process)
             running.lease.release()
         for one, handler in self._before.items():
             signal.signal(one, handler)
@@ -310,6 +305,20 @@ class Pool:
             lost = any(self.states[need] in (State.FAILED, State.LEFT_OUT) for need in task.needs)
             if self.states[task.name] is State.WAITING and lost:
                 self.states[task.name] = State.LEFT_OUT
+
+
+def wait_or_kill(process: subprocess.Popen[bytes]) -> None:
+    """Wait for a process that was told to save and leave, and kill one that takes too long."""
+    try:
+        process.wait(SAVING)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def heard() -> list[signal.Signals]:
+    """Signals that ask this process to leave, without those that it is to ignore, as nohup asks of SIGHUP."""
+    return [one for one in LEAVING if signal.getsignal(one) is not signal.SIG_IGN]
 
 
 def _failed(task: Task) -> Path:

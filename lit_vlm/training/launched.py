@@ -205,10 +205,12 @@ def _flags(by: str, nodes: int, per_node: int) -> str:
 
 
 def _number(devices: Devices) -> int:
-    """How many devices a value of `trainer.devices` names."""
+    """How many devices a value of `trainer.devices` names; raises ValueError where it names none."""
     if isinstance(devices, list):
         return len(devices)
-    words = [word for word in str(devices).split(",") if word]
+    words = [word for word in str(devices).split(",") if word.strip()]
+    if not words:
+        raise ValueError(f"trainer.devices is {devices!r}: give a number, a list such as 0,1, or auto")
     return len(words) if "," in str(devices) else int(words[0])
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import pkgutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +19,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from lit_vlm.training.reports import MetricsOnly, Report
 from lit_vlm.training.tensorboard_report import TensorBoardReport
 from lit_vlm.training.wandb_report import WandbReport
+
+log = logging.getLogger(__name__)
 
 
 def report_of(logger: Logger) -> Report:
@@ -50,6 +53,20 @@ def tell_folder(trainer: L.Trainer, folder: Path, go_on: bool) -> None:
     if places and all(report.lacks for report in places):  # none holds everything
         for report in places:
             rank_zero_info(f"{report.place} does not hold {report.lacks}. MLflow does: --trainer.logger+=MLflow")
+
+
+def tell_end(trainer: L.Trainer, tell: Callable[[Report], None]) -> None:
+    """Tell each logger how the run ended; an error of one, such as W&B without a login, keeps it from no other.
+
+    Args:
+        trainer: the trainer.
+        tell: tells one.
+    """
+    for report in reports(trainer):
+        try:
+            tell(report)
+        except Exception as error:  # whatever it raises, the user is to see what ended the run
+            log.warning("%s is not told how the run ended: %s: %s", report.place, type(error).__name__, error)
 
 
 def check_packages(given: Any) -> None:
@@ -86,7 +103,8 @@ def refusals_in_one_line() -> Iterator[None]:
         wandb = sys.modules.get("wandb")  # without which none of its errors is raised
         if wandb is None or not isinstance(error, wandb.Error):
             raise
+        said = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(
-            f"trainer.logger: W&B says: {str(error).splitlines()[0]} Log in by `wandb login`, or set "
+            f"trainer.logger: W&B says: {said} Log in by `wandb login`, or set "
             "WANDB_MODE=offline, which keeps everything for `wandb sync`"
         ) from error

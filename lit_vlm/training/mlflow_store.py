@@ -35,7 +35,13 @@ def absolute_uri(uri: str) -> str:
     """A URI that names the same store from any working folder: a SQLite file by its absolute path."""
     if not uri.startswith(SQLITE) or uri.startswith(f"{SQLITE}/"):
         return uri
-    return f"{SQLITE}{Path(uri.removeprefix(SQLITE)).absolute()}"
+    _, mark, options = uri.partition("?")
+    return f"{SQLITE}{sqlite_file(uri).absolute()}{mark}{options}"
+
+
+def sqlite_file(uri: str) -> Path:
+    """The file of a SQLite store, whose URI may have options, such as `?timeout=60`."""
+    return Path(uri.removeprefix(SQLITE).partition("?")[0])
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
@@ -70,10 +76,9 @@ def may_pass(error: Exception, kind: str) -> bool:
     """Whether the store may take this report later; one that it refuses for good must not hold up the others."""
     if (code := getattr(error, "error_code", None)) is not None:
         return code not in REFUSED
-    from requests import RequestException
-
-    # Waiting does not help where the file is missing or the folder of artifacts cannot be written.
-    return isinstance(error, RequestException) or (isinstance(error, OSError) and kind not in ("file", "text"))
+    if kind in ("file", "text"):  # stores of artifacts, such as S3, have errors of their own
+        return not isinstance(error, FileNotFoundError | PermissionError)
+    return isinstance(error, OSError)  # as those of requests are
 
 
 def first_line(error: Exception) -> str:
@@ -90,7 +95,7 @@ def connect(uri: str) -> Any:
     from mlflow import MlflowClient
 
     if uri.startswith(SQLITE):
-        file = Path(uri.removeprefix(SQLITE))
+        file = sqlite_file(uri)
         if not file.exists():
             _make(file)
         # Fails at once where the file cannot be opened, which MLflow tries for minutes.

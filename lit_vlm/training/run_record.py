@@ -19,7 +19,7 @@ from lit_vlm.checkpoints.folder import DONE_FILE
 from lit_vlm.data import VLMData
 from lit_vlm.training.frozen import stored_in
 from lit_vlm.training.leaving import Preempted
-from lit_vlm.training.loggers import reports
+from lit_vlm.training.loggers import reports, tell_end
 from lit_vlm.training.module import LitVLM
 from lit_vlm.training.run_tags import TOLD_APART, given_tags
 from lit_vlm.training.stage import SlotCount
@@ -65,16 +65,14 @@ class RunRecord(SaveConfigCallback):
     @rank_zero_only
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Note that training has come to its end."""
-        for report in reports(trainer):
-            report.finished()
+        tell_end(trainer, lambda report: report.finished())
 
     @rank_zero_only
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Note why a run ended early; Lightning sets the status itself."""
         if isinstance(exception, Preempted):
             return
-        for report in reports(trainer):
-            report.failed(f"{type(exception).__name__}: {exception}")
+        tell_end(trainer, lambda report: report.failed(f"{type(exception).__name__}: {exception}"))
 
 
 def freeze_table(stage: str, rows: list[SlotCount]) -> Table:

@@ -92,8 +92,9 @@ class WandbReport(Report):
         self.logger.log_image(file.name, [str(file)], step=step)
 
     def failed(self, reason: str) -> None:
-        """Say why in the run's summary; W&B sees by itself that the process ends with an error."""
-        self.logger.experiment.summary["failure"] = reason
+        """Say why in the run's summary, if there is a run; W&B sees by itself that the process ends with an error."""
+        if self.logger._experiment is not None:  # `experiment` would try once more to open one
+            self.logger.experiment.summary["failure"] = reason
 
     def preempted(self, reason: str) -> None:
         """Mark the run as one that another process will go on with."""

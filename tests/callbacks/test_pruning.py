@@ -66,6 +66,20 @@ def test_without_a_pruner_all_is_reported_and_nothing_given_up(tmp_path: Path) -
     assert len(study.trials[-1].intermediate_values) == 4
 
 
+@pytest.mark.parametrize("steps", [4, 5])
+def test_a_training_that_goes_on_with_no_validation_left_keeps_its_score(tmp_path: Path, steps: int) -> None:
+    _, file, trial = study_with(tmp_path, [])
+    changes = {"max_steps": 4, "val_check_interval": 2, "limit_val_batches": 1}
+    loop = trainer(tmp_path, Pruning(file, trial, "val/loss"), **changes)
+    loop.fit(lit(), data())
+    loop.save_checkpoint(tmp_path / "last.ckpt")
+    before = left(tmp_path)
+    (tmp_path / TUNED_FILE).unlink()
+    loop = trainer(tmp_path, Pruning(file, trial, "val/loss"), **changes | {"max_steps": steps})
+    loop.fit(lit(), data(), ckpt_path=str(tmp_path / "last.ckpt"), weights_only=False)
+    assert left(tmp_path) == before | {"step": steps}
+
+
 def test_hyperband_lets_the_best_of_three_go_on() -> None:
     study = optuna.create_study(pruner=pruner_of("hyperband", 5), sampler=optuna.samplers.RandomSampler(seed=0))
     steps = {}

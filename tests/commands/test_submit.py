@@ -217,6 +217,7 @@ def test_without_a_file_the_defaults_hold(site: Path, tmp_path: Path, monkeypatc
         ("partitoin: gpu", "there is no key 'partitoin' (did you mean 'partition'?); keys: partition, account"),
         ("- gpu", "holds settings of a cluster, such as 'partition: gpu', not a list"),
         ("a: [", "cannot be read"),
+        ("mem: 1G\nmem: 2G", "cannot be read: the key 'mem' stands here and in line 1; a key stands once"),
         ("cpus_per_gpu: many", "cpus_per_gpu: Input should be a valid integer"),
         ("container: docker", "container: Input should be 'pyxis' or 'apptainer', found 'docker'"),
         ("time: soon", "time 'soon' is no length of time: write minutes (90), hours (24:00:00)"),

@@ -21,9 +21,11 @@ from rich.console import Console
 from lit_vlm.checkpoints.folder import checkpoints_in, is_done
 from lit_vlm.checkpoints.progress import AT_WORK, Progress, State, now
 from lit_vlm.commands.cli import main
+from lit_vlm.commands.diff import resolved
 from lit_vlm.commands.recipe import find_recipe
 from lit_vlm.commands.runs import RunState
 from lit_vlm.core.launcher import LOST
+from lit_vlm.experiments.file import flag_words
 from lit_vlm.experiments.tune import best, report, search
 from lit_vlm.experiments.tune.file import TuneFile, read_file
 from lit_vlm.experiments.tune.study import Trials, best_of
@@ -61,12 +63,16 @@ def test_numbers_are_numbers_as_yaml_or_people_write_them(tmp_path: Path) -> Non
         "  a: {low: 1e-5, high: 1.0e-2, log: true}\n  b: {low: 1, high: 3}\n"
         "  c: {choices: [1e-4, 8, true, null, MLP]}\n"
         "  d: {low: 0.1, high: 0.4, step: 0.1}\n"
+        "  e: {choices: ['32', '007', nan, 16-mixed, 1E+3, .5e1]}\n"
+        "  f: {low: 1, high: 1000000000000000}\n"
     )
     found = read_file(file)
-    assert (found.search["a"].low, found.search["a"].values()) == (1e-5, None)
+    assert (found.search["a"].low, found.search["a"].count) == (1e-5, None)
     assert found.search["b"].values() == [1, 2, 3]
     assert found.search["c"].values() == [1e-4, 8, True, None, "MLP"]
     assert found.search["d"].values() == [0.1, 0.2, 0.3, 0.4]
+    assert found.search["e"].values() == ["32", "007", "nan", "16-mixed", 1e3, 5.0]
+    assert found.search["f"].count == 10**15  # and nothing that holds them
     assert found.count == 20
 
 
@@ -86,6 +92,10 @@ def ranges(**one: Any) -> dict[str, Any]:
         ({"trials": 0}, r"trials: Input should be greater than or equal to 1, found 0"),
         ({"search": {}}, r"search: name at least one flag"),
         (ranges(low=1), r"give low and high, or choices"),
+        (ranges(low=1, high=float("inf")), r"low, high and step are finite numbers, found 1, inf and None"),
+        (ranges(low=float("nan"), high=1), r"low, high and step are finite numbers, found nan, 1 and None"),
+        (ranges(low=0, high=1, step=float("inf")), r"low, high and step are finite numbers, found 0, 1 and inf"),
+        ({**ranges(low=1, high=10**12), "sampler": "grid"}, r"takes 10000 combinations at most, found 1000000000000"),
         (ranges(low=2, high=1), r"low must be less than high, found 2 and 1"),
         (ranges(low=0, high=1, log=True), r"log goes from a low above 0"),
         (ranges(low=0.0, high=1.0, step=-1), r"step must be above 0"),
@@ -216,6 +226,22 @@ def test_the_best_is_the_best_of_those_that_came_to_their_end(tmp_path: Path) ->
     assert rows[2].endswith("| pruned | diverged |")
 
 
+def test_a_plot_that_cannot_be_drawn_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*arguments: object, **more: object) -> None:
+        raise ValueError("no values")
+
+    monkeypatch.setattr("optuna.visualization.matplotlib.plot_slice", fails)
+    trials = Trials(TuneFile(**GIVEN), tmp_path, parallel=False)
+    for value in (0.2, 0.4):
+        trials.end(trials.next(), value)
+    files = report.write(trials, tmp_path, "lit-vlm tune tune.yaml", None)
+    assert [file.name for file in files] == ["report.md", "history.png", "importances.png", "contour.png"]
+    assert re.search(r"slice.png is left out: ValueError: no values", caplog.text)
+    assert "slice" not in files[0].read_text()
+
+
 # ---------------------------------------------------------------------------- trials
 
 
@@ -326,7 +352,7 @@ def test_the_recipe_of_the_best_keeps_what_a_file_would_replace(tmp_path: Path) 
     first = {
         "model": {
             "stage": {"train": {"projector": 1e-3, "decoder": 2e-5}},
-            "projector": {"init_args": {"depth": 2}},
+            "projector": {"class_path": "lit_vlm.projectors.MLP", "init_args": {"depth": 2}},
             "heads": config["model"]["heads"],
         },
         "seed_everything": 3,
@@ -342,6 +368,47 @@ def test_the_recipe_of_the_best_keeps_what_a_file_would_replace(tmp_path: Path) 
     found = find_recipe(str(at_scale))
     assert found.scale == "tiny"
     assert found.configs("2_sft", "tiny", "single")[-2] == at_scale / "scales" / "tiny" / "2_sft.yaml"
+
+
+@pytest.mark.parametrize(
+    ("base", "setting"),
+    [
+        ({}, {"model.projector.init_args.depth": 3, "model.encoder.init_args.layer": -3}),
+        ({}, {"model.projector.class_path": "lit_vlm.projectors.Linear", "data.batch_size": 2}),
+        ({}, {"model.projector": "Resampler", "model.projector.depth": 3}),
+        ({"model.projector": "Resampler"}, {"model.projector.depth": 3}),
+        ({"model.projector": "Resampler"}, {"model.projector.num_queries": 9, "model.projector.init_args.depth": 3}),
+        ({"model.projector.depth": 4}, {"model.projector": "MLP"}),
+        (
+            {"data.train": None, "data.train.own": "Shapes"},
+            {"data.train.own.count": 5, "model.stage.train.decoder": 1e-3, "trainer.max_steps": 3},
+        ),
+    ],
+)
+def test_the_recipe_of_the_best_gives_the_settings_of_its_trial(
+    tmp_path: Path, base: dict[str, Any], setting: dict[str, Any]
+) -> None:
+    def settings(recipe: str, *flags: str) -> dict[str, Any]:
+        files = find_recipe(recipe).configs("2_sft", "tiny", "single")
+        return resolved([*(word for file in files for word in ("--config", str(file))), *flags])
+
+    def searched(config: dict[str, Any]) -> list[Any]:
+        found = []
+        for flag in setting:
+            there: Any = config
+            for part in flag.split("."):
+                if "class_path" in there and part not in there:
+                    there = there["init_args"]
+                there = there[part]
+            found.append(there)
+        return found
+
+    trial = settings("llava15", *flag_words({**base, **setting}))
+    assert trial != settings("llava15")
+    (tmp_path / "trial" / "2_sft").mkdir(parents=True)
+    (tmp_path / "trial" / "2_sft" / "config.yaml").write_text(yaml.safe_dump(trial))
+    recipe = best.write_recipe(tmp_path, "llava15", "tiny", ["2_sft"], tmp_path / "trial", setting)
+    assert searched(settings(str(recipe))) == searched(trial)
 
 
 # ---------------------------------------------------------------------------- searches

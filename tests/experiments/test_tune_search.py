@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from filelock import FileLock, Timeout
+from mlflow import MlflowClient
 from rich.console import Console
 
 from lit_vlm.commands.cli import main
@@ -21,7 +22,7 @@ from lit_vlm.core.launcher import PREEMPTED
 from lit_vlm.experiments.tune import search
 from lit_vlm.experiments.tune.file import TuneFile
 from lit_vlm.experiments.tune.study import KEPT_FILE, Trials
-from tests.experiments.test_tune import GIVEN, written
+from tests.experiments.test_tune import GIVEN, RATE, written
 
 GRID = {"search": {"a": {"choices": ["x", None]}, "b": {"choices": [1, 2]}}, "sampler": "grid", "trials": None}
 POINTS = [{"a": a, "b": b} for a in ("x", None) for b in (1, 2)]
@@ -77,6 +78,77 @@ def test_a_search_begins_once_it_has_its_folder_and_trials_get_what_that_returns
     setup = search.Setup(TuneFile(**GIVEN), tmp_path, ["2_sft"], 1)
     search.Search(setup, begin, Console(quiet=True), lambda one: None).run()
     assert given == ["begun"]
+
+
+# ---------------------------------------------------------------------------- whole commands
+
+
+def command(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, *words: str, **changes: Any
+) -> tuple[int, list[Mapping[str, str]]]:
+    """Give `lit-vlm tune` with trials that train nothing; returns its exit code, and their variables."""
+    started: list[Mapping[str, str]] = []
+
+    def start(words: Sequence[str], folder: Path, environment: Mapping[str, str]) -> Process:
+        process = trained(folder, float(len(started)))
+        (folder / "2_sft" / "config.yaml").write_text("model: {stage: {train: {decoder: 1.0e-3}}}")
+        started.append(environment)
+        return process
+
+    monkeypatch.setattr(search, "start", start)
+    monkeypatch.setattr(search, "LOOK", 0.02)
+    rates = {"search": {RATE: {"choices": [1e-3, 1e-4]}}, "sampler": "grid", "trials": None}
+    file = written(folder, **rates | {"base": {"trainer.logger": "CSVLogger"}} | changes)
+    try:
+        main(["tune", str(file), "--out", str(folder / "out"), *words])
+    except SystemExit as left:
+        return int(left.code or 0), started
+    return 0, started
+
+
+def test_no_more_trials_than_a_grid_has_combinations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for _ in range(2):
+        code, started = command(tmp_path, monkeypatch, "--trials", "1")
+        assert code == 0
+    assert len(started) == 0
+    code, started = command(tmp_path, monkeypatch, "--trials", "9")
+    assert (code, len(started)) == (0, 1)
+
+
+def test_a_dry_run_counts_as_the_search_does_and_keeps_away_from_its_trials(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command(tmp_path, monkeypatch)
+    folders: list[Path] = []
+    monkeypatch.setattr(
+        "lit_vlm.commands.run.main", lambda words: folders.append(Path(words[words.index("--out") + 1]))
+    )
+    assert command(tmp_path, monkeypatch, "--dry-run", "--trials", "9") == (0, [])
+    assert len(folders) == 2
+    assert not any(folder.exists() for folder in folders)
+    assert "\n2 trials; val/loss" in capsys.readouterr().out
+    command(tmp_path, monkeypatch, "--dry-run", "--trials", "1")
+    assert "\n1 trials; val/loss" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_the_search_is_a_run_of_mlflow_where_flags_say_and_ends_with_the_search(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*arguments: object) -> None:
+        raise OSError("no space left")
+
+    if broken:
+        monkeypatch.setattr("lit_vlm.experiments.tune.report.write", fails)
+    uri = f"sqlite:///{tmp_path}/own.db"
+    base = {"trainer.logger.init_args.experiment_name": "mine", "trainer.logger.tracking_uri": uri}
+    code, started = command(tmp_path, monkeypatch, base=base | {"trainer.logger+": "CSVLogger"})
+    assert (code, [one["MLFLOW_TRACKING_URI"] for one in started]) == (int(broken), [uri] * 2)
+    client = MlflowClient(uri)
+    (run,) = client.search_runs([client.get_experiment_by_name("mine").experiment_id])
+    assert {one["LIT_VLM_PARENT_RUN"] for one in started} == {run.info.run_id}
+    assert run.info.status == ("FAILED" if broken else "FINISHED")
+    assert ("no space left" in capsys.readouterr().err) == broken
 
 
 # ---------------------------------------------------------------------------- failures
@@ -144,6 +216,23 @@ def test_a_trial_that_is_tried_again_stands_for_the_one_that_failed(tmp_path: Pa
     assert trials.next().params != failed.params
 
 
+def test_when_the_first_trials_fail_those_that_train_are_asked_to_leave(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders: list[Path] = []
+
+    def start(words: Sequence[str], folder: Path, environment: Mapping[str, str]) -> Process:
+        folders.append(folder)
+        return counting(folder) if len(folders) == 1 else subprocess.Popen(["false"])
+
+    monkeypatch.setattr(search, "start", start)
+    monkeypatch.setattr(search, "LOOK", 0.05)
+    with pytest.raises(ValueError, match=r"the first 3 trials failed"):
+        ran(TuneFile(**GIVEN), tmp_path, jobs=4)
+    assert (folders[0] / "heard").read_text() == "1"
+    assert [one.number for one in Trials(TuneFile(**GIVEN), tmp_path, parallel=False).under_way()] == [0]
+
+
 # ---------------------------------------------------------------------------- signals
 
 COUNTS = """
@@ -205,6 +294,23 @@ def test_a_second_signal_kills_also_a_trial_that_was_starting(tmp_path: Path) ->
         assert second.wait(20) == -signal.SIGKILL
     assert signals.exit_code == PREEMPTED
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_terminal_that_closes_asks_to_leave_unless_nohup_says_otherwise(tmp_path: Path, ignored: bool) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    try:
+        with search.Signals() as signals:
+            if not ignored:
+                assert signal.getsignal(signal.SIGHUP) is not signal.SIG_DFL  # which would end the tests
+            process = counting(tmp_path / "trial")
+            signals.add(process)
+            signal.raise_signal(signal.SIGHUP)
+            assert signals.asked == (None if ignored else signal.SIGHUP)
+        assert process.returncode == PREEMPTED
+        assert (tmp_path / "trial" / "heard").read_text() == "1"
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_signal_just_as_a_trial_is_taken_asks_it_once(tmp_path: Path) -> None:

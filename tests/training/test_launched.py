@@ -101,6 +101,8 @@ def test_what_fits_the_launch_is_taken(devices: Any, num_nodes: Any, started: La
             "trainer.num_nodes is 2, but the command was started by srun as one task: start it by `srun --nodes=2 "
             "--ntasks-per-node=DEVICES`, or add --trainer.num_nodes 1",
         ),
+        (*("", "auto", AGENTS, 2), "trainer.devices is '': give a number, a list such as 0,1, or auto"),
+        (*(" ,", "auto", AGENTS, 2), "trainer.devices is ' ,': give a number, a list such as 0,1, or auto"),
         (*(1, 2, SCRIPT, None), "trainer.num_nodes is 2, but the command was started without srun: start it by `srun"),
         (
             *("auto", "auto", SCRIPT, None),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import wandb
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from mlflow import MlflowClient
 from mlflow.entities import Run
@@ -19,7 +20,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from lit_vlm.commands.cli import main
 from lit_vlm.commands.lightning_cli import ParsedCLI
 from lit_vlm.commands.recipe import find_recipe
-from lit_vlm.training.loggers import check_packages, report_of, tell_folder
+from lit_vlm.training.loggers import check_packages, refusals_in_one_line, report_of, tell_end, tell_folder
+from lit_vlm.training.reports import Report
 from lit_vlm.training.tracking import MLflow
 from lit_vlm.training.trainer import Trainer
 from tests.forkserver import interpreter
@@ -237,6 +239,47 @@ def test_a_logger_without_its_package_is_refused_in_one_line(
     monkeypatch.setattr("lit_vlm.training.loggers.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=f"which is not installed: pip install {package}$"):
         check_packages(config.trainer.logger)
+
+
+def test_a_run_that_wandb_refuses_has_failed_for_mlflow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuses(**arguments: object) -> None:
+        asked.append(1)
+        raise wandb.Error("no login")
+
+    asked: list[int] = []
+    monkeypatch.setattr("wandb.init", refuses)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/m.db")
+    with pytest.raises(SystemExit, match="1"):
+        one_step(tmp_path / "run", "--trainer.logger+=WandbLogger")
+    assert "W&B says: no login" in capsys.readouterr().err
+    assert len(asked) == 1
+    client = MlflowClient(f"sqlite:///{tmp_path}/m.db")
+    (run,) = client.search_runs([client.get_experiment_by_name("lit-vlm").experiment_id])
+    assert (run.info.status, run.data.tags["state"]) == ("FAILED", "FAILED")
+    assert "no login" in run.data.tags["failure"]
+
+
+def test_a_logger_that_fails_keeps_the_end_from_no_other(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer = Trainer(logger=[CSVLogger(tmp_path), TensorBoardLogger(tmp_path)], default_root_dir=tmp_path)
+    told: list[str] = []
+
+    def tell(report: Report) -> None:
+        told.append(report.place)
+        if report.place == "CSVLogger":
+            raise RuntimeError("no network")
+
+    tell_end(trainer, tell)
+    assert told == ["CSVLogger", "TensorBoard"]
+    assert "CSVLogger is not told how the run ended: RuntimeError: no network" in caplog.text
+
+
+@pytest.mark.parametrize(("said", "told"), [("no network\nat all", "no network"), ("", "Error")])
+def test_an_error_of_wandb_is_one_line(said: str, told: str) -> None:
+    match = f"^trainer.logger: W&B says: {told} Log in by `wandb login`"
+    with pytest.raises(ValueError, match=match), refusals_in_one_line():
+        raise wandb.Error(said)
 
 
 def test_wandb_without_a_login_is_refused_in_one_line(tmp_path: Path) -> None:

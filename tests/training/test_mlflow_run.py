@@ -82,7 +82,17 @@ def test_a_relative_store_is_found_from_another_folder(tmp_path: Path, monkeypat
     monkeypatch.chdir(tmp_path)
     assert absolute_uri("sqlite:///mlflow.db") == f"sqlite:///{tmp_path}/mlflow.db"
     assert absolute_uri(f"sqlite:///{tmp_path}/mlflow.db") == f"sqlite:///{tmp_path}/mlflow.db"
+    assert absolute_uri("sqlite:///mlflow.db?timeout=60") == f"sqlite:///{tmp_path}/mlflow.db?timeout=60"
     assert absolute_uri("http://host:5000") == "http://host:5000"
+
+
+def test_a_store_may_have_options(tmp_path: Path, tables: Path) -> None:
+    shutil.copy(tables, tmp_path / "m.db")
+    run = MLflowRun(f"sqlite:///{tmp_path}/m.db?timeout=60", "e", None, {})
+    run.metrics({"a": 1.0}, 0)
+    assert run.run_id is not None
+    assert MlflowClient(f"sqlite:///{tmp_path}/m.db").get_run(run.run_id).data.metrics == {"a": 1.0}
+    assert [file.name for file in tmp_path.iterdir()] == ["m.db"]
 
 
 def test_runs_that_start_together_in_a_new_folder_all_get_a_run(tmp_path: Path) -> None:
@@ -406,6 +416,19 @@ def test_only_what_is_wrong_itself_is_left_out(code: str, waits: bool) -> None:
     error = MlflowException("no", getattr(databricks_pb2, code))
     assert may_pass(error, "metrics") == waits
     assert not may_pass(TypeError("a bug"), "metrics")
+
+
+class ClientError(Exception):
+    """As that of S3's client, which derives from no other: expired credentials, or an address that does not answer."""
+
+
+@pytest.mark.parametrize("kind", ["file", "text"])
+def test_files_wait_for_a_store_of_artifacts_that_does_not_answer(kind: str) -> None:
+    assert may_pass(ClientError("ExpiredToken"), kind)
+    assert may_pass(ConnectionError("no route"), kind)
+    assert not may_pass(FileNotFoundError("report.md"), kind)
+    assert not may_pass(PermissionError("mlruns"), kind)
+    assert not may_pass(MlflowException("no", databricks_pb2.INVALID_PARAMETER_VALUE), kind)
 
 
 def test_a_folder_that_holds_a_run_takes_no_other_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -164,20 +164,27 @@ def _score_of(task: Task, outcome: Outcome) -> dict[str, Any]:
 
 
 def _how(asker: Asker, task: Task, settings: TaskSettings, checkpoint: str) -> str:
-    questions, written = hashlib.sha256(), asker.format
-    for one in task.examples:
-        paths = [image.path for image in one.images]
-        turns = [_described(turn) for turn in one.turns]
-        what = [one.id, one.question, one.options, one.references, paths, *([turns] if turns else [])]
-        questions.update(json.dumps(what).encode())
+    written, prompt = asker.format, settings.prompt
+    shown = [_hashed(task.demonstrations)] if prompt.shots + prompt.text_shots else []
     text = json.dumps(
         [
-            checkpoint, _written(checkpoint), task.name, str(task.folder.resolve()), questions.hexdigest(),
+            checkpoint, _written(checkpoint), task.name, str(task.folder.resolve()), _hashed(task.examples), *shown,
             settings.decisive(), describe(written.template), describe(written.transform), written.max_length,
             written.fast_jpeg,
         ]
     )  # fmt: skip
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _hashed(examples: Sequence[Example]) -> str:
+    """A hash of all that stands in examples, pictures by their paths."""
+    found = hashlib.sha256()
+    for one in examples:
+        paths = [image.path for image in one.images]
+        turns = [_described(turn) for turn in one.turns]
+        what = [one.id, one.question, one.options, one.references, paths, *([turns] if turns else [])]
+        found.update(json.dumps(what).encode())
+    return found.hexdigest()
 
 
 def _described(turn: Message) -> list[Any]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from lit_vlm.data.records import Image, Record, RecordError
 from lit_vlm.data.records.parsing import parse_record
+from lit_vlm.data.records.record import image_file
 from lit_vlm.evaluation.held_out_records import absolute_paths
 from lit_vlm.evaluation.metrics import ANLS, ExactMatch, MeanScore, RelaxedAccuracy, TokenF1, VQAAccuracy
 from lit_vlm.evaluation.metrics.choice import LETTERS
@@ -143,23 +145,35 @@ def _read(file: Path) -> list[_Row]:
     """
     found = []
     places: dict[str, str] = {}
+    unnamed = set()
     for number, (where, raw) in enumerate(_rows(file)):
         try:
             record = parse_record(raw, file.stem, str(number), links=True)
+            for image in record.images:
+                if image.path is not None:
+                    image_file(Image(path=str(file.absolute().parent / image.path)), Path("/"))
         except RecordError as error:
             raise ValueError(f"{where}: {error.detail}") from error
         row = _Row(absolute_paths(record, file.parent), _answers(raw, record, where), _kind(raw, where), where)
         _check_turns(record, where)
-        for image in record.images:
-            if image.path is not None and not (file.parent / image.path).is_file():
-                raise ValueError(f"{where}: the picture {image.path} is not in {file.parent}, where this file lies")
-        if record.id in places:
+        if raw.get("id") is None:
+            unnamed.add(number)
+        elif record.id in places:
             raise ValueError(f"{where}: 'id' {record.id!r} is that of {places[record.id]} too; each has one of its own")
-        places[record.id] = where
+        else:
+            places[record.id] = where
         found.append(row)
     if not found:
         raise ValueError(f"{file} holds no record")
-    return found
+    return [_named(row, number, places) if number in unnamed else row for number, row in enumerate(found)]
+
+
+def _named(row: _Row, number: int, taken: Container[str]) -> _Row:
+    """A record that has no id of its own, with its number for one, behind marks if another record is called that."""
+    name = str(number)
+    while name in taken:
+        name = f"#{name}"
+    return row._replace(record=replace(row.record, id=name))
 
 
 def _rows(file: Path) -> Iterator[tuple[str, Any]]:
@@ -169,7 +183,7 @@ def _rows(file: Path) -> Iterator[tuple[str, Any]]:
         ValueError: where one is not JSON.
     """
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")  # some programs mark the beginning
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8 text: {error}") from error
     if text.lstrip().startswith("["):
@@ -197,13 +211,25 @@ def _answers(raw: Any, record: Record, where: str) -> tuple[str, ...]:
         raise ValueError(f'{where}: \'answers\' is {str(given)[:80]!r}; it is a list of strings, such as ["4", "four"]')
     if not given or not any(answer.strip() for answer in given):
         raise ValueError(f"{where} has no answer: add a list 'answers', or end its messages with one of the assistant")
+    if not all(answer.strip() for answer in given):
+        raise ValueError(f"{where}: 'answers' has an empty one, for which no answer at all would be right: remove it")
+    _check_letters("answers", given, where)
     return tuple(given)
+
+
+def _check_letters(key: str, texts: Sequence[str], where: str) -> None:
+    """Refuse half a surrogate pair, which no file takes, before the first question is asked."""
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where}: '{key}' holds half a character: {error}") from error
 
 
 def _kind(raw: Any, where: str) -> str:
     kind = raw.get("kind")
     if not isinstance(kind, str | None):
         raise ValueError(f"{where}: 'kind' is {kind!r}; it is a string, the kind of question")
+    _check_letters("kind", [kind or ""], where)
     return kind or ""
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import yaml
 
@@ -69,21 +69,42 @@ def _of_stage(stage: str, stages: Sequence[str], setting: Mapping[str, Any]) -> 
 
 
 def _overlay(config: Mapping[str, Any], setting: Mapping[str, Any]) -> dict[str, Any]:
-    """A config file that changes a setting, and nothing else of a resolved config."""
+    """A config file that changes a setting, with the values of a resolved config, and nothing else of it.
+
+    A class that is searched is written whole, as an argument that is searched, or set for all trials, is one of it.
+    """
     overlay: dict[str, Any] = {}
     for flag, value in setting.items():
         there, into = config, overlay
-        parts = flag.split(".")
-        for depth, part in enumerate(parts[:-1]):
+        *above, last = _keys(config, flag)
+        for depth, part in enumerate(above, 1):
             inner = there.get(part)
-            inner = inner if isinstance(inner, Mapping) else {}
-            if "class_path" in inner:
-                into, there = into.setdefault(part, {}).setdefault("init_args", {}), inner.get("init_args") or {}
-            elif tuple(parts[: depth + 1]) in GROUPS:
-                into, there = into.setdefault(part, {}), inner
+            if _is_class(inner):
+                there = inner.get("init_args") or {}
+                into = into.setdefault(part, {"class_path": inner["class_path"]}).setdefault("init_args", {})
+            elif tuple(above[:depth]) in GROUPS:
+                there, into = inner or {}, into.setdefault(part, {})
             else:
-                into[part] = dict(inner)
+                into[part] = inner
                 break
         else:
-            into[parts[-1]] = value
+            into[last] = there.get(last, value)
     return overlay
+
+
+def _keys(config: Mapping[str, Any], flag: str) -> list[str]:
+    """The keys that a flag names, from the outer to the inner one, without those of a class itself."""
+    keys: list[str] = []
+    there: Any = config
+    for part in flag.split("."):
+        if _is_class(there):
+            if part in ("class_path", "init_args"):
+                continue
+            there = there.get("init_args")
+        keys.append(part)
+        there = there.get(part) if isinstance(there, Mapping) else None
+    return keys
+
+
+def _is_class(value: Any) -> TypeGuard[Mapping[str, Any]]:
+    return isinstance(value, Mapping) and "class_path" in value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,15 +19,15 @@ OWN = ("default_root_dir", "start_from", "ckpt_path", "out", "resume", "recipe",
 HELD_OUT = "held_out/"
 """What names of scores begin with that `callbacks.HeldOut` leaves at the end of a stage."""
 TRIALS = 20
+MOST = 10_000
+"""Combinations of a grid at most, as Optuna is told all of them at the beginning."""
+EXPONENT = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+")
 Value = str | int | float | bool | None
 
 
 def _number(value: Any) -> Any:
     """A number that YAML takes for text, such as 1e-5, as a number."""
-    try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
+    return float(value) if isinstance(value, str) and EXPONENT.fullmatch(value) else value
 
 
 Choice = Annotated[Value, BeforeValidator(_number)]
@@ -63,6 +64,8 @@ class Range(_Model):
                 raise ValueError("choices are two or more different values")
         elif self.low is None or self.high is None:
             raise ValueError("give low and high, or choices")
+        elif not all(abs(bound) < math.inf for bound in (self.low, self.high, self.step or 0)):
+            raise ValueError(f"low, high and step are finite numbers, found {self.low}, {self.high} and {self.step}")
         elif not self.low < self.high:
             raise ValueError(f"low must be less than high, found {self.low} and {self.high}")
         elif self.log and (self.low <= 0 or self.step is not None):
@@ -76,18 +79,26 @@ class Range(_Model):
         """Whether all values of the range are whole numbers."""
         return all(isinstance(bound, int) for bound in (self.low, self.high, 1 if self.step is None else self.step))
 
-    def values(self) -> list[Value] | None:
-        """All values in order; None where there is no end of them."""
+    @property
+    def _apart(self) -> int | float:
+        """Distance of values; 0 where there is no end of them."""
+        return self.step or (1 if self.whole and not self.log else 0)
+
+    @property
+    def count(self) -> int | None:
+        """Number of values; None where there is no end of them."""
+        if self.choices is not None:
+            return len(self.choices)
+        assert self.low is not None
+        assert self.high is not None
+        return math.floor((self.high - self.low) / self._apart + 1e-9) + 1 if self._apart else None
+
+    def values(self) -> list[Value]:
+        """All values in order; empty where there is no end of them."""
         if self.choices is not None:
             return list(self.choices)
         assert self.low is not None
-        assert self.high is not None
-        step = self.step or (1 if self.whole and not self.log else None)
-        if step is None:
-            return None
-        return [
-            round(self.low + step * index, 12) for index in range(math.floor((self.high - self.low) / step + 1e-9) + 1)
-        ]
+        return [round(self.low + self._apart * index, 12) for index in range(self.count or 0)]
 
 
 class TuneFile(_Model):
@@ -139,18 +150,26 @@ class TuneFile(_Model):
                 f"{self.score} is known at the end alone, so no trial can be given up: set pruner: none, or take a "
                 "score such as val/loss"
             )
-        endless = [name for name, one in self.search.items() if one.values() is None]
+        endless = [name for name, one in self.search.items() if one.count is None]
         if self.sampler == "grid" and endless:
             raise ValueError(f"sampler grid needs choices, or a step, for {endless[0]}")
+        if self.sampler == "grid" and self._combinations > MOST:
+            raise ValueError(
+                f"sampler grid takes {MOST} combinations at most, found {self._combinations}: choose larger steps, or "
+                "another sampler"
+            )
         return self
+
+    @property
+    def _combinations(self) -> int:
+        return math.prod(one.count or 1 for one in self.search.values())
 
     @property
     def count(self) -> int:
         """Number of trials."""
         if self.sampler != "grid":
             return self.trials or TRIALS
-        all_of_them = math.prod(len(one.values() or ()) for one in self.search.values())
-        return min(self.trials or all_of_them, all_of_them)
+        return min(self.trials or self._combinations, self._combinations)
 
 
 def _check_flags(where: str, flags: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shlex
 import warnings
 from collections import Counter
@@ -19,6 +20,8 @@ from lit_vlm.experiments.tune.trial import folder_of
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
+
+log = logging.getLogger(__name__)
 
 REPORT = "report.md"
 ROWS = 30
@@ -114,12 +117,17 @@ def _plots(trials: Trials, folder: Path) -> list[Path]:
 
 
 def _draw(draw: Callable[[], Any], file: Path) -> Path | None:
-    """Draw a plot into a file; None where that file cannot be written."""
+    """Draw a plot into a file; None where Optuna cannot draw it, or the file cannot be written."""
     import matplotlib.pyplot as plt
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Optuna's, of plots that are experimental
-        draw()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Optuna's, of plots that are experimental
+            draw()
+    except Exception as error:  # whatever it raises: the report can do without
+        log.warning("%s is left out: %s: %s", file, type(error).__name__, error)
+        plt.close("all")
+        return None
     figure = plt.gcf()
     figure.set_size_inches(max(7.0, figure.get_figwidth()), max(4.5, figure.get_figheight()))
     written = write_report(file, lambda path: figure.savefig(path, dpi=110, bbox_inches="tight", format="png"))

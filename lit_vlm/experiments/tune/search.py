@@ -15,8 +15,9 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 
 from lit_vlm.checkpoints.progress import now
-from lit_vlm.core.launcher import ASKING, PREEMPTED
+from lit_vlm.core.launcher import PREEMPTED
 from lit_vlm.experiments.file import short_names
+from lit_vlm.experiments.pool import heard, wait_or_kill
 from lit_vlm.experiments.tune.file import TuneFile
 from lit_vlm.experiments.tune.study import REASON, Trials, best_of, shown
 from lit_vlm.experiments.tune.trial import folder_of, outcome, remove_checkpoints, start, stop, where, words_of
@@ -69,17 +70,18 @@ class Signals:
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
-        self._before = {one: signal.signal(one, self._note) for one in (signal.SIGINT, *ASKING)}
+        self._before = {one: signal.signal(one, self._note) for one in heard()}
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._telling = self._telling or signal.SIGTERM
+        self._tell()  # where an error ends the search
+        for process in self.processes:
+            wait_or_kill(process)
         for one, handler in self._before.items():
             signal.signal(one, handler)
-        stop(self.processes, signal.SIGKILL)  # where an error ends the search
-        for process in self.processes:
-            process.wait()
 
     def add(self, process: subprocess.Popen[bytes]) -> None:
         """Take a trial that has started, and tell it what came while it did."""

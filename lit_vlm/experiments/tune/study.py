@@ -62,7 +62,7 @@ class Trials:
             load_if_exists=True,
         )
         if file.sampler == "grid":
-            values = [one.values() or [] for one in file.search.values()]
+            values = [one.values() for one in file.search.values()]
             for combination in product(*values):
                 self.study.enqueue_trial(dict(zip(file.search, combination, strict=True)), skip_if_exists=True)
         from optuna.trial import TrialState

@@ -29,6 +29,7 @@ from lit_vlm.evaluation.asker import Asker
 from lit_vlm.evaluation.tasks import (
     Perplexity,
     Prompts,
+    RecordFile,
     SceneQuestions,
     SceneText,
     Shots,
@@ -109,6 +110,24 @@ def test_demonstrations_are_earlier_turns_of_another_split_and_always_the_same()
 def test_too_many_demonstrations_are_refused() -> None:
     with pytest.raises(ValueError, match="99 demonstrations were asked for, and there are 64 of group"):
         Prompts(scenes(), Shots(99)).demonstrations(scenes().examples[0])
+
+
+def test_answers_of_other_demonstrations_are_not_taken(asker: Asker, tmp_path: Path) -> None:
+    def write(name: str, *pairs: tuple[str, str]) -> str:
+        rows = [{"messages": [{"role": "user", "content": one}], "answers": [answer]} for one, answer in pairs]
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return str(tmp_path / name)
+
+    asked = write("mine.jsonl", ("One?", "1"), ("Two?", "2"))
+    first, other = write("first.jsonl", ("Three?", "3")), write("other.jsonl", ("Three?", "4"))
+    for shots in (0, 1):
+        settings = TaskSettings(Shots(text_shots=shots), max_new_tokens=2)
+        run_task(asker, RecordFile(asked, demonstrations=first), settings, tmp_path / str(shots))
+        run_task(asker, RecordFile(asked, demonstrations=first), settings, tmp_path / str(shots))
+    with pytest.raises(ValueError, match="holds answers of another checkpoint, of other questions or settings"):
+        run_task(asker, RecordFile(asked, demonstrations=other), settings, tmp_path / "1")
+    settings = TaskSettings(Shots(), max_new_tokens=2)
+    run_task(asker, RecordFile(asked, demonstrations=other), settings, tmp_path / "0")  # it has none to show
 
 
 def test_answers_that_cannot_be_written_are_told_and_scored(asker: Asker, tmp_path: Path, caplog) -> None:

@@ -136,7 +136,19 @@ WRONG: dict[str, tuple[list[Any], Scoring | None, str]] = {
     "picture": (
         [asked("?", "4"), asked("<image>?", "4", images=["b.png"])],
         None,
-        "line 2: the picture b.png is not in",
+        "line 2: .*/b.png does not exist",
+    ),
+    "long name": ([asked("<image>?", "4", images=["iVBORw0KGgo" * 30])], None, "line 1: .*iVBOR.* is no path"),
+    "longer name": ([asked("<image>?", "4", images=["a/" * 5000])], None, "line 1: .* is no path"),
+    "null": ([asked("<image>?", "4", images=["a\0b.png"])], None, "line 1: .* is no path: .*null"),
+    "half a path": ([asked("<image>?", "4", images=["\ud83d.png"])], None, "line 1: .* is no path: .*surrogates"),
+    "half a question": ([asked("\ud83d?", "4")], None, "line 1: its text holds half a character"),
+    "half an answer": ([asked("?", "4", "\ud83d")], None, "line 1: 'answers' holds half a character: .*surrogates"),
+    "half a kind": ([asked("?", "4", kind="\ud83d")], None, "line 1: 'kind' holds half a character: .*surrogates"),
+    "an empty answer": (
+        [asked("?", "", "yes")],
+        None,
+        "line 1: 'answers' has an empty one, for which no answer at all",
     ),
     "marks": ([asked("<image>?", "4")], None, "line 1: 1 <image> marks in the text .* 0 pictures in 'images'"),
     "twice": ([asked("?", "4", id="a"), asked("?", "5", id="a")], None, "line 2: 'id' 'a' is that of .*line 1 too"),
@@ -168,6 +180,26 @@ def test_what_is_wrong_is_named_with_its_line(case: str, file: Path) -> None:
     records, scoring, message = WRONG[case]
     with pytest.raises(ValueError, match=message):
         _ = RecordFile(written(file, *records), scoring).examples
+
+
+def test_records_without_ids_get_such_as_no_other_has(file: Path) -> None:
+    records = [
+        asked("0?", "x", id="1"),
+        asked("1?", "x"),
+        asked("2?", "x"),
+        asked("3?", "x", id="#1"),
+        asked("4?", "x"),
+    ]
+    found = RecordFile(written(file, *records)).examples
+    assert [(one.id, one.question) for one in found] == [
+        ("1", "0?"), ("##1", "1?"), ("2", "2?"), ("#1", "3?"), ("4", "4?"),
+    ]  # fmt: skip
+
+
+def test_a_mark_in_front_of_the_text_is_no_part_of_it(file: Path) -> None:
+    for name, text in (("a.jsonl", json.dumps(asked("?", "4"))), ("a.json", json.dumps([asked("?", "4")]))):
+        (file.parent / name).write_text(text, encoding="utf-8-sig")
+        assert len(RecordFile(str(file.parent / name)).examples) == 1
 
 
 def test_files_that_are_none(file: Path) -> None:
