@@ -53,7 +53,7 @@ from lit_vlm.data.records import Message, Record, Text
 from lit_vlm.data.sample.templates import Span
 from lit_vlm.data.sets.convert import convert
 from lit_vlm.encoders import HFEncoder, LinearPatches
-from lit_vlm.evaluation.tasks import TASKS, RecordFile, SceneQuestions, SceneText, Scoring
+from lit_vlm.evaluation.tasks import TASKS, MadeUpWords, RecordFile, SceneQuestions, SceneText, Scoring
 from lit_vlm.heads import FeatureDistillation
 from lit_vlm.planning.mock import Mock
 from lit_vlm.projectors import Linear, Projector
@@ -74,7 +74,7 @@ from lit_vlm.testing import (
     check_transform,
 )  # fmt: skip
 from lit_vlm.testing.data import PIXELS
-from lit_vlm.worlds import OpenMoji, Scenes, Shapes
+from lit_vlm.worlds import Namings, OpenMoji, Scenes, Shapes
 from tests.encoders.test_teachers import DINO
 from tests.evaluation.tasks.test_files import CASES as TASK_FILES
 from tests.evaluation.tasks.test_files import make as make_task
@@ -162,6 +162,7 @@ SOURCES: dict[str, Callable[[Path], Source]] = {
         Shapes(4, text_only=False), ChatJsonl(written(folder, "t.jsonl", json.dumps({"messages": CHAT})))
     ),
     "WebDataset": lambda folder: WebDataset(str(tar_of(folder))),
+    "Namings": lambda _: Namings("questions", 6),
     "OpenMoji": lambda _: OpenMoji("held_out", 32, limit=4),
     "Scenes": lambda _: Scenes("questions", 6, 3, maps=4),
     "Shapes": lambda _: Shapes(6),
@@ -185,7 +186,7 @@ OWN_KINDS = [
     ("templates", public(data, Template), TEMPLATES.keys()),
     ("transforms", public(data, ImageTransform), TRANSFORMS.keys()),
     ("sources", public(data, Source) | public(worlds, Source), SOURCES.keys()),
-    ("tasks", set(TASKS), {*TASK_FILES, "perplexity", "scenes", "scenes_text", RecordFile.name}),
+    ("tasks", set(TASKS), {*TASK_FILES, "perplexity", "scenes", "scenes_text", "namings", RecordFile.name}),
 ]
 
 
@@ -282,7 +283,7 @@ def test_tasks(name: str, tmp_path: Path) -> None:
     check_task(factory, best=100.0 if percent else None)
 
 
-@pytest.mark.parametrize("task", [SceneQuestions, SceneText])
+@pytest.mark.parametrize("task", [SceneQuestions, SceneText, MadeUpWords])
 def test_tasks_without_files(task: Any) -> None:
     check_task(partial(task, count=2), best=None if task.perplexity else 100.0)
 

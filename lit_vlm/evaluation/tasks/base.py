@@ -32,6 +32,7 @@ class Example:
         group: group of examples that has scores of its own, such as a category.
         turns: the question as a conversation that ends with it, with texts and pictures in an order of their own; the
             prompt then has these in place of `images` and `question`. Empty for most.
+        shown: demonstrations of its own, where those of other questions would mean something else. Empty for most.
     """
 
     id: str
@@ -41,6 +42,7 @@ class Example:
     options: tuple[str, ...] = ()
     group: str = ""
     turns: tuple[Message, ...] = ()
+    shown: tuple[Example, ...] = ()
 
     @property
     def letter(self) -> str:

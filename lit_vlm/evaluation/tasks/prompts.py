@@ -88,8 +88,8 @@ class Prompts:
         count = self.shots.shots + self.shots.text_shots
         if not count:
             return []
-        group = example.group if self.task.same_group else ""
-        pool = [other for other in self._pool.get(group, []) if other.id != example.id]
+        group = example.group if self.task.same_group and not example.shown else ""
+        pool = list(example.shown) or [other for other in self._pool.get(group, []) if other.id != example.id]
         if len(pool) < count:
             raise ValueError(
                 f"task {self.task.name}: {count} demonstrations were asked for, and there are {len(pool)}"

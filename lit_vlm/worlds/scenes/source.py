@@ -121,7 +121,7 @@ class Scenes(Source):
 
     def _draw(self, scene: Scene) -> Image:
         rendering = render(scene, self.size)
-        image = _encode(rendering)
+        image = encoded(rendering)
         return image if self.cells is None else replace(image, maps=cell_maps(scene, rendering, self.cells))
 
     def outline(self, index: int) -> Record:
@@ -234,7 +234,8 @@ def _check_least(argument: str, value: int, least: int) -> None:
         raise ValueError(f"{argument} is {value}; it must be at least {least}")
 
 
-def _encode(rendering: Rendering) -> Image:
+def encoded(rendering: Rendering) -> Image:
+    """The picture of a rendering, as a PNG."""
     height, width = rendering.segmentation.shape
     buffer = io.BytesIO()
     PILImage.fromarray(rendering.image).save(buffer, format="PNG", compress_level=1)

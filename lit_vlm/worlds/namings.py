@@ -1,0 +1,173 @@
+"""Documents that name what their pictures show by made-up words, bound anew in each document.
+
+Only the document tells what a word means, so that a model has to learn from the demonstrations in front of a question:
+without them it can but guess among the words.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, cast, get_args
+
+from lit_vlm.data.records import Content, Image, Message, Record, Text
+from lit_vlm.data.sources.base import Source
+from lit_vlm.worlds.scenes import Scene, render, sample_scene
+from lit_vlm.worlds.scenes.language import caption
+from lit_vlm.worlds.scenes.render import MIN_SIZE
+from lit_vlm.worlds.scenes.sampling import sample_looks
+from lit_vlm.worlds.scenes.source import encoded
+from lit_vlm.worlds.scenes.world import COLOURS, SHAPES, Colour, Look, Shape
+
+Kind = Literal["interleaved", "questions", "text"]
+Split = Literal["train", "held_out"]
+Attribute = Literal["colour", "shape"]
+ATTRIBUTES: dict[Attribute, tuple[str, ...]] = {"colour": COLOURS, "shape": SHAPES}
+"""What words may stand for."""
+WORDS = tuple(f"{first}{second}" for first in "bdfgklmnprstvz" for second in "aeiou")
+"""The made-up words: 70 syllables."""
+QUESTION = "What is this?"
+VERSION = 1
+"""Goes up whenever the same arguments give other records."""
+
+
+@dataclass(frozen=True)
+class Naming:
+    """A document: things, and the words for them.
+
+    Attributes:
+        attribute: what the words stand for.
+        scenes: one thing each; that of the question is the last.
+        words: the word for each scene; the last one has been said before.
+        options: all words of the document, in random order.
+    """
+
+    attribute: Attribute
+    scenes: tuple[Scene, ...]
+    words: tuple[str, ...]
+    options: tuple[str, ...]
+
+
+class Namings(Source):
+    """Pictures of single things with made-up words for their colours or shapes; needs no file.
+
+    Record i depends on the arguments and i only, and not on `count`. Every value of a document is shown before the
+    question, which is about one of them.
+
+    Args:
+        kind: `interleaved`: a document of pictures, each with the word for it, as a sentence or as an answer.
+            `questions`: a conversation in which the word for each picture is asked; options belong to the last turn.
+            `text`: the document with descriptions in place of pictures.
+        count: number of samples.
+        seed: another seed gives other documents.
+        size: height and width of the pictures in pixels.
+        split: `train` or `held_out`; the two have no scene in common.
+        shots: demonstrations in front of the last picture.
+        values: different values, and words, of a document; guessing is right once in so many times.
+        name: what the source is reported under; default: `namings_` and its kind.
+
+    Raises:
+        ValueError: if an argument is outside its range.
+    """
+
+    def __init__(
+        self,
+        kind: Kind,
+        count: int,
+        seed: int = 0,
+        size: int = 96,
+        split: Split = "train",
+        shots: int = 4,
+        values: int = 4,
+        name: str | None = None,
+    ) -> None:
+        for argument, value, choices in (("kind", kind, get_args(Kind)), ("split", split, get_args(Split))):
+            if value not in choices:
+                raise ValueError(f"{argument}: {value!r} is unknown; use {', '.join(choices)}")
+        if count < 1 or size < MIN_SIZE:
+            raise ValueError(f"count is {count} and size is {size}; they are at least 1 and {MIN_SIZE}")
+        if not 2 <= values <= len(SHAPES):
+            raise ValueError(f"values is {values}; it is from 2 to {len(SHAPES)}, as many as there are shapes")
+        if shots < values:
+            raise ValueError(f"shots is {shots}; each of the {values} values is shown once at least")
+        self.name, self.named = name if name is not None else f"namings_{kind}", name is not None
+        self.image_folder = Path()
+        self.kind, self.count, self.seed, self.size, self.split = kind, count, seed, size, split
+        self.shots, self.values = shots, values
+
+    def __len__(self) -> int:
+        return self.count
+
+    def naming(self, index: int) -> Naming:
+        """What a record is made from.
+
+        Raises:
+            IndexError: if `index` is not from 0 to `count` - 1.
+        """
+        if not 0 <= index < self.count:
+            raise IndexError(f"index is {index}; the source has {self.count} samples")
+        seed = f"{self.split}-namings-{self.seed}-{index}"
+        rng = random.Random(seed)
+        attribute: Attribute = ("colour", "shape")[index % 2]
+        values = rng.sample(ATTRIBUTES[attribute], self.values)
+        names = dict(zip(values, rng.sample(WORDS, self.values), strict=True))
+        shown = [*values, *rng.choices(values, k=self.shots - self.values)]
+        shown = [*rng.sample(shown, len(shown)), rng.choice(values)]
+        looks = [_with(sample_looks(rng, 1)[0], attribute, value) for value in shown]
+        scenes = tuple(
+            replace(sample_scene(f"{seed}-{place}", [look]), wording="plain") for place, look in enumerate(looks)
+        )
+        words = tuple(names[value] for value in shown)
+        return Naming(attribute, scenes, words, tuple(rng.sample(list(names.values()), self.values)))
+
+    def record(self, index: int) -> Record:
+        """Draw one sample; raises as `naming` does."""
+        naming = self.naming(index)
+        if self.kind == "text":
+            return self._compose(index, naming, [])
+        return self._compose(index, naming, [self.draw(scene) for scene in naming.scenes])
+
+    def outline(self, index: int) -> Record:
+        """The record without the bytes of its images, which are not drawn; raises as `naming` does."""
+        naming = self.naming(index)
+        blank = Image(size=(self.size, self.size))
+        return self._compose(index, naming, [blank] * len(naming.scenes) if self.kind != "text" else [])
+
+    def draw(self, scene: Scene) -> Image:
+        """The picture of a scene."""
+        return encoded(render(scene, self.size))
+
+    def fingerprint(self) -> str:
+        """A hash of the arguments, which decide everything."""
+        arguments = {name: value for name, value in sorted(vars(self).items()) if name != "image_folder"}
+        return hashlib.sha256(f"namings-{VERSION}-{arguments}".encode()).hexdigest()[:16]
+
+    def _compose(self, index: int, naming: Naming, images: list[Image]) -> Record:
+        rng = random.Random(f"said-{self.split}-{self.seed}-{index}")
+        name = f"{naming.attribute}-{index}"
+        shown: list[Content] = [*images] if images else [Text(caption(scene, rng)) for scene in naming.scenes]
+        if self.kind == "questions":
+            messages = [
+                message
+                for picture, word in zip(shown, naming.words, strict=True)
+                for message in (
+                    Message("user", (picture, Text(f"\n{QUESTION}"))),
+                    Message("assistant", (Text(word),)),
+                )
+            ]
+            return Record(name, self.name, tuple(messages), naming.options)
+        told = "\nThis is a {}." if rng.random() < 0.5 else f"\nQuestion: {QUESTION}\nAnswer: {{}}"
+        content: list[Content] = []
+        for place, (picture, word) in enumerate(zip(shown, naming.words, strict=True)):
+            gap = "" if place == len(shown) - 1 else "\n\n"
+            content += [picture, Text(f"{told.format(word)}{gap}")]
+        return Record(name, self.name, (Message("document", tuple(content)),))
+
+
+def _with(look: Look, attribute: Attribute, value: str) -> Look:
+    """A look with another colour or shape."""
+    if attribute == "colour":
+        return replace(look, colour=cast(Colour, value))
+    return replace(look, shape=cast(Shape, value))
