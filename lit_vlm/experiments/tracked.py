@@ -13,7 +13,7 @@ from typing import Any
 
 from lit_vlm.core.metric_names import ALLOCATED, HOST, RESERVED
 from lit_vlm.training.mlflow_run import QUICK, RUN_FILE
-from lit_vlm.training.mlflow_store import SQLITE, connect, first_line, read_lines
+from lit_vlm.training.mlflow_store import SQLITE, connect, first_line, read_lines, sqlite_file
 
 TOKENS = "throughput/tokens_per_s"
 PEAKS = (RESERVED, ALLOCATED, HOST)
@@ -54,7 +54,7 @@ def read_tracked(stage: Path) -> Tracked:
     if not found or not found[0].get("run_id"):
         return Tracked()
     uri, run_id = found[0]["tracking_uri"], found[0]["run_id"]
-    if uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).is_file():  # asking would make an empty one
+    if uri.startswith(SQLITE) and not sqlite_file(uri).is_file():  # asking would make an empty one
         log.warning("%s: its MLflow store %s is gone; curves are left out", stage, uri)
         return Tracked()
     for variable, value in (QUICK | QUIET).items():

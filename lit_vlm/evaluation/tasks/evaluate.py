@@ -165,7 +165,8 @@ def _score_of(task: Task, outcome: Outcome) -> dict[str, Any]:
 
 def _how(asker: Asker, task: Task, settings: TaskSettings, checkpoint: str) -> str:
     written, prompt = asker.format, settings.prompt
-    shown = [_hashed(task.demonstrations)] if prompt.shots + prompt.text_shots else []
+    own = [shown for example in task.examples for shown in example.shown]
+    shown = [_hashed(own or task.demonstrations)] if prompt.shots + prompt.text_shots else []
     text = json.dumps(
         [
             checkpoint, _written(checkpoint), task.name, str(task.folder.resolve()), _hashed(task.examples), *shown,

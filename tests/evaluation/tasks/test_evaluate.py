@@ -27,6 +27,7 @@ from lit_vlm.embedders import Splice
 from lit_vlm.encoders import HFEncoder
 from lit_vlm.evaluation.asker import Asker
 from lit_vlm.evaluation.tasks import (
+    MadeUpWords,
     Perplexity,
     Prompts,
     RecordFile,
@@ -128,6 +129,14 @@ def test_answers_of_other_demonstrations_are_not_taken(asker: Asker, tmp_path: P
         run_task(asker, RecordFile(asked, demonstrations=other), settings, tmp_path / "1")
     settings = TaskSettings(Shots(), max_new_tokens=2)
     run_task(asker, RecordFile(asked, demonstrations=other), settings, tmp_path / "0")  # it has none to show
+
+
+def test_a_question_with_demonstrations_of_its_own_is_asked_with_them(asker: Asker, tmp_path: Path) -> None:
+    for shots in (0, 4):
+        result = run_task(asker, MadeUpWords(count=2), TaskSettings(Shots(shots)), tmp_path / str(shots))
+        assert result.count == 2
+        assert not result.left_out
+        assert result.scores.keys() >= {"accuracy", "attribute/colour", "attribute/shape"}
 
 
 def test_answers_that_cannot_be_written_are_told_and_scored(asker: Asker, tmp_path: Path, caplog) -> None:
