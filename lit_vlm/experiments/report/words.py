@@ -124,6 +124,7 @@ def details(finding: Finding, share: bool) -> str:
         more = f"about {judged.seeds_needed} seeds would decide, if the difference is as observed"
     else:
         more = f"{MOST_SEEDS} seeds would not decide, if the difference is as observed"
+        more += ", but more questions may" if found.questions else ""
     if math.isinf(judged.smallest_detectable):
         return f"{text}; {more}."
     seen = f"{number(judged.smallest_detectable, share)}{unit(share)}"
