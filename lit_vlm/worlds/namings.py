@@ -66,6 +66,8 @@ class Namings(Source):
         split: `train` or `held_out`; the two have no scene in common.
         shots: demonstrations in front of the last picture.
         values: different values, and words, of a document; guessing is right once in so many times.
+        attributes: what words may stand for, taking turns; default: colour and shape. With one of them a model need
+            not find out which it is.
         name: what the source is reported under; default: `namings_` and its kind.
 
     Raises:
@@ -81,9 +83,15 @@ class Namings(Source):
         split: Split = "train",
         shots: int = 4,
         values: int = 4,
+        attributes: list[Attribute] | None = None,
         name: str | None = None,
     ) -> None:
-        for argument, value, choices in (("kind", kind, get_args(Kind)), ("split", split, get_args(Split))):
+        given: list[tuple[str, str, tuple[str, ...]]] = [
+            ("kind", kind, get_args(Kind)),
+            ("split", split, get_args(Split)),
+        ]
+        given += [("attributes", attribute, get_args(Attribute)) for attribute in attributes or ()]
+        for argument, value, choices in given:
             if value not in choices:
                 raise ValueError(f"{argument}: {value!r} is unknown; use {', '.join(choices)}")
         if count < 1 or size < MIN_SIZE:
@@ -95,7 +103,7 @@ class Namings(Source):
         self.name, self.named = name if name is not None else f"namings_{kind}", name is not None
         self.image_folder = Path()
         self.kind, self.count, self.seed, self.size, self.split = kind, count, seed, size, split
-        self.shots, self.values = shots, values
+        self.shots, self.values, self.attributes = shots, values, tuple(attributes or ATTRIBUTES)
 
     def __len__(self) -> int:
         return self.count
@@ -110,7 +118,7 @@ class Namings(Source):
             raise IndexError(f"index is {index}; the source has {self.count} samples")
         seed = f"{self.split}-namings-{self.seed}-{index}"
         rng = random.Random(seed)
-        attribute: Attribute = ("colour", "shape")[index % 2]
+        attribute = self.attributes[index % len(self.attributes)]
         values = rng.sample(ATTRIBUTES[attribute], self.values)
         names = dict(zip(values, rng.sample(WORDS, self.values), strict=True))
         shown = [*values, *rng.choices(values, k=self.shots - self.values)]

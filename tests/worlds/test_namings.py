@@ -67,6 +67,7 @@ def test_splits_and_seeds_differ_and_arguments_decide_everything() -> None:
     ]
     assert len({one.fingerprint() for one in (first, *others)}) == 4
     assert all(one.naming(0).scenes != first.naming(0).scenes for one in others)
+    assert {Namings("text", 9, attributes=["colour"]).naming(index).attribute for index in range(9)} == {"colour"}
     with pytest.raises(IndexError, match="the source has 3 samples"):
         first.record(3)
 
@@ -76,6 +77,7 @@ def test_splits_and_seeds_differ_and_arguments_decide_everything() -> None:
     [
         ({"kind": "pairs"}, "kind: 'pairs' is unknown; use interleaved, questions, text"),
         ({"split": "test"}, "split: 'test' is unknown"),
+        ({"attributes": ["size"]}, "attributes: 'size' is unknown; use colour, shape"),
         ({"count": 0}, "count is 0"),
         ({"size": 8}, "size is 8; they are at least 1 and 32"),
         ({"values": 1}, "values is 1; it is from 2 to 4"),
