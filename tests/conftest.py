@@ -1,10 +1,13 @@
-"""Fixtures that several tests of the data side share: specs with tokenizers, pictures and samples."""
+"""What several tests share: specs with tokenizers, pictures and samples; and that no test leaves anything to others."""
 
 from __future__ import annotations
 
 import io
 import random
-from collections.abc import Callable, Sequence
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -20,6 +23,20 @@ from lit_vlm.encoders import PatchGrid
 from lit_vlm.projectors.base import same_grid
 
 FIXTURES = Path(__file__).parent / "fixtures"
+
+# Shells let what they start in the background ignore it, and so would all that tests start.
+if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def _first_process() -> Iterator[None]:
+    """After each test this process is the first one again: Lightning keeps the rank of the last trainer that was made,
+    and loggers of any other rank write nothing."""
+    yield
+    known = sys.modules.get("lightning_utilities.core.rank_zero")
+    if known is not None and hasattr(known.rank_zero_only, "rank"):
+        known.rank_zero_only.rank = 0
 
 
 def make_spec(tokenizer: PreTrainedTokenizerFast) -> InputSpec:
