@@ -173,6 +173,9 @@ def _run(connection: socket.socket) -> NoReturn:
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
+    # Lightning reads it on import, and the server may have been started for the test of another rank.
+    rank_zero = importlib.import_module("lightning.fabric.utilities.rank_zero")
+    rank_zero.rank_zero_only.rank = rank_zero._get_rank() or 0
     if "-P" not in options:
         sys.path.insert(0, folder)
     if "-u" in options:
