@@ -18,8 +18,9 @@ from lit_vlm.commands.recipe import SHIPPED, find_recipe
 from lit_vlm.commands.run import stage_words
 from lit_vlm.commands.runs import RunState
 from lit_vlm.core.part import StateDict
+from lit_vlm.core.settings import checked
 from lit_vlm.evaluation.tasks import TASKS
-from lit_vlm.experiments.file import Variant, read_file
+from lit_vlm.experiments.file import AblationFile, Variant, read_file
 from lit_vlm.model.build import build_on_meta, check_saved
 from lit_vlm.planning.published import shipped
 from tests.tiny import ROOT
@@ -112,6 +113,21 @@ def test_variants_are_ready_at_a_small_scale(
     said = capsys.readouterr().out
     assert ready, said
     assert said.count("ran forward and backward") == len(commands)
+
+
+MINI = sorted(file.parent.parent.name for file in SHIPPED.glob("*/scales/mini.yaml"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", MINI if ALL else ["hovle"])
+def test_every_stage_of_the_scale_mini_is_ready(
+    recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (base,) = checked(AblationFile, {"recipe": recipe, "scale": "mini", "strategy": "single"}, recipe).all_variants()
+    commands = {stage.name: stage.words for stage in own_stages([base])}
+    ready = check_recipe(commands, Console(width=1000))
+    assert ready, capsys.readouterr().out
 
 
 @pytest.mark.slow
