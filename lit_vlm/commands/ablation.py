@@ -147,19 +147,30 @@ class Ablation:
         folder, words = self.stage(node.id), one.words()
         own = one.file.read_bytes() if one.file is not None and one.file.is_file() else b""
         key = _digest(words, own)
-        mark = folder / EVALUATION / f"{one.name.rpartition('.')[2]}-{key}.done"
+        # A file asks a task once with each number of demonstrations.
+        name = f"{one.name.rpartition('.')[2]}-{'_'.join(map(str, one.shots))}-shot"
+        mark = folder / EVALUATION / f"{name}-{key}.done"
         return _asking(node, f"{one.name} {key}", ["evaluate", str(folder), *words], mark, environment)
 
     def _probing(self, node: Node, one: Probing, environment: Mapping[str, str]) -> Task:
         words = one.words(self.stage(node.id))
-        mark = self.stage(node.id) / one.folder / f"{_digest(words)}.done"
+        mark = self.stage(node.id) / one.folder / f"probe-{_digest(words)}.done"
         return _asking(node, f"probe {one.target}", ["probe", *words], mark, environment)
 
 
 def _asking(node: Node, name: str, words: list[str], mark: Path, environment: Mapping[str, str]) -> Task:
-    """A task on a stage that has been trained, which leaves a mark of its own when it has ended well."""
+    """A task on a stage that has been trained, which leaves a mark of its own when it has ended well.
+
+    Results are kept by name, so the marks of what was asked before under that name, in another way, are removed.
+    """
+
+    def note() -> None:
+        for other in mark.parent.glob(f"{mark.stem.rpartition('-')[0]}-*.done"):
+            other.unlink()
+        mark.touch()
+
     name, log = f"{node.id} {name}", mark.with_suffix(".txt")
-    return Task(name, lambda: words, log, mark.is_file, (node.id,), 1, environment, mark.touch)
+    return Task(name, lambda: words, log, mark.is_file, (node.id,), 1, environment, note)
 
 
 def _digest(words: Sequence[str], content: bytes = b"") -> str:

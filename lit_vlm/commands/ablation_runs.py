@@ -147,7 +147,6 @@ def study_of(ablation: Ablation, runs: Sequence[Run], command: str) -> Study | N
         ablation: the ablation.
         runs: its finished runs.
         command: the command that makes it again.
-
     """
     if not runs:
         return None

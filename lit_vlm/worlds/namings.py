@@ -18,11 +18,10 @@ from lit_vlm.worlds.scenes import Scene, render, sample_scene
 from lit_vlm.worlds.scenes.language import caption
 from lit_vlm.worlds.scenes.render import MIN_SIZE
 from lit_vlm.worlds.scenes.sampling import sample_looks
-from lit_vlm.worlds.scenes.source import encoded
+from lit_vlm.worlds.scenes.source import Split, check_choice, check_least, encoded
 from lit_vlm.worlds.scenes.world import COLOURS, SHAPES, Colour, Look, Shape
 
 Kind = Literal["interleaved", "questions", "text"]
-Split = Literal["train", "held_out"]
 Attribute = Literal["colour", "shape"]
 ATTRIBUTES: dict[Attribute, tuple[str, ...]] = {"colour": COLOURS, "shape": SHAPES}
 """What words may stand for."""
@@ -86,16 +85,12 @@ class Namings(Source):
         attributes: list[Attribute] | None = None,
         name: str | None = None,
     ) -> None:
-        given: list[tuple[str, str, tuple[str, ...]]] = [
-            ("kind", kind, get_args(Kind)),
-            ("split", split, get_args(Split)),
-        ]
-        given += [("attributes", attribute, get_args(Attribute)) for attribute in attributes or ()]
-        for argument, value, choices in given:
-            if value not in choices:
-                raise ValueError(f"{argument}: {value!r} is unknown; use {', '.join(choices)}")
-        if count < 1 or size < MIN_SIZE:
-            raise ValueError(f"count is {count} and size is {size}; they are at least 1 and {MIN_SIZE}")
+        check_choice("kind", kind, get_args(Kind))
+        check_choice("split", split, get_args(Split))
+        for attribute in attributes or ():
+            check_choice("attributes", attribute, get_args(Attribute))
+        check_least("count", count, 1)
+        check_least("size", size, MIN_SIZE)
         if not 2 <= values <= len(SHAPES):
             raise ValueError(f"values is {values}; it is from 2 to {len(SHAPES)}, as many as there are shapes")
         if shots < values:

@@ -21,7 +21,8 @@ from lit_vlm.commands.ablation_runs import Tracked
 from lit_vlm.commands.cli import main
 from lit_vlm.core.settings import checked
 from lit_vlm.experiments.file import AblationFile
-from lit_vlm.experiments.plan import Plan, RunKey
+from lit_vlm.experiments.plan import Node, Plan, RunKey
+from lit_vlm.experiments.pool import Task
 from lit_vlm.experiments.stage_scores import stage_scores
 from tests.forkserver import interpreter
 from tests.runs import environment, lit_vlm
@@ -198,6 +199,22 @@ def test_a_dry_run_shows_the_plan_and_checks_each_variant(tmp_path: Path) -> Non
     assert said.count("ready: config parses") == 3
     assert said.count("ready, as above") == 1
     assert not (tmp_path / "runs").exists()
+
+
+def test_what_is_asked_in_another_way_is_asked_anew_each_time(tmp_path: Path) -> None:
+    plan = Plan({"sft-1": Node("sft-1", "sft", None, 1, (RunKey("base", 0),))}, {RunKey("base", 0): {"sft": "sft-1"}})
+    (tmp_path / "stages" / "sft-1" / "evaluation").mkdir(parents=True)
+
+    def asked(limit: int, shots: int = 0) -> Task:
+        evaluate = [{"task": "scenes", "limit": limit, "shots": [shots]}]
+        file = checked(AblationFile, {"recipe": "eve", "evaluate": evaluate}, "x")
+        return Ablation(tmp_path, file, {}, plan).tasks([0], lambda node: {})[1]
+
+    asked(9, shots=4).mark()
+    for limit in (100, 500):
+        asked(limit).mark()
+    assert [asked(limit).is_done() for limit in (100, 500)] == [False, True]
+    assert asked(9, shots=4).is_done()
 
 
 # ----- runs

@@ -153,8 +153,11 @@ def test_signs_that_libraries_read_as_their_own_stay_letters(tmp_path: Path) -> 
 
 def test_a_report_leaves_no_figure_of_an_earlier_one(tmp_path: Path) -> None:
     write_report(study(), tmp_path)
-    files = write_report(replace(study(), runs=[replace(run("base", 0, 0.5, 1.0), curves={})], claims=()), tmp_path)
+    files = write_report(
+        replace(study(), runs=[replace(run("base", 0, 0.5, 1.0), curves={}, origin={})], claims=(), about={}), tmp_path
+    )
     assert sorted(file.name for file in tmp_path.iterdir()) == sorted(file.name for file in files)
+    assert "## Origin\n\n    lit-vlm ablate pal.yaml" in files[0].read_text()
     assert not (tmp_path / "forest.png").exists()
 
 

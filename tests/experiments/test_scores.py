@@ -119,6 +119,16 @@ def test_curves_of_all_stages_stand_one_after_the_other(tmp_path: Path) -> None:
     assert run.origin == {"version.torch": "2.15", "data.train/shapes": "abc"}
 
 
+def test_a_loss_that_was_infinite_stays_so(tmp_path: Path) -> None:
+    folder = finished_run(tmp_path / "a")
+    tracked = MLflowRun(f"sqlite:///{tmp_path}/mlflow.db", "lit-vlm", "2_sft", {}, folder / "2_sft")
+    tracked.owns_folder()
+    for step, value in ((10, 2.0), (20, math.inf)):
+        tracked.metrics({"train/loss": value}, step)
+    tracked.end("FINISHED")
+    assert [value for _, value in read_run(folder).curves["train/loss"]] == [2.0, math.inf]
+
+
 def test_a_store_that_is_gone_leaves_curves_out_and_is_not_made_anew(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -111,8 +111,9 @@ def _tables(study: Study, found: Sequence[Finding], compared: Sequence[Gap]) -> 
         tables.settings_table(study),
         tables.origin_table(study, differences),
     ]
-    kept = ("Origin", tables.differences(study))  # where they are empty their notes say why
-    return [table for table in every if table.rows or (table.title in kept and len(study.variants) > 1)]
+    # Without rows the command stands under the one, and under the other why nothing was compared.
+    kept = ["Origin", *([tables.differences(study)] if study.variants[1:] else [])]
+    return [table for table in every if table.rows or table.title in kept]
 
 
 def _about(study: Study) -> str:

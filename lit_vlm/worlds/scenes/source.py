@@ -75,15 +75,15 @@ class Scenes(Source):
         maps: int | None = None,
         name: str | None = None,
     ) -> None:
-        _check_choice("kind", kind, get_args(Kind))
-        _check_choice("split", split, get_args(Split))
-        _check_choice("wording", wording, get_args(Wording))
+        check_choice("kind", kind, get_args(Kind))
+        check_choice("split", split, get_args(Split))
+        check_choice("wording", wording, get_args(Wording))
         for question_kind in question_kinds or ():
-            _check_choice("question_kinds", question_kind, QUESTION_KINDS)
-        _check_least("count", count, 1)
-        _check_least("size", size, MIN_SIZE)
-        _check_least("shots", shots, 1)
-        _check_least("turns", turns, 1)
+            check_choice("question_kinds", question_kind, QUESTION_KINDS)
+        check_least("count", count, 1)
+        check_least("size", size, MIN_SIZE)
+        check_least("shots", shots, 1)
+        check_least("turns", turns, 1)
         if not LEAST_THINGS <= max_things <= MAX_THINGS:
             raise ValueError(f"max_things is {max_things}; it must be from {LEAST_THINGS} to {MAX_THINGS}")
         if turns > 1 and kind not in ("questions", "text"):
@@ -224,12 +224,14 @@ def _dialogue(opening: tuple[Content, ...], questions: list[Question]) -> tuple[
     )
 
 
-def _check_choice(argument: str, value: str, choices: tuple[str, ...]) -> None:
+def check_choice(argument: str, value: str, choices: tuple[str, ...]) -> None:
+    """Refuse a word that is none of the choices."""
     if value not in choices:
         raise ValueError(f"{argument}: {value!r} is unknown; use {', '.join(choices)}")
 
 
-def _check_least(argument: str, value: int, least: int) -> None:
+def check_least(argument: str, value: int, least: int) -> None:
+    """Refuse a number that is too small."""
     if value < least:
         raise ValueError(f"{argument} is {value}; it must be at least {least}")
 
