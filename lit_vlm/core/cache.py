@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import SoftFileLease, Timeout
+from lit_vlm.core.lease import Lease
 
 PATIENCE = 120.0
 """Seconds without a sign of life after which the lock of a process on another machine is taken over."""
 SILENT = 2.0
 """Seconds that a process waits for a lock before it says so."""
+POLL = 0.1
+"""Seconds between two looks at the lock of another process."""
 
 
 def cache_dir() -> Path:
@@ -42,12 +45,13 @@ def held(lock: Path, doing: str) -> Iterator[None]:
     Raises:
         OSError: where the file cannot be written.
     """
-    lease = SoftFileLease(lock, lease_duration=PATIENCE)
-    try:
-        lease.acquire(timeout=SILENT)
-    except Timeout:
-        sys.stderr.write(f"waiting for another process, which {doing}\n")
-        lease.acquire(poll_interval=0.25)
+    lease = Lease(lock, PATIENCE)
+    since, silent = time.monotonic(), True
+    while not lease.take():
+        if silent and time.monotonic() - since > SILENT:
+            silent = False
+            sys.stderr.write(f"waiting for another process, which {doing}\n")
+        time.sleep(POLL)
     try:
         yield
     finally:

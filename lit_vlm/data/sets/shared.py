@@ -20,9 +20,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from filelock import SoftFileLease, Timeout
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from lit_vlm.core.lease import Lease
 from lit_vlm.core.progress import progress
 from lit_vlm.data.sets.parallel import Block
 from lit_vlm.data.sets.shards import BLOCKS, block_folder, finish_block, has_block, is_begun, keep_plan, put_away
@@ -89,22 +89,24 @@ def finish_once(out: Path, manifest: str, finish: Callable[[], object]) -> None:
     """
     lease = _lease(out, "finish")
     while not (out / manifest).is_file():
-        try:
-            with lease.acquire(timeout=POLL, poll_interval=POLL / 4):
-                if not (out / manifest).is_file():
-                    keep_plan(out)
-                    finish()
-        except Timeout:
+        if not lease.take():
+            time.sleep(POLL / 4)
             continue
+        try:
+            if not (out / manifest).is_file():
+                keep_plan(out)
+                finish()
         except Exception:
             # A process that was taken for dead finds the blocks gone, and nothing wrong.
             if not (out / manifest).is_file():
                 raise
+        finally:
+            lease.release()
     put_away(out)
 
 
-def _lease(out: Path, name: str) -> SoftFileLease:
-    return SoftFileLease(out / BLOCKS / "claims" / name, lease_duration=PATIENCE)
+def _lease(out: Path, name: str) -> Lease:
+    return Lease(out / BLOCKS / "claims" / name, PATIENCE)
 
 
 @dataclass
@@ -124,7 +126,7 @@ class _Task:
     place: Place
     _whole: set[int] = field(default_factory=set)
     # A claim is stale when the same object has seen it untouched for long, so the objects are kept.
-    _leases: dict[int, SoftFileLease] = field(default_factory=dict)
+    _leases: dict[int, Lease] = field(default_factory=dict)
 
     def done(self) -> set[int]:
         """Indices of the blocks that are whole; all of them once a task has finished the folder."""
@@ -162,9 +164,7 @@ class _Task:
         if not is_begun(self.out):
             return False
         lease = self._leases.setdefault(block.index, _lease(self.out, f"{block.index:06d}"))
-        try:
-            lease.acquire(blocking=False)
-        except Timeout:
+        if not lease.take():
             return False
         try:
             if block.index in self.done():
