@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import functools
 import gc
 import importlib
@@ -70,8 +71,15 @@ def interpreter() -> str:
 # ----- the program -----
 
 
+def die_with_parent() -> None:
+    """As `lit_vlm.core.children`, which this program cannot import; the fork has the server as its parent."""
+    if os.environ.pop("LIT_VLM_PARENT", None) is not None:
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
 def ask(address: str, program: str, python: str, *words: str) -> NoReturn:
     """Have a module run in a fork, and end as the fork ends."""
+    die_with_parent()
     options = [word for word in words[:2] if word in ("-P", "-u")]
     if words[len(options) : len(options) + 1] != ("-m",):
         os.execv(python, [python, *words])

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-from lit_vlm.core.children import GENERATION, die_with_parent
+from lit_vlm.core.children import GENERATION, start_lit_vlm
 from lit_vlm.core.launcher import ASKING, PREEMPTED
 
 
@@ -60,10 +58,8 @@ class Stages:
         return code
 
     def _run(self, words: Sequence[str], environment: Mapping[str, str]) -> int:
-        command = [sys.executable, "-P", "-m", "lit_vlm", *words]
         self._count += 1
-        variables = os.environ | environment | {GENERATION: str(self._count)}
-        self._process = subprocess.Popen(command, env=variables, preexec_fn=die_with_parent)
+        self._process = start_lit_vlm(words, {**environment, GENERATION: str(self._count)})
         if self.asked is not None:  # while it started
             self._process.send_signal(signal.SIGTERM)
         try:

@@ -1,19 +1,62 @@
-"""Processes that a command starts: they die with it."""
+"""Processes of `lit-vlm` that a command starts: they die with it."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 import signal
+import subprocess
 import sys
+from collections.abc import Mapping, Sequence
+from typing import IO
 
 GENERATION = "LIT_VLM_GENERATION"
 """Environment variable: number of a stage among those that a process has started."""
+PARENT = "LIT_VLM_PARENT"
+"""Environment variable: id of the process that this one is to die with; it is gone once the process has read it."""
+
+
+def start_lit_vlm(
+    words: Sequence[str], environment: Mapping[str, str], log: IO[bytes] | None = None
+) -> subprocess.Popen[bytes]:
+    """Start `lit-vlm` in a process that dies with the thread which calls this.
+
+    Args:
+        words: its arguments.
+        environment: variables besides those of this process.
+        log: file that gets what it prints. Such a process reads nothing and gets no signal of the terminal; without a
+            log it shares all that with this one.
+    """
+    return subprocess.Popen(
+        [sys.executable, "-P", "-m", "lit_vlm", *words],
+        env={**os.environ, **environment, PARENT: str(os.getpid())},
+        stdin=None if log is None else subprocess.DEVNULL,
+        stdout=log,
+        stderr=log,
+        start_new_session=log is not None,
+    )
 
 
 def die_with_parent() -> None:
-    """Ask Linux to kill this process when its parent dies, so that no orphan goes on writing into a run.
+    """Ask Linux to kill this process when the one dies that started it, so that no orphan goes on writing into a run.
 
-    For `preexec_fn`. The parent is the thread that started it, so only one that stays may do so.
+    The process asks for itself: code that runs between a fork and the new program (`preexec_fn`) waits for ever where
+    another thread of the parent held a lock at that moment.
     """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    parent = os.environ.pop(PARENT, None)
+    if parent is None or sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    # It may have died before; another parent that lives is a wrapper of the interpreter.
+    if os.getppid() != int(parent) and not _lives(int(parent)):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -9,7 +9,6 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,12 +17,11 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any, Self
 
-from filelock import SoftFileLease, Timeout
-
 from lit_vlm.core.cache import PATIENCE
-from lit_vlm.core.children import die_with_parent
+from lit_vlm.core.children import start_lit_vlm
 from lit_vlm.core.devices import cores
 from lit_vlm.core.launcher import ASKING, PREEMPTED
+from lit_vlm.core.lease import Lease
 from lit_vlm.core.written import write_whole
 
 POLL = 0.25
@@ -109,7 +107,7 @@ class _Running:
     process: subprocess.Popen[bytes]
     slots: list[int]
     log: IO[bytes]
-    lease: SoftFileLease
+    lease: Lease
 
 
 class Pool:
@@ -134,7 +132,7 @@ class Pool:
         self.asked: str | None = None
         self._running: dict[str, _Running] = {}
         # A lease is stale when the same object has seen it untouched for long, so the objects are kept.
-        self._leases: dict[str, SoftFileLease] = {}
+        self._leases: dict[str, Lease] = {}
         self._elsewhere: set[str] = set()
         self._looked = 0.0
         self._since = time.time()
@@ -220,7 +218,8 @@ class Pool:
                     continue
                 return  # a large task is not passed by smaller ones, which would let it wait for ever
             task.log.parent.mkdir(parents=True, exist_ok=True)
-            if (lease := self._claim(task)) is None:
+            lease = self._leases.setdefault(task.name, Lease(task.log.with_suffix(".lease"), PATIENCE))
+            if not lease.take():
                 self.states[task.name] = State.ELSEWHERE
                 self._elsewhere.add(task.name)
             elif task.is_done():  # another pool has ended it since the last look
@@ -229,17 +228,7 @@ class Pool:
             else:
                 self._begin(task, lease)
 
-    def _claim(self, task: Task) -> SoftFileLease | None:
-        """The lease of a task; None where another pool has it."""
-        path = task.log.with_suffix(".lease")
-        lease = self._leases.setdefault(task.name, SoftFileLease(path, lease_duration=PATIENCE))
-        try:
-            lease.acquire(timeout=0)
-        except Timeout:
-            return None
-        return lease
-
-    def _begin(self, task: Task, lease: SoftFileLease) -> None:
+    def _begin(self, task: Task, lease: Lease) -> None:
         try:
             words = task.words()
             log = task.log.open("ab")
@@ -249,12 +238,7 @@ class Pool:
             self._fail(task, 1, f"error: {error}\n")
             return
         taken = [self._free.pop(0) for _ in range(task.devices)]
-        command = [sys.executable, "-P", "-m", "lit_vlm", *words]
-        variables = {**os.environ, **self.slots.environment(taken), **task.environment}
-        process = subprocess.Popen(
-            command, env=variables, stdin=subprocess.DEVNULL, stdout=log, stderr=log, process_group=0,
-            preexec_fn=die_with_parent,
-        )  # fmt: skip
+        process = start_lit_vlm(words, {**self.slots.environment(taken), **task.environment}, log)
         self._running[task.name] = _Running(process, taken, log, lease)
         self.states[task.name] = State.RUNNING
         if self.asked is not None:  # while it started
@@ -263,7 +247,7 @@ class Pool:
     def _end(self, named: Mapping[str, Task]) -> None:
         for name, running in list(self._running.items()):
             code = running.process.poll()
-            if code is None and running.lease.compromise is None:
+            if code is None and not running.lease.is_lost:
                 continue
             if code is None:  # this process stood still for so long that another pool has taken the task over
                 running.process.kill()

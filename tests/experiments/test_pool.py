@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from lit_vlm.core import children
 from lit_vlm.experiments.pool import Pool, Slots, State, Task, last_words
 from tests.tiny import ROOT
 
@@ -23,7 +24,8 @@ def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     package = tmp_path / "path" / "lit_vlm"
     package.mkdir(parents=True)
     (package / "__init__.py").touch()
-    (package / "__main__.py").write_text("import sys\nexec(sys.argv[1])\n")
+    dies = f"runpy.run_path({children.__file__!r})['die_with_parent']()"
+    (package / "__main__.py").write_text(f"import runpy, sys\n{dies}\nexec(sys.argv[1])\n")
     monkeypatch.setenv("PYTHONPATH", str(package.parent))
     return tmp_path
 

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shlex
 import shutil
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lit_vlm.checkpoints.progress import AT_WORK, Progress, seconds_between
-from lit_vlm.core.children import die_with_parent
+from lit_vlm.core.children import start_lit_vlm
 from lit_vlm.experiments.file import flag_words
 from lit_vlm.experiments.tune.file import HELD_OUT, TuneFile
 from lit_vlm.experiments.tune.study import STUDY_FILE, missing
@@ -82,19 +80,10 @@ def start(words: Sequence[str], folder: Path, environment: Mapping[str, str]) ->
         environment: variables besides those of this process.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-P", "-m", "lit_vlm", *words]
     with (folder / LOG_FILE).open("ab") as log:
         log.write(f"\n$ lit-vlm {shlex.join(words)}\n".encode())
         log.flush()
-        return subprocess.Popen(
-            command,
-            env=os.environ | environment,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-            preexec_fn=die_with_parent,
-        )
+        return start_lit_vlm(words, environment, log)
 
 
 def outcome(code: int, folder: Path, stages: Sequence[str], score: str, since: str) -> Outcome:
