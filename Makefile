@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar o
 # An exact set of versions that passed CI; CONSTRAINTS= installs the newest that the ranges admit.
 CONSTRAINTS ?= constraints.txt
 
-.PHONY: help install quickstart test test-fast test-ablations test-cluster lint docs findings bench gpu clean
+.PHONY: help install quickstart test test-slow test-ablations test-cluster lint docs findings bench gpu clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -23,12 +23,12 @@ install: $(VENV)/.installed  ## make the virtual environment with everything in 
 quickstart: install  ## train a small vision-language model on this machine and show what it learnt
 	@$(BIN)/lit-vlm run quickstart
 
-test: install  ## lint, types and the whole test suite
+test: install  ## lint, types and all tests that take a few seconds at most
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 	@$(BIN)/python -m pytest -n 2
 
-test-fast: install  ## the tests without the end-to-end runs
-	@$(BIN)/python -m pytest -n 2 -m "not slow and not cluster"
+test-slow: install  ## the other tests: whole runs, several processes, simulated GPUs, compiled blocks
+	@$(BIN)/python -m pytest -n 2 --dist worksteal -m "slow and not cluster"
 
 test-ablations: install  ## every shipped ablation, dry, at its smallest scale
 	@LIT_VLM_ALL_ABLATIONS=1 $(BIN)/python -m pytest -n 2 tests/experiments/test_published_ablations.py

@@ -298,6 +298,7 @@ def test_tasks_of_own_files(scoring: Scoring, tmp_path: Path) -> None:
     check_task(lambda: RecordFile(str(tmp_path / "mine.jsonl"), scoring))
 
 
+@pytest.mark.slow
 def test_all_parts_train_on_two_processes_one_without_pictures_as_on_one() -> None:
     # In one start of two processes, as a start takes longer than all members.
     # The last case ends them: the process with pictures of two sizes sees it, and its partner does not wait for ever.

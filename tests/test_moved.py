@@ -84,6 +84,7 @@ def test_an_earlier_run_is_resumed_compared_asked_and_scored(tmp_path: Path) -> 
     assert "accuracy" in lit_vlm(tmp_path, "evaluate", "run/2_sft", *words).stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", [["-m", "lit_vlm"], ["-c", "from lit_vlm.commands.cli import main; main()"]])
 def test_folders_of_the_kit_s_names_do_not_shadow_it(start: list[str], tmp_path: Path) -> None:
     for name in ("callbacks", "recipes", "lightning", "rich"):

@@ -28,6 +28,7 @@ RECIPES = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:LightningCLI.s args parameter")
 @pytest.mark.parametrize("name", RECIPES)
 def test_all_stages_run_one_after_the_other(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,6 +62,7 @@ STAGES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "stage"), STAGES)
 def test_two_sharded_processes_with_text_in_between_give_the_weights_of_one(
     name: str, stage: str, tmp_path: Path

@@ -174,6 +174,7 @@ def test_what_cannot_be_counted_leaves_mfu_out_and_training_goes_on(tmp_path: Pa
     assert run.callback_metrics["throughput/tokens_per_s"] > 0
 
 
+@pytest.mark.slow
 def test_held_out_scores_and_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     logger = MLflow(tracking_uri=f"sqlite:///{tmp_path}/m.db")
     run = trainer(tmp_path, HeldOut(batch_size=3), Predictions(num=3, every_n_steps=2), logger=logger)

@@ -53,6 +53,7 @@ WINDOWS = ("--trainer.accumulate_grad_batches", "2", "--data.num_workers", "2", 
 VALIDATED = ("--trainer.val_check_interval", "3", "--trainer.check_val_every_n_epoch", "null")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "moments"),
     [
@@ -72,6 +73,7 @@ def test_one_process(flags: tuple[str, ...], moments: list[tuple[str, int]], tmp
         assert [key for key, value in whole.items() if not torch.equal(value, found[key])] == [], hook
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_two_processes_of_which_one_is_asked(strategy: str, tmp_path: Path) -> None:
     flags = ("--trainer.devices", "2", "--data.batch_size", "2")

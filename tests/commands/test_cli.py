@@ -55,6 +55,7 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, to
     return folder, tiny_fit(folder, "single", "2_sft", *TRAINED)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("strategy", "flags"),
     [
@@ -74,6 +75,7 @@ def test_every_way_to_run_a_step_gives_the_same_weights(single, strategy: str, f
         torch.testing.assert_close(state[name], value, atol=2e-5, rtol=1e-3, msg=name)
 
 
+@pytest.mark.slow
 def test_packed_steps_give_the_same_weights(tmp_path: Path) -> None:
     # A step takes the whole epoch, so that both ways put the same samples into it.
     always = ["--model.stage.train.projector", "1e-3", "--trainer.logger", "false", "--trainer.max_epochs", "4"]
@@ -294,6 +296,7 @@ def test_mistakes_on_the_command_line_are_one_clear_line(
     assert "Traceback" not in error
 
 
+@pytest.mark.slow
 def test_dry_run_names_what_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

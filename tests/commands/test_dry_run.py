@@ -243,6 +243,7 @@ def test_what_is_mended_is_ready(folder: Path, capsys: pytest.CaptureFixture[str
     assert "a batch of 1 sample with 1 picture ran forward and backward" in said
 
 
+@pytest.mark.slow
 def test_the_teacher_of_prepared_features_need_not_be_there(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

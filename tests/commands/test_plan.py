@@ -16,6 +16,7 @@ from lit_vlm.commands.runs import RunState
 from tests.planning.simulated import needs_simulation
 
 
+@pytest.mark.slow
 @needs_simulation
 def test_a_stage_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     main(["llava15", "--stages", "1_align", "--device", "a100-40", "--devices", "8", "--price", "2", "--json"])
@@ -28,6 +29,7 @@ def test_a_stage_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert not plan["own_data"]
 
 
+@pytest.mark.slow
 @needs_simulation
 def test_what_does_not_fit_fits_with_a_change(capsys: pytest.CaptureFixture[str]) -> None:
     main(["llava15", "--stages", "2_sft", "--device", "24"])
@@ -37,6 +39,7 @@ def test_what_does_not_fit_fits_with_a_change(capsys: pytest.CaptureFixture[str]
     assert "--data.batch_size" in shown
 
 
+@pytest.mark.slow
 @needs_simulation
 def test_the_largest_micro_batch(capsys: pytest.CaptureFixture[str]) -> None:
     main(["hovle", "--stages", "2_align", "--device", "a100-40", "--devices", "32", "--search", "--json"])
@@ -78,6 +81,7 @@ def test_data_that_a_flag_names_must_be_there() -> None:
         main(["llava15", "--stages", "1_align", "--data.train", "nothing.json"])
 
 
+@pytest.mark.slow
 @needs_simulation
 def test_a_wrong_flag_is_named_with_the_stage() -> None:
     with pytest.raises(ValueError, match=r"1_align: .*model\.projektor"):
@@ -99,6 +103,7 @@ def test_without_a_simulation_states_are_told(
 STATE = RunState("llava15", None, "fsdp", ["1_align"], [])
 
 
+@pytest.mark.slow
 @needs_simulation
 def test_a_run_on_several_gpus_says_its_plan_and_keeps_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checked = Checked(None, 8, 8, "NVIDIA A100-SXM4-80GB", int(79.2 * 2**30))
@@ -115,6 +120,7 @@ def test_a_run_on_an_unknown_gpu_goes_on_without(tmp_path: Path, capsys: pytest.
     assert not (tmp_path / PLAN_FILE).exists()
 
 
+@pytest.mark.slow
 @needs_simulation
 def test_a_plan_that_fails_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checked = Checked(None, 8, 8, "NVIDIA A100-SXM4-80GB", int(79.2 * 2**30))

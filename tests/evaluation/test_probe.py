@@ -35,6 +35,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return one_step(tmp_path_factory.mktemp("probe") / "run", "ola_vlm", "1_pretrain")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:LightningCLI.s args parameter")
 @pytest.mark.parametrize("flags", [["depth"], ["gen"], ["seg", "--exact"], ["depth", "--exact"]], ids=" ".join)
 def test_from_a_run_to_curves_a_table_and_mlflow(

@@ -82,6 +82,7 @@ def test_processes_that_are_well_say_so_with_numbers(tmp_path: Path) -> None:
     assert list(tmp_path.glob(".lit-vlm*")) == []
 
 
+@pytest.mark.slow
 def test_the_slowed_one_is_named(tmp_path: Path) -> None:
     job = Job(tmp_path, 4)
     job.start([0, 1, 3])
@@ -110,6 +111,7 @@ def test_another_version_of_the_kit_is_named_with_its_files(tmp_path: Path) -> N
     ], said + errors
 
 
+@pytest.mark.slow
 def test_one_that_never_comes_is_named_and_the_others_end(tmp_path: Path) -> None:
     job = Job(tmp_path, 3)
     job.start([0, 2], "--timeout", "15")
@@ -121,6 +123,7 @@ def test_one_that_never_comes_is_named_and_the_others_end(tmp_path: Path) -> Non
     assert ended[2][0] == 0
 
 
+@pytest.mark.slow
 def test_without_the_first_the_others_end_and_say_why(tmp_path: Path) -> None:
     job = Job(tmp_path, 2)
     job.start([1], "--timeout", "3")
@@ -129,6 +132,7 @@ def test_without_the_first_the_others_end_and_say_why(tmp_path: Path) -> None:
     assert f"rank 0 does not answer at 127.0.0.1:{job.port} within 3 s" in errors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("killed", [True, False])
 def test_one_that_dies_or_hangs_in_the_middle_is_named(tmp_path: Path, killed: bool) -> None:
     job = Job(tmp_path, 3)

@@ -41,6 +41,7 @@ def test_every_block_of_code_is_a_file_of_the_package() -> None:
     assert PAGE.count("\n```python") + PAGE.count("\n```yaml") == len(BLOCK.findall(PAGE))
 
 
+@pytest.mark.slow
 def test_its_own_contract_tests_pass(lab: Path) -> None:
     words = ["pytest", "-q", "-p", "no:cacheprovider", "my_lab/test_my_lab.py"]
     done = subprocess.run(

@@ -36,6 +36,7 @@ def check(result: Measured) -> None:
     assert result.states.total < result.peak <= result.reserved
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("recipe", "stage"), list(_stages()))
 def test_sharded_over_64(recipe: str, stage: str, simulated: Simulator) -> None:
     result = measured(simulated.run(replace(job(recipe, stage, 64, "fsdp"), waits=True)))
@@ -45,6 +46,7 @@ def test_sharded_over_64(recipe: str, stage: str, simulated: Simulator) -> None:
     assert result.precision == "bf16-mixed"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["single", "ddp", "hsdp"])
 @pytest.mark.parametrize(
     ("recipe", "stage"),
@@ -56,6 +58,7 @@ def test_other_strategies(recipe: str, stage: str, strategy: str, simulated: Sim
     assert bool(result.blocks) == (strategy == "hsdp")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "stage"), [("llava15", "2_sft"), ("vila", "0_align"), ("eve_v2", "3_sft"), ("hovle", "2_align")]
 )
@@ -74,6 +77,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(file)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "stage"), [("llava15", "2_sft"), ("eve", "3_sft"), ("hovle", "2_align"), ("ola_vlm", "1_pretrain")]
 )

@@ -85,6 +85,7 @@ def test_a_compiler_that_fails_is_quoted(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert not list((tmp_path / "cache").rglob("*.so*"))
 
 
+@pytest.mark.slow
 @needs_simulation
 def test_a_rehearsal_is_the_first_of_many_on_one_device() -> None:
     variables = no_gpu.environment(Device(setup(1).card.name, PLENTY), 1)
@@ -98,6 +99,7 @@ def test_a_rehearsal_is_the_first_of_many_on_one_device() -> None:
     assert alone.blocks
 
 
+@pytest.mark.slow
 @needs_simulation
 def test_devices_that_are_hidden_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")

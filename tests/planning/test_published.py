@@ -125,6 +125,7 @@ def test_every_shipped_name_is_checked_and_in_the_table() -> None:
     assert [name for name in shipped_names() if f"| `{name}` |" not in table] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("recipe", "scale", "stage"), published_stages())
 def test_every_published_stage_is_built_without_a_network(
     recipe: str, scale: str, stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -187,6 +188,7 @@ def test_a_tokenizer_that_is_not_here_is_replaced_by_one_that_knows_all_marks() 
         assert None not in [spelling_of(tokenizer).single(mark) for mark in template.marks(tokenizer.eos_token)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in shipped_recipes() if name != "quickstart"])
 def test_each_stage_takes_what_the_one_before_leaves(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -143,6 +143,7 @@ def batches_of(model: VLM) -> tuple[list[Batch], list[Batch]]:
     return padded, packed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("decoder", "rows", "expected"),
     [
@@ -263,6 +264,7 @@ if __name__ == "__main__":
     _one_rank(int(sys.argv[1]), sys.argv[2])
 
 
+@pytest.mark.slow
 def test_compiled_blocks_of_two_sharded_processes_give_the_numbers_of_one(tmp_path: Path) -> None:
     run_ranks(tmp_path, "tests.training.test_compiling", str(tmp_path))
     results = torch.load(tmp_path / "results.pt", weights_only=True)

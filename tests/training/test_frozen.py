@@ -201,6 +201,7 @@ def test_two_sharded_processes_compute_nothing_else(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------- runs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "strategy", ["single", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ddp", "fsdp"))]
 )

@@ -185,6 +185,7 @@ def test_a_job_script_of_several_tasks_trains_as_one_process(tmp_path: Path, mon
     assert list((tmp_path / "out" / "checkpoints").iterdir()), result.stderr
 
 
+@pytest.mark.slow
 def test_processes_that_are_started_again_do_not_meet_those_that_are_gone() -> None:
     agent = ["torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1", "--rdzv-backend", "c10d"]
     words = [sys.executable, "-m", *agent, "--rdzv-endpoint", "localhost:0", "-m", "tests.training.restarted"]

@@ -81,6 +81,7 @@ def test_a_killed_run_goes_on_and_ends_as_one_that_was_not(runs: Runs) -> None:
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
+@pytest.mark.slow
 def test_shards_hold_the_same_and_go_on(runs: Runs) -> None:
     folder, expected = runs
     two = [

@@ -29,6 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_two_processes_train_as_one(strategy: str, folder: Path) -> None:
     state = tiny_fit(folder, strategy, "2_sft", *QUICK, *QLORA, *TWO, strategy=strategy, fresh=strategy == "ddp")

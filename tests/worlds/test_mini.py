@@ -47,6 +47,7 @@ def test_parts_are_found_by_name(cache: Path, monkeypatch: pytest.MonkeyPatch) -
         resolve("made:poems")
 
 
+@pytest.mark.slow
 def test_configuration_and_tokenizer_come_without_training(tmp_path: Path) -> None:
     folder = mini.made("scenes-decoder", tmp_path, weights=False)
     assert not list(folder.glob("*.safetensors"))
@@ -79,6 +80,7 @@ def test_cell_targets() -> None:
     assert np.allclose(found[3:], [depth / 3 - 2, row * 4 - 2, column * 4 - 2], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_scores_every_kind_of_question(cache: Path, tmp_path: Path) -> None:
     val = [
         {

@@ -83,6 +83,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return tree(out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("seed", "total", "workers"), [(0, 3, 0), (1, 2, 2), (2, 4, 0)])
 def test_one_of_several_tasks_is_killed_and_the_others_write_what_one_writes(
     seed: int, total: int, workers: int, expected: dict[str, bytes], tmp_path: Path
