@@ -31,7 +31,7 @@ test-slow: install  ## the other tests: whole runs, several processes, simulated
 	@$(BIN)/python -m pytest -n 2 --dist worksteal -m "slow and not cluster"
 
 test-ablations: install  ## every shipped ablation, dry, at its smallest scale
-	@LIT_VLM_ALL_ABLATIONS=1 $(BIN)/python -m pytest -n 2 tests/experiments/test_published_ablations.py
+	@LIT_VLM_ALL_ABLATIONS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not cluster" tests/experiments/test_published_ablations.py
 
 # Without SLURM, and without the rights to install it, the tests are skipped and say so.
 test-cluster: install  ## the tests on a SLURM of four nodes, started on this machine (needs root)
