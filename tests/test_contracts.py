@@ -53,7 +53,7 @@ from lit_vlm.data.records import Message, Record, Text
 from lit_vlm.data.sample.templates import Span
 from lit_vlm.data.sets.convert import convert
 from lit_vlm.encoders import HFEncoder, LinearPatches
-from lit_vlm.evaluation.tasks import TASKS, MadeUpWords, RecordFile, SceneQuestions, SceneText, Scoring
+from lit_vlm.evaluation.tasks import TASKS, LetterNamings, RecordFile, SceneQuestions, SceneText, Scoring
 from lit_vlm.heads import FeatureDistillation
 from lit_vlm.planning.mock import Mock
 from lit_vlm.projectors import Linear, Projector
@@ -283,7 +283,7 @@ def test_tasks(name: str, tmp_path: Path) -> None:
     check_task(factory, best=100.0 if percent else None)
 
 
-@pytest.mark.parametrize("task", [SceneQuestions, SceneText, MadeUpWords])
+@pytest.mark.parametrize("task", [SceneQuestions, SceneText, LetterNamings])
 def test_tasks_without_files(task: Any) -> None:
     check_task(partial(task, count=2), best=None if task.perplexity else 100.0)
 

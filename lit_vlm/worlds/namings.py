@@ -1,13 +1,14 @@
-"""Documents that name what their pictures show by made-up words, bound anew in each document.
+"""Documents that name what their pictures show by letters, bound anew in each document.
 
-Only the document tells what a word means, so that a model has to learn from the demonstrations in front of a question:
-without them it can but guess among the words.
+Only the document tells what a letter means, so that a model has to learn from the demonstrations in front of a
+question: without them it can but guess among the letters.
 """
 
 from __future__ import annotations
 
 import hashlib
 import random
+import string
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, cast, get_args
@@ -24,48 +25,51 @@ from lit_vlm.worlds.scenes.world import COLOURS, SHAPES, Colour, Look, Shape
 Kind = Literal["interleaved", "questions", "text"]
 Attribute = Literal["colour", "shape"]
 ATTRIBUTES: dict[Attribute, tuple[str, ...]] = {"colour": COLOURS, "shape": SHAPES}
-"""What words may stand for."""
-WORDS = tuple(f"{first}{second}" for first in "bdfgklmnprstvz" for second in "aeiou")
-"""The made-up words: 70 syllables."""
+"""What letters may stand for."""
+LETTERS = tuple(string.ascii_uppercase)
+"""What stands for a value; one token each in any tokenizer, so that a small model can learn to copy it."""
 QUESTION = "What is this?"
-VERSION = 1
+BARE, SAID = "{}", ("\nThis is a {}.", f"\nQuestion: {QUESTION}\nAnswer: {{}}")
+"""How a document gives the letter of a picture. Copying is learnt where it stands beside the picture, and then where
+words stand in between; from such documents alone a small model does not learn it."""
+VERSION = 2
 """Goes up whenever the same arguments give other records."""
 
 
 @dataclass(frozen=True)
 class Naming:
-    """A document: things, and the words for them.
+    """A document: things, and the letters for them.
 
     Attributes:
-        attribute: what the words stand for.
+        attribute: what the letters stand for.
         scenes: one thing each; that of the question is the last.
-        words: the word for each scene; the last one has been said before.
-        options: all words of the document, in random order.
+        letters: the letter for each scene; the last one has been given before.
+        options: all letters of the document, in random order.
     """
 
     attribute: Attribute
     scenes: tuple[Scene, ...]
-    words: tuple[str, ...]
+    letters: tuple[str, ...]
     options: tuple[str, ...]
 
 
 class Namings(Source):
-    """Pictures of single things with made-up words for their colours or shapes; needs no file.
+    """Pictures of single things with letters for their colours or shapes; needs no file.
 
     Record i depends on the arguments and i only, and not on `count`. Every value of a document is shown before the
     question, which is about one of them.
 
     Args:
-        kind: `interleaved`: a document of pictures, each with the word for it, as a sentence or as an answer.
-            `questions`: a conversation in which the word for each picture is asked; options belong to the last turn.
+        kind: `interleaved`: a document of pictures, each with its letter: alone, in a sentence or as an answer.
+            `questions`: a conversation in which the letter for each picture is asked; options belong to the last turn.
             `text`: the document with descriptions in place of pictures.
         count: number of samples.
         seed: another seed gives other documents.
         size: height and width of the pictures in pixels.
         split: `train` or `held_out`; the two have no scene in common.
         shots: demonstrations in front of the last picture.
-        values: different values, and words, of a document; guessing is right once in so many times.
-        attributes: what words may stand for, taking turns; default: colour and shape. With one of them a model need
+        values: different values, and letters, of a document; guessing is right once in so many times.
+        attributes: what letters may stand for, taking turns; default: colour and shape. With one of them a model need
             not find out which it is.
         name: what the source is reported under; default: `namings_` and its kind.
 
@@ -115,15 +119,15 @@ class Namings(Source):
         rng = random.Random(seed)
         attribute = self.attributes[index % len(self.attributes)]
         values = rng.sample(ATTRIBUTES[attribute], self.values)
-        names = dict(zip(values, rng.sample(WORDS, self.values), strict=True))
+        names = dict(zip(values, rng.sample(LETTERS, self.values), strict=True))
         shown = [*values, *rng.choices(values, k=self.shots - self.values)]
         shown = [*rng.sample(shown, len(shown)), rng.choice(values)]
         looks = [_with(sample_looks(rng, 1)[0], attribute, value) for value in shown]
         scenes = tuple(
             replace(sample_scene(f"{seed}-{place}", [look]), wording="plain") for place, look in enumerate(looks)
         )
-        words = tuple(names[value] for value in shown)
-        return Naming(attribute, scenes, words, tuple(rng.sample(list(names.values()), self.values)))
+        letters = tuple(names[value] for value in shown)
+        return Naming(attribute, scenes, letters, tuple(rng.sample(list(names.values()), self.values)))
 
     def record(self, index: int) -> Record:
         """Draw one sample; raises as `naming` does."""
@@ -150,23 +154,30 @@ class Namings(Source):
     def _compose(self, index: int, naming: Naming, images: list[Image]) -> Record:
         rng = random.Random(f"said-{self.split}-{self.seed}-{index}")
         name = f"{naming.attribute}-{index}"
-        shown: list[Content] = [*images] if images else [Text(caption(scene, rng)) for scene in naming.scenes]
         if self.kind == "questions":
             messages = [
                 message
-                for picture, word in zip(shown, naming.words, strict=True)
+                for picture, letter in zip(images, naming.letters, strict=True)
                 for message in (
                     Message("user", (picture, Text(f"\n{QUESTION}"))),
-                    Message("assistant", (Text(word),)),
+                    Message("assistant", (Text(letter),)),
                 )
             ]
             return Record(name, self.name, tuple(messages), naming.options)
-        told = "\nThis is a {}." if rng.random() < 0.5 else f"\nQuestion: {QUESTION}\nAnswer: {{}}"
+        told = rng.choice((BARE, BARE, *SAID))
+        shown: list[Content] = [*images] if images else [Text(text) for text in _described(naming, told, rng)]
         content: list[Content] = []
-        for place, (picture, word) in enumerate(zip(shown, naming.words, strict=True)):
+        for place, (one, letter) in enumerate(zip(shown, naming.letters, strict=True)):
             gap = "" if place == len(shown) - 1 else "\n\n"
-            content += [picture, Text(f"{told.format(word)}{gap}")]
+            content += [one, Text(f"{told.format(letter)}{gap}")]
         return Record(name, self.name, (Message("document", tuple(content)),))
+
+
+def _described(naming: Naming, told: str, rng: random.Random) -> list[str]:
+    """What stands for each picture in a text: the value itself beside a bare letter, else a description."""
+    if told == BARE:
+        return [f"{getattr(scene.things[0].look, naming.attribute)} " for scene in naming.scenes]
+    return [caption(scene, rng) for scene in naming.scenes]
 
 
 def _with(look: Look, attribute: Attribute, value: str) -> Look:

@@ -1,4 +1,4 @@
-"""Made-up words: what a document tells, recomputed from what its pictures show."""
+"""Letters for what is seen: what a document tells, recomputed from what its pictures show."""
 
 from __future__ import annotations
 
@@ -8,35 +8,35 @@ from typing import get_args
 import numpy as np
 import pytest
 
-from lit_vlm.data.records import open_image
-from lit_vlm.evaluation.tasks import MadeUpWords, Prompts, Shots
-from lit_vlm.worlds.namings import ATTRIBUTES, WORDS, Kind, Namings
+from lit_vlm.data.records import Text, open_image
+from lit_vlm.evaluation.tasks import LetterNamings, Prompts, Shots
+from lit_vlm.worlds.namings import ATTRIBUTES, LETTERS, Kind, Namings
 from lit_vlm.worlds.scenes import render
 
 
 @pytest.mark.parametrize("shots", [4, 7])
-def test_a_word_stands_for_one_value_of_a_document_and_is_said_before_it_is_asked(shots: int) -> None:
+def test_a_letter_stands_for_one_value_of_a_document_and_is_said_before_it_is_asked(shots: int) -> None:
     source = Namings("questions", 60, shots=shots)
     for index in range(60):
         naming = source.naming(index)
         values = [getattr(scene.things[0].look, naming.attribute) for scene in naming.scenes]
         assert all(len(scene.things) == 1 for scene in naming.scenes)
-        named = dict(zip(values, naming.words, strict=True))
-        assert [named[value] for value in values] == list(naming.words)
+        named = dict(zip(values, naming.letters, strict=True))
+        assert [named[value] for value in values] == list(naming.letters)
         assert len(set(named.values())) == len(named) == 4
         assert set(values[:-1]) == set(values)
         assert sorted(naming.options) == sorted(named.values())
-        assert set(naming.options) <= set(WORDS)
+        assert set(naming.options) <= set(LETTERS)
 
 
-def test_nothing_but_the_document_tells_a_word() -> None:
+def test_nothing_but_the_document_tells_a_letter() -> None:
     source = Namings("questions", 2000)
     namings = [source.naming(index) for index in range(2000)]
-    asked = Counter((getattr(one.scenes[-1].things[0].look, one.attribute), one.words[-1]) for one in namings)
-    assert max(asked.values()) <= 12  # 1000 questions about four shapes and 70 words: 3.6 of each on average
-    places = Counter(one.words[:-1].index(one.words[-1]) for one in namings)
+    asked = Counter((getattr(one.scenes[-1].things[0].look, one.attribute), one.letters[-1]) for one in namings)
+    assert max(asked.values()) <= 24  # 1000 questions about four shapes and 26 letters: 9.6 of each on average
+    places = Counter(one.letters[:-1].index(one.letters[-1]) for one in namings)
     assert all(430 < places[place] < 570 for place in range(4))
-    assert all(430 < count < 570 for count in Counter(one.options.index(one.words[-1]) for one in namings).values())
+    assert all(430 < count < 570 for count in Counter(one.options.index(one.letters[-1]) for one in namings).values())
     assert {one.attribute for one in namings} == set(ATTRIBUTES)
 
 
@@ -47,14 +47,27 @@ def test_records_show_the_things_that_are_named(kind: Kind) -> None:
         record, naming = source.record(index), source.naming(index)
         assert source.outline(index).messages[-1].text == record.messages[-1].text
         text = "".join(message.text for message in record.messages)
-        assert all(text.count(word) >= naming.words.count(word) for word in naming.words)
+        assert all(text.count(letter) >= naming.letters.count(letter) for letter in naming.letters)
         if kind == "text":
             assert not record.images
-            assert all(scene.things[0].look.colour in text for scene in naming.scenes)
+            assert all(getattr(scene.things[0].look, naming.attribute) in text for scene in naming.scenes)
         else:
             for image, scene in zip(record.images, naming.scenes, strict=True):
                 assert np.array_equal(np.asarray(open_image(image, source.image_folder)), render(scene, 48).image)
         assert record.options == (naming.options if kind == "questions" else ())
+
+
+@pytest.mark.parametrize("kind", ["interleaved", "text"])
+def test_half_of_the_documents_have_the_letter_beside_what_it_stands_for(kind: Kind) -> None:
+    source = Namings(kind, 200)
+    bare = 0
+    for index in range(200):
+        naming, (message,) = source.naming(index), source.outline(index).messages
+        said = [one.text.strip() for one in message.content if isinstance(one, Text)]
+        said = said[1::2] if kind == "text" else said
+        assert all(letter in text for letter, text in zip(naming.letters, said, strict=True))
+        bare += said == list(naming.letters)
+    assert 80 < bare < 120
 
 
 def test_splits_and_seeds_differ_and_arguments_decide_everything() -> None:
@@ -90,8 +103,8 @@ def test_wrong_arguments_are_refused(arguments: dict[str, object], message: str)
         Namings(**given)  # type: ignore[arg-type]
 
 
-def test_the_task_demonstrates_the_words_of_its_question_alone() -> None:
-    task = MadeUpWords(count=6)
+def test_the_task_demonstrates_the_letters_of_its_question_alone() -> None:
+    task = LetterNamings(count=6)
     prompts = Prompts(task, Shots(4))
     for example in task.examples:
         shown = prompts.demonstrations(example)

@@ -6,7 +6,7 @@ from lit_vlm.evaluation.tasks.base import Example, Outcome, Task
 from lit_vlm.evaluation.tasks.captions import CocoCaptions, Flickr30k
 from lit_vlm.evaluation.tasks.choice import AI2D, MMMU, SEED, CVBench, MMBench, MMStar, ScienceQA
 from lit_vlm.evaluation.tasks.evaluate import Evaluated, run_task
-from lit_vlm.evaluation.tasks.namings import MadeUpWords
+from lit_vlm.evaluation.tasks.namings import LetterNamings
 from lit_vlm.evaluation.tasks.prompts import Prompts, Shots
 from lit_vlm.evaluation.tasks.records import RecordFile, Scoring
 from lit_vlm.evaluation.tasks.scenes import SceneQuestions, SceneText
@@ -18,7 +18,7 @@ TASKS: dict[str, type[Task]] = {
     task.name: task
     for task in (
         VQAv2, OKVQA, TextVQA, VizWiz, GQA, ChartQA, DocVQA, POPE, MME, ScienceQA, MMBench, SEED, MMMU, CVBench, MMStar,
-        AI2D, CocoCaptions, Flickr30k, MMLU, Perplexity, SceneQuestions, SceneText, MadeUpWords,
+        AI2D, CocoCaptions, Flickr30k, MMLU, Perplexity, SceneQuestions, SceneText, LetterNamings,
         RecordFile,
     )
 }  # fmt: skip
@@ -51,9 +51,9 @@ __all__ = [
     "Evaluated",
     "Example",
     "Flickr30k",
+    "LetterNamings",
     "MMBench",
     "MMStar",
-    "MadeUpWords",
     "Outcome",
     "Perplexity",
     "Prompts",

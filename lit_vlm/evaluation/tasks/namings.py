@@ -1,4 +1,4 @@
-"""Made-up words for what pictures show: what a model learns from demonstrations alone."""
+"""Letters for what pictures show: what a model learns from demonstrations alone."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from lit_vlm.evaluation.tasks.choice import MultipleChoice
 from lit_vlm.worlds.namings import QUESTION, Namings
 
 
-class MadeUpWords(MultipleChoice):
-    """Words for the colours or shapes of single things, bound anew for each question; each word is demonstrated once.
+class LetterNamings(MultipleChoice):
+    """Letters for colours or shapes of single things, bound anew for each question; each is demonstrated once.
 
     Without demonstrations there is nothing to know, so 0 shots are right by chance, 25 %.
 
@@ -19,7 +19,7 @@ class MadeUpWords(MultipleChoice):
     """
 
     name = "namings"
-    about = "made-up words for colours and shapes, which four demonstrations tell; needs no files"
+    about = "letters for colours and shapes, which four demonstrations tell; needs no files"
     files = "nothing: pictures are drawn"
     instruction = ""
     groups = "attribute"
@@ -38,7 +38,7 @@ class MadeUpWords(MultipleChoice):
         return [_example(source.record(index)) for index in range(len(source))]
 
     def solve(self, example: Example) -> str:
-        """The right word, as the answer that a demonstration gives."""
+        """The right letter, as the answer that a demonstration gives."""
         return example.references[0]
 
 

@@ -27,7 +27,7 @@ from lit_vlm.embedders import Splice
 from lit_vlm.encoders import HFEncoder
 from lit_vlm.evaluation.asker import Asker
 from lit_vlm.evaluation.tasks import (
-    MadeUpWords,
+    LetterNamings,
     Perplexity,
     Prompts,
     RecordFile,
@@ -133,7 +133,7 @@ def test_answers_of_other_demonstrations_are_not_taken(asker: Asker, tmp_path: P
 
 def test_a_question_with_demonstrations_of_its_own_is_asked_with_them(asker: Asker, tmp_path: Path) -> None:
     for shots in (0, 4):
-        result = run_task(asker, MadeUpWords(count=2), TaskSettings(Shots(shots)), tmp_path / str(shots))
+        result = run_task(asker, LetterNamings(count=2), TaskSettings(Shots(shots)), tmp_path / str(shots))
         assert result.count == 2
         assert not result.left_out
         assert result.scores.keys() >= {"accuracy", "attribute/colour", "attribute/shape"}
