@@ -38,7 +38,7 @@ test-cluster: install  ## the tests on a SLURM of four nodes, started on this ma
 	@command -v slurmctld >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get -qq update && \
 		DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends \
 		$$(cat tests/cluster/debian-packages.txt) >/dev/null; } || echo "SLURM is not installed, and cannot be"
-	@$(BIN)/python -m pytest -m cluster tests/cluster
+	@$(BIN)/python -m pytest -m cluster --timeout 1500 tests/cluster
 
 lint: install  ## ruff and mypy
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

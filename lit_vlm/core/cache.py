@@ -19,8 +19,8 @@ PATIENCE = 120.0
 """Seconds without a sign of life after which the lock of a process on another machine is taken over."""
 SILENT = 2.0
 """Seconds that a process waits for a lock before it says so."""
-POLL = 0.1
-"""Seconds between two looks at the lock of another process."""
+POLL = 0.1, 0.5
+"""Seconds between two looks at the lock of another process, before it says so and after."""
 
 
 def cache_dir() -> Path:
@@ -35,8 +35,8 @@ def held(lock: Path, doing: str) -> Iterator[None]:
     """Hold a lock among all processes that share a folder, as a context manager.
 
     It is a file that is touched now and then, as not every shared file system has locks. That of a dead process is
-    taken over: at once on its own machine, elsewhere after `PATIENCE` seconds. Two processes hold it where one that
-    seemed dead was not, so what they write must be whole at once, and the same.
+    taken over (`core.lease`). Two processes hold it where one that seemed dead was not, so what they write must be
+    whole at once, and the same.
 
     Args:
         lock: the file, `.lease`: locks of earlier versions, `.lock`, stay behind and would never be given up.
@@ -51,7 +51,7 @@ def held(lock: Path, doing: str) -> Iterator[None]:
         if silent and time.monotonic() - since > SILENT:
             silent = False
             sys.stderr.write(f"waiting for another process, which {doing}\n")
-        time.sleep(POLL)
+        time.sleep(POLL[not silent])
     try:
         yield
     finally:

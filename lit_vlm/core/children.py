@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import IO
 
 GENERATION = "LIT_VLM_GENERATION"
@@ -47,16 +48,24 @@ def die_with_parent() -> None:
     if parent is None or sys.platform != "linux":
         return
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-    # It may have died before; another parent that lives is a wrapper of the interpreter.
-    if os.getppid() != int(parent) and not _lives(int(parent)):
+    # It may have died before; a wrapper of the interpreter may stand in between.
+    if int(parent) not in _living_ancestors():
+        sys.stderr.write("lit-vlm: the process that started this one has ended, and so does this one\n")
+        sys.stderr.flush()
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _lives(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+def _living_ancestors() -> set[int]:
+    """Ids of the parent, its parent and so on, up to one that is dead and only waits to be noticed."""
+    found: set[int] = set()
+    process = os.getppid()
+    while process > 0:
+        try:
+            state, above = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[:2]
+        except OSError:  # it ended just now
+            break
+        if state in "ZX":
+            break
+        found.add(process)
+        process = int(above)
+    return found

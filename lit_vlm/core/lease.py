@@ -1,13 +1,12 @@
 """Leases: a file says which process does a piece of work that several could do, on one machine or on many.
 
 A lease is a file with the holder's name in it, which the holder touches now and then; it asks nothing of a file
-system but files, as not every shared one has locks. That of a dead process is taken over: at once on its own machine,
-elsewhere after a while without a touch.
+system but files, as not every shared one has locks. That of a dead process is taken over: at once on its own machine
+unless the file system is NFS, elsewhere after a while without a touch.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
 import uuid
@@ -70,7 +69,7 @@ class Lease:
         """
         try:
             marker = _identity(self.path)
-        except FileNotFoundError:
+        except OSError:  # it is gone, or the network has a hiccup
             return None
         now = time.monotonic()
         if marker != self._seen[0]:
@@ -80,12 +79,24 @@ class Lease:
     def _remove(self, marker: tuple[int, int, int]) -> None:
         """Remove the file, unless it is another one by now: then it comes back."""
         aside = self.path.with_name(f"{self.path.name}.{uuid.uuid4().hex}.stale")
-        with contextlib.suppress(FileNotFoundError):  # another process was faster
+        try:
             self.path.rename(aside)
-            if _identity(aside)[:2] != marker[:2]:
-                with contextlib.suppress(FileExistsError):
-                    os.link(aside, self.path)
+        except OSError:  # another process was faster, or the file is not ours to remove
+            return
+        try:
+            judged = _identity(aside)[:2] == marker[:2]
+        except OSError:  # a network's hiccup; it is the one that was judged but for a race
+            judged = True
+        if judged:
+            aside.unlink(missing_ok=True)
+            return
+        try:
+            os.link(aside, self.path)
             aside.unlink()
+        except FileExistsError:
+            aside.unlink()
+        except OSError:  # a file system without links, or another user's file
+            aside.rename(self.path)
 
 
 def _identity(path: Path) -> tuple[int, int, int]:

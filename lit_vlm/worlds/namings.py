@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import random
-import string
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, cast, get_args
@@ -26,8 +25,9 @@ Kind = Literal["interleaved", "questions", "text"]
 Attribute = Literal["colour", "shape"]
 ATTRIBUTES: dict[Attribute, tuple[str, ...]] = {"colour": COLOURS, "shape": SHAPES}
 """What letters may stand for."""
-LETTERS = tuple(string.ascii_uppercase)
-"""What stands for a value; one token each in any tokenizer, so that a small model can learn to copy it."""
+LETTERS = tuple("EFGHJKLMNOPQRSTUVXYZ")
+"""What stands for a value: a single character is seldom more than one token, so a small model can learn to copy it.
+A to D are names of options in answers that are kept; A, I and W are pieces of the scenes' own sentences."""
 QUESTION = "What is this?"
 BARE, SAID = "{}", ("\nThis is a {}.", f"\nQuestion: {QUESTION}\nAnswer: {{}}")
 """How a document gives the letter of a picture. Copying is learnt where it stands beside the picture, and then where
@@ -62,7 +62,7 @@ class Namings(Source):
     Args:
         kind: `interleaved`: a document of pictures, each with its letter: alone, in a sentence or as an answer.
             `questions`: a conversation in which the letter for each picture is asked; options belong to the last turn.
-            `text`: the document with descriptions in place of pictures.
+            `text`: the document with words in place of pictures: the value beside a bare letter, else a description.
         count: number of samples.
         seed: another seed gives other documents.
         size: height and width of the pictures in pixels.
@@ -176,7 +176,7 @@ class Namings(Source):
 def _described(naming: Naming, told: str, rng: random.Random) -> list[str]:
     """What stands for each picture in a text: the value itself beside a bare letter, else a description."""
     if told == BARE:
-        return [f"{getattr(scene.things[0].look, naming.attribute)} " for scene in naming.scenes]
+        return [getattr(scene.things[0].look, naming.attribute) for scene in naming.scenes]
     return [caption(scene, rng) for scene in naming.scenes]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import random
 import time
 from multiprocessing import get_context
@@ -10,6 +12,7 @@ from pathlib import Path
 import filelock._soft
 import pytest
 
+from lit_vlm.core import lease as lease_module
 from lit_vlm.core.lease import Lease
 
 PATIENCE = 0.5
@@ -106,3 +109,34 @@ def test_a_process_that_is_killed_at_any_moment_holds_nobody_up(tmp_path: Path) 
         process.join()
         assert soon(lease) < 10
         lease.release()
+
+
+def test_a_file_of_somebody_else_comes_back_where_there_are_no_links(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> None:
+        raise PermissionError("links to files of others are not allowed")
+
+    (tmp_path / "lease").touch()
+    late, fast = (Lease(tmp_path / "lease", PATIENCE) for _ in range(2))
+    assert not late.take()
+    marker = late._seen[0]
+    assert marker is not None
+    soon(fast)
+    monkeypatch.setattr(os, "link", refused)
+    late._remove(marker)
+    assert not late.take()
+    time.sleep(PATIENCE)
+    assert not fast.is_lost
+    fast.release()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_cannot_be_looked_at_is_somebody_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stale(_: Path) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    (tmp_path / "lease").touch()
+    lease = Lease(tmp_path / "lease", PATIENCE)
+    monkeypatch.setattr(lease_module, "_identity", stale)
+    assert not lease.take()

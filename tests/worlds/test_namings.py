@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from typing import get_args
 
@@ -12,6 +13,9 @@ from lit_vlm.data.records import Text, open_image
 from lit_vlm.evaluation.tasks import LetterNamings, Prompts, Shots
 from lit_vlm.worlds.namings import ATTRIBUTES, LETTERS, Kind, Namings
 from lit_vlm.worlds.scenes import render
+
+GIVEN = re.compile(r"(?<![A-Z])[E-Z](?![A-Za-z])")
+"""A capital letter that begins no word."""
 
 
 @pytest.mark.parametrize("shots", [4, 7])
@@ -33,7 +37,7 @@ def test_nothing_but_the_document_tells_a_letter() -> None:
     source = Namings("questions", 2000)
     namings = [source.naming(index) for index in range(2000)]
     asked = Counter((getattr(one.scenes[-1].things[0].look, one.attribute), one.letters[-1]) for one in namings)
-    assert max(asked.values()) <= 24  # 1000 questions about four shapes and 26 letters: 9.6 of each on average
+    assert max(asked.values()) <= 30  # 1000 questions about four shapes and 20 letters: 12.5 of each on average
     places = Counter(one.letters[:-1].index(one.letters[-1]) for one in namings)
     assert all(430 < places[place] < 570 for place in range(4))
     assert all(430 < count < 570 for count in Counter(one.options.index(one.letters[-1]) for one in namings).values())
@@ -47,7 +51,7 @@ def test_records_show_the_things_that_are_named(kind: Kind) -> None:
         record, naming = source.record(index), source.naming(index)
         assert source.outline(index).messages[-1].text == record.messages[-1].text
         text = "".join(message.text for message in record.messages)
-        assert all(text.count(letter) >= naming.letters.count(letter) for letter in naming.letters)
+        assert tuple(GIVEN.findall(text)) == naming.letters
         if kind == "text":
             assert not record.images
             assert all(getattr(scene.things[0].look, naming.attribute) in text for scene in naming.scenes)
@@ -65,7 +69,6 @@ def test_half_of_the_documents_have_the_letter_beside_what_it_stands_for(kind: K
         naming, (message,) = source.naming(index), source.outline(index).messages
         said = [one.text.strip() for one in message.content if isinstance(one, Text)]
         said = said[1::2] if kind == "text" else said
-        assert all(letter in text for letter, text in zip(naming.letters, said, strict=True))
         bare += said == list(naming.letters)
     assert 80 < bare < 120
 

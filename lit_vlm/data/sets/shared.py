@@ -1,10 +1,10 @@
 """Blocks that any number of tasks do together; all that the tasks share is the folder that the blocks are written to.
 
 A task is a process of `srun` or `torchrun`, or one that was started by hand, on any machine that sees the folder. A
-block belongs to whoever holds its claim: a file that is created exclusively and touched now and then (a lease of
-filelock), so that neither messages nor locks of the file system are needed. The claim of a dead process is taken over:
-at once on its own machine, elsewhere after `PATIENCE` seconds without a touch. A block is written aside and renamed
-when it is whole, so that two processes that do one block, as one of them was thought dead, do no harm.
+block belongs to whoever holds its claim: a file that is created exclusively and touched now and then (`core.lease`),
+so that neither messages nor locks of the file system are needed. The claim of a dead process is taken over. A block is
+written aside and renamed when it is whole, so that two processes that do one block, as one of them was thought dead, do
+no harm.
 """
 
 from __future__ import annotations
@@ -89,19 +89,20 @@ def finish_once(out: Path, manifest: str, finish: Callable[[], object]) -> None:
     """
     lease = _lease(out, "finish")
     while not (out / manifest).is_file():
-        if not lease.take():
-            time.sleep(POLL / 4)
-            continue
         try:
-            if not (out / manifest).is_file():
-                keep_plan(out)
-                finish()
+            if not lease.take():
+                time.sleep(POLL / 4)
+                continue
+            try:
+                if not (out / manifest).is_file():
+                    keep_plan(out)
+                    finish()
+            finally:
+                lease.release()
         except Exception:
-            # A process that was taken for dead finds the blocks gone, and nothing wrong.
+            # A process that was taken for dead, or is late, finds the blocks gone, and nothing wrong.
             if not (out / manifest).is_file():
                 raise
-        finally:
-            lease.release()
     put_away(out)
 
 
