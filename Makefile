@@ -6,6 +6,9 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar o
 # An exact set of versions that passed CI; CONSTRAINTS= installs the newest that the ranges admit.
 CONSTRAINTS ?= constraints.txt
 
+# One thread for each of the two test processes: threads that wait for each other spin, and take the other's core.
+TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
 .PHONY: help install quickstart test test-slow test-ablations test-cluster lint docs findings bench gpu clean
 
 help:  ## list the targets
@@ -25,13 +28,13 @@ quickstart: install  ## train a small vision-language model on this machine and 
 
 test: install  ## lint, types and all tests that take a few seconds at most
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
-	@$(BIN)/python -m pytest -n 2
+	@$(TESTS)
 
 test-slow: install  ## the other tests: whole runs, several processes, simulated GPUs, compiled blocks
-	@$(BIN)/python -m pytest -n 2 --dist worksteal -m "slow and not cluster"
+	@$(TESTS) --dist worksteal -m "slow and not cluster"
 
 test-ablations: install  ## every shipped ablation, dry, at its smallest scale
-	@LIT_VLM_ALL_ABLATIONS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not cluster" tests/experiments/test_published_ablations.py
+	@LIT_VLM_ALL_ABLATIONS=1 $(TESTS) --dist worksteal -m "not cluster" tests/experiments/test_published_ablations.py
 
 # Without SLURM, and without the rights to install it, the tests are skipped and say so.
 test-cluster: install  ## the tests on a SLURM of four nodes, started on this machine (needs root)
