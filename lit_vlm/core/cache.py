@@ -19,8 +19,8 @@ PATIENCE = 120.0
 """Seconds without a sign of life after which the lock of a process on another machine is taken over."""
 SILENT = 2.0
 """Seconds that a process waits for a lock before it says so."""
-POLL = 0.1, 0.5
-"""Seconds between two looks at the lock of another process, before it says so and after."""
+POLL, SLOW_POLL = 0.1, 0.5
+"""Seconds between two looks at the lock of another process, before a process says that it waits and after."""
 
 
 def cache_dir() -> Path:
@@ -51,7 +51,7 @@ def held(lock: Path, doing: str) -> Iterator[None]:
         if silent and time.monotonic() - since > SILENT:
             silent = False
             sys.stderr.write(f"waiting for another process, which {doing}\n")
-        time.sleep(POLL[not silent])
+        time.sleep(POLL if silent else SLOW_POLL)
     try:
         yield
     finally:

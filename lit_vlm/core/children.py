@@ -49,7 +49,7 @@ def die_with_parent() -> None:
         return
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     # It may have died before; a wrapper of the interpreter may stand in between.
-    if int(parent) not in _living_ancestors():
+    if int(parent) != os.getppid() and int(parent) not in _living_ancestors():
         sys.stderr.write("lit-vlm: the process that started this one has ended, and so does this one\n")
         sys.stderr.flush()
         os.kill(os.getpid(), signal.SIGKILL)

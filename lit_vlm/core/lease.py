@@ -7,6 +7,7 @@ unless the file system is NFS, elsewhere after a while without a touch.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 import uuid
@@ -96,7 +97,8 @@ class Lease:
         except FileExistsError:
             aside.unlink()
         except OSError:  # a file system without links, or another user's file
-            aside.rename(self.path)
+            with contextlib.suppress(OSError):
+                aside.rename(self.path)
 
 
 def _identity(path: Path) -> tuple[int, int, int]:
