@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -10,7 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
-from torch.optim import AdamW, Muon, Optimizer
+from torch.optim import AdamW, Optimizer
+
+from lit_vlm.core.muon import Muon, direction, move, orthogonal
 
 
 class MuonAdamW(Optimizer):
@@ -34,7 +35,7 @@ class MuonAdamW(Optimizer):
             self._parts.append(AdamW(adamw, betas=betas, eps=eps, fused=True))
         if muon:
             sharded = any(isinstance(p, DTensor) for group in muon for p in group["params"])
-            self._parts.append((ShardedMuon if sharded else Muon)(muon, adjust_lr_fn="match_rms_adamw"))
+            self._parts.append((ShardedMuon if sharded else Muon)(muon))
         self._share()
 
     def _share(self) -> None:
@@ -62,12 +63,12 @@ class MuonAdamW(Optimizer):
 
 
 class ShardedMuon(Muon):
-    """torch's Muon for matrices whose rows FSDP2 has sharded: the same numbers, bit for bit, from the same gradients.
+    """Muon for matrices whose rows FSDP2 has sharded: the same numbers, bit for bit, from the same gradients.
 
     Newton–Schulz iterations need whole matrices, and cost more than a training step when every process repeats them
     for all. So matrices are taken in rounds of as many as a shard group has processes, largest first: in a round each
     process is sent the rows of one matrix, orthogonalises it, and sends the rows of the result back. A round holds
-    twice one matrix, in bf16, in which torch orthogonalises. Momentum stays sharded. With hybrid sharding, each of the
+    twice one matrix, in bf16 where the device has it. Momentum stays sharded. With hybrid sharding, each of the
     replicas does this by itself.
 
     All matrices are sharded by rows over the same mesh, and all processes have gradients for the same ones.
@@ -98,42 +99,23 @@ class ShardedMuon(Muon):
         whole = own[0].new_empty(sum(received))
         dist.all_to_all_single(whole, torch.cat([part.flatten() for part in own]), received, sent, group=shards)
         if shards.rank() < len(members):
-            whole = _orthogonal(whole.view(height, width), members[shards.rank()][1]).flatten()
+            whole = orthogonal(whole.view(height, width), members[shards.rank()][1]).flatten()
         result = whole.new_empty(sum(sent))
         dist.all_to_all_single(result, whole, sent, received, group=shards)
         for (matrix, group), part in zip(members, result.split(sent[: len(members)]), strict=True):
             local = matrix.to_local()
-            local.mul_(1 - group["lr"] * group["weight_decay"])
-            # The size of AdamW's updates, torch's `match_rms_adamw`.
-            local.add_(part.view_as(local), alpha=-group["lr"] * 0.2 * math.sqrt(max(matrix.shape)))
+            move(local, part.view_as(local), group, matrix.shape)
 
     def _direction(self, matrix: DTensor, group: dict[str, Any]) -> Tensor:
-        """Add the own rows of a matrix's gradient to its momentum; returns what is orthogonalised, in bf16."""
+        """Add the own rows of a matrix's gradient to their momentum; returns what is orthogonalised."""
         assert isinstance(matrix.grad, DTensor)
         state = self.state[matrix]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(matrix.grad)
-        grad, momentum = matrix.grad.to_local(), state["momentum_buffer"].to_local()
-        momentum.lerp_(grad, 1 - group["momentum"])
-        update = grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
-        return update.to(torch.bfloat16)
+        return direction(matrix.grad.to_local(), state["momentum_buffer"].to_local(), group)
 
 
 def _rows(height: int, count: int) -> list[int]:
     """Number of rows in each of `count` shards of a matrix; those at the end may be smaller, or empty."""
     full = -(-height // count)
     return [max(0, min(full, height - index * full)) for index in range(count)]
-
-
-def _orthogonal(matrix: Tensor, group: dict[str, Any]) -> Tensor:
-    """The orthogonalised matrix `[r, c]` in bf16, by a step of torch's Muon without momentum that starts at zero.
-
-    The step is taken on the wide form of the matrix, for which torch's own scale is 1.
-    """
-    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    result = torch.zeros_like(wide, requires_grad=True)
-    result.grad = wide
-    iterations = {key: group[key] for key in ("ns_coefficients", "eps", "ns_steps")}
-    Muon([result], lr=1.0, weight_decay=0.0, momentum=0.0, nesterov=False, **iterations).step()
-    orthogonal = result.detach().neg_()
-    return orthogonal if wide is matrix else orthogonal.T

@@ -6,6 +6,7 @@ kept in the cache. `made:scenes-decoder` has read the scenes' language; `made:sc
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -21,10 +22,12 @@ from rich.progress import Progress
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
-from torch.optim import AdamW, Muon, Optimizer
+from torch.optim import AdamW, Optimizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lit_vlm.core.cache import held
+from lit_vlm.core.children import PARENT, die_with_parent
+from lit_vlm.core.muon import Muon
 from lit_vlm.core.precision import choose
 from lit_vlm.data.sample.templates import Span, VicunaV1
 from lit_vlm.worlds.scenes import Scene, Scenes, render, sample_scene
@@ -78,12 +81,15 @@ def made(name: str, cache: Path, weights: bool = True) -> Path:
     wanted = target / ("config.json" if name == "scenes-decoder" and not weights else "model.safetensors")
     if wanted.exists():
         return target if name == "scenes-decoder" else wanted
-    with held(cache / f"{name}.lease", f"trains made:{name}"):
+    goal = "weights" if weights else "config"
+    # A lease for each goal: who needs the configuration alone does not wait for a training.
+    with held(cache / f"{name}-{goal}.lease", f"makes made:{name}"):
         if not wanted.exists():
             # A process of its own: the caller may have set another dtype, device or thread count.
-            goal = "weights" if weights else "config"
+            words = [sys.executable, "-m", "lit_vlm.worlds.mini", name, goal]
+            environment = {**os.environ, PARENT: str(os.getpid())}
             with tempfile.TemporaryDirectory(dir=cache) as scratch:
-                subprocess.run([sys.executable, "-m", "lit_vlm.worlds.mini", name, goal, scratch], check=True)
+                subprocess.run([*words, scratch], env=environment, check=True)
                 # What is looked for comes last: whoever sees it finds the others, wherever this process is stopped.
                 last = ("config.json", "model.safetensors")
                 for file in sorted(Path(scratch).iterdir(), key=lambda file: (file.name in last, file.name)):
@@ -149,7 +155,7 @@ def train_decoder(folder: Path, steps: int = 600, rows: int = 12, length: int = 
     chosen = {id(p) for p in hidden}
     others = [p for p in model.parameters() if id(p) not in chosen]
     optimizers = [
-        Muon(hidden, lr=3e-3, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        Muon(hidden, lr=3e-3, weight_decay=0.01),
         AdamW(others, lr=3e-3, weight_decay=0.0, betas=(0.9, 0.98)),
     ]
     _train(model, optimizers, loss, steps, "training the mini decoder on the scenes' text, once")
@@ -264,6 +270,7 @@ def _train(
 
 
 if __name__ == "__main__":
+    die_with_parent()
     part, goal, out = sys.argv[1], sys.argv[2], Path(sys.argv[3])
     if part == "scenes-encoder":
         train_encoder(out)

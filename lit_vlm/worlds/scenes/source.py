@@ -25,8 +25,9 @@ Split = Literal["train", "held_out"]
 VERSION = 4
 """Goes up whenever the same arguments give other records."""
 PROMPT = "Describe the scene."
-LEAST_THINGS = 3
-"""Questions about distance compare two things seen from a third."""
+LEAST_THINGS: dict[QuestionKind, int] = {"attribute": 1, "relation": 2, "depth": 2, "count": 3, "distance": 3}
+"""The fewest that the largest scene may hold: pairs are compared, by distance seen from a third thing; four numbers
+are offered."""
 
 
 class Scenes(Source):
@@ -48,7 +49,8 @@ class Scenes(Source):
         turns: questions per record, one after the other; for `questions` and `text`. The first is of the kind whose
             turn it is, the others are of random kinds, and fewer where a scene offers no more. Options belong to the
             last one.
-        max_things: the most that a scene holds, 3 to 6: fewer are easier to tell apart.
+        max_things: the most that a scene holds, to 6: fewer are easier to tell apart. At least 1, 2 where relations or
+            depth are asked for, 3 where numbers or distances are.
         wording: `varied`, or `plain`, which small models learn sooner: things go by their full names, relations are
             asked for as "which is further left", and places and distances differ more.
         maps: cells per side of the exact maps of depth and segmentation that each picture carries, for
@@ -84,12 +86,15 @@ class Scenes(Source):
         check_least("size", size, MIN_SIZE)
         check_least("shots", shots, 1)
         check_least("turns", turns, 1)
-        if not LEAST_THINGS <= max_things <= MAX_THINGS:
-            raise ValueError(f"max_things is {max_things}; it must be from {LEAST_THINGS} to {MAX_THINGS}")
         if turns > 1 and kind not in ("questions", "text"):
             raise ValueError(f"turns is {turns} with kind {kind!r}; only questions and text take turns")
         if question_kinds is not None and (kind == "captions" or not question_kinds):
             raise ValueError(f"question_kinds is {question_kinds!r} with kind {kind!r}; leave it out")
+        asked = () if kind == "captions" else tuple(question_kinds or QUESTION_KINDS)
+        least = max((LEAST_THINGS[question_kind] for question_kind in asked), default=1)
+        if not least <= max_things <= MAX_THINGS:
+            of = f" for questions of the kinds {', '.join(asked)}" if asked else ""
+            raise ValueError(f"max_things is {max_things}; it must be from {least} to {MAX_THINGS}{of}")
         self.name, self.named = name if name is not None else f"scenes_{kind}", name is not None
         self.image_folder = Path()
         self.kind, self.count, self.seed, self.size, self.split, self.shots = kind, count, seed, size, split, shots

@@ -194,8 +194,10 @@ def test_the_fingerprint_tells_arguments_apart() -> None:
         ({"shots": 0}, "shots is 0; it must be at least 1"),
         ({"turns": 0}, "turns is 0; it must be at least 1"),
         ({"kind": "captions", "turns": 2}, "turns is 2 with kind 'captions'; only questions and text take turns"),
-        ({"max_things": 2}, "max_things is 2; it must be from 3 to 6"),
+        ({"max_things": 2}, "max_things is 2; it must be from 3 to 6 for questions of the kinds count, relation"),
         ({"max_things": 7}, "max_things is 7; it must be from 3 to 6"),
+        ({"max_things": 1, "question_kinds": ["depth"]}, "max_things is 1; it must be from 2 to 6 for questions of the"),
+        ({"max_things": 0, "kind": "captions"}, "max_things is 0; it must be from 1 to 6"),
     ],
 )
 def test_bad_arguments_are_named(arguments: dict[str, Any], expected: str) -> None:
@@ -219,3 +221,12 @@ def test_images_first_is_the_same_document_with_its_pictures_in_front() -> None:
     assert plain.fingerprint() != front.fingerprint()
     with pytest.raises(ValueError, match="images_first is for kind interleaved"):
         Scenes("captions", 4, images_first=True)
+
+
+@pytest.mark.parametrize(("most", "kinds"), [(1, ["attribute"]), (2, ["attribute", "relation", "depth"])])
+def test_a_small_scene_holds_no_more_things_and_has_clear_questions(most: int, kinds: list[Any]) -> None:
+    for arguments in ({"kind": "captions"}, {"kind": "questions", "question_kinds": kinds, "turns": 3}):
+        source = Scenes(**arguments, count=40, max_things=most, wording="plain")
+        seen = {int(rendering.segmentation.max()) for index in range(40) for rendering in source.maps(index)}
+        assert seen == set(range(1, most + 1))
+        assert all(source.record(index).messages[-1].text for index in range(40))
