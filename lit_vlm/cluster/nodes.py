@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -23,6 +22,7 @@ import lit_vlm
 from lit_vlm.core.cache import cache_dir
 from lit_vlm.core.devices import cores
 from lit_vlm.core.precision import choose
+from lit_vlm.core.versions import installed
 
 PACKAGES = ("torch", "torchvision", "lightning", "transformers", "timm", "peft", "jsonargparse", "litdata", "mlflow",
             "safetensors", "numpy")  # fmt: skip
@@ -255,11 +255,7 @@ def step_nodes() -> list[str]:
 
 def _versions() -> dict[str, str]:
     found = {"lit-vlm": lit_vlm.__version__, "Python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "missing"
+    found |= dict.fromkeys(PACKAGES, "missing") | installed(PACKAGES)
     if torch.cuda.is_available():
         found["CUDA"] = str(torch.version.cuda or torch.version.hip)
         if torch.distributed.is_nccl_available():

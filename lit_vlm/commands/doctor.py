@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import os
 import platform
@@ -19,6 +18,7 @@ from rich.table import Table
 
 from lit_vlm.core.cache import cache_dir
 from lit_vlm.core.launcher import Launch, launch
+from lit_vlm.core.versions import installed
 from lit_vlm.training.mlflow_store import default_uri
 
 if TYPE_CHECKING:
@@ -73,10 +73,10 @@ def _report() -> None:
     console = Console(highlight=False)
     table = Table("package", "version", "enables")
     for name in REQUIRED:
-        table.add_row(name, _version(name) or "[red]missing[/]", "")
+        table.add_row(name, installed([name]).get(name) or "[red]missing[/]", "")
     table.add_section()
     for name, use in OPTIONAL.items():
-        table.add_row(name, _version(name) or "[yellow]not installed[/]", use)
+        table.add_row(name, installed([name]).get(name) or "[yellow]not installed[/]", use)
     console.print(table)
     console.print(f"python      {platform.python_version()} on {platform.platform()}")
     for line in _devices():
@@ -144,13 +144,6 @@ def _bytes(text: str) -> int:
             f"--size is a whole number with a unit, such as 64MiB or 1GiB ({', '.join(SIZES)}), not {text}"
         )
     return int(number) * SIZES[unit]
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _devices() -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import subprocess
 from collections.abc import Iterator, Mapping
@@ -16,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lit_vlm.checkpoints.folder import DONE_FILE
+from lit_vlm.core.versions import installed
 from lit_vlm.data import VLMData
 from lit_vlm.training.frozen import stored_in
 from lit_vlm.training.leaving import Preempted
@@ -103,7 +103,7 @@ def _tags(config: Any, module: LitVLM, folder: Path) -> dict[str, str]:
 
 
 def _versions() -> dict[str, str]:
-    tags = {f"version.{name}": importlib.metadata.version(name) for name in PACKAGES}
+    tags = {f"version.{name}": version for name, version in installed(PACKAGES).items()}
     folder = Path(__file__).parent
     commit = _git(folder, "rev-parse", "HEAD")
     if commit:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from lit_vlm.core.versions import installed
 from lit_vlm.planning.bench.job import WARMUP, Benched, Reference, Spread
 from lit_vlm.planning.bench.kernels import implied
 from lit_vlm.planning.plan import GIB, StagePlan
@@ -146,12 +146,7 @@ def _means(factors: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 def versions() -> dict[str, str]:
     """Versions of what was measured with."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
+    found = {"python": platform.python_version(), **installed(PACKAGES)}
     return found | ({"cuda": torch.version.cuda} if torch.version.cuda else {})
 
 

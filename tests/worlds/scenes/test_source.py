@@ -196,7 +196,10 @@ def test_the_fingerprint_tells_arguments_apart() -> None:
         ({"kind": "captions", "turns": 2}, "turns is 2 with kind 'captions'; only questions and text take turns"),
         ({"max_things": 2}, "max_things is 2; it must be from 3 to 6 for questions of the kinds count, relation"),
         ({"max_things": 7}, "max_things is 7; it must be from 3 to 6"),
-        ({"max_things": 1, "question_kinds": ["depth"]}, "max_things is 1; it must be from 2 to 6 for questions of the"),
+        (
+            {"max_things": 1, "question_kinds": ["depth"]},
+            "max_things is 1; it must be from 2 to 6 for questions of the",
+        ),
         ({"max_things": 0, "kind": "captions"}, "max_things is 0; it must be from 1 to 6"),
     ],
 )
