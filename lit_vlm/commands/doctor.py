@@ -72,11 +72,12 @@ def main(argv: Sequence[str]) -> None:
 def _report() -> None:
     console = Console(highlight=False)
     table = Table("package", "version", "enables")
+    found = installed([*REQUIRED, *OPTIONAL])
     for name in REQUIRED:
-        table.add_row(name, installed([name]).get(name) or "[red]missing[/]", "")
+        table.add_row(name, found.get(name, "[red]missing[/]"), "")
     table.add_section()
     for name, use in OPTIONAL.items():
-        table.add_row(name, installed([name]).get(name) or "[yellow]not installed[/]", use)
+        table.add_row(name, found.get(name, "[yellow]not installed[/]"), use)
     console.print(table)
     console.print(f"python      {platform.python_version()} on {platform.platform()}")
     for line in _devices():

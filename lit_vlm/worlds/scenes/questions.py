@@ -52,7 +52,8 @@ def ask(
     Args:
         kind: what is asked.
         seed: another seed gives another scene.
-        max_things: the most that a scene holds, 3 to 6.
+        max_things: the most that a scene holds, up to 6; at least 2 for relations and depth, 3 for numbers and
+            distances.
         wording: see `Scene`.
 
     Raises:
