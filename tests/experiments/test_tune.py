@@ -506,7 +506,10 @@ def test_a_search_that_is_killed_goes_on_in_the_middle_of_a_trial(tmp_path: Path
 
 @pytest.mark.slow
 def test_two_trials_at_a_time_leave_in_order_and_go_on(tmp_path: Path) -> None:
-    held = {"trainer.callbacks+": ["callbacks.HeldOut", BASE["trainer.callbacks+"]], "trainer.limit_val_batches": 0}
+    # One may start long before the other; both are in the middle when the signal comes.
+    meet = {"class_path": "tests.cluster.pause.Meet", "init_args": {"folder": str(tmp_path / "met"), "count": 2}}
+    added = ["callbacks.HeldOut", meet, BASE["trainer.callbacks+"]]
+    held = {"trainer.callbacks+": added, "trainer.limit_val_batches": 0, "trainer.max_steps": 40}
     changes = {"base": BASE | held, "score": "held_out/loss", "pruner": "none", "trials": 2}
     file = written(tmp_path, **changes)
     words = (str(file), "--out", "out", "--jobs", "2")
