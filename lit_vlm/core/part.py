@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,16 @@ class Part(nn.Module):
     def adapt_state(self, state: StateDict) -> StateDict:
         """Rename the keys of weights that an earlier stage saved, where this part wraps its modules differently."""
         return state
+
+    def standalone(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """Constructor arguments that build this architecture again where no other file is at hand, for exports.
+
+        A part that reads a configuration from a hub name or folder gives that configuration in its place.
+
+        Args:
+            arguments: those that it was built with, as a config writes them.
+        """
+        return dict(arguments)
 
     def trainable_parameters(self, only: str | None = None) -> Iterable[nn.Parameter]:
         """The parameters that train when a stage trains this slot.
@@ -75,6 +85,16 @@ class Part(nn.Module):
     def frozen(self) -> bool:
         """Whether no parameter of this part trains."""
         return not any(parameter.requires_grad for parameter in self.parameters())
+
+
+def standalone_class(part: Part, given: Mapping[str, Any]) -> dict[str, Any]:
+    """A part's class with arguments that need no other file; see `Part.standalone`.
+
+    Args:
+        part: the part.
+        given: `class_path` and `init_args` that it was built from.
+    """
+    return {"class_path": given["class_path"], "init_args": part.standalone(given.get("init_args") or {})}
 
 
 def hash_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:

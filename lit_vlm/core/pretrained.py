@@ -200,9 +200,17 @@ def made_config(model_type: str, settings: Mapping[str, Any], slot: str) -> Any:
     if model_type not in CONFIG_MAPPING:
         raise ValueError(f"{slot}: config.model_type '{model_type}' is none that transformers knows")
     try:
-        return AutoConfig.for_model(model_type, **settings)
+        return AutoConfig.for_model(model_type, **{key: settings[key] for key in settings if key != "model_type"})
     except (StrictDataclassError, AttributeError, TypeError) as error:
         raise ValueError(f"{slot}: config of a '{model_type}': {error.__cause__ or error}") from error
+
+
+def plain_config(config: Any) -> dict[str, Any]:
+    """The settings of a configuration of transformers, with `model_type`, from which `made_config` makes it again."""
+    settings: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+    for key in ("architectures", "dtype", "transformers_version", "_name_or_path", "_commit_hash"):
+        settings.pop(key, None)
+    return settings
 
 
 def shortened(names: Sequence[str], most: int = 4) -> str:

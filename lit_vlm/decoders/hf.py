@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import cached_property
 from typing import Any, Literal
@@ -16,7 +16,7 @@ from lit_vlm.core.batch import Segments
 from lit_vlm.core.flops import Weights
 from lit_vlm.core.lora import Lora
 from lit_vlm.core.part import StateDict
-from lit_vlm.core.pretrained import find_weights, made_config, read_pretrained, resolve, shortened
+from lit_vlm.core.pretrained import find_weights, made_config, plain_config, read_pretrained, resolve, shortened
 from lit_vlm.core.safetensors import read_folder
 from lit_vlm.core.tokenizers import load_tokenizer
 from lit_vlm.decoders import internlm2
@@ -212,6 +212,11 @@ class HFDecoder(Decoder):
     def adapt_state(self, state: StateDict) -> StateDict:
         """Give word table and output layer of a decoder with fewer tokens rows for the new ones."""
         return self._with_new_rows(state)
+
+    def standalone(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments with the model's configuration in place of its name; the tokenizer is kept apart from it."""
+        kept = {key: value for key, value in arguments.items() if key not in ("lora", "new_tokens", "recompute")}
+        return kept | {"name": None, "config": plain_config(self.config), "tokenizer": None}
 
     def beside_adapters(self) -> list[nn.Parameter]:
         """Word table and output layer where new tokens have rows in them."""

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_vlm.core.batch import Grid, Images, PixelSpec, VisualTokens
-from lit_vlm.core.part import StateDict, real_parameters
+from lit_vlm.core.part import StateDict, real_parameters, standalone_class
 from lit_vlm.encoders.base import Encoder, PatchGrid
 
 
@@ -91,6 +91,11 @@ class Ensemble(Encoder):
         """
         for member in self.parts:
             member.find_pretrained()
+
+    def standalone(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments with those of all members that need no other file."""
+        members = zip(self.parts, arguments["encoders"], strict=True)
+        return {**arguments, "encoders": [standalone_class(member, given) for member, given in members]}
 
     def pretrained_state(self) -> StateDict | None:
         """Weights of all members; None if no member has pretrained ones.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from transformers import (
 
 from lit_vlm.core.batch import Images, PixelSpec, VisualTokens
 from lit_vlm.core.part import StateDict
-from lit_vlm.core.pretrained import find_weights, made_config, read_pretrained, resolve, shortened
+from lit_vlm.core.pretrained import find_weights, made_config, plain_config, read_pretrained, resolve, shortened
 from lit_vlm.encoders.base import CLIP_MEAN, CLIP_STD, HALF, IMAGENET_MEAN, IMAGENET_STD, Encoder, PatchGrid
 
 INTERN_VIT = "internvl_vision"
@@ -102,6 +103,10 @@ class HFEncoder(Encoder):
             # InternViT is published as a part of InternVL alone, whose class finds it among the weights.
             return pretrained_backbone(InternVLForConditionalGeneration, source, self.backbone, "model.vision_tower.")
         return pretrained_backbone(type(self.backbone), source, self.backbone, config=self.config)
+
+    def standalone(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments with the configuration of the kept blocks in place of the name, and the last of them read."""
+        return {**arguments, "name": None, "config": plain_config(self.config), "layer": -1}
 
     def blocks(self) -> list[nn.Module]:
         """Transformer blocks."""

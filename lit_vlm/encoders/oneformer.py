@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from transformers.models.swin.modeling_swin import SwinLayer
 
 from lit_vlm.core.batch import Grid, Images, PixelSpec, VisualTokens
 from lit_vlm.core.part import StateDict
-from lit_vlm.core.pretrained import find_weights, made_config, resolve
+from lit_vlm.core.pretrained import find_weights, made_config, plain_config, resolve
 from lit_vlm.encoders.base import IMAGENET_MEAN, IMAGENET_STD, Encoder, PatchGrid
 from lit_vlm.encoders.hf import check_one_source, pretrained_backbone
 
@@ -61,6 +62,10 @@ class OneFormerSwin(Encoder):
         """
         if self.name is not None:
             find_weights(self.name)
+
+    def standalone(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments with the network's configuration in place of its name."""
+        return {**arguments, "name": None, "config": plain_config(self.backbone.config)}
 
     def pretrained_state(self) -> StateDict | None:
         """Weights of the backbone.

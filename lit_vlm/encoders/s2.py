@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_vlm.core.batch import Images, PixelSpec, VisualTokens
-from lit_vlm.core.part import StateDict
+from lit_vlm.core.part import StateDict, standalone_class
 from lit_vlm.encoders.base import Encoder, PatchGrid
 
 
@@ -57,6 +58,10 @@ class S2(Encoder):
             ValueError: saying what is missing.
         """
         self.inner.find_pretrained()
+
+    def standalone(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments with those of the encoder that need no other file."""
+        return {**arguments, "encoder": standalone_class(self.inner, arguments["encoder"])}
 
     def pretrained_state(self) -> StateDict | None:
         """Weights of the encoder; None if it has no pretrained ones.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Mapping
+from typing import Any
 
 import timm
 import torch
@@ -64,6 +66,10 @@ class TimmEncoder(Encoder):
             find_weights(self.pretrained)
         elif self.pretrained and not timm.get_pretrained_cfg(self.name).has_weights:
             raise ValueError(f"timm has no weights of '{self.name}': set pretrained to a file, or to null")
+
+    def standalone(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments without the source of weights; timm has the architecture under its name."""
+        return {**arguments, "pretrained": None}
 
     def pretrained_state(self) -> StateDict | None:
         """Weights of the kept blocks.

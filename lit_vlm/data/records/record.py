@@ -259,7 +259,7 @@ def decode_image(
             opened.draft(opened.mode, (math.ceil(width * needed), math.ceil(height * needed)))
         opened.load()
         turn = TURNS.get(_orientation(opened))
-        return _rgb(opened.transpose(turn) if turn is not None else opened), size
+        return as_rgb(opened.transpose(turn) if turn is not None else opened), size
 
     return _read(image, folder, decode)
 
@@ -310,8 +310,12 @@ def _upright_size(opened: PILImage.Image) -> tuple[int, int]:
     return (opened.height, opened.width) if _orientation(opened) in (5, 6, 7, 8) else opened.size
 
 
-def _rgb(picture: PILImage.Image) -> PILImage.Image:
-    """A picture as 8-bit RGB, transparent parts white."""
+def as_rgb(picture: PILImage.Image) -> PILImage.Image:
+    """A picture as 8-bit RGB, transparent parts white.
+
+    Raises:
+        RecordError: for pixels that are numbers of unknown range.
+    """
     upright = _eight_bit(picture)
     if upright.mode in ("RGBa", "La"):  # alpha is multiplied into the colours
         upright = upright.convert("RGBA" if upright.mode == "RGBa" else "LA")
