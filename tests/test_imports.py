@@ -27,6 +27,7 @@ ROOMS = (
     ("data",),
     ("worlds",),
     ("checkpoints",),
+    ("hf",),
     ("training",),
     ("evaluation",),
     ("testing",),

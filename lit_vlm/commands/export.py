@@ -5,17 +5,24 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
+
+if TYPE_CHECKING:
+    from lit_vlm.evaluation.asker import Asker
+
+HF = "hf"
+"""The format that any model can have."""
 
 
 def main(argv: Sequence[str]) -> None:
     """Export a checkpoint: write it, read it back, compare logits, and only then report success.
 
     Raises:
-        ValueError: as `load_run` and `export_published`.
+        ValueError: as `load_run`, `export_hf` and `export_published`.
     """
-    from lit_vlm.checkpoints.published import FAMILIES, export_published, find_family
+    from lit_vlm.checkpoints.published import FAMILIES, find_family
 
     parser = argparse.ArgumentParser(
         prog="lit-vlm export",
@@ -27,19 +34,39 @@ def main(argv: Sequence[str]) -> None:
         "--format",
         default="llava-hf",
         metavar="FAMILY",
-        help=f"one of {', '.join(FAMILIES)}, or a family's class path. llava-hf (default) is transformers' "
+        help=f"{HF}, one of {', '.join(FAMILIES)}, or a family's class path. {HF} takes any model, for transformers "
+        "with trust_remote_code=True where lit-vlm is installed; llava-hf (default) is transformers' own "
         "LlavaForConditionalGeneration, the others are the names of each system's own code",
     )
     arguments = parser.parse_args(argv)
-    find_family(arguments.format)  # an unknown format is reported before minutes of loading
+    if arguments.format != HF:
+        find_family(arguments.format)  # an unknown format is reported before minutes of loading
     from transformers.utils.logging import disable_progress_bar
 
     from lit_vlm.evaluation.asker import load_run
 
     disable_progress_bar()
     run = load_run(arguments.checkpoint)
-    difference = export_published(arguments.format, run.module.vlm, arguments.out, run.format.transform)
-    Console(highlight=False).print(
+    console = Console(highlight=False)
+    difference = _export(run, arguments.format, arguments.checkpoint, arguments.out)
+    console.print(
         f"wrote {arguments.out}: read back, its logits differ by at most {difference:.1e}",
         soft_wrap=True,
     )
+    if arguments.format == HF:
+        console.print(
+            f'AutoModelForImageTextToText.from_pretrained("{arguments.out}", trust_remote_code=True) loads it',
+            soft_wrap=True,
+        )
+
+
+def _export(run: Asker, format_name: str, checkpoint: str, out: Path) -> float:
+    """Write a model; returns the largest difference of its logits when it is read back."""
+    if format_name == HF:
+        from lit_vlm.evaluation.asker import run_config
+        from lit_vlm.hf.export import export_hf
+
+        return export_hf(run.module.vlm, run_config(checkpoint), run.format, run.module.input_spec, out).logits
+    from lit_vlm.checkpoints.published import export_published
+
+    return export_published(format_name, run.module.vlm, out, run.format.transform)

@@ -190,6 +190,17 @@ def pick_device(name: str | None = None) -> str:
     return name
 
 
+def run_config(source: str | Path) -> dict[str, Any]:
+    """The config of the run that a checkpoint, or a folder with one, belongs to.
+
+    Raises:
+        ValueError: when there is none.
+    """
+    text = (run_folder(find_checkpoint(source)) / "config.yaml").read_text(encoding="utf-8")
+    config: dict[str, Any] = yaml.safe_load(text)
+    return config
+
+
 def load_run(source: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Asker:
     """Build the model of a run in eval mode, with a checkpoint's weights, and the template and transform of its data.
 
@@ -204,7 +215,7 @@ def load_run(source: str | Path, device: str | torch.device = "cpu", dtype: torc
         ValueError: when there is no complete checkpoint or no config.yaml, or the stage left out the decoder.
     """
     checkpoint = find_checkpoint(source)
-    config = yaml.safe_load((run_folder(checkpoint) / "config.yaml").read_text(encoding="utf-8"))
+    config = run_config(checkpoint)
     if left_out := (config["model"].get("stage") or {}).get("leave_out"):
         raise ValueError(
             f"{source} is of a stage that trains without its {', '.join(left_out)} (model.stage.leave_out), so it is "

@@ -1,4 +1,4 @@
-"""Callbacks that time the steps of a tiny model, in the tests of interruptions: as long as a large one's, or at once."""
+"""Callbacks that time the steps of a tiny model, in the tests of interruptions."""
 
 from __future__ import annotations
 

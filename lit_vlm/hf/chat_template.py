@@ -1,0 +1,165 @@
+"""Templates of the kit as the jinja that transformers' chat templates are written in."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from lit_vlm.data.records import Image, Message, RecordError, Text
+from lit_vlm.data.sample.templates import Piece, Span, Template
+
+IMAGE_MARK = "<image>"
+"""What stands for an image in the text of a prompt."""
+_SYSTEM, _USER, _ANSWER = "\ue000", "\ue001", "\ue002"
+_PICTURE = Image(path="picture")
+
+
+class _Parts(NamedTuple):
+    """The text that a template writes around what people and models say.
+
+    Attributes:
+        start: in front of the first question, where the conversation has no system text.
+        before_system: in front of a system text.
+        after_system: between a system text and the first question.
+        answered: between a question and its answer.
+        asked: behind the last question, where the answer begins.
+        between: between an answer and the next question; None for a template of a single question.
+        end: behind the last answer.
+        asks: whether the text of questions is written.
+    """
+
+    start: str
+    before_system: str
+    after_system: str
+    answered: str
+    asked: str
+    between: str | None
+    end: str
+    asks: bool
+
+
+def as_jinja(template: Template, eos: str, bos: str) -> str:
+    """The chat template that writes conversations as a template of the kit does.
+
+    It is found by writing conversations with placeholders and looking at what stands around them, so that it holds for
+    templates of other packages too; whether it gives the same ids is for the caller to check.
+
+    Args:
+        template: the template.
+        eos: text of the tokenizer's end-of-sequence token.
+        bos: what stands in front of every text; "" for nothing.
+
+    Raises:
+        ValueError: for a template that writes a placeholder more than once, or text that depends on the turn.
+    """
+    found = _look(template, eos)
+    image = IMAGE_MARK
+    if template.image_marks is not None:
+        image = f"{template.image_marks[0]}{IMAGE_MARK}{template.image_marks[1]}"
+    between = found.between or ""
+    most = "" if found.between is not None else _only_one(template)
+    text = (
+        "{{- part['text'] -}}"
+        if found.asks
+        else "{%- if message['role'] != 'user' -%}{{- part['text'] -}}{%- endif -%}"
+    )
+    whole = (
+        "{{- message['content'] -}}"
+        if found.asks
+        else ("{%- if message['role'] != 'user' -%}{{- message['content'] -}}{%- endif -%}")
+    )
+    return "".join(
+        [
+            "{%- macro write(message) -%}",
+            "{%- if message['content'] is string -%}",
+            whole,
+            "{%- else -%}{%- for part in message['content'] -%}",
+            "{%- if part['type'] == 'image' -%}",
+            _literal(image),
+            "{%- elif part['type'] == 'text' -%}",
+            text,
+            "{%- else -%}{{- raise_exception('this model takes text and images, not ' ~ part['type']) -}}{%- endif -%}",
+            "{%- endfor -%}{%- endif -%}",
+            "{%- endmacro -%}",
+            _literal(bos),
+            "{%- if messages and messages[0]['role'] == 'system' -%}",
+            "{%- set turns = messages[1:] -%}",
+            _literal(found.before_system) + "{{- write(messages[0]) -}}" + _literal(found.after_system),
+            "{%- else -%}{%- set turns = messages -%}",
+            _literal(found.start),
+            "{%- endif -%}",
+            most,
+            "{%- for message in turns -%}",
+            "{%- if message['role'] != ('user' if loop.index0 % 2 == 0 else 'assistant') -%}",
+            "{{- raise_exception('user and assistant must alternate, and the user begins') -}}",
+            "{%- endif -%}",
+            "{{- write(message) -}}",
+            "{%- if message['role'] == 'user' -%}",
+            "{%- if not loop.last -%}" + _literal(found.answered),
+            "{%- elif add_generation_prompt -%}" + _literal(found.asked) + "{%- endif -%}",
+            "{%- elif loop.last -%}" + _literal(found.end) + "{%- else -%}" + _literal(between) + "{%- endif -%}",
+            "{%- endfor -%}",
+        ]
+    )
+
+
+def _only_one(template: Template) -> str:
+    name = type(template).__name__
+    return (
+        "{%- if turns | length > 2 -%}"
+        f"{{{{- raise_exception('the template {name} takes one question and one answer') -}}}}"
+        "{%- endif -%}"
+    )
+
+
+def _literal(text: str) -> str:
+    """A jinja expression that writes a text as it is."""
+    return f"{{{{- {json.dumps(text, ensure_ascii=False)} -}}}}" if text else ""
+
+
+def _look(template: Template, eos: str) -> _Parts:
+    """Find the parts of a template by writing conversations of one and two questions."""
+    question = Message("user", (_PICTURE, Text(_USER)))
+    answer = Message("assistant", (Text(_ANSWER),))
+    one = _written(template, template.render([question, answer], eos))
+    asks = _USER in one
+    mark = _USER if asks else _picture(template)
+    start, rest = _split(template, one, mark if not asks else _picture(template) + _USER)
+    answered, end = _split(template, rest, _ANSWER)
+    _, asked = _split(template, _written(template, template.prompt([question], eos)), mark)
+    system = Message("system", (Text(_SYSTEM),))
+    with_system = _written(template, template.render([system, question, answer], eos))
+    before_system, after_system = (
+        _split(template, _split(template, with_system, mark)[0].removesuffix(_picture(template)), _SYSTEM)
+        if _SYSTEM in with_system
+        else (start, "")
+    )
+    try:
+        two = _written(template, template.render([question, answer] * 2, eos))
+    except RecordError:
+        return _Parts(start, before_system, after_system, answered, asked, None, end, asks)
+    between = two.split(_ANSWER)[1].split(_picture(template))[0]
+    again = start + (_picture(template) + _USER + answered + _ANSWER + between) * 2
+    if not asks or two != again.removesuffix(between) + end:
+        raise ValueError(f"the template {type(template).__name__} writes turns differently by their place")
+    return _Parts(start, before_system, after_system, answered, asked, between, end, asks)
+
+
+def _picture(template: Template) -> str:
+    front, behind = template.image_marks or ("", "")
+    return f"{front}{IMAGE_MARK}{behind}"
+
+
+def _written(template: Template, pieces: Sequence[Piece]) -> str:
+    return "".join(piece.text if isinstance(piece, Span) else IMAGE_MARK for piece in pieces)
+
+
+def _split(template: Template, text: str, mark: str) -> tuple[str, str]:
+    before, found, after = text.partition(mark)
+    if not found or mark in after:
+        raise ValueError(
+            f"the template {type(template).__name__} cannot be written as a chat template: it writes a message "
+            f"{'more than once' if found else 'not at all'}"
+        )
+    return before, after

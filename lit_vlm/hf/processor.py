@@ -1,0 +1,336 @@
+"""The processor of an exported model: chats, text and pictures become what the model reads, as in its training."""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jsonargparse import ArgumentParser
+from PIL import Image as PILImage
+from torch import Tensor
+from transformers import BatchFeature, ProcessorMixin
+from transformers.image_utils import load_image
+
+from lit_vlm.core.batch import Grid
+from lit_vlm.core.part import meta_parameters
+from lit_vlm.data import ImageTransform
+from lit_vlm.data.records import Image, RecordError, decode_image
+from lit_vlm.data.records.record import as_rgb
+from lit_vlm.data.sample.encode import IMAGE_SLOT, encode_pieces
+from lit_vlm.data.sample.spec import InputSpec
+from lit_vlm.data.sample.templates import Piece, Span
+from lit_vlm.hf.chat_template import IMAGE_MARK
+from lit_vlm.hf.config import AUTO_MAP, factories
+from lit_vlm.model.build import Slots
+from lit_vlm.projectors.base import InTurn
+
+Padding = bool | Literal["longest", "max_length", "do_not_pad"]
+TYPED = ("\ufdee", "\ufdef")
+"""Noncharacters around text that a chat holds, so that the letters of a special token in it stay letters."""
+_PLACE = Image(path="picture")
+
+
+class LitVLMProcessor(ProcessorMixin):
+    """Text, chats and pictures → `input_ids`, `attention_mask`, `pixel_values`, `image_sizes`.
+
+    A picture stands where the text has `<image>`, and takes as many positions as it has visual tokens. Letters of a
+    special token in a chat's messages stay letters, as in training.
+
+    Args:
+        tokenizer: the decoder's fast tokenizer, with the token for images.
+        slots: the slots of the model, as in its configuration; they say how many tokens a picture has.
+        hidden_size: width of the decoder.
+        vocab_size: rows of the decoder's word table.
+        transform: `class_path` and `init_args` of how pictures are resized.
+        max_length: most positions of a sample in training; longer ones give a warning.
+        typed_marks: see `data.Template`; for chats.
+        chat_template: how chats are written.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        slots: dict[str, dict[str, Any]],
+        hidden_size: int,
+        vocab_size: int,
+        transform: dict[str, Any],
+        max_length: int,
+        typed_marks: Literal["text", "tokens"] = "text",
+        chat_template: str | None = None,
+    ) -> None:
+        super().__init__(tokenizer, chat_template=chat_template)
+        self.slots, self.hidden_size, self.vocab_size = slots, hidden_size, vocab_size
+        self.transform, self.max_length, self.typed_marks = transform, max_length, typed_marks
+        self.image_token = IMAGE_MARK
+        self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_MARK)
+        self.auto_map = AUTO_MAP
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoProcessor") -> None:
+        """Do nothing: `auto_map` names the stub, so no file of the kit is copied when a processor is saved."""
+
+    def to_json_string(self) -> str:
+        """The settings as JSON. transformers sorts keys, but the order of task tokens has a meaning."""
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> Any:
+        """Write tokenizer, settings and chat template, and the stub that imports the kit."""
+        from lit_vlm.hf.model import write_stub
+
+        saved = super().save_pretrained(save_directory, *args, **kwargs)
+        write_stub(Path(save_directory))
+        return saved
+
+    # ------------------------------------------------------------------ what the model wants
+
+    @cached_property
+    def spec(self) -> InputSpec:
+        """What the data side knows of the model; the parts that count tokens are built without weights."""
+        slots: Slots = factories(self.slots)
+        with torch.device("cpu"), meta_parameters():
+            encoder = slots.encoder()
+            projector = slots.projector(encoder.width, self.hidden_size)
+            embedder = slots.embedder(self.hidden_size, self.vocab_size)
+        grid_map = InTurn(projector.grid_map, embedder.grid_map)
+        return InputSpec(self.tokenizer, encoder.pixels, encoder.patch_grid, grid_map)
+
+    @cached_property
+    def _resize(self) -> ImageTransform:
+        parser = ArgumentParser(exit_on_error=False)
+        parser.add_argument("--transform", type=ImageTransform)
+        made = parser.instantiate_classes(parser.parse_object({"transform": self.transform})).transform
+        assert isinstance(made, ImageTransform)
+        return made
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """Names of what a call returns."""
+        return ["input_ids", "attention_mask", "pixel_values", "image_sizes"]
+
+    # ------------------------------------------------------------------ calls
+
+    def __call__(
+        self,
+        images: Any = None,
+        text: str | Sequence[str] | None = None,
+        padding: Padding = True,
+        padding_side: Literal["left", "right"] = "left",
+        max_length: int | None = None,
+        add_special_tokens: bool = True,
+        return_tensors: str | None = None,
+        truncation: bool | None = None,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """Prepare texts with the pictures of their `<image>` marks.
+
+        Args:
+            images: pictures of all texts in order, or a list of them for each text: PIL pictures, arrays `[h, w, 3]`,
+                paths, URLs.
+            text: one text, or several.
+            padding: `longest` (or True) pads to the longest text, `max_length` to `max_length`.
+            padding_side: `left`, as generation needs it; the model's loss is the same with either.
+            max_length: length to pad to.
+            add_special_tokens: whether a text that lacks it gets the token that stands in front of every text.
+            return_tensors: `pt` or None; pictures are tensors in any case.
+            truncation: refused where it would cut, as a picture can only be there whole.
+            kwargs: nested `text_kwargs` and `images_kwargs`, as transformers passes them.
+
+        Raises:
+            ValueError: for a text without its picture, a picture without its mark, a picture that cannot be read, text
+                that would be cut, or an argument that this processor does not have.
+        """
+        given = {**kwargs.pop("common_kwargs", {}), **kwargs.pop("text_kwargs", {}), **kwargs.pop("images_kwargs", {})}
+        if given:
+            return self(images, text, **{"return_tensors": return_tensors, "padding": padding} | given | kwargs)
+        if unknown := {key for key, value in kwargs.items() if value is not None} - IGNORED:
+            raise ValueError(f"LitVLMProcessor has no argument {', '.join(sorted(unknown))}")
+        if text is None:
+            raise ValueError("give text: a picture is asked about, with <image> where it stands")
+        texts = [text] if isinstance(text, str) else list(text)
+        pixels = [[self._pixels(image) for image in row] for row in _by_text(images, texts)]
+        rows = [self._ids(one, own, add_special_tokens) for one, own in zip(texts, pixels, strict=True)]
+        longest = max(len(row) for row in rows)
+        if longest > self.max_length:
+            warnings.warn(f"{longest} positions; the model was trained on {self.max_length} at most", stacklevel=2)
+        if truncation and max_length is not None and longest > max_length:
+            raise ValueError(f"{longest} positions do not fit max_length {max_length}, and pictures cannot be cut")
+        width = max_length or longest if padding == "max_length" else longest
+        width = 0 if padding in (False, "do_not_pad") else width
+        padded = [_padded(row, width, padding_side, self._pad_id) for row in rows]
+        data: dict[str, Any] = {
+            "input_ids": [ids for ids, _ in padded],
+            "attention_mask": [mask for _, mask in padded],
+        }
+        if return_tensors is not None:
+            data = {name: torch.tensor(value) for name, value in data.items()}
+        if any(pixels):
+            data["pixel_values"], data["image_sizes"] = _stacked(pixels)
+        return BatchFeature(data)
+
+    def apply_chat_template(self, conversation: Any, chat_template: str | None = None, **kwargs: Any) -> Any:
+        """As transformers' processors do; with `tokenize=True`, letters of special tokens in messages stay letters.
+
+        Args:
+            conversation: messages, or a list of conversations.
+            chat_template: default: the model's own.
+            kwargs: as for `ProcessorMixin.apply_chat_template`.
+
+        Raises:
+            ValueError: with `return_assistant_tokens_mask`, which the kit's templates do not mark.
+        """
+        if kwargs.get("return_assistant_tokens_mask"):
+            raise ValueError("return_assistant_tokens_mask: the chat template of this model marks no answers")
+        if kwargs.get("tokenize") and self.typed_marks == "text":
+            conversation = _typed(copy.copy(conversation))
+        return super().apply_chat_template(conversation, chat_template, **kwargs)
+
+    @property
+    def _pad_id(self) -> int:
+        return int(self.tokenizer.pad_token_id)
+
+    def _ids(self, text: str, pixels: Sequence[Tensor], add_special_tokens: bool) -> list[int]:
+        """Ids of a text, with `image_token_id` at each visual token."""
+        bos = self.tokenizer.bos_token if self.spec.bos_id is not None else None
+        begins = bos is not None and text.startswith(bos)
+        pieces = _pieces(text.removeprefix(bos) if begins and bos else text)
+        encoded, _ = encode_pieces(pieces, self.spec)
+        if bos is not None and not begins and not add_special_tokens:
+            encoded = encoded[1:]
+        grids = iter([self.spec.grid(*image.shape[1:]) for image in pixels])
+        ids: list[int] = []
+        for token in encoded:
+            ids += [self.image_token_id] * next(grids).num_tokens if token == IMAGE_SLOT else [token]
+        return ids
+
+    def _pixels(self, image: Any) -> Tensor:
+        """uint8 `[3, h, w]` of a picture, resized as in training."""
+        try:
+            return self._resize(_opened(image), self.spec.pixels)
+        except RecordError as error:
+            raise ValueError(f"a picture cannot be used: {error}") from error
+
+    def grid(self, height: int, width: int) -> Grid:
+        """Layout of the tokens of a picture of this (width, height) in pixels, before it is resized."""
+        resized = self._resize.size((width, height), self.spec.pixels)
+        return self.spec.grid(resized[1], resized[0])
+
+    def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:
+        """Texts of ids, by the tokenizer."""
+        found: list[str] = self.tokenizer.batch_decode(*args, **kwargs)
+        return found
+
+    def decode(self, *args: Any, **kwargs: Any) -> str:
+        """Text of ids, by the tokenizer."""
+        found: str = self.tokenizer.decode(*args, **kwargs)
+        return found
+
+
+IGNORED = frozenset({"videos", "audio", "return_mm_token_type_ids", "return_token_type_ids", "return_attention_mask"})
+"""Arguments that transformers passes to every processor, and that mean nothing to this one."""
+
+
+def _pieces(text: str) -> list[Piece]:
+    """Spans and images of a text with `<image>` marks and marks around what people typed."""
+    pieces: list[Piece] = []
+    for index, part in enumerate(text.split(IMAGE_MARK)):
+        if index:
+            pieces.append(_PLACE)
+        for number, stretch in enumerate(part.split(TYPED[0])):
+            typed, closed, rest = stretch.partition(TYPED[1]) if number else ("", "", stretch)
+            pieces += [
+                Span(one, typed=own)
+                for one, own in ((typed, True), (rest if closed or not number else "", False))
+                if one
+            ]
+    return pieces
+
+
+def _typed(conversation: Any) -> Any:
+    """A copy of messages, or of conversations, with marks around all their text."""
+    if isinstance(conversation, dict):
+        content = conversation.get("content")
+        if isinstance(content, str):
+            content = "".join(_wrapped(content))
+        elif content is not None:
+            content = [
+                {**part, "text": _wrapped(part["text"])} if part.get("type") == "text" else part for part in content
+            ]
+        return {**conversation, "content": content}
+    messages = getattr(conversation, "messages", conversation)
+    return [_typed(one) for one in messages]
+
+
+def _wrapped(text: str) -> str:
+    """Text between marks; `<image>` in it stays a place for a picture."""
+    parts = [part.replace(TYPED[0], "").replace(TYPED[1], "") for part in text.split(IMAGE_MARK)]
+    return IMAGE_MARK.join(f"{TYPED[0]}{part}{TYPED[1]}" if part else "" for part in parts)
+
+
+def _by_text(images: Any, texts: Sequence[str]) -> list[list[Any]]:
+    """The pictures of each text.
+
+    Raises:
+        ValueError: where numbers of pictures and of marks differ.
+    """
+    counts = [text.count(IMAGE_MARK) for text in texts]
+    if images is None:
+        rows: list[list[Any]] = [[] for _ in texts]
+    elif isinstance(images, list | tuple) and images and all(isinstance(row, list | tuple) for row in images):
+        rows = [list(row) for row in images]
+    else:
+        flat = list(images) if isinstance(images, list | tuple) else [images]
+        if len(flat) != sum(counts):
+            raise ValueError(f"{len(flat)} pictures for {sum(counts)} {IMAGE_MARK} marks in {len(texts)} texts")
+        rest = iter(flat)
+        rows = [[next(rest) for _ in range(count)] for count in counts]
+    if len(rows) != len(texts):
+        raise ValueError(f"pictures of {len(rows)} texts for {len(texts)} texts")
+    for index, (row, count) in enumerate(zip(rows, counts, strict=True)):
+        if len(row) != count:
+            raise ValueError(f"text {index} has {count} {IMAGE_MARK} marks and {len(row)} pictures")
+    return rows
+
+
+def _opened(image: Any) -> PILImage.Image:
+    """A picture as 8-bit RGB."""
+    if isinstance(image, str | Path) and Path(str(image)[:4096]).is_file():
+        return decode_image(Image(path=str(Path(image).resolve())), Path("/"))[0]
+    if isinstance(image, Tensor):
+        image = image.numpy(force=True)
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3:
+            raise RecordError(
+                "corrupt_image", f"an array must be uint8 [h, w, 3] or [3, h, w], not {image.dtype} {image.shape}"
+            )
+        image = PILImage.fromarray(image if image.shape[-1] in (3, 4) else np.moveaxis(image, 0, -1))
+    return as_rgb(load_image(image) if isinstance(image, str) else image)
+
+
+def _padded(ids: list[int], width: int, side: str, pad_id: int) -> tuple[list[int], list[int]]:
+    """Ids and mask of a row of at least this width."""
+    missing = max(0, width - len(ids))
+    padding, ones = [pad_id] * missing, [1] * len(ids)
+    if side == "left":
+        return padding + ids, [0] * missing + ones
+    return ids + padding, ones + [0] * missing
+
+
+def _stacked(rows: Sequence[Sequence[Tensor]]) -> tuple[Tensor, Tensor]:
+    """Pixels `[b, n, 3, h, w]` and sizes `[b, n, 2]` of the pictures of all rows."""
+    everything = [image for row in rows for image in row]
+    most = max(len(row) for row in rows)
+    height, width = (max(image.shape[axis] for image in everything) for axis in (1, 2))
+    pixels = torch.zeros(len(rows), most, 3, height, width, dtype=torch.uint8)
+    sizes = torch.zeros(len(rows), most, 2, dtype=torch.long)
+    for r, row in enumerate(rows):
+        for i, image in enumerate(row):
+            pixels[r, i, :, : image.shape[1], : image.shape[2]] = image
+            sizes[r, i] = torch.tensor(image.shape[1:])
+    return pixels, sizes

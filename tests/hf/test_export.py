@@ -1,0 +1,124 @@
+"""Every composition as a folder of transformers: written, read back, equal."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from lit_vlm.commands.cli import main
+from lit_vlm.commands.recipe import find_recipe, shipped_recipes
+from lit_vlm.hf.export import export_hf
+from tests.exports import exported, read
+from tests.full_disk import small_disk
+from tests.runs import one_step
+from tests.tiny import CLIP, LLAMA
+
+TINY = [name for name in shipped_recipes() if "tiny" in find_recipe(name).scales]
+DINO = {"model_type": "dinov2", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28,
+        "patch_size": 7}  # fmt: skip
+
+
+def part(class_path: str, /, **arguments: Any) -> dict[str, Any]:
+    return {"class_path": f"lit_vlm.{class_path}", "init_args": arguments}
+
+
+CLIP_PART = part("encoders.HFEncoder", config=CLIP, layer=-2)
+DEPTH = part("encoders.DepthAnything", name=None, config=DINO, image_size=28)
+QWEN3 = LLAMA | {"model_type": "qwen3", "head_dim": 16}
+TIED = LLAMA | {"tie_word_embeddings": True}
+SWAPS: dict[str, dict[str, Any]] = {
+    "S2": {"encoder": part("encoders.S2", encoder=CLIP_PART)},
+    "Ensemble": {"encoder": part("encoders.Ensemble", encoders=[CLIP_PART, DEPTH])},
+    "TimmEncoder": {"encoder": part("encoders.TimmEncoder", name="test_vit", pretrained=None)},
+    "Resampler": {"projector": part("projectors.Resampler", num_queries=3, head_dim=16)},
+    "new tokens, tied": {
+        "decoder": part("decoders.HFDecoder", config=TIED, tokenizer="bytes", new_tokens=["<here>"]),
+    },
+    "another family": {"decoder": part("decoders.HFDecoder", config=QWEN3, tokenizer="bytes")},
+}
+
+
+@pytest.mark.parametrize("recipe", TINY)
+def test_every_recipe_is_the_same_in_transformers(recipe: str, tmp_path: Path) -> None:
+    _, found = exported(tmp_path / "out", recipe)
+    assert found.logits == 0
+    assert found.gradients == 0
+
+
+@pytest.mark.parametrize("name", SWAPS)
+def test_swapped_parts_are_the_same_in_transformers(name: str, tmp_path: Path) -> None:
+    _, found = exported(tmp_path / "out", "llava15", **SWAPS[name])
+    assert found.logits == 0
+
+
+def test_the_folder_needs_no_other_file(tmp_path: Path) -> None:
+    """Names of hub models and folders are not in it, and the classes are the ones that `auto_map` names."""
+    exported(tmp_path / "out", "llava15")
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert {slot["init_args"].get("name") for slot in config["slots"].values()} == {None}
+    moved = shutil.move(tmp_path / "out", tmp_path / "elsewhere")
+    model = AutoModelForImageTextToText.from_pretrained(moved, trust_remote_code=True)
+    assert type(AutoProcessor.from_pretrained(moved, trust_remote_code=True)).__name__ == "LitVLMProcessor"
+    assert next(model.parameters()).dtype == torch.float32
+
+
+def test_without_the_kit_the_stub_says_what_is_missing(tmp_path: Path) -> None:
+    exported(tmp_path / "out", "llava15")
+    (tmp_path / "hide").mkdir()
+    (tmp_path / "hide/lit_vlm").mkdir()
+    (tmp_path / "hide/lit_vlm/__init__.py").write_text("")  # an older version, without lit_vlm.hf
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path / 'hide')!r})\n"
+        "from transformers import AutoConfig\n"
+        f"AutoConfig.from_pretrained({str(tmp_path / 'out')!r}, trust_remote_code=True)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "this model runs by the package lit-vlm, which is not installed here, or is too old" in done.stderr
+
+
+def test_a_folder_that_exists_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/note.txt").write_text("mine")
+    with pytest.raises(ValueError, match="out is not empty"):
+        exported(tmp_path / "out", "llava15")
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["note.txt"]
+
+
+def test_what_differs_is_no_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lit_vlm.hf import model
+
+    real = model.LitVLMForConditionalGeneration._moved
+
+    def wrong(self: Any, ids: Any, *others: Any) -> Any:
+        return real(self, ids.where(ids != 65, 66), *others)  # one letter for another
+
+    monkeypatch.setattr(model.LitVLMForConditionalGeneration, "_moved", wrong)
+    with pytest.raises(ValueError, match=r"what was read back differs: logits by \d"):
+        exported(tmp_path / "out", "llava15")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_leaves_nothing_behind(tmp_path: Path) -> None:
+    module, config, written = read("llava15")
+    with small_disk(tmp_path / "disk", 1) as disk:
+        (disk / "filler").write_bytes(bytes(2**19))
+        with pytest.raises(ValueError, match=r"out cannot be written: .*[Nn]o space"):
+            export_hf(module.vlm, config, written, module.input_spec, disk / "out")
+        assert [file.name for file in disk.iterdir()] == ["filler"]
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = one_step(tmp_path / "run", "llava15", "2_sft")
+    main(["export", str(run), str(tmp_path / "out"), "--format", "hf"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "read back, its logits differ by at most 0.0e+00" in said
+    assert "trust_remote_code=True" in said
