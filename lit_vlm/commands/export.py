@@ -69,4 +69,4 @@ def _export(run: Asker, format_name: str, checkpoint: str, out: Path) -> float:
         return export_hf(run.module.vlm, run_config(checkpoint), run.format, run.module.input_spec, out).logits
     from lit_vlm.checkpoints.published import export_published
 
-    return export_published(format_name, run.module.vlm, out, run.format.transform)
+    return export_published(format_name, run.module.vlm, out, run.format)

@@ -100,7 +100,7 @@ class Splice(Embedder):
         check_grids(batch, visual, self.grid_map)
         if not self.tasks:
             return scatter_visual(embeds, batch.image_positions, visual)
-        tokens = self._task_vectors().to(embeds.dtype)
+        tokens = self.task_vectors().to(embeds.dtype)
         if not batch.image_grids:
             return scatter_visual(embeds, batch.image_positions, visual) + 0 * tokens.sum()
         others, suffixes = (send(index, embeds.device) for index in index_suffixes(batch.image_grids))
@@ -108,7 +108,7 @@ class Splice(Embedder):
         places = batch.image_positions[suffixes.flatten()]
         return embeds.flatten(0, 1).index_copy(0, places, tokens.repeat(len(suffixes), 1)).view_as(embeds)
 
-    def _task_vectors(self) -> Tensor:
+    def task_vectors(self) -> Tensor:
         """Vectors of the task tokens that follow each image: `[suffix, d]`."""
         return torch.cat(
             [self.tasks[name].unflatten(0, (len(place), -1)).mean(1) for name, place in self.task_tokens.items()]

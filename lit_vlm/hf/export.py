@@ -20,12 +20,12 @@ from lit_vlm.checkpoints.published.layout import TOLERANCE
 from lit_vlm.core.lora import merge_adapters
 from lit_vlm.core.part import standalone_class
 from lit_vlm.data.records import Image, Message, Record, RecordError, Text
+from lit_vlm.data.sample.chat_template import IMAGE_MARK, as_jinja
 from lit_vlm.data.sample.collate import collate, collate_prompts
 from lit_vlm.data.sample.encode import Sample
 from lit_vlm.data.sample.format import SampleFormat
 from lit_vlm.data.sample.spec import InputSpec
 from lit_vlm.data.sample.spelling import spelling_of
-from lit_vlm.hf.chat_template import IMAGE_MARK, as_jinja
 from lit_vlm.hf.config import SLOTS, LitVLMConfig
 from lit_vlm.hf.model import LitVLMForConditionalGeneration
 from lit_vlm.hf.processor import LitVLMProcessor

@@ -23,10 +23,10 @@ from lit_vlm.core.part import meta_parameters
 from lit_vlm.data import ImageTransform
 from lit_vlm.data.records import Image, RecordError, decode_image
 from lit_vlm.data.records.record import as_rgb
+from lit_vlm.data.sample.chat_template import IMAGE_MARK
 from lit_vlm.data.sample.encode import IMAGE_SLOT, encode_pieces
 from lit_vlm.data.sample.spec import InputSpec
 from lit_vlm.data.sample.templates import Piece, Span
-from lit_vlm.hf.chat_template import IMAGE_MARK
 from lit_vlm.hf.config import AUTO_MAP, factories
 from lit_vlm.model.build import Slots
 from lit_vlm.projectors.base import InTurn

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from lit_vlm.checkpoints import load_published, read_slots
 from lit_vlm.checkpoints.published.hovle import BASE, HD, Hovle
 from lit_vlm.core.part import meta_parameters
-from lit_vlm.data import Tiles
+from lit_vlm.data import ChatML, Tiles
+from lit_vlm.data.sample.format import SampleFormat
 from lit_vlm.decoders import HFDecoder, internlm2
 from lit_vlm.decoders.hf import read_folder
 from lit_vlm.embedders import Holistic
@@ -58,7 +59,7 @@ def test_what_is_exported_is_read_back(name: str, tmp_path: Path) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
-    assert FAMILIES[name].export(model, tmp_path / "out", Tiles(max_tiles=3)) < 1e-5
+    assert FAMILIES[name].export(model, tmp_path / "out", SampleFormat(ChatML(), Tiles(max_tiles=3), 512, True)) < 1e-5
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["max_dynamic_patch"], config["use_thumbnail"]) == (3, True)
     other = "hovle" if name == "hovle_hd" else "hovle_hd"

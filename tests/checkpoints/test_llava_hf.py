@@ -2,17 +2,26 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import LlavaConfig, LlavaForConditionalGeneration
+from PIL import Image
+from transformers import AutoProcessor, LlavaConfig, LlavaForConditionalGeneration
 
 from lit_vlm.checkpoints import load_published, read_slots
-from lit_vlm.checkpoints.published import FAMILIES, export_published, llava_hf
+from lit_vlm.checkpoints.published import FAMILIES, export_published, llava_written
 from lit_vlm.core.lora import Adapters, Lora, is_adapter
-from lit_vlm.data import SquareCrop
+from lit_vlm.data import ChatML, SquareCrop
+from lit_vlm.data.records import Image as Picture
+from lit_vlm.data.records import Message, Record, Text
+from lit_vlm.data.sample.collate import collate, collate_prompts
+from lit_vlm.data.sample.format import SampleFormat
+from lit_vlm.embedders import Splice
 from lit_vlm.encoders import HFEncoder
-from tests.tiny import CLIP, LLAMA, batch_of, tiny_vlm
+from lit_vlm.model.generate import generate
+from lit_vlm.projectors import MLP, Linear
+from tests.tiny import CLIP, LLAMA, batch_of, spec_of, tiny_vlm
 
 CONFIG = {
     "vision_config": CLIP | {"projection_dim": 16},
@@ -67,7 +76,7 @@ def test_what_a_stage_trained_comes_back_from_the_exported_folder(tmp_path: Path
                 parameter.normal_(std=0.1)
     batch = batch_of(model)
     before = model.logits(batch)
-    assert export_published("llava-hf", model, tmp_path / "out", SquareCrop()) <= 1e-5
+    assert export_published("llava-hf", model, tmp_path / "out", WRITTEN) <= 1e-5
     again = load_published("llava-hf", tmp_path / "out")
     slots = read_slots(f"llava-hf:{tmp_path / 'out'}")
     found = {f"{slot}.{key}": value for slot, state in slots.items() for key, value in state.items()}
@@ -83,13 +92,13 @@ def test_what_a_stage_trained_comes_back_from_the_exported_folder(tmp_path: Path
 
 
 def test_an_export_that_gives_other_logits_is_not_called_a_success(tmp_path: Path, monkeypatch) -> None:
-    original = llava_hf._fill
+    original = llava_written._fill
 
-    def broken(target, model) -> None:
-        original(target, model)
+    def broken(target, *others) -> None:
+        original(target, *others)
         target.lm_head.weight.data[5] += 0.1
 
-    monkeypatch.setattr(llava_hf, "_fill", broken)
+    monkeypatch.setattr(llava_written, "_fill", broken)
     with pytest.raises(ValueError, match="logits differ by"):
         FAMILIES["llava-hf"].export(tiny_vlm(), tmp_path / "out")
 
@@ -106,3 +115,50 @@ def test_models_of_another_form_cannot_be_exported(tmp_path: Path) -> None:
 def test_every_feature_layer_and_cls_choice_survives(layer: int, cls: bool, tmp_path: Path) -> None:
     model = tiny_vlm(encoder=partial(HFEncoder, config=CLIP, layer=layer, cls=cls))
     assert FAMILIES["llava-hf"].export(model, tmp_path / "out") <= 1e-5
+
+
+SPLICE = partial(Splice, task_tokens={"gen": 2, "depth": 1, "a": 2}, pooled_from={"depth": 4})
+WRITTEN = SampleFormat(ChatML(), SquareCrop(), 512, True)
+
+
+@pytest.mark.parametrize("projector", [Linear, partial(MLP, depth=1), MLP], ids=["Linear", "one layer", "two layers"])
+def test_projectors_of_one_layer_and_task_tokens_are_held(projector: Any, tmp_path: Path) -> None:
+    model = tiny_vlm(projector=projector, embedder=SPLICE)
+    assert export_published("llava-hf", model, tmp_path / "out", WRITTEN) <= 1e-5
+
+
+def test_deeper_projectors_are_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="this model is HFEncoder, MLP, Splice, HFDecoder, its MLP of depth 3"):
+        export_published("llava-hf", tiny_vlm(projector=partial(MLP, depth=3)), tmp_path / "out", WRITTEN)
+
+
+def test_a_written_single_layer_is_not_read_as_two(tmp_path: Path) -> None:
+    export_published("llava-hf", tiny_vlm(projector=Linear), tmp_path / "out", WRITTEN)
+    with pytest.raises(ValueError, match="projector_hidden_act 'linear': a projector with it is not read"):
+        load_published("llava-hf", tmp_path / "out")
+
+
+def test_task_tokens_come_behind_each_image_by_the_chat_template_alone(tmp_path: Path) -> None:
+    """What knows LLaVA and nothing of the kit answers as the kit does."""
+    model = tiny_vlm(embedder=SPLICE)
+    export_published("llava-hf", model, tmp_path / "out", WRITTEN)
+    twin = LlavaForConditionalGeneration.from_pretrained(tmp_path / "out").eval()
+    processor = AutoProcessor.from_pretrained(tmp_path / "out")
+    picture = Image.fromarray(torch.randint(0, 256, (28, 28, 3), dtype=torch.uint8).numpy())
+    picture.save(tmp_path / "a.png")
+    messages = (Message("user", (Picture(path="a.png"), Text("What "), Picture(path="a.png"), Text("is it?"))),)
+    sample = WRITTEN.sample_encoder(spec_of(model), prompt=True)(Record("a", "a", messages), tmp_path)
+    chat = [{"role": "user", "content": [
+        {"type": "image", "image": picture}, {"type": "text", "text": "What "},
+        {"type": "image", "image": picture}, {"type": "text", "text": "is it?"},
+    ]}]  # fmt: skip
+    inputs = processor.apply_chat_template(
+        chat, tokenize=True, return_dict=True, add_generation_prompt=True, return_tensors="pt"
+    )
+    assert inputs["input_ids"].shape[1] == len(sample)
+    with torch.no_grad():
+        ours, theirs = model.logits(collate([sample])), twin(**inputs).logits
+    torch.testing.assert_close(theirs[..., : ours.shape[-1]], ours, atol=1e-5, rtol=1e-5)
+    found = twin.generate(**inputs, max_new_tokens=6, do_sample=False)[0, len(sample) :]
+    assert int(found.max()) < model.decoder.vocab_size  # the new words are never written
+    assert found.tolist() == generate(model, collate_prompts([sample]), [2], 6)[0] or 2 in found.tolist()

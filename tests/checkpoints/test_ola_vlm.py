@@ -16,7 +16,8 @@ from torch import Tensor
 from lit_vlm.checkpoints import load_published
 from lit_vlm.checkpoints.published.ola_vlm import NAMES, OlaVlm, own_predictor_key
 from lit_vlm.core.part import meta_parameters
-from lit_vlm.data import PadSquare
+from lit_vlm.data import ChatML, PadSquare
+from lit_vlm.data.sample.format import SampleFormat
 from lit_vlm.decoders import HFDecoder
 from lit_vlm.embedders import Splice
 from lit_vlm.encoders import HFEncoder, TimmEncoder
@@ -92,7 +93,7 @@ def test_the_published_numbers_of_parameters() -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_what_is_exported_is_read_back(form: str, heads: bool, convolutional: bool, tmp_path: Path) -> None:
     model = model_of(form, heads, convolutional)
-    assert OlaVlm().export(model, tmp_path / "out", PadSquare()) <= 1e-5
+    assert OlaVlm().export(model, tmp_path / "out", SampleFormat(ChatML(), PadSquare(), 512, True)) <= 1e-5
     keys = load_file(tmp_path / "out" / "model.safetensors").keys()
     assert {"model.mm_projector.2.bias", "model.special_seg_tokens", "model.embed_tokens.weight"} <= keys
     tower = "stages.0.blocks.0.gamma" if convolutional else "vision_model.encoder.layers.0.mlp.fc1.weight"

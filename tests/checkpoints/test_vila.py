@@ -23,7 +23,8 @@ from transformers import (
 from lit_vlm.checkpoints import load_published, read_slots
 from lit_vlm.checkpoints.published import export_published
 from lit_vlm.checkpoints.published.layout import trial_batch
-from lit_vlm.data import Resize
+from lit_vlm.data import ChatML, Resize
+from lit_vlm.data.sample.format import SampleFormat
 from lit_vlm.encoders import S2, HFEncoder
 from lit_vlm.projectors import MLP, Downsample, Downsample3x3, Linear, Resampler
 from tests.tiny import CLIP, LLAMA, tiny_vlm
@@ -170,7 +171,7 @@ def test_what_fits_nowhere_is_missing_or_unknown_is_an_error(tmp_path: Path) -> 
 )
 def test_exported_folders_come_back(encoder: Any, projector: Any, tmp_path: Path) -> None:
     model = tiny_vlm(encoder=encoder, projector=projector)
-    assert export_published("vila", model, tmp_path / "out", Resize()) <= 1e-5
+    assert export_published("vila", model, tmp_path / "out", SampleFormat(ChatML(), Resize(), 512, True)) <= 1e-5
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "config.json",
         "llm",

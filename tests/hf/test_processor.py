@@ -16,9 +16,9 @@ from lit_vlm.core.tokenizers import stand_in
 from lit_vlm.data import ChatML, Llama3, Phi3, Plain, Template, VicunaV1
 from lit_vlm.data.records import Image as Picture
 from lit_vlm.data.records import Message, Text
+from lit_vlm.data.sample.chat_template import IMAGE_MARK, as_jinja
 from lit_vlm.data.sample.encode import encode_pieces
 from lit_vlm.data.sample.templates import Piece, Span, content_of
-from lit_vlm.hf.chat_template import IMAGE_MARK, as_jinja
 from lit_vlm.hf.processor import LitVLMProcessor
 from tests.exports import exported
 from tests.tiny import spec_of, tiny_vlm

@@ -11,7 +11,8 @@ import torch
 from rich.console import Console
 from transformers import LlavaForConditionalGeneration
 
-from lit_vlm.checkpoints.published.llava_hf import llava_config, llava_parts
+from lit_vlm.checkpoints.published.llava_hf import llava_parts
+from lit_vlm.checkpoints.published.llava_written import llava_config
 from lit_vlm.commands.bench import main
 from lit_vlm.commands.plan import _measured
 from lit_vlm.core.batch import Counts

@@ -20,7 +20,7 @@ from lit_vlm.checkpoints.published.vila import Vila
 from lit_vlm.core.lora import merge_adapters
 from lit_vlm.core.plugins import find_class
 from lit_vlm.core.pretrained import resolve
-from lit_vlm.data import ImageTransform
+from lit_vlm.data.sample.format import SampleFormat
 from lit_vlm.model.vlm import VLM
 
 FAMILIES: dict[str, Family] = {
@@ -77,14 +77,14 @@ def read_published(family: str, source: str) -> SlotStates:
         return found.read(source)
 
 
-def export_published(family: str, model: VLM, out: Path, transform: ImageTransform | None) -> float:
+def export_published(family: str, model: VLM, out: Path, written: SampleFormat | None) -> float:
     """Write a model under published names, read it back, and compare logits.
 
     Args:
         family: as in `load_published`.
         model: of the parts that the family consists of; adapters are merged into its weights, in place.
         out: a folder that is new or empty.
-        transform: how pictures were resized.
+        written: template and transform of its data.
 
     Returns:
         the largest difference of the logits on a random picture and text, in fp32.
@@ -94,7 +94,7 @@ def export_published(family: str, model: VLM, out: Path, transform: ImageTransfo
     """
     found = find_family(family)
     merge_adapters(model)
-    return found.export(model, out, transform)
+    return found.export(model, out, written)
 
 
 @contextmanager

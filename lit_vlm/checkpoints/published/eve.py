@@ -14,7 +14,8 @@ from lit_vlm.checkpoints.published.layout import Layout, Names, SlotStates, expo
 from lit_vlm.core.part import meta_parameters
 from lit_vlm.core.pretrained import resolve
 from lit_vlm.core.safetensors import read_folder
-from lit_vlm.data import AspectGrid, ImageTransform
+from lit_vlm.data import AspectGrid
+from lit_vlm.data.sample.format import SampleFormat
 from lit_vlm.decoders import HFDecoder
 from lit_vlm.embedders import Splice
 from lit_vlm.encoders import EvePatchEmbedding
@@ -78,7 +79,7 @@ class Eve(Family):
         """
         return load_folder(source, config, NAMES, _architecture)
 
-    def export(self, model: VLM, out: Path, transform: ImageTransform | None = None) -> float:
+    def export(self, model: VLM, out: Path, written: SampleFormat | None = None) -> float:
         """Write the model under published names, read it back, and compare logits.
 
         The teacher is not written: EVE's own code, too, reads the teacher from files of its own.
@@ -86,7 +87,7 @@ class Eve(Family):
         Args:
             model: EvePatchEmbedding, MLP of depth 2, Splice and HFDecoder.
             out: a folder that is new or empty.
-            transform: how pictures were resized; the name of EVE's preprocessor says the longer side of `AspectGrid`.
+            written: template and transform of its data; EVE's preprocessor is named by the longer side of `AspectGrid`.
 
         Returns and raises as `Family.export`.
         """
@@ -118,6 +119,6 @@ class Eve(Family):
         for name in ("local_attention", "global_attention"):
             if getattr(encoder, name) is None:
                 config[name] = False  # only this kit reads it: it expects these weights unless the config says false
-        if isinstance(transform, AspectGrid):
-            config["mm_vision_tower"] = f"openai/eve-patch{encoder.patch}-anypixel-{transform.longest}"
+        if written is not None and isinstance(written.transform, AspectGrid):
+            config["mm_vision_tower"] = f"openai/eve-patch{encoder.patch}-anypixel-{written.transform.longest}"
         return export_folder(model, out, config, NAMES, {f"heads.{head}": HEAD}, self.load)

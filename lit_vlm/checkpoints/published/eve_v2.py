@@ -15,7 +15,7 @@ from lit_vlm.checkpoints.published.layout import Layout, Names, SlotStates, expo
 from lit_vlm.core.part import meta_parameters
 from lit_vlm.core.pretrained import resolve
 from lit_vlm.core.safetensors import read_folder
-from lit_vlm.data import ImageTransform
+from lit_vlm.data.sample.format import SampleFormat
 from lit_vlm.decoders import DivideAndConquer
 from lit_vlm.embedders import Splice
 from lit_vlm.encoders import EveV2PatchEmbedding
@@ -83,13 +83,13 @@ class EveV2(Family):
         """Build the model that the configuration describes, with all weights; raises as `load_published` does."""
         return load_folder(source, config, NAMES, _architecture)
 
-    def export(self, model: VLM, out: Path, transform: ImageTransform | None = None) -> float:
+    def export(self, model: VLM, out: Path, written: SampleFormat | None = None) -> float:
         """Write the model under published names, read it back, and compare logits.
 
         Args:
             model: EveV2PatchEmbedding, Identity, Splice and DivideAndConquer.
             out: a folder that is new or empty.
-            transform: not written, as EVEv2's configuration has no setting for it.
+            written: not used, as EVEv2's configuration has no setting for it.
 
         Returns and raises as `Family.export`.
         """

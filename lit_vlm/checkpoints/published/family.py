@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from lit_vlm.checkpoints.published.layout import SlotStates
-from lit_vlm.data import ImageTransform
+from lit_vlm.data.sample.format import SampleFormat
 from lit_vlm.model.vlm import VLM
 
 
@@ -49,13 +49,13 @@ class Family(ABC):
         """
         raise ValueError(f"the family {self.name} is one to start from (model.stage.start_from); it builds no model")
 
-    def export(self, model: VLM, out: Path, transform: ImageTransform | None = None) -> float:
+    def export(self, model: VLM, out: Path, written: SampleFormat | None = None) -> float:
         """Write a model under published names, read it back, and compare logits; a family need not have this.
 
         Args:
             model: of the parts that the family consists of, without adapters.
             out: a folder that is new or empty.
-            transform: how pictures were resized.
+            written: template and transform of its data.
 
         Returns:
             the largest difference of the logits on a random picture and text, in fp32.

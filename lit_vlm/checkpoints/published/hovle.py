@@ -24,7 +24,8 @@ from lit_vlm.checkpoints.published.layout import (
 from lit_vlm.core.part import meta_parameters
 from lit_vlm.core.pretrained import resolve
 from lit_vlm.core.safetensors import read_folder
-from lit_vlm.data import ImageTransform, Tiles
+from lit_vlm.data import Tiles
+from lit_vlm.data.sample.format import SampleFormat
 from lit_vlm.decoders import HFDecoder, internlm2
 from lit_vlm.embedders import Holistic
 from lit_vlm.encoders import ConvPatches
@@ -154,13 +155,13 @@ class Hovle(Family):
             )
             return VLM(encoder, projector, embedder, decoder)
 
-    def export(self, model: VLM, out: Path, transform: ImageTransform | None = None) -> float:
+    def export(self, model: VLM, out: Path, written: SampleFormat | None = None) -> float:
         """Write the model under published names, read it back, and compare logits.
 
         Args:
             model: ConvPatches, PatchMerge (or Identity, for HD), Holistic and HFDecoder.
             out: a folder that is new or empty.
-            transform: how pictures were resized; the configuration says how many tiles `Tiles` makes.
+            written: template and transform of its data; the configuration says how many tiles `Tiles` makes.
 
         Returns and raises as `Family.export`.
         """
@@ -176,7 +177,7 @@ class Hovle(Family):
             parts = [type(part).__name__ for part in (encoder, model.projector, embedder, decoder)]
             between = "Identity, Holistic with merge 2" if self.hd else "PatchMerge, Holistic without merge"
             raise ValueError(f"{self.name} is ConvPatches, {between} and HFDecoder; this model is {parts}")
-        own = embedder.config
+        own, transform = embedder.config, None if written is None else written.transform
         config: dict[str, Any] = {
             "model_type": "internvl_chat",
             "architectures": ["InternVLChatModel"],

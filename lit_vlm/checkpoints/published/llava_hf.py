@@ -7,32 +7,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
-from transformers import (
-    AutoProcessor,
-    CLIPImageProcessor,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-)
-from transformers.models.llava.image_processing_llava import LlavaImageProcessor
+from transformers import LlavaConfig
 
 from lit_vlm.checkpoints.published.family import Family
-from lit_vlm.checkpoints.published.layout import TOLERANCE, SlotStates, fill, read_config, trial_batch
+from lit_vlm.checkpoints.published.layout import SlotStates, fill, read_config
+from lit_vlm.checkpoints.published.llava_written import PROJECTOR, published_key, write_llava
 from lit_vlm.core.part import meta_parameters
 from lit_vlm.core.pretrained import resolve
 from lit_vlm.core.safetensors import read_folder
-from lit_vlm.data import ImageTransform, PadSquare, SquareCrop
+from lit_vlm.data.sample.format import SampleFormat
 from lit_vlm.decoders import HFDecoder
 from lit_vlm.embedders import Splice
 from lit_vlm.encoders import HFEncoder
 from lit_vlm.model.vlm import VLM
 from lit_vlm.projectors import MLP
 
-IMAGE_TOKEN = "<image>"
-PROJECTOR = {"linear_1": "layers.0", "linear_2": "layers.2"}
-OWN_PROJECTOR = {ours: theirs for theirs, ours in PROJECTOR.items()}
 DROPPED = {
     "position_ids": "a buffer that older versions saved",
     "rotary_emb.inv_freq": "a buffer that older versions saved",
@@ -40,8 +30,15 @@ DROPPED = {
 }
 
 
-def _settings(folder: str) -> LlavaConfig:
-    return LlavaConfig(**read_config(folder))
+def _settings(found: Mapping[str, Any]) -> LlavaConfig:
+    """The published configuration; refuses a projector that is no MLP of two layers, such as a written `Linear`."""
+    settings = LlavaConfig(**found)
+    if (act := settings.projector_hidden_act) != "gelu":
+        raise ValueError(
+            f"projector_hidden_act '{act}': a projector with it is not read; start from the checkpoint that it was "
+            "written from"
+        )
+    return settings
 
 
 def _feature_layer(config: LlavaConfig) -> int:
@@ -84,17 +81,6 @@ def _slots(state: Mapping[str, Tensor], config: LlavaConfig) -> SlotStates:
     return slots
 
 
-def _published(slot: str, name: str) -> str:
-    """The key of a weight in the state dict of transformers' `LlavaForConditionalGeneration`."""
-    if slot == "encoder":
-        return f"model.vision_tower.{name.removeprefix('backbone.')}"
-    if slot == "projector":
-        layer, _, kind = name.rpartition(".")
-        return f"model.multi_modal_projector.{OWN_PROJECTOR.get(layer, layer)}.{kind}"
-    name = name.removeprefix("lm.")
-    return name if name.startswith("lm_head.") else f"model.language_model.{name.removeprefix('model.')}"
-
-
 def _place(key: str, num_blocks: int) -> tuple[str, str] | None:
     """(slot, own key) of a published key; None for a key that is dropped, for a reason stated below.
 
@@ -125,10 +111,6 @@ def _place(key: str, num_blocks: int) -> tuple[str, str] | None:
     raise ValueError(f"'{key}' is no key of the family llava-hf")
 
 
-def _num_prefix(encoder: HFEncoder) -> int:
-    return encoder.skip + encoder.patch_grid.prefix
-
-
 def llava_parts(model: VLM) -> tuple[HFEncoder, MLP, HFDecoder]:
     """The parts of a model that transformers' `LlavaForConditionalGeneration` can be.
 
@@ -152,66 +134,6 @@ def llava_parts(model: VLM) -> tuple[HFEncoder, MLP, HFDecoder]:
     return encoder, projector, decoder
 
 
-def llava_config(encoder: HFEncoder, decoder: HFDecoder, image_id: int) -> LlavaConfig:
-    """The configuration of transformers' `LlavaForConditionalGeneration` with these parts, as far as they are built.
-
-    Args:
-        encoder: whose blocks behind the one that is read are left out.
-        decoder: whose word table gets a row for the image token, where it lacks one.
-        image_id: id of the image token.
-    """
-    grid = encoder.patch_grid(*(encoder.config.image_size,) * 2)
-    text = decoder.config.to_dict()
-    text["vocab_size"] = max(decoder.vocab_size, image_id + 1)
-    return LlavaConfig(
-        vision_config=encoder.config.to_dict(),
-        text_config=text,
-        image_token_index=image_id,
-        image_seq_length=grid.num_tokens,
-        vision_feature_layer=-1,
-        vision_feature_select_strategy="default" if encoder.skip else "full",
-        tie_word_embeddings=bool(decoder.config.tie_word_embeddings),
-    )
-
-
-def _fill(target: LlavaForConditionalGeneration, model: VLM) -> None:
-    """Copy all weights. New rows of the word table are the mean of the others; an unused final norm stays as made."""
-    state = target.state_dict()
-    for key, value in model.state_dict().items():
-        name = _published(*key.split(".", 1))
-        if state[name].shape != value.shape:
-            extra = state[name].shape[0] - value.shape[0]
-            value = torch.cat([value, value.mean(0, keepdim=True).expand(extra, -1)])
-        state[name] = value.detach().clone()
-    target.load_state_dict(state)
-
-
-def _image_processor(encoder: HFEncoder, transform: ImageTransform | None) -> Any:
-    """The image processor that resizes as the run did; None where transformers has no such processor."""
-    mean, std = encoder.pixel_mean.flatten().tolist(), encoder.pixel_std.flatten().tolist()
-    side = encoder.pixels.size
-    common = {"image_mean": mean, "image_std": std, "crop_size": {"height": side, "width": side}}
-    if isinstance(transform, SquareCrop):
-        return CLIPImageProcessor(size={"shortest_edge": side}, **common)
-    if isinstance(transform, PadSquare):
-        return LlavaImageProcessor(size={"shortest_edge": side}, do_pad=True, **common)
-    return None
-
-
-def _compare(model: VLM, out: Path, image_id: int) -> float:
-    """Largest difference of the logits between the model and the written one, on a random picture and text."""
-    loaded = LlavaForConditionalGeneration.from_pretrained(out, dtype=torch.float32).eval()
-    batch = trial_batch(model)
-    _, images = next(batch.images.groups())
-    pixels = model.encoder.normalise(images, torch.float32)
-    ids = batch.input_ids.clone()
-    ids.view(-1)[batch.image_positions] = image_id
-    with torch.no_grad():
-        ours = model.logits(batch)
-        theirs = loaded(input_ids=ids, pixel_values=pixels).logits[..., : ours.shape[-1]]
-    return float((ours - theirs).abs().max())
-
-
 class LlavaHf(Family):
     """LLaVA as transformers' `LlavaForConditionalGeneration` saves it."""
 
@@ -225,60 +147,30 @@ class LlavaHf(Family):
             ValueError: for a key that belongs to no slot.
         """
         folder = resolve(source)
-        return _slots(read_folder(folder), _settings(folder))
+        return _slots(read_folder(folder), _settings(read_config(folder)))
 
     def load(self, source: str | Path | Mapping[str, Tensor], config: Mapping[str, Any] | None = None) -> VLM:
         """Build the model that the configuration describes, with all weights; raises as `load_published` does."""
         if isinstance(source, Mapping):
             if config is None:
                 raise ValueError("a state dict says nothing of attention heads and layers: pass config as well")
-            settings, state, folder = LlavaConfig(**config), source, None
+            settings, state, folder = _settings(config), source, None
         else:
             folder = resolve(str(source))
-            settings = LlavaConfig(**config) if config else _settings(folder)
+            settings = _settings(config or read_config(folder))
             state = read_folder(folder)
         model = _architecture(settings, folder)
-        fill(model, _slots(state, settings), _published)
+        fill(model, _slots(state, settings), published_key)
         return model.eval()
 
-    def export(self, model: VLM, out: Path, transform: ImageTransform | None = None) -> float:
-        """Write a model that `LlavaForConditionalGeneration.from_pretrained(out)` loads, and check that logits agree.
-
-        The vision model is written without the blocks after the feature layer, so `vision_feature_layer` becomes −1.
-        The token `<image>` is added to the tokenizer, and a row for it to the word table.
+    def export(self, model: VLM, out: Path, written: SampleFormat | None = None) -> float:
+        """Write a model that `LlavaForConditionalGeneration.from_pretrained(out)` loads; see `write_llava`.
 
         Args:
-            model: HFEncoder, MLP of depth 2, Splice and HFDecoder.
+            model: HFEncoder, Linear or MLP of depth 1 or 2, Splice and HFDecoder.
             out: a folder that is new or empty.
-            transform: how pictures were resized, for the image processor; SquareCrop and PadSquare can be written.
+            written: template and transform of its data.
 
         Returns and raises as `Family.export`.
         """
-        encoder, _, decoder = llava_parts(model)
-        if out.exists() and any(out.iterdir()):
-            raise ValueError(f"{out} is not empty")
-        model.float().eval()
-        tokenizer = decoder.tokenizer
-        image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) if IMAGE_TOKEN in tokenizer.get_vocab() else None
-        if image_id is None:
-            tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
-            image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-        target = LlavaForConditionalGeneration(llava_config(encoder, decoder, image_id)).eval()
-        _fill(target, model)
-        target.generation_config.suppress_tokens = [image_id]
-        target.save_pretrained(out)
-        tokenizer.save_pretrained(out)
-        processor = _image_processor(encoder, transform)
-        if processor is not None:
-            LlavaProcessor(
-                image_processor=processor,
-                tokenizer=tokenizer,
-                patch_size=encoder.patch_grid.patch,
-                vision_feature_select_strategy=target.config.vision_feature_select_strategy,
-                num_additional_image_tokens=_num_prefix(encoder),
-            ).save_pretrained(out)
-            AutoProcessor.from_pretrained(out)
-        difference = _compare(model, out, image_id)
-        if difference > TOLERANCE:
-            raise ValueError(f"the exported model's logits differ by {difference:.2e}, more than {TOLERANCE:g}: {out}")
-        return difference
+        return write_llava(model, out, written)

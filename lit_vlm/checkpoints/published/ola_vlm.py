@@ -15,7 +15,8 @@ from lit_vlm.checkpoints.published.layout import Layout, Names, SlotStates, expo
 from lit_vlm.core.part import meta_parameters
 from lit_vlm.core.pretrained import resolve
 from lit_vlm.core.safetensors import read_folder
-from lit_vlm.data import ImageTransform, PadSquare
+from lit_vlm.data import PadSquare
+from lit_vlm.data.sample.format import SampleFormat
 from lit_vlm.decoders import HFDecoder
 from lit_vlm.embedders import Splice
 from lit_vlm.encoders import Encoder, HFEncoder, TimmEncoder
@@ -257,7 +258,7 @@ class OlaVlm(Family):
         """
         return load_folder(source, config, NAMES, _architecture)
 
-    def export(self, model: VLM, out: Path, transform: ImageTransform | None = None) -> float:
+    def export(self, model: VLM, out: Path, written: SampleFormat | None = None) -> float:
         """Write the model under published names, read it back, and compare logits.
 
         Predictors are written if the model has any, as in files after pre-training; blocks of CLIP after the layer
@@ -266,7 +267,7 @@ class OlaVlm(Family):
         Args:
             model: HFEncoder or TimmEncoder, MLP of depth 2, Splice and HFDecoder.
             out: a folder that is new or empty.
-            transform: how pictures were resized.
+            written: template and transform of its data.
 
         Returns and raises as `Family.export`.
         """
@@ -280,6 +281,7 @@ class OlaVlm(Family):
             )
         encoder, decoder = model.encoder, model.decoder
         assert isinstance(decoder, HFDecoder)
+        padded = written is not None and isinstance(written.transform, PadSquare)
         heads = {name: head for name, head in model.heads.items() if isinstance(head, EmbeddingDistillation)}
         places = {f"heads.{name}": f"heads.{head.tokens or name}" for name, head in heads.items()}
         form = "phi3" if decoder.config.model_type == "phi3" else "llama"
@@ -292,7 +294,7 @@ class OlaVlm(Family):
             "mm_projector_type": "mlp2x_gelu",
             "mm_vision_select_layer": -2,
             "mm_vision_select_feature": "patch",
-            "image_aspect_ratio": "pad" if isinstance(transform, PadSquare) else "square",
+            "image_aspect_ratio": "pad" if padded else "square",
         }
         convolutional = isinstance(encoder, TimmEncoder)
         if isinstance(encoder, TimmEncoder):

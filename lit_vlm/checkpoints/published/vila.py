@@ -28,7 +28,8 @@ from lit_vlm.checkpoints.published.layout import (
 from lit_vlm.core.part import meta_parameters
 from lit_vlm.core.pretrained import resolve
 from lit_vlm.core.safetensors import read_folder
-from lit_vlm.data import ImageTransform, PadSquare, Resize
+from lit_vlm.data import PadSquare, Resize
+from lit_vlm.data.sample.format import SampleFormat
 from lit_vlm.decoders import HFDecoder
 from lit_vlm.embedders import Splice
 from lit_vlm.encoders import S2, Encoder, HFEncoder
@@ -229,7 +230,7 @@ class Vila(Family):
         layout = _layout(source, config or {}, None) if isinstance(source, Mapping) else _read(str(source), config)
         return load_layout(layout, _architecture, layout.config.get("llm_cfg") or layout.config)
 
-    def export(self, model: VLM, out: Path, transform: ImageTransform | None = None) -> float:
+    def export(self, model: VLM, out: Path, written: SampleFormat | None = None) -> float:
         """Write the model in the three folders of VILA-1.5, read it back, and compare logits.
 
         The vision model is written without the blocks after the feature layer; `mm_vision_select_layer` becomes −1.
@@ -237,7 +238,7 @@ class Vila(Family):
         Args:
             model: HFEncoder, or S2 over one; Linear, MLP or a Downsample of VILA; Splice and HFDecoder.
             out: a folder that is new or empty.
-            transform: how pictures were resized.
+            written: template and transform of its data.
 
         Returns and raises as `Family.export`.
         """
@@ -279,6 +280,7 @@ class Vila(Family):
         }
         if isinstance(encoder, S2):
             config |= {"s2_scales": ",".join(map(str, encoder.scales)), "s2_max_split_size": encoder.side}
+        transform = None if written is None else written.transform
         if isinstance(transform, PadSquare | Resize):
             config["image_aspect_ratio"] = "pad" if isinstance(transform, PadSquare) else "resize"
         write_config(out, config)

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.optim import AdamW
 from transformers import LlavaForConditionalGeneration
 
-from lit_vlm.checkpoints.published.llava_hf import llava_config, llava_parts
+from lit_vlm.checkpoints.published.llava_hf import llava_parts
+from lit_vlm.checkpoints.published.llava_written import llava_config
 from lit_vlm.core.batch import Batch, Counts
 from lit_vlm.core.lora import has_adapters
 from lit_vlm.core.part import empty_parameters, meta_parameters

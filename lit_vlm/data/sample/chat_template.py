@@ -39,7 +39,7 @@ class _Parts(NamedTuple):
     asks: bool
 
 
-def as_jinja(template: Template, eos: str, bos: str) -> str:
+def as_jinja(template: Template, eos: str, bos: str, behind: str = "") -> str:
     """The chat template that writes conversations as a template of the kit does.
 
     It is found by writing conversations with placeholders and looking at what stands around them, so that it holds for
@@ -49,14 +49,14 @@ def as_jinja(template: Template, eos: str, bos: str) -> str:
         template: the template.
         eos: text of the tokenizer's end-of-sequence token.
         bos: what stands in front of every text; "" for nothing.
+        behind: what stands behind the mark of each image.
 
     Raises:
         ValueError: for a template that writes a placeholder more than once, or text that depends on the turn.
     """
     found = _look(template, eos)
-    image = IMAGE_MARK
-    if template.image_marks is not None:
-        image = f"{template.image_marks[0]}{IMAGE_MARK}{template.image_marks[1]}"
+    front, after = template.image_marks or ("", "")
+    image = f"{front}{IMAGE_MARK}{behind}{after}"
     between = found.between or ""
     most = "" if found.between is not None else _only_one(template)
     text = (
