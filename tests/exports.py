@@ -1,4 +1,4 @@
-"""Recipes as models without training, exported once and read by the tests."""
+"""Recipes as models without training, exported for tests and for the table of docs/export.md."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from lit_vlm.commands.diff import resolved
-from lit_vlm.commands.recipe import find_recipe
+from lit_vlm.commands.recipe import find_recipe, shipped_recipes
 from lit_vlm.data import ImageTransform, Template
 from lit_vlm.data.sample.format import SampleFormat
 from lit_vlm.hf.export import Differences, export_hf
@@ -44,3 +44,7 @@ def exported(folder: Path, recipe: str, stage: str | None = None, **changes: Any
     """Export a tiny model of a recipe; returns it as the kit has it, and how much of it changed on the way."""
     module, config, written = read(recipe, stage, **changes)
     return module, export_hf(module.vlm, config, written, module.input_spec, folder)
+
+
+TINY = [name for name in shipped_recipes() if "tiny" in find_recipe(name).scales]
+"""Recipes that have a tiny scale."""

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,32 +14,13 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from lit_vlm.core.batch import IGNORE, Batch, Images, SampleInfo
+from lit_vlm.core.batch import IGNORE
 from lit_vlm.core.part import meta_parameters
 from lit_vlm.decoders import HFDecoder
 from lit_vlm.embedders import Holistic
 from lit_vlm.hf.cache import LitVLMCache
 from lit_vlm.hf.config import STUB, LitVLMConfig, factories
-
-
-class _Rows(NamedTuple):
-    """Rows whose padding was moved behind their tokens, and the way back.
-
-    Attributes:
-        batch: the rows as the model's parts take them.
-        mask: `[b, s]`, True at tokens, in the order of the batch.
-        back: `[b, s]`, place in the batch of each position that was given; None where nothing moved.
-    """
-
-    batch: Batch
-    mask: Tensor
-    back: Tensor | None
-
-    def restored(self, states: Tensor) -> Tensor:
-        """States `[b, s, d]` in the order of the positions that were given."""
-        if self.back is None:
-            return states
-        return states.gather(1, self.back[..., None].expand_as(states))
+from lit_vlm.hf.rows import make_batch, moved_rows
 
 
 class LitVLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
@@ -123,7 +104,15 @@ class LitVLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if use_cache and cache is None:
             cache = LitVLMCache(self.vlm)
         if cache is None:
-            rows = self._moved(input_ids, attention_mask, position_ids, pixel_values, image_sizes)
+            rows = moved_rows(
+                self.vlm,
+                self.config.image_token_index,
+                input_ids,
+                attention_mask,
+                position_ids,
+                pixel_values,
+                image_sizes,
+            )
             batch = rows.batch
             output = self.vlm.decoder(
                 self.vlm.embed(batch), batch.position_ids, taps, visual=batch.image_positions, segments=batch.segments
@@ -152,25 +141,6 @@ class LitVLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         count = (targets != IGNORE).sum().clamp(min=1) if items is None else items
         return summed / count
 
-    def _moved(
-        self,
-        ids: Tensor,
-        mask: Tensor | None,
-        position_ids: Tensor | None,
-        pixel_values: Tensor | None,
-        image_sizes: Tensor | None,
-    ) -> _Rows:
-        """Rows with their padding behind the tokens, where causal attention never looks at it."""
-        back = None
-        present = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
-        if position_ids is not None and bool(((position_ids[:, 1:] == 0) & present[:, 1:] & present[:, :-1]).any()):
-            raise ValueError("position_ids restart within a row: packed rows train in the kit, not in an export")
-        if mask is not None:
-            order = (~present).byte().argsort(dim=1, stable=True)
-            ids, present, back = ids.gather(1, order), present.gather(1, order), order.argsort(1)
-        positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-        return _Rows(self._batch(ids, present, positions, pixel_values, image_sizes), present, back)
-
     def _continued(
         self,
         cache: LitVLMCache,
@@ -194,48 +164,19 @@ class LitVLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if not start and bool((ids == self.config.image_token_index).any()):
             raise ValueError("a cache cannot be continued with images: give the whole conversation again")
         present = mask[:, -new:].bool()
-        batch = self._batch(ids, present, position_ids, *((pixel_values, image_sizes) if start else (None, None)))
+        batch = make_batch(
+            self.vlm,
+            self.config.image_token_index,
+            ids,
+            present,
+            position_ids,
+            *((pixel_values, image_sizes) if start else (None, None)),
+        )
         cache.length += new
         visual = self.vlm.see(batch) if start else None
         embeds = self.vlm.embedder(batch, visual, self.vlm.decoder, cache.held.embedder, mask)
         return self.vlm.decoder(
             embeds, position_ids, taps, cache=cache.held.decoder, attention_mask=mask, visual=batch.image_positions
-        )
-
-    def _batch(
-        self, ids: Tensor, present: Tensor, positions: Tensor, pixel_values: Tensor | None, image_sizes: Tensor | None
-    ) -> Batch:
-        """The kit's batch of rows; ids of image tokens become 0, as the word table has no row for them."""
-        is_image = (ids == self.config.image_token_index) & present
-        images, counts = _unpacked(pixel_values, image_sizes, len(ids))
-        grids = tuple(self.vlm.grid_map(self.vlm.encoder.patch_grid(*size)) for size in images.sizes)
-        found, taken = is_image.sum(1).tolist(), 0
-        for row, count in enumerate(counts):
-            wanted = sum(grid.num_tokens for grid in grids[taken : taken + count])
-            if wanted != found[row]:
-                raise ValueError(
-                    f"row {row} has {found[row]} image tokens, and its {count} images make {wanted}: prepare text and "
-                    "images together, by the processor of this model"
-                )
-            taken += count
-        lengths = present.sum(1).tolist()
-        samples = tuple(
-            SampleInfo(row, 1, str(row), "hf", count, 0, length)
-            for row, (count, length) in enumerate(zip(counts, lengths, strict=True))
-        )
-        empty = ids.new_empty(0)
-        return Batch(
-            input_ids=ids.masked_fill(is_image, 0),
-            labels=torch.full_like(ids, IGNORE),
-            position_ids=positions,
-            segment_ids=present.long(),
-            images=images,
-            image_grids=grids,
-            image_positions=is_image.flatten().nonzero().squeeze(1),
-            target_positions=empty,
-            targets=empty,
-            num_tokens=sum(lengths),
-            samples=samples,
         )
 
     # ------------------------------------------------------------------ what transformers asks of a model
@@ -339,28 +280,3 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 def write_stub(folder: Path) -> None:
     """Write the file that `auto_map` names into a folder; it imports the classes from the installed kit."""
     shutil.copyfile(Path(__file__).with_name("stub.py"), folder / STUB)
-
-
-def _unpacked(pixel_values: Tensor | None, image_sizes: Tensor | None, rows: int) -> tuple[Images, list[int]]:
-    """The images of a batch in order, and how many each row has.
-
-    Raises:
-        ValueError: for one of the two without the other, or other shapes than `[b, n, 3, h, w]` and `[b, n, 2]`.
-    """
-    if pixel_values is None and image_sizes is None:
-        return Images.pack([]), [0] * rows
-    if pixel_values is None or image_sizes is None:
-        raise ValueError("pixel_values and image_sizes come together from the processor; one of them is missing")
-    if pixel_values.ndim != 5 or image_sizes.shape != (*pixel_values.shape[:2], 2) or len(pixel_values) != rows:
-        raise ValueError(
-            f"pixel_values must be [b, n, 3, h, w] and image_sizes [b, n, 2] with b = {rows}; found "
-            f"{list(pixel_values.shape)} and {list(image_sizes.shape)}"
-        )
-    if pixel_values.dtype != torch.uint8:
-        raise ValueError(
-            f"pixel_values must be uint8, as the encoder normalises them itself; found {pixel_values.dtype}"
-        )
-    sizes = [[(h, w) for h, w in row if h and w] for row in image_sizes.tolist()]
-    images = [pixel_values[r, i, :, :h, :w] for r, row in enumerate(sizes) for i, (h, w) in enumerate(row)]
-    packed = Images.pack(images) if images else Images(pixel_values.new_empty(0), ())
-    return packed, [len(row) for row in sizes]

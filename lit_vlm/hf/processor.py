@@ -10,31 +10,25 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from jsonargparse import ArgumentParser
-from PIL import Image as PILImage
 from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin
-from transformers.image_utils import load_image
 
 from lit_vlm.core.batch import Grid
 from lit_vlm.core.part import meta_parameters
 from lit_vlm.data import ImageTransform
-from lit_vlm.data.records import Image, RecordError, decode_image
-from lit_vlm.data.records.record import as_rgb
+from lit_vlm.data.records import RecordError
 from lit_vlm.data.sample.chat_template import IMAGE_MARK
 from lit_vlm.data.sample.encode import IMAGE_SLOT, encode_pieces
 from lit_vlm.data.sample.spec import InputSpec
-from lit_vlm.data.sample.templates import Piece, Span
 from lit_vlm.hf.config import AUTO_MAP, factories
+from lit_vlm.hf.pictures import by_text, opened, stacked
+from lit_vlm.hf.typed import pieces_of, typed
 from lit_vlm.model.build import Slots
 from lit_vlm.projectors.base import InTurn
 
 Padding = bool | Literal["longest", "max_length", "do_not_pad"]
-TYPED = ("\ufdee", "\ufdef")
-"""Noncharacters around text that a chat holds, so that the letters of a special token in it stay letters."""
-_PLACE = Image(path="picture")
 
 
 class LitVLMProcessor(ProcessorMixin):
@@ -154,7 +148,7 @@ class LitVLMProcessor(ProcessorMixin):
         if text is None:
             raise ValueError("give text: a picture is asked about, with <image> where it stands")
         texts = [text] if isinstance(text, str) else list(text)
-        pixels = [[self._pixels(image) for image in row] for row in _by_text(images, texts)]
+        pixels = [[self._pixels(image) for image in row] for row in by_text(images, texts)]
         rows = [self._ids(one, own, add_special_tokens) for one, own in zip(texts, pixels, strict=True)]
         longest = max(len(row) for row in rows)
         if longest > self.max_length:
@@ -171,7 +165,7 @@ class LitVLMProcessor(ProcessorMixin):
         if return_tensors is not None:
             data = {name: torch.tensor(value) for name, value in data.items()}
         if any(pixels):
-            data["pixel_values"], data["image_sizes"] = _stacked(pixels)
+            data["pixel_values"], data["image_sizes"] = stacked(pixels)
         return BatchFeature(data)
 
     def apply_chat_template(self, conversation: Any, chat_template: str | None = None, **kwargs: Any) -> Any:
@@ -188,7 +182,7 @@ class LitVLMProcessor(ProcessorMixin):
         if kwargs.get("return_assistant_tokens_mask"):
             raise ValueError("return_assistant_tokens_mask: the chat template of this model marks no answers")
         if kwargs.get("tokenize") and self.typed_marks == "text":
-            conversation = _typed(copy.copy(conversation))
+            conversation = typed(copy.copy(conversation))
         return super().apply_chat_template(conversation, chat_template, **kwargs)
 
     @property
@@ -199,7 +193,7 @@ class LitVLMProcessor(ProcessorMixin):
         """Ids of a text, with `image_token_id` at each visual token."""
         bos = self.tokenizer.bos_token if self.spec.bos_id is not None else None
         begins = bos is not None and text.startswith(bos)
-        pieces = _pieces(text.removeprefix(bos) if begins and bos else text)
+        pieces = pieces_of(text.removeprefix(bos) if begins and bos else text)
         encoded, _ = encode_pieces(pieces, self.spec)
         if bos is not None and not begins and not add_special_tokens:
             encoded = encoded[1:]
@@ -212,7 +206,7 @@ class LitVLMProcessor(ProcessorMixin):
     def _pixels(self, image: Any) -> Tensor:
         """uint8 `[3, h, w]` of a picture, resized as in training."""
         try:
-            return self._resize(_opened(image), self.spec.pixels)
+            return self._resize(opened(image), self.spec.pixels)
         except RecordError as error:
             raise ValueError(f"a picture cannot be used: {error}") from error
 
@@ -236,83 +230,6 @@ IGNORED = frozenset({"videos", "audio", "return_mm_token_type_ids", "return_toke
 """Arguments that transformers passes to every processor, and that mean nothing to this one."""
 
 
-def _pieces(text: str) -> list[Piece]:
-    """Spans and images of a text with `<image>` marks and marks around what people typed."""
-    pieces: list[Piece] = []
-    for index, part in enumerate(text.split(IMAGE_MARK)):
-        if index:
-            pieces.append(_PLACE)
-        for number, stretch in enumerate(part.split(TYPED[0])):
-            typed, closed, rest = stretch.partition(TYPED[1]) if number else ("", "", stretch)
-            pieces += [
-                Span(one, typed=own)
-                for one, own in ((typed, True), (rest if closed or not number else "", False))
-                if one
-            ]
-    return pieces
-
-
-def _typed(conversation: Any) -> Any:
-    """A copy of messages, or of conversations, with marks around all their text."""
-    if isinstance(conversation, dict):
-        content = conversation.get("content")
-        if isinstance(content, str):
-            content = "".join(_wrapped(content))
-        elif content is not None:
-            content = [
-                {**part, "text": _wrapped(part["text"])} if part.get("type") == "text" else part for part in content
-            ]
-        return {**conversation, "content": content}
-    messages = getattr(conversation, "messages", conversation)
-    return [_typed(one) for one in messages]
-
-
-def _wrapped(text: str) -> str:
-    """Text between marks; `<image>` in it stays a place for a picture."""
-    parts = [part.replace(TYPED[0], "").replace(TYPED[1], "") for part in text.split(IMAGE_MARK)]
-    return IMAGE_MARK.join(f"{TYPED[0]}{part}{TYPED[1]}" if part else "" for part in parts)
-
-
-def _by_text(images: Any, texts: Sequence[str]) -> list[list[Any]]:
-    """The pictures of each text.
-
-    Raises:
-        ValueError: where numbers of pictures and of marks differ.
-    """
-    counts = [text.count(IMAGE_MARK) for text in texts]
-    if images is None:
-        rows: list[list[Any]] = [[] for _ in texts]
-    elif isinstance(images, list | tuple) and images and all(isinstance(row, list | tuple) for row in images):
-        rows = [list(row) for row in images]
-    else:
-        flat = list(images) if isinstance(images, list | tuple) else [images]
-        if len(flat) != sum(counts):
-            raise ValueError(f"{len(flat)} pictures for {sum(counts)} {IMAGE_MARK} marks in {len(texts)} texts")
-        rest = iter(flat)
-        rows = [[next(rest) for _ in range(count)] for count in counts]
-    if len(rows) != len(texts):
-        raise ValueError(f"pictures of {len(rows)} texts for {len(texts)} texts")
-    for index, (row, count) in enumerate(zip(rows, counts, strict=True)):
-        if len(row) != count:
-            raise ValueError(f"text {index} has {count} {IMAGE_MARK} marks and {len(row)} pictures")
-    return rows
-
-
-def _opened(image: Any) -> PILImage.Image:
-    """A picture as 8-bit RGB."""
-    if isinstance(image, str | Path) and Path(str(image)[:4096]).is_file():
-        return decode_image(Image(path=str(Path(image).resolve())), Path("/"))[0]
-    if isinstance(image, Tensor):
-        image = image.numpy(force=True)
-    if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim != 3:
-            raise RecordError(
-                "corrupt_image", f"an array must be uint8 [h, w, 3] or [3, h, w], not {image.dtype} {image.shape}"
-            )
-        image = PILImage.fromarray(image if image.shape[-1] in (3, 4) else np.moveaxis(image, 0, -1))
-    return as_rgb(load_image(image) if isinstance(image, str) else image)
-
-
 def _padded(ids: list[int], width: int, side: str, pad_id: int) -> tuple[list[int], list[int]]:
     """Ids and mask of a row of at least this width."""
     missing = max(0, width - len(ids))
@@ -320,17 +237,3 @@ def _padded(ids: list[int], width: int, side: str, pad_id: int) -> tuple[list[in
     if side == "left":
         return padding + ids, [0] * missing + ones
     return ids + padding, ones + [0] * missing
-
-
-def _stacked(rows: Sequence[Sequence[Tensor]]) -> tuple[Tensor, Tensor]:
-    """Pixels `[b, n, 3, h, w]` and sizes `[b, n, 2]` of the pictures of all rows."""
-    everything = [image for row in rows for image in row]
-    most = max(len(row) for row in rows)
-    height, width = (max(image.shape[axis] for image in everything) for axis in (1, 2))
-    pixels = torch.zeros(len(rows), most, 3, height, width, dtype=torch.uint8)
-    sizes = torch.zeros(len(rows), most, 2, dtype=torch.long)
-    for r, row in enumerate(rows):
-        for i, image in enumerate(row):
-            pixels[r, i, :, : image.shape[1], : image.shape[2]] = image
-            sizes[r, i] = torch.tensor(image.shape[1:])
-    return pixels, sizes

@@ -1,16 +1,17 @@
-"""`python -m tests.benchmarks [step|loss|data|eve|hovle|ola|plan|saves|watched]`: print every ratio."""
+"""`python -m tests.benchmarks [step|loss|data|eve|exports|hovle|ola|plan|saves|watched]`: print every ratio."""
 
 from __future__ import annotations
 
 import sys
 
-from tests.benchmarks import data, eve, hovle, loss, ola, plan, saves, step, watched
+from tests.benchmarks import data, eve, exports, hovle, loss, ola, plan, saves, step, watched
 
 ALL = {
     "step": step.main,
     "loss": loss.main,
     "data": data.main,
     "eve": eve.main,
+    "exports": exports.main,
     "hovle": hovle.main,
     "ola": ola.main,
     "plan": plan.main,

@@ -11,17 +11,16 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
 from lit_vlm.commands.cli import main
-from lit_vlm.commands.recipe import find_recipe, shipped_recipes
+from lit_vlm.core.tokenizers import byte_tokenizer
 from lit_vlm.hf.export import export_hf
-from tests.exports import exported, read
+from tests.exports import TINY, exported, read
 from tests.full_disk import small_disk
 from tests.runs import one_step
 from tests.tiny import CLIP, LLAMA
 
-TINY = [name for name in shipped_recipes() if "tiny" in find_recipe(name).scales]
 DINO = {"model_type": "dinov2", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28,
         "patch_size": 7}  # fmt: skip
 
@@ -70,6 +69,26 @@ def test_the_folder_needs_no_other_file(tmp_path: Path) -> None:
     assert next(model.parameters()).dtype == torch.float32
 
 
+def test_parts_from_folders_need_them_no_more(tmp_path: Path) -> None:
+    AutoModel.from_config(AutoConfig.for_model(**CLIP)).save_pretrained(tmp_path / "clip")
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(**LLAMA, vocab_size=259)).save_pretrained(tmp_path / "llama")
+    byte_tokenizer().save_pretrained(tmp_path / "llama")
+    lines = {"name": str(tmp_path / "clip"), "layer": -2}
+    words = {"name": str(tmp_path / "llama"), "new_tokens": ["<here>"], "recompute": "offload"}
+    changes = {"encoder": part("encoders.HFEncoder", **lines), "decoder": part("decoders.HFDecoder", **words)}
+    _, found = exported(tmp_path / "out", "llava15", **changes)
+    assert found.logits == 0
+    for folder in ("clip", "llama"):
+        shutil.rmtree(tmp_path / folder)
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert str(tmp_path) not in (tmp_path / "out/config.json").read_text()
+    assert str(tmp_path) not in (tmp_path / "out/tokenizer_config.json").read_text()
+    inputs = processor(text="<here>", return_tensors="pt")
+    assert inputs["input_ids"].tolist() == [[259]]
+    assert model(**inputs).logits.shape[-1] == 260
+
+
 def test_without_the_kit_the_stub_says_what_is_missing(tmp_path: Path) -> None:
     exported(tmp_path / "out", "llava15")
     (tmp_path / "hide").mkdir()
@@ -96,12 +115,12 @@ def test_a_folder_that_exists_is_left_alone(tmp_path: Path) -> None:
 def test_what_differs_is_no_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from lit_vlm.hf import model
 
-    real = model.LitVLMForConditionalGeneration._moved
+    real = model.moved_rows
 
-    def wrong(self: Any, ids: Any, *others: Any) -> Any:
-        return real(self, ids.where(ids != 65, 66), *others)  # one letter for another
+    def wrong(vlm: Any, image_token: int, ids: Any, *others: Any) -> Any:
+        return real(vlm, image_token, ids.where(ids != 65, 66), *others)  # one letter for another
 
-    monkeypatch.setattr(model.LitVLMForConditionalGeneration, "_moved", wrong)
+    monkeypatch.setattr(model, "moved_rows", wrong)
     with pytest.raises(ValueError, match=r"what was read back differs: logits by \d"):
         exported(tmp_path / "out", "llava15")
     assert not list(tmp_path.iterdir())
