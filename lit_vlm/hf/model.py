@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lit_vlm.core.batch import IGNORE
-from lit_vlm.core.part import meta_parameters
-from lit_vlm.decoders import HFDecoder
-from lit_vlm.embedders import Holistic
+from lit_vlm.hf.backbone import LitVLMModel, LitVLMPreTrainedModel
 from lit_vlm.hf.cache import LitVLMCache
-from lit_vlm.hf.config import STUB, LitVLMConfig, factories
-from lit_vlm.hf.rows import make_batch, moved_rows
+from lit_vlm.hf.config import LitVLMConfig
+from lit_vlm.model.vlm import VLM
 
 
-class LitVLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
+class LitVLMForConditionalGeneration(LitVLMPreTrainedModel, GenerationMixin):
     """A model of the kit behind the interface of transformers; teachers and heads are left behind.
 
     Inputs come from `LitVLMProcessor`. Rows may be padded on either side; positions count tokens alone.
@@ -32,31 +25,18 @@ class LitVLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         config: what the model is made of.
 
     Attributes:
-        vlm: the model itself.
+        model: all of it but the output layer.
     """
 
-    config_class = LitVLMConfig
-    base_model_prefix = ""
-    main_input_name = "input_ids"
-    input_modalities = ("image", "text")
-    supports_gradient_checkpointing = True
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-
     def __init__(self, config: LitVLMConfig) -> None:
-        asked = config._attn_implementation_internal
         super().__init__(config)
-        slots = factories(config.slots, asked)
-        # transformers builds on the meta device and in the wanted dtype: tables that constructors compute would be lost
-        # or rounded.
-        on_meta, dtype = torch.get_default_device().type == "meta", torch.get_default_dtype()
-        with torch.device("cpu"), meta_parameters() if on_meta else nullcontext(), _default_dtype(torch.float32):
-            self.vlm = slots.assemble(lambda _name, factory: factory())
-        self.vlm.to(dtype)
+        self.model = LitVLMModel(config)
         self.post_init()
 
-    # ------------------------------------------------------------------ running
+    @property
+    def inner(self) -> VLM:
+        """The model as the kit has it."""
+        return self.model.vlm
 
     def forward(
         self,
@@ -77,63 +57,46 @@ class LitVLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """Logits of all positions, and with labels the mean loss over those that have one.
 
         Args:
-            input_ids: `[b, s]`, with `config.image_token_index` at each visual token.
-            attention_mask: `[b, s]`, or with a cache `[b, past + s]`; 0 for padding. None: there is none.
-            pixel_values: uint8 `[b, n, 3, h, w]`, the images of each row; smaller ones lie in the upper left corner.
-            image_sizes: `[b, n, 2]`, height and width of each image; 0 where a row has fewer than n.
+            input_ids: as for `LitVLMModel.forward`, and so are the other arguments that are not named here.
+            attention_mask: see there.
+            pixel_values: see there.
+            image_sizes: see there.
             labels: `[b, s]`, aligned with `input_ids`; -100, and image tokens, carry no loss.
-            position_ids: `[b, s]`, counted from the tokens of a row where they are None.
-            past_key_values: what an earlier call returned.
-            inputs_embeds: not taken.
-            use_cache: whether a cache is returned, which the next call continues.
-            output_hidden_states: whether the states of all layers are returned.
+            position_ids: see there.
+            past_key_values: see there.
+            inputs_embeds: see there.
+            use_cache: see there.
+            output_hidden_states: see there.
             logits_to_keep: logits of the last so many positions only, or of these; 0: all.
             num_items_in_batch: what the summed loss is divided by, in place of the number of labels.
-            kwargs: what transformers hands to every model, such as `return_dict`.
+            kwargs: see there.
 
         Raises:
-            ValueError: for images that do not fit the image tokens, segments of packed rows, `inputs_embeds`, or
-                attentions, which the kit's parts do not give out.
+            ValueError: as `LitVLMModel.forward`, and for labels without the logits of all positions.
         """
-        if input_ids is None or inputs_embeds is not None:
-            raise ValueError("a model of lit-vlm takes input_ids, not inputs_embeds: images become vectors in it")
-        if kwargs.get("output_attentions"):
-            raise ValueError("output_attentions: the parts of a lit-vlm model do not give out attention weights")
-        taps = tuple(range(self.config.num_hidden_layers + 1)) if output_hidden_states else ()
-        cache = past_key_values
-        if use_cache and cache is None:
-            cache = LitVLMCache(self.vlm)
-        if cache is None:
-            rows = moved_rows(
-                self.vlm,
-                self.config.image_token_index,
-                input_ids,
-                attention_mask,
-                position_ids,
-                pixel_values,
-                image_sizes,
-            )
-            batch = rows.batch
-            output = self.vlm.decoder(
-                self.vlm.embed(batch), batch.position_ids, taps, visual=batch.image_positions, segments=batch.segments
-            )
-            hidden = rows.restored(output.hidden)
-            states = {layer: rows.restored(state) for layer, state in output.taps.items()}
-        else:
-            output = self._continued(cache, input_ids, attention_mask, position_ids, pixel_values, image_sizes, taps)
-            hidden, states = output.hidden, output.taps
+        output = self.model(
+            input_ids,
+            attention_mask,
+            pixel_values,
+            image_sizes,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            output_hidden_states,
+            **kwargs,
+        )
+        hidden = output.last_hidden_state
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
-        logits = self.vlm.decoder.logits(hidden if isinstance(keep, int) else hidden[:, keep])
-        loss = None if labels is None else self._loss(logits, labels, input_ids, num_items_in_batch)
-        hidden_states = tuple(states[layer] for layer in taps) if taps else None
+        logits = self.inner.decoder.logits(hidden if isinstance(keep, int) else hidden[:, keep])
         return CausalLMOutputWithPast(
-            loss=loss,
+            loss=None if labels is None else self._loss(logits, labels, input_ids, num_items_in_batch),
             logits=logits,
-            past_key_values=cache,
-            hidden_states=hidden_states,
+            past_key_values=output.past_key_values,
+            hidden_states=output.hidden_states,
         )
 
-    def _loss(self, logits: Tensor, labels: Tensor, input_ids: Tensor, items: Tensor | int | None) -> Tensor:
+    def _loss(self, logits: Tensor, labels: Tensor, input_ids: Tensor | None, items: Tensor | int | None) -> Tensor:
         if logits.shape[1] != labels.shape[1]:
             raise ValueError("labels need the logits of all positions: leave logits_to_keep at 0")
         targets = labels.masked_fill(input_ids == self.config.image_token_index, IGNORE)[:, 1:].to(logits.device)
@@ -141,142 +104,11 @@ class LitVLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         count = (targets != IGNORE).sum().clamp(min=1) if items is None else items
         return summed / count
 
-    def _continued(
-        self,
-        cache: LitVLMCache,
-        ids: Tensor,
-        mask: Tensor | None,
-        position_ids: Tensor | None,
-        pixel_values: Tensor | None,
-        image_sizes: Tensor | None,
-        taps: tuple[int, ...],
-    ) -> Any:
-        """What the decoder gives for positions that follow those of a cache, which remembers them."""
-        new = ids.shape[1]
-        mask = ids.new_ones(len(ids), cache.length + new) if mask is None else mask
-        if mask.shape[1] != cache.length + new:
-            raise ValueError(
-                f"attention_mask has {mask.shape[1]} columns; {cache.length} + {new} positions need one each"
-            )
-        if position_ids is None:
-            position_ids = (mask.cumsum(1) - 1).clamp(min=0)[:, -new:]
-        start = cache.length == 0
-        if not start and bool((ids == self.config.image_token_index).any()):
-            raise ValueError("a cache cannot be continued with images: give the whole conversation again")
-        present = mask[:, -new:].bool()
-        batch = make_batch(
-            self.vlm,
-            self.config.image_token_index,
-            ids,
-            present,
-            position_ids,
-            *((pixel_values, image_sizes) if start else (None, None)),
-        )
-        cache.length += new
-        visual = self.vlm.see(batch) if start else None
-        embeds = self.vlm.embedder(batch, visual, self.vlm.decoder, cache.held.embedder, mask)
-        return self.vlm.decoder(
-            embeds, position_ids, taps, cache=cache.held.decoder, attention_mask=mask, visual=batch.image_positions
-        )
-
-    # ------------------------------------------------------------------ what transformers asks of a model
-
-    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
-        """Weight → the weight that it shares, of the transformers models inside the parts."""
-        return {
-            f"{prefix}.{name}": f"{prefix}.{other}"
-            for prefix, module in self.named_modules()
-            if isinstance(module, PreTrainedModel) and module is not self
-            for name, other in module.get_expanded_tied_weights_keys().items()
-        }
-
-    def named_non_persistent_buffers(
-        self, recurse: bool = True, remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, Tensor]]:
-        """Yield buffers that are not saved and have no values; loading makes new ones of those, also without values."""
-        found = super().named_non_persistent_buffers(recurse, remove_duplicate)
-        yield from ((name, buffer) for name, buffer in found if buffer.is_meta)
-
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
         """False: `forward` makes the cache, as embedders have one of their own."""
         return False
 
-    def get_input_embeddings(self) -> nn.Module:
-        """The word table that text ids are looked up in."""
-        if isinstance(self.vlm.embedder, Holistic):
-            return self.vlm.embedder.stack.embed_tokens
-        return self._language_model().get_input_embeddings()
-
     def get_output_embeddings(self) -> nn.Module:
         """The decoder's output layer."""
-        return self._language_model().get_output_embeddings()
-
-    def _language_model(self) -> Any:
-        if not isinstance(self.vlm.decoder, HFDecoder):
-            raise NotImplementedError(f"{type(self.vlm.decoder).__name__} does not name its word table")
-        return self.vlm.decoder.lm
-
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
-        """Refuse: the decoder's new tokens are given where it is trained, in `model.decoder.init_args.new_tokens`.
-
-        Raises:
-            NotImplementedError: always.
-        """
-        raise NotImplementedError("give new tokens to the decoder before it trains: model.decoder.init_args.new_tokens")
-
-    def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
-    ) -> None:
-        """Recompute the blocks of all parts in the backward pass.
-
-        Args:
-            gradient_checkpointing_kwargs: for `torch.utils.checkpoint`; not re-entrant unless they ask for it.
-            kwargs: other settings of transformers' own method, such as `offload`.
-        """
-        settings = {"use_reentrant": False} | (gradient_checkpointing_kwargs or {})
-        self._recompute(True, "enable", settings, **kwargs)
-
-    def gradient_checkpointing_disable(self) -> None:
-        """Keep what the backward pass needs, instead of recomputing it."""
-        self._recompute(False, "disable")
-
-    def _recompute(self, enabled: bool, verb: str, *args: Any, **kwargs: Any) -> None:
-        for module in self.vlm.modules():
-            if isinstance(module, PreTrainedModel) and module.supports_gradient_checkpointing:
-                # The second name is that of transformers before 5.23.
-                names = (f"activation_checkpointing_{verb}", f"gradient_checkpointing_{verb}")
-                switch = next(found for name in names if (found := getattr(module, name, None)) is not None)
-                switch(*args, **kwargs)
-        self.vlm.decoder.recompute = enabled
-        self.vlm.decoder.recompute_blocks(self.vlm.training)
-
-    @property
-    def is_gradient_checkpointing(self) -> bool:
-        """Whether blocks are recomputed in the backward pass."""
-        return bool(self.vlm.decoder.recompute)
-
-    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> Any:
-        """Write weights and configuration as transformers does, and beside them the stub that imports the kit."""
-        saved = super().save_pretrained(save_directory, *args, **kwargs)
-        write_stub(Path(save_directory))
-        return saved
-
-    @classmethod
-    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
-        """Do nothing: `auto_map` names the stub, so no file of the kit is copied when a model is saved."""
-
-
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-def write_stub(folder: Path) -> None:
-    """Write the file that `auto_map` names into a folder; it imports the classes from the installed kit."""
-    shutil.copyfile(Path(__file__).with_name("stub.py"), folder / STUB)
+        return self.language_model().get_output_embeddings()

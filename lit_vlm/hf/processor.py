@@ -76,7 +76,7 @@ class LitVLMProcessor(ProcessorMixin):
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> Any:
         """Write tokenizer, settings and chat template, and the stub that imports the kit."""
-        from lit_vlm.hf.model import write_stub
+        from lit_vlm.hf.backbone import write_stub
 
         saved = super().save_pretrained(save_directory, *args, **kwargs)
         write_stub(Path(save_directory))

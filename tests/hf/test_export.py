@@ -113,14 +113,14 @@ def test_a_folder_that_exists_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_what_differs_is_no_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lit_vlm.hf import model
+    from lit_vlm.hf import backbone
 
-    real = model.moved_rows
+    real = backbone.moved_rows
 
     def wrong(vlm: Any, image_token: int, ids: Any, *others: Any) -> Any:
         return real(vlm, image_token, ids.where(ids != 65, 66), *others)  # one letter for another
 
-    monkeypatch.setattr(model, "moved_rows", wrong)
+    monkeypatch.setattr(backbone, "moved_rows", wrong)
     with pytest.raises(ValueError, match=r"what was read back differs: logits by \d"):
         exported(tmp_path / "out", "llava15")
     assert not list(tmp_path.iterdir())

@@ -128,7 +128,7 @@ def test_loss_and_gradients_are_the_kits(folder: Path) -> None:
     )
     own.loss.backward()
     torch.testing.assert_close(own.loss, loss)
-    found = dict(model.vlm.named_parameters())
+    found = dict(model.inner.named_parameters())
     for parameter in module.vlm.parameters():
         name = names[id(parameter)]
         if name.startswith("heads.") or parameter.grad is None:
@@ -220,7 +220,7 @@ def test_transformers_own_trainer_trains_it(llava: Path, recompute: bool, tmp_pa
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0] - 0.1
-    assert bool(model.vlm.decoder.recompute) is recompute
+    assert bool(model.inner.decoder.recompute) is recompute
 
 
 def test_a_copy_of_a_copy_is_the_same(folder: Path, tmp_path: Path) -> None:
