@@ -11,6 +11,7 @@ import yaml
 
 from lit_vlm.commands.ablation import FILE
 from lit_vlm.commands.asked import Asked, ask, recipe_parser
+from lit_vlm.commands.recipe import shipped_file
 from lit_vlm.commands.submit import add_job_options
 from lit_vlm.core.settings import PlainYaml, checked
 from lit_vlm.experiments.file import SEED, AblationFile, read_file
@@ -94,7 +95,7 @@ def _content(asked: Asked, named: str) -> dict[str, Any]:
         )
     given: dict[str, Any] = {"recipe": named}
     if _is_file(named):
-        given = read_file(Path(named)).model_dump(exclude_unset=True)
+        given = read_file(shipped_file(named)).model_dump(exclude_unset=True)
     if options.sequential:
         given["sequential"] = True
     if options.seeds is not None:

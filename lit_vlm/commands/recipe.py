@@ -167,6 +167,14 @@ def find_recipe(name: str) -> Recipe:
     raise ValueError(f"there is no recipe '{name}'{nearest(name, names)}; recipes: {', '.join(names)}")
 
 
+def shipped_file(name: str) -> Path:
+    """A file by its path, or where there is none, by that among the shipped recipes: `recipes/eve/ablations/...`."""
+    path = Path(name)
+    shipped = SHIPPED.parent / path
+    is_shipped = not path.is_absolute() and path.parts[:1] == (SHIPPED.name,) and shipped.is_file()
+    return shipped if is_shipped and not path.exists() else path
+
+
 def shipped_recipes() -> list[str]:
     """Names of the recipes that come with the kit."""
     return sorted(file.parent.name for file in SHIPPED.glob("*/recipe.yaml"))

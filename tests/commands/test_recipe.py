@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lit_vlm.commands.asked import flags_for
-from lit_vlm.commands.recipe import SHIPPED, Recipe, find_recipe, shipped_recipes
+from lit_vlm.commands.recipe import SHIPPED, Recipe, find_recipe, shipped_file, shipped_recipes
 
 
 def written(folder: Path, text: str) -> str:
@@ -132,3 +132,15 @@ def test_shipped_recipes_have_the_scale_that_they_name() -> None:
         assert recipe.scale is None or recipe.scale in recipe.scales
         for stage in recipe.stages:
             assert len(set(recipe.configs(stage, recipe.scale, recipe.strategy))) >= 3
+
+
+def test_a_shipped_file_is_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    name = "recipes/eve/ablations/one_thing.yaml"
+    assert shipped_file(name) == SHIPPED / "eve" / "ablations" / "one_thing.yaml"
+    assert shipped_file("recipes/eve/ablations/none.yaml") == Path("recipes/eve/ablations/none.yaml")
+    assert shipped_file("other/one_thing.yaml") == Path("other/one_thing.yaml")
+    own = tmp_path / name
+    own.parent.mkdir(parents=True)
+    own.write_text("recipe: eve\n")
+    assert shipped_file(name) == Path(name)  # one's own comes first
