@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jsonargparse import ArgumentParser
 
 from lit_vlm.commands.diff import resolved
@@ -24,9 +25,8 @@ def read(recipe: str, stage: str | None = None, **changes: Any) -> tuple[LitVLM,
         stage: default: the last one.
         changes: slot → `class_path` and `init_args` in place of the recipe's.
     """
-    found = find_recipe(recipe)
-    stage = stage or found.stages_for("tiny")[-1]
-    config = resolved([word for file in found.configs(stage, "tiny", "single") for word in ("--config", str(file))])
+    stage = stage or find_recipe(recipe).stages_for("tiny")[-1]
+    config = _config(recipe, stage)
     config["model"] |= changes
     parser = ArgumentParser(parser_mode="omegaconf")
     parser.add_class_arguments(LitVLM, "model")
@@ -38,6 +38,20 @@ def read(recipe: str, stage: str | None = None, **changes: Any) -> tuple[LitVLM,
     module = objects.model
     module.model = build(module.slots)
     return module.eval(), config, SampleFormat(objects.template, objects.transform, data["max_length"], True)
+
+
+def _config(recipe: str, stage: str) -> dict[str, Any]:
+    files = find_recipe(recipe).configs(stage, "tiny", "single")
+    return resolved([word for file in files for word in ("--config", str(file))])
+
+
+def read_stage(recipe: str, stage: str) -> dict[str, Any]:
+    """The keys of `model.stage` that the files of a stage have, defaults left out."""
+    keys: dict[str, Any] = {}
+    for file in find_recipe(recipe).configs(stage, "tiny", "single"):
+        content = yaml.safe_load(file.read_text()) or {}
+        keys |= (content.get("model") or {}).get("stage") or {}
+    return keys
 
 
 def exported(folder: Path, recipe: str, stage: str | None = None, **changes: Any) -> tuple[LitVLM, Differences]:

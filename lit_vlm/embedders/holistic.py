@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -140,6 +140,10 @@ class Holistic(Embedder):
         self.adopts_all = start == "decoder" and self.merger is None
         if merge > 1:
             self.grid_map = WholeFold(merge)
+
+    def standalone(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments without `recompute`, which is for whoever trains to choose."""
+        return {key: value for key, value in arguments.items() if key != "recompute"}
 
     def blocks(self) -> list[nn.Module]:
         """The causal layers."""

@@ -18,7 +18,7 @@ from lit_vlm.decoders import DecoderOutput, HFDecoder
 from lit_vlm.embedders import Holistic
 from lit_vlm.hf.cache import LitVLMCache
 from lit_vlm.hf.config import STUB, LitVLMConfig, factories
-from lit_vlm.hf.rows import make_batch, moved_rows
+from lit_vlm.hf.rows import check_positions, make_batch, moved_rows
 from lit_vlm.model.vlm import VLM
 
 
@@ -168,7 +168,7 @@ class LitVLMModel(LitVLMPreTrainedModel):
             attention_mask: `[b, s]`, or with a cache `[b, past + s]`; 0 for padding. None: there is none.
             pixel_values: uint8 `[b, n, 3, h, w]`, the images of each row; smaller ones lie in the upper left corner.
             image_sizes: `[b, n, 2]`, height and width of each image; 0 where a row has fewer than n.
-            position_ids: `[b, s]`, counted from the tokens of a row where they are None.
+            position_ids: `[b, s]`, which must count the tokens of each row, as they do where they are None.
             past_key_values: what an earlier call returned.
             inputs_embeds: not taken.
             use_cache: whether a cache is returned, which the next call continues.
@@ -223,31 +223,36 @@ class LitVLMModel(LitVLMPreTrainedModel):
         image_sizes: Tensor | None,
     ) -> DecoderOutput:
         """What the decoder gives for positions that follow those of a cache, which remembers them."""
+        if not isinstance(cache, LitVLMCache):
+            raise ValueError(
+                f"past_key_values is a {type(cache).__name__}: a model of lit-vlm makes its own, which an earlier call "
+                "with use_cache=True returns"
+            )
         new = ids.shape[1]
         mask = ids.new_ones(len(ids), cache.length + new) if mask is None else mask
         if mask.shape[1] != cache.length + new:
             raise ValueError(
                 f"attention_mask has {mask.shape[1]} columns; {cache.length} + {new} positions need one each"
             )
-        if position_ids is None:
-            position_ids = (mask.cumsum(1) - 1).clamp(min=0)[:, -new:]
+        present = mask[:, -new:].bool()
+        counted = (mask.cumsum(1) - 1).clamp(min=0)[:, -new:]
+        check_positions(position_ids, counted, present)
         start = cache.length == 0
         if not start and bool((ids == self.config.image_token_index).any()):
             raise ValueError("a cache cannot be continued with images: give the whole conversation again")
-        present = mask[:, -new:].bool()
         batch = make_batch(
             self.vlm,
             self.config.image_token_index,
             ids,
             present,
-            position_ids,
+            counted,
             *((pixel_values, image_sizes) if start else (None, None)),
         )
         cache.length += new
         visual = self.vlm.see(batch) if start else None
         embeds = self.vlm.embedder(batch, visual, self.vlm.decoder, cache.held.embedder, mask)
         return self.vlm.decoder(
-            embeds, position_ids, taps, cache=cache.held.decoder, attention_mask=mask, visual=batch.image_positions
+            embeds, counted, taps, cache=cache.held.decoder, attention_mask=mask, visual=batch.image_positions
         )
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
@@ -24,6 +27,12 @@ class LitVLMCache(Cache):
         self._vlm = vlm
         self.held: DecodingCache = vlm.new_cache()
         self.length = 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LitVLMCache:
+        """A copy of what is remembered, for prompts that are continued several times; the model is not copied."""
+        twin = LitVLMCache(self._vlm)
+        twin.held, twin.length = copy.deepcopy(self.held, memo), self.length
+        return twin
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Number of positions that were seen, padding included; that of all layers, whichever is asked for."""

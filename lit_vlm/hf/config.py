@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -34,7 +35,7 @@ class LitVLMConfig(PretrainedConfig):
 
     Args:
         slots: slot → `class_path` and `init_args` of its part, which need no other file (`Part.standalone`).
-        image_token_index: id at the positions of visual tokens; no row of the word table belongs to it.
+        image_token_index: id at the positions of visual tokens; if the word table has a row for it, nothing reads it.
         hidden_size: width of the decoder.
         num_hidden_layers: number of the decoder's blocks.
         vocab_size: rows of the decoder's word table.
@@ -88,6 +89,10 @@ def factories(slots: Mapping[str, Mapping[str, Any]], attention: str | None = No
     try:
         made = parser.instantiate_classes(parser.parse_object({"slots": given})).slots
     except Exception as error:  # jsonargparse raises several kinds
+        if absent := re.search(r"No module named '([^']*)'", str(error)):
+            raise ValueError(
+                f"config.json: a part of this model is of the package {absent[1]}, which is not installed here"
+            ) from error
         raise ValueError(
             f"config.json: the slots do not fit lit-vlm {version('lit-vlm')}: {error}. Its lit_vlm_version says "
             "which version wrote them"

@@ -66,7 +66,9 @@ def export_hf(model: VLM, config: Mapping[str, Any], written: SampleFormat, spec
         ValueError: for a folder that is not empty or cannot be written, a template that chats cannot be written by, or
             ids, logits, gradients or answers that differ.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.is_file():
+        raise ValueError(f"{out} is a file")
+    if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty")
     merge_adapters(model)
     model.heads = nn.ModuleDict()
@@ -117,6 +119,8 @@ def _made(
     assert generation is not None
     generation.eos_token_id = sorted(_stop_ids(written, spec))
     generation.pad_token_id, generation.bos_token_id = tokenizer.pad_token_id, spec.bos_id
+    if settings.image_token_index < model.decoder.vocab_size:
+        generation.suppress_tokens = [settings.image_token_index]
     eos, bos = tokenizer.eos_token or "", tokenizer.bos_token if spec.bos_id is not None else ""
     processor = LitVLMProcessor(
         tokenizer,
@@ -155,7 +159,7 @@ def _trials() -> list[list[Message]]:
     return [
         [ask],
         [Message("user", (picture, Text(" and "), other, Text(" differ. How?")))],
-        [Message("user", (Text("Which is larger, two or </s> three <|im_end|>?"),))],
+        [Message("user", (Text("Which is larger, two or </s> three <|im_end|> <image>?"),))],
         [ask, say, Message("user", (Text("And its colour?"),))],
         [Message("system", (Text("Answer in one word."),)), ask],
     ]

@@ -29,7 +29,10 @@ class LitVLMForConditionalGeneration(LitVLMPreTrainedModel, GenerationMixin):
     """
 
     def __init__(self, config: LitVLMConfig) -> None:
+        asked = config._attn_implementation_internal
         super().__init__(config)
+        # It has just become the default of transformers, where nothing was asked for: that is for the parts to say.
+        config._attn_implementation_internal = asked
         self.model = LitVLMModel(config)
         self.post_init()
 
@@ -101,8 +104,9 @@ class LitVLMForConditionalGeneration(LitVLMPreTrainedModel, GenerationMixin):
             raise ValueError("labels need the logits of all positions: leave logits_to_keep at 0")
         targets = labels.masked_fill(input_ids == self.config.image_token_index, IGNORE)[:, 1:].to(logits.device)
         summed = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), targets.flatten(), reduction="sum")
-        count = (targets != IGNORE).sum().clamp(min=1) if items is None else items
-        return summed / count
+        mean = summed / (targets != IGNORE).sum().clamp(min=1)
+        # Whoever counted the items counted labels of image tokens as well.
+        return mean if items is None else mean * (labels[:, 1:] != IGNORE).sum() / items
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:

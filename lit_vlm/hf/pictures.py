@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import base64
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from transformers.image_utils import load_image
 
 from lit_vlm.data.records import Image, RecordError, decode_image
-from lit_vlm.data.records.record import as_rgb
+from lit_vlm.data.records.record import upright_rgb
 from lit_vlm.data.sample.chat_template import IMAGE_MARK
 
 
@@ -26,8 +27,8 @@ def by_text(images: Any, texts: Sequence[str]) -> list[list[Any]]:
     counts = [text.count(IMAGE_MARK) for text in texts]
     if images is None:
         rows: list[list[Any]] = [[] for _ in texts]
-    elif isinstance(images, list | tuple) and images and all(isinstance(row, list | tuple) for row in images):
-        rows = [list(row) for row in images]
+    elif isinstance(images, list | tuple) and images and all(isinstance(row, list | tuple | None) for row in images):
+        rows = [list(row or ()) for row in images]
     else:
         flat = list(images) if isinstance(images, list | tuple) else [images]
         if len(flat) != sum(counts):
@@ -43,18 +44,52 @@ def by_text(images: Any, texts: Sequence[str]) -> list[list[Any]]:
 
 
 def opened(image: Any) -> PILImage.Image:
-    """A picture as 8-bit RGB."""
-    if isinstance(image, str | Path) and Path(str(image)[:4096]).is_file():
-        return decode_image(Image(path=str(Path(image).resolve())), Path("/"))[0]
-    if isinstance(image, Tensor):
-        image = image.numpy(force=True)
-    if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim != 3:
-            raise RecordError(
-                "corrupt_image", f"an array must be uint8 [h, w, 3] or [3, h, w], not {image.dtype} {image.shape}"
-            )
-        image = PILImage.fromarray(image if image.shape[-1] in (3, 4) else np.moveaxis(image, 0, -1))
-    return as_rgb(load_image(image) if isinstance(image, str) else image)
+    """A picture, upright and as 8-bit RGB, from any form that processors of transformers take.
+
+    Args:
+        image: a PIL picture, a uint8 array or tensor `[h, w, 3]` or `[3, h, w]`, the path of a file, a URL, base64
+            text, bytes, or a mapping with `bytes` or `path`, as the package datasets has them.
+
+    Raises:
+        RecordError: for anything else, or a picture that cannot be read.
+    """
+    if isinstance(image, Mapping):
+        image = image.get("bytes") or image.get("path")
+    if isinstance(image, PILImage.Image):
+        return upright_rgb(image)
+    if isinstance(image, Tensor | np.ndarray):
+        return _of_array(image.numpy(force=True) if isinstance(image, Tensor) else image)
+    if isinstance(image, bytes | bytearray):
+        return decode_image(Image(data=bytes(image)), Path("/"))[0]
+    if not isinstance(image, str | Path):
+        raise RecordError("missing_image", f"{type(image).__name__} is no form that pictures come in")
+    text = str(image)
+    if text.startswith(("http://", "https://")):
+        return upright_rgb(load_image(text))
+    if not text.startswith("data:") and _is_file(text):
+        return decode_image(Image(path=str(Path(text).resolve())), Path("/"))[0]
+    try:
+        data = base64.b64decode(text.partition("base64,")[2] or text, validate=True)
+    except ValueError:
+        raise RecordError("missing_image", f"there is no picture {text[:80]}") from None
+    return decode_image(Image(data=data), Path("/"))[0]
+
+
+def _is_file(text: str) -> bool:
+    try:
+        return Path(text).is_file()
+    except OSError:  # longer than the name of any file
+        return False
+
+
+def _of_array(array: np.ndarray) -> PILImage.Image:
+    if array.ndim == 3 and array.shape[-1] not in (1, 3, 4) and array.shape[0] in (1, 3, 4):
+        array = np.moveaxis(array, 0, -1)
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] not in (1, 3, 4):
+        raise RecordError(
+            "corrupt_image", f"an array must be uint8 [h, w, 3] or [3, h, w], not {array.dtype} {array.shape}"
+        )
+    return upright_rgb(PILImage.fromarray(array[..., 0] if array.shape[-1] == 1 else array))
 
 
 def stacked(rows: Sequence[Sequence[Tensor]]) -> tuple[Tensor, Tensor]:

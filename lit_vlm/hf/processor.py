@@ -148,8 +148,11 @@ class LitVLMProcessor(ProcessorMixin):
         if text is None:
             raise ValueError("give text: a picture is asked about, with <image> where it stands")
         texts = [text] if isinstance(text, str) else list(text)
+        _check_call(texts, padding, padding_side, return_tensors)
         pixels = [[self._pixels(image) for image in row] for row in by_text(images, texts)]
         rows = [self._ids(one, own, add_special_tokens) for one, own in zip(texts, pixels, strict=True)]
+        if empty := [index for index, row in enumerate(rows) if not row]:
+            raise ValueError(f"text {empty[0]} is empty, and nothing can follow it")
         longest = max(len(row) for row in rows)
         if longest > self.max_length:
             warnings.warn(f"{longest} positions; the model was trained on {self.max_length} at most", stacklevel=2)
@@ -163,6 +166,8 @@ class LitVLMProcessor(ProcessorMixin):
             "attention_mask": [mask for _, mask in padded],
         }
         if return_tensors is not None:
+            if width == 0 and len({len(row) for row in rows}) > 1:
+                raise ValueError("texts of several lengths make no tensor without padding: leave padding at True")
             data = {name: torch.tensor(value) for name, value in data.items()}
         if any(pixels):
             data["pixel_values"], data["image_sizes"] = stacked(pixels)
@@ -228,6 +233,20 @@ class LitVLMProcessor(ProcessorMixin):
 
 IGNORED = frozenset({"videos", "audio", "return_mm_token_type_ids", "return_token_type_ids", "return_attention_mask"})
 """Arguments that transformers passes to every processor, and that mean nothing to this one."""
+
+
+def _check_call(texts: Sequence[Any], padding: Any, padding_side: Any, return_tensors: Any) -> None:
+    """Refuse values that would otherwise be read as others."""
+    allowed: list[tuple[str, Any, tuple[Any, ...]]] = [
+        ("padding", padding, (True, False, "longest", "max_length", "do_not_pad")),
+        ("padding_side", padding_side, ("left", "right")),
+        ("return_tensors", return_tensors, (None, "pt")),
+    ]
+    for name, value, known in allowed:
+        if value not in known:
+            raise ValueError(f"{name} is {value!r}; LitVLMProcessor takes {', '.join(map(repr, known))}")
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"text must be a text or a list of texts, found {texts!r}"[:200])
 
 
 def _padded(ids: list[int], width: int, side: str, pad_id: int) -> tuple[list[int], list[int]]:

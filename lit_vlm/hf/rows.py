@@ -45,22 +45,39 @@ def moved_rows(
         image_token: id at the positions of visual tokens.
         ids: `[b, s]`.
         mask: `[b, s]`, 0 for padding, wherever it is; None: there is none.
-        position_ids: `[b, s]`, looked at for segments alone; None: not given.
+        position_ids: `[b, s]`, which must count tokens; None: not given.
         pixel_values: as for the model's `forward`.
         image_sizes: as for the model's `forward`.
 
     Raises:
-        ValueError: for positions that restart within a row; and as `make_batch`.
+        ValueError: for a mask of another shape than the ids; and as `check_positions` and `make_batch`.
     """
     back = None
+    if ids.ndim != 2 or (mask is not None and mask.shape != ids.shape):
+        shapes = f"{list(ids.shape)} and {None if mask is None else list(mask.shape)}"
+        raise ValueError(f"input_ids and attention_mask must be [b, s] both, without a cache; found {shapes}")
     present = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
-    if position_ids is not None and bool(((position_ids[:, 1:] == 0) & present[:, 1:] & present[:, :-1]).any()):
-        raise ValueError("position_ids restart within a row: packed rows train in the kit, not in an export")
+    check_positions(position_ids, present.cumsum(1) - 1, present)
     if mask is not None:
         order = (~present).byte().argsort(dim=1, stable=True)
         ids, present, back = ids.gather(1, order), present.gather(1, order), order.argsort(1)
     positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
     return Rows(make_batch(vlm, image_token, ids, present, positions, pixel_values, image_sizes), back)
+
+
+def check_positions(given: Tensor | None, counted: Tensor, present: Tensor) -> None:
+    """Check that positions, if any are given, count the tokens of each row from 0.
+
+    Args:
+        given: `[b, s]`, or `[1, s]` for all rows; None: not given.
+        counted: `[b, s]`.
+        present: bool `[b, s]`, False for padding, whose positions do not matter.
+
+    Raises:
+        ValueError: where they differ, as in packed rows.
+    """
+    if given is not None and bool(((given.to(counted.device) != counted) & present).any()):
+        raise ValueError("position_ids must count the tokens of each row: packed rows train in the kit alone")
 
 
 def make_batch(

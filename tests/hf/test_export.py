@@ -14,9 +14,10 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
 from lit_vlm.commands.cli import main
+from lit_vlm.commands.recipe import find_recipe
 from lit_vlm.core.tokenizers import byte_tokenizer
 from lit_vlm.hf.export import export_hf
-from tests.exports import TINY, exported, read
+from tests.exports import TINY, exported, read, read_stage
 from tests.full_disk import small_disk
 from tests.runs import one_step
 from tests.tiny import CLIP, LLAMA
@@ -32,6 +33,7 @@ def part(class_path: str, /, **arguments: Any) -> dict[str, Any]:
 CLIP_PART = part("encoders.HFEncoder", config=CLIP, layer=-2)
 DEPTH = part("encoders.DepthAnything", name=None, config=DINO, image_size=28)
 QWEN3 = LLAMA | {"model_type": "qwen3", "head_dim": 16}
+GEMMA2 = LLAMA | {"model_type": "gemma2", "head_dim": 16}
 TIED = LLAMA | {"tie_word_embeddings": True}
 SWAPS: dict[str, dict[str, Any]] = {
     "S2": {"encoder": part("encoders.S2", encoder=CLIP_PART)},
@@ -40,6 +42,9 @@ SWAPS: dict[str, dict[str, Any]] = {
     "Resampler": {"projector": part("projectors.Resampler", num_queries=3, head_dim=16)},
     "new tokens, tied": {
         "decoder": part("decoders.HFDecoder", config=TIED, tokenizer="bytes", new_tokens=["<here>"]),
+    },
+    "eager attention": {
+        "decoder": part("decoders.HFDecoder", config=GEMMA2, tokenizer="bytes", attention="eager"),
     },
     "another family": {"decoder": part("decoders.HFDecoder", config=QWEN3, tokenizer="bytes")},
 }
@@ -50,6 +55,21 @@ def test_every_recipe_is_the_same_in_transformers(recipe: str, tmp_path: Path) -
     _, found = exported(tmp_path / "out", recipe)
     assert found.logits == 0
     assert found.gradients == 0
+
+
+EARLIER = [
+    pytest.param(recipe, stage, marks=[] if recipe == "llava15" else pytest.mark.slow)
+    for recipe in TINY
+    for stage in find_recipe(recipe).stages_for("tiny")[:-1]
+    if not read_stage(recipe, stage).get("leave_out")
+]
+
+
+@pytest.mark.parametrize(("recipe", "stage"), EARLIER)
+def test_earlier_stages_are_the_same_too(recipe: str, stage: str, tmp_path: Path) -> None:
+    """Their templates are others: `Plain` writes neither questions nor system text."""
+    _, found = exported(tmp_path / "out", recipe, stage)
+    assert found.logits == 0
 
 
 @pytest.mark.parametrize("name", SWAPS)
@@ -89,6 +109,29 @@ def test_parts_from_folders_need_them_no_more(tmp_path: Path) -> None:
     assert model(**inputs).logits.shape[-1] == 260
 
 
+def test_the_attention_of_the_run_is_kept_unless_another_is_asked_for(tmp_path: Path) -> None:
+    decoder = part("decoders.HFDecoder", config=LLAMA, tokenizer="bytes", attention="eager")
+    exported(tmp_path / "out", "llava15", decoder=decoder)
+    for asked, expected in ((None, "eager"), ("sdpa", "sdpa")):
+        model = AutoModelForImageTextToText.from_pretrained(
+            tmp_path / "out", trust_remote_code=True, attn_implementation=asked
+        )
+        assert model.inner.decoder.attention == expected
+        assert model.inner.decoder.lm.config._attn_implementation == expected
+
+
+def test_an_image_token_that_could_be_written_never_is(tmp_path: Path) -> None:
+    decoder = part("decoders.HFDecoder", config=LLAMA | {"vocab_size": 320}, tokenizer="bytes")
+    exported(tmp_path / "out", "llava15", decoder=decoder)
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert model.generation_config.suppress_tokens == [model.config.image_token_index] == [259]
+    torch.manual_seed(0)
+    found = model.generate(
+        torch.tensor([[65]]), do_sample=True, top_k=0, num_return_sequences=16, max_new_tokens=40, eos_token_id=None
+    )
+    assert not bool((found == 259).any())
+
+
 def test_without_the_kit_the_stub_says_what_is_missing(tmp_path: Path) -> None:
     exported(tmp_path / "out", "llava15")
     (tmp_path / "hide").mkdir()
@@ -110,6 +153,8 @@ def test_a_folder_that_exists_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="out is not empty"):
         exported(tmp_path / "out", "llava15")
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["note.txt"]
+    with pytest.raises(ValueError, match=r"note.txt is a file"):
+        exported(tmp_path / "out/note.txt", "llava15")
 
 
 def test_what_differs_is_no_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

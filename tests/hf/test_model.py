@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,14 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments, pipeline
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    DynamicCache,
+    Trainer,
+    TrainingArguments,
+    pipeline,
+)
 
 from lit_vlm.data.records import Image as Picture
 from lit_vlm.data.records import Message, Record, Text
@@ -160,7 +168,7 @@ def test_recomputed_blocks_give_the_same_gradients(folder: Path) -> None:
             torch.testing.assert_close(other[name], gradient)
 
 
-def test_image_tokens_and_padding_carry_no_loss(llava: Path) -> None:
+def test_image_tokens_carry_no_loss(llava: Path) -> None:
     model, processor = load(llava)
     inputs = prepared(processor, CHATS[:1])
     labels = inputs["input_ids"].clone()
@@ -168,7 +176,10 @@ def test_image_tokens_and_padding_carry_no_loss(llava: Path) -> None:
     labels[inputs["input_ids"] == processor.image_token_id] = -100
     assert torch.equal(model(**inputs, labels=labels).loss, whole)
     items = int((labels[:, 1:] != -100).sum())
-    assert torch.equal(model(**inputs, labels=labels, num_items_in_batch=2 * items).loss, whole / 2)
+    torch.testing.assert_close(model(**inputs, labels=labels, num_items_in_batch=2 * items).loss, whole / 2)
+    given = inputs["input_ids"].clone()  # as collators that know nothing of images count them
+    counted = model(**inputs, labels=given, num_items_in_batch=given[:, 1:].numel()).loss
+    torch.testing.assert_close(counted, whole)
 
 
 def test_hidden_states_and_the_last_logits(llava: Path) -> None:
@@ -216,9 +227,12 @@ def test_transformers_own_trainer_trains_it(llava: Path, recompute: bool, tmp_pa
         report_to="none", use_cpu=True, logging_steps=1, save_strategy="no", remove_unused_columns=False,
         dataloader_pin_memory=False, disable_tqdm=True,
     )  # fmt: skip
+    with torch.no_grad():
+        expected = [float(model.train()(**row).loss) for row in rows]
     trainer = Trainer(model, settings, data_collator=first, train_dataset=rows)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert min(abs(losses[0] - one) for one in expected) < 1e-4
     assert losses[-1] < losses[0] - 0.1
     assert bool(model.inner.decoder.recompute) is recompute
 
@@ -278,6 +292,9 @@ def test_the_pipeline_answers_a_chat(folder: Path) -> None:
         ({"input_ids": None}, "takes input_ids, not inputs_embeds"),
         ({"output_attentions": True}, "do not give out attention weights"),
         ({"position_ids": "restarts"}, "packed rows train in the kit"),
+        ({"attention_mask": torch.ones(3, 5)}, r"must be \[b, s\] both, without a cache; found .* and \[3, 5\]"),
+        ({"input_ids": torch.ones(5, dtype=torch.long), "attention_mask": None}, r"must be \[b, s\] both.*found \[5\]"),
+        ({"past_key_values": DynamicCache()}, "past_key_values is a DynamicCache: a model of lit-vlm makes its own"),
         ({"pixel_values": "float"}, "must be uint8"),
         ({"pixel_values": "flat"}, r"must be \[b, n, 3, h, w\].*found \[3, 3, 28, 28\]"),
     ],
@@ -298,12 +315,20 @@ def test_wrong_inputs_are_named(llava: Path, changes: dict[str, Any], match: str
 def test_a_cache_cannot_be_continued_with_pictures(llava: Path) -> None:
     model, processor = load(llava)
     inputs = prepared(processor, CHATS[:1])
+    model.requires_grad_(False)
     cache = model(**inputs, use_cache=True).past_key_values
     mask = torch.cat([inputs["attention_mask"]] * 2, dim=1)
     with pytest.raises(ValueError, match="cannot be continued with images"):
         model(**{**inputs, "attention_mask": mask}, past_key_values=cache)
     with pytest.raises(ValueError, match=r"attention_mask has \d+ columns"):
         model(input_ids=torch.tensor([[5]]), attention_mask=torch.tensor([[1]]), past_key_values=cache)
+    twin = copy.deepcopy(cache)
+    assert twin._vlm is cache._vlm  # a prompt's cache is copied to go on from it twice, the model is not
+    one = torch.cat([inputs["attention_mask"], torch.ones(1, 1, dtype=torch.long)], dim=1)
+    logits = [
+        model(input_ids=torch.tensor([[65]]), attention_mask=one, past_key_values=past).logits for past in (cache, twin)
+    ]
+    assert torch.equal(*logits)
     with pytest.raises(NotImplementedError, match="takes tokens back"):
         cache.crop(1)
     with pytest.raises(NotImplementedError, match="new_tokens"):

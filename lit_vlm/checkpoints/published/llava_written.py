@@ -95,6 +95,8 @@ def write_llava(model: VLM, out: Path, written: SampleFormat | None) -> float:
     spec = InputSpec(tokenizer, model.encoder.pixels, model.encoder.patch_grid, model.grid_map)
     expected = None if written is None else _asked(written, spec)
     words = _add_words(tokenizer, parts.embedder)
+    if written is not None:
+        tokenizer.chat_template = _chat_template(written, spec, words)
     act = "gelu" if len(parts.layers) == 2 else "linear"
     rows = max([words.image, *words.tasks]) + 1
     config = llava_config(parts.encoder, parts.decoder, words.image, rows, act)
@@ -102,9 +104,6 @@ def write_llava(model: VLM, out: Path, written: SampleFormat | None) -> float:
     _fill(target, model, parts, words)
     target.generation_config.suppress_tokens = [words.image, *words.tasks]
     target.save_pretrained(out)
-    if written is not None:
-        bos = tokenizer.bos_token if spec.bos_id is not None else ""
-        tokenizer.chat_template = as_jinja(written.template, tokenizer.eos_token or "", bos, "".join(words.names))
     tokenizer.save_pretrained(out)
     processor = _image_processor(parts.encoder, None if written is None else written.transform)
     if processor is not None:
@@ -117,7 +116,7 @@ def write_llava(model: VLM, out: Path, written: SampleFormat | None) -> float:
             chat_template=tokenizer.chat_template,
         ).save_pretrained(out)
         AutoProcessor.from_pretrained(out)
-    if expected is not None:
+    if expected is not None and tokenizer.chat_template is not None:
         _check_prompt(tokenizer, expected, words)
     difference = _compare(model, out, words)
     if difference > TOLERANCE:
@@ -203,6 +202,7 @@ def _fill(target: LlavaForConditionalGeneration, model: VLM, parts: _Parts, word
     state = target.state_dict()
     first, *others = parts.layers
     tasks = parts.embedder.task_vectors() if words.tasks else None
+    tables = WORDS if target.config.tie_word_embeddings else WORDS[:1]  # a tied output layer is the same table
     projector: StateDict = {"layers.0.weight": first.weight, "layers.0.bias": _bias(first)}
     second = others[0] if others else None
     identity = torch.eye(first.out_features) if second is None else second.weight
@@ -215,7 +215,7 @@ def _fill(target: LlavaForConditionalGeneration, model: VLM, parts: _Parts, word
         for name, value in own.items():
             key = published_key(slot, name)
             if slot == "decoder" and name in WORDS:
-                value = _with_rows(value, state[key].shape[0], tasks if name == WORDS[0] else None, words)
+                value = _with_rows(value, state[key].shape[0], tasks if name in tables else None, words)
             state[key] = value.detach().clone()
     target.load_state_dict(state)
 
@@ -242,6 +242,18 @@ def _image_processor(encoder: HFEncoder, transform: ImageTransform | None) -> An
     if isinstance(transform, PadSquare):
         return LlavaImageProcessor(size={"shortest_edge": side}, do_pad=True, **common)
     return None
+
+
+def _chat_template(written: SampleFormat, spec: InputSpec, words: _NewWords) -> str | None:
+    """How chats are written, task tokens included; None, with a warning, for a template that jinja cannot write."""
+    bos = spec.tokenizer.bos_token if spec.bos_id is not None else ""
+    behind = "".join(words.names)
+    try:
+        return as_jinja(written.template, spec.tokenizer.eos_token or "", bos, behind)
+    except ValueError as error:
+        where = f"; behind each {IMAGE_MARK} a prompt must have {behind}" if behind else ""
+        warnings.warn(f"no chat template is written: {error}{where}", stacklevel=3)
+        return None
 
 
 _QUESTION = Message("user", (Text("What is this?"),))

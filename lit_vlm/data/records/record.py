@@ -258,8 +258,7 @@ def decode_image(
             width, height = opened.size
             opened.draft(opened.mode, (math.ceil(width * needed), math.ceil(height * needed)))
         opened.load()
-        turn = TURNS.get(_orientation(opened))
-        return as_rgb(opened.transpose(turn) if turn is not None else opened), size
+        return upright_rgb(opened), size
 
     return _read(image, folder, decode)
 
@@ -310,12 +309,18 @@ def _upright_size(opened: PILImage.Image) -> tuple[int, int]:
     return (opened.height, opened.width) if _orientation(opened) in (5, 6, 7, 8) else opened.size
 
 
-def as_rgb(picture: PILImage.Image) -> PILImage.Image:
-    """A picture as 8-bit RGB, transparent parts white.
+def upright_rgb(picture: PILImage.Image) -> PILImage.Image:
+    """A picture turned as its EXIF data say, as 8-bit RGB with transparent parts white.
 
     Raises:
         RecordError: for pixels that are numbers of unknown range.
     """
+    turn = TURNS.get(_orientation(picture))
+    return _as_rgb(picture.transpose(turn) if turn is not None else picture)
+
+
+def _as_rgb(picture: PILImage.Image) -> PILImage.Image:
+    """A picture as 8-bit RGB, transparent parts white."""
     upright = _eight_bit(picture)
     if upright.mode in ("RGBa", "La"):  # alpha is multiplied into the colours
         upright = upright.convert("RGBA" if upright.mode == "RGBa" else "LA")

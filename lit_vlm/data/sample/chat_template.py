@@ -20,8 +20,9 @@ class _Parts(NamedTuple):
 
     Attributes:
         start: in front of the first question, where the conversation has no system text.
-        before_system: in front of a system text.
+        before_system: in front of a system text; None where it is not written.
         after_system: between a system text and the first question.
+        without_system: in front of the first question, where the conversation's system text is empty.
         answered: between a question and its answer.
         asked: behind the last question, where the answer begins.
         between: between an answer and the next question; None for a template of a single question.
@@ -30,8 +31,9 @@ class _Parts(NamedTuple):
     """
 
     start: str
-    before_system: str
+    before_system: str | None
     after_system: str
+    without_system: str
     answered: str
     asked: str
     between: str | None
@@ -52,8 +54,11 @@ def as_jinja(template: Template, eos: str, bos: str, behind: str = "") -> str:
         behind: what stands behind the mark of each image.
 
     Raises:
-        ValueError: for a template that writes a placeholder more than once, or text that depends on the turn.
+        ValueError: for a template that writes a placeholder more than once, text that depends on the turn, or image
+            marks that hold the mark of an image.
     """
+    if IMAGE_MARK in "".join(template.image_marks or ()):
+        raise ValueError(f"data.template: image_marks hold {IMAGE_MARK}, which stands for a picture in chats")
     found = _look(template, eos)
     front, after = template.image_marks or ("", "")
     image = f"{front}{IMAGE_MARK}{behind}{after}"
@@ -85,7 +90,8 @@ def as_jinja(template: Template, eos: str, bos: str, behind: str = "") -> str:
             _literal(bos),
             "{%- if messages and messages[0]['role'] == 'system' -%}",
             "{%- set turns = messages[1:] -%}",
-            _literal(found.before_system) + "{{- write(messages[0]) -}}" + _literal(found.after_system),
+            "{%- set said = write(messages[0]) -%}",
+            *_system(found),
             "{%- else -%}{%- set turns = messages -%}",
             _literal(found.start),
             "{%- endif -%}",
@@ -102,6 +108,17 @@ def as_jinja(template: Template, eos: str, bos: str, behind: str = "") -> str:
             "{%- endfor -%}",
         ]
     )
+
+
+def _system(found: _Parts) -> list[str]:
+    """What stands in front of the first question where the conversation has a system text, `said`."""
+    if found.before_system is None:
+        return [_literal(found.without_system)]
+    return [
+        "{%- if said -%}",
+        _literal(found.before_system) + "{{- said -}}" + _literal(found.after_system),
+        "{%- else -%}" + _literal(found.without_system) + "{%- endif -%}",
+    ]
 
 
 def _only_one(template: Template) -> str:
@@ -129,21 +146,26 @@ def _look(template: Template, eos: str) -> _Parts:
     answered, end = _split(template, rest, _ANSWER)
     _, asked = _split(template, _written(template, template.prompt([question], eos)), mark)
     system = Message("system", (Text(_SYSTEM),))
-    with_system = _written(template, template.render([system, question, answer], eos))
-    before_system, after_system = (
-        _split(template, _split(template, with_system, mark)[0].removesuffix(_picture(template)), _SYSTEM)
-        if _SYSTEM in with_system
-        else (start, "")
-    )
+    before_system, after_system = None, ""
+    if _SYSTEM in (opening := _opening(template, system, question, answer, eos, mark)):
+        before_system, after_system = _split(template, opening, _SYSTEM)
+    silent = Message("system", (Text(""),))
+    without_system = _opening(template, silent, question, answer, eos, mark)
     try:
         two = _written(template, template.render([question, answer] * 2, eos))
     except RecordError:
-        return _Parts(start, before_system, after_system, answered, asked, None, end, asks)
+        return _Parts(start, before_system, after_system, without_system, answered, asked, None, end, asks)
     between = two.split(_ANSWER)[1].split(_picture(template))[0]
     again = start + (_picture(template) + _USER + answered + _ANSWER + between) * 2
     if not asks or two != again.removesuffix(between) + end:
         raise ValueError(f"the template {type(template).__name__} writes turns differently by their place")
-    return _Parts(start, before_system, after_system, answered, asked, between, end, asks)
+    return _Parts(start, before_system, after_system, without_system, answered, asked, between, end, asks)
+
+
+def _opening(template: Template, system: Message, question: Message, answer: Message, eos: str, mark: str) -> str:
+    """What a template writes in front of the first question, whose text or picture is `mark`."""
+    text = _written(template, template.render([system, question, answer], eos))
+    return _split(template, text, mark)[0].removesuffix(_picture(template))
 
 
 def _picture(template: Template) -> str:
