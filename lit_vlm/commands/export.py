@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -49,6 +50,7 @@ def main(argv: Sequence[str]) -> None:
     run = load_run(arguments.checkpoint)
     console = Console(highlight=False)
     difference = _export(run, arguments.format, arguments.checkpoint, arguments.out)
+    _open_to_others(arguments.out)
     console.print(
         f"wrote {arguments.out}: read back, its logits differ by at most {difference:.1e}",
         soft_wrap=True,
@@ -58,6 +60,15 @@ def main(argv: Sequence[str]) -> None:
             f'AutoModelForImageTextToText.from_pretrained("{arguments.out}", trust_remote_code=True) loads it',
             soft_wrap=True,
         )
+
+
+def _open_to_others(out: Path) -> None:
+    """Give files the permissions that new files get here: safetensors writes files for their owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for file in out.rglob("*"):
+        if file.is_file():
+            file.chmod(0o666 & ~mask)
 
 
 def _export(run: Asker, format_name: str, checkpoint: str, out: Path) -> float:

@@ -186,3 +186,6 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     said = " ".join(capsys.readouterr().out.split())
     assert "read back, its logits differ by at most 0.0e+00" in said
     assert "trust_remote_code=True" in said
+    (tmp_path / "plain").touch()
+    wanted = (tmp_path / "plain").stat().st_mode
+    assert {file.stat().st_mode for file in (tmp_path / "out").iterdir()} == {wanted}  # others may read it, too
