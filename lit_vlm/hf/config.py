@@ -5,20 +5,19 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser
 from transformers import PretrainedConfig
 
+from lit_vlm import __version__
 from lit_vlm.decoders import Decoder
 from lit_vlm.embedders import Embedder
 from lit_vlm.encoders import Encoder
 from lit_vlm.model.build import Slots
 from lit_vlm.projectors import Projector
 
-MODEL_TYPE = "lit_vlm"
 STUB = "modeling_lit_vlm.py"
 """The file beside an exported model that imports the classes from the installed kit."""
 AUTO_CLASSES = {
@@ -43,7 +42,7 @@ class LitVLMConfig(PretrainedConfig):
         kwargs: settings of transformers, such as `dtype`.
     """
 
-    model_type = MODEL_TYPE
+    model_type = "lit_vlm"
     keys_to_ignore_at_inference = ("past_key_values",)
 
     def __init__(
@@ -59,7 +58,7 @@ class LitVLMConfig(PretrainedConfig):
         self.slots = slots or {}
         self.image_token_index = image_token_index
         self.hidden_size, self.num_hidden_layers, self.vocab_size = hidden_size, num_hidden_layers, vocab_size
-        self.lit_vlm_version = lit_vlm_version or version("lit-vlm")
+        self.lit_vlm_version = lit_vlm_version or __version__
         super().__init__(**{"auto_map": AUTO_MAP} | kwargs)
 
     def to_json_string(self, use_diff: bool = True) -> str:
@@ -94,7 +93,7 @@ def factories(slots: Mapping[str, Mapping[str, Any]], attention: str | None = No
                 f"config.json: a part of this model is of the package {absent[1]}, which is not installed here"
             ) from error
         raise ValueError(
-            f"config.json: the slots do not fit lit-vlm {version('lit-vlm')}: {error}. Its lit_vlm_version says "
+            f"config.json: the slots do not fit lit-vlm {__version__}: {error}. Its lit_vlm_version says "
             "which version wrote them"
         ) from error
     assert isinstance(made, Slots)

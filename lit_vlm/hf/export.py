@@ -56,7 +56,7 @@ def export_hf(model: VLM, config: Mapping[str, Any], written: SampleFormat, spec
     are compared with the kit's before the folder gets its name.
 
     Args:
-        model: of any parts; put into eval mode and fp32, in place.
+        model: of any parts; loses its heads and is put into eval mode and fp32, in place.
         config: the config of its run.
         written: template, transform and `max_length` of its data.
         spec: what the data side knows of it.
@@ -188,7 +188,7 @@ def _compared(model: VLM, written: SampleFormat, spec: InputSpec, folder: Path) 
         (ours[row, : len(sample)], theirs[row, theirs.shape[1] - len(sample) :]) for row, sample in enumerate(samples)
     ]
     logits = max(float((a - b).abs().max()) for a, b in rows)
-    gradients = _gradients(model, loaded, batch.to("cpu"), inputs, rows)
+    gradients = _gradients(model, loaded, batch, inputs, rows)
     if not max(logits, gradients) <= TOLERANCE:
         raise ValueError(
             f"what was read back differs: logits by {logits:.2e}, gradients by {gradients:.2e}; allowed is "

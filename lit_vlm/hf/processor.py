@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import warnings
 from collections.abc import Sequence
@@ -15,7 +14,6 @@ from jsonargparse import ArgumentParser
 from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin
 
-from lit_vlm.core.batch import Grid
 from lit_vlm.core.part import meta_parameters
 from lit_vlm.data import ImageTransform
 from lit_vlm.data.records import RecordError
@@ -187,7 +185,7 @@ class LitVLMProcessor(ProcessorMixin):
         if kwargs.get("return_assistant_tokens_mask"):
             raise ValueError("return_assistant_tokens_mask: the chat template of this model marks no answers")
         if kwargs.get("tokenize") and self.typed_marks == "text":
-            conversation = typed(copy.copy(conversation))
+            conversation = typed(conversation)
         return super().apply_chat_template(conversation, chat_template, **kwargs)
 
     @property
@@ -214,21 +212,6 @@ class LitVLMProcessor(ProcessorMixin):
             return self._resize(opened(image), self.spec.pixels)
         except RecordError as error:
             raise ValueError(f"a picture cannot be used: {error}") from error
-
-    def grid(self, height: int, width: int) -> Grid:
-        """Layout of the tokens of a picture of this (width, height) in pixels, before it is resized."""
-        resized = self._resize.size((width, height), self.spec.pixels)
-        return self.spec.grid(resized[1], resized[0])
-
-    def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:
-        """Texts of ids, by the tokenizer."""
-        found: list[str] = self.tokenizer.batch_decode(*args, **kwargs)
-        return found
-
-    def decode(self, *args: Any, **kwargs: Any) -> str:
-        """Text of ids, by the tokenizer."""
-        found: str = self.tokenizer.decode(*args, **kwargs)
-        return found
 
 
 IGNORED = frozenset({"videos", "audio", "return_mm_token_type_ids", "return_token_type_ids", "return_attention_mask"})
