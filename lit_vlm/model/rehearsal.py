@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -26,6 +27,15 @@ class _Misfit(ValueError):
     """The output of a part differs from what its attributes promise; the message already names slot and class."""
 
 
+class _WithoutValues(FakeTensorMode):
+    """Tensors of a rehearsal. Whether there is a GPU is asked once: PyTorch would ask for every operation, and without
+    one looks for the driver's library each time."""
+
+    @cached_property
+    def avoid_device_init(self) -> bool:
+        return super().avoid_device_init
+
+
 def rehearse(model: VLM, batch: Batch, losses: Mapping[str, float]) -> None:
     """Run a batch forward and backward, and check that every part keeps its contract.
 
@@ -39,7 +49,7 @@ def rehearse(model: VLM, batch: Batch, losses: Mapping[str, float]) -> None:
         ValueError: naming the slot, its class, what it was given and the way out.
         NotImplementedError: where PyTorch lacks a kernel for the CPU, which says nothing of other devices.
     """
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = _WithoutValues(allow_non_fake_inputs=True)
     _without_values(model, mode)
     _with_targets(model, batch, losses, mode)
     watch = _Watch(model)
