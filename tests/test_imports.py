@@ -30,6 +30,7 @@ ROOMS = (
     ("hf",),
     ("training",),
     ("evaluation",),
+    ("serving",),
     ("testing",),
     ("callbacks",),
     ("planning",),

@@ -25,6 +25,7 @@ VERBS = {
     "probe": "find out what can be read from a decoder's layers about depth, objects or whole pictures",
     "evaluate": "score checkpoints on benchmarks, or on questions of your own, with or without demonstrations",
     "chat": "ask a trained model about pictures",
+    "serve": "let clients of OpenAI's chat API ask trained models",
     "data": "convert data to shards, check them, show what is in them",
     "inspect": "show one batch as the model sees it, or in which settings two recipes or runs differ",
     "prepare": "compute features of teachers or of a frozen encoder before training",

@@ -75,3 +75,46 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerFast:
     if tokenizer.pad_token is None:
         raise ValueError(f"the tokenizer of {source} has no pad, unknown or end-of-sequence token to pad with")
     return tokenizer
+
+
+class IncrementalText:
+    """The text of tokens that come one by one: all pieces together are that of all tokens, without spaces around it.
+
+    Spaces wait for what follows them, and so does a letter of which only some bytes are there.
+
+    Args:
+        tokenizer: decodes them; special tokens are left out.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._said = ""
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens so far."""
+        return len(self._ids)
+
+    def push(self, token: int) -> str:
+        """Take one more token.
+
+        Returns:
+            what is new of the text.
+        """
+        self._ids.append(token)
+        text = self._text()
+        return "" if text.endswith("\ufffd") else self._new(text)
+
+    def rest(self) -> str:
+        """What the last tokens still hold back, at the end."""
+        return self._new(self._text())
+
+    def _text(self) -> str:
+        return str(self._tokenizer.decode(self._ids, skip_special_tokens=True)).strip()
+
+    def _new(self, text: str) -> str:
+        if not text.startswith(self._said):  # what follows changed a letter before it: no piece can take that back
+            return ""
+        new, self._said = text[len(self._said) :], text
+        return new

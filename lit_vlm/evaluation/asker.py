@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import yaml
@@ -18,6 +18,8 @@ from lit_vlm.checkpoints.folder import find_checkpoint, run_folder
 from lit_vlm.checkpoints.weights import read_slots
 from lit_vlm.core.batch import IGNORE, Batch
 from lit_vlm.core.quantised import round_to
+from lit_vlm.core.sampling import Sampling
+from lit_vlm.core.tokenizers import IncrementalText
 from lit_vlm.data import ImageTransform, Template
 from lit_vlm.data.records import Message, Record, Text
 from lit_vlm.data.sample.collate import collate_prompts
@@ -26,13 +28,29 @@ from lit_vlm.data.sample.format import SampleFormat
 from lit_vlm.data.sample.spec import InputSpec
 from lit_vlm.data.sample.templates import Span
 from lit_vlm.model.build import build
-from lit_vlm.model.generate import Continuation, score_continuations
+from lit_vlm.model.generate import Continuation, score_continuations, stream
 from lit_vlm.training.module import LitVLM
 
 LONGEST_ANSWER = 512
 """Positions of an answer that is scored, at most, which a sample may have beyond the run's `max_length`."""
+Ended = Literal["stop", "length"]
+"""Why an answer ends: by a token that ends it, or as it may have no more of them."""
 Form = Literal["prompt", "answer", "document"]
 """Which sample a record becomes: one that ends before the last answer, one with the answer, or text to predict."""
+
+
+class Piece(NamedTuple):
+    """What is new of an answer.
+
+    Attributes:
+        text: often one token's, or "" where a letter needs more of them.
+        ended: why the answer ends here; None if it goes on.
+        num_tokens: tokens of the answer so far.
+    """
+
+    text: str
+    ended: Ended | None
+    num_tokens: int
 
 
 @dataclass(frozen=True)
@@ -100,6 +118,42 @@ class Asker:
         """
         with self.evaluating():
             return self.module.answer(self.batch(samples), max_new_tokens, temperature, top_p)
+
+    def stream(self, samples: Sequence[Sample], sampling: Sequence[Sampling]) -> Iterator[list[Piece | None]]:
+        """The text that the model writes behind each prompt, piece by piece; together it is that of `answer`.
+
+        Args:
+            samples: in the form `prompt`.
+            sampling: how each of them is answered.
+
+        Yields:
+            after each step what is new of each answer, or None where it has ended.
+
+        Raises:
+            ValueError: as `LitVLM.answer`.
+        """
+        spec = self.module.input_spec
+        batch = self.batch(samples)
+        texts = [IncrementalText(spec.tokenizer) for _ in samples]
+        ended: list[Ended | None] = [None] * len(samples)
+        steps = stream(self.module.vlm, batch, spec.stop_ids | batch.stop_ids, sampling)
+        with self.evaluating():
+            while True:
+                with self.module.autocast():  # not while whoever asked has the turn
+                    ids = next(steps, None)
+                if ids is None:
+                    return
+                pieces: list[Piece | None] = []
+                for row, (token, text, own) in enumerate(zip(ids[: len(samples)], texts, sampling, strict=True)):
+                    if ended[row]:
+                        pieces.append(None)
+                        continue
+                    new = "" if token is None else text.push(token)
+                    if token is None or text.num_tokens == own.max_new_tokens:
+                        ended[row] = "stop" if token is None else "length"
+                        new += text.rest()
+                    pieces.append(Piece(new, ended[row], text.num_tokens))
+                yield pieces
 
     def likelihoods(
         self, prefixes: Sequence[Sample], continuations: Sequence[Continuation], batch_size: int
@@ -201,6 +255,21 @@ def run_config(source: str | Path) -> dict[str, Any]:
     return config
 
 
+def check_run(source: str | Path) -> dict[str, Any]:
+    """The config of a run that can be asked.
+
+    Raises:
+        ValueError: when there is no complete checkpoint or no config.yaml, or the stage left out the decoder.
+    """
+    config = run_config(source)
+    if left_out := (config["model"].get("stage") or {}).get("leave_out"):
+        raise ValueError(
+            f"{source} is of a stage that trains without its {', '.join(left_out)} (model.stage.leave_out), so it is "
+            "no whole model: name the folder of a later stage"
+        )
+    return config
+
+
 def load_run(source: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Asker:
     """Build the model of a run in eval mode, with a checkpoint's weights, and the template and transform of its data.
 
@@ -212,15 +281,10 @@ def load_run(source: str | Path, device: str | torch.device = "cpu", dtype: torc
         dtype: type of the weights; `precision.choose(...).dtype` is the one that the device is fast in.
 
     Raises:
-        ValueError: when there is no complete checkpoint or no config.yaml, or the stage left out the decoder.
+        ValueError: as `check_run`.
     """
+    config = check_run(source)
     checkpoint = find_checkpoint(source)
-    config = run_config(checkpoint)
-    if left_out := (config["model"].get("stage") or {}).get("leave_out"):
-        raise ValueError(
-            f"{source} is of a stage that trains without its {', '.join(left_out)} (model.stage.leave_out), so it is "
-            "no whole model: name the folder of a later stage"
-        )
     parser = ArgumentParser(parser_mode="omegaconf")
     parser.add_class_arguments(LitVLM, "model")
     parser.add_argument("--template", type=Template)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,10 +12,51 @@ from torch import Tensor
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
 from lit_vlm.core.batch import IGNORE, Batch
+from lit_vlm.core.sampling import Sampling
 from lit_vlm.model.vlm import VLM
 
 
 @torch.no_grad()
+def stream(
+    model: VLM, batch: Batch, stop_ids: Collection[int], sampling: Sequence[Sampling]
+) -> Iterator[list[int | None]]:
+    """Continue each row of a batch of prompts, and hand over each token as soon as it is known.
+
+    Under sharded training every rank must call this together; it runs until the last rank has finished.
+
+    Args:
+        model: in eval mode.
+        batch: left-padded prompts, one sample per row.
+        stop_ids: ids that end a row; the first of them ends it and is not handed over.
+        sampling: how each row is continued; rows without one, which fill a batch, end with the others.
+
+    Yields:
+        after each step the new token of each row, or None where the row has ended. A row that ends on a stop id has
+        None from the step of that id on.
+
+    Raises:
+        ValueError: as `VLM.new_cache`.
+    """
+    cache = model.new_cache()
+    mask = (batch.segment_ids > 0).long()
+    positions = batch.position_ids[:, -1:]
+    stops = set(stop_ids)
+    room = [one.max_new_tokens for one in sampling] + [0] * (len(mask) - len(sampling))
+    step = batch
+    for index in range(max(room)):
+        drawn = _draw(model.next_logits(step, cache, mask, start=index == 0).float(), sampling)
+        ids = [
+            None if index >= most or token in stops else token for token, most in zip(drawn.tolist(), room, strict=True)
+        ]
+        room = [0 if token is None else most for token, most in zip(ids, room, strict=True)]
+        yield ids
+        if _all_done(all(index + 1 >= most for most in room), mask.device):
+            break
+        positions = positions + 1
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+        step = batch.text_only(drawn[:, None], positions)  # what rows are given that have ended reaches no other
+
+
 def generate(
     model: VLM,
     batch: Batch,
@@ -24,54 +65,30 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
 ) -> list[list[int]]:
-    """Continue each row of a batch of prompts.
-
-    Under sharded training every rank must call this together; it runs until the last rank has finished.
-
-    Args:
-        model: in eval mode.
-        batch: left-padded prompts, one sample per row.
-        stop_ids: ids that end a row; the first of them ends it and is not returned.
-        max_new_tokens: tokens per row at most.
-        temperature: 0 takes the likeliest token; above 0 a token is drawn.
-        top_p: draw from the smallest set of likeliest tokens whose probabilities add up to this.
+    """Continue each row of a batch of prompts, all in the same way; see `stream`.
 
     Returns:
-        new token ids of each row.
-
-    Raises:
-        ValueError: as `VLM.new_cache`.
+        new token ids of each row, without the one that ended it.
     """
-    warpers = LogitsProcessorList()
-    if temperature > 0:
-        warpers.append(TemperatureLogitsWarper(temperature))
-        if top_p < 1:
-            warpers.append(TopPLogitsWarper(top_p))
-    cache = model.new_cache()
-    mask = (batch.segment_ids > 0).long()
-    positions = batch.position_ids[:, -1:]
-    stops = torch.tensor(sorted(stop_ids), device=mask.device)
-    done = torch.zeros(len(mask), dtype=torch.bool, device=mask.device)
-    columns: list[Tensor] = []
-    step = batch
-    for index in range(max_new_tokens):
-        logits = model.next_logits(step, cache, mask, start=index == 0).float()
-        if temperature > 0:
-            logits = warpers(step.input_ids, logits)
-            ids = torch.multinomial(logits.softmax(-1), 1)
-        else:
-            ids = logits.argmax(-1, keepdim=True)
-        ids = torch.where(done[:, None], stops[0], ids)
-        columns.append(ids)
-        done |= torch.isin(ids[:, 0], stops)
-        if _all_done(done):
-            break
-        positions = positions + 1
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-        step = batch.text_only(ids, positions)
-    stopped = set(stop_ids)
-    rows = torch.cat(columns, dim=1).tolist()
-    return [row[: next((i for i, token in enumerate(row) if token in stopped), len(row))] for row in rows]
+    rows: list[list[int]] = [[] for _ in range(len(batch.input_ids))]
+    for ids in stream(model, batch, stop_ids, [Sampling(max_new_tokens, temperature, top_p)] * len(rows)):
+        for row, token in zip(rows, ids, strict=True):
+            if token is not None:
+                row.append(token)
+    return rows
+
+
+def _draw(logits: Tensor, sampling: Sequence[Sampling]) -> Tensor:
+    """The next token `[b]` of each row, by its own setting; rows without one take the likeliest."""
+    likeliest = logits.argmax(-1)
+    for setting in dict.fromkeys(one for one in sampling if one.temperature > 0):
+        rows = torch.tensor([row for row, one in enumerate(sampling) if one == setting], device=logits.device)
+        warpers = LogitsProcessorList([TemperatureLogitsWarper(setting.temperature)])
+        if setting.top_p < 1:
+            warpers.append(TopPLogitsWarper(setting.top_p))
+        warped = warpers(likeliest[rows, None], logits[rows])
+        likeliest[rows] = torch.multinomial(warped.softmax(-1), 1)[:, 0]
+    return likeliest
 
 
 class Continuation(NamedTuple):
@@ -144,10 +161,10 @@ def _most(count: int, device: torch.device) -> int:
     return int(most)
 
 
-def _all_done(done: Tensor) -> bool:
+def _all_done(done: bool, device: torch.device) -> bool:
     """Whether every row of every rank has ended: sharded parts run on all ranks or on none."""
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        left = (~done).any().float()
+        left = torch.tensor(float(not done), device=device)
         dist.all_reduce(left)
         return not left.item()
-    return bool(done.all())
+    return done

@@ -28,8 +28,11 @@ class _Misfit(ValueError):
 
 
 class _WithoutValues(FakeTensorMode):
-    """Tensors of a rehearsal. Whether there is a GPU is asked once: PyTorch would ask for every operation, and without
-    one looks for the driver's library each time."""
+    """Tensors of a rehearsal.
+
+    Whether there is a GPU is asked once: PyTorch would ask for every operation, and without one looks for the driver's
+    library each time.
+    """
 
     @cached_property
     def avoid_device_init(self) -> bool:

@@ -1,0 +1,86 @@
+"""`lit-vlm serve`: trained models behind OpenAI's chat API."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+
+def main(argv: Sequence[str]) -> None:
+    """Serve until Ctrl-C or SIGTERM.
+
+    Raises:
+        ValueError: for a run that cannot be loaded, a device that is not there, a port that is taken, or a package that
+            is not installed.
+    """
+    arguments = _parser().parse_args(argv)
+    from lit_vlm.evaluation.asker import check_run, pick_device
+
+    for flag in ("max_new_tokens", "batch_size"):
+        if getattr(arguments, flag) < 1:
+            raise ValueError(f"--{flag.replace('_', '-')} must be at least 1, not {getattr(arguments, flag)}")
+    sources = {Path(source).as_posix(): source for source in arguments.checkpoint}
+    if len(sources) < len(arguments.checkpoint):
+        raise ValueError("a checkpoint is named twice")
+    for source in sources.values():
+        check_run(source)
+    devices = [torch.device(pick_device(name)) for name in arguments.device or [None]]
+    try:
+        from lit_vlm.serving.server import serve
+    except ModuleNotFoundError as error:
+        raise ValueError(f"lit-vlm serve needs {error.name}: pip install 'lit-vlm[serve]'") from error
+    serve(
+        sources,
+        devices,
+        host=arguments.host,
+        port=arguments.port,
+        batch_size=arguments.batch_size,
+        most_tokens=arguments.max_new_tokens,
+        timeout=arguments.timeout,
+        max_megabytes=arguments.max_megabytes,
+        prefixes=arguments.allow_url,
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lit-vlm serve",
+        description="Answer /v1/chat/completions and /v1/models in OpenAI's form, with pictures as data: URIs. It is "
+        "for evaluation and demonstrations; export a model as llava-hf for servers of production.",
+    )
+    add = parser.add_argument
+    add("checkpoint", nargs="+", help="a checkpoint, or the folder of a run; clients name it as model")
+    add(
+        "--host",
+        default="127.0.0.1",
+        choices=["127.0.0.1", "0.0.0.0", "::"],
+        help="who may ask: this machine alone (default: 127.0.0.1), or all that reach it; there is no password",
+    )
+    add("--port", type=int, default=8000, help="from 1024 to 65535 (default: 8000)")
+    add(
+        "--device",
+        action="append",
+        help="cpu, cuda, cuda:1, ...; several times for several GPUs (default: a GPU if there is one)",
+    )
+    add("--batch-size", type=int, default=8, help="requests that are answered together (default: 8)")
+    add("--max-new-tokens", type=int, default=512, help="length of an answer at most (default: 512)")
+    add(
+        "--timeout",
+        type=float,
+        default=120.0,
+        metavar="SECONDS",
+        help="how long a request may wait for its turn (default: 120)",
+    )
+    add("--max-megabytes", type=int, default=20, help="size of a request, pictures included (default: 20)")
+    add(
+        "--allow-url",
+        action="append",
+        default=[],
+        metavar="PREFIX",
+        help="fetch pictures from addresses that begin so, such as https://images.example.org/; may be given several "
+        "times (default: none is fetched)",
+    )
+    return parser

@@ -1,0 +1,20 @@
+"""How text is continued."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How one row is continued.
+
+    Attributes:
+        max_new_tokens: tokens at most.
+        temperature: 0 takes the likeliest token; above 0 a token is drawn.
+        top_p: draw from the smallest set of likeliest tokens whose probabilities add up to this.
+    """
+
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    top_p: float = 1.0

@@ -1,0 +1,100 @@
+"""The server: LitServe with one worker per device."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+from collections.abc import Mapping, Sequence
+from types import FrameType
+
+import torch
+from litserve import LitServer
+from rich.console import Console
+
+from lit_vlm.serving.endpoint import ChatEndpoint, errors_in_one_form
+from lit_vlm.serving.worker import Runs
+
+
+def serve(
+    sources: Mapping[str, str],
+    devices: Sequence[torch.device],
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    batch_size: int = 8,
+    most_tokens: int = 512,
+    timeout: float = 120,
+    max_megabytes: int = 20,
+    prefixes: Sequence[str] = (),
+) -> None:
+    """Serve runs until SIGINT or SIGTERM.
+
+    Args:
+        sources: name → checkpoint or folder of a run.
+        devices: each has a worker with all runs.
+        host: address that is listened on.
+        port: port that is listened on.
+        batch_size: requests that a worker answers together at most.
+        most_tokens: longest answer in tokens.
+        timeout: seconds that a request may wait for its turn.
+        max_megabytes: size of a request.
+        prefixes: how addresses begin that pictures may be fetched from.
+
+    Raises:
+        ValueError: for devices of different kinds, or a port that is taken.
+    """
+    kinds = {device.type for device in devices}
+    if len(kinds) > 1 or (kinds == {"cpu"} and len(devices) > 1):
+        raise ValueError(f"devices must be GPUs or one CPU, not {', '.join(map(str, devices))}")
+    _check_port(host, port)
+    kind = devices[0].type
+    spec = ChatEndpoint(list(sources), most_tokens, prefixes)
+    server = LitServer(
+        Runs(sources, batch_size, spec),
+        accelerator=kind,
+        devices=1 if kind == "cpu" else [device.index or 0 for device in devices],
+        timeout=timeout,
+        max_payload_size=max_megabytes * 2**20,
+        disable_openapi_url=True,
+    )
+    errors_in_one_form(server.app)
+    console = Console(highlight=False)
+    shown = "localhost" if host == "127.0.0.1" else host
+    console.print(f"loading {', '.join(sources)} on {', '.join(map(str, devices))} ...", soft_wrap=True)
+    console.print(f"clients: base_url http://{shown}:{port}/v1, any api_key; Ctrl-C ends", soft_wrap=True)
+    _end_quietly()
+    try:
+        server.run(host=host, port=port, num_api_servers=1, log_level="warning", generate_client_file=False)
+    except RuntimeError as error:  # a worker that could not load its runs has said why
+        raise ValueError(str(error)) from error
+    except KeyboardInterrupt:  # while runs are loaded; later LitServe ends by itself
+        for worker in getattr(server, "inference_workers", ()):
+            worker.kill()
+
+
+def _end_quietly() -> None:
+    """Let SIGTERM end the server as Ctrl-C does, without tracebacks of processes that lose each other."""
+    owner = os.getpid()
+
+    def end(number: int, frame: FrameType | None) -> None:
+        if os.getpid() == owner:  # forked processes have the handler as well, and are ended by LitServe
+            logging.disable(logging.ERROR)
+            raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, end)
+    signal.signal(signal.SIGINT, end)
+
+
+def _check_port(host: str, port: int) -> None:
+    if not 1024 <= port <= 65535:
+        raise ValueError(f"--port must be from 1024 to 65535, not {port}")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as tried:
+        tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            tried.bind((host, port))
+        except OSError as error:
+            raise ValueError(
+                f"port {port} of {host} cannot be used: {error.strerror}; name another with --port"
+            ) from error
