@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,27 +40,44 @@ def main(argv: Sequence[str]) -> None:
         "with trust_remote_code=True where lit-vlm is installed; llava-hf (default) is transformers' own "
         "LlavaForConditionalGeneration, the others are the names of each system's own code",
     )
+    parser.add_argument(
+        "--push",
+        metavar="ORG/NAME",
+        help="upload the folder to the model hub afterwards; a model that is not there yet is made, and is private",
+    )
     arguments = parser.parse_args(argv)
+    if arguments.push:
+        from lit_vlm.commands.push import check_push
+
+        check_push(arguments.push)
     if arguments.format != HF:
         find_family(arguments.format)  # an unknown format is reported before minutes of loading
     from transformers.utils.logging import disable_progress_bar
 
     from lit_vlm.evaluation.asker import load_run
+    from lit_vlm.experiments.card import model_card
 
     disable_progress_bar()
     run = load_run(arguments.checkpoint)
     console = Console(highlight=False)
+    card = model_card(arguments.checkpoint, arguments.format, shlex.join(["lit-vlm", "export", *argv]))
     difference = _export(run, arguments.format, arguments.checkpoint, arguments.out)
+    (arguments.out / "README.md").write_text(card, encoding="utf-8")
     _open_to_others(arguments.out)
     console.print(
         f"wrote {arguments.out}: read back, its logits differ by at most {difference:.1e}",
         soft_wrap=True,
     )
+    console.print(f"its model card is {arguments.out}/README.md: add licences of data and weights", soft_wrap=True)
     if arguments.format == HF:
         console.print(
             f'AutoModelForImageTextToText.from_pretrained("{arguments.out}", trust_remote_code=True) loads it',
             soft_wrap=True,
         )
+    if arguments.push:
+        from lit_vlm.commands.push import push
+
+        console.print(f"uploaded to {push(arguments.out, arguments.push)}", soft_wrap=True)
 
 
 def _open_to_others(out: Path) -> None:

@@ -41,11 +41,12 @@ class Tracked:
     origin: Mapping[str, str] = field(default_factory=dict)
 
 
-def read_tracked(stage: Path) -> Tracked:
+def read_tracked(stage: Path, kept: tuple[str, ...] = KEPT) -> Tracked:
     """Read the MLflow run that the folder of a stage belongs to.
 
     Args:
         stage: the folder, with mlflow.json.
+        kept: beginnings of the names of metrics whose curves are read.
 
     Returns:
         what there is; nothing, with a warning where there should be something, without the file or its store.
@@ -62,7 +63,7 @@ def read_tracked(stage: Path) -> Tracked:
     try:
         client = connect(uri)
         run = client.get_run(run_id)
-        names = [name for name in run.data.metrics if name.startswith(KEPT)]
+        names = [name for name in run.data.metrics if name.startswith(kept)]
         curves = {name: _curve(client, run_id, name) for name in names}
         origin = {key: value for key, value in run.data.tags.items() if key.startswith(ORIGIN)}
     except Exception as error:  # whatever the store raises: a report can do without

@@ -1,0 +1,86 @@
+"""`lit-vlm export` as a command: the card of what it writes, and its way to a hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lit_vlm.commands.cli import main
+from tests.hub import TOKEN, hub
+from tests.runs import lit_vlm, one_step
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return one_step(tmp_path_factory.mktemp("exported") / "llava15" / "2_sft", "llava15", "2_sft")
+
+
+@pytest.fixture
+def ask(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Runs the command with a hub at an address; returns its exit code, output and errors."""
+
+    def export(out: str, *flags: str, address: str, token: str = TOKEN) -> tuple[int, str, str]:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setenv("HF_TOKEN", token)
+        code = 0
+        try:
+            main(["export", str(run), str(tmp_path / out), *flags])
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+        return code, *capsys.readouterr()
+
+    return export
+
+
+def test_an_exported_folder_has_a_card(run: Path, tmp_path: Path) -> None:
+    said = lit_vlm(tmp_path, "export", str(run), "out", "--format", "hf").stdout
+    assert "its model card is out/README.md" in said
+    head, _, text = (tmp_path / "out" / "README.md").read_text().removeprefix("---\n").partition("\n---\n")
+    assert yaml.safe_load(head)["pipeline_tag"] == "image-text-to-text"
+    assert f"lit-vlm export {run} out --format hf" in text
+    assert "| decoder | `HFDecoder` |" in text
+    assert "## Scores\n\nNone were kept" in text
+
+
+def test_a_folder_is_uploaded_with_all_that_is_in_it(ask: Any, tmp_path: Path) -> None:
+    with hub() as server:
+        code, said, error = ask("out", "--format", "hf", "--push", "lab/small", address=server.address)
+        assert code == 0, error
+        assert f"uploaded to {server.address}/lab/small" in said
+        files = {str(file.relative_to(tmp_path / "out")): file.read_bytes() for file in (tmp_path / "out").rglob("*")}
+        assert server.models == {"lab/small": files}
+        assert server.private == {"lab/small"}
+        server.full = True
+        code, _, error = ask("again", "--push", "lab/small", address=server.address)
+    assert code == 1
+    assert "again was written, and not uploaded to lab/small" in error
+    assert (tmp_path / "again" / "README.md").is_file()
+
+
+@pytest.mark.parametrize(
+    ("name", "token", "message"),
+    [
+        ("small", TOKEN, "expected ORGANISATION/NAME or USER/NAME"),
+        ("lab/sm--all..x", TOKEN, "--push lab/sm--all..x: "),
+        ("lab/small", "hf_wrong", "not logged in"),
+    ],
+)
+def test_what_no_hub_takes_is_said_before_anything_is_written(
+    name: str, token: str, message: str, ask: Any, tmp_path: Path
+) -> None:
+    with hub() as server:
+        code, _, error = ask("out", "--push", name, address=server.address, token=token)
+    assert code == 1
+    assert message in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_hub_that_does_not_answer_is_said_before_anything_is_written(ask: Any, tmp_path: Path) -> None:
+    code, _, error = ask("out", "--push", "lab/small", address="http://127.0.0.1:9")
+    assert code == 1
+    assert "--push lab/small: the hub does not answer" in error
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,75 @@
+"""The card of a run: its stages, data, scores and origin."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from lit_vlm.experiments.card import model_card
+from tests.experiments.made import finished_run
+
+PARTS = {
+    "encoder": {"class_path": "lit_vlm.encoders.HFEncoder", "init_args": {"name": "lab/vision-large"}},
+    "projector": {"class_path": "lit_vlm.projectors.MLP", "init_args": {}},
+    "embedder": {"class_path": "lit_vlm.embedders.Splice", "init_args": {}},
+    "decoder": {"class_path": "lit_vlm.decoders.HFDecoder", "init_args": {"name": "lab/text-7b"}},
+    "heads": {"depth": {"class_path": "lit_vlm.heads.EmbeddingDistillation"}},
+}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    folder = finished_run(tmp_path / "my-run", right=[1, 0, 1, 1] * 10)
+    for stage, trains, start in (
+        ("1_align", {"projector": 1e-3, "decoder": None}, None),
+        ("2_sft", {"decoder": 2e-5}, "1_align"),
+    ):
+        settings: dict[str, Any] = {"name": stage[2:], "train": trains, "losses": {"next_token": 1.0, "depth": 0.5}}
+        settings["start_from"] = start and f"elsewhere/my-run/{start}"
+        data = {
+            "train": {"photos": {"class_path": "lit_vlm.data.Converted"}, "gone": None},
+            "transform": {"class_path": "lit_vlm.data.PadSquare"}, "max_length": 2048,
+        }  # fmt: skip
+        config = {"seed_everything": 3, "model": {**PARTS, "stage": settings}, "data": data}
+        (folder / stage / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+        (folder / stage / "checkpoints").mkdir()
+        torch.save({"state_dict": {}}, folder / stage / "checkpoints" / "step=00000050.ckpt")
+    return folder
+
+
+def test_it_tells_stages_data_scores_and_limits(run: Path) -> None:
+    card = model_card(run / "2_sft", "hf", "lit-vlm export my-run/2_sft OUT")
+    head = yaml.safe_load(card.split("---\n")[1])
+    assert head["base_model"] == ["lab/text-7b", "lab/vision-large"]
+    assert head["tags"] == ["lit-vlm", "llava15"]
+    assert "| `align` | projector (0.001) | 12.3 k | next_token × 1, depth × 0.5 | 30 | 60 s | 2 | 3.0 GiB |" in card
+    assert "| `sft` | decoder (2e-05) |" in card
+    assert "| `sft` | train | – | `Converted` | – | – |" in card
+    # 30 of 40 right: Wilson's interval.
+    assert "| `held_out/accuracy` | 75.0 | 59.8 to 85.8 | 40 | 25.0 | 0.0 |" in card
+    assert "2,048 positions at most" in card
+    assert "| heads | `depth` | left behind" in card
+    assert "- Seed: 3" in card
+
+
+def test_it_names_no_folder_of_the_machine(run: Path) -> None:
+    assert str(run.parent) not in model_card(run / "2_sft", "hf", "lit-vlm export my-run/2_sft OUT")
+
+
+def test_a_run_without_scores_says_how_to_get_some(run: Path) -> None:
+    for file in ("held_out.json", "held_out.jsonl"):
+        (run / "2_sft" / file).unlink()
+    assert "None were kept: `callbacks.HeldOut` or `lit-vlm evaluate` write them." in model_card(
+        run / "2_sft", "hf", ""
+    )
+
+
+def test_a_stage_that_is_gone_ends_the_chain(run: Path) -> None:
+    (run / "1_align" / "checkpoints" / "step=00000050.ckpt").unlink()
+    card = model_card(run / "2_sft", "hf", "")
+    assert "`sft`" in card
+    assert "`align`" not in card
