@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,6 +42,12 @@ def main(argv: Sequence[str]) -> None:
         "LlavaForConditionalGeneration, the others are the names of each system's own code",
     )
     parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        default="float32",
+        help="what weights are rounded to, once they are compared (default: float32)",
+    )
+    parser.add_argument(
         "--push",
         metavar="ORG/NAME",
         help="upload the folder to the model hub afterwards; a model that is not there yet is made, and is private",
@@ -62,10 +69,13 @@ def main(argv: Sequence[str]) -> None:
     console = Console(highlight=False)
     card = model_card(arguments.checkpoint, arguments.format, shlex.join(["lit-vlm", "export", *argv]))
     difference = _export(run, arguments.format, arguments.checkpoint, arguments.out)
+    if arguments.dtype != "float32":
+        _round(arguments.out, arguments.dtype)
     (arguments.out / "README.md").write_text(card, encoding="utf-8")
     _open_to_others(arguments.out)
+    rounded = "" if arguments.dtype == "float32" else f"; then rounded to {arguments.dtype}"
     console.print(
-        f"wrote {arguments.out}: read back, its logits differ by at most {difference:.1e}",
+        f"wrote {arguments.out}: read back, its logits differ by at most {difference:.1e}{rounded}",
         soft_wrap=True,
     )
     console.print(f"its model card is {arguments.out}/README.md: add licences of data and weights", soft_wrap=True)
@@ -78,6 +88,19 @@ def main(argv: Sequence[str]) -> None:
         from lit_vlm.commands.push import push
 
         console.print(f"uploaded to {push(arguments.out, arguments.push)}", soft_wrap=True)
+
+
+def _round(out: Path, dtype: str) -> None:
+    """Round the weights of a folder that was compared; where that fails, nothing is left behind."""
+    import torch
+
+    from lit_vlm.core.safetensors import round_folder
+
+    try:
+        round_folder(out, getattr(torch, dtype))
+    except (ValueError, OSError) as error:
+        shutil.rmtree(out)
+        raise ValueError(f"{out} cannot be written in {dtype}: {error}") from error
 
 
 def _open_to_others(out: Path) -> None:

@@ -1,11 +1,15 @@
-"""Reading the weight files of a published folder."""
+"""Reading the weight files of a published folder, and rounding them."""
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from lit_vlm.core.pretrained import load_weights, shortened
@@ -56,3 +60,54 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"{path} holds {type(found).__name__}, expected an object of settings")
     return found
+
+
+def round_folder(folder: Path, dtype: torch.dtype) -> None:
+    """Round all weights in the safetensors files of a folder to a type, and let its configurations say so.
+
+    Args:
+        folder: with files in it or in folders below; they are replaced one by one.
+        dtype: what weights become; integers stay as they are.
+
+    Raises:
+        ValueError: for a weight that is beyond the type's range, naming it.
+        OSError: where a file cannot be written.
+    """
+    name = str(dtype).removeprefix("torch.")
+    for file in sorted(folder.rglob("*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata()
+            state = {key: _rounded(key, opened.get_tensor(key), dtype) for key in opened.keys()}  # noqa: SIM118
+        rounded = file.with_suffix(".rounded")
+        save_file(state, rounded, metadata)
+        os.replace(rounded, file)
+    for index in folder.rglob("*.safetensors.index.json"):
+        content = read_json(index)
+        shards = {index.parent / shard for shard in content["weight_map"].values()}
+        content.setdefault("metadata", {})["total_size"] = sum(_bytes_in(shard) for shard in shards)
+        index.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    for file in folder.rglob("config.json"):
+        content = read_json(file)
+        file.write_text(json.dumps(_saying(content, name), indent=2) + "\n", encoding="utf-8")
+
+
+def _rounded(key: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    if not value.is_floating_point():
+        return value
+    rounded = value.to(dtype)
+    if bool(rounded.isinf().any()) and not bool(value.isinf().any()):
+        raise ValueError(f"{key} has values beyond the range of {dtype}: up to {float(value.abs().max()):g}")
+    return rounded
+
+
+def _bytes_in(shard: Path) -> int:
+    with safe_open(shard, framework="pt") as opened:
+        return sum(opened.get_tensor(key).nbytes for key in opened.keys())  # noqa: SIM118
+
+
+def _saying(content: dict[str, Any], name: str) -> dict[str, Any]:
+    """A configuration whose types, and those of the models in it, are called `name`."""
+    return {
+        key: name if key in ("dtype", "torch_dtype") else _saying(value, name) if isinstance(value, dict) else value
+        for key, value in content.items()
+    }

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from transformers import AutoModelForImageTextToText
 
 from lit_vlm.commands.cli import main
 from tests.hub import TOKEN, hub
@@ -44,6 +46,16 @@ def test_an_exported_folder_has_a_card(run: Path, tmp_path: Path) -> None:
     assert f"lit-vlm export {run} out --format hf" in text
     assert "| decoder | `HFDecoder` |" in text
     assert "## Scores\n\nNone were kept" in text
+
+
+@pytest.mark.parametrize("format_name", ["hf", "llava-hf"])
+def test_weights_are_rounded_on_request(format_name: str, ask: Any, tmp_path: Path) -> None:
+    code, said, error = ask("out", "--format", format_name, "--dtype", "bfloat16", address="")
+    assert code == 0, error
+    assert "; then rounded to bfloat16" in said
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", trust_remote_code=True, dtype="auto")
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
+    assert all(value.isfinite().all() for value in loaded.parameters())
 
 
 def test_a_folder_is_uploaded_with_all_that_is_in_it(ask: Any, tmp_path: Path) -> None:
