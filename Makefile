@@ -9,7 +9,7 @@ CONSTRAINTS ?= constraints.txt
 # One thread for each of the two test processes: threads that wait for each other spin, and take the other's core.
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: help install quickstart test test-slow test-ablations test-cluster lint docs findings bench gpu clean
+.PHONY: help install quickstart test test-slow test-published test-cluster lint docs findings bench gpu clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -31,10 +31,10 @@ test: install  ## lint, types and all tests that take a few seconds at most
 	@$(TESTS)
 
 test-slow: install  ## the other tests: whole runs, several processes, simulated GPUs, compiled blocks
-	@$(TESTS) --dist worksteal -m "slow and not cluster"
+	@$(TESTS) --dist worksteal -m "slow and not cluster and not published"
 
-test-ablations: install  ## every shipped ablation, dry, at its smallest scale
-	@LIT_VLM_ALL_ABLATIONS=1 $(TESTS) --dist worksteal -m "not cluster" tests/experiments/test_published_ablations.py
+test-published: install  ## all stages at their published size, simulated, and all shipped ablations, dry
+	@$(TESTS) --dist worksteal -m published
 
 # Without SLURM, and without the rights to install it, the tests are skipped and say so.
 test-cluster: install  ## the tests on a SLURM of four nodes, started on this machine (needs root)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -30,14 +29,8 @@ FILES = sorted(file for file in SHIPPED.glob("*/ablations/*.yaml") if file.paren
 PAGE = ROOT / "docs" / "ablations.md"
 NOT_SMALL = {"vila_paper/table_3": ["mmc4-pairs"]}
 """File → variants that no small scale has: drawn documents are not taken apart into pairs as those of MMC4 are."""
-SOME = {
-    "eve/components": ["no-ca1"],
-    "hovle/stages": ["no-alignment"],
-    "ola_vlm/stages": ["loss-in-tuning"],
-    "vila_paper/table_8": ["visual-expert"],
-}
-"""Files of every test run, and the variants of each that are run dry. LIT_VLM_ALL_ABLATIONS=1 takes all (minutes)."""
-ALL = bool(os.environ.get("LIT_VLM_ALL_ABLATIONS"))
+SOME = {"hovle/stages": ["no-alignment"], "vila_paper/table_8": ["visual-expert"]}
+"""Files of `make test-slow`, and the variants that it runs dry; `make test-published` takes all of all files."""
 
 
 class Own(NamedTuple):
@@ -95,17 +88,24 @@ def small(variant: Variant, file: Path) -> Variant:
     return replace(variant, scale="tiny_deep" if "tiny_deep" in scales else "tiny")
 
 
-TAKEN = [file for file in FILES if ALL or name_of(file) in SOME]
+WHOLE = [pytest.param(file, None, marks=pytest.mark.published, id=name_of(file)) for file in FILES]
+IN_PART = [
+    pytest.param(file, SOME[name_of(file)], id=f"{name_of(file)} in part") for file in FILES if name_of(file) in SOME
+]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("file", TAKEN, ids=name_of)
+@pytest.mark.parametrize(("file", "some"), [*IN_PART, *WHOLE])
 def test_variants_are_ready_at_a_small_scale(
-    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    file: Path,
+    some: list[str] | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     left_out = NOT_SMALL.get(name_of(file), ())
-    names = [one.name for one in variants_of(file) if one.name not in left_out] if ALL else SOME[name_of(file)]
+    names = some or [one.name for one in variants_of(file) if one.name not in left_out]
     variants = [small(one, file) for one in variants_of(file) if one.name in names]
     assert len(variants) == len(names)
     commands = {stage.name: stage.words for stage in own_stages(variants)}
@@ -119,7 +119,9 @@ MINI = sorted(file.parent.parent.name for file in SHIPPED.glob("*/scales/mini.ya
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", MINI if ALL else ["hovle"])
+@pytest.mark.parametrize(
+    "recipe", [pytest.param(name, marks=() if name == "hovle" else pytest.mark.published) for name in MINI]
+)
 def test_every_stage_of_the_scale_mini_is_ready(
     recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -131,7 +133,13 @@ def test_every_stage_of_the_scale_mini_is_ready(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("file", TAKEN, ids=name_of)
+@pytest.mark.parametrize(
+    "file",
+    [
+        pytest.param(file, marks=() if name_of(file) in SOME else pytest.mark.published, id=name_of(file))
+        for file in FILES
+    ],
+)
 def test_flags_of_every_variant_hold_at_the_scale_of_the_file(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

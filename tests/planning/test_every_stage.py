@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -21,10 +22,12 @@ OWN_DATA = ("quickstart",)
 """Recipes that run on data and weights of their own, on one device; other tests run them for real."""
 
 
-def _stages() -> Iterator[tuple[str, str]]:
+def _stages() -> Iterator[Any]:
+    """All stages; the last one of each recipe is in `make test-slow`, and all are in `make test-published`."""
     for name in shipped_recipes():
-        recipe = find_recipe(name)
-        yield from ((name, stage) for stage in (() if name in OWN_DATA else recipe.stages))
+        stages = list(find_recipe(name).stages)
+        for stage in () if name in OWN_DATA else stages:
+            yield pytest.param(name, stage, marks=() if stage == stages[-1] else pytest.mark.published)
 
 
 def check(result: Measured) -> None:
@@ -50,7 +53,12 @@ def test_sharded_over_64(recipe: str, stage: str, simulated: Simulator) -> None:
 @pytest.mark.parametrize("strategy", ["single", "ddp", "hsdp"])
 @pytest.mark.parametrize(
     ("recipe", "stage"),
-    [("llava15", "1_align"), ("eve", "2_pretrain"), ("hovle", "1_distill"), ("ola_vlm", "1_pretrain")],
+    [
+        ("llava15", "1_align"),
+        pytest.param("eve", "2_pretrain", marks=pytest.mark.published),
+        pytest.param("hovle", "1_distill", marks=pytest.mark.published),
+        pytest.param("ola_vlm", "1_pretrain", marks=pytest.mark.published),
+    ],
 )
 def test_other_strategies(recipe: str, stage: str, strategy: str, simulated: Simulator) -> None:
     result = measured(simulated.run(job(recipe, stage, 1 if strategy == "single" else 16, strategy)))

@@ -126,6 +126,7 @@ def test_every_shipped_name_is_checked_and_in_the_table() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.published
 @pytest.mark.parametrize(("recipe", "scale", "stage"), published_stages())
 def test_every_published_stage_is_built_without_a_network(
     recipe: str, scale: str, stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
