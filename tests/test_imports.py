@@ -27,7 +27,7 @@ ROOMS = (
     ("data",),
     ("worlds",),
     ("checkpoints",),
-    ("hf",),
+    ("hf", "gguf"),
     ("training",),
     ("evaluation",),
     ("serving",),

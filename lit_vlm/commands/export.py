@@ -15,8 +15,8 @@ from rich.console import Console
 if TYPE_CHECKING:
     from lit_vlm.evaluation.asker import Asker
 
-HF = "hf"
-"""The format that any model can have."""
+HF, GGUF = "hf", "gguf"
+"""Formats that belong to no system: one for any model, one for llama.cpp."""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -37,9 +37,15 @@ def main(argv: Sequence[str]) -> None:
         "--format",
         default="llava-hf",
         metavar="FAMILY",
-        help=f"{HF}, one of {', '.join(FAMILIES)}, or a family's class path. {HF} takes any model, for transformers "
-        "with trust_remote_code=True where lit-vlm is installed; llava-hf (default) is transformers' own "
-        "LlavaForConditionalGeneration, the others are the names of each system's own code",
+        help=f"{HF}, {GGUF}, one of {', '.join(FAMILIES)}, or a family's class path. {HF} takes any model, for "
+        f"transformers with trust_remote_code=True where lit-vlm is installed; {GGUF} is for llama.cpp; llava-hf "
+        "(default) is transformers' own LlavaForConditionalGeneration, the others are the names of each system's own "
+        "code",
+    )
+    parser.add_argument(
+        "--quantise",
+        metavar="KIND",
+        help=f"of {GGUF}: f32, f16 (default), q8_0, q6_k, q5_k_m or q4_k_m",
     )
     parser.add_argument(
         "--dtype",
@@ -57,7 +63,11 @@ def main(argv: Sequence[str]) -> None:
         from lit_vlm.commands.push import check_push
 
         check_push(arguments.push)
-    if arguments.format != HF:
+    if arguments.quantise and arguments.format != GGUF:
+        raise ValueError(f"--quantise is of --format {GGUF}")
+    if arguments.format == GGUF and arguments.dtype != "float32":
+        raise ValueError(f"files of --format {GGUF} have their own types: use --quantise, not --dtype")
+    if arguments.format not in (HF, GGUF):
         find_family(arguments.format)  # an unknown format is reported before minutes of loading
     from transformers.utils.logging import disable_progress_bar
 
@@ -68,16 +78,17 @@ def main(argv: Sequence[str]) -> None:
     run = load_run(arguments.checkpoint)
     console = Console(highlight=False)
     card = model_card(arguments.checkpoint, arguments.format, shlex.join(["lit-vlm", "export", *argv]))
-    difference = _export(run, arguments.format, arguments.checkpoint, arguments.out)
+    if arguments.format == GGUF:
+        said = _export_gguf(run, arguments.out, arguments.quantise)
+    else:
+        difference = _export(run, arguments.format, arguments.checkpoint, arguments.out)
+        said = f"wrote {arguments.out}: read back, its logits differ by at most {difference:.1e}"
     if arguments.dtype != "float32":
         _round(arguments.out, arguments.dtype)
     (arguments.out / "README.md").write_text(card, encoding="utf-8")
     _open_to_others(arguments.out)
-    rounded = "" if arguments.dtype == "float32" else f"; then rounded to {arguments.dtype}"
-    console.print(
-        f"wrote {arguments.out}: read back, its logits differ by at most {difference:.1e}{rounded}",
-        soft_wrap=True,
-    )
+    said += "" if arguments.dtype == "float32" else f"; then rounded to {arguments.dtype}"
+    console.print(said, soft_wrap=True)
     console.print(f"its model card is {arguments.out}/README.md: add licences of data and weights", soft_wrap=True)
     if arguments.format == HF:
         console.print(
@@ -88,6 +99,25 @@ def main(argv: Sequence[str]) -> None:
         from lit_vlm.commands.push import push
 
         console.print(f"uploaded to {push(arguments.out, arguments.push)}", soft_wrap=True)
+
+
+def _export_gguf(run: Asker, out: Path, kind: str | None) -> str:
+    """Write files for llama.cpp; returns what they are and how they were compared."""
+    from lit_vlm.gguf.export import DEFAULT, export_gguf
+
+    found = export_gguf(run.module.vlm, run.format, run.module.input_spec, out, kind or DEFAULT)
+    said = f"wrote {found.decoder} ({_megabytes(found.decoder)}) and {found.encoder} ({_megabytes(found.encoder)})"
+    if found.same_text is None:
+        return f"{said}; nothing was compared, as llama.cpp is not here: pip install 'lit-vlm[edge]'"
+    said += f"; llama.cpp writes {'the same answer' if found.same_text else 'another answer'}"
+    said += f" at {found.tokens_per_s:.0f} tokens/s" if found.tokens_per_s else ""
+    if found.difference is None:
+        return said
+    return f"{said}, log-probabilities differ by {found.difference:.1%} of what another picture changes"
+
+
+def _megabytes(file: Path) -> str:
+    return f"{file.stat().st_size / 1e6:,.1f} MB"
 
 
 def _round(out: Path, dtype: str) -> None:

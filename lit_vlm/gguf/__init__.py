@@ -1,0 +1,1 @@
+"""Models of LLaVA's form as GGUF files, for llama.cpp and what is built on it."""
