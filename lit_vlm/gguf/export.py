@@ -19,7 +19,6 @@ from lit_vlm.data.sample.chat_template import IMAGE_MARK
 from lit_vlm.data.sample.collate import collate_prompts
 from lit_vlm.data.sample.format import SampleFormat
 from lit_vlm.data.sample.spec import InputSpec
-from lit_vlm.data.sample.spelling import spelling_of
 from lit_vlm.data.sample.templates import Span
 from lit_vlm.embedders import Splice
 from lit_vlm.encoders import HFEncoder
@@ -121,11 +120,11 @@ def _files(model: VLM, written: SampleFormat, spec: InputSpec, scratch: Path, ki
     check_held(config)
     if config.image_token_index >= rows:  # llama.cpp marks the places of pictures in a way of its own
         config.text_config.vocab_size = rows
-    closing = spelling_of(spec.tokenizer).single(written.template.closing(spec.tokenizer.eos_token or ""))
     vision = "f32" if kind == "f32" else "f16"
     tail = kind.upper() if kind[0] == "q" else kind
     decoder, encoder = scratch / f"model-{tail}.gguf", scratch / f"mmproj-model-{vision}.gguf"
     state = whole.state_dict()
+    closing = written.closing_id(spec)
     ends = closing if closing != tokenizer.eos_token_id else None
     write_decoder(decoder, config, state, tokenizer, kind, spec.bos_id is not None, ends)
     mean, std = model.encoder.pixel_mean.flatten().tolist(), model.encoder.pixel_std.flatten().tolist()

@@ -25,7 +25,6 @@ from lit_vlm.data.sample.collate import collate, collate_prompts
 from lit_vlm.data.sample.encode import Sample
 from lit_vlm.data.sample.format import SampleFormat
 from lit_vlm.data.sample.spec import InputSpec
-from lit_vlm.data.sample.spelling import spelling_of
 from lit_vlm.hf.config import SLOTS, LitVLMConfig
 from lit_vlm.hf.model import LitVLMForConditionalGeneration
 from lit_vlm.hf.processor import LitVLMProcessor
@@ -144,7 +143,7 @@ def _scales(model: VLM) -> dict[str, Any]:
 
 def _stop_ids(written: SampleFormat, spec: InputSpec) -> set[int]:
     """Ids that end an answer: those of any template, and the one that closes an answer in this one."""
-    closing = spelling_of(spec.tokenizer).single(written.template.closing(spec.tokenizer.eos_token or ""))
+    closing = written.closing_id(spec)
     return set(spec.stop_ids) | ({closing} if closing is not None else set())
 
 

@@ -41,6 +41,10 @@ class SampleFormat:
         marks = self.template.marks(spec.tokenizer.eos_token or "")
         spelling_of(spec.tokenizer).check(marks, f"data.template {type(self.template).__name__}", action)
 
+    def closing_id(self, spec: InputSpec) -> int | None:
+        """Id of the token that closes an answer in this template; None where no single token does."""
+        return spelling_of(spec.tokenizer).single(self.template.closing(spec.tokenizer.eos_token or ""))
+
     def sample_encoder(
         self, spec: InputSpec, too_long: Literal["truncate", "drop"] = "drop", prompt: bool = False, extra: int = 0
     ) -> SampleEncoder:
