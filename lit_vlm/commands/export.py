@@ -103,7 +103,10 @@ def main(argv: Sequence[str]) -> None:
 
 def _export_gguf(run: Asker, out: Path, kind: str | None) -> str:
     """Write files for llama.cpp; returns what they are and how they were compared."""
-    from lit_vlm.gguf.export import DEFAULT, export_gguf
+    try:
+        from lit_vlm.gguf.export import DEFAULT, export_gguf
+    except ModuleNotFoundError as error:
+        raise ValueError(f"--format {GGUF} needs {error.name}: pip install 'lit-vlm[edge]'") from error
 
     found = export_gguf(run.module.vlm, run.format, run.module.input_spec, out, kind or DEFAULT)
     said = f"wrote {found.decoder} ({_megabytes(found.decoder)}) and {found.encoder} ({_megabytes(found.encoder)})"
