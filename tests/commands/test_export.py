@@ -58,6 +58,21 @@ def test_weights_are_rounded_on_request(format_name: str, ask: Any, tmp_path: Pa
     assert all(value.isfinite().all() for value in loaded.parameters())
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--quantise", "q8_0"], "--quantise is of --format gguf"),
+        (["--format", "gguf", "--dtype", "float16"], "use --quantise, not --dtype"),
+        (["--format", "gguf", "--quantise", "q9"], "there is no kind 'q9' of GGUF files here, only f32, f16, q8_0"),
+    ],
+)
+def test_flags_of_another_format_are_refused(flags: list[str], message: str, ask: Any, tmp_path: Path) -> None:
+    code, _, error = ask("out", *flags, address="")
+    assert code == 1
+    assert message in error
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_folder_is_uploaded_with_all_that_is_in_it(ask: Any, tmp_path: Path) -> None:
     with hub() as server:
         code, said, error = ask("out", "--format", "hf", "--push", "lab/small", address=server.address)

@@ -21,6 +21,7 @@ from lit_vlm.embedders import Splice
 from lit_vlm.encoders import HFEncoder
 from lit_vlm.gguf import export, files
 from lit_vlm.gguf.export import Written, export_gguf
+from lit_vlm.gguf.kinds import KINDS
 from lit_vlm.gguf.runtime import Runtime
 from lit_vlm.model.vlm import VLM
 from lit_vlm.projectors import MLP, Linear
@@ -104,7 +105,7 @@ def test_the_class_token_of_clip_is_refused_where_llama_cpp_misplaces_it(tmp_pat
 
 def test_kinds_are_smaller_and_answer(tmp_path: Path) -> None:
     sizes = {}
-    for kind in ("f32", "f16", "q8_0", "q4_k_m"):
+    for kind in KINDS:
         model = made(decoder=wide(hidden_size=256, intermediate_size=512, num_attention_heads=4))
         found = write(model, tmp_path / kind, kind)
         sizes[kind] = found.decoder.stat().st_size
@@ -112,6 +113,7 @@ def test_kinds_are_smaller_and_answer(tmp_path: Path) -> None:
         assert found.tokens_per_s
         assert found.encoder.name == f"mmproj-model-{'f32' if kind == 'f32' else 'f16'}.gguf"
     assert sizes["f32"] > 1.9 * sizes["f16"] > 1.7 * 1.9 * sizes["q8_0"]
+    assert sizes["q8_0"] > sizes["q6_k"] > sizes["q5_k_m"] > sizes["q4_k_m"]
     types = {one.name: one.tensor_type.name for one in GGUFReader(tmp_path / "q4_k_m" / "model-Q4_K_M.gguf").tensors}
     assert types["blk.0.attn_q.weight"] == "Q4_K"
     assert types["output.weight"] == "Q6_K"
