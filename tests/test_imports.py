@@ -168,6 +168,7 @@ def test_the_inner_rooms_load_the_model_s_libraries_alone(room: str, loaded: dic
         ["status", "--help"],
         ["tune", "--help"],
         ["submit", "--help"],
+        ["serve", "--help"],
     ],
 )
 def test_a_short_question_loads_no_pytorch(words: list[str]) -> None:

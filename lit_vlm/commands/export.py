@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from lit_vlm.core.written import check_new_folder
+
 if TYPE_CHECKING:
     from lit_vlm.evaluation.asker import Asker
 
@@ -67,8 +69,10 @@ def main(argv: Sequence[str]) -> None:
         raise ValueError(f"--quantise is of --format {GGUF}")
     if arguments.format == GGUF and arguments.dtype != "float32":
         raise ValueError(f"files of --format {GGUF} have their own types: use --quantise, not --dtype")
+    # What cannot be done is said before minutes of loading.
+    check_new_folder(arguments.out)
     if arguments.format not in (HF, GGUF):
-        find_family(arguments.format)  # an unknown format is reported before minutes of loading
+        find_family(arguments.format)
     from transformers.utils.logging import disable_progress_bar
 
     from lit_vlm.evaluation.asker import load_run

@@ -7,6 +7,8 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
+from lit_vlm.core.fetch import reason
+
 
 def check_push(name: str) -> None:
     """Find out before minutes of work whether a folder can be uploaded under a name.
@@ -22,10 +24,10 @@ def check_push(name: str) -> None:
     except HFValidationError as error:
         raise ValueError(f"--push {name}: {error}") from error
     except (LocalTokenNotFoundError, HfHubHTTPError) as error:
-        why = f"not logged in ({_line(error)}); run `hf auth login`, or set HF_TOKEN"
+        why = f"not logged in ({reason(error)}); run `hf auth login`, or set HF_TOKEN"
         raise ValueError(f"--push {name}: {why}") from error
     except Exception as error:  # of the HTTP client, which versions of huggingface_hub have changed
-        raise ValueError(f"--push {name}: the hub does not answer: {_line(error)}") from error
+        raise ValueError(f"--push {name}: the hub does not answer: {reason(error)}") from error
 
 
 def push(folder: Path, name: str) -> str:
@@ -42,9 +44,5 @@ def push(folder: Path, name: str) -> str:
         address = api.create_repo(name, private=True, exist_ok=True)
         api.upload_folder(repo_id=name, folder_path=folder, commit_message="Export of lit-vlm")
     except Exception as error:  # the hub refuses, or the HTTP client fails in its own way
-        raise ValueError(f"{folder} was written, and not uploaded to {name}: {_line(error)}") from error
+        raise ValueError(f"{folder} was written, and not uploaded to {name}: {reason(error)}") from error
     return str(address)
-
-
-def _line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

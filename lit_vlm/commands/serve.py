@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
+WHOLE_HOST = re.compile(r"https?://[^/@?#]+/")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -17,14 +18,22 @@ def main(argv: Sequence[str]) -> None:
             is not installed.
     """
     arguments = _parser().parse_args(argv)
-    from lit_vlm.evaluation.asker import check_run, pick_device
-
-    for flag in ("max_new_tokens", "batch_size"):
+    for flag in ("max_new_tokens", "batch_size", "max_megabytes", "timeout"):
         if getattr(arguments, flag) < 1:
             raise ValueError(f"--{flag.replace('_', '-')} must be at least 1, not {getattr(arguments, flag)}")
+    for prefix in arguments.allow_url:
+        if not WHOLE_HOST.match(prefix):
+            raise ValueError(
+                f"--allow-url {prefix}: expected https://HOST/ or https://HOST/FOLDER/; without the / behind the host "
+                "other hosts begin in the same way"
+            )
     sources = {Path(source).as_posix(): source for source in arguments.checkpoint}
     if len(sources) < len(arguments.checkpoint):
         raise ValueError("a checkpoint is named twice")
+    import torch
+
+    from lit_vlm.evaluation.asker import check_run, pick_device
+
     for source in sources.values():
         check_run(source)
     devices = [torch.device(pick_device(name)) for name in arguments.device or [None]]

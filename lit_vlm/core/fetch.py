@@ -48,7 +48,7 @@ def fetched(name: str, weights: bool, folders: Sequence[str] = ("",)) -> Path:
         try:
             return snapshot_download(name, allow_patterns=[glob.escape(file) for file in wanted])
         except Exception as error:
-            raise ValueError(f"{name} cannot be fetched from the hub: {_reason(error)}") from error
+            raise ValueError(f"{name} cannot be fetched from the hub: {reason(error)}") from error
 
     folder = Path(_once(name, kind, fetch))
     # What was found for another process may lie in a hub cache that is not this one's.
@@ -67,7 +67,7 @@ def hub_files(name: str) -> list[str]:
             return _listed(name)
         except Exception as error:
             raise ValueError(
-                f"the weights of {name} are not in the hub cache, and the hub does not list them: {_reason(error)}"
+                f"the weights of {name} are not in the hub cache, and the hub does not list them: {reason(error)}"
             ) from error
 
     return list(_once(name, "files", ask))
@@ -108,11 +108,11 @@ def _cached(name: str, weights: bool, folders: Sequence[str], error: Exception) 
     found = _wanted(there, weights, folders)
     if not found or (weights and not any(file.endswith(WEIGHT_SUFFIXES) for file in found)):
         what = "the weights of " if weights and found else ""
-        raise ValueError(f"{what}{name} cannot be fetched from the hub: {_reason(error)}") from error
+        raise ValueError(f"{what}{name} cannot be fetched from the hub: {reason(error)}") from error
     return folder
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """Why the hub gave nothing, in one line."""
     from huggingface_hub import constants
     from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError

@@ -74,6 +74,7 @@ def round_folder(folder: Path, dtype: torch.dtype) -> None:
         OSError: where a file cannot be written.
     """
     name = str(dtype).removeprefix("torch.")
+    sizes: dict[Path, int] = {}
     for file in sorted(folder.rglob("*.safetensors")):
         with safe_open(file, framework="pt") as opened:
             metadata = opened.metadata()
@@ -81,10 +82,11 @@ def round_folder(folder: Path, dtype: torch.dtype) -> None:
         rounded = file.with_suffix(".rounded")
         save_file(state, rounded, metadata)
         os.replace(rounded, file)
+        sizes[file] = sum(value.nbytes for value in state.values())
     for index in folder.rglob("*.safetensors.index.json"):
         content = read_json(index)
         shards = {index.parent / shard for shard in content["weight_map"].values()}
-        content.setdefault("metadata", {})["total_size"] = sum(_bytes_in(shard) for shard in shards)
+        content.setdefault("metadata", {})["total_size"] = sum(sizes[shard] for shard in shards)
         index.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     for file in folder.rglob("config.json"):
         content = read_json(file)
@@ -98,11 +100,6 @@ def _rounded(key: str, value: Tensor, dtype: torch.dtype) -> Tensor:
     if bool(rounded.isinf().any()) and not bool(value.isinf().any()):
         raise ValueError(f"{key} has values beyond the range of {dtype}: up to {float(value.abs().max()):g}")
     return rounded
-
-
-def _bytes_in(shard: Path) -> int:
-    with safe_open(shard, framework="pt") as opened:
-        return sum(opened.get_tensor(key).nbytes for key in opened.keys())  # noqa: SIM118
 
 
 def _saying(content: dict[str, Any], name: str) -> dict[str, Any]:

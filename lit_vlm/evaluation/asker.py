@@ -26,7 +26,6 @@ from lit_vlm.data.sample.collate import collate_prompts
 from lit_vlm.data.sample.encode import Sample, SampleEncoder
 from lit_vlm.data.sample.format import SampleFormat
 from lit_vlm.data.sample.spec import InputSpec
-from lit_vlm.data.sample.templates import Span
 from lit_vlm.model.build import build
 from lit_vlm.model.generate import Continuation, score_continuations, stream
 from lit_vlm.training.module import LitVLM
@@ -94,9 +93,7 @@ class Asker:
 
     def written(self, record: Record) -> str:
         """The prompt as text, with `<image>` for each image."""
-        eos = self.module.input_spec.tokenizer.eos_token or ""
-        pieces = self.format.template.prompt(record.messages, eos)
-        return "".join(piece.text if isinstance(piece, Span) else "<image>" for piece in pieces)
+        return self.format.prompt(record.messages, self.module.input_spec)
 
     def batch(self, samples: Sequence[Sample]) -> Batch:
         """A batch of left-padded prompts on the model's device, one sample per row."""

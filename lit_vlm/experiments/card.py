@@ -17,6 +17,7 @@ from lit_vlm import __version__
 from lit_vlm.checkpoints.folder import find_checkpoint, run_folder, step_of
 from lit_vlm.checkpoints.progress import Progress
 from lit_vlm.experiments.report import words
+from lit_vlm.experiments.report.tables import Table, markdown_table
 from lit_vlm.experiments.results import Score
 from lit_vlm.experiments.stage_scores import stage_scores
 from lit_vlm.experiments.tracked import Tracked, read_tracked
@@ -24,6 +25,8 @@ from lit_vlm.experiments.tracked import Tracked, read_tracked
 SEEN = "data/samples/"
 LEVEL = 0.95
 SLOTS = ("encoder", "projector", "embedder", "decoder")
+LIBRARIES = {"hf": "transformers", "llava-hf": "transformers", "gguf": "gguf"}
+"""Format → what hubs call the library that loads it; other formats are loaded by code of their own."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ def model_card(source: str | Path, format_name: str, command: str) -> str:
     last = stages[-1]
     bases = sorted({name for part in SLOTS for name in _hub_names(last.config["model"].get(part))})
     sections = [
-        _head(bases, last),
+        _head(bases, last, format_name),
         f"# {_title(last)}",
         f"A vision-language model, trained with lit-vlm {__version__} and exported as `{format_name}`: `{command}`, "
         f"from step {step_of(checkpoint)} of stage `{last.config['model']['stage']['name']}`.",
@@ -89,17 +92,16 @@ def _found(start: str, folder: Path) -> Path | None:
             before = run_folder(find_checkpoint(candidate))
         except ValueError:
             continue
-        if (before / "config.yaml").is_file():
+        itself = before.resolve() == folder.resolve()  # a stage that began from one of the same name, which is gone
+        if not itself and (before / "config.yaml").is_file():
             return before
     return None
 
 
-def _head(bases: Sequence[str], last: Stage) -> str:
-    content: dict[str, Any] = {
-        "library_name": "transformers",
-        "pipeline_tag": "image-text-to-text",
-        "tags": ["lit-vlm", *_system(last)],
-    }
+def _head(bases: Sequence[str], last: Stage, format_name: str) -> str:
+    content: dict[str, Any] = {"pipeline_tag": "image-text-to-text", "tags": ["lit-vlm", *_system(last)]}
+    if format_name in LIBRARIES:
+        content["library_name"] = LIBRARIES[format_name]
     if bases:
         content["base_model"] = list(bases)
     return f"---\n{yaml.safe_dump(content, sort_keys=False)}---"
@@ -259,5 +261,4 @@ def _origin(stages: Sequence[Stage]) -> str:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return "\n".join(lines + ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows])
+    return markdown_table(Table("", tuple(head), tuple(map(tuple, rows))), numbers=False)

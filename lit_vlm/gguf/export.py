@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import io
 import shutil
-import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,12 +13,11 @@ from transformers import AutoTokenizer, LlavaForConditionalGeneration
 
 from lit_vlm.checkpoints.published import export_published
 from lit_vlm.core.lora import merge_adapters
+from lit_vlm.core.written import whole_folder
 from lit_vlm.data.records import Image, Message, Record, Text
-from lit_vlm.data.sample.chat_template import IMAGE_MARK
 from lit_vlm.data.sample.collate import collate_prompts
 from lit_vlm.data.sample.format import SampleFormat
 from lit_vlm.data.sample.spec import InputSpec
-from lit_vlm.data.sample.templates import Span
 from lit_vlm.embedders import Splice
 from lit_vlm.encoders import HFEncoder
 from lit_vlm.gguf.files import check_held, write_decoder, write_encoder
@@ -80,8 +78,6 @@ def export_gguf(model: VLM, written: SampleFormat, spec: InputSpec, out: Path, k
     """
     if kind not in KINDS:
         raise ValueError(f"there is no kind {kind!r} of GGUF files here, only {', '.join(KINDS)}")
-    if out.is_file() or (out.exists() and any(out.iterdir())):
-        raise ValueError(f"{out} is {'a file' if out.is_file() else 'not empty'}")
     if isinstance(model.embedder, Splice) and model.embedder.task_tokens:
         names = ", ".join(model.embedder.task_tokens)
         raise ValueError(f"gguf holds no task tokens ({names}): llama.cpp puts nothing behind a picture")
@@ -90,23 +86,11 @@ def export_gguf(model: VLM, written: SampleFormat, spec: InputSpec, out: Path, k
     if model.encoder.patch_grid.prefix:
         raise ValueError("gguf holds no class token among the visual tokens: set cls: false of the encoder")
     merge_adapters(model)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
-    except OSError as error:
-        raise ValueError(f"{out} cannot be written: {error}") from error
-    try:
+    with whole_folder(out) as scratch:
         files = _files(model, written, spec, scratch, kind)
         result = _compared(model, written, spec, files, kind) if is_installed() else files
         shutil.rmtree(scratch / "llava-hf")
-        scratch.chmod(0o755)
-        scratch.replace(out)
-    except OSError as error:
-        raise ValueError(f"{out} cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    where = (out / result.decoder.name, out / result.encoder.name)
-    return Written(*where, result.difference, result.same_text, result.tokens_per_s)
+    return replace(result, decoder=out / result.decoder.name, encoder=out / result.encoder.name)
 
 
 def _files(model: VLM, written: SampleFormat, spec: InputSpec, scratch: Path, kind: str) -> Written:
@@ -165,7 +149,8 @@ def _asked(runtime: Runtime, model: VLM, written: SampleFormat, spec: InputSpec,
         )
     answer = generate(model, batch, spec.stop_ids | batch.stop_ids, NEW_TOKENS)[0]
     same = found.ids[: len(answer)] == answer
-    return Written(files.decoder, files.encoder, difference if kind in ROUNDED else None, same, found.tokens_per_s)
+    told = difference if kind in ROUNDED else None
+    return replace(files, difference=told, same_text=same, tokens_per_s=found.tokens_per_s)
 
 
 _QUESTION = Text("What is this?")
@@ -173,9 +158,7 @@ _QUESTION = Text("What is this?")
 
 def _prompt(written: SampleFormat, spec: InputSpec) -> str:
     """The question behind a picture, without the token that begins text, which llama.cpp puts in front itself."""
-    messages = (Message("user", (Image(data=b""), _QUESTION)),)
-    pieces = written.template.prompt(messages, spec.tokenizer.eos_token or "")
-    text = "".join(piece.text if isinstance(piece, Span) else IMAGE_MARK for piece in pieces)
+    text = written.prompt([Message("user", (Image(data=b""), _QUESTION))], spec)
     return text.removeprefix(spec.tokenizer.bos_token) if spec.bos_id is not None else text
 
 
@@ -196,8 +179,9 @@ def _why(model: VLM) -> str:
     """What is known of versions of llama.cpp that differ."""
     if isinstance(model.encoder, HFEncoder) and model.encoder.skip:
         return (
-            ". Its versions of 2026 put CLIP's class token behind the patches and hand on all places but the first, so "
-            "that a patch is lost: take an encoder without such a token (SigLIP), or another version of llama.cpp"
+            ". The version that this was written with puts CLIP's class token behind the patches and hands on all "
+            "places but the first, so that a patch is lost: take an encoder without such a token (SigLIP), or another "
+            "version of llama.cpp"
         )
     return ""
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from gguf import MODEL_ARCH, GGUFWriter, RopeScalingType, get_tensor_name_map
+from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, GGUFWriter, RopeScalingType, get_tensor_name_map
 from gguf import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 from torch import Tensor
@@ -21,7 +21,8 @@ from lit_vlm.gguf.vocabulary import vocabulary_of, write_vocabulary
 
 DECODERS = {"llama": MODEL_ARCH.LLAMA, "mistral": MODEL_ARCH.LLAMA, "qwen2": MODEL_ARCH.QWEN2}
 """transformers' name of a family → llama.cpp's."""
-ENCODERS = {"clip_vision_model": "CLIP", "siglip_vision_model": "SigLIP"}
+ENCODERS = ("clip_vision_model", "siglip_vision_model")
+"""transformers' names of families."""
 DECODER, TOWER = "model.language_model.", "model.vision_tower."
 LAYERS = "model.multi_modal_projector."
 PROJECTOR = {"linear_1": "mm.0", "linear_2": "mm.2"}
@@ -78,7 +79,7 @@ def write_decoder(
     arch = DECODERS[text.model_type]
     heads = text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // heads
-    writer = GGUFWriter(file, "llama" if arch == MODEL_ARCH.LLAMA else "qwen2")
+    writer = GGUFWriter(file, MODEL_ARCH_NAMES[arch])
     writer.add_name(file.stem)
     writer.add_file_type(int(KINDS[kind][0]))
     writer.add_quantization_version(2)
@@ -137,7 +138,7 @@ def write_encoder(
         OSError: where the file cannot be written.
     """
     vision = config.vision_config
-    writer = GGUFWriter(file, "clip")
+    writer = GGUFWriter(file, MODEL_ARCH_NAMES[MODEL_ARCH.MMPROJ])
     writer.add_name(file.stem)
     writer.add_file_type(int(KINDS[kind][0]))
     writer.add_bool("clip.has_vision_encoder", True)

@@ -65,7 +65,6 @@ class Runtime:
         self._child = subprocess.Popen(
             [sys.executable, "-P", "-m", "lit_vlm.gguf.runtime", *words],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
         )  # fmt: skip
         assert self._child.stdout is not None
         lines = iter(self._child.stdout.readline, "")

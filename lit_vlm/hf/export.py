@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,13 +11,13 @@ from typing import Any
 
 import torch
 from PIL import Image as PILImage
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from lit_vlm.checkpoints.published.layout import TOLERANCE
 from lit_vlm.core.lora import merge_adapters
 from lit_vlm.core.part import standalone_class
+from lit_vlm.core.written import check_new_folder, whole_folder
 from lit_vlm.data.records import Image, Message, Record, RecordError, Text
 from lit_vlm.data.sample.chat_template import IMAGE_MARK, as_jinja
 from lit_vlm.data.sample.collate import collate, collate_prompts
@@ -65,30 +64,15 @@ def export_hf(model: VLM, config: Mapping[str, Any], written: SampleFormat, spec
         ValueError: for a folder that is not empty or cannot be written, a template that chats cannot be written by, or
             ids, logits, gradients or answers that differ.
     """
-    if out.is_file():
-        raise ValueError(f"{out} is a file")
-    if out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} is not empty")
+    check_new_folder(out)
     merge_adapters(model)
     model.heads = nn.ModuleDict()
     model.float().eval()
     wrapped, processor = _made(model, config, written, spec)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
-    except OSError as error:
-        raise ValueError(f"{out} cannot be written: {error}") from error
-    try:
+    with whole_folder(out) as scratch:
         wrapped.save_pretrained(scratch)
         processor.save_pretrained(scratch)
-        differences = _compared(model, written, spec, scratch)
-        scratch.chmod(0o755)  # mkdtemp's folders are closed to others
-        scratch.replace(out)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{out} cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return differences
+        return _compared(model, written, spec, scratch)
 
 
 def _made(

@@ -41,10 +41,11 @@ def stream(
     mask = (batch.segment_ids > 0).long()
     positions = batch.position_ids[:, -1:]
     stops = set(stop_ids)
+    drawing = _drawing(sampling, mask.device)
     room = [one.max_new_tokens for one in sampling] + [0] * (len(mask) - len(sampling))
     step = batch
     for index in range(max(room)):
-        drawn = _draw(model.next_logits(step, cache, mask, start=index == 0).float(), sampling)
+        drawn = _draw(model.next_logits(step, cache, mask, start=index == 0).float(), drawing)
         ids = [
             None if index >= most or token in stops else token for token, most in zip(drawn.tolist(), room, strict=True)
         ]
@@ -78,17 +79,25 @@ def generate(
     return rows
 
 
-def _draw(logits: Tensor, sampling: Sequence[Sampling]) -> Tensor:
-    """The next token `[b]` of each row, by its own setting; rows without one take the likeliest."""
-    likeliest = logits.argmax(-1)
+def _drawing(sampling: Sequence[Sampling], device: torch.device) -> list[tuple[Tensor, LogitsProcessorList]]:
+    """Of each setting that draws: its rows, and what it does to their logits."""
+    found = []
     for setting in dict.fromkeys(one for one in sampling if one.temperature > 0):
-        rows = torch.tensor([row for row, one in enumerate(sampling) if one == setting], device=logits.device)
         warpers = LogitsProcessorList([TemperatureLogitsWarper(setting.temperature)])
         if setting.top_p < 1:
             warpers.append(TopPLogitsWarper(setting.top_p))
-        warped = warpers(likeliest[rows, None], logits[rows])
-        likeliest[rows] = torch.multinomial(warped.softmax(-1), 1)[:, 0]
-    return likeliest
+        rows = [row for row, one in enumerate(sampling) if one == setting]
+        found.append((torch.tensor(rows, device=device), warpers))
+    return found
+
+
+def _draw(logits: Tensor, drawing: Sequence[tuple[Tensor, LogitsProcessorList]]) -> Tensor:
+    """The next token `[b]` of each row, drawn where its setting says so; else the likeliest."""
+    ids = logits.argmax(-1)
+    for rows, warpers in drawing:
+        warped = warpers(ids[rows, None], logits[rows])
+        ids[rows] = torch.multinomial(warped.softmax(-1), 1)[:, 0]
+    return ids
 
 
 class Continuation(NamedTuple):

@@ -107,6 +107,7 @@ class ChatEndpoint(LitSpec):
                     yield reply
                     if reply.ended or reply.refused:
                         return
+            yield Reply(refused=Refused("the process that answers has ended", 500))
         finally:  # a client that has gone leaves nothing behind
             self.response_buffer.pop(uid, None)
 
@@ -120,13 +121,15 @@ async def _fetch(url: str) -> bytes:
     """The content at an address that is allowed; redirections, which may lead anywhere, are not followed."""
     content = b""
     try:
-        async with httpx.AsyncClient(timeout=FETCH_S) as client, client.stream("GET", url) as answer:
+        async with asyncio.timeout(FETCH_S), httpx.AsyncClient() as client, client.stream("GET", url) as answer:
             if answer.status_code != 200:
                 raise Refused(f"{url[:200]} answers with status {answer.status_code}", code="invalid_image_url")
             async for chunk in answer.aiter_bytes():
                 content += chunk
                 if len(content) > MAX_FETCHED:
                     raise Refused(f"{url[:200]} has over {MAX_FETCHED >> 20} MiB", code="invalid_image_url")
+    except TimeoutError as error:
+        raise Refused(f"{url[:200]} takes over {FETCH_S:.0f} s", code="invalid_image_url") from error
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         why = str(error) or type(error).__name__
         raise Refused(f"{url[:200]} cannot be fetched: {why}", code="invalid_image_url") from error

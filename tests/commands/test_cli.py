@@ -278,6 +278,10 @@ def test_flags_append_callbacks_and_change_learning_rates(tmp_path: Path, monkey
         (["chat", "nowhere"], "there is no complete checkpoint in nowhere/checkpoints"),
         (["data", "check", __file__], "has no lit_vlm.json. lit-vlm data convert " + __file__ + " OUT makes one"),
         (["chat", "nowhere", "--image", "no.png"], "there is no picture no.png"),
+        (["serve", "nowhere"], "there is no complete checkpoint in nowhere/checkpoints"),
+        (["serve", "nowhere", "--allow-url", "https://good.example"], "expected https://HOST/ or https://HOST/FOLDER/"),
+        (["serve", "nowhere", "nowhere"], "a checkpoint is named twice"),
+        (["export", "nowhere", __file__], "test_cli.py is a file"),
     ],
 )
 def test_mistakes_on_the_command_line_are_one_clear_line(

@@ -73,3 +73,16 @@ def test_a_stage_that_is_gone_ends_the_chain(run: Path) -> None:
     card = model_card(run / "2_sft", "hf", "")
     assert "`sft`" in card
     assert "`align`" not in card
+
+
+def test_a_stage_that_began_from_one_of_its_own_name_is_not_its_own_beginning(run: Path) -> None:
+    file = run / "2_sft" / "config.yaml"
+    file.write_text(file.read_text().replace("elsewhere/my-run/1_align", "elsewhere/other-run/2_sft"))
+    card = model_card(run / "2_sft", "hf", "")
+    assert card.count("| `sft` | decoder (2e-05) |") == 1
+
+
+@pytest.mark.parametrize(("format_name", "library"), [("hf", "transformers"), ("gguf", "gguf"), ("vila", None)])
+def test_the_head_names_the_library_that_loads_the_format(run: Path, format_name: str, library: str | None) -> None:
+    head = yaml.safe_load(model_card(run / "2_sft", format_name, "").split("---\n")[1])
+    assert head.get("library_name") == library

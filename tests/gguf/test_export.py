@@ -45,6 +45,8 @@ MODELS: dict[str, Callable[[], VLM]] = {
     "llama3": lambda: made(decoder=wide(rope_parameters=LLAMA3)),
     "head_dim": lambda: made(decoder=wide(head_dim=128)),
     "qwen2": lambda: made(decoder=wide(**QWEN)),
+    "mistral": lambda: made(decoder=wide(model_type="mistral", sliding_window=None)),
+    "scaled": lambda: made(decoder=wide(rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0})),
     "linear": lambda: made(projector=Linear),
     "one layer": lambda: made(projector=partial(MLP, depth=1)),
     "earlier layer": lambda: made(encoder=partial(HFEncoder, config=SIGLIP, layer=-2)),
@@ -97,7 +99,7 @@ def test_a_weight_in_the_wrong_place_is_noticed(tmp_path: Path, monkeypatch: pyt
 
 
 def test_the_class_token_of_clip_is_refused_where_llama_cpp_misplaces_it(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="put CLIP's class token behind the patches") as refused:
+    with pytest.raises(ValueError, match="puts CLIP's class token behind the patches") as refused:
         write(made(encoder=partial(HFEncoder, config=TOWER)), tmp_path / "out")
     assert "another picture than the kit" in str(refused.value)
     assert list(tmp_path.iterdir()) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import http.server
 import io
@@ -17,6 +18,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +28,11 @@ from PIL import Image as PILImage
 from lit_vlm.core.sampling import Sampling
 from lit_vlm.data.records import Message, Record, Text
 from lit_vlm.evaluation.asker import load_run
+from lit_vlm.serving.requests import Refused
 from tests.runs import environment, one_step
 
 openai = pytest.importorskip("openai")
-pytest.importorskip("litserve")
+endpoint = pytest.importorskip("lit_vlm.serving.endpoint")
 
 
 def uri(colour: str = "red", size: tuple[int, int] = (30, 20)) -> str:
@@ -59,6 +62,11 @@ class Pictures(http.server.BaseHTTPRequestHandler):
             return
         self.send_response(200)
         self.end_headers()
+        if self.path == "/drops.png":
+            with suppress(OSError):  # until the other side has enough of it
+                while True:
+                    self.wfile.write(b"-")
+                    time.sleep(0.05)
         self.wfile.write(base64.b64decode(uri().partition(",")[2]))
 
     def log_message(self, format: str, *args: Any) -> None:
@@ -73,8 +81,9 @@ def web() -> Iterator[str]:
     server.shutdown()
 
 
-@pytest.fixture(scope="module")
-def served(run: Path, web: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+@contextmanager
+def serving(run: Path, web: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A server of its own: its process and its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -101,6 +110,12 @@ def served(run: Path, web: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     yield process, address
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def served(run: Path, web: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    with serving(run, web) as server:
+        yield server
 
 
 @pytest.fixture
@@ -194,12 +209,18 @@ def test_pictures_are_fetched_where_it_is_allowed(client: Any, web: str) -> None
 
 
 @pytest.mark.slow
-def test_sigterm_ends_it_without_a_traceback(served: tuple[subprocess.Popen[str], str]) -> None:
-    process = served[0]
-    process.terminate()
-    said, _ = process.communicate(timeout=60)
+def test_sigterm_ends_it_without_a_traceback(run: Path, web: str) -> None:
+    with serving(run, web) as (process, _):
+        process.terminate()
+        said, _ = process.communicate(timeout=60)
     assert "Traceback" not in said
     assert process.returncode == 0
+
+
+def test_a_picture_that_comes_in_drops_is_given_up(web: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(endpoint, "FETCH_S", 0.5)
+    with pytest.raises(Refused, match="drops.png takes over"):
+        asyncio.run(endpoint._fetch(f"{web}drops.png"))
 
 
 def test_rows_of_a_batch_are_answered_each_in_its_own_way(run: Path) -> None:

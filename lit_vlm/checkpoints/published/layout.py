@@ -16,6 +16,7 @@ from lit_vlm.core.batch import Batch
 from lit_vlm.core.part import load_state
 from lit_vlm.core.pretrained import resolve, shortened
 from lit_vlm.core.safetensors import read_folder, read_json
+from lit_vlm.core.written import check_new_folder
 from lit_vlm.data.sample.collate import collate
 from lit_vlm.data.sample.encode import Sample
 from lit_vlm.model.vlm import VLM
@@ -276,10 +277,9 @@ def new_folder(out: Path) -> None:
     """Make a folder.
 
     Raises:
-        ValueError: if the folder exists and is not empty.
+        ValueError: as `check_new_folder`.
     """
-    if out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} is not empty")
+    check_new_folder(out)
     out.mkdir(parents=True, exist_ok=True)
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from lit_vlm.data.records import Message
+from lit_vlm.data.records.media import MARK
 from lit_vlm.data.sample.encode import SampleEncoder
 from lit_vlm.data.sample.spec import InputSpec
 from lit_vlm.data.sample.spelling import spelling_of
-from lit_vlm.data.sample.templates import Template
+from lit_vlm.data.sample.templates import Span, Template
 from lit_vlm.data.sample.transforms import ImageTransform
 
 
@@ -44,6 +47,11 @@ class SampleFormat:
     def closing_id(self, spec: InputSpec) -> int | None:
         """Id of the token that closes an answer in this template; None where no single token does."""
         return spelling_of(spec.tokenizer).single(self.template.closing(spec.tokenizer.eos_token or ""))
+
+    def prompt(self, messages: Sequence[Message], spec: InputSpec) -> str:
+        """A conversation as text up to the next answer, with `<image>` for each image."""
+        pieces = self.template.prompt(messages, spec.tokenizer.eos_token or "")
+        return "".join(piece.text if isinstance(piece, Span) else MARK for piece in pieces)
 
     def sample_encoder(
         self, spec: InputSpec, too_long: Literal["truncate", "drop"] = "drop", prompt: bool = False, extra: int = 0

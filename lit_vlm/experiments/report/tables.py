@@ -32,6 +32,26 @@ class Table:
     note: str = ""
 
 
+def markdown_table(table: Table, numbers: bool = True) -> str:
+    """A table as Markdown, without title and note.
+
+    Args:
+        table: the table.
+        numbers: whether the columns behind the first hold numbers, which stand to the right if there are several.
+    """
+    several = numbers and len(table.head) > 2
+    marks = ["---", *["---:" if several else "---"] * (len(table.head) - 1)]
+    rows = [table.head, marks, *table.rows]
+    return "\n".join("| " + " | ".join(map(cell, row)) + " |" for row in rows)
+
+
+def cell(text: str) -> str:
+    """Text that is one cell and no HTML; code is left as it is."""
+    if not text.startswith("`"):
+        text = text.replace("<", "&lt;")
+    return " ".join(text.replace("|", "\\|").split())
+
+
 def scores_table(study: Study) -> Table:
     """Mean and standard deviation over seeds of each score, by variant."""
     head, rows = ["variant", "seeds"], {variant: [variant, ""] for variant in study.variants}

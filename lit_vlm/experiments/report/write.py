@@ -13,7 +13,7 @@ from lit_vlm.experiments.report import curves, forest, tables, words
 from lit_vlm.experiments.report.curves import Line
 from lit_vlm.experiments.report.forest import Panel
 from lit_vlm.experiments.report.study import SPENT, Finding, Gap, Study, findings, gaps
-from lit_vlm.experiments.report.tables import Table
+from lit_vlm.experiments.report.tables import Table, cell, markdown_table
 from lit_vlm.training.mlflow_run import MLflowRun
 
 MARKDOWN, PAGE, FOREST, CURVES = "report.md", "report.html", "forest.png", "curves.png"
@@ -91,7 +91,7 @@ def findings_table(studies: Sequence[Study]) -> str:
             source = f" ({finding.claim.source})" if finding.claim.source else ""
             rows.append((f"{finding.claim.text}{source}", finding.claim.score, *cells, command, cost))
     head = ("claim", "score", "difference [95 %]", "seeds", "verdict", "command", "device time")
-    return _markdown_table(Table("", head, tuple(rows)))
+    return markdown_table(Table("", head, tuple(rows)))
 
 
 def _metrics(prefix: str, found: Any) -> dict[str, float]:
@@ -134,7 +134,7 @@ def _markdown(
         verdict = finding.judged.verdict if finding.judged is not None else "not judged"
         source = f" ({finding.claim.source})" if finding.claim.source else ""
         told = f"{words.headline(finding, share)}. {words.details(finding, share)}"
-        lines.append(f"- **{verdict}**: {told} Claimed: “{_cell(finding.claim.text)}”{source}")
+        lines.append(f"- **{verdict}**: {told} Claimed: “{cell(finding.claim.text)}”{source}")
     lines += [""] if found else []
     for file in files:
         if file.suffix == ".png":
@@ -144,22 +144,9 @@ def _markdown(
         if table.title == "Origin" and study.command:
             lines += [f"    {study.command}", ""]
         if table.rows:
-            lines += [_markdown_table(table), ""]
+            lines += [markdown_table(table), ""]
         lines += [table.note, ""] if table.note else []
     return "\n".join(lines)
-
-
-def _markdown_table(table: Table) -> str:
-    marks = ["---", *["---:"] * (len(table.head) - 1)] if len(table.head) > 2 else ["---"] * len(table.head)
-    rows = [table.head, marks, *table.rows]
-    return "\n".join("| " + " | ".join(map(_cell, row)) + " |" for row in rows)
-
-
-def _cell(text: str) -> str:
-    """Text that is one cell and no HTML; code is left as it is."""
-    if not text.startswith("`"):
-        text = text.replace("<", "&lt;")
-    return " ".join(text.replace("|", "\\|").split())
 
 
 # ---------------------------------------------------------------------- page
