@@ -79,9 +79,9 @@ def gathered(folder: str, rank: int, world: int = 2) -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def one_step(folder: Path, recipe: str, stage: str) -> Path:
-    """Train a tiny stage for one step in this process; returns the folder of the run."""
+def one_step(folder: Path, recipe: str, stage: str, *own: str) -> Path:
+    """Train a tiny stage for one step in this process, with further flags; returns the folder of the run."""
     words = [word for path in find_recipe(recipe).configs(stage, "tiny", "single") for word in ("--config", str(path))]
     flags = ["--trainer.max_steps", "1", "--trainer.limit_val_batches", "0", "--trainer.logger", "false"]
-    main(["fit", *words, *flags, "--trainer.accelerator", "cpu", "--trainer.default_root_dir", str(folder)])
+    main(["fit", *words, *flags, "--trainer.accelerator", "cpu", "--trainer.default_root_dir", str(folder), *own])
     return folder

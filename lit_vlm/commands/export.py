@@ -17,8 +17,8 @@ from lit_vlm.core.written import check_new_folder
 if TYPE_CHECKING:
     from lit_vlm.evaluation.asker import Asker
 
-HF, GGUF = "hf", "gguf"
-"""Formats that belong to no system: one for any model, one for llama.cpp."""
+HF, PEFT, GGUF = "hf", "peft", "gguf"
+"""Formats that belong to no system: any model, the adapters of one, and one for llama.cpp."""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -27,7 +27,46 @@ def main(argv: Sequence[str]) -> None:
     Raises:
         ValueError: as `load_run`, `export_hf` and `export_published`.
     """
-    from lit_vlm.checkpoints.published import FAMILIES, find_family
+    arguments = _parser().parse_args(argv)
+    _check(arguments)
+    from transformers.utils.logging import disable_progress_bar
+
+    from lit_vlm.evaluation.asker import load_run
+    from lit_vlm.experiments.card import model_card
+
+    disable_progress_bar()
+    run = load_run(arguments.checkpoint)
+    console = Console(highlight=False)
+    card = model_card(arguments.checkpoint, arguments.format, shlex.join(["lit-vlm", "export", *argv]))
+    if arguments.format == GGUF:
+        said = _export_gguf(run, arguments.out, arguments.quantise)
+    elif arguments.format == PEFT:
+        said = _export_adapters(run, arguments.checkpoint, arguments.out, arguments.base)
+    else:
+        difference = _export(run, arguments.format, arguments.checkpoint, arguments.out)
+        said = f"wrote {arguments.out}: read back, its logits differ by at most {difference:.1e}"
+    if arguments.dtype != "float32":
+        _round(arguments.out, arguments.dtype)
+    (arguments.out / "README.md").write_text(card, encoding="utf-8")
+    _open_to_others(arguments.out)
+    said += "" if arguments.dtype == "float32" else f"; then rounded to {arguments.dtype}"
+    console.print(said, soft_wrap=True)
+    console.print(f"its model card is {arguments.out}/README.md: add licences of data and weights", soft_wrap=True)
+    if arguments.format == HF:
+        console.print(
+            f'AutoModelForImageTextToText.from_pretrained("{arguments.out}", trust_remote_code=True) loads it',
+            soft_wrap=True,
+        )
+    if arguments.format == PEFT:
+        console.print(f'lit_vlm.hf.adapters.load_adapted("{arguments.out}") loads them on their base', soft_wrap=True)
+    if arguments.push:
+        from lit_vlm.commands.push import push
+
+        console.print(f"uploaded to {push(arguments.out, arguments.push)}", soft_wrap=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    from lit_vlm.checkpoints.published import FAMILIES
 
     parser = argparse.ArgumentParser(
         prog="lit-vlm export",
@@ -39,10 +78,16 @@ def main(argv: Sequence[str]) -> None:
         "--format",
         default="llava-hf",
         metavar="FAMILY",
-        help=f"{HF}, {GGUF}, one of {', '.join(FAMILIES)}, or a family's class path. {HF} takes any model, for "
-        f"transformers with trust_remote_code=True where lit-vlm is installed; {GGUF} is for llama.cpp; llava-hf "
-        "(default) is transformers' own LlavaForConditionalGeneration, the others are the names of each system's own "
-        "code",
+        help=f"{HF}, {PEFT}, {GGUF}, one of {', '.join(FAMILIES)}, or a family's class path. {HF} takes any model, for "
+        f"transformers with trust_remote_code=True where lit-vlm is installed; {PEFT} writes the adapters of a run "
+        f"(model.lora) on an {HF} folder; {GGUF} is for llama.cpp; llava-hf (default) is transformers' own "
+        "LlavaForConditionalGeneration, the others are the names of each system's own code",
+    )
+    parser.add_argument(
+        "--base",
+        metavar="FOLDER",
+        help=f"of {PEFT}: folder or hub name of the {HF} export that the adapters are for; default: it is written as "
+        "well, into base/ of the folder",
     )
     parser.add_argument(
         "--quantise",
@@ -60,49 +105,39 @@ def main(argv: Sequence[str]) -> None:
         metavar="ORG/NAME",
         help="upload the folder to the model hub afterwards; a model that is not there yet is made, and is private",
     )
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Say what cannot be done before minutes of loading.
+
+    Raises:
+        ValueError: for flags of another format, an unknown format, a folder that is not empty, or no way to the hub.
+    """
     if arguments.push:
         from lit_vlm.commands.push import check_push
 
         check_push(arguments.push)
+    if arguments.base and arguments.format != PEFT:
+        raise ValueError(f"--base is of --format {PEFT}")
+    if arguments.base:
+        from lit_vlm.hf.adapters import check_base
+
+        check_base(arguments.base)
+    if arguments.format == PEFT and arguments.dtype != "float32":
+        raise ValueError(
+            f"adapters are written in float32: round their base, by --format {HF} --dtype {arguments.dtype}, and give "
+            "that folder as --base"
+        )
     if arguments.quantise and arguments.format != GGUF:
         raise ValueError(f"--quantise is of --format {GGUF}")
     if arguments.format == GGUF and arguments.dtype != "float32":
         raise ValueError(f"files of --format {GGUF} have their own types: use --quantise, not --dtype")
-    # What cannot be done is said before minutes of loading.
     check_new_folder(arguments.out)
-    if arguments.format not in (HF, GGUF):
+    if arguments.format not in (HF, PEFT, GGUF):
+        from lit_vlm.checkpoints.published import find_family
+
         find_family(arguments.format)
-    from transformers.utils.logging import disable_progress_bar
-
-    from lit_vlm.evaluation.asker import load_run
-    from lit_vlm.experiments.card import model_card
-
-    disable_progress_bar()
-    run = load_run(arguments.checkpoint)
-    console = Console(highlight=False)
-    card = model_card(arguments.checkpoint, arguments.format, shlex.join(["lit-vlm", "export", *argv]))
-    if arguments.format == GGUF:
-        said = _export_gguf(run, arguments.out, arguments.quantise)
-    else:
-        difference = _export(run, arguments.format, arguments.checkpoint, arguments.out)
-        said = f"wrote {arguments.out}: read back, its logits differ by at most {difference:.1e}"
-    if arguments.dtype != "float32":
-        _round(arguments.out, arguments.dtype)
-    (arguments.out / "README.md").write_text(card, encoding="utf-8")
-    _open_to_others(arguments.out)
-    said += "" if arguments.dtype == "float32" else f"; then rounded to {arguments.dtype}"
-    console.print(said, soft_wrap=True)
-    console.print(f"its model card is {arguments.out}/README.md: add licences of data and weights", soft_wrap=True)
-    if arguments.format == HF:
-        console.print(
-            f'AutoModelForImageTextToText.from_pretrained("{arguments.out}", trust_remote_code=True) loads it',
-            soft_wrap=True,
-        )
-    if arguments.push:
-        from lit_vlm.commands.push import push
-
-        console.print(f"uploaded to {push(arguments.out, arguments.push)}", soft_wrap=True)
 
 
 def _export_gguf(run: Asker, out: Path, kind: str | None) -> str:
@@ -121,6 +156,20 @@ def _export_gguf(run: Asker, out: Path, kind: str | None) -> str:
     if found.difference is None:
         return said
     return f"{said}, log-probabilities differ by {found.difference:.1%} of what another picture changes"
+
+
+def _export_adapters(run: Asker, checkpoint: str, out: Path, base: str | None) -> str:
+    """Write adapters; returns what they are and how they were compared."""
+    from lit_vlm.evaluation.asker import run_config
+    from lit_vlm.hf.adapters import BASE, export_adapters
+
+    config = run_config(checkpoint)
+    found = export_adapters(run.module.vlm, config, run.format, run.module.input_spec, out, base)
+    whole = f" and the whole {', '.join(found.whole)}" if found.whole else ""
+    return (
+        f"wrote {out}: adapters{whole}, {found.parameters:,} parameters, on {base or out / BASE}; read back, its "
+        f"logits differ by at most {found.differences.logits:.1e}"
+    )
 
 
 def _megabytes(file: Path) -> str:

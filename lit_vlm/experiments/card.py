@@ -25,7 +25,7 @@ from lit_vlm.experiments.tracked import Tracked, read_tracked
 SEEN = "data/samples/"
 LEVEL = 0.95
 SLOTS = ("encoder", "projector", "embedder", "decoder")
-LIBRARIES = {"hf": "transformers", "llava-hf": "transformers", "gguf": "gguf"}
+LIBRARIES = {"hf": "transformers", "peft": "peft", "llava-hf": "transformers", "gguf": "gguf"}
 """Format → what hubs call the library that loads it; other formats are loaded by code of their own."""
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from PIL import Image as PILImage
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from lit_vlm.checkpoints.published.layout import TOLERANCE
@@ -19,7 +19,6 @@ from lit_vlm.data.sample.collate import collate, collate_prompts
 from lit_vlm.data.sample.encode import Sample
 from lit_vlm.data.sample.format import SampleFormat
 from lit_vlm.data.sample.spec import InputSpec
-from lit_vlm.hf.model import LitVLMForConditionalGeneration
 from lit_vlm.hf.processor import LitVLMProcessor
 from lit_vlm.model.generate import generate
 from lit_vlm.model.vlm import VLM
@@ -64,17 +63,20 @@ def _trials() -> list[list[Message]]:
 def compare_folder(model: VLM, written: SampleFormat, spec: InputSpec, folder: Path) -> Differences:
     """Compare a model with the one that a folder holds; as `compare`."""
     loaded = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, trust_remote_code=True).eval()
-    return compare(model, written, spec, loaded, folder)
+    return compare(model, written, spec, loaded, loaded.inner.projector, folder)
 
 
-def compare(model: VLM, written: SampleFormat, spec: InputSpec, loaded: Any, folder: Path) -> Differences:
+def compare(
+    model: VLM, written: SampleFormat, spec: InputSpec, loaded: Any, projector: nn.Module, folder: Path
+) -> Differences:
     """Compare a model with what transformers read back: ids, logits, gradients, greedy answers.
 
     Args:
         model: as the kit has it, in eval mode and fp32.
         written: template, transform and `max_length` of its data.
         spec: what the data side knows of it.
-        loaded: what was read back, a `LitVLMForConditionalGeneration` or one with PEFT's adapters around its parts.
+        loaded: what was read back, a `LitVLMForConditionalGeneration` or PEFT's model around one.
+        projector: that of `loaded`.
         folder: where its processor is; files are written beside it for a while.
 
     Raises:
@@ -96,7 +98,7 @@ def compare(model: VLM, written: SampleFormat, spec: InputSpec, loaded: Any, fol
         (ours[row, : len(sample)], theirs[row, theirs.shape[1] - len(sample) :]) for row, sample in enumerate(samples)
     ]
     logits = max(float((a - b).abs().max()) for a, b in rows)
-    gradients = _gradients(model, loaded, batch, inputs, rows)
+    gradients = _gradients(model, loaded, projector, batch, inputs, rows)
     if not max(logits, gradients) <= TOLERANCE:
         raise ValueError(
             f"what was read back differs: logits by {logits:.2e}, gradients by {gradients:.2e}; allowed is "
@@ -154,7 +156,8 @@ def _check_ids(samples: Sequence[Sample], inputs: Mapping[str, Tensor], processo
 
 def _gradients(
     model: VLM,
-    loaded: LitVLMForConditionalGeneration,
+    loaded: Any,
+    projector: nn.Module,
     batch: Any,
     inputs: Mapping[str, Tensor],
     rows: Sequence[tuple[Tensor, Tensor]],
@@ -163,7 +166,7 @@ def _gradients(
 
     Of one part alone, as the gradients of a whole model take as much memory as it.
     """
-    ours, theirs = list(model.projector.parameters()), list(loaded.inner.projector.parameters())
+    ours, theirs = list(model.projector.parameters()), list(projector.parameters())
     if not ours:
         return 0.0
     states = [(p, p.requires_grad) for module in (model, loaded) for p in module.parameters()]

@@ -44,23 +44,20 @@ def export_hf(model: VLM, config: Mapping[str, Any], written: SampleFormat, spec
     merge_adapters(model)
     model.heads = nn.ModuleDict()
     model.float().eval()
-    wrapped, processor = _made(model, config, written, spec)
+    wrapped, processor = _wrapped(model, config, written, spec), make_processor(model, config, written, spec)
     with whole_folder(out) as scratch:
         wrapped.save_pretrained(scratch)
         processor.save_pretrained(scratch)
         return compare_folder(model, written, spec, scratch)
 
 
-def _made(
+def _wrapped(
     model: VLM, config: Mapping[str, Any], written: SampleFormat, spec: InputSpec
-) -> tuple[LitVLMForConditionalGeneration, LitVLMProcessor]:
-    """The model, which shares its weights, and its processor."""
-    tokenizer = copy.deepcopy(spec.tokenizer)
-    if IMAGE_MARK not in tokenizer.get_vocab():
-        tokenizer.add_tokens([IMAGE_MARK], special_tokens=True)
-    slots = {name: standalone_class(model.slots()[name][0], config["model"][name]) for name in SLOTS}
+) -> LitVLMForConditionalGeneration:
+    """The model, which shares its weights."""
+    tokenizer = _tokenizer(spec)
     settings = LitVLMConfig(
-        slots,
+        _slots(model, config),
         tokenizer.convert_tokens_to_ids(IMAGE_MARK),
         model.decoder.width,
         model.decoder.num_layers,
@@ -80,10 +77,20 @@ def _made(
     generation.pad_token_id, generation.bos_token_id = tokenizer.pad_token_id, spec.bos_id
     if settings.image_token_index < model.decoder.vocab_size:
         generation.suppress_tokens = [settings.image_token_index]
+    return wrapped.eval()
+
+
+def make_processor(model: VLM, config: Mapping[str, Any], written: SampleFormat, spec: InputSpec) -> LitVLMProcessor:
+    """The processor of a model, for chats as its run's template writes them; arguments as for `export_hf`.
+
+    Raises:
+        ValueError: for a template that chats cannot be written by.
+    """
+    tokenizer = _tokenizer(spec)
     eos, bos = tokenizer.eos_token or "", tokenizer.bos_token if spec.bos_id is not None else ""
-    processor = LitVLMProcessor(
+    return LitVLMProcessor(
         tokenizer,
-        slots,
+        _slots(model, config),
         model.decoder.width,
         model.decoder.vocab_size,
         config["data"]["transform"],
@@ -91,7 +98,19 @@ def _made(
         written.template.typed_marks,
         as_jinja(written.template, eos, bos),
     )
-    return wrapped.eval(), processor
+
+
+def _tokenizer(spec: InputSpec) -> Any:
+    """A copy of the tokenizer, with a mark for images."""
+    tokenizer = copy.deepcopy(spec.tokenizer)
+    if IMAGE_MARK not in tokenizer.get_vocab():
+        tokenizer.add_tokens([IMAGE_MARK], special_tokens=True)
+    return tokenizer
+
+
+def _slots(model: VLM, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Slot → class and arguments of its part, which need no other file."""
+    return {name: standalone_class(model.slots()[name][0], config["model"][name]) for name in SLOTS}
 
 
 def _scales(model: VLM) -> dict[str, Any]:

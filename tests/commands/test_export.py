@@ -11,6 +11,7 @@ import yaml
 from transformers import AutoModelForImageTextToText
 
 from lit_vlm.commands.cli import main
+from lit_vlm.hf.adapters import load_adapted
 from tests.hub import TOKEN, hub
 from tests.runs import lit_vlm, one_step
 
@@ -110,4 +111,44 @@ def test_a_hub_that_does_not_answer_is_said_before_anything_is_written(ask: Any,
     code, _, error = ask("out", "--push", "lab/small", address="http://127.0.0.1:9")
     assert code == 1
     assert "--push lab/small: the hub does not answer" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_adapters_go_out_alone_or_merged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lora = ["--model.lora.decoder", "{rank: 2}", "--model.stage.warmup_ratio", "0"]
+    first = one_step(tmp_path / "llava15" / "1_align", "llava15", "1_align")
+    later = one_step(tmp_path / "llava15" / "2_sft", "llava15", "2_sft", *lora, "--model.stage.start_from", str(first))
+    export(first, tmp_path / "base", "hf")
+    capsys.readouterr()
+    export(later, tmp_path / "adapters", "peft", "--base", str(tmp_path / "base"))
+    assert "adapters: adapters and the whole projector, " in capsys.readouterr().out
+    assert not (tmp_path / "adapters" / "base").exists()
+    assert "library_name: peft" in (tmp_path / "adapters" / "README.md").read_text()
+    export(later, tmp_path / "merged", "hf")
+    merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged", trust_remote_code=True).state_dict()
+    found = load_adapted(tmp_path / "adapters").merge_and_unload().state_dict()
+    assert found.keys() == merged.keys()
+    for key, value in merged.items():
+        torch.testing.assert_close(found[key], value, rtol=0, atol=1e-6)
+
+
+def export(run: Path, out: Path, format_name: str, *flags: str) -> None:
+    main(["export", str(run), str(out), "--format", format_name, *flags])
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--format", "hf", "--base", "b"), "--base is of --format peft"),
+        (("--format", "peft", "--base", "./none"), "there are no weights at none"),
+        (("--format", "peft", "--dtype", "bfloat16"), "adapters are written in float32: round their base"),
+        (("--format", "peft"), "this run has no adapters"),
+    ],
+)
+def test_flags_that_do_not_fit_are_refused(
+    flags: tuple[str, ...], said: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["export", str(run), str(tmp_path / "out"), *flags])
+    assert said in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
