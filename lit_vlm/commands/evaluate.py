@@ -16,11 +16,12 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
-from lit_vlm.commands.evaluated import Results, log_scores, release
+from lit_vlm.commands.evaluated import Results, changed, log_scores, release
 from lit_vlm.commands.named_runs import Named, find_named, labels
 from lit_vlm.core.launcher import launch, rendezvous
 from lit_vlm.core.precision import choose
 from lit_vlm.core.progress import progress, slowly
+from lit_vlm.core.quantised import Kind
 from lit_vlm.evaluation.asker import Asker, load_run, pick_device
 from lit_vlm.evaluation.tasks import (
     TASKS,
@@ -45,21 +46,7 @@ def main(argv: Sequence[str]) -> None:
         ValueError: for a wrong value of a flag, a missing file, or as `load_run` and `run_task`.
     """
     arguments = _parser().parse_args(argv)
-    shots = _shots(arguments.shots)
-    _check(arguments, shots)
-    found: dict[Path, Named] = {}
-    for source in arguments.checkpoints:
-        one = find_named(source)
-        found.setdefault(one.checkpoint.resolve(), one)
-    named = list(found.values())
-    prompts = [
-        Shots(count, 0 if count else arguments.text_shots, seed=arguments.seed, system=arguments.system)
-        for count in shots
-    ]
-    tasks = _tasks(arguments)
-    with slowly("reading questions", launch().is_first):
-        for task, prompt in product(tasks, prompts):
-            Prompts(task, prompt, arguments.choose)  # reads all files before minutes of work
+    named, asked = _named(arguments.checkpoints), _asked(arguments)
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
@@ -74,7 +61,7 @@ def main(argv: Sequence[str]) -> None:
     work = [
         (task, TaskSettings(prompt, arguments.choose, arguments.think, arguments.limit, arguments.batch_size,
                             arguments.workers, arguments.max_new_tokens, dtype))
-        for task, prompt in product(tasks, prompts)
+        for task, prompt in asked
     ]  # fmt: skip
     results: dict[str, Results] = {}
     for label, one in zip(labels(named), named, strict=True):
@@ -83,15 +70,20 @@ def main(argv: Sequence[str]) -> None:
             out = arguments.out / label if len(named) > 1 else arguments.out
         if one.note:
             console.print(one.note, soft_wrap=True)
-        with slowly(f"loading {one.checkpoint}", shown=main_process):
-            asker = load_run(one.checkpoint, device, chosen)
-        length = arguments.max_length or asker.format.max_length
-        asker = replace(asker, format=replace(asker.format, max_length=length))
-        results[label] = _evaluate(asker, one, work, out, not arguments.overwrite, console)
+        results[label] = {}
+        for kind in dict.fromkeys((None, arguments.quantise)):
+            with slowly(f"loading {one.checkpoint}", shown=main_process):
+                asker = load_run(one.checkpoint, device, chosen, kind)
+            length = arguments.max_length or asker.format.max_length
+            asker = replace(asker, format=replace(asker.format, max_length=length))
+            stored = [(task, replace(settings, quantise=kind)) for task, settings in work]
+            results[label] |= _evaluate(asker, one, stored, out, not arguments.overwrite, console)
+            del asker  # its memory is for the next one
+            release(device)
         if main_process and not arguments.no_mlflow:
             log_scores(one, results[label], dtype, out)
-        del asker  # its memory is for the next one
-        release(device)
+        for task, settings in work if arguments.quantise and main_process else ():
+            console.print(changed(out / task.name, settings.name, arguments.quantise), soft_wrap=True)
     console.print(_table(results))
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -100,6 +92,30 @@ def main(argv: Sequence[str]) -> None:
             f"answers and scores could not be written: {unwritten[0]}. The same command takes up what there is, and "
             "--out names another folder"
         )
+
+
+def _named(sources: Sequence[str]) -> list[Named]:
+    """The checkpoints of runs; one that is named twice is there once."""
+    found: dict[Path, Named] = {}
+    for source in sources:
+        one = find_named(source)
+        found.setdefault(one.checkpoint.resolve(), one)
+    return list(found.values())
+
+
+def _asked(arguments: argparse.Namespace) -> list[tuple[Task, Shots]]:
+    """What is asked, each task with each number of demonstrations; raises as `main`."""
+    shots = _shots(arguments.shots)
+    _check(arguments, shots)
+    prompts = [
+        Shots(count, 0 if count else arguments.text_shots, seed=arguments.seed, system=arguments.system)
+        for count in shots
+    ]
+    asked = list(product(_tasks(arguments), prompts))
+    with slowly("reading questions", launch().is_first):
+        for task, prompt in asked:
+            Prompts(task, prompt, arguments.choose)  # reads all files before minutes of work
+    return asked
 
 
 def _evaluate(
@@ -113,12 +129,12 @@ def _evaluate(
     """Run tasks on one checkpoint, each with a bar and a line of its own."""
     results: Results = {}
     for task, settings in work:
-        name = f"{task.name}, {settings.prompt.shots} shots"
-        folder = out / task.name / settings.prompt.name
+        name = f"{task.name}, {settings.prompt.shots} shots{f', {settings.quantise}' if settings.quantise else ''}"
+        folder = out / task.name / settings.name
         with ExitStack() as stack:
             show = _Bar(stack, name, not console.quiet)
             result = run_task(asker, task, settings, folder, str(named.checkpoint.resolve()), resume, show)
-        results[task.name, settings.prompt.name] = result
+        results[task.name, settings.name] = result
         console.print(f"{name}: {_line(result)}   {folder}", soft_wrap=True)
     return results
 
@@ -226,6 +242,11 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype",
         choices=["float32", "bfloat16", "float16"],
         help="of weights (default: what the device is fast in; scores say which)",
+    )
+    parser.add_argument(
+        "--quantise",
+        choices=get_args(Kind),
+        help="ask twice, as trained and with the linear layers of all blocks in 4 or 8 bits, and say what that changes",
     )
     parser.add_argument("--no-mlflow", action="store_true", help="report no score to MLflow")
     return parser

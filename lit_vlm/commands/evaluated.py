@@ -1,10 +1,11 @@
-"""What `lit-vlm evaluate` does with scores that are there: their report to MLflow."""
+"""What `lit-vlm evaluate` does with scores that are there: their report to MLflow, and what fewer bits change."""
 
 from __future__ import annotations
 
 import gc
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,6 +13,8 @@ import torch
 from lit_vlm.checkpoints.folder import step_of
 from lit_vlm.commands.named_runs import Named
 from lit_vlm.evaluation.tasks import Evaluated
+from lit_vlm.experiments.stage_scores import scores_of_task
+from lit_vlm.experiments.statistics.paired import difference
 from lit_vlm.training.mlflow_run import RUN_FILE, MLflowRun
 from lit_vlm.training.mlflow_store import SQLITE, connect, default_uri, first_line, has_run, sqlite_file
 
@@ -49,6 +52,36 @@ def log_scores(named: Named, results: Mapping[tuple[str, str], Evaluated], dtype
     run.params({"checkpoint": str(named.checkpoint), "dtype": dtype})
     run.metrics(scores, step)
     run.end("FINISHED")
+
+
+def changed(folder: Path, prompt: str, kind: str) -> str:
+    """What a type of fewer bits changes of a task's main score, with an interval where its questions have scores.
+
+    Args:
+        folder: of the task, with a folder for each prompt.
+        prompt: name of the prompt, as the model was asked first.
+        kind: the type.
+
+    Raises:
+        ValueError: for files that cannot be read.
+    """
+    name = f"{folder.name}, {prompt}"
+    files = [folder / asked / "scores.json" for asked in (f"{prompt}-{kind}", prompt)]
+    if not all(file.is_file() for file in files):  # they could not be written, which is said at the end
+        return f"{name}: what {kind} changes is not known, as scores could not be written"
+    rounded, whole = ({n: s for n, s in scores_of_task(file, prompt).items() if s.main} for file in files)
+    (score, now), before = next(iter(rounded.items())), next(iter(whole.values()))
+    scale, unit = (100, " points") if now.share else (1, "")
+    text = f"{name}: {kind} changes {score.rpartition('/')[2]} by {(now.value - before.value) * scale:+.2f}{unit}"
+    if not now.answers or not before.answers:
+        return text
+    # They are asked alike but for what is compared.
+    found = difference({0: replace(now, asked={}, better="higher")}, {0: replace(before, asked={}, better="higher")})
+    unlike = sum(now.answers[question] != value for question, value in before.answers.items())
+    return (
+        f"{text} [{found.low * scale:+.2f} to {found.high * scale:+.2f}], {found.level:.0%} for other questions; "
+        f"{unlike:,} of {len(now.answers):,} answers score otherwise"
+    )
 
 
 def _of_stage(folder: Path) -> MLflowRun | None:

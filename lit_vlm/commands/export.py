@@ -8,10 +8,11 @@ import shlex
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from rich.console import Console
 
+from lit_vlm.core.quantised import Kind
 from lit_vlm.core.written import check_new_folder
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def main(argv: Sequence[str]) -> None:
     from lit_vlm.experiments.card import model_card
 
     disable_progress_bar()
-    run = load_run(arguments.checkpoint)
+    run = load_run(arguments.checkpoint, quantise=arguments.quantise if arguments.format == HF else None)
     console = Console(highlight=False)
     card = model_card(arguments.checkpoint, arguments.format, shlex.join(["lit-vlm", "export", *argv]))
     if arguments.format == GGUF:
@@ -49,6 +50,7 @@ def main(argv: Sequence[str]) -> None:
         _round(arguments.out, arguments.dtype)
     (arguments.out / "README.md").write_text(card, encoding="utf-8")
     _open_to_others(arguments.out)
+    said += f"; its blocks are in {arguments.quantise}" if arguments.format == HF and arguments.quantise else ""
     said += "" if arguments.dtype == "float32" else f"; then rounded to {arguments.dtype}"
     console.print(said, soft_wrap=True)
     console.print(f"its model card is {arguments.out}/README.md: add licences of data and weights", soft_wrap=True)
@@ -92,7 +94,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--quantise",
         metavar="KIND",
-        help=f"of {GGUF}: f32, f16 (default), q8_0, q6_k, q5_k_m or q4_k_m",
+        help=f"of {HF}: {', '.join(get_args(Kind))}, for the linear layers of all blocks; of {GGUF}: f32, f16 "
+        "(default), q8_0, q6_k, q5_k_m or q4_k_m",
     )
     parser.add_argument(
         "--dtype",
@@ -129,8 +132,10 @@ def _check(arguments: argparse.Namespace) -> None:
             f"adapters are written in float32: round their base, by --format {HF} --dtype {arguments.dtype}, and give "
             "that folder as --base"
         )
-    if arguments.quantise and arguments.format != GGUF:
-        raise ValueError(f"--quantise is of --format {GGUF}")
+    if arguments.quantise and arguments.format not in (HF, GGUF):
+        raise ValueError(f"--quantise is of --format {HF} and {GGUF}")
+    if arguments.format == HF and arguments.quantise not in (None, *get_args(Kind)):
+        raise ValueError(f"--quantise of --format {HF} is one of {', '.join(get_args(Kind))}, not {arguments.quantise}")
     if arguments.format == GGUF and arguments.dtype != "float32":
         raise ValueError(f"files of --format {GGUF} have their own types: use --quantise, not --dtype")
     check_new_folder(arguments.out)

@@ -1,4 +1,4 @@
-"""Frozen linear layers whose weight is stored in 4 or 8 bits (QLoRA, Dettmers 2023); torchao does the quantising.
+"""Frozen linear layers whose weight is stored in 4 or 8 bits (QLoRA, Dettmers 2023); torchao packs nf4.
 
 The bits are ordinary parameters of integer types, so that they are sharded, gathered and moved as any others, and no
 cast to a floating type touches them.
@@ -18,7 +18,11 @@ from torch import Tensor, nn
 from lit_vlm.core.lora import ADAPTED, is_adapter, linear_layers
 from lit_vlm.core.part import Part
 
-Kind = Literal["nf4", "int8"]
+Kind = Literal["nf4", "int8", "fp8"]
+"""4-bit floats by quantiles, integers of 8 bits, floats of 8 bits (e4m3)."""
+FP8 = torch.float8_e4m3fn
+LARGEST = {"int8": 127.0, "fp8": torch.finfo(FP8).max}
+"""The number that the largest weight of a row becomes."""
 BLOCK = 64
 """Weights that share a scale in nf4, as in QLoRA."""
 SCALES = 256
@@ -30,10 +34,10 @@ class Quantize:
     """The type in which the frozen weights of a slot's blocks are stored; null: as they are.
 
     Attributes:
-        encoder: `nf4` or `int8`, of the encoder.
-        projector: `nf4` or `int8`, of the projector.
-        embedder: `nf4` or `int8`, of the embedder.
-        decoder: `nf4` or `int8`, of the decoder.
+        encoder: `nf4`, `int8` or `fp8`, of the encoder.
+        projector: `nf4`, `int8` or `fp8`, of the projector.
+        embedder: `nf4`, `int8` or `fp8`, of the embedder.
+        decoder: `nf4`, `int8` or `fp8`, of the decoder.
     """
 
     encoder: Kind | None = None
@@ -70,7 +74,8 @@ class QuantisedLinear(nn.Module):
 
     Args:
         linear: the layer; on the meta device only shapes are made. Its bias is taken over.
-        kind: `nf4`: blocks of 64 weights share a scale, and scales are stored in 8 bits; `int8`: a scale per row.
+        kind: `nf4`: blocks of 64 weights share a scale, and scales are stored in 8 bits; `int8` and `fp8`: a scale per
+            row.
         device: where the weight is packed, which a GPU does far faster; default: where it is. It stays where it is.
     """
 
@@ -90,9 +95,10 @@ class QuantisedLinear(nn.Module):
 
     def unpacked(self, bits: Any, dtype: torch.dtype) -> Tensor:
         """A weight from its parameters, in the order in which they were registered: `[out, in]`."""
-        if self.kind == "int8":
+        if self.kind != "nf4":
             data, scale = bits
-            return (data * scale.view(torch.float32)[:, None]).to(dtype)
+            numbers = data.view(FP8).float() if self.kind == "fp8" else data
+            return (numbers * scale.view(torch.float32)[:, None]).to(dtype)
         return _nf4(dict(zip(self._names, bits, strict=True)), (self.out_features, self.in_features)).to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -114,9 +120,11 @@ def _scale_block(numel: int) -> int:
 
 def _packed(weight: Tensor, kind: Kind) -> dict[str, Tensor]:
     """The parameters of a weight `[out, in]` in fp32; numbers in fp32 are stored as their bits, in int32."""
-    if kind == "int8":
-        scale = weight.abs().amax(1).clamp(min=1e-12) / 127
-        return {"data": (weight / scale[:, None]).round().to(torch.int8), "scale": scale.view(torch.int32)}
+    if kind != "nf4":
+        scale = weight.abs().amax(1).clamp(min=1e-12) / LARGEST[kind]
+        rows = weight / scale[:, None]
+        data = rows.round().to(torch.int8) if kind == "int8" else rows.to(FP8).view(torch.int8)
+        return {"data": data, "scale": scale.view(torch.int32)}
     from torchao.quantization import NF4Tensor
 
     packed: Any = NF4Tensor.from_tensor(weight.contiguous(), BLOCK, _scale_block(weight.numel()))
@@ -135,7 +143,7 @@ def _shapes(weight: Tensor, kind: Kind) -> dict[str, Tensor]:
         return torch.empty(*shape, dtype=dtype, device="meta")
 
     rows, columns = weight.shape
-    if kind == "int8":
+    if kind != "nf4":
         return {"data": empty(torch.int8, rows, columns), "scale": empty(torch.int32, rows)}
     blocks = weight.numel() // BLOCK
     return {
@@ -209,20 +217,58 @@ def layers_to_quantise(part: Part, kind: Kind, slot: str) -> list[tuple[str, nn.
         ValueError: for a part without such layers, or nf4 without torchao.
     """
     key = f"model.quantize.{slot}"
-    if kind == "nf4" and importlib.util.find_spec("torchao") is None:
-        raise ValueError(f"{key}: nf4 needs the package torchao: pip install 'lit-vlm[quantized]'")
+    _check_torchao(kind, key)
+    if not (found := _layers(part, kind)):
+        raise ValueError(f"{key}: {type(part).__name__} has no linear layers in blocks: set {key} to null")
+    return found
+
+
+def _layers(part: Part, kind: Kind) -> list[tuple[str, nn.Linear]]:
+    """Name and module of each linear layer in a part's blocks that a type can hold; those of adapters are left out."""
     blocks = {id(module) for block in part.blocks() for module in block.modules()}
-    found = [
+    return [
         (name, layer)
         for name, layer in linear_layers(part).items()
         if type(layer) is nn.Linear
         and id(layer) in blocks
         and not is_adapter(f"{name}.weight")
-        and (kind == "int8" or (layer.weight.numel() % BLOCK == 0 and layer.in_features % 2 == 0))
+        and (kind != "nf4" or (layer.weight.numel() % BLOCK == 0 and layer.in_features % 2 == 0))
     ]
+
+
+def quantise_parts(parts: Mapping[str, Part], kind: Kind, asked_by: str) -> None:
+    """Store the weights of linear layers in all blocks in 4 or 8 bits, in place, to ask a model and not to train it.
+
+    Args:
+        parts: slot → part, without adapters; parts without linear layers in blocks stay as they are.
+        kind: the type.
+        asked_by: what asks for it, for messages.
+
+    Raises:
+        ValueError: where no part has such layers, or for nf4 without torchao.
+    """
+    _check_torchao(kind, asked_by)
+    found = {slot: layers for slot, part in parts.items() if (layers := _layers(part, kind))}
     if not found:
-        raise ValueError(f"{key}: {type(part).__name__} has no linear layers in blocks: set {key} to null")
-    return found
+        raise ValueError(f"{asked_by}: no part of this model has linear layers in blocks")
+    for slot, layers in found.items():
+        for name, layer in layers:
+            parts[slot].set_submodule(name, QuantisedLinear(layer, kind))
+
+
+def quantised_kinds(parts: Mapping[str, nn.Module]) -> dict[str, Kind]:
+    """Slot → type, of the parts that have quantised layers."""
+    return {
+        slot: module.kind
+        for slot, part in parts.items()
+        for module in part.modules()
+        if isinstance(module, QuantisedLinear)
+    }
+
+
+def _check_torchao(kind: Kind, asked_by: str) -> None:
+    if kind == "nf4" and importlib.util.find_spec("torchao") is None:
+        raise ValueError(f"{asked_by}: nf4 needs the package torchao: pip install 'lit-vlm[quantized]'")
 
 
 def weights_in(parameter: Tensor) -> int:

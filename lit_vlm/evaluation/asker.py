@@ -17,7 +17,8 @@ import lit_vlm.teachers  # noqa: F401 - class names of configs
 from lit_vlm.checkpoints.folder import find_checkpoint, run_folder
 from lit_vlm.checkpoints.weights import read_slots
 from lit_vlm.core.batch import IGNORE, Batch
-from lit_vlm.core.quantised import round_to
+from lit_vlm.core.lora import merge_adapters
+from lit_vlm.core.quantised import Kind, quantise_parts, round_to
 from lit_vlm.core.sampling import Sampling
 from lit_vlm.core.tokenizers import IncrementalText
 from lit_vlm.data import ImageTransform, Template
@@ -267,7 +268,12 @@ def check_run(source: str | Path) -> dict[str, Any]:
     return config
 
 
-def load_run(source: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Asker:
+def load_run(
+    source: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    quantise: Kind | None = None,
+) -> Asker:
     """Build the model of a run in eval mode, with a checkpoint's weights, and the template and transform of its data.
 
     Warns of marks of the template that are no tokens of the tokenizer: the model was trained on them in pieces.
@@ -276,9 +282,10 @@ def load_run(source: str | Path, device: str | torch.device = "cpu", dtype: torc
         source: a checkpoint, or the folder of a run (its newest checkpoint is taken).
         device: device that the model is put on.
         dtype: type of the weights; `precision.choose(...).dtype` is the one that the device is fast in.
+        quantise: type of 4 or 8 bits in which the linear layers of all blocks are stored, once adapters are merged.
 
     Raises:
-        ValueError: as `check_run`.
+        ValueError: as `check_run` and `quantise_parts`.
     """
     config = check_run(source)
     checkpoint = find_checkpoint(source)
@@ -294,6 +301,9 @@ def load_run(source: str | Path, device: str | torch.device = "cpu", dtype: torc
     module.model = build(module.slots, read_slots(checkpoint), origin=str(checkpoint))
     for slot, kind in module.slots.quantize.kinds().items():  # the weights that it was trained on
         round_to(module.model.slots()[slot][0], kind, slot)
+    if quantise is not None:
+        merge_adapters(module.model)
+        quantise_parts({slot: parts[0] for slot, parts in module.model.slots().items()}, quantise, "--quantise")
     module.to(device=device, dtype=dtype).eval()
     written = SampleFormat(objects.template, objects.transform, data["max_length"], data.get("fast_jpeg", True))
     written.check_marks(module.input_spec, "warn")

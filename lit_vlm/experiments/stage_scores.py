@@ -126,11 +126,11 @@ def task_scores(stage: Path) -> dict[str, Score]:
             while_training[file.parents[1]] = file
     scores: dict[str, Score] = {}
     for prompt, file in sorted(while_training.items()):
-        scores |= _of_task(file, prompt.name)
+        scores |= scores_of_task(file, prompt.name)
     # Those asked for afterwards have the last word; those of other checkpoints than the last are a folder deeper.
     for file in sorted((stage / "evaluation").glob("*/*/scores.json")):
         if _is_of_end(file, stage):
-            scores |= _of_task(file, file.parent.name)
+            scores |= scores_of_task(file, file.parent.name)
         else:
             log.warning("%s is of an earlier checkpoint than the last one, and is left out: evaluate anew", file)
     return scores
@@ -147,8 +147,16 @@ def _may_be_end(step: int, stage: Path) -> bool:
     return -1 in (step, end) or step == end
 
 
-def _of_task(file: Path, prompt: str) -> dict[str, Score]:
-    """The scores of one task and prompt; those of tasks that average over questions become shares."""
+def scores_of_task(file: Path, prompt: str) -> dict[str, Score]:
+    """The scores of one task and prompt; those of tasks that average over questions become shares.
+
+    Args:
+        file: scores.json, beside answers.jsonl.
+        prompt: name of the prompt, for the names of the scores, `TASK/PROMPT/SCORE`.
+
+    Raises:
+        ValueError: for a file that cannot be read, or of something else.
+    """
     found = _json(file)
     if lacking := [key for key in ("task", "scores", "main", "count") if key not in found]:
         raise ValueError(f"{file} has no {lacking[0]!r}, so it is not of lit-vlm evaluate: move it away")

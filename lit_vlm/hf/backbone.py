@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from lit_vlm.core.part import meta_parameters
+from lit_vlm.core.quantised import quantise_parts
 from lit_vlm.decoders import DecoderOutput, HFDecoder
 from lit_vlm.embedders import Holistic
 from lit_vlm.hf.cache import LitVLMCache
@@ -140,6 +141,8 @@ class LitVLMModel(LitVLMPreTrainedModel):
         on_meta, dtype = torch.get_default_device().type == "meta", torch.get_default_dtype()
         with torch.device("cpu"), meta_parameters() if on_meta else nullcontext(), _default_dtype(torch.float32):
             self.vlm = slots.assemble(lambda _name, factory: factory())
+        for slot, kind in config.quantise.items():
+            quantise_parts({slot: self.vlm.slots()[slot][0]}, kind, "config.json: quantise")
         self.vlm.to(dtype)
         self.post_init()
 

@@ -12,6 +12,7 @@ from jsonargparse import ArgumentParser
 from transformers import PretrainedConfig
 
 from lit_vlm import __version__
+from lit_vlm.core.quantised import Kind
 from lit_vlm.decoders import Decoder
 from lit_vlm.embedders import Embedder
 from lit_vlm.encoders import Encoder
@@ -38,6 +39,7 @@ class LitVLMConfig(PretrainedConfig):
         hidden_size: width of the decoder.
         num_hidden_layers: number of the decoder's blocks.
         vocab_size: rows of the decoder's word table.
+        quantise: slot → type of 4 or 8 bits in which the linear layers of its blocks are stored.
         lit_vlm_version: version of the kit that wrote it.
         kwargs: settings of transformers, such as `dtype`.
     """
@@ -52,12 +54,14 @@ class LitVLMConfig(PretrainedConfig):
         hidden_size: int = 0,
         num_hidden_layers: int = 0,
         vocab_size: int = 0,
+        quantise: dict[str, Kind] | None = None,
         lit_vlm_version: str | None = None,
         **kwargs: Any,
     ) -> None:
         self.slots = slots or {}
         self.image_token_index = image_token_index
         self.hidden_size, self.num_hidden_layers, self.vocab_size = hidden_size, num_hidden_layers, vocab_size
+        self.quantise = quantise or {}
         self.lit_vlm_version = lit_vlm_version or __version__
         super().__init__(**{"auto_map": AUTO_MAP} | kwargs)
 

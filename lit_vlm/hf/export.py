@@ -12,6 +12,7 @@ from torch import nn
 
 from lit_vlm.core.lora import merge_adapters
 from lit_vlm.core.part import standalone_class
+from lit_vlm.core.quantised import quantised_kinds
 from lit_vlm.core.written import check_new_folder, whole_folder
 from lit_vlm.data.sample.chat_template import IMAGE_MARK, as_jinja
 from lit_vlm.data.sample.format import SampleFormat
@@ -62,6 +63,7 @@ def _wrapped(
         model.decoder.width,
         model.decoder.num_layers,
         model.decoder.vocab_size,
+        quantised_kinds({name: model.slots()[name][0] for name in SLOTS}),
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=spec.bos_id,
         eos_token_id=tokenizer.eos_token_id,

@@ -76,6 +76,23 @@ def test_two_checkpoints_on_one_s_own_questions(run: Path, mine: Path, capsys: p
             assert sum(f"{n} + 1?" in line["prompt"] for n in range(3)) == 2
 
 
+def test_what_fewer_bits_change_is_said(run: Path, mine: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["evaluate", str(run), "--file", str(mine), "--score", "f1", "--no-mlflow", *FLAGS]
+    main(asked)
+    whole = lines(run / "2_sft" / "evaluation" / "mine" / "0-shot" / "answers.jsonl")
+    capsys.readouterr()
+    main([*asked, "--quantise", "nf4"])
+    printed = " ".join(capsys.readouterr().out.split())
+    rounded = lines(run / "2_sft" / "evaluation" / "mine" / "0-shot-nf4" / "answers.jsonl")
+    unlike = sum(a["score"] != b["score"] for a, b in zip(whole, rounded, strict=True))
+    change = 100 * sum(b["score"] - a["score"] for a, b in zip(whole, rounded, strict=True)) / 3
+    assert f"mine, 0-shot: nf4 changes f1 by {change:+.2f} points [" in printed
+    assert f"95% for other questions; {unlike} of 3 answers score otherwise" in printed
+    assert whole == lines(run / "2_sft" / "evaluation" / "mine" / "0-shot" / "answers.jsonl")
+    saved = json.loads((run / "2_sft" / "evaluation" / "mine" / "0-shot-nf4" / "scores.json").read_text())
+    assert saved["settings"]["quantise"] == "nf4"
+
+
 def test_other_settings_are_refused_until_overwritten(
     run: Path, mine: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -62,7 +62,7 @@ def test_weights_are_rounded_on_request(format_name: str, ask: Any, tmp_path: Pa
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--quantise", "q8_0"], "--quantise is of --format gguf"),
+        (["--quantise", "q8_0"], "--quantise is of --format hf and gguf"),
         (["--format", "gguf", "--dtype", "float16"], "use --quantise, not --dtype"),
         (["--format", "gguf", "--quantise", "q9"], "there is no kind 'q9' of GGUF files here, only f32, f16, q8_0"),
     ],
@@ -125,6 +125,9 @@ def test_adapters_go_out_alone_or_merged(tmp_path: Path, capsys: pytest.CaptureF
     assert not (tmp_path / "adapters" / "base").exists()
     assert "library_name: peft" in (tmp_path / "adapters" / "README.md").read_text()
     export(later, tmp_path / "merged", "hf")
+    export(later, tmp_path / "rounded", "hf", "--quantise", "int8")
+    assert capsys.readouterr().out.count("its blocks are in int8") == 1
+    assert AutoModelForImageTextToText.from_pretrained(tmp_path / "rounded", trust_remote_code=True).config.quantise
     merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged", trust_remote_code=True).state_dict()
     found = load_adapted(tmp_path / "adapters").merge_and_unload().state_dict()
     assert found.keys() == merged.keys()
@@ -143,6 +146,7 @@ def export(run: Path, out: Path, format_name: str, *flags: str) -> None:
         (("--format", "peft", "--base", "./none"), "there are no weights at none"),
         (("--format", "peft", "--dtype", "bfloat16"), "adapters are written in float32: round their base"),
         (("--format", "peft"), "this run has no adapters"),
+        (("--format", "hf", "--quantise", "q8_0"), "--quantise of --format hf is one of nf4, int8, fp8, not q8_0"),
     ],
 )
 def test_flags_that_do_not_fit_are_refused(

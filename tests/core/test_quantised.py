@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from torch import nn
 
 from lit_vlm.core.flops import Weights
 from lit_vlm.core.lora import Adapters, Lora
-from lit_vlm.core.quantised import QuantisedLinear, Quantize, quantise, round_to
+from lit_vlm.core.quantised import Kind, QuantisedLinear, Quantize, quantise, round_to
 from lit_vlm.data.sample.collate import collate
 from lit_vlm.model.build import build, build_on_meta
 from lit_vlm.testing.tiny import samples_for
@@ -21,7 +21,7 @@ from lit_vlm.training.step_flops import StepFlops
 from tests.tiny import batch_of, tiny_slots, tiny_vlm
 
 pytest.importorskip("torchao")
-KINDS: list[Any] = ["nf4", "int8"]
+KINDS: list[Any] = list(get_args(Kind))
 LORA = Adapters(decoder=Lora(rank=2))
 
 
@@ -33,7 +33,7 @@ def test_forward_and_backward_are_those_of_the_weight_that_is_stored(kind: Any, 
     layer = QuantisedLinear(plain, kind)
     weight = layer.weight_of_now()
     far = (weight - plain.weight).norm() / plain.weight.norm()
-    assert 0 < far < {"nf4": 0.12, "int8": 0.01}[kind]
+    assert 0 < far < {"nf4": 0.12, "int8": 0.01, "fp8": 0.04}[kind]
     results = []
     for run in (layer, lambda x: nn.functional.linear(x, weight, plain.bias)):
         x = torch.linspace(-1, 1, 3 * shape[1]).view(3, -1).requires_grad_()
@@ -47,7 +47,7 @@ def test_forward_and_backward_are_those_of_the_weight_that_is_stored(kind: Any, 
     assert (y.dtype, x.grad.dtype if x.grad is not None else None) == (torch.bfloat16, torch.float32)
 
 
-@pytest.mark.parametrize(("kind", "bits"), [("nf4", 4.2), ("int8", 8.6)])
+@pytest.mark.parametrize(("kind", "bits"), [("nf4", 4.2), ("int8", 8.6), ("fp8", 8.6)])
 def test_a_weight_takes_its_bits_and_no_cast_changes_them(kind: Any, bits: float) -> None:
     layer = QuantisedLinear(nn.Linear(64, 128, bias=False), kind)
     assert sum(p.numel() * p.element_size() * 8 for p in layer.parameters()) / (64 * 128) < bits

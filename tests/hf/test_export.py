@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 
 from lit_vlm.commands.cli import main
 from lit_vlm.commands.recipe import find_recipe
+from lit_vlm.core.quantised import Kind, quantise_parts, quantised_kinds
 from lit_vlm.core.tokenizers import byte_tokenizer
 from lit_vlm.hf.export import export_hf
 from tests.exports import TINY, exported, read, read_stage
@@ -55,6 +56,25 @@ def test_every_recipe_is_the_same_in_transformers(recipe: str, tmp_path: Path) -
     _, found = exported(tmp_path / "out", recipe)
     assert found.logits == 0
     assert found.gradients == 0
+
+
+@pytest.mark.parametrize("kind", get_args(Kind))
+@pytest.mark.parametrize("recipe", ["llava15", "hovle"])
+def test_quantised_weights_are_stored_as_such(recipe: str, kind: Kind, tmp_path: Path) -> None:
+    pytest.importorskip("torchao")
+    module, config, written = read(recipe)
+    parts = {slot: parts[0] for slot, parts in module.vlm.slots().items()}
+    quantise_parts(parts, kind, "--quantise")
+    assert export_hf(module.vlm, config, written, module.input_spec, tmp_path / "out").logits == 0
+    _, whole = exported(tmp_path / "whole", recipe)
+    assert whole.logits == 0
+    sizes = [sum(file.stat().st_size for file in (tmp_path / name).glob("*.safetensors")) for name in ("out", "whole")]
+    assert sizes[0] < 0.75 * sizes[1]
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", trust_remote_code=True, dtype=torch.bfloat16)
+    assert loaded.config.quantise.keys() == quantised_kinds(parts).keys()
+    bits = [p for p in loaded.parameters() if not p.is_floating_point()]
+    assert bits
+    assert not any(p.requires_grad for p in bits)
 
 
 EARLIER = [

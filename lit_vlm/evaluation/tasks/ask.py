@@ -36,6 +36,7 @@ class TaskSettings:
         workers: processes that decode pictures.
         max_new_tokens: length of an answer at most; None leaves it to the task.
         dtype: type of the weights; only written to the files.
+        quantise: type of 4 or 8 bits in which the model's blocks are stored; None: they are not.
 
     Raises:
         ValueError: for a number below 1.
@@ -49,6 +50,12 @@ class TaskSettings:
     workers: int = 0
     max_new_tokens: int | None = None
     dtype: str = ""
+    quantise: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Name for results: that of the prompt, with the type of quantised weights, such as `0-shot-int8`."""
+        return self.prompt.name + (f"-{self.quantise}" if self.quantise else "")
 
     def __post_init__(self) -> None:
         for name in ("limit", "batch_size", "max_new_tokens"):
@@ -58,7 +65,14 @@ class TaskSettings:
 
     def decisive(self) -> dict[str, Any]:
         """The settings that answers depend on, as plain values."""
-        return {key: value for key, value in asdict(self).items() if key not in ("batch_size", "workers", "limit")}
+        return {key: value for key, value in self.plain().items() if key not in ("batch_size", "workers", "limit")}
+
+    def plain(self) -> dict[str, Any]:
+        """All settings as plain values."""
+        found = asdict(self)
+        if self.quantise is None:  # so that results of versions without it stay comparable
+            del found["quantise"]
+        return found
 
 
 class _Encoded(Dataset[tuple[int, Sample | None, dict[str, str]]]):

@@ -8,7 +8,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -256,7 +256,7 @@ def _saved(
         "left_out": result.left_out,
         "checkpoint": checkpoint,
         "folder": str(task.folder),
-        "settings": asdict(settings),
+        "settings": settings.plain(),
         "lit_vlm": __version__,
         "torch": torch.__version__,
     }
