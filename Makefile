@@ -9,7 +9,7 @@ CONSTRAINTS ?= constraints.txt
 # One thread for each of the two test processes: threads that wait for each other spin, and take the other's core.
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: help install quickstart test test-slow test-published test-cluster lint docs findings bench gpu clean
+.PHONY: help install quickstart test test-slow test-published test-cluster test-browser lint docs findings bench gpu clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -42,6 +42,9 @@ test-cluster: install  ## the tests on a SLURM of four nodes, started on this ma
 		DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends \
 		$$(cat tests/cluster/debian-packages.txt) >/dev/null; } || echo "SLURM is not installed, and cannot be"
 	@$(BIN)/python -m pytest -m cluster --timeout 1500 tests/cluster
+
+test-browser: install  ## the page of `lit-vlm chat --web` in Chromium, which must be installed
+	@$(PIP) playwright && $(BIN)/python -m pytest -m browser tests/serving
 
 lint: install  ## ruff and mypy
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

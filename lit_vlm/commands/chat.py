@@ -1,4 +1,4 @@
-"""`lit-vlm chat`: ask a trained model about pictures."""
+"""`lit-vlm chat`: ask a trained model about pictures, in a terminal or on a page."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
+from urllib.parse import urlencode
 
 import torch
 from rich.console import Console
@@ -19,6 +20,9 @@ from lit_vlm.data.records.media import MARK
 from lit_vlm.data.sources import ChatJsonl
 from lit_vlm.data.sources.conversations import interleave
 
+LONGEST = 512
+"""Longest answer on a page in tokens, unless a longer one is asked for."""
+
 
 def main(argv: Sequence[str]) -> None:
     """Answer one prompt, or each line of the input until it ends.
@@ -28,11 +32,10 @@ def main(argv: Sequence[str]) -> None:
         RecordError: for a prompt that cannot be asked, such as one that is too long.
     """
     arguments = _parser().parse_args(argv)
-    for image in arguments.image:
-        if not image.is_file():
-            raise ValueError(f"there is no picture {image}")
-    if arguments.max_new_tokens < 1:
-        raise ValueError(f"--max-new-tokens must be at least 1, not {arguments.max_new_tokens}")
+    _check(arguments)
+    if arguments.web:
+        _serve_page(arguments)
+        return
     from transformers.utils.logging import disable_progress_bar
 
     from lit_vlm.evaluation.asker import load_run, pick_device
@@ -40,9 +43,9 @@ def main(argv: Sequence[str]) -> None:
     disable_progress_bar()
     console = Console(highlight=False)
     device = pick_device(arguments.device)
-    asker = load_run(
-        arguments.checkpoint, device, choose(torch.device(device).type, scaled=False).dtype, arguments.quantise
-    )
+    (checkpoint,) = arguments.checkpoint
+    dtype = choose(torch.device(device).type, scaled=False).dtype
+    asker = load_run(checkpoint, device, dtype, arguments.quantise)
     images = [Image(path=str(path.resolve())) for path in arguments.image]
     messages = _demonstrations(arguments.demos) if arguments.demos else []
     for prompt in [arguments.prompt] if arguments.prompt else _typed(console):
@@ -53,6 +56,39 @@ def main(argv: Sequence[str]) -> None:
         (answer,) = asker.answer(prompt_sample, arguments.max_new_tokens, arguments.temperature, arguments.top_p)
         console.print(answer, markup=False)
         messages.append(Message("assistant", (Text(answer),)))
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Refuse flags that make no sense, or not together; raises ValueError naming them."""
+    for image in arguments.image:
+        if not image.is_file():
+            raise ValueError(f"there is no picture {image}")
+    if arguments.max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens must be at least 1, not {arguments.max_new_tokens}")
+    if not arguments.web and len(arguments.checkpoint) > 1:
+        raise ValueError("several checkpoints are asked side by side on a page: add --web")
+    if not arguments.web and arguments.port is not None:
+        raise ValueError("--port is that of a page: add --web")
+    for flag in ("prompt", "image", "demos"):
+        if arguments.web and getattr(arguments, flag):
+            raise ValueError(f"--{flag} is for a terminal: with --web, the page asks for it")
+
+
+def _serve_page(arguments: argparse.Namespace) -> None:
+    """Serve a page until Ctrl-C; raises ValueError as `server.serve`, or for a package that is not installed."""
+    from lit_vlm.commands.serve import find_runs, import_server
+    from lit_vlm.evaluation.asker import pick_device
+
+    start = {"temperature": arguments.temperature, "top_p": arguments.top_p, "max_tokens": arguments.max_new_tokens}
+    query = urlencode(start | ({"newline": 1} if arguments.newline else {}))
+    import_server().serve(
+        find_runs(arguments.checkpoint),
+        [torch.device(pick_device(arguments.device))],
+        port=8000 if arguments.port is None else arguments.port,
+        most_tokens=max(LONGEST, arguments.max_new_tokens),
+        quantise=arguments.quantise,
+        page=f"?{query}",
+    )
 
 
 def _content(prompt: str, images: Sequence[Image], newline: bool) -> tuple[Content, ...]:
@@ -91,9 +127,19 @@ def _absolute(part: Content, source: ChatJsonl) -> Content:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="lit-vlm chat", description="Ask a trained model about pictures. Without --prompt, type your questions."
+        prog="lit-vlm chat",
+        description="Ask a trained model about pictures. Without --prompt, type your questions; --web opens a page.",
     )
-    parser.add_argument("checkpoint", help="a checkpoint, or the folder of a run")
+    parser.add_argument(
+        "checkpoint", nargs="+", help="a checkpoint, or the folder of a run; with --web several, side by side"
+    )
+    parser.add_argument(
+        "--web",
+        action="store_true",
+        help="a page in the browser, for this machine alone: several pictures, demonstrations, what the model sees "
+        "(pip install 'lit-vlm[serve]')",
+    )
+    parser.add_argument("--port", type=int, help="of the page, from 1024 to 65535 (default: 8000)")
     parser.add_argument("--image", type=Path, action="append", default=[], help="a picture; may be given several times")
     parser.add_argument(
         "--prompt",

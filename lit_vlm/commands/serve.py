@@ -5,7 +5,12 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
+from typing import get_args
+
+from lit_vlm.core.quantised import Kind
 
 WHOLE_HOST = re.compile(r"https?://[^/@?#]+/")
 
@@ -27,21 +32,13 @@ def main(argv: Sequence[str]) -> None:
                 f"--allow-url {prefix}: expected https://HOST/ or https://HOST/FOLDER/; without the / behind the host "
                 "other hosts begin in the same way"
             )
-    sources = {Path(source).as_posix(): source for source in arguments.checkpoint}
-    if len(sources) < len(arguments.checkpoint):
-        raise ValueError("a checkpoint is named twice")
     import torch
 
-    from lit_vlm.evaluation.asker import check_run, pick_device
+    from lit_vlm.evaluation.asker import pick_device
 
-    for source in sources.values():
-        check_run(source)
+    sources = find_runs(arguments.checkpoint)
     devices = [torch.device(pick_device(name)) for name in arguments.device or [None]]
-    try:
-        from lit_vlm.serving.server import serve
-    except ModuleNotFoundError as error:
-        raise ValueError(f"lit-vlm serve needs {error.name}: pip install 'lit-vlm[serve]'") from error
-    serve(
+    import_server().serve(
         sources,
         devices,
         host=arguments.host,
@@ -51,7 +48,36 @@ def main(argv: Sequence[str]) -> None:
         timeout=arguments.timeout,
         max_megabytes=arguments.max_megabytes,
         prefixes=arguments.allow_url,
+        quantise=arguments.quantise,
     )
+
+
+def find_runs(checkpoints: Sequence[str]) -> dict[str, str]:
+    """Runs by the names that clients call them by.
+
+    Raises:
+        ValueError: for one that is named twice, or cannot be asked.
+    """
+    from lit_vlm.evaluation.asker import check_run
+
+    sources = {Path(source).as_posix(): source for source in checkpoints}
+    if len(sources) < len(checkpoints):
+        raise ValueError("a checkpoint is named twice")
+    for source in sources.values():
+        check_run(source)
+    return sources
+
+
+def import_server() -> ModuleType:
+    """The module `lit_vlm.serving.server`.
+
+    Raises:
+        ValueError: for a package of the extra `serve` that is not installed.
+    """
+    try:
+        return import_module("lit_vlm.serving.server")
+    except ModuleNotFoundError as error:
+        raise ValueError(f"this needs {error.name}: pip install 'lit-vlm[serve]'") from error
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -73,6 +99,11 @@ def _parser() -> argparse.ArgumentParser:
         "--device",
         action="append",
         help="cpu, cuda, cuda:1, ...; several times for several GPUs (default: a GPU if there is one)",
+    )
+    add(
+        "--quantise",
+        choices=get_args(Kind),
+        help="store the linear layers of all blocks in 4 or 8 bits, which takes less memory and no less time",
     )
     add("--batch-size", type=int, default=8, help="requests that are answered together (default: 8)")
     add("--max-new-tokens", type=int, default=512, help="length of an answer at most (default: 512)")

@@ -1,4 +1,4 @@
-"""The HTTP side: `/v1/chat/completions` and `/v1/models`, in OpenAI's form."""
+"""The HTTP side: `/v1/chat/completions` and `/v1/models`, in OpenAI's form, and a page to talk to."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ import uuid
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
+from dataclasses import replace
+from importlib.resources import files
 from typing import Any
 
 import httpx
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from litserve.specs.base import LitSpec
 from litserve.utils import ResponseBufferItem
 from starlette.exceptions import HTTPException as StarletteHTTPException
@@ -22,6 +24,10 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from lit_vlm.serving.requests import Asked, ChatRequest, Refused, addresses, allowed, asked, error_body, is_inline
 from lit_vlm.serving.worker import Reply
 
+PAGE = "/chat"
+"""Path of the page."""
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:; connect-src 'self'"
+"""What the page may load and ask: itself alone."""
 MAX_FETCHED = 20 * 2**20
 """Most bytes of a picture that is fetched."""
 FETCH_S = 10.0
@@ -35,10 +41,14 @@ class ChatEndpoint(LitSpec):
         models: names of the runs.
         most_tokens: longest answer in tokens.
         prefixes: how addresses begin that pictures are fetched from.
+        page: whether there is a page to talk to, at `PAGE`, and `/v1/seen`, which it asks.
     """
 
-    def __init__(self, models: Sequence[str], most_tokens: int, prefixes: Sequence[str] = ()) -> None:
+    def __init__(
+        self, models: Sequence[str], most_tokens: int, prefixes: Sequence[str] = (), page: bool = False
+    ) -> None:
         super().__init__()
+        self.page = page
         self.api_path = "/v1/chat/completions"
         self.models, self.most_tokens, self.prefixes = list(models), most_tokens, list(prefixes)
         self.started = int(time.time())
@@ -52,6 +62,9 @@ class ChatEndpoint(LitSpec):
         """Name the paths."""
         self.add_endpoint("/v1/chat/completions", self.chat, ["POST"])
         self.add_endpoint("/v1/models", self.list_models, ["GET"])
+        if self.page:
+            self.add_endpoint(PAGE, self.show_page, ["GET"])
+            self.add_endpoint("/v1/seen", self.show_seen, ["POST"])
 
     def decode_request(self, request: Any, context_kwargs: Any) -> Any:
         """Requests are read in `chat`."""
@@ -67,6 +80,21 @@ class ChatEndpoint(LitSpec):
             {"id": name, "object": "model", "created": self.started, "owned_by": "lit-vlm"} for name in self.models
         ]
         return JSONResponse({"object": "list", "data": entries})
+
+    async def show_page(self) -> Response:
+        """The page, which loads nothing from elsewhere."""
+        content = files("lit_vlm.serving").joinpath("page.html").read_text(encoding="utf-8")
+        return HTMLResponse(content, headers={"Content-Security-Policy": POLICY})
+
+    async def show_seen(self, request: ChatRequest) -> Response:
+        """What the model sees of a conversation: the prompt as text, and pictures after the transform, as PNG."""
+        try:
+            question = asked(request, self.models, self.most_tokens, await self._fetched(request))
+        except Refused as error:
+            return _refusal(error)
+        async with aclosing(self._replies(replace(question, seen=True))) as replies:
+            only = await anext(replies)
+        return _refusal(only.refused) if only.refused else JSONResponse(json.loads(only.text))
 
     async def chat(self, request: ChatRequest) -> Response:
         """Answer a conversation."""

@@ -90,11 +90,13 @@ class Asked:
         model: name of the run.
         messages: the conversation, with pictures as bytes.
         sampling: how it is answered.
+        seen: whether what the model sees is wanted in place of its answer.
     """
 
     model: str
     messages: tuple[Message, ...]
     sampling: Sampling
+    seen: bool = False
 
 
 def addresses(request: ChatRequest) -> list[str]:

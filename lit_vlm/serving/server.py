@@ -13,7 +13,8 @@ import torch
 from litserve import LitServer
 from rich.console import Console
 
-from lit_vlm.serving.endpoint import ChatEndpoint, errors_in_one_form
+from lit_vlm.core.quantised import Kind
+from lit_vlm.serving.endpoint import PAGE, ChatEndpoint, errors_in_one_form
 from lit_vlm.serving.worker import Runs
 
 
@@ -27,6 +28,8 @@ def serve(
     timeout: float = 120,
     max_megabytes: int = 20,
     prefixes: Sequence[str] = (),
+    quantise: Kind | None = None,
+    page: str | None = None,
 ) -> None:
     """Serve runs until SIGINT or SIGTERM.
 
@@ -40,6 +43,9 @@ def serve(
         timeout: seconds that a request may wait for its turn.
         max_megabytes: size of a request.
         prefixes: how addresses begin that pictures may be fetched from.
+        quantise: type of 4 or 8 bits in which blocks are stored.
+        page: query of the page to talk to, with its settings at the start, such as `?temperature=0.7`; None: there is
+            no page.
 
     Raises:
         ValueError: for devices of different kinds, or a port that is taken.
@@ -49,9 +55,9 @@ def serve(
         raise ValueError(f"devices must be GPUs or one CPU, not {', '.join(map(str, devices))}")
     _check_port(host, port)
     kind = devices[0].type
-    spec = ChatEndpoint(list(sources), most_tokens, prefixes)
+    spec = ChatEndpoint(list(sources), most_tokens, prefixes, page is not None)
     server = LitServer(
-        Runs(sources, batch_size, spec),
+        Runs(sources, batch_size, spec, quantise),
         accelerator=kind,
         devices=1 if kind == "cpu" else [device.index or 0 for device in devices],
         timeout=timeout,
@@ -62,7 +68,10 @@ def serve(
     console = Console(highlight=False)
     shown = "localhost" if host == "127.0.0.1" else host
     console.print(f"loading {', '.join(sources)} on {', '.join(map(str, devices))} ...", soft_wrap=True)
-    console.print(f"clients: base_url http://{shown}:{port}/v1, any api_key; Ctrl-C ends", soft_wrap=True)
+    where = f"clients: base_url http://{shown}:{port}/v1, any api_key"
+    if page is not None:
+        where = f"once it is ready, open http://{shown}:{port}{PAGE}{page}"
+    console.print(f"{where}; Ctrl-C ends", soft_wrap=True)
     _end_quietly()
     try:
         server.run(host=host, port=port, num_api_servers=1, log_level="warning", generate_client_file=False)

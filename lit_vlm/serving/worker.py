@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import io
+import json
 import logging
 import sys
 import time
@@ -16,7 +19,10 @@ from litserve.loops.base import _SENTINEL_VALUE, LitLoop
 from litserve.specs.base import LitSpec
 from litserve.transport.base import MessageTransport
 from litserve.utils import LitAPIStatus, LoopResponseType
+from PIL import Image as PILImage
+from torch import Tensor
 
+from lit_vlm.core.quantised import Kind
 from lit_vlm.data.records import Record, RecordError
 from lit_vlm.serving.requests import Asked, Refused
 
@@ -53,10 +59,13 @@ class Runs(LitAPI):
         sources: name → checkpoint or folder of a run.
         batch_size: requests that are answered together at most.
         spec: the HTTP side.
+        quantise: type of 4 or 8 bits in which blocks are stored.
     """
 
-    def __init__(self, sources: Mapping[str, str], batch_size: int, spec: LitSpec) -> None:
-        self.sources = dict(sources)
+    def __init__(
+        self, sources: Mapping[str, str], batch_size: int, spec: LitSpec, quantise: Kind | None = None
+    ) -> None:
+        self.sources, self.quantise = dict(sources), quantise
         super().__init__(batch_size, api_path="/v1/chat/completions", spec=spec, loop=Batches())
 
     def setup(self, device: str) -> None:
@@ -67,7 +76,7 @@ class Runs(LitAPI):
         from lit_vlm.evaluation.asker import load_run
 
         dtype = choose(device.split(":")[0], scaled=False).dtype
-        self.askers = {name: load_run(source, device, dtype) for name, source in self.sources.items()}
+        self.askers = {name: load_run(source, device, dtype, self.quantise) for name, source in self.sources.items()}
         sys.stdout.write(f"ready on {device}\n")
         sys.stdout.flush()
 
@@ -79,11 +88,11 @@ class Runs(LitAPI):
         """
         asker = self.askers[requests[0].model]
         encoded = [_encoded(asker, request) for request in requests]
-        first: list[Reply | None] = [Reply(refused=one) if isinstance(one, Refused) else None for one in encoded]
+        first = [_at_once(asker, *one) for one in zip(requests, encoded, strict=True)]
         if any(first):
             yield first
-        rows = [row for row, one in enumerate(encoded) if not isinstance(one, Refused)]
-        samples = [one for one in encoded if not isinstance(one, Refused)]
+        rows = [row for row, reply in enumerate(first) if reply is None]
+        samples = [one for row, one in enumerate(encoded) if row in rows and not isinstance(one, Refused)]
         if not samples:
             return
         for pieces in asker.stream(samples, [requests[row].sampling for row in rows]):
@@ -99,6 +108,28 @@ def _encoded(asker: Asker, request: Asked) -> Sample | Refused:
         return asker.encode([Record("chat", "chat", request.messages)])[0]
     except RecordError as error:
         return Refused(f"{error}", code=error.reason)
+
+
+def _at_once(asker: Asker, request: Asked, encoded: Sample | Refused) -> Reply | None:
+    """What is known without the model's answer; None where that is wanted."""
+    if isinstance(encoded, Refused):
+        return Reply(refused=encoded)
+    if not request.seen:
+        return None
+    pictures = [
+        {"png": _png(image), "width": image.shape[2], "height": image.shape[1], "tokens": grid.num_tokens}
+        for image, grid in zip(encoded.images, encoded.grids, strict=True)
+    ]
+    prompt = asker.written(Record("chat", "chat", request.messages))
+    seen = {"prompt": prompt, "positions": len(encoded), "pictures": pictures}
+    return Reply(json.dumps(seen), "stop", len(encoded))
+
+
+def _png(image: Tensor) -> str:
+    """Pixels `[3, h, w]` as an address that holds them."""
+    buffer = io.BytesIO()
+    PILImage.fromarray(image.permute(1, 2, 0).numpy()).save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 class _Waiting(NamedTuple):

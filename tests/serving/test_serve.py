@@ -5,40 +5,28 @@ from __future__ import annotations
 import asyncio
 import base64
 import http.server
-import io
 import json
-import os
-import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image as PILImage
 
 from lit_vlm.core.sampling import Sampling
 from lit_vlm.data.records import Message, Record, Text
 from lit_vlm.evaluation.asker import load_run
 from lit_vlm.serving.requests import Refused
-from tests.runs import environment, one_step
+from tests.runs import one_step
+from tests.served import serving, uri
 
 openai = pytest.importorskip("openai")
 endpoint = pytest.importorskip("lit_vlm.serving.endpoint")
-
-
-def uri(colour: str = "red", size: tuple[int, int] = (30, 20)) -> str:
-    buffer = io.BytesIO()
-    PILImage.new("RGB" if max(size) < 1000 else "1", size, colour).save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def pictured(text: str, *urls: str) -> list[Any]:
@@ -81,40 +69,15 @@ def web() -> Iterator[str]:
     server.shutdown()
 
 
-@contextmanager
-def serving(run: Path, web: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def serve(run: Path, web: str) -> AbstractContextManager[tuple[subprocess.Popen[str], str]]:
     """A server of its own: its process and its address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    words = ["serve", "run", "--port", str(port), "--device", "cpu", "--max-new-tokens", "16", "--max-megabytes", "1"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "lit_vlm", *words, "--allow-url", web],
-        cwd=run.parent, env=environment(run.parent), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        start_new_session=True,
-    )  # fmt: skip
-    assert process.stdout
-    said: list[str] = []
-    for line in process.stdout:
-        said.append(line)
-        if line.startswith("ready"):
-            break
-    assert said[-1] == "ready on cpu\n", "".join(said)
-    address = f"http://127.0.0.1:{port}"
-    while True:
-        try:
-            urllib.request.urlopen(f"{address}/v1/models")
-            break
-        except urllib.error.URLError:
-            time.sleep(0.1)
-    yield process, address
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
+    flags = ["--device", "cpu", "--max-new-tokens", "16", "--max-megabytes", "1", "--allow-url", web]
+    return serving(run.parent, "serve", "run", *flags)
 
 
 @pytest.fixture(scope="module")
 def served(run: Path, web: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    with serving(run, web) as server:
+    with serve(run, web) as server:
         yield server
 
 
@@ -210,7 +173,7 @@ def test_pictures_are_fetched_where_it_is_allowed(client: Any, web: str) -> None
 
 @pytest.mark.slow
 def test_sigterm_ends_it_without_a_traceback(run: Path, web: str) -> None:
-    with serving(run, web) as (process, _):
+    with serve(run, web) as (process, _):
         process.terminate()
         said, _ = process.communicate(timeout=60)
     assert "Traceback" not in said
