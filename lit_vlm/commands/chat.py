@@ -13,8 +13,8 @@ from urllib.parse import urlencode
 import torch
 from rich.console import Console
 
+from lit_vlm.core.bits import Kind
 from lit_vlm.core.precision import choose
-from lit_vlm.core.quantised import Kind
 from lit_vlm.data.records import Content, Image, Message, Record, RecordError, Text
 from lit_vlm.data.records.media import MARK
 from lit_vlm.data.sources import ChatJsonl

@@ -18,10 +18,10 @@ from rich.table import Table
 
 from lit_vlm.commands.evaluated import Results, changed, log_scores, release
 from lit_vlm.commands.named_runs import Named, find_named, labels
+from lit_vlm.core.bits import Kind
 from lit_vlm.core.launcher import launch, rendezvous
 from lit_vlm.core.precision import choose
 from lit_vlm.core.progress import progress, slowly
-from lit_vlm.core.quantised import Kind
 from lit_vlm.evaluation.asker import Asker, load_run, pick_device
 from lit_vlm.evaluation.tasks import (
     TASKS,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, get_args
 
 from rich.console import Console
 
-from lit_vlm.core.quantised import Kind
+from lit_vlm.core.bits import Kind
 from lit_vlm.core.written import check_new_folder
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import get_args
 
-from lit_vlm.core.quantised import Kind
+from lit_vlm.core.bits import Kind
 
 WHOLE_HOST = re.compile(r"https?://[^/@?#]+/")
 

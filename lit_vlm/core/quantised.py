@@ -9,17 +9,16 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lit_vlm.core.bits import Kind
 from lit_vlm.core.lora import ADAPTED, is_adapter, linear_layers
 from lit_vlm.core.part import Part
 
-Kind = Literal["nf4", "int8", "fp8"]
-"""4-bit floats by quantiles, integers of 8 bits, floats of 8 bits (e4m3)."""
 FP8 = torch.float8_e4m3fn
 LARGEST = {"int8": 127.0, "fp8": torch.finfo(FP8).max}
 """The number that the largest weight of a row becomes."""

@@ -17,8 +17,9 @@ import lit_vlm.teachers  # noqa: F401 - class names of configs
 from lit_vlm.checkpoints.folder import find_checkpoint, run_folder
 from lit_vlm.checkpoints.weights import read_slots
 from lit_vlm.core.batch import IGNORE, Batch
+from lit_vlm.core.bits import Kind
 from lit_vlm.core.lora import merge_adapters
-from lit_vlm.core.quantised import Kind, quantise_parts, round_to
+from lit_vlm.core.quantised import quantise_parts, round_to
 from lit_vlm.core.sampling import Sampling
 from lit_vlm.core.tokenizers import IncrementalText
 from lit_vlm.data import ImageTransform, Template

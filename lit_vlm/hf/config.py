@@ -12,7 +12,7 @@ from jsonargparse import ArgumentParser
 from transformers import PretrainedConfig
 
 from lit_vlm import __version__
-from lit_vlm.core.quantised import Kind
+from lit_vlm.core.bits import Kind
 from lit_vlm.decoders import Decoder
 from lit_vlm.embedders import Embedder
 from lit_vlm.encoders import Encoder

@@ -13,7 +13,7 @@ import torch
 from litserve import LitServer
 from rich.console import Console
 
-from lit_vlm.core.quantised import Kind
+from lit_vlm.core.bits import Kind
 from lit_vlm.serving.endpoint import PAGE, ChatEndpoint, errors_in_one_form
 from lit_vlm.serving.worker import Runs
 

@@ -22,7 +22,7 @@ from litserve.utils import LitAPIStatus, LoopResponseType
 from PIL import Image as PILImage
 from torch import Tensor
 
-from lit_vlm.core.quantised import Kind
+from lit_vlm.core.bits import Kind
 from lit_vlm.data.records import Record, RecordError
 from lit_vlm.serving.requests import Asked, Refused
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import nn
 
+from lit_vlm.core.bits import Kind
 from lit_vlm.core.flops import Weights
 from lit_vlm.core.lora import Adapters, Lora
-from lit_vlm.core.quantised import Kind, QuantisedLinear, Quantize, quantise, round_to
+from lit_vlm.core.quantised import QuantisedLinear, Quantize, quantise, round_to
 from lit_vlm.data.sample.collate import collate
 from lit_vlm.model.build import build, build_on_meta
 from lit_vlm.testing.tiny import samples_for

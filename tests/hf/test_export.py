@@ -15,7 +15,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 
 from lit_vlm.commands.cli import main
 from lit_vlm.commands.recipe import find_recipe
-from lit_vlm.core.quantised import Kind, quantise_parts, quantised_kinds
+from lit_vlm.core.bits import Kind
+from lit_vlm.core.quantised import quantise_parts, quantised_kinds
 from lit_vlm.core.tokenizers import byte_tokenizer
 from lit_vlm.hf.export import export_hf
 from tests.exports import TINY, exported, read, read_stage
