@@ -44,20 +44,22 @@ def serving(folder: Path, *words: str) -> Iterator[tuple[subprocess.Popen[str], 
         cwd=folder, env=environment(folder), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         start_new_session=True,
     )  # fmt: skip
-    assert process.stdout
-    said: list[str] = []
-    for line in process.stdout:
-        said.append(line)
-        if line.startswith("ready"):
-            break
-    assert said[-1] == "ready on cpu\n", "".join(said)
-    address = f"http://127.0.0.1:{port}"
-    while True:
-        try:
-            urllib.request.urlopen(f"{address}/v1/models")
-            break
-        except urllib.error.URLError:
-            time.sleep(0.1)
-    yield process, address
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
+    try:
+        assert process.stdout
+        said: list[str] = []
+        for line in process.stdout:
+            said.append(line)
+            if line.startswith("ready"):
+                break
+        assert said[-1:] == ["ready on cpu\n"], "".join(said)
+        address = f"http://127.0.0.1:{port}"
+        while True:
+            try:
+                urllib.request.urlopen(f"{address}/v1/models")
+                break
+            except urllib.error.URLError:
+                time.sleep(0.1)
+        yield process, address
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from lit_vlm.core.bits import Kind
 from lit_vlm.core.precision import choose
+from lit_vlm.core.quantised import check_kind
 from lit_vlm.data.records import Content, Image, Message, Record, RecordError, Text
 from lit_vlm.data.records.media import MARK
 from lit_vlm.data.sources import ChatJsonl
@@ -22,6 +23,8 @@ from lit_vlm.data.sources.conversations import interleave
 
 LONGEST = 512
 """Longest answer on a page in tokens, unless a longer one is asked for."""
+MEGABYTES = 200
+"""Size of a conversation on a page, which sends all its pictures with each question."""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -65,6 +68,12 @@ def _check(arguments: argparse.Namespace) -> None:
             raise ValueError(f"there is no picture {image}")
     if arguments.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens must be at least 1, not {arguments.max_new_tokens}")
+    check_kind(arguments.quantise, "--quantise")
+    if not 0 <= arguments.temperature <= 2 or not 0 < arguments.top_p <= 1:
+        raise ValueError(
+            f"--temperature must be from 0 to 2 and --top-p above 0 and at most 1, not {arguments.temperature:g} and "
+            f"{arguments.top_p:g}"
+        )
     if not arguments.web and len(arguments.checkpoint) > 1:
         raise ValueError("several checkpoints are asked side by side on a page: add --web")
     if not arguments.web and arguments.port is not None:
@@ -86,6 +95,7 @@ def _serve_page(arguments: argparse.Namespace) -> None:
         [torch.device(pick_device(arguments.device))],
         port=8000 if arguments.port is None else arguments.port,
         most_tokens=max(LONGEST, arguments.max_new_tokens),
+        max_megabytes=MEGABYTES,
         quantise=arguments.quantise,
         page=f"?{query}",
     )

@@ -22,6 +22,7 @@ from lit_vlm.core.bits import Kind
 from lit_vlm.core.launcher import launch, rendezvous
 from lit_vlm.core.precision import choose
 from lit_vlm.core.progress import progress, slowly
+from lit_vlm.core.quantised import check_kind
 from lit_vlm.evaluation.asker import Asker, load_run, pick_device
 from lit_vlm.evaluation.tasks import (
     TASKS,
@@ -82,8 +83,10 @@ def main(argv: Sequence[str]) -> None:
             release(device)
         if main_process and not arguments.no_mlflow:
             log_scores(one, results[label], dtype, out)
-        for task, settings in work if arguments.quantise and main_process else ():
-            console.print(changed(out / task.name, settings.name, arguments.quantise), soft_wrap=True)
+        whole = not any(result.unwritten for result in results[label].values())
+        for task, settings in work if arguments.quantise and main_process and whole else ():
+            said = changed(out / task.name, settings.name, arguments.quantise)
+            console.print(f"{label}: {said}" if len(named) > 1 else said, soft_wrap=True)
     console.print(_table(results))
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -141,6 +144,7 @@ def _evaluate(
 
 def _check(arguments: argparse.Namespace, shots: Sequence[int]) -> None:
     """Refuse flags that make no sense together; raises ValueError naming them."""
+    check_kind(arguments.quantise, "--quantise")
     for flag in ("batch_size", "limit", "max_length", "max_new_tokens"):
         value = getattr(arguments, flag)
         if value is not None and value < 1:

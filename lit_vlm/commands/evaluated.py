@@ -6,6 +6,7 @@ import gc
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
+from math import isfinite
 from pathlib import Path
 
 import torch
@@ -65,23 +66,20 @@ def changed(folder: Path, prompt: str, kind: str) -> str:
     Raises:
         ValueError: for files that cannot be read.
     """
-    name = f"{folder.name}, {prompt}"
-    files = [folder / asked / "scores.json" for asked in (f"{prompt}-{kind}", prompt)]
-    if not all(file.is_file() for file in files):  # they could not be written, which is said at the end
-        return f"{name}: what {kind} changes is not known, as scores could not be written"
-    rounded, whole = ({n: s for n, s in scores_of_task(file, prompt).items() if s.main} for file in files)
-    (score, now), before = next(iter(rounded.items())), next(iter(whole.values()))
+    rounded, whole = (scores_of_task(folder / name / "scores.json", prompt) for name in (f"{prompt}-{kind}", prompt))
+    score, before = next((name, score) for name, score in whole.items() if score.main)
+    now = rounded[score]
     scale, unit = (100, " points") if now.share else (1, "")
-    text = f"{name}: {kind} changes {score.rpartition('/')[2]} by {(now.value - before.value) * scale:+.2f}{unit}"
+    change = (now.value - before.value) * scale
+    text = f"{folder.name}, {prompt}: {kind} changes {score.rpartition('/')[2]} by {change:+.2f}{unit}"
     if not now.answers or not before.answers:
         return text
     # They are asked alike but for what is compared.
     found = difference({0: replace(now, asked={}, better="higher")}, {0: replace(before, asked={}, better="higher")})
+    # Without any change, or with a single question, nothing is known of others.
+    known = f" [{found.low * scale:+.2f} to {found.high * scale:+.2f}], {found.level:.0%} for other questions"
     unlike = sum(now.answers[question] != value for question, value in before.answers.items())
-    return (
-        f"{text} [{found.low * scale:+.2f} to {found.high * scale:+.2f}], {found.level:.0%} for other questions; "
-        f"{unlike:,} of {len(now.answers):,} answers score otherwise"
-    )
+    return f"{text}{known if isfinite(found.low) else ''}; {unlike:,} of {len(now.answers):,} answers score otherwise"
 
 
 def _of_stage(folder: Path) -> MLflowRun | None:

@@ -38,7 +38,8 @@ def main(argv: Sequence[str]) -> None:
     disable_progress_bar()
     run = load_run(arguments.checkpoint, quantise=arguments.quantise if arguments.format == HF else None)
     console = Console(highlight=False)
-    card = model_card(arguments.checkpoint, arguments.format, shlex.join(["lit-vlm", "export", *argv]))
+    rounded = arguments.quantise or (arguments.dtype if arguments.dtype != "float32" else None)
+    card = model_card(arguments.checkpoint, arguments.format, shlex.join(["lit-vlm", "export", *argv]), rounded)
     if arguments.format == GGUF:
         said = _export_gguf(run, arguments.out, arguments.quantise)
     elif arguments.format == PEFT:
@@ -121,28 +122,50 @@ def _check(arguments: argparse.Namespace) -> None:
         from lit_vlm.commands.push import check_push
 
         check_push(arguments.push)
-    if arguments.base and arguments.format != PEFT:
-        raise ValueError(f"--base is of --format {PEFT}")
-    if arguments.base:
-        from lit_vlm.hf.adapters import check_base
-
-        check_base(arguments.base)
-    if arguments.format == PEFT and arguments.dtype != "float32":
-        raise ValueError(
-            f"adapters are written in float32: round their base, by --format {HF} --dtype {arguments.dtype}, and give "
-            "that folder as --base"
-        )
-    if arguments.quantise and arguments.format not in (HF, GGUF):
-        raise ValueError(f"--quantise is of --format {HF} and {GGUF}")
-    if arguments.format == HF and arguments.quantise not in (None, *get_args(Kind)):
-        raise ValueError(f"--quantise of --format {HF} is one of {', '.join(get_args(Kind))}, not {arguments.quantise}")
-    if arguments.format == GGUF and arguments.dtype != "float32":
-        raise ValueError(f"files of --format {GGUF} have their own types: use --quantise, not --dtype")
+    _check_base(arguments)
+    _check_types(arguments)
     check_new_folder(arguments.out)
     if arguments.format not in (HF, PEFT, GGUF):
         from lit_vlm.checkpoints.published import find_family
 
         find_family(arguments.format)
+
+
+def _check_base(arguments: argparse.Namespace) -> None:
+    """Check the base of adapters; raises as `_check`."""
+    if not arguments.base:
+        return
+    if arguments.format != PEFT:
+        raise ValueError(f"--base is of --format {PEFT}")
+    from lit_vlm.core.pretrained import is_hub_name
+    from lit_vlm.hf.adapters import check_base
+
+    check_base(arguments.base)
+    if arguments.push and not is_hub_name(arguments.base):
+        raise ValueError(
+            f"--push: others cannot read the base {arguments.base}: upload it first (--format {HF} --push), and give "
+            "its name on the hub as --base"
+        )
+
+
+def _check_types(arguments: argparse.Namespace) -> None:
+    """Check the types that weights are to have; raises as `_check`."""
+    kind = arguments.quantise
+    if arguments.format == PEFT and arguments.dtype != "float32":
+        raise ValueError(
+            f"adapters are written in float32: round their base, by --format {HF} --dtype {arguments.dtype}, and give "
+            "that folder as --base"
+        )
+    if kind and arguments.format not in (HF, GGUF):
+        raise ValueError(f"--quantise is of --format {HF} and {GGUF}")
+    if arguments.format == GGUF and arguments.dtype != "float32":
+        raise ValueError(f"files of --format {GGUF} have their own types: use --quantise, not --dtype")
+    if arguments.format == HF and kind:
+        if kind not in get_args(Kind):
+            raise ValueError(f"--quantise of --format {HF} is one of {', '.join(get_args(Kind))}, not {kind}")
+        from lit_vlm.core.quantised import check_kind
+
+        check_kind(kind, "--quantise")
 
 
 def _export_gguf(run: Asker, out: Path, kind: str | None) -> str:

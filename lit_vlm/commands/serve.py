@@ -34,8 +34,10 @@ def main(argv: Sequence[str]) -> None:
             )
     import torch
 
+    from lit_vlm.core.quantised import check_kind
     from lit_vlm.evaluation.asker import pick_device
 
+    check_kind(arguments.quantise, "--quantise")
     sources = find_runs(arguments.checkpoint)
     devices = [torch.device(pick_device(name)) for name in arguments.device or [None]]
     import_server().serve(

@@ -216,7 +216,7 @@ def layers_to_quantise(part: Part, kind: Kind, slot: str) -> list[tuple[str, nn.
         ValueError: for a part without such layers, or nf4 without torchao.
     """
     key = f"model.quantize.{slot}"
-    _check_torchao(kind, key)
+    check_kind(kind, key)
     if not (found := _layers(part, kind)):
         raise ValueError(f"{key}: {type(part).__name__} has no linear layers in blocks: set {key} to null")
     return found
@@ -246,7 +246,7 @@ def quantise_parts(parts: Mapping[str, Part], kind: Kind, asked_by: str) -> None
     Raises:
         ValueError: where no part has such layers, or for nf4 without torchao.
     """
-    _check_torchao(kind, asked_by)
+    check_kind(kind, asked_by)
     found = {slot: layers for slot, part in parts.items() if (layers := _layers(part, kind))}
     if not found:
         raise ValueError(f"{asked_by}: no part of this model has linear layers in blocks")
@@ -265,7 +265,16 @@ def quantised_kinds(parts: Mapping[str, nn.Module]) -> dict[str, Kind]:
     }
 
 
-def _check_torchao(kind: Kind, asked_by: str) -> None:
+def check_kind(kind: Kind | None, asked_by: str) -> None:
+    """Check that what packs a type is installed.
+
+    Args:
+        kind: the type; None needs nothing.
+        asked_by: what asks for it, for messages.
+
+    Raises:
+        ValueError: for nf4 without torchao.
+    """
     if kind == "nf4" and importlib.util.find_spec("torchao") is None:
         raise ValueError(f"{asked_by}: nf4 needs the package torchao: pip install 'lit-vlm[quantized]'")
 

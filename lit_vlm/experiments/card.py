@@ -44,13 +44,14 @@ class Stage:
     tracked: Tracked
 
 
-def model_card(source: str | Path, format_name: str, command: str) -> str:
+def model_card(source: str | Path, format_name: str, command: str, rounded: str | None = None) -> str:
     """The card of a checkpoint, as Markdown with the head that model hubs read.
 
     Args:
         source: a checkpoint, or the folder of a run.
         format_name: the format that it was exported in.
         command: the command that exported it.
+        rounded: type that weights were rounded to; None: they are those that were scored.
 
     Raises:
         ValueError: when there is no complete checkpoint, or a file of scores that cannot be read.
@@ -67,7 +68,7 @@ def model_card(source: str | Path, format_name: str, command: str) -> str:
         "## Parts\n\n" + _table(("slot", "part", "from"), _parts(last.config)),
         "## Training\n\n" + _table(*_training(stages)),
         "## Data\n\n" + _table(*_data(stages)) + "\n\nLicences of data are not recorded in a run: name them here.",
-        "## Scores\n\n" + _scores(last.folder),
+        "## Scores\n\n" + _scores(last.folder) + _of_others(rounded),
         "## Limits\n\n" + _limits(last, bases),
         "## Origin\n\n" + _origin(stages),
     ]
@@ -218,6 +219,12 @@ def _scores(folder: Path) -> str:
     head = ("score", "value", f"{LEVEL:.0%} interval", "questions", "guessing", "pictures exchanged")
     note = "Shares in percent. Intervals are over questions alone, for this one run: other seeds are not in them."
     return _table(head, rows) + f"\n\n{note}"
+
+
+def _of_others(rounded: str | None) -> str:
+    if rounded is None:
+        return ""
+    return f"\n\nThey are those of the weights as they were trained; here they are rounded to {rounded}."
 
 
 def _interval(score: Score) -> str:

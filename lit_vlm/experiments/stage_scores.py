@@ -150,6 +150,8 @@ def _may_be_end(step: int, stage: Path) -> bool:
 def scores_of_task(file: Path, prompt: str) -> dict[str, Score]:
     """The scores of one task and prompt; those of tasks that average over questions become shares.
 
+    Those of a model in fewer bits stand for nothing but themselves, so none of them is the main one.
+
     Args:
         file: scores.json, beside answers.jsonl.
         prompt: name of the prompt, for the names of the scores, `TASK/PROMPT/SCORE`.
@@ -180,7 +182,7 @@ def scores_of_task(file: Path, prompt: str) -> dict[str, Score]:
             kinds=kinds,
             chance=found["chance"] / scale if each and found.get("chance") is not None else None,
             share=scale == 100,
-            main=main,
+            main=main and not (found.get("settings") or {}).get("quantise"),
             by_kind=_by_group(each, kinds) or {kind: its / scale for kind, its in by_name.items()},
             asked=_decisive(found, paired=bool(each)),
         )

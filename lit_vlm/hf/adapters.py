@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForImageTextToText
 
 from lit_vlm.core.lora import adapted_layers, is_adapter, split_state
-from lit_vlm.core.pretrained import resolve, shortened
+from lit_vlm.core.pretrained import is_hub_name, resolve, shortened
 from lit_vlm.core.safetensors import read_json
 from lit_vlm.core.written import check_new_folder, whole_folder
 from lit_vlm.data.sample.format import SampleFormat
@@ -27,7 +26,8 @@ from lit_vlm.hf.model import LitVLMForConditionalGeneration
 from lit_vlm.model.vlm import VLM
 
 BASE, IDENTITY = "base", "base.json"
-"""Folder of a base that is written with its adapters, and the file that says which base they are of."""
+"""Folder of a base that is written with its adapters, and the file that says which base they are of: `base` is its
+folder or hub name, null for the one beside it."""
 INNER = "model.vlm."
 """Where an exported model has the slots."""
 
@@ -38,8 +38,8 @@ class Adapted:
 
     Attributes:
         differences: of the model that was read back.
-        whole: slots that are written whole, as the base has other weights there.
-        parameters: number of parameters of the adapters and of these slots.
+        whole: slots, and modules beside adapters, that are written whole, as the base has other weights there.
+        parameters: number of parameters of the adapters and of these.
     """
 
     differences: Differences
@@ -59,8 +59,8 @@ def export_adapters(
         written: template, transform and `max_length` of its data.
         spec: what the data side knows of it.
         out: a folder that is new or empty.
-        base: a folder or hub name of an exported model (`hf`) with the weights under the adapters; slots without
-            adapters may have others, and are then written whole. None: the base is written, into `out/base`.
+        base: a folder or hub name of an exported model (`hf`) with the weights under the adapters; where there are no
+            adapters it may have others, which are then written whole. None: the base is written, into `out/base`.
 
     Raises:
         ValueError: for a model without adapters, a base of other parts, or with other weights under the adapters, and
@@ -71,22 +71,32 @@ def export_adapters(
         raise ValueError(
             "this run has no adapters (model.lora of all slots is null): --format hf writes the whole model"
         )
+    rounded = {slot: kind for slot, kind in (config["model"].get("quantize") or {}).items() if kind}
     if base is not None:
         check_base(base)
+        if rounded:
+            raise ValueError(
+                f"this run trained its adapters on weights that were rounded (model.quantize: {rounded}), which no "
+                "exported base has: leave --base out, and they are written as well"
+            )
     model.heads = nn.ModuleDict()
     model.float().eval()
+    folder = None if base is None else Path(resolve(base))
+    loaded = None if folder is None else _opened(folder, torch.float32).eval()
     with whole_folder(out) as scratch:
-        if base is None:
+        if folder is None or loaded is None:
+            folder = scratch / BASE
             with _without_adapters(model):
-                export_hf(model, config, written, spec, scratch / BASE)
-        folder = scratch / BASE if base is None else Path(resolve(base))
-        loaded = _open(folder)
+                export_hf(model, config, written, spec, folder)
+            loaded = _opened(folder, torch.float32).eval()
         whole = _check_weights(model, loaded, base or BASE)
-        adapted = _wrapped(model, loaded, whole, base or f"{out}/{BASE}")
+        adapted = _wrapped(model, loaded, whole)
+        name = None if base is None else base if is_hub_name(base) else str(Path(base).expanduser().resolve())
+        adapted.peft_config["default"].base_model_name_or_path = name or BASE
         # PEFT would ask the hub whether the base's word table has grown.
         adapted.save_pretrained(scratch, save_embedding_layers=False)
         make_processor(model, config, written, spec).save_pretrained(scratch)
-        identity = {"base": base or BASE, "weights": _fingerprints(folder)}
+        identity = {"base": name} | _identity(folder)
         (scratch / IDENTITY).write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
         del loaded, adapted
         found = load_adapted(scratch).eval()
@@ -108,22 +118,19 @@ def load_adapted(source: str | Path, base: str | None = None, dtype: torch.dtype
     """
     from peft import PeftModel
 
-    folder = Path(resolve(str(source)))
+    folder = Path(resolve(str(source), folders=("", BASE)))
     identity = read_json(folder / IDENTITY)
-    name = base or identity["base"]
-    place = folder / BASE if name == BASE else Path(resolve(name))
+    name = identity["base"] if base is None else base
+    place = folder / BASE if name is None else Path(resolve(name))
     if not place.is_dir():
         raise ValueError(f"the base of {source} is not there: {place}; give another place of it")
-    if (found := _fingerprints(place)) != identity["weights"]:
-        differing = sorted(
-            file for file in found | identity["weights"] if found.get(file) != identity["weights"].get(file)
-        )
+    found = _identity(place)
+    if differing := [what for what, value in found.items() if identity.get(what) != value]:
         raise ValueError(
-            f"{name} is not the base of {source}: its weights are others than those that the adapters were trained on "
-            f"({shortened(differing)}, by SHA-256)"
+            f"{place} is not the base of {source}: its {' and '.join(differing)} are others than those that the "
+            "adapters were trained on"
         )
-    loaded = AutoModelForImageTextToText.from_pretrained(place, dtype=dtype, trust_remote_code=True)
-    return PeftModel.from_pretrained(loaded, str(folder), is_trainable=True)
+    return PeftModel.from_pretrained(_opened(place, dtype), str(folder), is_trainable=True)
 
 
 def check_base(base: str) -> None:
@@ -135,25 +142,29 @@ def check_base(base: str) -> None:
     folder = Path(resolve(base, weights=False))
     if not folder.is_dir():
         raise ValueError(f"--base {base} is no folder, and no model of the hub that is here")
-    if read_json(folder / "config.json").get("model_type") != LitVLMConfig.model_type:
+    settings = read_json(folder / "config.json")
+    if settings.get("model_type") != LitVLMConfig.model_type:
         raise ValueError(f"--base {base} is no folder that `lit-vlm export --format hf` wrote")
+    if settings.get("quantise"):
+        raise ValueError(f"--base {base} has weights in fewer bits: give one that was exported without --quantise")
 
 
-def _open(folder: Path) -> LitVLMForConditionalGeneration:
-    """The base; its adapters, which do not change with its type, are compared in fp32."""
-    loaded: LitVLMForConditionalGeneration = AutoModelForImageTextToText.from_pretrained(
-        folder, dtype=torch.float32, trust_remote_code=True
-    )
-    return loaded.eval()
+def _opened(folder: Path, dtype: torch.dtype) -> LitVLMForConditionalGeneration:
+    """An exported model, by the kit's own class: code that lies in its folder is not run."""
+    loaded: LitVLMForConditionalGeneration = LitVLMForConditionalGeneration.from_pretrained(folder, dtype=dtype)
+    return loaded
 
 
-def _fingerprints(folder: Path) -> dict[str, str]:
-    """SHA-256 of the files of weights."""
-    found: dict[str, str] = {}
+def _identity(folder: Path) -> dict[str, Any]:
+    """SHA-256 of the files of weights, and of the parts that the configuration names."""
+    weights: dict[str, str] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with file.open("rb") as opened:
-            found[file.name] = hashlib.file_digest(opened, "sha256").hexdigest()
-    return found
+            weights[file.name] = hashlib.file_digest(opened, "sha256").hexdigest()
+    if not weights:
+        raise ValueError(f"there are no weights (*.safetensors) in {folder}")
+    parts = json.dumps(read_json(folder / "config.json").get("slots"), sort_keys=True)
+    return {"weights": weights, "parts": hashlib.sha256(parts.encode()).hexdigest()}
 
 
 @contextmanager
@@ -170,33 +181,36 @@ def _without_adapters(model: VLM) -> Iterator[None]:
 
 
 def _check_weights(model: VLM, loaded: LitVLMForConditionalGeneration, base: str) -> tuple[str, ...]:
-    """Slots whose weights are others than the base's; the model gets the base's where they are its own, rounded.
+    """Slots, and modules beside adapters, whose weights are others than the base's.
+
+    The model gets the base's weights where these are its own, rounded.
 
     Raises:
-        ValueError: for other parts, or other weights in a slot with adapters.
+        ValueError: for other parts, or other weights under an adapter.
     """
-    whole: list[str] = []
+    adapted, whole = {name for name, _ in adapted_layers(model)}, []
     for slot in SLOTS:
         part = model.slots()[slot][0]
         own, adapters = split_state(part.state_dict())
         theirs = loaded.inner.slots()[slot][0].state_dict()
-        if unlike := sorted(
-            key
-            for key in own.keys() | theirs.keys()
-            if key not in own or key not in theirs or own[key].shape != theirs[key].shape
-        ):
+        if unlike := [key for key in sorted(own.keys() | theirs.keys()) if _shape(own, key) != _shape(theirs, key)]:
             raise ValueError(f"--base {base} has other parts in the slot '{slot}' than this run: {shortened(unlike)}")
-        if differing := sorted(key for key, value in own.items() if not _same(value, theirs[key])):
-            if adapters:
-                raise ValueError(
-                    f"--base {base} has other weights under the adapters of the slot '{slot}': {shortened(differing)}. "
-                    "Give the base that this run started from, or leave --base out, and the base is written as well"
-                )
-            whole.append(slot)
-            continue
-        for key, value in own.items():
-            value.copy_(theirs[key])  # a view of the parameter, whatever its name is with an adapter
+        differing = sorted(key for key, value in own.items() if not _same(value, theirs[key]))
+        modules = list(dict.fromkeys(f"{slot}.{key}".rpartition(".")[0] for key in differing))
+        # Around the adapters nothing can be saved whole.
+        if under := [module for module in modules if module in adapted or (adapters and module == slot)]:
+            raise ValueError(
+                f"--base {base} has other weights under the adapters of {shortened(under)}: give the base that this "
+                "run started from, or leave --base out, and the base is written as well"
+            )
+        whole += modules if adapters else [slot] if differing else []
+        for key in own.keys() - set(differing):
+            own[key].copy_(theirs[key])  # a view of the parameter, whatever its name is with an adapter
     return tuple(whole)
+
+
+def _shape(state: Mapping[str, Tensor], key: str) -> torch.Size | None:
+    return state[key].shape if key in state else None
 
 
 def _same(ours: Tensor, base: Tensor) -> bool:
@@ -206,8 +220,8 @@ def _same(ours: Tensor, base: Tensor) -> bool:
     )
 
 
-def _wrapped(model: VLM, loaded: LitVLMForConditionalGeneration, whole: tuple[str, ...], base: str) -> Any:
-    """The base in PEFT's model, with the adapters of the kit's model and its slots that are written whole."""
+def _wrapped(model: VLM, loaded: LitVLMForConditionalGeneration, whole: tuple[str, ...]) -> Any:
+    """The base in PEFT's model, with the adapters of the kit's model, and what of it is written whole."""
     from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 
     layers: dict[str, Any] = {f"{INNER}{name}": layer for name, layer in adapted_layers(model)}
@@ -221,14 +235,13 @@ def _wrapped(model: VLM, loaded: LitVLMForConditionalGeneration, whole: tuple[st
         target_modules=sorted(layers),
         rank_pattern={name: own for name, own in ranks.items() if own != rank},
         alpha_pattern={name: own for name, own in alphas.items() if own != alpha},
-        modules_to_save=[f"{INNER}{slot}" for slot in whole] or None,
+        modules_to_save=[f"{INNER}{name}" for name in whole] or None,
     )
     adapted = get_peft_model(loaded, settings)
-    settings.base_model_name_or_path = base  # where it will be, not where it was read
     state = {
         f"base_model.model.{INNER}{key.replace('.default.', '.') if is_adapter(key) else key}": value
         for key, value in model.state_dict().items()
-        if is_adapter(key) or key.partition(".")[0] in whole
+        if is_adapter(key) or key.startswith(tuple(f"{name}." for name in whole))
     }
     set_peft_model_state_dict(adapted, state)
     return adapted

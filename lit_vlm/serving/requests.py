@@ -131,7 +131,7 @@ def asked(request: ChatRequest, models: Collection[str], most_tokens: int, fetch
         raise Refused(f"there is no model {model!r}, only {', '.join(models)}", 404, "model_not_found")
     limit = request.max_completion_tokens or request.max_tokens or most_tokens
     if limit > most_tokens:
-        raise Refused(f"answers have {most_tokens} tokens at most, not {limit} (lit-vlm serve --max-new-tokens)")
+        raise Refused(f"answers have {most_tokens} tokens at most, not {limit} (--max-new-tokens of the server)")
     if request.messages[-1].role != "user":
         raise Refused(f"the last message must be the user's, not of the {request.messages[-1].role}")
     messages = tuple(_message(message, fetched) for message in request.messages)

@@ -12,6 +12,7 @@ from types import FrameType
 import torch
 from litserve import LitServer
 from rich.console import Console
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from lit_vlm.core.bits import Kind
 from lit_vlm.serving.endpoint import PAGE, ChatEndpoint, errors_in_one_form
@@ -65,6 +66,8 @@ def serve(
         disable_openapi_url=True,
     )
     errors_in_one_form(server.app)
+    if page is not None:  # a page elsewhere whose name is made to lead here does not get answers
+        server.app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])
     console = Console(highlight=False)
     shown = "localhost" if host == "127.0.0.1" else host
     console.print(f"loading {', '.join(sources)} on {', '.join(map(str, devices))} ...", soft_wrap=True)

@@ -12,9 +12,11 @@ import pytest
 from mlflow import MlflowClient
 
 from lit_vlm.checkpoints.folder import checkpoints_in
+from lit_vlm.commands import evaluate
 from lit_vlm.commands.cli import main
 from lit_vlm.commands.named_runs import Named, find_named, labels
 from lit_vlm.commands.runs import RunState
+from lit_vlm.core.quantised import quantised_kinds
 from tests.runs import one_step
 
 pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI.s args parameter", "ignore:The .srun. command")
@@ -76,18 +78,26 @@ def test_two_checkpoints_on_one_s_own_questions(run: Path, mine: Path, capsys: p
             assert sum(f"{n} + 1?" in line["prompt"] for n in range(3)) == 2
 
 
-def test_what_fewer_bits_change_is_said(run: Path, mine: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_fewer_bits_change_is_said(
+    run: Path, mine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     asked = ["evaluate", str(run), "--file", str(mine), "--score", "f1", "--no-mlflow", *FLAGS]
     main(asked)
     whole = lines(run / "2_sft" / "evaluation" / "mine" / "0-shot" / "answers.jsonl")
     capsys.readouterr()
+    stored = []
+    load = evaluate.load_run
+    monkeypatch.setattr(evaluate, "load_run", lambda *given: stored.append(load(*given)) or stored[-1])
     main([*asked, "--quantise", "nf4"])
+    kinds = [quantised_kinds({"decoder": run.module.vlm.decoder}) for run in stored]
+    assert kinds == [{}, {"decoder": "nf4"}]
     printed = " ".join(capsys.readouterr().out.split())
     rounded = lines(run / "2_sft" / "evaluation" / "mine" / "0-shot-nf4" / "answers.jsonl")
     unlike = sum(a["score"] != b["score"] for a, b in zip(whole, rounded, strict=True))
     change = 100 * sum(b["score"] - a["score"] for a, b in zip(whole, rounded, strict=True)) / 3
-    assert f"mine, 0-shot: nf4 changes f1 by {change:+.2f} points [" in printed
-    assert f"95% for other questions; {unlike} of 3 answers score otherwise" in printed
+    assert f"mine, 0-shot: nf4 changes f1 by {change:+.2f} points" in printed
+    assert "inf" not in printed.partition("nf4 changes")[2].partition(";")[0]
+    assert f"; {unlike} of 3 answers score otherwise" in printed
     assert whole == lines(run / "2_sft" / "evaluation" / "mine" / "0-shot" / "answers.jsonl")
     saved = json.loads((run / "2_sft" / "evaluation" / "mine" / "0-shot-nf4" / "scores.json").read_text())
     assert saved["settings"]["quantise"] == "nf4"

@@ -12,6 +12,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from lit_vlm.core.fetch import _wanted
 from lit_vlm.core.lora import is_adapter
 from lit_vlm.core.safetensors import round_folder
 from lit_vlm.data.sample.format import SampleFormat
@@ -19,6 +20,7 @@ from lit_vlm.hf.adapters import export_adapters, load_adapted
 from lit_vlm.hf.export import export_hf
 from lit_vlm.training.module import LitVLM
 from tests.exports import read
+from tests.tiny import LLAMA
 
 Read = tuple[LitVLM, dict[str, Any], SampleFormat]
 
@@ -66,7 +68,7 @@ def test_adapters_are_read_back_on_the_base_that_is_written_beside_them(recipe: 
     ours = adapted(recipe, **RECIPES[recipe])
     found = write(ours, tmp_path / "out")
     settings = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
-    assert settings["base_model_name_or_path"] == str(tmp_path / "out" / "base")
+    assert settings["base_model_name_or_path"] == "base"
     assert found.differences.logits <= 1e-5
     assert found.whole == ()
     own = {name: p for name, p in ours[0].vlm.named_parameters() if is_adapter(name)}
@@ -104,11 +106,12 @@ def test_another_base_is_refused(tmp_path: Path) -> None:
     write(ours, tmp_path / "out")
     module, config, written = read("llava15")
     with torch.no_grad():
-        next(module.vlm.decoder.parameters()).add_(0.1)
+        for parameter in module.vlm.decoder.parameters():
+            parameter.add_(0.1)
     export_hf(module.vlm, config, written, module.input_spec, tmp_path / "another")
-    with pytest.raises(ValueError, match="another is not the base of .*out: its weights are others"):
+    with pytest.raises(ValueError, match="another is not the base of .*out: its weights are others than"):
         load_adapted(tmp_path / "out", str(tmp_path / "another"))
-    with pytest.raises(ValueError, match=r"other weights under the adapters of the slot 'decoder': lm\."):
+    with pytest.raises(ValueError, match=r"other weights under the adapters of decoder\.lm\."):
         write(ours, tmp_path / "on_another", tmp_path / "another")
     module, config, written = read("ola_vlm")
     export_hf(module.vlm, config, written, module.input_spec, tmp_path / "parts")
@@ -125,6 +128,85 @@ def test_another_base_is_refused(tmp_path: Path) -> None:
         load_adapted(tmp_path / "out")
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {"out", "another", "parts", "empty"}
+
+
+def test_a_base_is_found_from_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = adapted("llava15", decoder={"rank": 4})
+    plain("llava15", tmp_path / "base", ours[0])
+    monkeypatch.chdir(tmp_path)
+    write(ours, Path("out"), Path("base"))
+    assert json.loads(Path("out/base.json").read_text())["base"] == str(tmp_path / "base")
+    monkeypatch.chdir("/")
+    load_adapted(tmp_path / "out")
+    # The same weights in parts of other settings are another base.
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    config["slots"]["decoder"]["init_args"]["config"]["rms_norm_eps"] = 0.5
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="base is not the base of .*out: its parts are others"):
+        load_adapted(tmp_path / "out")
+
+
+def test_code_in_the_folder_of_a_base_is_not_run(tmp_path: Path) -> None:
+    ours = adapted("llava15", decoder={"rank": 4})
+    plain("llava15", tmp_path / "base", ours[0])
+    stub = tmp_path / "base" / "modeling_lit_vlm.py"
+    stub.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n{stub.read_text()}")
+    write(ours, tmp_path / "out", tmp_path / "base")
+    load_adapted(tmp_path / "out")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_base_and_its_adapters_are_read_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    ours = adapted("llava15", decoder={"rank": 4})
+    plain("llava15", tmp_path / "base", ours[0])
+    to_hub_cache(tmp_path / "base", tmp_path / "hub" / "models--lab--base", ("",))
+    write(ours, tmp_path / "out", Path("lab/base"))
+    assert json.loads((tmp_path / "out" / "base.json").read_text())["base"] == "lab/base"
+    load_adapted(tmp_path / "out")
+    write(ours, tmp_path / "both")
+    to_hub_cache(tmp_path / "both", tmp_path / "hub" / "models--lab--both", ("", "base"))
+    load_adapted("lab/both")
+
+
+def to_hub_cache(source: Path, repository: Path, folders: tuple[str, ...]) -> None:
+    """Put into a hub cache what would be fetched of a folder that lies on the hub."""
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("abc")
+    there = [file.relative_to(source).as_posix() for file in source.rglob("*") if file.is_file()]
+    for file in _wanted(there, True, folders):
+        target = repository / "snapshots" / "abc" / file
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source / file, target)
+
+
+def test_what_trained_beside_adapters_is_written_whole(tmp_path: Path) -> None:
+    arguments = {"config": LLAMA, "tokenizer": "bytes", "new_tokens": ["<here>"]}
+    tokens = {"class_path": "lit_vlm.decoders.HFDecoder", "init_args": arguments}
+    module, config, written = read("llava15", decoder=tokens, lora={"decoder": {"rank": 2}})
+    base, base_config, base_format = read("llava15", decoder=tokens)
+    state = module.vlm.state_dict()
+    base.vlm.load_state_dict({key: state.get(key, state.get(_below(key))) for key in base.vlm.state_dict()})
+    export_hf(base.vlm, base_config, base_format, base.input_spec, tmp_path / "base")
+    with torch.no_grad():
+        for parameter in module.vlm.decoder.beside_adapters():
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+    found = write((module, config, written), tmp_path / "out", tmp_path / "base")
+    assert sorted(found.whole) == ["decoder.lm.lm_head", "decoder.lm.model.embed_tokens"]
+    assert found.differences.logits <= 1e-5
+
+
+def test_adapters_on_rounded_weights_bring_their_base(tmp_path: Path) -> None:
+    module, config, written = adapted("llava15", decoder={"rank": 2})
+    plain("llava15", tmp_path / "base", module)
+    config["model"]["quantize"] = {"decoder": "int8", "encoder": None}
+    with pytest.raises(ValueError, match=r"were rounded \(model\.quantize: \{'decoder': 'int8'\}\).*leave --base out"):
+        write((module, config, written), tmp_path / "out", tmp_path / "base")
+    settings = json.loads((tmp_path / "base" / "config.json").read_text()) | {"quantise": {"decoder": "int8"}}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(settings))
+    del config["model"]["quantize"]
+    with pytest.raises(ValueError, match="has weights in fewer bits"):
+        write((module, config, written), tmp_path / "out", tmp_path / "base")
 
 
 def test_a_run_without_adapters_is_refused(tmp_path: Path) -> None:

@@ -60,6 +60,21 @@ def test_the_page_loads_nothing_from_elsewhere(address: str) -> None:
 
 
 @pytest.mark.slow
+def test_a_name_that_is_made_to_lead_here_gets_no_answer(address: str) -> None:
+    with pytest.raises(urllib.error.HTTPError, match="400"):
+        urllib.request.urlopen(urllib.request.Request(f"{address}/chat", headers={"Host": "evil.example"}))
+
+
+@pytest.mark.slow
+def test_answers_are_those_of_the_model_in_fewer_bits(address: str, run: Path) -> None:
+    content = (Image(data=base64.b64decode(uri().partition(",")[2])), Text("What is this?"))
+    asker = load_run(run, quantise="int8")
+    (expected,) = asker.answer(asker.encode([Record("0", "asked", (Message("user", content),))]), 8)
+    found = post(f"{address}/v1/chat/completions", question("What is this?") | {"max_tokens": 8})
+    assert found["choices"][0]["message"]["content"] == expected
+
+
+@pytest.mark.slow
 def test_what_the_model_sees_is_shown(address: str, run: Path) -> None:
     seen = post(f"{address}/v1/seen", question("What is this?"))
     content = (Image(data=base64.b64decode(uri().partition(",")[2])), Text("What is this?"))
@@ -82,6 +97,7 @@ def test_what_the_model_sees_is_shown(address: str, run: Path) -> None:
         (["run", "--port", "8001"], "--port is that of a page: add --web"),
         (["run", "--web", "--prompt", "Name it."], "--prompt is for a terminal: with --web, the page asks for it"),
         (["run", "run", "--web"], "a checkpoint is named twice"),
+        (["run", "--web", "--temperature", "5"], "--temperature must be from 0 to 2 and --top-p above 0"),
         (["run", "--web", "--port", "80"], "--port must be from 1024 to 65535, not 80"),
     ],
 )
