@@ -40,6 +40,7 @@ class Progress(L.Callback):
         self._first_step = 0
         self._steps: int | None = None
         self._before, self._trained = 0.0, 0
+        self._slots: dict[str, tuple[int, int]] = {}
         self._warned = False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -49,7 +50,9 @@ class Progress(L.Callback):
         earlier = Written.read(Path(trainer.default_root_dir)) if trainer.global_step else None
         self._before = earlier.seconds if earlier is not None else 0.0
         if isinstance(pl_module, LitVLM):
-            self._trained = sum(row.trained for row in pl_module.stage.summary(pl_module.vlm))
+            rows = pl_module.stage.summary(pl_module.vlm)
+            self._trained = sum(row.trained for row in rows)
+            self._slots = {row.slot: (row.trained, row.frozen) for row in rows}
         self._started, self._first_step, self._state = now(), trainer.global_step, None
         self._write(trainer, "training")
 
@@ -111,6 +114,7 @@ class Progress(L.Callback):
             seconds_before=self._before,
             devices=int(getattr(trainer, "world_size", 1)),
             trained=self._trained,
+            slots=self._slots,
             peak_bytes=max(peaks, default=None),
         )
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
@@ -36,6 +36,7 @@ class Progress:
         seconds_before: time that earlier processes of the stage trained for.
         devices: number of processes, each with a device.
         trained: parameters that train; 0 before that is known.
+        slots: slot → parameters that train, and that are frozen; empty before that is known.
         peak_bytes: most memory that the device of the first process held, or without one that process; None before it
             was measured.
     """
@@ -54,6 +55,7 @@ class Progress:
     seconds_before: float = 0.0
     devices: int = 0
     trained: int = 0
+    slots: dict[str, tuple[int, int]] = field(default_factory=dict)
     peak_bytes: int | None = None
 
     @property

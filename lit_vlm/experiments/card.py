@@ -66,7 +66,7 @@ def model_card(source: str | Path, format_name: str, command: str, rounded: str 
         f"A vision-language model, trained with lit-vlm {__version__} and exported as `{format_name}`: `{command}`, "
         f"from step {step_of(checkpoint)} of stage `{last.config['model']['stage']['name']}`.",
         "## Parts\n\n" + _table(("slot", "part", "from"), _parts(last.config)),
-        "## Training\n\n" + _table(*_training(stages)),
+        "## Training\n\n" + _table(*_training(stages)) + _frozen(stages),
         "## Data\n\n" + _table(*_data(stages)) + "\n\nLicences of data are not recorded in a run: name them here.",
         "## Scores\n\n" + _scores(last.folder) + _of_others(rounded),
         "## Limits\n\n" + _limits(last, bases),
@@ -169,6 +169,16 @@ def _training(stages: Sequence[Stage]) -> tuple[tuple[str, ...], list[tuple[str,
             )
         )
     return head, rows
+
+
+def _frozen(stages: Sequence[Stage]) -> str:
+    """How much of each slot trained and how much did not, of the stages that tell it; nothing where none does."""
+    rows: list[tuple[str, ...]] = []
+    for stage in stages:
+        progress = Progress.read(stage.folder)
+        for slot, (trained, frozen) in (progress.slots if progress else {}).items():
+            rows.append((f"`{stage.config['model']['stage']['name']}`", slot, f"{trained:,}", f"{frozen:,}"))
+    return f"\n\n{_table(('stage', 'slot', 'trained parameters', 'frozen'), rows)}" if rows else ""
 
 
 def _data(stages: Sequence[Stage]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:

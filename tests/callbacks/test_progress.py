@@ -56,6 +56,8 @@ def test_each_change_of_what_training_does_is_written(
     assert (written.state, written.error, written.slurm_job) == ("finished", None, "7")
     projector = sum(weight.numel() for weight in module.vlm.projector.parameters())
     assert (written.devices, written.trained, written.peak_bytes) == (1, projector, None)
+    assert tuple(written.slots["projector"]) == (projector, 0)
+    assert tuple(written.slots["decoder"]) == (0, sum(weight.numel() for weight in module.vlm.decoder.parameters()))
 
 
 def test_time_and_memory_of_all_processes_of_a_stage_are_written(tmp_path: Path) -> None:
@@ -80,7 +82,7 @@ def test_a_file_of_an_earlier_version_is_read(tmp_path: Path) -> None:
     (tmp_path / "progress.json").write_text(json.dumps(dict.fromkeys(known) | {"more": 1}))
     read = Written.read(tmp_path)
     assert read is not None
-    assert (read.seconds_before, read.trained) == (0, 0)
+    assert (read.seconds_before, read.trained, read.slots) == (0, 0, {})
 
 
 def test_between_changes_it_is_written_every_few_seconds(tmp_path: Path, states: list[tuple[str, int]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 import yaml
 
+from lit_vlm.checkpoints.progress import Progress
 from lit_vlm.experiments.card import model_card
 from tests.experiments.made import finished_run
 
@@ -54,6 +56,16 @@ def test_it_tells_stages_data_scores_and_limits(run: Path) -> None:
     assert "2,048 positions at most" in card
     assert "| heads | `depth` | left behind" in card
     assert "- Seed: 3" in card
+
+
+def test_it_tells_how_much_of_each_slot_trained(run: Path) -> None:
+    command = ("hf", "lit-vlm export my-run/2_sft OUT")
+    assert "| stage | slot |" not in model_card(run / "2_sft", *command)
+    progress = Progress.read(run / "2_sft")
+    assert progress is not None
+    replace(progress, slots={"encoder": (0, 300_000), "decoder": (7_000, 0)}).write(run / "2_sft")
+    card = model_card(run / "2_sft", *command)
+    assert "| `sft` | encoder | 0 | 300,000 |\n| `sft` | decoder | 7,000 | 0 |" in card
 
 
 def test_it_names_no_folder_of_the_machine(run: Path) -> None:
