@@ -158,6 +158,7 @@ def test_code_in_the_folder_of_a_base_is_not_run(tmp_path: Path) -> None:
 
 def test_a_base_and_its_adapters_are_read_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # it has all that is asked for
     ours = adapted("llava15", decoder={"rank": 4})
     plain("llava15", tmp_path / "base", ours[0])
     to_hub_cache(tmp_path / "base", tmp_path / "hub" / "models--lab--base", ("",))
