@@ -121,7 +121,7 @@ def test_ci_runs_the_readme_s_test_command_and_builds_the_docs() -> None:
     )
     assert command
     lines = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
-    assert lines[-2:] == [command[1], "make test-cluster"]
+    assert lines[-1] == command[1]
     jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))["jobs"]
     assert [step["run"] for job in jobs.values() for step in job["steps"] if "run" in step] == [
         command[1],

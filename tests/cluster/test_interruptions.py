@@ -30,11 +30,14 @@ def test_a_job_that_is_taken_away_ends_as_one_that_is_not(
 def test_a_job_whose_time_ends_saves_before_and_goes_on(slurm: Slurm, tmp_path: Path) -> None:
     case, driver = Case(8, "1 task", 0, "padded"), Driver(slurm, tmp_path)
     whole = driver.reference(case.layout, case.batching)
-    # its steps sleep for 45 seconds, and it has 40, however fast the machine
-    limited = script(case, "limited", "--preemption.margin 20", pause=0.75)
+    # its steps sleep for 105 seconds, and it has 100: enough to start on a slow machine, too little on any to end
+    limited = script(case, "limited", "--preemption.margin 20", pause=1.75)
     store = {"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/limited.db"}
-    job = slurm.submit(tmp_path, limited, "--time=1", variables=store)
-    assert slurm.wait(job, seconds=300) == "COMPLETED", slurm.report(job)
+    job = slurm.submit(tmp_path, limited, "--time=2", variables=store)
+    try:
+        assert slurm.wait(job, seconds=480) == "COMPLETED", slurm.report(job)
+    finally:
+        slurm.run("scancel", str(job), check=False)  # one that never ends would take the nodes from the other tests
     assert slurm.restarts(job) > 0
     assert "asked to leave (the SLURM job ends soon): saved step" in slurm.output(job)
     assert driver.judge("limited", job, whole) == "same"
