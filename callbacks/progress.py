@@ -39,7 +39,7 @@ class Progress(L.Callback):
         self._started = ""
         self._first_step = 0
         self._steps: int | None = None
-        self._before, self._trained = 0.0, 0
+        self._before = 0.0
         self._slots: dict[str, tuple[int, int]] = {}
         self._warned = False
 
@@ -51,7 +51,6 @@ class Progress(L.Callback):
         self._before = earlier.seconds if earlier is not None else 0.0
         if isinstance(pl_module, LitVLM):
             rows = pl_module.stage.summary(pl_module.vlm)
-            self._trained = sum(row.trained for row in rows)
             self._slots = {row.slot: (row.trained, row.frozen) for row in rows}
         self._started, self._first_step, self._state = now(), trainer.global_step, None
         self._write(trainer, "training")
@@ -113,7 +112,7 @@ class Progress(L.Callback):
             error=error,
             seconds_before=self._before,
             devices=int(getattr(trainer, "world_size", 1)),
-            trained=self._trained,
+            trained=sum(trained for trained, _ in self._slots.values()),
             slots=self._slots,
             peak_bytes=max(peaks, default=None),
         )

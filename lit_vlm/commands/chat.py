@@ -69,10 +69,10 @@ def _check(arguments: argparse.Namespace) -> None:
     if arguments.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens must be at least 1, not {arguments.max_new_tokens}")
     check_kind(arguments.quantise, "--quantise")
-    if not 0 <= arguments.temperature <= 2 or not 0 < arguments.top_p <= 1:
+    if arguments.web and not (0 <= arguments.temperature <= 2 and 0 < arguments.top_p <= 1):
         raise ValueError(
-            f"--temperature must be from 0 to 2 and --top-p above 0 and at most 1, not {arguments.temperature:g} and "
-            f"{arguments.top_p:g}"
+            f"with --web, --temperature must be from 0 to 2 and --top-p above 0 and at most 1, not "
+            f"{arguments.temperature:g} and {arguments.top_p:g}"
         )
     if not arguments.web and len(arguments.checkpoint) > 1:
         raise ValueError("several checkpoints are asked side by side on a page: add --web")

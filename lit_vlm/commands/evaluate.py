@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import product
@@ -14,9 +14,8 @@ from typing import get_args
 import torch
 import torch.distributed as dist
 from rich.console import Console
-from rich.table import Table
 
-from lit_vlm.commands.evaluated import Results, changed, log_scores, release
+from lit_vlm.commands.evaluated import Results, changed, line, log_scores, release, table
 from lit_vlm.commands.named_runs import Named, find_named, labels
 from lit_vlm.core.bits import Kind
 from lit_vlm.core.launcher import launch, rendezvous
@@ -26,7 +25,6 @@ from lit_vlm.core.quantised import check_kind
 from lit_vlm.evaluation.asker import Asker, load_run, pick_device
 from lit_vlm.evaluation.tasks import (
     TASKS,
-    Evaluated,
     Prompts,
     RecordFile,
     Scoring,
@@ -87,7 +85,7 @@ def main(argv: Sequence[str]) -> None:
         for task, settings in work if arguments.quantise and main_process and whole else ():
             said = changed(out / task.name, settings.name, arguments.quantise)
             console.print(f"{label}: {said}" if len(named) > 1 else said, soft_wrap=True)
-    console.print(_table(results))
+    console.print(table(results))
     if dist.is_initialized():
         dist.destroy_process_group()
     if unwritten := [one.unwritten for found in results.values() for one in found.values() if one.unwritten]:
@@ -138,7 +136,7 @@ def _evaluate(
             show = _Bar(stack, name, not console.quiet)
             result = run_task(asker, task, settings, folder, str(named.checkpoint.resolve()), resume, show)
         results[task.name, settings.name] = result
-        console.print(f"{name}: {_line(result)}   {folder}", soft_wrap=True)
+        console.print(f"{name}: {line(result)}   {folder}", soft_wrap=True)
     return results
 
 
@@ -303,28 +301,3 @@ class _Bar:
             self._advance = self._stack.enter_context(progress(self._title, total, shown=self._shown))
         self._advance(done - self._done)
         self._done = done
-
-
-def _line(result: Evaluated) -> str:
-    text = f"{result.main} {result.scores[result.main]:.2f} ({result.count:,} examples)"
-    if result.left_out:
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in result.left_out.items())
-        text += f", left out and counted as wrong (where there is wrong): {reasons}"
-    if "too_long" in result.left_out:
-        text += "; a larger --max-length lets long prompts in"
-    return text
-
-
-def _table(results: Mapping[str, Results]) -> Table:
-    """A column for each checkpoint, and a row for each score of each prompt."""
-    table = Table()
-    for title in ("task", "prompt", "score"):
-        table.add_column(title)
-    for label in results:
-        table.add_column(label, justify="right", overflow="fold")
-    for key in next(iter(results.values())):
-        found = [own[key] for own in results.values()]
-        for score in dict.fromkeys(score for one in found for score in one.scores):
-            values = [f"{one.scores[score]:.2f}" if score in one.scores else "" for one in found]
-            table.add_row(*(key if score == found[0].main else ("", "")), score, *values)
-    return table

@@ -1,4 +1,4 @@
-"""What `lit-vlm evaluate` does with scores that are there: their report to MLflow, and what fewer bits change."""
+"""What `lit-vlm evaluate` does with scores that are there: report them to MLflow, print them, compare fewer bits."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from math import isfinite
 from pathlib import Path
 
 import torch
+from rich.table import Table
 
 from lit_vlm.checkpoints.folder import step_of
 from lit_vlm.commands.named_runs import Named
@@ -80,6 +81,32 @@ def changed(folder: Path, prompt: str, kind: str) -> str:
     known = f" [{found.low * scale:+.2f} to {found.high * scale:+.2f}], {found.level:.0%} for other questions"
     unlike = sum(now.answers[question] != value for question, value in before.answers.items())
     return f"{text}{known if isfinite(found.low) else ''}; {unlike:,} of {len(now.answers):,} answers score otherwise"
+
+
+def line(result: Evaluated) -> str:
+    """A result for the terminal: its main score, and what was left out."""
+    text = f"{result.main} {result.scores[result.main]:.2f} ({result.count:,} examples)"
+    if result.left_out:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in result.left_out.items())
+        text += f", left out and counted as wrong (where there is wrong): {reasons}"
+    if "too_long" in result.left_out:
+        text += "; a larger --max-length lets long prompts in"
+    return text
+
+
+def table(results: Mapping[str, Results]) -> Table:
+    """A column for each checkpoint, and a row for each score of each prompt."""
+    shown = Table()
+    for title in ("task", "prompt", "score"):
+        shown.add_column(title)
+    for label in results:
+        shown.add_column(label, justify="right", overflow="fold")
+    for key in next(iter(results.values())):
+        found = [own[key] for own in results.values()]
+        for score in dict.fromkeys(score for one in found for score in one.scores):
+            values = [f"{one.scores[score]:.2f}" if score in one.scores else "" for one in found]
+            shown.add_row(*(key if score == found[0].main else ("", "")), score, *values)
+    return shown
 
 
 def _of_stage(folder: Path) -> MLflowRun | None:

@@ -97,7 +97,7 @@ def test_what_the_model_sees_is_shown(address: str, run: Path) -> None:
         (["run", "--port", "8001"], "--port is that of a page: add --web"),
         (["run", "--web", "--prompt", "Name it."], "--prompt is for a terminal: with --web, the page asks for it"),
         (["run", "run", "--web"], "a checkpoint is named twice"),
-        (["run", "--web", "--temperature", "5"], "--temperature must be from 0 to 2 and --top-p above 0"),
+        (["run", "--web", "--temperature", "5"], "with --web, --temperature must be from 0 to 2 and --top-p above 0"),
         (["run", "--web", "--port", "80"], "--port must be from 1024 to 65535, not 80"),
     ],
 )
