@@ -1,7 +1,8 @@
 """Small pretrained parts that know generated scenes, for the scale `mini`.
 
 They are trained on this machine when they are first asked for, which takes about ten minutes on two cores, and are then
-kept in the cache. `made:scenes-decoder` has read the scenes' language; `made:scenes-encoder` sees what stands where.
+kept in the cache. `made:scenes-decoder` has read the language of scenes. `made:scenes-encoder` sees what stands where,
+how large it is and how far away, and `made:scenes-classes-encoder` where something stands, its shape and its colour.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from lit_vlm.data.sample.templates import Span, VicunaV1
 from lit_vlm.worlds.scenes import Scene, Scenes, render, sample_scene
 from lit_vlm.worlds.scenes.world import COLOURS, SHAPES, SIZES
 
-PARTS = {"scenes-decoder": 4, "scenes-encoder": 1}
+PARTS = {"scenes-decoder": 4, "scenes-encoder": 1, "scenes-classes-encoder": 1}
 """Names of the parts, each with a version that goes up whenever its training gives other weights."""
 DECODER = LlamaConfig(
     vocab_size=600,
@@ -214,13 +215,15 @@ def _cell_targets(scenes: list[Scene], side: int) -> tuple[Tensor, Tensor]:
     return here, what
 
 
-def train_encoder(folder: Path, steps: int = 400, batch: int = 48) -> None:
+def train_encoder(folder: Path, steps: int = 400, batch: int = 48, classes_only: bool = False) -> None:
     """Train the encoder to name what stands in each cell of a picture, and save its backbone.
 
     Args:
         folder: where `model.safetensors` is saved.
         steps: optimizer steps.
         batch: pictures per step.
+        classes_only: shape and colour alone are asked of it, and not size, depth and place, as of an encoder that
+            learnt from names of what is in pictures.
     """
     torch.manual_seed(0)
     model = _Cells().to(memory_format=torch.channels_last)
@@ -234,12 +237,15 @@ def train_encoder(folder: Path, steps: int = 400, batch: int = 48) -> None:
         here, what = _cell_targets(scenes, found[0].shape[1])
         places = here > 0
         total = F.binary_cross_entropy_with_logits(found[0][..., 0], here, pos_weight=torch.tensor(4.0))
-        for column, logits in enumerate(found[1:4]):
+        for column, logits in enumerate(found[1 : 3 if classes_only else 4]):
             total = total + F.cross_entropy(logits[places], what[places][:, column].long())
+        if classes_only:
+            return total
         return total + 4 * F.smooth_l1_loss(found[4][places], what[places][:, 3:])
 
     optimizer = AdamW(model.parameters(), lr=3e-3, weight_decay=0.01, betas=(0.9, 0.98))
-    _train(model, [optimizer], loss, steps, "training the mini encoder on scenes, once")
+    what_of = "what is in scenes" if classes_only else "scenes"
+    _train(model, [optimizer], loss, steps, f"training the mini encoder on {what_of}, once")
     state = {name: tensor.contiguous() for name, tensor in model.backbone.state_dict().items()}
     save_file(state, folder / "model.safetensors")
 
@@ -272,8 +278,8 @@ def _train(
 if __name__ == "__main__":
     die_with_parent()
     part, goal, out = sys.argv[1], sys.argv[2], Path(sys.argv[3])
-    if part == "scenes-encoder":
-        train_encoder(out)
+    if part != "scenes-decoder":
+        train_encoder(out, classes_only=part == "scenes-classes-encoder")
     elif goal == "weights":
         train_decoder(out)
     else:

@@ -32,6 +32,9 @@ NOT_SMALL = {"vila_paper/table_3": ["mmc4-pairs"]}
 SOME = {"hovle/stages": ["no-alignment"], "vila_paper/table_8": ["visual-expert"]}
 """Files of `make test-slow`, and the variants that it runs dry; `make test-published` takes all of all files."""
 
+PROBED = {"depth": "depth_order", "seg": "miou"}
+"""Target of a probe → the score that says how good it is."""
+
 
 class Own(NamedTuple):
     """A stage that no variant before has.
@@ -176,11 +179,17 @@ def test_claims_are_about_scores_that_the_file_asks_for(file: Path) -> None:
     assert content.source
     assert content.claims
     for claim in content.claims:
-        task, prompt, score = claim.score.split("/", 2)
+        task, _, rest = claim.score.partition("/")
         if task == "held_out":
-            assert prompt in _held_out(content), claim.text
+            source, _, score = rest.rpartition("/")
+            held_out = _held_out(content)
+            assert source in held_out if source else held_out, claim.text  # of all questions where none is named
             assert score == "accuracy", claim.text
             continue
+        if task == "probe":
+            assert rest in {f"{one.target}/{PROBED[one.target]}" for one in content.probe}, claim.text
+            continue
+        prompt, _, score = rest.partition("/")
         assert f"{task}/{prompt}" in asked, claim.text
         assert score in ("2d", "3d") or score.startswith((TASKS[task].main, "circular", "task/", "kind/")), claim.text
 

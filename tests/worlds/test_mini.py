@@ -24,13 +24,14 @@ from tests.runs import environment
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache with both parts after two steps."""
+    """A cache with all parts after two steps."""
     folder = tmp_path_factory.mktemp("cache")
-    decoder, encoder = (folder / f"{name}-{version}" for name, version in mini.PARTS.items())
-    decoder.mkdir()
-    encoder.mkdir()
+    decoder, encoder, classes = (folder / f"{name}-{version}" for name, version in mini.PARTS.items())
+    for part in (decoder, encoder, classes):
+        part.mkdir()
     mini.train_decoder(decoder, steps=2, rows=2, documents=20)
     mini.train_encoder(encoder, steps=2, batch=4)
+    mini.train_encoder(classes, steps=2, batch=4, classes_only=True)
     return folder
 
 
@@ -44,6 +45,9 @@ def test_parts_are_found_by_name(cache: Path, monkeypatch: pytest.MonkeyPatch) -
     assert state.keys() == encoder.state_dict().keys()
     saved = load_weights(resolve("made:scenes-encoder"))
     assert torch.equal(state["backbone.conv1.0.weight"], saved["conv1.0.weight"])
+    classes = load_weights(resolve("made:scenes-classes-encoder"))
+    assert classes.keys() == saved.keys()
+    assert not torch.equal(classes["conv1.0.weight"], saved["conv1.0.weight"])  # other losses from the same start
     with pytest.raises(ValueError, match="there is no part 'made:poems'; there are made:scenes-decoder, made:scenes-e"):
         resolve("made:poems")
 

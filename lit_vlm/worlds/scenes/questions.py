@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 from lit_vlm.worlds.scenes.pairs import PLAIN_WORDS, Measure, Pair, clear_pairs, state_relation
 from lit_vlm.worlds.scenes.sampling import MAX_THINGS, sample_looks, sample_scene
@@ -44,8 +44,20 @@ class Question:
     statement: str
 
 
+class _Setting(NamedTuple):
+    """What the scenes are like that questions are looked for in; see `ask`."""
+
+    max_things: int
+    wording: Wording
+    thing_scale: float
+
+
 def ask(
-    kind: QuestionKind, seed: int | str, max_things: int = MAX_THINGS, wording: Wording = "varied"
+    kind: QuestionKind,
+    seed: int | str,
+    max_things: int = MAX_THINGS,
+    wording: Wording = "varied",
+    thing_scale: float = 1.0,
 ) -> tuple[Scene, Question]:
     """A scene and a question about it that depend on the arguments only.
 
@@ -55,13 +67,15 @@ def ask(
         max_things: the most that a scene holds, up to 6; at least 2 for relations and depth, 3 for numbers and
             distances.
         wording: see `Scene`.
+        thing_scale: see `sample_scene`.
 
     Raises:
         ValueError: if `kind` is unknown, or no scene of this seed offers a clear question.
     """
     if kind not in QUESTION_KINDS:
         raise ValueError(f"kind is {kind!r}; use one of {', '.join(QUESTION_KINDS)}")
-    return _ASKERS[kind](random.Random(f"question-{kind}-{seed}"), seed, max_things, wording)
+    setting = _Setting(max_things, wording, thing_scale)
+    return _ASKERS[kind](random.Random(f"question-{kind}-{seed}"), seed, setting)
 
 
 def ask_about(scene: Scene, kind: QuestionKind, rng: random.Random) -> Question | None:
@@ -95,25 +109,26 @@ def ask_about(scene: Scene, kind: QuestionKind, rng: random.Random) -> Question 
 
 
 def _scenes(
-    rng: random.Random, seed: int | str, draw_looks: Callable[[], list[Look]], wording: Wording
+    rng: random.Random, seed: int | str, draw_looks: Callable[[], list[Look]], setting: _Setting
 ) -> Iterator[Scene]:
     """Random scenes, `TRIES` at most, among which the caller looks for one with a clear question."""
     for attempt in range(TRIES):
         looks = draw_looks()
         rng.shuffle(looks)  # things placed first find room most easily
-        yield replace(sample_scene(f"{seed}-{attempt}", looks), wording=wording)
+        scene = sample_scene(f"{seed}-{attempt}", looks, thing_scale=setting.thing_scale)
+        yield replace(scene, wording=setting.wording)
     raise ValueError(f"seed: no scene of seed {seed!r} offers a clear question; use another")
 
 
-def _random_scenes(rng: random.Random, seed: int | str, least: int, most: int, wording: Wording) -> Iterator[Scene]:
-    return _scenes(rng, seed, lambda: sample_looks(rng, rng.randint(least, most)), wording)
+def _random_scenes(rng: random.Random, seed: int | str, least: int, setting: _Setting) -> Iterator[Scene]:
+    return _scenes(rng, seed, lambda: sample_looks(rng, rng.randint(least, setting.max_things)), setting)
 
 
 def _find_pair(
-    rng: random.Random, seed: int | str, measure: Measure, least: int, most: int, wording: Wording
+    rng: random.Random, seed: int | str, measure: Measure, least: int, setting: _Setting
 ) -> tuple[Scene, Pair]:
     wider_is_less = rng.random() < 0.5
-    for scene in _random_scenes(rng, seed, least, most, wording):
+    for scene in _random_scenes(rng, seed, least, setting):
         pairs = [
             pair
             for pair in clear_pairs(scene, measure)
@@ -128,9 +143,9 @@ def _shuffled(rng: random.Random, *options: str) -> tuple[str, ...]:
     return tuple(rng.sample(options, len(options)))
 
 
-def _ask_relation(rng: random.Random, seed: int | str, most: int, wording: Wording) -> tuple[Scene, Question]:
+def _ask_relation(rng: random.Random, seed: int | str, setting: _Setting) -> tuple[Scene, Question]:
     measure: Measure = "column" if rng.random() < 0.5 else "row"
-    scene, pair = _find_pair(rng, seed, measure, 2, most, wording)
+    scene, pair = _find_pair(rng, seed, measure, 2, setting)
     return scene, _relation(rng, scene, pair, measure)
 
 
@@ -160,13 +175,13 @@ def _which_is_further(rng: random.Random, scene: Scene, pair: Pair, measure: Mea
     return Question("relation", text, answer, options, state_relation(scene, pair, measure, rng))
 
 
-def _ask_depth(rng: random.Random, seed: int | str, most: int, wording: Wording) -> tuple[Scene, Question]:
-    scene, pair = _find_pair(rng, seed, "depth", 2, most, wording)
+def _ask_depth(rng: random.Random, seed: int | str, setting: _Setting) -> tuple[Scene, Question]:
+    scene, pair = _find_pair(rng, seed, "depth", 2, setting)
     return scene, _which_is_closer(rng, scene, pair, "depth")
 
 
-def _ask_distance(rng: random.Random, seed: int | str, most: int, wording: Wording) -> tuple[Scene, Question]:
-    scene, pair = _find_pair(rng, seed, "distance", 3, most, wording)
+def _ask_distance(rng: random.Random, seed: int | str, setting: _Setting) -> tuple[Scene, Question]:
+    scene, pair = _find_pair(rng, seed, "distance", 3, setting)
     return scene, _which_is_closer(rng, scene, pair, "distance")
 
 
@@ -177,16 +192,16 @@ def _which_is_closer(rng: random.Random, scene: Scene, pair: Pair, kind: Literal
     return Question(kind, text, answer, options, state_relation(scene, pair, kind, rng))
 
 
-def _ask_count(rng: random.Random, seed: int | str, most: int, wording: Wording) -> tuple[Scene, Question]:
+def _ask_count(rng: random.Random, seed: int | str, setting: _Setting) -> tuple[Scene, Question]:
     # Options first, then the answer among them: no number is likelier than those it is offered with.
-    options = tuple(rng.sample(range(min(MAX_COUNT, most) + 1), CHOICES))
+    options = tuple(rng.sample(range(min(MAX_COUNT, setting.max_things) + 1), CHOICES))
     wanted = rng.choice(options)
     phrase = Phrase.of(sample_looks(rng, 1)[0], rng.choice(PATTERNS[:-1]))
 
     def looks() -> list[Look]:
-        return _looks_with(rng, phrase, wanted, most)
+        return _looks_with(rng, phrase, wanted, setting.max_things)
 
-    return next(_scenes(rng, seed, looks, wording)), _count(phrase, wanted, options)
+    return next(_scenes(rng, seed, looks, setting)), _count(phrase, wanted, options)
 
 
 def _count(phrase: Phrase, number: int, options: tuple[int, ...]) -> Question:
@@ -213,9 +228,9 @@ def _looks_with(rng: random.Random, phrase: Phrase, count: int, most: int) -> li
     return looks
 
 
-def _ask_attribute(rng: random.Random, seed: int | str, most: int, wording: Wording) -> tuple[Scene, Question]:
+def _ask_attribute(rng: random.Random, seed: int | str, setting: _Setting) -> tuple[Scene, Question]:
     attribute: Attribute = rng.choice(("colour", "shape"))
-    for scene in _random_scenes(rng, seed, 1, most, wording):
+    for scene in _random_scenes(rng, seed, 1, setting):
         if question := _attribute(rng, scene, attribute):
             return scene, question
     raise AssertionError("unreachable: the iterator raises")
@@ -242,7 +257,7 @@ def _attribute(rng: random.Random, scene: Scene, attribute: Attribute) -> Questi
     return Question("attribute", f"What colour is {name}?", colour, options, statement)
 
 
-_ASKERS: dict[QuestionKind, Callable[[random.Random, int | str, int, Wording], tuple[Scene, Question]]] = {
+_ASKERS: dict[QuestionKind, Callable[[random.Random, int | str, _Setting], tuple[Scene, Question]]] = {
     "count": _ask_count,
     "relation": _ask_relation,
     "depth": _ask_depth,

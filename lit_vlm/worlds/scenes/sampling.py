@@ -41,7 +41,9 @@ def sample_looks(rng: random.Random, count: int) -> list[Look]:
     return [Look(rng.choice(SHAPES), rng.choice(COLOURS), rng.choice(SIZES)) for _ in range(count)]
 
 
-def sample_scene(seed: int | str, looks: Sequence[Look] | None = None, max_things: int = MAX_THINGS) -> Scene:
+def sample_scene(
+    seed: int | str, looks: Sequence[Look] | None = None, max_things: int = MAX_THINGS, thing_scale: float = 1.0
+) -> Scene:
     """A scene that depends on its arguments only, on every machine.
 
     Things do not intersect, lie wholly in the picture, and may hide parts of each other, though at least
@@ -51,6 +53,8 @@ def sample_scene(seed: int | str, looks: Sequence[Look] | None = None, max_thing
         seed: another seed gives another scene.
         looks: what to place, 1 to 6 things; default: 1 to `max_things` random ones.
         max_things: see `looks`.
+        thing_scale: height and width of all things against the usual ones; where they stand does not depend on it, but
+            for those that would hide each other at one scale alone.
 
     Raises:
         ValueError: if there are no looks, or more than 6, or no room for them was found.
@@ -62,18 +66,18 @@ def sample_scene(seed: int | str, looks: Sequence[Look] | None = None, max_thing
         raise ValueError(f"looks has {len(looks)} entries; a scene holds 1 to {MAX_THINGS} things")
     for _ in range(TRIES_PER_SCENE):
         camera = Camera(rng.uniform(2.8, 3.4), math.radians(rng.uniform(24.0, 29.0)))
-        things = _place(rng, camera, looks)
+        things = _place(rng, camera, looks, thing_scale)
         if things is not None:
             return Scene(things, camera, _light(rng), _grey(rng, 118, 150), _grey(rng, 168, 205))
     raise ValueError(f"looks: found no room for {looks}")
 
 
-def _place(rng: random.Random, camera: Camera, looks: Sequence[Look]) -> tuple[Thing, ...] | None:
+def _place(rng: random.Random, camera: Camera, looks: Sequence[Look], thing_scale: float) -> tuple[Thing, ...] | None:
     view = _View(camera)
     for look in looks:
         for _ in range(TRIES_PER_THING):
             x, z = _spot(rng, camera)
-            if view.add(Thing(look, x, z, rng.uniform(0.0, math.pi / 2))):
+            if view.add(Thing(look, x, z, rng.uniform(0.0, math.pi / 2), thing_scale)):
                 break
         else:
             return None
@@ -116,7 +120,7 @@ class _View:
         visible[number] = np.count_nonzero(front)
         outlines = self._outlines.copy()
         outlines[number] = np.count_nonzero(outline)
-        if (visible[1:] < MIN_VISIBLE_SHARE * outlines[1:]).any():
+        if not outlines[number] or (visible[1:] < MIN_VISIBLE_SHARE * outlines[1:]).any():
             return False
         self.things.append(thing)
         self._visible, self._outlines = visible, outlines

@@ -53,6 +53,8 @@ class Scenes(Source):
             depth are asked for, 3 where numbers or distances are.
         wording: `varied`, or `plain`, which small models learn sooner: things go by their full names, relations are
             asked for as "which is further left", and places and distances differ more.
+        thing_scale: height and width of all things against the usual ones, to 1: smaller ones take more pixels to be
+            told apart. Pictures must be large enough for it, `size` × `thing_scale` at least 32.
         maps: cells per side of the exact maps of depth and segmentation that each picture carries, for
             `teachers.KnownMap`; default: none.
         name: what the source is reported under; default: `scenes_` and its kind.
@@ -74,6 +76,7 @@ class Scenes(Source):
         turns: int = 1,
         max_things: int = MAX_THINGS,
         wording: Wording = "varied",
+        thing_scale: float = 1.0,
         maps: int | None = None,
         name: str | None = None,
     ) -> None:
@@ -84,6 +87,11 @@ class Scenes(Source):
             check_choice("question_kinds", question_kind, QUESTION_KINDS)
         check_least("count", count, 1)
         check_least("size", size, MIN_SIZE)
+        least_scale = MIN_SIZE / size
+        if not least_scale <= thing_scale <= 1:
+            raise ValueError(
+                f"thing_scale is {thing_scale}; for pictures of {size} pixels it must be from {least_scale:.3g} to 1"
+            )
         check_least("shots", shots, 1)
         check_least("turns", turns, 1)
         if turns > 1 and kind not in ("questions", "text"):
@@ -102,6 +110,7 @@ class Scenes(Source):
             raise ValueError(f"images_first is for kind interleaved, not for {kind!r}")
         self.images_first = images_first
         self.turns, self.max_things, self.wording = turns, max_things, wording
+        self.thing_scale = thing_scale
         self.cells = maps
         if maps is not None and (maps < 1 or size % maps):
             raise ValueError(f"maps is {maps}; pictures of {size} pixels must divide into {maps} cells a side")
@@ -145,8 +154,11 @@ class Scenes(Source):
         """A hash of the arguments, which decide everything."""
         # Maps are stored beside a picture and leave the picture as it is.
         arguments = {name: value for name, value in sorted(vars(self).items()) if name not in ("image_folder", "cells")}
+        # These came later: sets without them are the same as before.
         if not self.images_first:
-            del arguments["images_first"]  # came later: sets without it are the same as before
+            del arguments["images_first"]
+        if self.thing_scale == 1:
+            del arguments["thing_scale"]
         return hashlib.sha256(f"scenes-{VERSION}-{arguments}".encode()).hexdigest()[:16]
 
     def _compose(self, index: int) -> tuple[Record, list[Scene]]:
@@ -174,14 +186,15 @@ class Scenes(Source):
         return Image(size=(self.size, self.size))
 
     def _caption(self, index: int, seed: str, rng: random.Random) -> tuple[Record, list[Scene]]:
-        scene = replace(sample_scene(seed, max_things=self.max_things), wording=self.wording)
+        scene = sample_scene(seed, max_things=self.max_things, thing_scale=self.thing_scale)
+        scene = replace(scene, wording=self.wording)
         user = Message("user", (self._blank(), Text(f"\n{PROMPT}")))
         answer = Message("assistant", (Text(caption(scene, rng)),))
         return Record(f"caption-{index}", self.name, (user, answer)), [scene]
 
     def _ask(self, seed: str, kind: QuestionKind, rng: random.Random) -> tuple[Scene, list[Question]]:
         """A scene and up to `turns` different questions about it."""
-        scene, first = ask(kind, seed, self.max_things, self.wording)
+        scene, first = ask(kind, seed, self.max_things, self.wording, self.thing_scale)
         questions = {first.text: first}
         for _ in range(self.turns - 1):
             further = ask_about(scene, rng.choice(self.question_kinds), rng)
@@ -209,7 +222,7 @@ class Scenes(Source):
         content: list[Content] = []
         scenes = []
         for shot in range(self.shots):
-            scene, question = ask(kind, f"{seed}-{shot}", self.max_things, self.wording)
+            scene, question = ask(kind, f"{seed}-{shot}", self.max_things, self.wording, self.thing_scale)
             told = question.statement if as_statements else f"Question: {question.text}\nAnswer: {question.answer}"
             content += [self._blank(), Text(f"\n{told}" if shot == self.shots - 1 else f"\n{told}\n\n")]
             scenes.append(scene)

@@ -50,17 +50,19 @@ class Thing:
         x: metres to the right of the camera.
         z: metres away from the camera, along the ground.
         yaw: turn about the vertical axis in radians; only a cube shows it.
+        against_usual: its height and width over those that `SCALE` gives its size.
     """
 
     look: Look
     x: float
     z: float
     yaw: float = 0.0
+    against_usual: float = 1.0
 
     @property
     def scale(self) -> float:
         """Radius of a sphere or cone of this size, in metres."""
-        return SCALE[self.look.size]
+        return SCALE[self.look.size] * self.against_usual
 
     @property
     def radius(self) -> float:

@@ -130,6 +130,25 @@ def test_things_keep_apart_and_scenes_hold_one_to_six() -> None:
                 assert math.hypot(a.x - b.x, a.z - b.z) >= a.radius + b.radius + GAP
 
 
+def test_a_thing_scale_shrinks_things_where_they_stand() -> None:
+    for seed in range(60):
+        usual, small = (sample_scene(f"small-{seed}", max_things=1, thing_scale=scale) for scale in (1.0, 0.5))
+        (thing,), (shrunk,) = usual.things, small.things
+        assert (shrunk.x, shrunk.z, shrunk.yaw, shrunk.look) == (thing.x, thing.z, thing.yaw, thing.look)
+        assert (shrunk.radius, shrunk.height) == (thing.radius / 2, thing.height / 2)
+        areas = [int((render(scene).segmentation == 1).sum()) for scene in (usual, small)]
+        assert 0 < areas[1] <= 0.4 * areas[0]  # a quarter, and what a grid of pixels does to a few of them
+
+
+def test_small_things_are_hidden_in_part_at_most() -> None:
+    for seed in range(60):
+        scene = sample_scene(f"seen-{seed}", thing_scale=0.5)
+        seen = render(scene).segmentation
+        for index, thing in enumerate(scene.things):
+            outline = render(alone(thing, camera=scene.camera)).segmentation == 1
+            assert (seen == index + 1).sum() >= 0.25 * outline.sum() > 0
+
+
 def test_a_scene_of_given_looks() -> None:
     looks = [Look("cube", "red", "large")] * MAX_THINGS
     assert [thing.look for thing in sample_scene(0, looks).things] == looks

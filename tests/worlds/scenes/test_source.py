@@ -175,6 +175,7 @@ def test_the_fingerprint_tells_arguments_apart() -> None:
     others: list[dict[str, Any]] = [
         {"kind": "text"}, {"count": 6}, {"seed": 1}, {"size": 64}, {"split": "held_out"},
         {"question_kinds": ["count"]}, {"shots": 2}, {"name": "mine"}, {"turns": 2}, {"max_things": 3},
+        {"thing_scale": 0.5},
     ]  # fmt: skip
     prints = [Scenes(**(base | other)).fingerprint() for other in [{}, *others]]
     assert len(set(prints)) == len(prints)
@@ -201,6 +202,9 @@ def test_the_fingerprint_tells_arguments_apart() -> None:
             "max_things is 1; it must be from 2 to 6 for questions of the",
         ),
         ({"max_things": 0, "kind": "captions"}, "max_things is 0; it must be from 1 to 6"),
+        ({"thing_scale": 0.3}, "thing_scale is 0.3; for pictures of 96 pixels it must be from 0.333 to 1"),
+        ({"thing_scale": 1.5}, "thing_scale is 1.5; for pictures of 96 pixels it must be from 0.333 to 1"),
+        ({"thing_scale": 0.5, "size": 48}, "thing_scale is 0.5; for pictures of 48 pixels it must be from 0.667 to 1"),
     ],
 )
 def test_bad_arguments_are_named(arguments: dict[str, Any], expected: str) -> None:
@@ -224,6 +228,20 @@ def test_images_first_is_the_same_document_with_its_pictures_in_front() -> None:
     assert plain.fingerprint() != front.fingerprint()
     with pytest.raises(ValueError, match="images_first is for kind interleaved"):
         Scenes("captions", 4, images_first=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_smaller_things_are_smaller_in_every_kind_of_record(kind: Any) -> None:
+    usual, small = (Scenes(kind, 8, shots=2, thing_scale=scale) for scale in (1.0, 0.5))
+    for index in range(8):
+        record = small.record(index)
+        assert len(record.images) == len(usual.record(index).images)
+    if kind != "text":
+        covered = [
+            sum(int((one.segmentation > 0).sum()) for index in range(8) for one in source.maps(index))
+            for source in (usual, small)
+        ]
+        assert covered[1] < 0.4 * covered[0]
 
 
 @pytest.mark.parametrize(("most", "kinds"), [(1, ["attribute"]), (2, ["attribute", "relation", "depth"])])
