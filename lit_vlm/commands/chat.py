@@ -13,6 +13,7 @@ from urllib.parse import urlencode
 import torch
 from rich.console import Console
 
+from lit_vlm.commands.named_runs import RUN_HELP, name_checkpoint
 from lit_vlm.core.bits import Kind
 from lit_vlm.core.precision import choose
 from lit_vlm.core.quantised import check_kind
@@ -31,7 +32,7 @@ def main(argv: Sequence[str]) -> None:
     """Answer one prompt, or each line of the input until it ends.
 
     Raises:
-        ValueError: for a missing picture, a wrong value of a flag, or as `load_run`.
+        ValueError: for a missing picture, a wrong value of a flag, or as `find_named` and `load_run`.
         RecordError: for a prompt that cannot be asked, such as one that is too long.
     """
     arguments = _parser().parse_args(argv)
@@ -46,7 +47,7 @@ def main(argv: Sequence[str]) -> None:
     disable_progress_bar()
     console = Console(highlight=False)
     device = pick_device(arguments.device)
-    (checkpoint,) = arguments.checkpoint
+    checkpoint = name_checkpoint(arguments.checkpoint[0])
     dtype = choose(torch.device(device).type, scaled=False).dtype
     asker = load_run(checkpoint, device, dtype, arguments.quantise)
     images = [Image(path=str(path.resolve())) for path in arguments.image]
@@ -140,9 +141,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="lit-vlm chat",
         description="Ask a trained model about pictures. Without --prompt, type your questions; --web opens a page.",
     )
-    parser.add_argument(
-        "checkpoint", nargs="+", help="a checkpoint, or the folder of a run; with --web several, side by side"
-    )
+    parser.add_argument("checkpoint", nargs="+", metavar="RUN", help=f"{RUN_HELP}; with --web several, side by side")
     parser.add_argument(
         "--web",
         action="store_true",

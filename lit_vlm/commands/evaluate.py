@@ -16,7 +16,7 @@ import torch.distributed as dist
 from rich.console import Console
 
 from lit_vlm.commands.evaluated import Results, changed, line, log_scores, release, table
-from lit_vlm.commands.named_runs import Named, find_named, labels
+from lit_vlm.commands.named_runs import RUN_HELP, Named, find_named, labels
 from lit_vlm.core.bits import Kind
 from lit_vlm.core.launcher import launch, rendezvous
 from lit_vlm.core.precision import choose
@@ -183,7 +183,7 @@ def _parser() -> argparse.ArgumentParser:
         "checkpoints",
         nargs="+",
         metavar="RUN",
-        help="folder of `lit-vlm run` (its last finished stage), of a stage (its newest checkpoint), or a checkpoint",
+        help=RUN_HELP,
     )
     parser.add_argument(
         "--task",

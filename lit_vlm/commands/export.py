@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, get_args
 
 from rich.console import Console
 
+from lit_vlm.commands.named_runs import RUN_HELP, name_checkpoint
 from lit_vlm.core.bits import Kind
 from lit_vlm.core.written import check_new_folder
 
@@ -26,7 +27,7 @@ def main(argv: Sequence[str]) -> None:
     """Export a checkpoint: write it, read it back, compare logits, and only then report success.
 
     Raises:
-        ValueError: as `load_run`, `export_hf` and `export_published`.
+        ValueError: as `find_named`, `load_run`, `export_hf` and `export_published`.
     """
     arguments = _parser().parse_args(argv)
     _check(arguments)
@@ -36,6 +37,7 @@ def main(argv: Sequence[str]) -> None:
     from lit_vlm.experiments.card import model_card
 
     disable_progress_bar()
+    arguments.checkpoint = name_checkpoint(arguments.checkpoint)
     run = load_run(arguments.checkpoint, quantise=arguments.quantise if arguments.format == HF else None)
     console = Console(highlight=False)
     rounded = arguments.quantise or (arguments.dtype if arguments.dtype != "float32" else None)
@@ -75,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="lit-vlm export",
         description="Write a checkpoint in a published format, read it back, and compare logits before success.",
     )
-    parser.add_argument("checkpoint", help="a checkpoint, or the folder of a run")
+    parser.add_argument("checkpoint", metavar="RUN", help=RUN_HELP)
     parser.add_argument("out", type=Path, help="a folder that is new or empty")
     parser.add_argument(
         "--format",

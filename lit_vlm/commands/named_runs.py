@@ -7,11 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from rich.console import Console
+
 from lit_vlm.checkpoints.folder import DONE_FILE, checkpoints_in, find_checkpoint, is_done, run_folder, step_of
 from lit_vlm.commands.runs import STATE_FILE, RunState
 
 EVALUATION = "evaluation"
 """Folder of results in that of a stage."""
+RUN_HELP = "folder of `lit-vlm run` (its last finished stage), of a stage (its newest checkpoint), or a checkpoint"
 
 
 class Named(NamedTuple):
@@ -62,6 +65,18 @@ def find_named(source: str) -> Named:
         raise ValueError(f"no stage of the run {path} has ended ({', '.join(stages)}): {advice or 'train it first'}")
     checkpoint = find_checkpoint(path / ended[-1])
     return Named(checkpoint, path / ended[-1], f"{path}: its last finished stage, {ended[-1]} ({checkpoint.name})")
+
+
+def name_checkpoint(source: str) -> str:
+    """Path of the checkpoint that a path names; where the path leaves it open, stderr tells which one it is.
+
+    Raises:
+        ValueError: as `find_named`.
+    """
+    named = find_named(source)
+    if named.note:
+        Console(stderr=True, highlight=False).print(named.note, soft_wrap=True, markup=False)
+    return str(named.checkpoint)
 
 
 def labels(named: Sequence[Named]) -> list[str]:

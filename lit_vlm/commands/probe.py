@@ -14,6 +14,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from lit_vlm.checkpoints.folder import find_checkpoint, run_folder
+from lit_vlm.commands.named_runs import RUN_HELP, name_checkpoint
 from lit_vlm.evaluation.probe import ProbeResult, ProbeSettings, draw, probe
 from lit_vlm.heads import Head
 from lit_vlm.model.vlm import VLM
@@ -52,11 +53,12 @@ def main(argv: Sequence[str]) -> None:
         scenes = {"size": arguments.size, "max_things": 3, "maps": arguments.cells}
         train = Scenes("captions", settings.steps * settings.batch_size, **scenes)
         held_out = Scenes("captions", settings.held_out, split="held_out", **scenes)
+    checkpoints = {label: name_checkpoint(label) for label in labels}
     found_by: dict[str, ProbeResult] = {}
     teacher: Teacher | None = None
     # Runs that have a teacher first, as one model is in memory at a time.
-    for label in sorted(labels, key=lambda label: not _has_head(label, arguments.target)):
-        run = load_run(label, device)
+    for label in sorted(labels, key=lambda label: not _has_head(checkpoints[label], arguments.target)):
+        run = load_run(checkpoints[label], device)
         teacher = teacher or _teacher(arguments, run.module.vlm)
         with Progress(console=console) as progress:
             task = progress.add_task(f"probing {label}", total=settings.steps)
@@ -109,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
         "depth orders or the mIoU. The teacher is that of the head of this name in the recipe of one of the runs, "
         "otherwise exact maps.",
     )
-    parser.add_argument("checkpoints", nargs="+", type=Path, help="checkpoints, or folders of runs, to be compared")
+    parser.add_argument("checkpoints", nargs="+", type=Path, metavar="RUN", help=f"{RUN_HELP}; all are compared")
     parser.add_argument("--target", required=True, help="depth, seg, gen, or another head of the recipe")
     parser.add_argument("--images", type=Path, help="a folder of pictures (default: generated scenes)")
     parser.add_argument("--exact", action="store_true", help="take the exact maps of scenes, for depth and seg")

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import get_args
 
+from lit_vlm.commands.named_runs import RUN_HELP, name_checkpoint
 from lit_vlm.core.bits import Kind
 
 WHOLE_HOST = re.compile(r"https?://[^/@?#]+/")
@@ -55,16 +56,17 @@ def main(argv: Sequence[str]) -> None:
 
 
 def find_runs(checkpoints: Sequence[str]) -> dict[str, str]:
-    """Runs by the names that clients call them by.
+    """Checkpoints by the names that clients call them by, which are the paths as they were given.
 
     Raises:
         ValueError: for one that is named twice, or cannot be asked.
     """
     from lit_vlm.evaluation.asker import check_run
 
-    sources = {Path(source).as_posix(): source for source in checkpoints}
-    if len(sources) < len(checkpoints):
+    names = [Path(source).as_posix() for source in checkpoints]
+    if len(set(names)) < len(names):
         raise ValueError("a checkpoint is named twice")
+    sources = {name: name_checkpoint(name) for name in names}
     for source in sources.values():
         check_run(source)
     return sources
@@ -89,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
         "for evaluation and demonstrations; export a model as llava-hf for servers of production.",
     )
     add = parser.add_argument
-    add("checkpoint", nargs="+", help="a checkpoint, or the folder of a run; clients name it as model")
+    add("checkpoint", nargs="+", metavar="RUN", help=f"{RUN_HELP}; clients name it as model")
     add(
         "--host",
         default="127.0.0.1",
