@@ -9,7 +9,7 @@ CONSTRAINTS ?= constraints.txt
 # One thread for each of the two test processes: threads that wait for each other spin, and take the other's core.
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: help install quickstart test test-slow test-published test-cluster test-browser lint docs findings bench gpu clean
+.PHONY: help install quickstart test test-slow test-published test-cluster test-browser test-export lint docs findings bench gpu clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -46,6 +46,13 @@ test-cluster: install  ## the tests on a SLURM of four nodes, started on this ma
 test-browser: install  ## the page of `lit-vlm chat --web` in Chromium, which must be installed
 	@$(PIP) playwright && $(BIN)/python -m pytest -m browser tests/serving
 
+# An environment of its own: lmms-eval pins versions of packages that the project's tests do without.
+test-export:  ## exported models in all that they are tried with, lmms-eval among it; installs into VENV-export
+	@$(MAKE) --no-print-directory install VENV=$(VENV)-export
+	@$(VENV)-export/bin/python -m pip install --disable-pip-version-check --progress-bar off -q -e ".[lmms-eval]"
+	@OMP_NUM_THREADS=1 $(VENV)-export/bin/python -m pytest -n 2 -m "not browser" tests/hf tests/gguf tests/commands/test_export.py \
+		tests/evaluation/test_lmms_eval.py
+
 lint: install  ## ruff and mypy
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
@@ -73,4 +80,4 @@ gpu:  ## correctness and speed on one GPU, in under ten minutes; figures in buil
 	PYTHONPATH=$(CURDIR) $(GPU_PYTHON) -m tests.gpu.bench && PYTHONPATH=$(CURDIR) $(GPU_PYTHON) -m tests.gpu.table && exit $$code
 
 clean:  ## remove the virtual environment, the docs site and caches
-	rm -rf $(VENV) build/docs build/gpu .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-export build/docs build/gpu .pytest_cache .mypy_cache .ruff_cache

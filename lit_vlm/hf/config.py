@@ -23,6 +23,7 @@ STUB = "modeling_lit_vlm.py"
 """The file beside an exported model that imports the classes from the installed kit."""
 AUTO_CLASSES = {
     "AutoConfig": "LitVLMConfig",
+    "AutoModel": "LitVLMForConditionalGeneration",  # by which lmms-eval loads what transformers itself does not know
     "AutoModelForImageTextToText": "LitVLMForConditionalGeneration",
     "AutoProcessor": "LitVLMProcessor",
 }

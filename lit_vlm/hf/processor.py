@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -132,17 +132,16 @@ class LitVLMProcessor(ProcessorMixin):
             add_special_tokens: whether a text that lacks it gets the token that stands in front of every text.
             return_tensors: `pt` or None; pictures are tensors in any case.
             truncation: refused where it would cut, as a picture can only be there whole.
-            kwargs: nested `text_kwargs` and `images_kwargs`, as transformers passes them.
+            kwargs: nested `text_kwargs` and `images_kwargs`, as transformers passes them; videos and sound, if empty.
 
         Raises:
             ValueError: for a text without its picture, a picture without its mark, a picture that cannot be read, text
-                that would be cut, or an argument that this processor does not have.
+                that would be cut, videos or sound, or an argument that this processor does not have.
         """
         given = {**kwargs.pop("common_kwargs", {}), **kwargs.pop("text_kwargs", {}), **kwargs.pop("images_kwargs", {})}
         if given:
             return self(images, text, **{"return_tensors": return_tensors, "padding": padding} | given | kwargs)
-        if unknown := {key for key, value in kwargs.items() if value is not None} - IGNORED:
-            raise ValueError(f"LitVLMProcessor has no argument {', '.join(sorted(unknown))}")
+        _check_others(kwargs)
         if text is None:
             raise ValueError("give text: a picture is asked about, with <image> where it stands")
         texts = [text] if isinstance(text, str) else list(text)
@@ -214,8 +213,18 @@ class LitVLMProcessor(ProcessorMixin):
             raise ValueError(f"a picture cannot be used: {error}") from error
 
 
-IGNORED = frozenset({"videos", "audio", "return_mm_token_type_ids", "return_token_type_ids", "return_attention_mask"})
+OTHER_MEDIA = ("videos", "audio", "audios")
+"""Arguments that general code passes to every processor, mostly empty."""
+IGNORED = frozenset({"return_mm_token_type_ids", "return_token_type_ids", "return_attention_mask"})
 """Arguments that transformers passes to every processor, and that mean nothing to this one."""
+
+
+def _check_others(arguments: Mapping[str, Any]) -> None:
+    """Refuse what the processor has no argument for, unless it says nothing; raises ValueError."""
+    if shown := sorted(name for name in OTHER_MEDIA if arguments.get(name)):
+        raise ValueError(f"{', '.join(shown)}: this model is shown pictures alone")
+    if unknown := {key for key, value in arguments.items() if value is not None} - IGNORED - {*OTHER_MEDIA}:
+        raise ValueError(f"LitVLMProcessor has no argument {', '.join(sorted(unknown))}")
 
 
 def _check_call(texts: Sequence[Any], padding: Any, padding_side: Any, return_tensors: Any) -> None:

@@ -221,6 +221,8 @@ def test_pictures_of_a_batch_are_nested_or_flat(processor: LitVLMProcessor) -> N
         ({"text": ["<image>", "a"], "images": [[], ["P"]]}, "text 0 has 1 <image> marks and 0 pictures"),
         ({"images": "P"}, "give text"),
         ({"text": "a", "do_resize": True}, "has no argument do_resize"),
+        ({"text": "a", "videos": ["a.mp4"], "audios": []}, "videos: this model is shown pictures alone"),
+        ({"text": "a", "audio": [[0.0]]}, "audio: this model is shown pictures alone"),
         ({"text": "a" * 50, "truncation": True, "max_length": 20}, "50 positions do not fit max_length 20"),
         ({"text": "<image>", "images": np.zeros((4, 4, 3))}, "a picture cannot be used: .*must be uint8"),
         ({"text": "<image>", "images": np.zeros((5, 5, 2), np.uint8)}, "a picture cannot be used: .*must be uint8"),
