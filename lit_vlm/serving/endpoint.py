@@ -8,9 +8,10 @@ import time
 import uuid
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import replace
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -40,15 +41,21 @@ class ChatEndpoint(LitSpec):
     Args:
         models: names of the runs.
         most_tokens: longest answer in tokens.
+        left: folder for a file per request whose client has gone, as `Runs` reads it.
         prefixes: how addresses begin that pictures are fetched from.
         page: whether there is a page to talk to, at `PAGE`, and `/v1/seen`, which it asks.
     """
 
     def __init__(
-        self, models: Sequence[str], most_tokens: int, prefixes: Sequence[str] = (), page: bool = False
+        self,
+        models: Sequence[str],
+        most_tokens: int,
+        left: Path,
+        prefixes: Sequence[str] = (),
+        page: bool = False,
     ) -> None:
         super().__init__()
-        self.page = page
+        self.page, self.left = page, left
         self.api_path = "/v1/chat/completions"
         self.models, self.most_tokens, self.prefixes = list(models), most_tokens, list(prefixes)
         self.started = int(time.time())
@@ -96,7 +103,7 @@ class ChatEndpoint(LitSpec):
             only = await anext(replies)
         return _refusal(only.refused) if only.refused else JSONResponse(json.loads(only.text))
 
-    async def chat(self, request: ChatRequest) -> Response:
+    async def chat(self, request: ChatRequest, connection: Request) -> Response:
         """Answer a conversation."""
         try:
             question = asked(request, self.models, self.most_tokens, await self._fetched(request))
@@ -114,8 +121,11 @@ class ChatEndpoint(LitSpec):
             return StreamingResponse(_events(head, first, replies, with_usage), media_type="text/event-stream")
         text = first.text
         last = first
-        async for last in replies:
-            text += last.text
+        async with aclosing(replies):
+            async for last in replies:
+                text += last.text
+                if await connection.is_disconnected():  # a stream ends with its client, and this handler does not
+                    return Response()
         if last.refused:
             return _refusal(last.refused)
         message = {"role": "assistant", "content": text}
@@ -127,17 +137,22 @@ class ChatEndpoint(LitSpec):
         uid = uuid.uuid4()
         item = ResponseBufferItem(response_queue=deque(), event=asyncio.Event())
         self.response_buffer[uid] = item
+        wanted = True
         try:
             entry = (self.response_queue_id, uid, time.monotonic(), question)
             await asyncio.to_thread(self.request_queue.put, entry)
             async with aclosing(self.data_streamer(item.response_queue, item.event)) as pieces:
                 async for reply in pieces:
+                    wanted = not (reply.ended or reply.refused)
                     yield reply
-                    if reply.ended or reply.refused:
+                    if not wanted:
                         return
             yield Reply(refused=Refused("the process that answers has ended", 500))
         finally:  # a client that has gone leaves nothing behind
             self.response_buffer.pop(uid, None)
+            if wanted:
+                with suppress(OSError):  # the server ends as well
+                    (self.left / str(uid)).touch()
 
     async def _fetched(self, request: ChatRequest) -> dict[str, bytes]:
         """The pictures that are not in the request and may be fetched."""
@@ -165,7 +180,7 @@ async def _fetch(url: str) -> bytes:
 
 
 async def _events(
-    head: Mapping[str, Any], first: Reply, replies: AsyncIterator[Reply], with_usage: bool
+    head: Mapping[str, Any], first: Reply, replies: AsyncGenerator[Reply], with_usage: bool
 ) -> AsyncIterator[str]:
     """An answer as server-sent events."""
 
@@ -177,7 +192,7 @@ async def _events(
     last = first
     if first.text:
         yield event({"content": first.text})
-    if not first.ended:
+    async with aclosing(replies):
         async for last in replies:
             if last.text:
                 yield event({"content": last.text})

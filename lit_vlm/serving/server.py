@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import signal
 import socket
+import tempfile
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import FrameType
 
 import torch
@@ -56,9 +59,10 @@ def serve(
         raise ValueError(f"devices must be GPUs or one CPU, not {', '.join(map(str, devices))}")
     _check_port(host, port)
     kind = devices[0].type
-    spec = ChatEndpoint(list(sources), most_tokens, prefixes, page is not None)
+    left = Path(tempfile.mkdtemp(prefix="lit-vlm-clients-"))
+    spec = ChatEndpoint(list(sources), most_tokens, left, prefixes, page is not None)
     server = LitServer(
-        Runs(sources, batch_size, spec, quantise),
+        Runs(sources, batch_size, spec, left, quantise),
         accelerator=kind,
         devices=1 if kind == "cpu" else [device.index or 0 for device in devices],
         timeout=timeout,
@@ -83,6 +87,8 @@ def serve(
     except KeyboardInterrupt:  # while runs are loaded; later LitServe ends by itself
         for worker in getattr(server, "inference_workers", ()):
             worker.kill()
+    finally:
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def _end_quietly() -> None:

@@ -8,8 +8,9 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing, suppress
+from pathlib import Path
 from queue import Empty, Queue
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -59,13 +60,14 @@ class Runs(LitAPI):
         sources: name → checkpoint or folder of a run.
         batch_size: requests that are answered together at most.
         spec: the HTTP side.
+        left: folder in which the HTTP side makes a file for each request whose client has gone, named by its id.
         quantise: type of 4 or 8 bits in which blocks are stored.
     """
 
     def __init__(
-        self, sources: Mapping[str, str], batch_size: int, spec: LitSpec, quantise: Kind | None = None
+        self, sources: Mapping[str, str], batch_size: int, spec: LitSpec, left: Path, quantise: Kind | None = None
     ) -> None:
-        self.sources, self.quantise = dict(sources), quantise
+        self.sources, self.left, self.quantise = dict(sources), left, quantise
         super().__init__(batch_size, api_path="/v1/chat/completions", spec=spec, loop=Batches())
 
     def setup(self, device: str) -> None:
@@ -80,7 +82,7 @@ class Runs(LitAPI):
         sys.stdout.write(f"ready on {device}\n")
         sys.stdout.flush()
 
-    def answer(self, requests: Sequence[Asked]) -> Iterator[list[Reply | None]]:
+    def answer(self, requests: Sequence[Asked]) -> Generator[list[Reply | None]]:
         """Answer requests for one run together.
 
         Yields:
@@ -140,12 +142,16 @@ class _Waiting(NamedTuple):
     since: float
     asked: Asked
 
+    def has_left(self, folder: Path) -> bool:
+        """Whether its client has gone."""
+        return (folder / str(self.uid)).exists()
+
 
 class Batches(LitLoop):
     """Takes what waits in the queue, answers it together, and sends each piece on at once.
 
     An answer that ends does not wait for the others; a request that comes while others are answered waits for the last
-    of them.
+    of them that a client still waits for.
     """
 
     def __call__(
@@ -191,16 +197,21 @@ class Batches(LitLoop):
     def _serve(self, batch: Sequence[_Waiting], api: Runs, transport: MessageTransport) -> None:
         left = dict(enumerate(batch))
         try:
-            for replies in api.answer([one.asked for one in batch]):
-                for row, reply in enumerate(replies):
-                    if reply is not None:
-                        self._send(batch[row], reply, transport)
-                        if reply.ended or reply.refused:
-                            del left[row]
+            with closing(api.answer([one.asked for one in batch])) as steps:
+                for replies in steps:
+                    for row, reply in enumerate(replies):
+                        if reply is not None:
+                            self._send(batch[row], reply, transport)
+                            if reply.ended or reply.refused:
+                                del left[row]
+                    if left and all(one.has_left(api.left) for one in left.values()):
+                        break
         except Exception as error:  # one batch that does not fit into memory does not end the server
             why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             for one in left.values():
                 self._send(one, Reply(refused=Refused(f"the model failed: {why}", 500)), transport)
+        for one in batch:
+            (api.left / str(one.uid)).unlink(missing_ok=True)
 
     def _send(self, one: _Waiting, reply: Reply, transport: MessageTransport) -> None:
         self.put_response(transport, one.consumer, one.uid, reply, LitAPIStatus.OK, LoopResponseType.STREAMING)
