@@ -97,6 +97,10 @@ class Asker:
         """The prompt as text, with `<image>` for each image."""
         return self.format.prompt(record.messages, self.module.input_spec)
 
+    def pieces(self, record: Record) -> list[str | None]:
+        """The prompt as text in pieces, and None where an image stands; a typed `<image>` is text like any other."""
+        return self.format.pieces(record.messages, self.module.input_spec)
+
     def batch(self, samples: Sequence[Sample]) -> Batch:
         """A batch of left-padded prompts on the model's device, one sample per row."""
         return collate_prompts(samples, pad_id=self.pad_id).to(self.module.device)

@@ -94,7 +94,7 @@ class ChatEndpoint(LitSpec):
         return HTMLResponse(content, headers={"Content-Security-Policy": POLICY})
 
     async def show_seen(self, request: ChatRequest) -> Response:
-        """What the model sees of a conversation: the prompt as text, and pictures after the transform, as PNG."""
+        """What the model sees of a conversation: the prompt with the places of pictures, and them as it gets them."""
         try:
             question = asked(request, self.models, self.most_tokens, await self._fetched(request))
         except Refused as error:

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing, suppress
+from itertools import count
 from pathlib import Path
 from queue import Empty, Queue
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -122,7 +123,11 @@ def _at_once(asker: Asker, request: Asked, encoded: Sample | Refused) -> Reply |
         {"png": _png(image), "width": image.shape[2], "height": image.shape[1], "tokens": grid.num_tokens}
         for image, grid in zip(encoded.images, encoded.grids, strict=True)
     ]
-    prompt = asker.written(Record("chat", "chat", request.messages))
+    pictured = count()
+    prompt = [
+        {"picture": next(pictured)} if text is None else {"text": text}
+        for text in asker.pieces(Record("chat", "chat", request.messages))
+    ]
     seen = {"prompt": prompt, "positions": len(encoded), "pictures": pictures}
     return Reply(json.dumps(seen), "stop", len(encoded))
 

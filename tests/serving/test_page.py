@@ -76,10 +76,11 @@ def test_answers_are_those_of_the_model_in_fewer_bits(address: str, run: Path) -
 
 @pytest.mark.slow
 def test_what_the_model_sees_is_shown(address: str, run: Path) -> None:
-    seen = post(f"{address}/v1/seen", question("What is this?"))
-    content = (Image(data=base64.b64decode(uri().partition(",")[2])), Text("What is this?"))
+    seen = post(f"{address}/v1/seen", question("What is <image> this?"))
+    content = (Image(data=base64.b64decode(uri().partition(",")[2])), Text("What is <image> this?"))
     (sample,) = load_run(run).encode([Record("0", "asked", (Message("user", content),))])
-    assert "<image>What is this?" in seen["prompt"]
+    place = seen["prompt"].index({"picture": 0})
+    assert "".join(piece["text"] for piece in seen["prompt"][place + 1 :]).startswith("What is <image> this?")
     (picture,) = seen["pictures"]
     shown = PILImage.open(io.BytesIO(base64.b64decode(picture["png"].partition(",")[2])))
     assert np.array_equal(np.asarray(shown), sample.images[0].permute(1, 2, 0).numpy())
@@ -129,7 +130,9 @@ def test_in_a_browser(address: str, tmp_path: Path) -> None:
         page.click("#seen")
         page.wait_for_selector(".seen figcaption")
         assert page.locator(".seen pre").count() == 2
-        assert "<image>\nWhat is this?" in page.locator(".seen pre").first.inner_text()
+        shown = page.locator(".seen pre").first
+        assert "picture 1:" in shown.locator(".place").inner_text()
+        assert "What is this?" in shown.inner_text()
         page.click("#ask")
         page.wait_for_selector("#ask:not([disabled])")
         assert page.locator(".user img").count() == 2

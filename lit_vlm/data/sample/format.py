@@ -50,8 +50,12 @@ class SampleFormat:
 
     def prompt(self, messages: Sequence[Message], spec: InputSpec) -> str:
         """A conversation as text up to the next answer, with `<image>` for each image."""
+        return "".join(MARK if text is None else text for text in self.pieces(messages, spec))
+
+    def pieces(self, messages: Sequence[Message], spec: InputSpec) -> list[str | None]:
+        """A conversation up to the next answer: its text in pieces, and None where an image stands."""
         pieces = self.template.prompt(messages, spec.tokenizer.eos_token or "")
-        return "".join(piece.text if isinstance(piece, Span) else MARK for piece in pieces)
+        return [piece.text if isinstance(piece, Span) else None for piece in pieces]
 
     def sample_encoder(
         self, spec: InputSpec, too_long: Literal["truncate", "drop"] = "drop", prompt: bool = False, extra: int = 0
