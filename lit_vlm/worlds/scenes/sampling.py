@@ -57,8 +57,11 @@ def sample_scene(
             for those that would hide each other at one scale alone.
 
     Raises:
-        ValueError: if there are no looks, or more than 6, or no room for them was found.
+        ValueError: if there are no looks, or more than 6, no room for them was found, or things would be larger than
+            usual.
     """
+    if not 0 < thing_scale <= 1:  # places are drawn for the widest thing of the usual sizes
+        raise ValueError(f"thing_scale is {thing_scale}; it must be above 0 and at most 1")
     rng = random.Random(f"scene-{seed}")
     if looks is None:
         looks = sample_looks(rng, rng.randint(1, max_things))

@@ -140,6 +140,12 @@ def test_a_thing_scale_shrinks_things_where_they_stand() -> None:
         assert 0 < areas[1] <= 0.4 * areas[0]  # a quarter, and what a grid of pixels does to a few of them
 
 
+@pytest.mark.parametrize("scale", [0.0, 1.5])
+def test_a_scale_that_places_are_not_drawn_for_is_refused(scale: float) -> None:
+    with pytest.raises(ValueError, match="it must be above 0 and at most 1"):
+        sample_scene(1, thing_scale=scale)
+
+
 def test_small_things_are_hidden_in_part_at_most() -> None:
     for seed in range(60):
         scene = sample_scene(f"seen-{seed}", thing_scale=0.5)
