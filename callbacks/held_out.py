@@ -120,8 +120,12 @@ def _rows(found: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [
         {"when": when, "source": source, **{column: own.get(column) for column in columns}}
         for when, scores in found.items()
-        for source, own in {"all": scores, **scores.get("by_source", {})}.items()
+        for source, own in {"all": scores, **_several(scores.get("by_source", {}))}.items()
     ]
+
+
+def _several(by_source: Mapping[str, Any]) -> Mapping[str, Any]:
+    return by_source if len(by_source) > 1 else {}
 
 
 def _line(scores: HeldOutScores) -> str:

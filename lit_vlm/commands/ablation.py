@@ -249,11 +249,25 @@ def unscored(file: AblationFile, last: Mapping[str, Mapping[str, Any]]) -> list[
                     f"{claim.text!r} wants {claim.score}, and the last stage of {variant} has no callbacks.HeldOut: "
                     "add trainer.callbacks+: callbacks.HeldOut to the flags, or name another score"
                 )
+            elif first == "held_out" and (there := _sources_but(rest, last[variant])):
+                lines.append(
+                    f"{claim.text!r} wants {claim.score}, and the last stage of {variant} holds out {there}: "
+                    f"name one of these, or held_out/{rest.rpartition('/')[2]} for all"
+                )
             elif first not in (*MEASURED, *asked) and "Evaluate" not in callbacks and not named_by_class:
                 lines.append(
                     f"{claim.text!r} wants {claim.score}, which nothing asks for: name the task under evaluate"
                 )
     return lines
+
+
+def _sources_but(score: str, settings: Mapping[str, Any]) -> str:
+    """Names of the held-out sources of a stage if a score such as `SOURCE/accuracy` names none of them; else nothing."""
+    source, _, _ = score.rpartition("/")
+    val = settings["data"].get("val")
+    if source in ("", "shuffled") or not isinstance(val, Mapping) or "class_path" in val or source in val:
+        return ""  # sources without names of their own are named by their data
+    return ", ".join(val)
 
 
 def _refuse_other(file: AblationFile, folder: Path) -> None:

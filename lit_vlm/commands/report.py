@@ -45,7 +45,7 @@ def report(folder: Path, stages: Sequence[str], next_steps: Sequence[str], conso
     console.rule("done")
     if rows:
         console.print(_table(rows))
-        if rows[-1][1].get("by_source"):
+        if len(rows[-1][1].get("by_source") or ()) > 1:
             console.print(_table_by_source(rows))
     for picture in pictures[-1:]:
         console.print(f"held-out pictures and answers: {picture}", soft_wrap=True)

@@ -68,7 +68,7 @@ class HeldOutScores:
         choice_chance: accuracy of guessing: the mean of 1 / number of options; None without any.
         num_records: records that were scored.
         num_choices: records with options that were scored.
-        by_source: the scores of each source, where there are several.
+        by_source: the scores of each source, of one that is alone as well.
     """
 
     loss: float
@@ -126,8 +126,6 @@ def held_out_scores(judged: Sequence[Judged]) -> HeldOutScores:
     """The scores over all answers, and those of each source."""
     sources = sorted({one.source for one in judged})
     scores = _means(judged)
-    if len(sources) == 1:
-        return scores
     return replace(scores, by_source={name: _means([one for one in judged if one.source == name]) for name in sources})
 
 

@@ -92,7 +92,7 @@ def _of_records(
             main=main and name in ("loss", "accuracy"),
             by_kind={
                 source: float(its[kind])
-                for source, its in by_source.items()
+                for source, its in (by_source.items() if len(by_source) > 1 else ())
                 if its.get(kind := _accuracy(its) if name == "accuracy" else key) is not None
             },
         )

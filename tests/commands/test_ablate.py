@@ -126,13 +126,39 @@ def test_claims_whose_score_nothing_leaves_are_named() -> None:
     given = {"recipe": "eve", "variants": {"a": {}}, "evaluate": [{"task": "scenes"}], "claims": claims}
     given["probe"] = [{"target": "gen"}]
     callbacks = {"base": ["callbacks.HeldOut"], "a": ["callbacks.Throughput"]}
-    last = {name: {"trainer": {"callbacks": [{"class_path": one} for one in own]}} for name, own in callbacks.items()}
+    last = {
+        name: {"trainer": {"callbacks": [{"class_path": one} for one in own]}, "data": {"val": None}}
+        for name, own in callbacks.items()
+    }
     held_out, *tasks = unscored(checked(AblationFile, given, "x"), last)
     assert held_out.startswith("'t' wants held_out/loss, and the last stage of a has no callbacks.HeldOut: add")
     assert set(tasks) == {
         "'t' wants vqa/a, which nothing asks for: name the task under evaluate",
         "'t' wants probe/seg/miou: add 'probe: [{target: seg}]' to the file",
     }
+
+
+@pytest.mark.parametrize(
+    ("score", "remark"),
+    [
+        ("held_out/accuracy", None),
+        ("held_out/shuffled/accuracy", None),
+        ("held_out/colours/accuracy", None),
+        (
+            "held_out/shapes/accuracy",
+            "'t' wants held_out/shapes/accuracy, and the last stage of a holds out colours, text: name one of these, or "
+            "held_out/accuracy for all",
+        ),
+    ],
+)
+def test_claims_on_a_source_that_is_not_held_out_are_named(score: str, remark: str | None) -> None:
+    claim = {"text": "t", "better": "base", "worse": "a", "score": score}
+    file = checked(AblationFile, {"recipe": "eve", "variants": {"a": {}}, "claims": [claim]}, "x")
+    both = {"shapes": {"class_path": "x"}, "colours": {"class_path": "x"}}
+    other = {"colours": {"class_path": "x"}, "text": {"class_path": "x"}}
+    callbacks = {"callbacks": [{"class_path": "callbacks.HeldOut"}]}
+    last = {name: {"trainer": callbacks, "data": {"val": val}} for name, val in {"base": both, "a": other}.items()}
+    assert unscored(file, last) == ([] if remark is None else [remark])
 
 
 def test_a_dry_run_lists_missing_data(tmp_path: Path) -> None:

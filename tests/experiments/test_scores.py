@@ -31,6 +31,17 @@ def test_held_out_scores_have_direction_chance_control_kinds_and_answers(tmp_pat
     assert run.flags == ("llava15", "--scale mini", "--strategy single", "--stages 1_align,2_sft")
 
 
+def test_a_source_that_is_alone_has_scores_of_its_own_name(tmp_path: Path) -> None:
+    folder = finished_run(tmp_path / "a", answered=False)
+    file = folder / "2_sft" / "held_out.json"
+    found = json.loads(file.read_text())
+    found["after"]["by_source"] = {"count": {**found["after"], "by_source": {}}}
+    file.write_text(json.dumps(found))
+    scores = read_run(folder).scores
+    assert scores["held_out/count/accuracy"].value == scores["held_out/accuracy"].value == 0.5
+    assert scores["held_out/accuracy"].by_kind == {}
+
+
 def test_without_options_accuracy_is_exact_match(tmp_path: Path) -> None:
     folder = finished_run(tmp_path / "a", answered=False)
     file = folder / "2_sft" / "held_out.json"
