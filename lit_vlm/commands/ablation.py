@@ -262,7 +262,7 @@ def unscored(file: AblationFile, last: Mapping[str, Mapping[str, Any]]) -> list[
 
 
 def _sources_but(score: str, settings: Mapping[str, Any]) -> str:
-    """Names of the held-out sources of a stage if a score such as `SOURCE/accuracy` names none of them; else nothing."""
+    """Names of a stage's held-out sources if a score such as `SOURCE/accuracy` names none of them; else nothing."""
     source, _, _ = score.rpartition("/")
     val = settings["data"].get("val")
     if source in ("", "shuffled") or not isinstance(val, Mapping) or "class_path" in val or source in val:

@@ -146,8 +146,8 @@ def test_claims_whose_score_nothing_leaves_are_named() -> None:
         ("held_out/colours/accuracy", None),
         (
             "held_out/shapes/accuracy",
-            "'t' wants held_out/shapes/accuracy, and the last stage of a holds out colours, text: name one of these, or "
-            "held_out/accuracy for all",
+            "'t' wants held_out/shapes/accuracy, and the last stage of a holds out colours, text: name one of "
+            "these, or held_out/accuracy for all",
         ),
     ],
 )

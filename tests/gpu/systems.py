@@ -70,7 +70,9 @@ def values(system: System, device: str, dtype: torch.dtype) -> Values:
         losses = model(batch, system.losses)
     sum(weight * losses[name] for name, weight in system.losses.items() if weight).backward()
     # Copies: gradients that the model still holds go with it to another device.
-    gradients = {n: p.grad.to("cpu", torch.float32, copy=True) for n, p in model.named_parameters() if p.grad is not None}
+    gradients = {
+        n: p.grad.to("cpu", torch.float32, copy=True) for n, p in model.named_parameters() if p.grad is not None
+    }
     return Values({name: loss.detach().float().cpu() for name, loss in losses.items()}, gradients)
 
 

@@ -11,11 +11,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lit_vlm import mini
 from lit_vlm.core.cache import held
 from lit_vlm.core.precision import DTYPES
 from lit_vlm.core.pretrained import load_weights, resolve
-from lit_vlm.encoders import TimmEncoder
+from lit_vlm.encoders import HFEncoder, TimmEncoder
+from lit_vlm.worlds import mini
+from lit_vlm.worlds.mini import decoder, encoders
 from lit_vlm.worlds.scenes import QUESTION_KINDS, Look, Scenes, sample_scene
 from lit_vlm.worlds.scenes.world import COLOURS, SHAPES, SIZES
 from tests.forkserver import interpreter
@@ -26,19 +27,20 @@ from tests.runs import environment
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache with all parts after two steps."""
     folder = tmp_path_factory.mktemp("cache")
-    decoder, encoder, classes = (folder / f"{name}-{version}" for name, version in mini.PARTS.items())
-    for part in (decoder, encoder, classes):
+    text, encoder, classes, vit = (folder / f"{name}-{version}" for name, version in mini.PARTS.items())
+    for part in (text, encoder, classes, vit):
         part.mkdir()
-    mini.train_decoder(decoder, steps=2, rows=2, documents=20)
-    mini.train_encoder(encoder, steps=2, batch=4)
-    mini.train_encoder(classes, steps=2, batch=4, classes_only=True)
+    decoder.train_decoder(text, steps=2, rows=2, documents=20)
+    encoders.train_encoder(encoder, steps=2, batch=4)
+    encoders.train_encoder(classes, steps=2, batch=4, classes_only=True)
+    encoders.train_vit(vit, steps=2, batch=4)
     return folder
 
 
 def test_parts_are_found_by_name(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LIT_VLM_CACHE", str(cache))
-    decoder = AutoModelForCausalLM.from_pretrained(resolve("made:scenes-decoder"))
-    assert 3e6 < decoder.num_parameters() < 6e6
+    text = AutoModelForCausalLM.from_pretrained(resolve("made:scenes-decoder"))
+    assert 3e6 < text.num_parameters() < 6e6
     encoder = TimmEncoder("resnet10t", pretrained="made:scenes-encoder", depth=3, image_size=96)
     state = encoder.pretrained_state()
     assert state is not None
@@ -48,6 +50,13 @@ def test_parts_are_found_by_name(cache: Path, monkeypatch: pytest.MonkeyPatch) -
     classes = load_weights(resolve("made:scenes-classes-encoder"))
     assert classes.keys() == saved.keys()
     assert not torch.equal(classes["conv1.0.weight"], saved["conv1.0.weight"])  # other losses from the same start
+    vit = HFEncoder("made:scenes-vit", layer=-1)
+    kept = vit.pretrained_state()
+    assert kept is not None
+    assert kept.keys() == vit.state_dict().keys()
+    saved = load_weights(str(Path(resolve("made:scenes-vit")) / "model.safetensors"))
+    key = "encoder.layers.5.mlp.fc2.weight"
+    assert torch.equal(kept[f"backbone.{key}"], next(value for name, value in saved.items() if name.endswith(key)))
     with pytest.raises(ValueError, match="there is no part 'made:poems'; there are made:scenes-decoder, made:scenes-e"):
         resolve("made:poems")
 
@@ -56,6 +65,9 @@ def test_parts_are_found_by_name(cache: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_configuration_and_tokenizer_come_without_training(tmp_path: Path) -> None:
     with held(tmp_path / "scenes-decoder-weights.lease", "trains it meanwhile"):  # which is not waited for
         folder = mini.made("scenes-decoder", tmp_path, weights=False)
+    vit = mini.made("scenes-vit", tmp_path, weights=False)
+    assert (vit / "config.json").is_file()
+    assert not list(vit.glob("*.safetensors"))
     assert not list(folder.glob("*.safetensors"))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert 256 < len(tokenizer) <= json.loads((folder / "config.json").read_text())["vocab_size"]
@@ -67,18 +79,18 @@ def test_configuration_and_tokenizer_come_without_training(tmp_path: Path) -> No
 
 def test_answers_weigh_most(cache: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(cache / f"scenes-decoder-{mini.PARTS['scenes-decoder']}")
-    ids, weights = mini._tokens(tokenizer, 12, 64)
+    ids, weights = decoder._tokens(tokenizer, 12, 64)
     answers = tokenizer.decode(ids[weights == 1.0])
     assert "Question" not in answers
     assert "USER" not in answers
     assert "things" not in answers
-    assert weights.unique().tolist() == pytest.approx([mini.REST, 1.0])
+    assert weights.unique().tolist() == pytest.approx([decoder.REST, 1.0])
 
 
 def test_cell_targets() -> None:
     look = Look("cone", "cyan", "large")
     scene = sample_scene("one", [look])
-    here, what = mini._cell_targets([scene], 6)
+    here, what = encoders._cell_targets([scene], 6)
     column, row, depth = scene.camera.project(scene.things[0].centre)
     assert here.sum() == 1
     found = what[0, int(row * 6), int(column * 6)].tolist()
