@@ -40,6 +40,11 @@ class Grid(NamedTuple):
         return self.prefix + self.rows * (self.cols + self.row_end) + self.suffix
 
 
+def patches_alone(grids: Sequence[Grid]) -> tuple[Grid, ...]:
+    """The grids without the tokens around their patches."""
+    return tuple(Grid(grid.rows, grid.cols) for grid in grids)
+
+
 class Patches(NamedTuple):
     """Where the p patches of n images are among their visual tokens: row by row, without the tokens around them.
 

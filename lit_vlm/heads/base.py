@@ -84,6 +84,19 @@ class Head(Part, ABC):
             ValueError: where the targets do not fit the batch or the head.
         """
 
+    def predictions(self, states: Mapping[Tap, Tensor], batch: Batch) -> Mapping[str, VisualTokens]:
+        """What the head takes the teacher's features of the pictures to be, to be looked at.
+
+        Args:
+            states: the tensor of each tap, as for `loss`.
+            batch: the batch that the states belong to, with at least one image.
+
+        Returns:
+            where it is read, in words → features of patches alone, in fp32, one grid for each of `batch.image_grids`;
+            by default none: not all heads predict something that lies on a picture.
+        """
+        return {}
+
     def nothing(self, states: Mapping[Tap, Tensor]) -> Tensor:
         """The loss of a batch without images: a zero whose graph holds every parameter and every state.
 

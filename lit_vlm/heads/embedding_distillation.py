@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from lit_vlm.core.batch import Batch, VisualTokens, index_suffixes
+from lit_vlm.core.batch import Batch, Grid, VisualTokens, index_suffixes
 from lit_vlm.core.flops import Flops, FlopsOf
 from lit_vlm.core.losses import contrastive_loss, smooth_l1_distance
 from lit_vlm.core.transfer import send
@@ -160,6 +161,15 @@ class EmbeddingDistillation(Head):
                 queries = hidden.flatten(0, 1)[places].mean(1, keepdim=True)
             outputs.append(predictor(hidden, queries, rows, mask))
         return torch.stack(outputs)
+
+    def predictions(self, states: Mapping[Tap, Tensor], batch: Batch) -> Mapping[str, VisualTokens]:
+        """The predictions from each layer, where the teacher's features are a square; see `Head.predictions`."""
+        side = math.isqrt(self.num_targets)
+        if side == 1 or side**2 != self.num_targets:
+            return {}
+        grids = (Grid(side, side),) * len(batch.image_grids)
+        found = self.predict(states, batch).float().flatten(1, 2)
+        return {f"layer {layer}": VisualTokens(one, grids) for layer, one in zip(self.layers, found, strict=True)}
 
     def _reading(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Find what the predictor of each image reads.

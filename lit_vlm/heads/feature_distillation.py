@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_vlm.core.batch import Batch, Grid, VisualTokens, index_suffixes
+from lit_vlm.core.batch import Batch, Grid, VisualTokens, index_patches, index_suffixes, patches_alone
 from lit_vlm.core.losses import cosine_distance, smooth_l1_distance
 from lit_vlm.core.transfer import send
 from lit_vlm.heads.base import Head, Tap
@@ -62,6 +62,12 @@ class FeatureDistillation(Head):
         distances = DISTANCES[self.distance](student, _on_grids(targets, grids))
         lengths = torch.tensor([grid.num_tokens for grid in grids])
         return (distances / send(lengths.repeat_interleave(lengths), distances.device)).sum()
+
+    def predictions(self, states: Mapping[Tap, Tensor], batch: Batch) -> Mapping[str, VisualTokens]:
+        """The predictor's output at each patch; see `Head.predictions`."""
+        positions = batch.image_positions[send(index_patches(batch.image_grids).position, batch.image_positions.device)]
+        student = self.predictor(states[self.layer].flatten(0, 1)[positions])
+        return {f"layer {self.layer}": VisualTokens(student.float(), patches_alone(batch.image_grids))}
 
 
 def _on_grids(tokens: VisualTokens, grids: tuple[Grid, ...]) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lit_vlm.core.batch import Batch, Grid, Patches, VisualTokens, index_patches
+from lit_vlm.core.batch import Batch, Grid, Patches, VisualTokens, index_patches, patches_alone
 from lit_vlm.core.flops import Flops, FlopsOf, Weights, attention
 from lit_vlm.core.losses import cosine_distance
 from lit_vlm.core.transfer import send
@@ -83,6 +83,13 @@ class PatchAlignment(Head):
         places = _teacher_positions(patches, batch.image_grids, targets.grids, ratio)
         expected = targets.features[send(places, student.device)]
         return self._mean_distances(student, expected, patches.image)
+
+    def predictions(self, states: Mapping[Tap, Tensor], batch: Batch) -> Mapping[str, VisualTokens]:
+        """What is merged of all layers, at each patch; see `Head.predictions`."""
+        positions = batch.image_positions[send(index_patches(batch.image_grids).position, batch.image_positions.device)]
+        student = self.student([states[layer].flatten(0, 1)[positions] for layer in self.layers])
+        layers = ", ".join(str(layer) for layer in sorted(self.layers))
+        return {f"layers {layers}": VisualTokens(student.float(), patches_alone(batch.image_grids))}
 
     def flops(self) -> FlopsOf:
         """Operations per compared patch, or window of patches: the weights of all layers, and attention over layers."""

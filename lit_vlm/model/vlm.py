@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -117,31 +117,55 @@ class VLM(nn.Module):
                 head.
         """
         heads = {name: head for name, head in self.heads.items() if losses.get(name) and isinstance(head, Head)}
-        wanted = {layer for head in heads.values() for layer in head.taps}
-        taps = tuple(sorted(tap for tap in wanted if isinstance(tap, int) and tap != WORDS))
         next_token = bool(losses.get(NEXT_TOKEN))
+        states, output = self._states(batch, list(heads.values()), next_token)
         sums: dict[str, Tensor] = {}
-        embeds = self.embed(batch)
-        states: dict[Tap, Tensor] = {0: embeds}
-        if next_token or any(taps):
-            output = self.decoder(
-                embeds, batch.position_ids, taps, visual=batch.image_positions, segments=batch.segments
-            )
-            states = dict(output.taps)
-            if next_token:
-                params = [p for p in self.decoder.head_parameters() if p.requires_grad]
-                hidden = output.hidden.flatten(0, 1)[batch.target_positions]
-                chunk = chunk_rows(self.decoder.vocab_size)
-                sums[NEXT_TOKEN] = next_token_loss(hidden, batch.targets, self.decoder.logits, params, chunk)
-        if WORDS in wanted:
-            states[WORDS] = self.embedder.words(batch.input_ids, self.decoder).detach()
-        states |= {tap: self.embedder.task_parameters(tap) for tap in wanted if isinstance(tap, str)}
+        if next_token:
+            assert output is not None
+            params = [p for p in self.decoder.head_parameters() if p.requires_grad]
+            hidden = output.hidden.flatten(0, 1)[batch.target_positions]
+            chunk = chunk_rows(self.decoder.vocab_size)
+            sums[NEXT_TOKEN] = next_token_loss(hidden, batch.targets, self.decoder.logits, params, chunk)
         for name, head in heads.items():
             try:
                 sums[name] = head(states, batch, batch.prepared.get(name) or batch.teacher_images.get(name))
             except ValueError as error:  # there may be several of one class
                 raise ValueError(f"model.heads.{name}: {error}") from error
         return sums
+
+    def _states(
+        self, batch: Batch, heads: Sequence[Head], decode: bool
+    ) -> tuple[dict[Tap, Tensor], DecoderOutput | None]:
+        """What heads read, and the decoder's output; it runs if a head reads a layer, or if `decode`."""
+        wanted = {tap for head in heads for tap in head.taps}
+        taps = tuple(sorted(tap for tap in wanted if isinstance(tap, int) and tap != WORDS))
+        embeds = self.embed(batch)
+        states: dict[Tap, Tensor] = {0: embeds}
+        output = None
+        if decode or any(taps):
+            output = self.decoder(
+                embeds, batch.position_ids, taps, visual=batch.image_positions, segments=batch.segments
+            )
+            states = dict(output.taps)
+        if WORDS in wanted:
+            states[WORDS] = self.embedder.words(batch.input_ids, self.decoder).detach()
+        states |= {tap: self.embedder.task_parameters(tap) for tap in wanted if isinstance(tap, str)}
+        return states, output
+
+    @torch.no_grad()
+    def predictions(self, batch: Batch) -> dict[str, Mapping[str, VisualTokens]]:
+        """What heads take their teachers' features of a batch's images to be, by name of the head.
+
+        Returns:
+            head → where it is read → features; see `Head.predictions`. Without images, and for heads that predict
+            nothing that lies on a picture, there is none.
+        """
+        heads = {name: head for name, head in self.heads.items() if isinstance(head, Head)}
+        if not heads or not batch.image_grids:
+            return {}
+        states, _ = self._states(batch, list(heads.values()), False)
+        found = {name: head.predictions(states, batch) for name, head in heads.items()}
+        return {name: one for name, one in found.items() if one}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> VLM:
         """Move or cast all tensors, but keep the dtype of tables that are computed in constructors and saved nowhere.

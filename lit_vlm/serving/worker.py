@@ -119,8 +119,14 @@ def _at_once(asker: Asker, request: Asked, encoded: Sample | Refused) -> Reply |
         return Reply(refused=encoded)
     if not request.seen:
         return None
-    pictures = [
-        {"png": _png(image), "width": image.shape[2], "height": image.shape[1], "tokens": grid.num_tokens}
+    pictures: list[dict[str, Any]] = [
+        {
+            "png": _png(image),
+            "width": image.shape[2],
+            "height": image.shape[1],
+            "tokens": grid.num_tokens,
+            "predicted": [],
+        }
         for image, grid in zip(encoded.images, encoded.grids, strict=True)
     ]
     pictured = count()
@@ -128,6 +134,10 @@ def _at_once(asker: Asker, request: Asked, encoded: Sample | Refused) -> Reply |
         {"picture": next(pictured)} if text is None else {"text": text}
         for text in asker.pieces(Record("chat", "chat", request.messages))
     ]
+    for head, places in asker.predictions(encoded).items():
+        for place, drawn in places.items():
+            for picture, colours in zip(pictures, drawn, strict=True):
+                picture["predicted"].append({"head": head, "read": place, "png": _png(colours)})
     seen = {"prompt": prompt, "positions": len(encoded), "pictures": pictures}
     return Reply(json.dumps(seen), "stop", len(encoded))
 

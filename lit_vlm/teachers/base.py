@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from lit_vlm.core.batch import Images, PixelSpec, VisualTokens
 from lit_vlm.core.narrow import narrow_operands
@@ -38,6 +39,10 @@ class Teacher(ABC):
     @abstractmethod
     def identity(self) -> str:
         """What decides the teacher's features, as text: prepared features of another identity are refused."""
+
+    def colours(self, features: Tensor) -> Tensor | None:
+        """Features `[t, width]` as red, green and blue from 0 to 1, `[t, 3]`; None where numbers mean no colour."""
+        return None
 
     def network(self) -> Callable[[], Encoder] | None:
         """A factory of the encoder that the teacher runs, for counting its operations; None if it runs none."""

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from lit_vlm.core.batch import Images, VisualTokens
+from lit_vlm.core.batch import Batch, Images, VisualTokens, patches_alone
 from lit_vlm.data.sample.collate import collate
 from lit_vlm.heads import Head
 from lit_vlm.heads.base import counted
 from lit_vlm.model.build import build
+from lit_vlm.model.vlm import VLM
 from lit_vlm.teachers import Teacher
 from lit_vlm.testing.rules import all_train, broken, built, near, pickled
 from lit_vlm.testing.tiny import Size, random_images, samples_for, tiny_slots
@@ -61,11 +62,22 @@ def check_head(
              "A head returns a sum, and the kit divides it")  # fmt: skip
     if abs(sum(counted(normaliser, one) for one in each) - counted(normaliser, batch)) > 1e-6:
         broken(head, "its count of a batch is not the sum over its samples", "Counts of micro-batches are added up")
+    _check_predictions(model, head, batch)
     if head.teacher is not None and head.teacher.known is None:
         with torch.no_grad():
             batch.prepared[NAME] = head.teacher.targets(batch.teacher_images.pop(NAME))
             near(head, model(batch, losses)[NAME], loss.detach(), "prepared targets give another loss",
                  "Targets are read from a cache or computed, with the same numbers")  # fmt: skip
+
+
+def _check_predictions(model: VLM, head: Head, batch: Batch) -> None:
+    """What a head predicts lies on the patches of each image of a batch."""
+    rule = "Predictions are features of patches alone, in fp32, with a grid for each image"
+    for place, found in model.predictions(batch).get(NAME, {}).items():
+        if len(found.grids) != len(batch.image_grids) or found.grids != patches_alone(found.grids):
+            broken(head, f"its predictions of {place} have the grids {found.grids}", rule)
+        if len(found.features) != sum(grid.num_tokens for grid in found.grids) or found.features.dtype != torch.float32:
+            broken(head, f"its predictions of {place} are {found.features.dtype} {tuple(found.features.shape)}", rule)
 
 
 def check_teacher(factory: Callable[[], Teacher], sizes: Sequence[Size] | None = None) -> None:
