@@ -13,7 +13,7 @@ from PIL import Image as PILImage
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from lit_vlm.checkpoints.published.layout import TOLERANCE
+from lit_vlm.checkpoints.published.layout import TOLERANCE, difference_of
 from lit_vlm.data.records import Image, Message, Record, RecordError, Text
 from lit_vlm.data.sample.collate import collate, collate_prompts
 from lit_vlm.data.sample.encode import Sample
@@ -32,7 +32,7 @@ class Differences:
     """The largest differences between a model and what was read back, in fp32.
 
     Attributes:
-        logits: of the logits, over prompts with a picture, with two, and without, padded together.
+        logits: of the logits, over prompts with a picture, with two, and without, padded together; see `difference_of`.
         gradients: of the projector's gradients, relative to the largest of them; 0 for one without parameters.
     """
 
@@ -97,7 +97,7 @@ def compare(
     rows = [
         (ours[row, : len(sample)], theirs[row, theirs.shape[1] - len(sample) :]) for row, sample in enumerate(samples)
     ]
-    logits = max(float((a - b).abs().max()) for a, b in rows)
+    logits = max(difference_of(theirs, ours) for ours, theirs in rows)
     gradients = _gradients(model, loaded, projector, batch, inputs, rows)
     if not max(logits, gradients) <= TOLERANCE:
         raise ValueError(

@@ -11,6 +11,7 @@ from transformers import AutoProcessor, LlavaConfig, LlavaForConditionalGenerati
 
 from lit_vlm.checkpoints import load_published, read_slots
 from lit_vlm.checkpoints.published import FAMILIES, export_published, llava_written
+from lit_vlm.checkpoints.published.layout import difference_of
 from lit_vlm.core.lora import Adapters, Lora, is_adapter
 from lit_vlm.data import ChatML, SquareCrop
 from lit_vlm.data.records import Image as Picture
@@ -102,6 +103,12 @@ def test_an_export_that_gives_other_logits_is_not_called_a_success(tmp_path: Pat
     monkeypatch.setattr(llava_written, "_fill", broken)
     with pytest.raises(ValueError, match="logits differ by"):
         FAMILIES["llava-hf"].export(tiny_vlm(), tmp_path / "out")
+
+
+def test_rounding_grows_with_the_logits_and_is_no_difference() -> None:
+    logits = torch.tensor([0.1, -0.2])
+    assert difference_of(logits + 2e-5, logits) == pytest.approx(2e-5, rel=1e-2)
+    assert difference_of(-30 * logits.sign() + 6e-5, -30 * logits.sign()) == pytest.approx(2e-6, rel=0.1)
 
 
 def test_models_of_another_form_cannot_be_exported(tmp_path: Path) -> None:

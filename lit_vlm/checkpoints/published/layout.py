@@ -305,6 +305,11 @@ def published_state(model: VLM, names: Names, heads: Mapping[str, str]) -> dict[
     return state
 
 
+def difference_of(found: Tensor, expected: Tensor) -> float:
+    """The largest difference of a logit; a share of the largest logit if that is above 1, as rounding grows with it."""
+    return float((found - expected).abs().max() / expected.abs().max().clamp(min=1))
+
+
 def check_written(model: VLM, out: Path, load: Callable[[Path], VLM]) -> float:
     """The largest difference of the logits, in fp32, between a model and the one that `load` reads from `out`.
 
@@ -313,7 +318,7 @@ def check_written(model: VLM, out: Path, load: Callable[[Path], VLM]) -> float:
     """
     batch = trial_batch(model)
     with torch.no_grad():
-        difference = float((model.logits(batch) - load(out).logits(batch)).abs().max())
+        difference = difference_of(load(out).logits(batch), model.logits(batch))
     if not difference <= TOLERANCE:
         raise ValueError(f"the exported model's logits differ by {difference:.2e}, more than {TOLERANCE:g}: {out}")
     return difference

@@ -18,7 +18,7 @@ from transformers import (
 )
 from transformers.models.llava.image_processing_llava import LlavaImageProcessor
 
-from lit_vlm.checkpoints.published.layout import TOLERANCE, new_folder, trial_batch
+from lit_vlm.checkpoints.published.layout import TOLERANCE, difference_of, new_folder, trial_batch
 from lit_vlm.core.part import StateDict
 from lit_vlm.data import ImageTransform, PadSquare, SquareCrop
 from lit_vlm.data.records import Message, Text
@@ -287,4 +287,4 @@ def _compare(model: VLM, out: Path, words: _NewWords) -> float:
     with torch.no_grad():
         ours = model.logits(batch)
         theirs = loaded(input_ids=ids, pixel_values=pixels).logits[..., : ours.shape[-1]]
-    return float((ours - theirs).abs().max())
+    return difference_of(theirs, ours)
