@@ -13,6 +13,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from lit_vlm.commands.named_runs import name_checkpoint
 from lit_vlm.data.records import Image, Record
 from lit_vlm.evaluation.asker import Asker, load_run
 from lit_vlm.evaluation.held_out import held_out_scores, judge_held_out
@@ -22,7 +23,7 @@ from lit_vlm.gguf.kinds import KINDS
 from lit_vlm.gguf.runtime import Runtime
 from lit_vlm.worlds.scenes import Scenes
 
-COUNT, NEW_TOKENS, LONG = 100, 8, 64
+COUNT, NEW_TOKENS, LONG, TOLD = 100, 8, 64, 500
 
 
 @dataclass(frozen=True)
@@ -59,12 +60,12 @@ def _asked(run: Asker, record: Record) -> _Asked:
 
 
 def _nats(runtime: Runtime, run: Asker, one: _Asked) -> list[float]:
-    """Negative log-likelihood of each token of the right answer."""
-    vocabulary = run.module.vlm.decoder.vocab_size
+    """Negative log-likelihood of each token of the right answer; of one that is not told, that of the least that is."""
     found = []
     for place, wanted in enumerate(one.ids):
         before = run.spec.tokenizer.decode(one.ids[:place])
-        found.append(-runtime.answer(one.prompt + before, [one.picture], 1, vocabulary).first[wanted])
+        first = runtime.answer(one.prompt + before, [one.picture], 1, TOLD).first
+        found.append(-first.get(wanted, min(first.values())))
     return found
 
 
@@ -87,7 +88,7 @@ def _row(run: Asker, written: Written, questions: Sequence[_Asked]) -> str:
 def main(source: str) -> None:
     """Print a row for the kit in fp32, and one for each kind of file."""
     show = Console(width=200, highlight=False).print
-    run, records = load_run(source), _records()
+    run, records = load_run(name_checkpoint(source)), _records()
     questions = [_asked(run, record) for record in records]
     scores = held_out_scores(judge_held_out(run, records, max_new_tokens=NEW_TOKENS))
     show("| weights | MiB | right | perplexity of the right answer | tokens/s | seconds per question |")
