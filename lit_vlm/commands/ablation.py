@@ -264,10 +264,11 @@ def unscored(file: AblationFile, last: Mapping[str, Mapping[str, Any]]) -> list[
 def _sources_but(score: str, settings: Mapping[str, Any]) -> str:
     """Names of a stage's held-out sources if a score such as `SOURCE/accuracy` names none of them; else nothing."""
     source, _, _ = score.rpartition("/")
-    val = settings["data"].get("val")
-    if source in ("", "shuffled") or not isinstance(val, Mapping) or "class_path" in val or source in val:
+    val, split = settings["data"].get("val"), settings["data"].get("held_out")
+    if source in ("", "shuffled") or split or not isinstance(val, Mapping) or "class_path" in val:
         return ""  # sources without names of their own are named by their data
-    return ", ".join(val)
+    names = [name for name, one in val.items() if one is not None]
+    return "" if source in names else ", ".join(names) or "none"
 
 
 def _refuse_other(file: AblationFile, folder: Path) -> None:

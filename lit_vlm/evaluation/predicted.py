@@ -20,10 +20,12 @@ def draw_features(features: VisualTokens, teacher: Teacher | None = None) -> lis
         teacher: whose features they are, or are meant to be.
 
     Returns:
-        uint8 `[3, rows, cols]` of each image, a pixel for each patch. A component that does not vary is black.
+        uint8 `[3, rows, cols]` of each image, a pixel for each patch. A component that does not vary is black, and so
+        are features that are not finite.
     """
     flat = features.features.float().cpu()
-    colours = teacher.colours(flat) if teacher is not None else None
+    # A head may predict several of the teacher's cells side by side.
+    colours = teacher.colours(flat) if teacher is not None and flat.shape[1] == teacher.width else None
     parts = (flat if colours is None else colours).split([grid.num_tokens for grid in features.grids])
     shown = [_components(part) for part in parts] if colours is None else parts
     pictures = [(255 * part).round().to(torch.uint8) for part in shown]
@@ -32,6 +34,8 @@ def draw_features(features: VisualTokens, teacher: Teacher | None = None) -> lis
 
 def _components(features: Tensor) -> Tensor:
     """The first three components of features `[t, d]`, each from 0 to 1: `[t, 3]`."""
+    if not features.isfinite().all():
+        return torch.zeros(len(features), 3)
     centred = (features - features.mean(0)).double()
     _, _, axes = torch.linalg.svd(centred, full_matrices=False)  # [k, d]
     axes = axes[:3]

@@ -214,6 +214,9 @@ def _scores(folder: Path) -> str:
     scores = {name: score for name, score in stage_scores(folder).items() if not name.startswith("held_out/shuffled")}
     if not scores:
         return "None were kept: `callbacks.HeldOut` or `lit-vlm evaluate` write them."
+    of_sources = [name for name in scores if name.startswith("held_out/") and name.count("/") == 2]
+    if len({name.split("/")[1] for name in of_sources}) == 1:  # its scores are those of all
+        scores = {name: score for name, score in scores.items() if name not in of_sources}
     rows: list[tuple[str, ...]] = []
     for name, score in scores.items():
         rows.append(

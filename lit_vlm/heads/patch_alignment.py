@@ -89,7 +89,8 @@ class PatchAlignment(Head):
         positions = batch.image_positions[send(index_patches(batch.image_grids).position, batch.image_positions.device)]
         student = self.student([states[layer].flatten(0, 1)[positions] for layer in self.layers])
         layers = ", ".join(str(layer) for layer in sorted(self.layers))
-        return {f"layers {layers}": VisualTokens(student.float(), patches_alone(batch.image_grids))}
+        of = ", of the next patch" if self.target == "next" else ""
+        return {f"layers {layers}{of}": VisualTokens(student.float(), patches_alone(batch.image_grids))}
 
     def flops(self) -> FlopsOf:
         """Operations per compared patch, or window of patches: the weights of all layers, and attention over layers."""

@@ -134,11 +134,16 @@ def _at_once(asker: Asker, request: Asked, encoded: Sample | Refused) -> Reply |
         {"picture": next(pictured)} if text is None else {"text": text}
         for text in asker.pieces(Record("chat", "chat", request.messages))
     ]
-    for head, places in asker.predictions(encoded).items():
+    seen: dict[str, Any] = {"prompt": prompt, "positions": len(encoded), "pictures": pictures}
+    try:
+        predicted = asker.predictions(encoded)
+    except Exception as error:  # the others of this batch want answers, and the prompt can be shown without
+        predicted, seen["not_predicted"] = {}, f"{type(error).__name__}: {error}"
+    for head, places in predicted.items():
+        trains = bool(asker.module.stage.losses.get(head))
         for place, drawn in places.items():
             for picture, colours in zip(pictures, drawn, strict=True):
-                picture["predicted"].append({"head": head, "read": place, "png": _png(colours)})
-    seen = {"prompt": prompt, "positions": len(encoded), "pictures": pictures}
+                picture["predicted"].append({"head": head, "read": place, "loss": trains, "png": _png(colours)})
     return Reply(json.dumps(seen), "stop", len(encoded))
 
 

@@ -145,6 +145,11 @@ def test_claims_whose_score_nothing_leaves_are_named() -> None:
         ("held_out/shuffled/accuracy", None),
         ("held_out/colours/accuracy", None),
         (
+            "held_out/sizes/accuracy",
+            "'t' wants held_out/sizes/accuracy, and the last stage of a holds out colours, text: name one of "
+            "these, or held_out/accuracy for all",
+        ),
+        (
             "held_out/shapes/accuracy",
             "'t' wants held_out/shapes/accuracy, and the last stage of a holds out colours, text: name one of "
             "these, or held_out/accuracy for all",
@@ -154,11 +159,15 @@ def test_claims_whose_score_nothing_leaves_are_named() -> None:
 def test_claims_on_a_source_that_is_not_held_out_are_named(score: str, remark: str | None) -> None:
     claim = {"text": "t", "better": "base", "worse": "a", "score": score}
     file = checked(AblationFile, {"recipe": "eve", "variants": {"a": {}}, "claims": [claim]}, "x")
-    both = {"shapes": {"class_path": "x"}, "colours": {"class_path": "x"}}
-    other = {"colours": {"class_path": "x"}, "text": {"class_path": "x"}}
+    one = {"class_path": "x"}
+    both = {"shapes": one, "colours": one, "sizes": one}
+    other = {"colours": one, "text": one, "sizes": None}
     callbacks = {"callbacks": [{"class_path": "callbacks.HeldOut"}]}
     last = {name: {"trainer": callbacks, "data": {"val": val}} for name, val in {"base": both, "a": other}.items()}
     assert unscored(file, last) == ([] if remark is None else [remark])
+    for settings in last.values():  # sources of data.train are held out in part as well, under their own names
+        settings["data"]["held_out"] = 0.1
+    assert unscored(file, last) == []
 
 
 def test_a_dry_run_lists_missing_data(tmp_path: Path) -> None:

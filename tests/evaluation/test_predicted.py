@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import pytest
 import torch
 
 from lit_vlm.core.batch import Grid, VisualTokens
@@ -52,6 +53,9 @@ def test_known_maps_have_colours_that_say_something() -> None:
     depth = torch.zeros(3, 16)
     depth[0, 0] = depth[2, 15] = 1.0
     depth[1, [0, 15]] = torch.tensor([0.5, 0.5])
+    several = VisualTokens(torch.randn(3, 64), (Grid(1, 3),))  # cells side by side: no depths of one place
+    assert torch.equal(draw_features(several, KnownMap("depth"))[0], draw_features(several)[0])
+    assert draw_features(VisualTokens(torch.full((3, 8), torch.nan), (Grid(1, 3),)))[0].max() == 0
     (picture,) = draw_features(VisualTokens(depth, (Grid(1, 3),)), KnownMap("depth"))
     assert picture[0].tolist() == picture[2].tolist() == [[255, 128, 0]]
     shapes = torch.eye(15)[: SHAPE_SHARES.stop]
@@ -74,4 +78,17 @@ def test_the_page_is_told_what_heads_predict() -> None:
         assert {head for head, _ in layers} <= set(heads)
         assert ("depth", f"layer {heads['depth']['init_args']['layers'][0]}") in layers
         assert all(one["png"].startswith("data:image/png;base64,") for one in seen["predicted"])
+        assert all(one["loss"] for one in seen["predicted"])
     assert reply.prompt_tokens == len(sample)
+
+
+def test_heads_that_fail_leave_the_prompt_to_be_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, _, written = read("ola_vlm", "1_pretrain")
+    asker = Asker(module, written)
+    monkeypatch.setattr(Asker, "predictions", lambda *_: 1 / 0)
+    asked = Asked("run", (Message("user", (Text("What is this?"),)),), Sampling(8), seen=True)
+    (sample,) = asker.encode([Record("0", "asked", asked.messages)])
+    reply = _at_once(asker, asked, sample)
+    assert reply is not None
+    assert json.loads(reply.text)["not_predicted"] == "ZeroDivisionError: division by zero"
+    assert "What is this?" in json.dumps(json.loads(reply.text)["prompt"])

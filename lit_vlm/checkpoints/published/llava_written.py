@@ -119,7 +119,7 @@ def write_llava(model: VLM, out: Path, written: SampleFormat | None) -> float:
     if expected is not None and tokenizer.chat_template is not None:
         _check_prompt(tokenizer, expected, words)
     difference = _compare(model, out, words)
-    if difference > TOLERANCE:
+    if not difference <= TOLERANCE:
         raise ValueError(f"the exported model's logits differ by {difference:.2e}, more than {TOLERANCE:g}: {out}")
     return difference
 

@@ -1,6 +1,6 @@
 """Small pretrained parts that know generated scenes, for the scales `mini` and `edge`.
 
-They are trained on this machine when they are first asked for, which takes about ten minutes on two cores, and are then
+They are trained on this machine when they are first asked for, each in some minutes on two cores, and are then
 kept in the cache. `made:scenes-decoder` has read the language of scenes. `made:scenes-encoder` sees what stands where,
 how large it is and how far away, `made:scenes-vit` the same as a vision transformer of SigLIP's kind, and
 `made:scenes-classes-encoder` where something stands, its shape and its colour.
