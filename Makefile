@@ -36,12 +36,13 @@ test-slow: install  ## the other tests: whole runs, several processes, simulated
 test-published: install  ## all stages at their published size, simulated, and all shipped ablations, dry
 	@$(TESTS) --dist worksteal -m published
 
-# Without SLURM, and without the rights to install it, the tests are skipped and say so.
+# Without SLURM, and without the rights to install it, the tests are skipped and say so. CLUSTER names some of them.
+CLUSTER ?= tests/cluster
 test-cluster: install  ## the tests on a SLURM of four nodes, started on this machine (needs root)
 	@command -v slurmctld >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get -qq update && \
 		DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends \
 		$$(cat tests/cluster/debian-packages.txt) >/dev/null; } || echo "SLURM is not installed, and cannot be"
-	@$(BIN)/python -m pytest -m cluster --timeout 1500 tests/cluster
+	@$(BIN)/python -m pytest -m cluster --timeout 1500 $(CLUSTER)
 
 test-browser: install  ## the page of `lit-vlm chat --web` in Chromium, which must be installed
 	@$(PIP) playwright && $(BIN)/python -m pytest -m browser tests/serving

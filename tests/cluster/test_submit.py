@@ -65,10 +65,10 @@ def test_a_job_that_is_asked_to_leave_goes_on(lit_vlm, slurm: Slurm, tmp_path: P
         progress = Progress.read(folder / "1_align")
         return progress is not None and progress.state == "training"
 
-    until(trains, 180, "the run does not train", lambda: slurm.report(job))
+    until(trains, 400, "the run does not train", lambda: slurm.report(job))
     slurm.run("scancel", "--signal=USR1", str(job))
-    slurm.until_requeued(job, seconds=120)
-    assert slurm.wait(job, seconds=240) == "COMPLETED", slurm.report(job)
+    slurm.until_requeued(job, seconds=240)
+    assert slurm.wait(job, seconds=500) == "COMPLETED", slurm.report(job)
     (one,) = told(lit_vlm, "a run")
     assert (one["state"], one["step"], one["requeues"], one["job"]) == ("finished", 300, 1, str(job))
     progress = Progress.read(folder / "1_align")
