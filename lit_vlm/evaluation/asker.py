@@ -11,7 +11,6 @@ from typing import Any, Literal, NamedTuple
 import torch
 import yaml
 from jsonargparse import ArgumentParser
-from torch import Tensor
 
 import lit_vlm.heads
 import lit_vlm.teachers  # noqa: F401 - class names of configs
@@ -29,8 +28,6 @@ from lit_vlm.data.sample.collate import collate_prompts
 from lit_vlm.data.sample.encode import Sample, SampleEncoder
 from lit_vlm.data.sample.format import SampleFormat
 from lit_vlm.data.sample.spec import InputSpec
-from lit_vlm.evaluation.predicted import draw_features
-from lit_vlm.heads import Head
 from lit_vlm.model.build import build
 from lit_vlm.model.generate import Continuation, score_continuations, stream
 from lit_vlm.training.module import LitVLM
@@ -107,19 +104,6 @@ class Asker:
     def batch(self, samples: Sequence[Sample]) -> Batch:
         """A batch of left-padded prompts on the model's device, one sample per row."""
         return collate_prompts(samples, pad_id=self.pad_id).to(self.module.device)
-
-    def predictions(self, sample: Sample) -> dict[str, dict[str, list[Tensor]]]:
-        """What heads take their teachers' features of a prompt's pictures to be, as colours.
-
-        Returns:
-            head → where it is read → a picture for each of the prompt's, uint8 `[3, rows, cols]`; see `draw_features`.
-        """
-        vlm = self.module.vlm
-        teachers = {name: head.teacher for name, head in vlm.heads.items() if isinstance(head, Head)}
-        return {
-            name: {place: draw_features(features, teachers[name]) for place, features in places.items()}
-            for name, places in vlm.predictions(self.batch([sample])).items()
-        }
 
     def answer(
         self, samples: Sequence[Sample], max_new_tokens: int = 64, temperature: float = 0.0, top_p: float = 1.0

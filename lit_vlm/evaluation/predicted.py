@@ -1,4 +1,4 @@
-"""Features of patches as colours."""
+"""What heads predict of pictures, as colours."""
 
 from __future__ import annotations
 
@@ -6,7 +6,24 @@ import torch
 from torch import Tensor
 
 from lit_vlm.core.batch import VisualTokens
+from lit_vlm.data.sample.encode import Sample
+from lit_vlm.evaluation.asker import Asker
+from lit_vlm.heads import Head
 from lit_vlm.teachers import Teacher
+
+
+def draw_predictions(asker: Asker, sample: Sample) -> dict[str, dict[str, list[Tensor]]]:
+    """What heads take their teachers' features of a prompt's pictures to be.
+
+    Returns:
+        head → where it is read → a picture for each of the prompt's, as `draw_features` makes them.
+    """
+    vlm = asker.module.vlm
+    teachers = {name: head.teacher for name, head in vlm.heads.items() if isinstance(head, Head)}
+    return {
+        name: {place: draw_features(features, teachers[name]) for place, features in places.items()}
+        for name, places in vlm.predictions(asker.batch([sample])).items()
+    }
 
 
 def draw_features(features: VisualTokens, teacher: Teacher | None = None) -> list[Tensor]:

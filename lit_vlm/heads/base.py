@@ -10,9 +10,10 @@ from typing import Literal, final
 import torch
 from torch import Tensor, nn
 
-from lit_vlm.core.batch import Batch, Images, VisualTokens
+from lit_vlm.core.batch import Batch, Images, VisualTokens, index_patches
 from lit_vlm.core.flops import FlopsOf, Weights
 from lit_vlm.core.part import Part
+from lit_vlm.core.transfer import send
 from lit_vlm.embedders.base import Embedder
 from lit_vlm.teachers.base import Teacher
 
@@ -151,6 +152,12 @@ class Head(Part, ABC):
                 f"wide; expected those of the batch's {expected} images, {self.teacher.width} wide (Teacher.width)"
             )
         return targets
+
+
+def at_patches(state: Tensor, batch: Batch) -> Tensor:
+    """A layer's states `[b, s, d]` at the patches of a batch's images, without the tokens around them: `[p, d]`."""
+    positions = batch.image_positions
+    return state.flatten(0, 1)[positions[send(index_patches(batch.image_grids).position, positions.device)]]
 
 
 def counted(normaliser: Normaliser, batch: Batch) -> float:

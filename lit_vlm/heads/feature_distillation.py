@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_vlm.core.batch import Batch, Grid, VisualTokens, index_patches, index_suffixes, patches_alone
+from lit_vlm.core.batch import Batch, Grid, VisualTokens, index_suffixes, patches_alone
 from lit_vlm.core.losses import cosine_distance, smooth_l1_distance
 from lit_vlm.core.transfer import send
-from lit_vlm.heads.base import Head, Tap
+from lit_vlm.heads.base import Head, Tap, at_patches
 from lit_vlm.teachers.base import Teacher
 
 DISTANCES = {"cosine": cosine_distance, "smooth_l1": smooth_l1_distance}
@@ -65,8 +65,7 @@ class FeatureDistillation(Head):
 
     def predictions(self, states: Mapping[Tap, Tensor], batch: Batch) -> Mapping[str, VisualTokens]:
         """The predictor's output at each patch; see `Head.predictions`."""
-        positions = batch.image_positions[send(index_patches(batch.image_grids).position, batch.image_positions.device)]
-        student = self.predictor(states[self.layer].flatten(0, 1)[positions])
+        student = self.predictor(at_patches(states[self.layer], batch))
         return {f"layer {self.layer}": VisualTokens(student.float(), patches_alone(batch.image_grids))}
 
 

@@ -8,9 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lit_vlm.core.batch import Batch, Grid, VisualTokens, index_patches, patches_alone
-from lit_vlm.core.transfer import send
-from lit_vlm.heads.base import WORDS, Head, Tap
+from lit_vlm.core.batch import Batch, Grid, VisualTokens, patches_alone
+from lit_vlm.heads.base import WORDS, Head, Tap, at_patches
 from lit_vlm.heads.feature_distillation import DISTANCES
 from lit_vlm.projectors.downsample import fold
 from lit_vlm.teachers.base import Teacher
@@ -72,8 +71,7 @@ class HolisticDistillation(Head):
 
     def predictions(self, states: Mapping[Tap, Tensor], batch: Batch) -> Mapping[str, VisualTokens]:
         """What the embedder's output is compared as, at each patch; see `Head.predictions`."""
-        positions = batch.image_positions[send(index_patches(batch.image_grids).position, batch.image_positions.device)]
-        student = self.predictor(states[0].flatten(0, 1)[positions])
+        student = self.predictor(at_patches(states[0], batch))
         return {"the embedder's output": VisualTokens(student.float(), patches_alone(batch.image_grids))}
 
     def _on_tokens(self, teacher: VisualTokens, grids: tuple[Grid, ...]) -> Tensor:

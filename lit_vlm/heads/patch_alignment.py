@@ -12,7 +12,7 @@ from lit_vlm.core.batch import Batch, Grid, Patches, VisualTokens, index_patches
 from lit_vlm.core.flops import Flops, FlopsOf, Weights, attention
 from lit_vlm.core.losses import cosine_distance
 from lit_vlm.core.transfer import send
-from lit_vlm.heads.base import Head, Tap
+from lit_vlm.heads.base import Head, Tap, at_patches
 from lit_vlm.teachers.base import Teacher
 
 
@@ -86,8 +86,7 @@ class PatchAlignment(Head):
 
     def predictions(self, states: Mapping[Tap, Tensor], batch: Batch) -> Mapping[str, VisualTokens]:
         """What is merged of all layers, at each patch; see `Head.predictions`."""
-        positions = batch.image_positions[send(index_patches(batch.image_grids).position, batch.image_positions.device)]
-        student = self.student([states[layer].flatten(0, 1)[positions] for layer in self.layers])
+        student = self.student([at_patches(states[layer], batch) for layer in self.layers])
         layers = ", ".join(str(layer) for layer in sorted(self.layers))
         of = ", of the next patch" if self.target == "next" else ""
         return {f"layers {layers}{of}": VisualTokens(student.float(), patches_alone(batch.image_grids))}

@@ -134,9 +134,11 @@ def _at_once(asker: Asker, request: Asked, encoded: Sample | Refused) -> Reply |
         {"picture": next(pictured)} if text is None else {"text": text}
         for text in asker.pieces(Record("chat", "chat", request.messages))
     ]
+    from lit_vlm.evaluation.predicted import draw_predictions  # with PyTorch, as a worker has it
+
     seen: dict[str, Any] = {"prompt": prompt, "positions": len(encoded), "pictures": pictures}
     try:
-        predicted = asker.predictions(encoded)
+        predicted = draw_predictions(asker, encoded)
     except Exception as error:  # the others of this batch want answers, and the prompt can be shown without
         predicted, seen["not_predicted"] = {}, f"{type(error).__name__}: {error}"
     for head, places in predicted.items():

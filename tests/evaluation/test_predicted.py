@@ -85,7 +85,7 @@ def test_the_page_is_told_what_heads_predict() -> None:
 def test_heads_that_fail_leave_the_prompt_to_be_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     module, _, written = read("ola_vlm", "1_pretrain")
     asker = Asker(module, written)
-    monkeypatch.setattr(Asker, "predictions", lambda *_: 1 / 0)
+    monkeypatch.setattr(type(module.vlm), "predictions", lambda *_: 1 / 0)
     asked = Asked("run", (Message("user", (Text("What is this?"),)),), Sampling(8), seen=True)
     (sample,) = asker.encode([Record("0", "asked", asked.messages)])
     reply = _at_once(asker, asked, sample)
