@@ -102,7 +102,8 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--device",
         action="append",
-        help="cpu, cuda, cuda:1, ...; several times for several GPUs (default: a GPU if there is one)",
+        help="cpu, cuda, cuda:1, ...; several times for several workers, such as one for each GPU, or two on a CPU "
+        "(default: a GPU if there is one)",
     )
     add(
         "--quantise",

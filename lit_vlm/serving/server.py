@@ -39,7 +39,7 @@ def serve(
 
     Args:
         sources: name → checkpoint or folder of a run.
-        devices: each has a worker with all runs.
+        devices: each has a worker with all runs; a CPU may be named several times.
         host: address that is listened on.
         port: port that is listened on.
         batch_size: requests that a worker answers together at most.
@@ -54,17 +54,19 @@ def serve(
     Raises:
         ValueError: for devices of different kinds, or a port that is taken.
     """
-    kinds = {device.type for device in devices}
-    if len(kinds) > 1 or (kinds == {"cpu"} and len(devices) > 1):
-        raise ValueError(f"devices must be GPUs or one CPU, not {', '.join(map(str, devices))}")
+    named = ", ".join(map(str, devices))
+    if len({device.type for device in devices}) > 1:
+        raise ValueError(f"devices must be of one kind, not {named}")
     _check_port(host, port)
     kind = devices[0].type
     left = Path(tempfile.mkdtemp(prefix="lit-vlm-clients-"))
     spec = ChatEndpoint(list(sources), most_tokens, left, prefixes, page is not None)
+    on_cpu = len(devices) if kind == "cpu" else 1
     server = LitServer(
-        Runs(sources, batch_size, spec, left, quantise),
+        Runs(sources, batch_size, spec, left, quantise, on_cpu),
         accelerator=kind,
         devices=1 if kind == "cpu" else [device.index or 0 for device in devices],
+        workers_per_device=on_cpu,
         timeout=timeout,
         max_payload_size=max_megabytes * 2**20,
         disable_openapi_url=True,
@@ -74,7 +76,7 @@ def serve(
         server.app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])
     console = Console(highlight=False)
     shown = "localhost" if host == "127.0.0.1" else host
-    console.print(f"loading {', '.join(sources)} on {', '.join(map(str, devices))} ...", soft_wrap=True)
+    console.print(f"loading {', '.join(sources)} on {named} ...", soft_wrap=True)
     where = f"clients: base_url http://{shown}:{port}/v1, any api_key"
     if page is not None:
         where = f"once it is ready, open http://{shown}:{port}{PAGE}{page}"

@@ -15,6 +15,7 @@ from pathlib import Path
 from queue import Empty, Queue
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from litserve import LitAPI
 from litserve.callbacks import CallbackRunner
 from litserve.loops.base import _SENTINEL_VALUE, LitLoop
@@ -63,12 +64,19 @@ class Runs(LitAPI):
         spec: the HTTP side.
         left: folder in which the HTTP side makes a file for each request whose client has gone, named by its id.
         quantise: type of 4 or 8 bits in which blocks are stored.
+        sharing: workers that share the threads of a CPU.
     """
 
     def __init__(
-        self, sources: Mapping[str, str], batch_size: int, spec: LitSpec, left: Path, quantise: Kind | None = None
+        self,
+        sources: Mapping[str, str],
+        batch_size: int,
+        spec: LitSpec,
+        left: Path,
+        quantise: Kind | None = None,
+        sharing: int = 1,
     ) -> None:
-        self.sources, self.left, self.quantise = dict(sources), left, quantise
+        self.sources, self.left, self.quantise, self.sharing = dict(sources), left, quantise, sharing
         super().__init__(batch_size, api_path="/v1/chat/completions", spec=spec, loop=Batches())
 
     def setup(self, device: str) -> None:
@@ -78,6 +86,8 @@ class Runs(LitAPI):
         from lit_vlm.core.precision import choose
         from lit_vlm.evaluation.asker import load_run
 
+        # Threads beyond the cores would wait for each other by spinning.
+        torch.set_num_threads(max(1, torch.get_num_threads() // self.sharing))
         dtype = choose(device.split(":")[0], scaled=False).dtype
         self.askers = {name: load_run(source, device, dtype, self.quantise) for name, source in self.sources.items()}
         sys.stdout.write(f"ready on {device}\n")

@@ -127,6 +127,28 @@ def test_32_clients_at_once_get_the_answers_that_each_gets_alone(client: Any) ->
 
 
 @pytest.mark.slow
+def test_two_workers_share_the_clients_and_say_what_one_does(client: Any, run: Path) -> None:
+    def ask(index: int, client: Any) -> str:
+        asked = pictured(f"Thing {index}?", uri("red", (10 + index, 20)))
+        return client.chat.completions.create(model="run", messages=asked, max_tokens=8).choices[0].message.content
+
+    with serving(run.parent, "serve", "run", "--batch-size", "1", "--device", "cpu", "--device", "cpu") as (
+        process,
+        address,
+    ):
+        assert process.stdout
+        assert process.stdout.readline() == "ready on cpu\n"  # the second of them
+        both = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=120)
+        with ThreadPoolExecutor(8) as pool:
+            together = list(pool.map(lambda index: ask(index, both), range(8)))
+        process.terminate()
+        rest = process.stdout.read()
+        assert process.wait(timeout=60) == 0
+        assert "Traceback" not in rest
+    assert together == [ask(index, client) for index in range(8)]
+
+
+@pytest.mark.slow
 def test_clients_that_go_leave_the_server_as_it_was(client: Any, served: tuple[subprocess.Popen[str], str]) -> None:
     host, port = served[1].removeprefix("http://").split(":")
     body = json.dumps({"model": "run", "messages": pictured("What?", uri()), "stream": True}).encode()
