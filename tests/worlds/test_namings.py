@@ -1,4 +1,4 @@
-"""Letters for what is seen: what a document tells, recomputed from what its pictures show."""
+"""Letters and words for what is seen: what a document tells, recomputed from what its pictures show."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def test_a_letter_stands_for_one_value_of_a_document_and_is_said_before_it_is_as
         naming = source.naming(index)
         values = [getattr(scene.things[0].look, naming.attribute) for scene in naming.scenes]
         assert all(len(scene.things) == 1 for scene in naming.scenes)
-        named = dict(zip(values, naming.letters, strict=True))
-        assert [named[value] for value in values] == list(naming.letters)
+        named = dict(zip(values, naming.names, strict=True))
+        assert [named[value] for value in values] == list(naming.names)
         assert len(set(named.values())) == len(named) == 4
         assert set(values[:-1]) == set(values)
         assert sorted(naming.options) == sorted(named.values())
@@ -36,12 +36,46 @@ def test_a_letter_stands_for_one_value_of_a_document_and_is_said_before_it_is_as
 def test_nothing_but_the_document_tells_a_letter() -> None:
     source = Namings("questions", 2000)
     namings = [source.naming(index) for index in range(2000)]
-    asked = Counter((getattr(one.scenes[-1].things[0].look, one.attribute), one.letters[-1]) for one in namings)
+    asked = Counter((getattr(one.scenes[-1].things[0].look, one.attribute), one.names[-1]) for one in namings)
     assert max(asked.values()) <= 30  # 1000 questions about four shapes and 20 letters: 12.5 of each on average
-    places = Counter(one.letters[:-1].index(one.letters[-1]) for one in namings)
+    places = Counter(one.names[:-1].index(one.names[-1]) for one in namings)
     assert all(430 < places[place] < 570 for place in range(4))
-    assert all(430 < count < 570 for count in Counter(one.options.index(one.letters[-1]) for one in namings).values())
+    assert all(430 < count < 570 for count in Counter(one.options.index(one.names[-1]) for one in namings).values())
     assert {one.attribute for one in namings} == set(ATTRIBUTES)
+
+
+@pytest.mark.parametrize("shots", [0, 4])
+def test_a_word_is_the_colour_or_the_shape_of_its_thing_and_demonstrations_tell_which(shots: int) -> None:
+    source = Namings("questions", 2000, shots=shots, names="words")
+    namings = [source.naming(index) for index in range(2000)]
+    for naming in namings:
+        looks = [scene.things[0].look for scene in naming.scenes]
+        assert all(len(scene.things) == 1 for scene in naming.scenes)
+        assert naming.names == tuple(getattr(look, naming.attribute) for look in looks)
+        assert len(looks) == shots + 1
+        for attribute, values in ATTRIBUTES.items():
+            offered = [option for option in naming.options if option in values]
+            assert len(set(offered)) == 2  # so who knows the attribute alone is right half the time
+            assert getattr(looks[-1], attribute) in offered  # and who knows the thing alone
+        assert len(naming.options) == 4
+    assert Counter(one.attribute for one in namings) == {"colour": 1000, "shape": 1000}
+    assert all(430 < count < 570 for count in Counter(one.options.index(one.names[-1]) for one in namings).values())
+
+
+@pytest.mark.parametrize("kind", ["interleaved", "text"])
+def test_no_sentence_tells_whether_a_colour_or_a_shape_is_asked_for(kind: Kind) -> None:
+    source = Namings(kind, 200, names="words")
+    forms: dict[str, Counter[str]] = {attribute: Counter() for attribute in ATTRIBUTES}
+    for index in range(200):
+        naming, (message,) = source.naming(index), source.outline(index).messages
+        said = [one.text for one in message.content if isinstance(one, Text)]
+        said = said[1::2] if kind == "text" else said
+        assert all(one.strip().endswith(name) for one, name in zip(said, naming.names, strict=True))
+        forms[naming.attribute].update(
+            {one.strip().removesuffix(name) for one, name in zip(said, naming.names, strict=True)}
+        )
+    assert set(forms["colour"]) == set(forms["shape"]) == {"", "Question: What is this?\nAnswer: "}
+    assert all(35 < count < 65 for counts in forms.values() for count in counts.values())
 
 
 @pytest.mark.parametrize("kind", get_args(Kind))
@@ -51,7 +85,7 @@ def test_records_show_the_things_that_are_named(kind: Kind) -> None:
         record, naming = source.record(index), source.naming(index)
         assert source.outline(index).messages[-1].text == record.messages[-1].text
         text = "".join(message.text for message in record.messages)
-        assert tuple(GIVEN.findall(text)) == naming.letters
+        assert tuple(GIVEN.findall(text)) == naming.names
         if kind == "text":
             assert not record.images
             assert all(getattr(scene.things[0].look, naming.attribute) in text for scene in naming.scenes)
@@ -69,7 +103,7 @@ def test_half_of_the_documents_have_the_letter_beside_what_it_stands_for(kind: K
         naming, (message,) = source.naming(index), source.outline(index).messages
         said = [one.text.strip() for one in message.content if isinstance(one, Text)]
         said = said[1::2] if kind == "text" else said
-        bare += said == list(naming.letters)
+        bare += said == list(naming.names)
     assert 80 < bare < 120
 
 
@@ -80,8 +114,9 @@ def test_splits_and_seeds_differ_and_arguments_decide_everything() -> None:
         Namings("questions", 3, seed=1),
         Namings("questions", 3, split="held_out"),
         Namings("questions", 3, shots=5),
+        Namings("questions", 3, names="words"),
     ]
-    assert len({one.fingerprint() for one in (first, *others)}) == 4
+    assert len({one.fingerprint() for one in (first, *others)}) == 5
     assert all(one.naming(0).scenes != first.naming(0).scenes for one in others)
     assert {Namings("text", 9, attributes=["colour"]).naming(index).attribute for index in range(9)} == {"colour"}
     with pytest.raises(IndexError, match="the source has 3 samples"):
@@ -98,6 +133,9 @@ def test_splits_and_seeds_differ_and_arguments_decide_everything() -> None:
         ({"size": 8}, "size is 8; it must be at least 32"),
         ({"values": 1}, "values is 1; it is from 2 to 4"),
         ({"shots": 3}, "shots is 3; each of the 4 values is shown once at least"),
+        ({"names": "numbers"}, "names: 'numbers' is unknown; use letters, words"),
+        ({"names": "words", "shots": -1}, "shots is -1; it must be at least 0"),
+        ({"names": "words", "values": 4}, "values is 4 with names 'words'; letters alone have values"),
     ],
 )
 def test_wrong_arguments_are_refused(arguments: dict[str, object], message: str) -> None:
