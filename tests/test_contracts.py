@@ -20,6 +20,7 @@ from lit_vlm import data, decoders, embedders, encoders, heads, projectors, teac
 from lit_vlm.commands.recipe import SHIPPED
 from lit_vlm.core.batch import Grid, Images, PixelSpec, VisualTokens
 from lit_vlm.core.part import Part
+from lit_vlm.core.tokenizers import byte_tokenizer
 from lit_vlm.data import (
     AreaLimit,
     AspectGrid,
@@ -28,6 +29,7 @@ from lit_vlm.data import (
     ChatML,
     Converted,
     Grouped,
+    HFChat,
     ImageTransform,
     Llama3,
     LlavaJson,
@@ -103,7 +105,18 @@ TEACHERS: dict[str, Callable[[], Teacher]] = {
     "HFVision": partial(HFVision, None, CLIP),
     "KnownMap": partial(KnownMap, "depth"),
 }
-TEMPLATES = {"Plain": Plain, "VicunaV1": VicunaV1, "ChatML": ChatML, "Llama3": Llama3, "Phi3": Phi3}
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TEMPLATES = {
+    "Plain": Plain,
+    "VicunaV1": VicunaV1,
+    "ChatML": ChatML,
+    "Llama3": Llama3,
+    "Phi3": Phi3,
+    "HFChat": lambda: HFChat(CHATML).for_tokenizer(byte_tokenizer()),
+}
 ANY = PixelSpec(None, 7, (0.5, 0.5, 0.5))
 TRANSFORMS: dict[str, Callable[[], ImageTransform]] = {
     "AreaLimit": partial(AreaLimit, 64),

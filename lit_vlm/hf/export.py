@@ -89,7 +89,8 @@ def make_processor(model: VLM, config: Mapping[str, Any], written: SampleFormat,
         ValueError: for a template that chats cannot be written by.
     """
     tokenizer = _tokenizer(spec)
-    eos, bos = tokenizer.eos_token or "", tokenizer.bos_token if spec.bos_id is not None else ""
+    template = written.template_for(spec)
+    bos = tokenizer.bos_token if spec.bos_id is not None and not template.own_start else ""
     return LitVLMProcessor(
         tokenizer,
         _slots(model, config),
@@ -98,7 +99,7 @@ def make_processor(model: VLM, config: Mapping[str, Any], written: SampleFormat,
         config["data"]["transform"],
         written.max_length,
         written.template.typed_marks,
-        as_jinja(written.template, eos, bos),
+        as_jinja(template, tokenizer.eos_token or "", bos),
     )
 
 

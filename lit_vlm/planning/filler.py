@@ -34,7 +34,8 @@ class Writer:
     """
 
     def __init__(self, tokenizer: Any, template: Template | None) -> None:
-        self.tokenizer, self.template = tokenizer, template
+        self.tokenizer = tokenizer
+        self.template = template.for_tokenizer(tokenizer) if template is not None else None
         short, long = (len(spelling_of(tokenizer).write(WORD * words).ids) for words in (PROBE, 2 * PROBE))
         self.per_word = max(1.0, (long - short) / PROBE)
         self._own: dict[tuple[str, int, int], _Overhead] = {}
@@ -102,7 +103,7 @@ class Writer:
         spec = InputSpec(self.tokenizer, PixelSpec(1, 1, (0.5, 0.5, 0.5)), Grid, _same)
         messages = self._messages(group, images, asked, PROBE * rounds, rounds)
         pieces = self.template.render(messages, self.tokenizer.eos_token or "")
-        ids, labels = encode_pieces(pieces, spec)
+        ids, labels = encode_pieces(pieces, spec, not self.template.own_start)
         return len(ids) - len(images), sum(label != IGNORE for label in labels[1:])
 
 

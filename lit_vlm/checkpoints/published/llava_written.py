@@ -246,10 +246,11 @@ def _image_processor(encoder: HFEncoder, transform: ImageTransform | None) -> An
 
 def _chat_template(written: SampleFormat, spec: InputSpec, words: _NewWords) -> str | None:
     """How chats are written, task tokens included; None, with a warning, for a template that jinja cannot write."""
-    bos = spec.tokenizer.bos_token if spec.bos_id is not None else ""
+    template = written.template_for(spec)
+    bos = spec.tokenizer.bos_token if spec.bos_id is not None and not template.own_start else ""
     behind = "".join(words.names)
     try:
-        return as_jinja(written.template, spec.tokenizer.eos_token or "", bos, behind)
+        return as_jinja(template, spec.tokenizer.eos_token or "", bos, behind)
     except ValueError as error:
         where = f"; behind each {IMAGE_MARK} a prompt must have {behind}" if behind else ""
         warnings.warn(f"no chat template is written: {error}{where}", stacklevel=3)
@@ -261,8 +262,9 @@ _QUESTION = Message("user", (Text("What is this?"),))
 
 def _asked(written: SampleFormat, spec: InputSpec) -> list[int] | None:
     """Ids of a question as the kit writes it; None where the template writes nothing of it."""
-    pieces = written.template.prompt([_QUESTION], spec.tokenizer.eos_token or "")
-    return encode_pieces(pieces, spec)[0] or None
+    template = written.template_for(spec)
+    pieces = template.prompt([_QUESTION], spec.tokenizer.eos_token or "")
+    return encode_pieces(pieces, spec, not template.own_start)[0] or None
 
 
 def _check_prompt(tokenizer: Any, expected: list[int], words: _NewWords) -> None:

@@ -74,7 +74,7 @@ def documents_of(record: Record) -> list[Record]:
     return [replace(record, id=f"{record.id}/{n}", messages=(one,)) for n, one in enumerate(record.messages)]
 
 
-def encode_pieces(pieces: Sequence[Piece], spec: InputSpec) -> tuple[list[int], list[int]]:
+def encode_pieces(pieces: Sequence[Piece], spec: InputSpec, bos: bool = True) -> tuple[list[int], list[int]]:
     """Token ids and labels, with `IMAGE_SLOT` for each image.
 
     Text between two images is tokenised apart from other text, as the published models were trained, but across spans.
@@ -84,6 +84,7 @@ def encode_pieces(pieces: Sequence[Piece], spec: InputSpec) -> tuple[list[int], 
     Args:
         pieces: from a template.
         spec: of the model; its tokenizer is used.
+        bos: whether the token comes first that the tokenizer puts in front of every text, if it does.
 
     Returns:
         ids, and labels aligned with them.
@@ -94,7 +95,7 @@ def encode_pieces(pieces: Sequence[Piece], spec: InputSpec) -> tuple[list[int], 
         spelling.check(list(marks), "the template", "warn")  # where `SampleFormat.check_marks` was not called
     ids: list[int] = []
     labels: list[int] = []
-    if spec.bos_id is not None:
+    if bos and spec.bos_id is not None:
         ids.append(spec.bos_id)
         labels.append(IGNORE)  # nothing stands before it that could predict it
     for chunk in _chunks(pieces):
@@ -207,7 +208,7 @@ class SampleEncoder:
             RecordError: with the reason why it cannot be used.
         """
         pieces = self.template.prompt(record.messages, self._eos) if self.prompt else self._rendered(record)
-        ids, labels = encode_pieces(pieces, self.spec)
+        ids, labels = encode_pieces(pieces, self.spec, self._bos(record))
         stop_ids = self._stop_ids if self.prompt else frozenset()
         sample = Sample(record.id, record.source, [], [], options=record.options, stop_ids=stop_ids)
         images = iter([piece for piece in pieces if isinstance(piece, Image)])
@@ -226,6 +227,10 @@ class SampleEncoder:
         if not self.prompt and sample.num_supervised == 0:
             raise RecordError("no_supervision", "no token of this sample carries a loss")
         return sample
+
+    def _bos(self, record: Record) -> bool:
+        """Whether the tokenizer's own first token comes first: always in documents, which no template begins."""
+        return not self.template.own_start or record.messages[0].role == "document"
 
     def _rendered(self, record: Record) -> list[Piece]:
         """The pieces of the whole record; refuses one with a blank answer, which would teach to answer nothing."""
@@ -300,7 +305,7 @@ class SampleEncoder:
             sizes = [self.measure(part, source) for part in parts]
             return sum(length for length, _ in sizes), sum(images for _, images in sizes)
         pieces = self._rendered(record)
-        ids, _ = encode_pieces(pieces, self.spec)
+        ids, _ = encode_pieces(pieces, self.spec, self._bos(record))
         images = [piece for piece in pieces if isinstance(piece, Image)]
         length = len(ids) - len(images) + sum(self._image_tokens(image, source) for image in images)
         if length > self.max_length and self.too_long == "drop":

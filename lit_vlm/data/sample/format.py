@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -11,8 +12,19 @@ from lit_vlm.data.records.media import MARK
 from lit_vlm.data.sample.encode import SampleEncoder
 from lit_vlm.data.sample.spec import InputSpec
 from lit_vlm.data.sample.spelling import spelling_of
-from lit_vlm.data.sample.templates import Span, Template
+from lit_vlm.data.sample.templates import ChatML, Llama3, Phi3, Span, Template
 from lit_vlm.data.sample.transforms import ImageTransform
+
+log = logging.getLogger(__name__)
+
+
+def _others(spec: InputSpec) -> str:
+    """Templates that go with a tokenizer, as the end of a message."""
+    vocab = spec.tokenizer.get_vocab()
+    named = [kind.__name__ for kind in (ChatML, Llama3, Phi3) if all(mark in vocab for mark in kind().marks(""))]
+    if spec.tokenizer.chat_template:
+        named.append("HFChat, which writes the chat template that comes with the tokenizer")
+    return f". With this tokenizer goes --data.template {', or '.join(named)}" if named else ""
 
 
 @dataclass(frozen=True)
@@ -31,8 +43,12 @@ class SampleFormat:
     max_length: int
     fast_jpeg: bool
 
+    def template_for(self, spec: InputSpec) -> Template:
+        """The template as the model's tokenizer has it; raises as `Template.for_tokenizer`."""
+        return self.template.for_tokenizer(spec.tokenizer)
+
     def check_marks(self, spec: InputSpec, action: Literal["refuse", "warn"]) -> None:
-        """Check that the tokenizer has a token for each mark of the template.
+        """Check that the tokenizer has a token for each mark of the template; logs what else is amiss with a template.
 
         Args:
             spec: of the model; its tokenizer is looked at.
@@ -41,12 +57,18 @@ class SampleFormat:
         Raises:
             ValueError: naming the template, the marks and the tokenizer, if the action is `refuse`.
         """
-        marks = self.template.marks(spec.tokenizer.eos_token or "")
-        spelling_of(spec.tokenizer).check(marks, f"data.template {type(self.template).__name__}", action)
+        template, name = self.template_for(spec), f"data.template {type(self.template).__name__}"
+        marks = template.marks(spec.tokenizer.eos_token or "")
+        try:
+            spelling_of(spec.tokenizer).check(marks, name, action)
+        except ValueError as error:
+            raise ValueError(f"{error}{_others(spec)}") from error
+        for note in template.notes():
+            log.warning("%s: %s", name, note)
 
     def closing_id(self, spec: InputSpec) -> int | None:
         """Id of the token that closes an answer in this template; None where no single token does."""
-        return spelling_of(spec.tokenizer).single(self.template.closing(spec.tokenizer.eos_token or ""))
+        return spelling_of(spec.tokenizer).single(self.template_for(spec).closing(spec.tokenizer.eos_token or ""))
 
     def prompt(self, messages: Sequence[Message], spec: InputSpec) -> str:
         """A conversation as text up to the next answer, with `<image>` for each image."""
@@ -54,7 +76,7 @@ class SampleFormat:
 
     def pieces(self, messages: Sequence[Message], spec: InputSpec) -> list[str | None]:
         """A conversation up to the next answer: its text in pieces, and None where an image stands."""
-        pieces = self.template.prompt(messages, spec.tokenizer.eos_token or "")
+        pieces = self.template_for(spec).prompt(messages, spec.tokenizer.eos_token or "")
         return [piece.text if isinstance(piece, Span) else None for piece in pieces]
 
     def sample_encoder(
@@ -69,4 +91,4 @@ class SampleFormat:
             extra: positions on top of `max_length`.
         """
         length = self.max_length + extra
-        return SampleEncoder(spec, self.template, self.transform, length, too_long, prompt, self.fast_jpeg)
+        return SampleEncoder(spec, self.template_for(spec), self.transform, length, too_long, prompt, self.fast_jpeg)

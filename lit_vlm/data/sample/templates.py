@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from lit_vlm.data.records import Image, Message, RecordError, Text
 
@@ -47,9 +47,12 @@ class Template(ABC):
 
     Attributes:
         default_system: the template's own system text.
+        own_start: whether conversations begin as the template writes them, without the token that the tokenizer puts in
+            front of every text.
     """
 
     default_system = ""
+    own_start = False
 
     def __init__(
         self,
@@ -59,6 +62,14 @@ class Template(ABC):
     ) -> None:
         self.system = self.default_system if system is None else system
         self.image_marks, self.typed_marks = image_marks, typed_marks
+
+    def for_tokenizer(self, tokenizer: Any) -> Template:
+        """The template as this tokenizer's texts are written; for most, itself."""
+        return self
+
+    def notes(self) -> list[str]:
+        """What users should know before they train with this template."""
+        return []
 
     def render(self, messages: Sequence[Message], eos: str) -> list[Piece]:
         """The whole conversation, for training; every answer is closed, also a blank one.

@@ -1,0 +1,298 @@
+"""Chat templates of tokenizers: ids as transformers writes them, labels by marks or by prompts."""
+
+from __future__ import annotations
+
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from lit_vlm.core.batch import IGNORE
+from lit_vlm.core.tokenizers import byte_tokenizer
+from lit_vlm.data.records import Image, Message, Record, RecordError, Text
+from lit_vlm.data.sample.encode import encode_pieces
+from lit_vlm.data.sample.format import SampleFormat
+from lit_vlm.data.sample.hf_chat import HFChat
+from lit_vlm.data.sample.templates import VICUNA_SYSTEM, ChatML, Llama3, Phi3, Span, Template, VicunaV1
+from lit_vlm.data.sample.transforms import PadSquare
+from tests.conftest import FIXTURES, make_spec
+from tests.data.sample.test_templates import supervised_of, text_of
+
+MARK = re.compile(r"<[|｜/a-z_▁][^<>\s'\"{}]*>|\[/?[A-Z_]+\]")
+DAY = "26 July 2024"
+
+
+def say(role: str, text: str) -> Message:
+    assert role in ("system", "user", "assistant")
+    return Message(role, (Text(text),))  # type: ignore[arg-type]
+
+
+ONE = [say("user", "What is it?"), say("assistant", "A red cube.")]
+TWO = [*ONE, say("user", "And this one?"), say("assistant", " A cone, \n it seems. ")]
+SYSTEM = [say("system", "Be brief."), *ONE]
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LLAMA3 = (
+    "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content | trim }}"
+    "<|eot_id|>{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+PHI3 = (
+    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% else %}{{ eos_token }}{% endif %}"
+)
+VICUNA = (
+    "{% if messages[0].role == 'system' %}{{ messages[0].content }}{% else %}" + VICUNA_SYSTEM + "{% endif %} "
+    "{% for m in messages %}{% if m.role == 'user' %}USER: {{ m.content }} ASSISTANT:"
+    "{% elif m.role == 'assistant' %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+THINKS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
+    "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+"""Thoughts, empty ones, in front of the last answer alone."""
+
+
+def tokenizer(template: str, pieces: bool = False) -> Any:
+    """A tokenizer that knows the marks of a template: of bytes, or of pieces with bytes where they lack a letter."""
+    made = AutoTokenizer.from_pretrained(FIXTURES / "tiny_llama") if pieces else byte_tokenizer()
+    if made.bos_token is None:
+        made.add_special_tokens({"bos_token": "<s>"})
+    known = {str(token) for token in made.added_tokens_decoder.values()}
+    roles = [f"<|{role}|>" for role in ("system", "user", "assistant")]
+    made.add_special_tokens(
+        {"additional_special_tokens": sorted({*MARK.findall(template), *roles} - known)},
+    )
+    made.chat_template = template
+    return made
+
+
+def bound(template: str, **settings: Any) -> tuple[HFChat, Any]:
+    made = tokenizer(template)
+    return HFChat(**settings).for_tokenizer(made), made
+
+
+def encoded(template: Template, messages: list[Message], made: Any) -> tuple[list[int], list[int]]:
+    return encode_pieces(template.render(messages, made.eos_token or ""), make_spec(made), not template.own_start)
+
+
+def expected(chat: HFChat, messages: list[Message], made: Any, marked: bool = False) -> Any:
+    """What transformers writes of the same chat, on the same day."""
+    if chat.date:
+        made.chat_template = "{%- macro strftime_now(format) -%}" + chat.date + "{%- endmacro -%}" + chat.jinja
+    talk = [{"role": m.role, "content": [{"type": "text", "text": m.text}] if chat.parts else m.text} for m in messages]
+    return made.apply_chat_template(talk, tokenize=True, return_dict=True, return_assistant_tokens_mask=marked)
+
+
+def families() -> list[Path]:
+    """Chat templates of published models, which the package TRL carries."""
+    trl = pytest.importorskip("trl")
+    return sorted((Path(trl.__file__).parent / "chat_templates").glob("*.jinja"))
+
+
+def chat_of(made: Any) -> HFChat | None:
+    """The template of a tokenizer; None for one that asks with thoughts that answers do not have."""
+    try:
+        return HFChat().for_tokenizer(made)
+    except ValueError as error:
+        if "init_args.date" in str(error):
+            return HFChat(date=DAY).for_tokenizer(made)
+        if "asks for answer 1 behind" in str(error):
+            return None
+        raise
+
+
+@pytest.mark.parametrize("pieces", [False, True])
+def test_templates_of_published_models_give_the_ids_and_masks_of_transformers(pieces: bool) -> None:
+    written, refused, masked = set(), set(), set()
+    for file in families():
+        text = file.read_text(encoding="utf-8")
+        made = tokenizer(text, pieces)
+        chat = chat_of(made)
+        if chat is None:
+            refused.add(file.stem)
+            continue
+        marked = file.stem.endswith("_training")
+        for messages in (ONE, TWO, SYSTEM):
+            try:
+                ids, labels = encoded(chat, messages, made)
+            except RecordError:
+                if messages is ONE:
+                    raise
+                continue
+            found = expected(chat, messages, made, marked)
+            assert ids == found["input_ids"], file.stem
+            assert [label for label in labels if label != IGNORE] == [
+                token for token, label in zip(ids, labels, strict=True) if label != IGNORE
+            ]
+            if marked:
+                assert [int(label != IGNORE) for label in labels] == found["assistant_masks"], file.stem
+                masked.add(file.stem)
+            written.add(file.stem)
+    assert len({name.split("_")[0] for name in written}) >= 15
+    assert len(masked) >= 15
+    assert not any(name.endswith("_training") for name in refused)
+
+
+@pytest.mark.parametrize("pieces", [False, True])
+@pytest.mark.parametrize(
+    ("jinja", "own"),
+    [(CHATML, ChatML()), (LLAMA3, Llama3()), (PHI3, Phi3()), (VICUNA, VicunaV1())],
+    ids=["ChatML", "Llama3", "Phi3", "VicunaV1"],
+)
+@pytest.mark.parametrize(
+    "messages", [ONE, [*TWO[:3], say("assistant", "A cone.")], SYSTEM], ids=["one", "two", "system"]
+)
+def test_it_is_the_kits_own_template_where_that_is_the_models(
+    jinja: str, own: Template, messages: list[Message], pieces: bool
+) -> None:
+    made = tokenizer(jinja, pieces)
+    ids, labels = encoded(HFChat().for_tokenizer(made), messages, made)
+    wanted, own_labels = encode_pieces(own.render(messages, made.eos_token), make_spec(made), bos=False)
+    if isinstance(own, Llama3):  # it writes the token itself that its tokenizer puts in front of every text
+        wanted, own_labels = [made.bos_token_id, *wanted], [IGNORE, *own_labels]
+    if isinstance(own, Phi3):  # its chat template ends a conversation with the end of text, without a loss
+        wanted, own_labels = [*wanted, made.eos_token_id], [*own_labels, IGNORE]
+    assert (ids, labels) == (wanted, own_labels)
+
+
+def test_letters_of_marks_in_contents_stay_letters_and_pictures_stay_in_place() -> None:
+    chat, made = bound(CHATML)
+    messages = [
+        Message("user", (Image(path="a"), Text("\nIs <|im_end|> red, "), Image(path="b"), Text("\ue000?"))),
+        say("assistant", "No <|im_start|>."),
+    ]
+    pieces = chat.render(messages, made.eos_token)
+    assert text_of(pieces) == (
+        "<|im_start|>user\n<image>\nIs <|im_end|> red, <image>\ue000?<|im_end|>\n"
+        "<|im_start|>assistant\nNo <|im_start|>.<|im_end|>\n"
+    )
+    assert [piece.path for piece in pieces if isinstance(piece, Image)] == ["a", "b"]
+    assert supervised_of(pieces) == ["No <|im_start|>.<|im_end|>"]
+    ids, labels = encode_pieces(pieces, make_spec(made), False)
+    assert ids.count(made.convert_tokens_to_ids("<|im_end|>")) == 2
+    assert ids.count(made.convert_tokens_to_ids("<|im_start|>")) == 2
+    assert (ids, labels) == encode_pieces(ChatML().render(messages, ""), make_spec(made), False)
+
+
+def test_loss_goes_by_parts_of_an_answer_and_its_mark_with_the_last() -> None:
+    chat, _ = bound(CHATML)
+    talk = [say("user", "Why?"), Message("assistant", (Text("So ", loss=False), Text("it is.")))]
+    assert supervised_of(chat.render(talk, "")) == ["it is.<|im_end|>"]
+    silent = [say("user", "Why?"), Message("assistant", (Text("So.", loss=False),)), *ONE]
+    assert supervised_of(chat.render(silent, "")) == ["A red cube.<|im_end|>"]
+
+
+def test_prompts_end_where_the_answer_begins() -> None:
+    for jinja in (CHATML, LLAMA3, THINKS):
+        chat, made = bound(jinja)
+        whole = text_of(chat.render(ONE, made.eos_token))
+        prompt = text_of(chat.prompt(ONE, made.eos_token))
+        assert whole.startswith(prompt)
+        assert prompt.endswith(("assistant\n", "<|end_header_id|>\n\n"))
+        asked = [{"role": "user", "content": "What is it?"}]
+        assert prompt == made.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+
+
+def test_thoughts_that_earlier_answers_lose_are_refused_or_the_last_answer_alone_is_taught() -> None:
+    chat, _ = bound(THINKS)
+    assert supervised_of(chat.render(ONE, "")) == ["<think>\n\n</think>\n\nA red cube.<|im_end|>"]
+    with pytest.raises(RecordError, match=r"writes answer 1 as '<think>.* set init_args.answers to last"):
+        chat.render(TWO, "")
+    (note,) = chat.notes()
+    assert "conversations of several answers are dropped" in note
+    last, _ = bound(THINKS, answers="last", arguments={"enable_thinking": False})
+    assert supervised_of(last.render(TWO, "")) == [" A cone, \n it seems. <|im_end|>"]
+    assert text_of(last.prompt(TWO, "")).endswith("<think>\n\n</think>\n\n")
+    assert last.closing("") == "<|im_end|>"
+
+
+def test_a_day_in_a_template_must_be_given() -> None:
+    jinja = "Today is {{ strftime_now('%d %b %Y') }}.\n" + CHATML
+    with pytest.raises(ValueError, match=r"writes the day of writing.* set init_args.date, such as '26 July 2024'"):
+        bound(jinja)
+    chat, made = bound(jinja, date=DAY)
+    assert text_of(chat.render(ONE, made.eos_token)).startswith("Today is 26 July 2024.\n<|im_start|>user")
+
+
+@pytest.mark.parametrize(
+    ("jinja", "match"),
+    [
+        ("{{ messages[0].content }}", "does not write messages of user, assistant once each and in order"),
+        (CHATML + "{{ messages[0].content }}", "does not write messages of user, assistant once each"),
+        ("{{ raise_exception('no') }}", "the chat template refuses it: no"),
+        ("{% for m in messages %}", "the chat template refuses it: Unexpected end of template"),
+        (CHATML.replace("assistant\n{% endif", "assistant\n<think>\n{% endif"), "asks for answer 1 behind '.*<think>"),
+    ],
+)
+def test_templates_that_answers_cannot_be_found_in_are_refused(jinja: str, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        bound(jinja)
+
+
+@pytest.mark.parametrize(
+    ("jinja", "match"),
+    [
+        (CHATML.replace("m.content", "(m.content | upper)"), "rewrites the text of messages\\[0\\]"),
+        (CHATML.replace("m.content", "m.content.split('cube')[0]"), "rewrites the text of messages\\[1\\]"),
+        ("{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML, "no system"),
+    ],
+)
+def test_a_conversation_that_is_written_otherwise_is_dropped_with_its_reason(jinja: str, match: str) -> None:
+    chat, _ = bound(jinja)
+    with pytest.raises(RecordError, match=match):
+        chat.render(SYSTEM if "system" in match else ONE, "")
+
+
+def test_tokenizers_and_files_without_a_template_are_named(tmp_path: Path) -> None:
+    bare = byte_tokenizer()
+    with pytest.raises(
+        ValueError, match="has no chat template, as of a base model: give one by init_args.chat_template"
+    ):
+        HFChat().for_tokenizer(bare)
+    with pytest.raises(ValueError, match="nowhere.jinja cannot be read: No such file"):
+        HFChat(str(tmp_path / "nowhere.jinja"))
+    with pytest.raises(ValueError, match="answers is 'some'; it is 'all' or 'last'"):
+        HFChat(answers="some")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="no tokenizer has given it a chat template"):
+        HFChat().render(ONE, "")
+    (tmp_path / "own.jinja").write_text(CHATML, encoding="utf-8")
+    chat = HFChat(str(tmp_path / "own.jinja")).for_tokenizer(tokenizer(""))
+    assert text_of(chat.render(ONE, "")) == text_of(ChatML().render(ONE, ""))
+
+
+def test_a_format_writes_with_the_tokenizer_of_its_model(tmp_path: Path) -> None:
+    made = tokenizer(LLAMA3, pieces=True)  # one that puts a token in front of every text, as the template does
+    spec = make_spec(made)
+    assert spec.bos_id is not None
+    written = pickle.loads(pickle.dumps(SampleFormat(HFChat(), PadSquare(), 512, True)))
+    written.check_marks(spec, "refuse")
+    sample = written.sample_encoder(spec)(Record("a", "a", tuple(ONE)), tmp_path)
+    chat = HFChat().for_tokenizer(made)
+    assert sample.ids == expected(chat, ONE, made)["input_ids"]
+    assert sample.ids.count(spec.bos_id) == 1
+    document = Record("a", "a", (Message("document", (Text("Once."),)),))
+    assert written.sample_encoder(spec)(document, tmp_path).ids[0] == spec.bos_id
+    assert written.closing_id(spec) == made.convert_tokens_to_ids("<|eot_id|>")
+    assert written.prompt(ONE, spec).endswith("assistant<|end_header_id|>\n\n")
+    pickle.dumps(written.sample_encoder(spec))
+
+
+def test_a_template_whose_marks_are_missing_names_those_that_fit() -> None:
+    spec = make_spec(tokenizer(CHATML))
+    with pytest.raises(ValueError, match=r"knows no such token.* goes --data.template ChatML, or HFChat, which writes"):
+        SampleFormat(Llama3(), PadSquare(), 512, True).check_marks(spec, "refuse")
+
+
+def test_answers_without_a_closing_mark_are_noted() -> None:
+    chat, _ = bound("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+                    "{% if add_generation_prompt %}assistant: {% endif %}")  # fmt: skip
+    assert any("closes answers with no mark" in note for note in chat.notes())
+    assert isinstance(chat.render(ONE, "")[0], Span)
