@@ -56,6 +56,11 @@ class Decoder(Part, ABC):
     def tokenizer(self) -> Any:
         """The fast tokenizer that made the vocabulary."""
 
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """Ids that end an answer as the model was published, beside the tokenizer's end of text."""
+        return frozenset()
+
     def carried(self) -> str | None:
         """In words, the layers that carry a state along a row, such as recurrent ones; None if there are none."""
         return None

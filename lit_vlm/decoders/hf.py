@@ -10,10 +10,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationConfig, PretrainedConfig
 
 from lit_vlm.core.batch import Segments
 from lit_vlm.core.flops import Weights
+from lit_vlm.core.hub import is_offline
 from lit_vlm.core.lora import Lora
 from lit_vlm.core.part import StateDict
 from lit_vlm.core.pretrained import find_weights, made_config, plain_config, read_pretrained, resolve, shortened
@@ -115,6 +116,17 @@ class HFDecoder(Decoder):
         vocabulary, added = tokenizer.get_vocab(), tokenizer.get_added_vocab()
         tokenizer.add_tokens([token for token in self.new_tokens if token not in added], special_tokens=True)
         return tokenizer, [tokenizer.convert_tokens_to_ids(t) for t in self.new_tokens if t not in vocabulary]
+
+    @cached_property
+    def end_ids(self) -> frozenset[int]:
+        """Those of the generation config that comes with the model; empty without one, or with another tokenizer."""
+        if self.name is None or self.tokenizer_source != self.name or is_offline():
+            return frozenset()
+        try:
+            found = GenerationConfig.from_pretrained(resolve(self.name, weights=False)).eos_token_id
+        except OSError:
+            return frozenset()
+        return frozenset(found if isinstance(found, list) else [found] if found is not None else [])
 
     @property
     def family(self) -> str:

@@ -256,6 +256,7 @@ class LitVLM(LightningModule):
                 if not isinstance(head.normaliser, str)
             },
             fixed_rows=self.compiles,
+            end_ids=model.decoder.end_ids,
         )
 
     def _uses(self, loss: str) -> bool:

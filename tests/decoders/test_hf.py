@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
+from lit_vlm.core.batch import Grid, PixelSpec
+from lit_vlm.core.tokenizers import byte_tokenizer
+from lit_vlm.data.sample.spec import InputSpec
 from lit_vlm.decoders import DivideAndConquer, HFDecoder, Lora
 from lit_vlm.model.build import build
 from tests.tiny import LLAMA, tiny_slots
@@ -63,3 +66,19 @@ def test_weights_that_no_part_of_the_decoder_takes_are_refused(form: str, tmp_pa
     build(slots, {"decoder": plain}, fresh)
     with pytest.raises(ValueError, match=r"slot 'decoder' \(.*\): not of this part: lm.model.surprise"):
         build(slots, {"decoder": plain | {"lm.model.surprise": torch.zeros(1)}}, fresh)
+
+
+def test_answers_end_where_the_model_s_own_generation_config_says(tmp_path: Path) -> None:
+    written(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    GenerationConfig(eos_token_id=[2, 5]).save_pretrained(tmp_path)
+    decoder = HFDecoder(str(tmp_path))
+    assert decoder.end_ids == {2, 5}
+    spec = InputSpec(
+        decoder.tokenizer, PixelSpec(1, 1, (0.5, 0.5, 0.5)), Grid, lambda grid: grid, end_ids=decoder.end_ids
+    )
+    assert spec.stop_ids == {2, 5, decoder.tokenizer.eos_token_id}
+    assert HFDecoder(str(tmp_path), tokenizer="bytes").end_ids == frozenset()  # ids of another vocabulary
+    (tmp_path / "generation_config.json").unlink()
+    assert HFDecoder(str(tmp_path)).end_ids == frozenset()
+    assert HFDecoder(config=LLAMA, tokenizer="bytes").end_ids == frozenset()

@@ -28,6 +28,7 @@ class InputSpec:
         decoded_for: teachers' wishes that, besides the encoder's, decide at which fraction of its size a JPEG is
             decoded; None: the values of `teacher_pixels`.
         fixed_rows: whether packed rows are padded to the most positions of a row, so that all have one length.
+        end_ids: ids that end an answer as the decoder was published (`Decoder.end_ids`).
     """
 
     tokenizer: Any
@@ -40,6 +41,7 @@ class InputSpec:
     own_counts: dict[str, Callable[[Batch], float]] = field(default_factory=dict)
     decoded_for: tuple[PixelSpec, ...] | None = None
     fixed_rows: bool = False
+    end_ids: frozenset[int] = frozenset()
 
     def grid(self, height: int, width: int) -> Grid:
         """Layout in the decoder's sequence of an image of this size in pixels.
@@ -75,10 +77,10 @@ class InputSpec:
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:
-        """Ids that end an answer in any template: the end of text, and end-of-turn marks that the tokenizer knows.
+        """Ids that end an answer in any template: the end of text, end-of-turn marks of the tokenizer, and `end_ids`.
 
         The id that closes an answer in the template of a prompt comes with the prompt: `Batch.stop_ids`.
         """
         vocab = self.tokenizer.get_vocab()
         ids = {self.tokenizer.eos_token_id, *(vocab[mark] for mark in END_OF_TURN if mark in vocab)}
-        return frozenset(ids - {None})
+        return frozenset(ids - {None}) | self.end_ids
