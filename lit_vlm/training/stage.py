@@ -21,7 +21,12 @@ from lit_vlm.model.vlm import NEXT_TOKEN, VLM
 from lit_vlm.training.optim import MuonAdamW
 
 SLOTS = ("encoder", "projector", "embedder", "decoder", "heads")
-SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+SCHEDULES = {
+    "cosine": "cosine",
+    "linear": "linear",
+    "constant": "constant_with_warmup",
+    "wsd": "warmup_stable_decay",
+}
 
 
 class SlotCount(NamedTuple):
@@ -53,8 +58,10 @@ class Stage:
         frozen_dtype: type that frozen weights are stored in. `compute` is that of matrix products (bf16 under
             bf16-mixed), in which they are used anyway: half the memory, and the same losses and checkpoints. `full`
             leaves them in fp32.
-        schedule: learning rate after the warm-up: cosine to 0, linear to 0, or constant.
+        schedule: learning rate after the warm-up: cosine to 0, linear to 0, constant, or wsd (warm-up, stable, decay),
+            which is constant and then falls to 0 as 1 − √t (Hägele et al. 2024, arXiv 2405.18392).
         warmup_ratio: share of all steps over which the learning rate rises from 0.
+        decay_ratio: share of all steps at the end over which wsd falls; for wsd only.
         optimizer: adamw, or muon for matrices and adamw for all else: about half the steps in short runs of small
             models.
         weight_decay: on matrices; never on biases and norms.
@@ -73,8 +80,9 @@ class Stage:
     fresh: list[str] = field(default_factory=list)
     leave_out: list[Literal["decoder"]] = field(default_factory=list)
     frozen_dtype: Literal["compute", "full"] = "compute"
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     warmup_ratio: float = 0.03
+    decay_ratio: float = 0.2
     optimizer: Literal["adamw", "muon"] = "adamw"
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
@@ -87,6 +95,13 @@ class Stage:
                     raise ValueError(f"model.stage.{key} names '{name}', which is no slot; slots: {', '.join(SLOTS)}")
         if not 0 <= self.warmup_ratio <= 1:
             raise ValueError(f"model.stage.warmup_ratio is a share between 0 and 1, not {self.warmup_ratio}")
+        if not 0 <= self.decay_ratio <= 1:
+            raise ValueError(f"model.stage.decay_ratio is a share between 0 and 1, not {self.decay_ratio}")
+        if self.schedule == "wsd" and self.warmup_ratio + self.decay_ratio > 1:
+            raise ValueError(
+                f"model.stage: warmup_ratio {self.warmup_ratio} and decay_ratio {self.decay_ratio} make more than all "
+                "steps"
+            )
         if any(lr is not None and lr < 0 for lr in self.train.values()):
             raise ValueError(f"model.stage.train has a negative learning rate: {self.train}")
 
@@ -224,11 +239,16 @@ class Stage:
 
     def scheduler(self, optimizer: torch.optim.Optimizer, total_steps: int) -> LRScheduler:
         """The learning-rate schedule: warm-up over ⌈warmup_ratio · total⌉ steps, then `schedule`."""
+        warm_up = self.warm_up(total_steps)
+        falling = min(math.ceil(total_steps * self.decay_ratio), total_steps - warm_up)
         return get_scheduler(
             SCHEDULES[self.schedule],
             optimizer,
-            num_warmup_steps=self.warm_up(total_steps),
+            num_warmup_steps=warm_up,
             num_training_steps=total_steps,
+            scheduler_specific_kwargs=(
+                {"num_decay_steps": falling, "decay_type": "1-sqrt"} if self.schedule == "wsd" else None
+            ),
         )
 
     def summary(self, model: VLM) -> list[SlotCount]:

@@ -67,7 +67,7 @@ def test_tied_weights_are_counted_and_stepped_once() -> None:
     assert sum(p.numel() for p in model.decoder.parameters()) == stage.summary(model)[3].trained
 
 
-@pytest.mark.parametrize(("schedule", "last"), [("cosine", 0.0), ("linear", 0.0), ("constant", 1.0)])
+@pytest.mark.parametrize(("schedule", "last"), [("cosine", 0.0), ("linear", 0.0), ("constant", 1.0), ("wsd", 0.0)])
 def test_schedules_warm_up_and_end_where_they_should(schedule: str, last: float) -> None:
     model = tiny_vlm()
     stage = Stage(train={"projector": 1.0}, schedule=schedule, warmup_ratio=0.1)
@@ -83,6 +83,9 @@ def test_schedules_warm_up_and_end_where_they_should(schedule: str, last: float)
     assert rates[5] == pytest.approx(0.5)
     assert rates[10] == pytest.approx(1.0)
     assert rates[100] == pytest.approx(last, abs=1e-6)
+    if schedule == "wsd":  # constant through step 80, then 1 − √(share of the last 20)
+        assert rates[10:81] == pytest.approx([1.0] * 71)
+        assert rates[85] == pytest.approx(1 - (5 / 20) ** 0.5)
 
 
 @pytest.mark.parametrize(
@@ -91,6 +94,11 @@ def test_schedules_warm_up_and_end_where_they_should(schedule: str, last: float)
         (lambda: Stage(train={"vision": 1.0}), f"train names 'vision', which is no slot; slots: {', '.join(SLOTS)}"),
         (lambda: Stage(fresh=["x"]), "fresh names 'x'"),
         (lambda: Stage(warmup_ratio=3.0), "warmup_ratio is a share between 0 and 1, not 3.0"),
+        (lambda: Stage(decay_ratio=-1.0), "decay_ratio is a share between 0 and 1, not -1.0"),
+        (
+            lambda: Stage(schedule="wsd", warmup_ratio=0.5, decay_ratio=0.6),
+            "decay_ratio 0.6 make more than all steps",
+        ),
         (lambda: Stage(train={"projector": -1.0}), "negative learning rate"),
         (lambda: Stage(train={"embedder": 1.0}).freeze(tiny_vlm()), "nothing to train there"),
         (lambda: Stage(train={"heads": 1.0}).freeze(tiny_vlm()), "nothing to train there"),
@@ -255,6 +263,8 @@ def test_what_an_earlier_stage_trained_is_no_longer_random_but_what_is_fresh_is(
 @pytest.mark.parametrize(
     ("schedule", "ratio", "steps", "message"),
     [
+        ("wsd", 0.03, 1, "the only step has learning rate 0"),
+        ("wsd", 0.03, 3, None),
         ("cosine", 0.03, 1, "the only step has learning rate 0"),
         ("constant", 0.03, 1, "the only step has learning rate 0"),
         ("cosine", 0.03, 2, None),
