@@ -207,10 +207,15 @@ def made_config(model_type: str, settings: Mapping[str, Any], slot: str) -> Any:
 
 def plain_config(config: Any) -> dict[str, Any]:
     """The settings of a configuration of transformers, with `model_type`, from which `made_config` makes it again."""
-    settings: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+    settings: dict[str, Any] = json.loads(config.to_json_string(use_diff=False), object_hook=_number)
     for key in ("architectures", "dtype", "transformers_version", "_name_or_path", "_commit_hash"):
         settings.pop(key, None)
     return settings
+
+
+def _number(found: dict[str, Any]) -> Any:
+    """Infinity, which transformers writes as `{"__float__": "Infinity"}`, as a number; all else as it is."""
+    return float(found["__float__"]) if found.keys() == {"__float__"} else found
 
 
 def shortened(names: Sequence[str], most: int = 4) -> str:

@@ -18,7 +18,11 @@ from lit_vlm.commands.recipe import find_recipe
 from lit_vlm.core.bits import Kind
 from lit_vlm.core.quantised import quantise_parts, quantised_kinds
 from lit_vlm.core.tokenizers import byte_tokenizer
+from lit_vlm.data.records import Message, Record, Text
+from lit_vlm.data.sample.collate import collate_prompts
+from lit_vlm.evaluation.asker import Asker
 from lit_vlm.hf.export import export_hf
+from lit_vlm.model.generate import generate
 from tests.exports import TINY, exported, read, read_stage
 from tests.full_disk import small_disk
 from tests.runs import one_step
@@ -149,6 +153,20 @@ def test_an_image_token_that_could_be_written_never_is(tmp_path: Path) -> None:
         torch.tensor([[65]]), do_sample=True, top_k=0, num_return_sequences=16, max_new_tokens=40, eos_token_id=None
     )
     assert not bool((found == 259).any())
+
+
+def test_an_answer_that_holds_that_row_in_the_kit_is_compared_up_to_it(tmp_path: Path) -> None:
+    decoder = part("decoders.HFDecoder", config=LLAMA | {"vocab_size": 320}, tokenizer="bytes")
+    module, config, written = read("llava15", decoder=decoder)
+    asker = Asker(module, written)
+    (sample,) = asker.encode([Record("0", "asked", (Message("user", (Text("What is this?"),)),))])
+    prompts = collate_prompts([sample])
+    before = generate(module.vlm, prompts, [2], 4)[0]
+    with torch.no_grad():  # what it would have written second it writes as that row now
+        output = module.vlm.decoder.lm.get_output_embeddings().weight
+        output[259] = 2 * output[before[1]]
+    assert 259 in generate(module.vlm, prompts, [2], 4)[0]
+    export_hf(module.vlm, config, written, module.input_spec, tmp_path / "out")
 
 
 def test_without_the_kit_the_stub_says_what_is_missing(tmp_path: Path) -> None:
