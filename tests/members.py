@@ -112,6 +112,7 @@ CASES: dict[str, Case] = {
     "EveV2PatchEmbedding": encoder(partial(EveV2PatchEmbedding, 64, 8, 7), SIZES, Identity),
     "HFEncoder": encoder(CLIP_ENCODER, TILES),
     "HFEncoder/cls": encoder(partial(HFEncoder, config=CLIP, cls=True), [(28, 28)]),
+    "HFEncoder/layers": encoder(partial(HFEncoder, config=CLIP, layer=[-2, -1]), TILES),
     "LinearPatches": encoder(ANY_SIZE, SIZES, Identity),
     "OneFormerSwin": encoder(SWIN_ENCODER, [(64, 64)]),
     "TimmEncoder": encoder(partial(TimmEncoder, "test_convnext", None, image_size=64), [(64, 64), (128, 64)]),

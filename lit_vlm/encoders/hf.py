@@ -1,13 +1,14 @@
-"""Vision transformers of the transformers library: CLIP, SigLIP, DINOv2, InternViT."""
+"""Vision transformers of the transformers library: CLIP, SigLIP, DINOv2 and v3, AIMv2, InternViT."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from contextlib import ExitStack
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -22,60 +23,67 @@ from lit_vlm.core.pretrained import find_weights, made_config, plain_config, rea
 from lit_vlm.encoders.base import CLIP_MEAN, CLIP_STD, HALF, IMAGENET_MEAN, IMAGENET_STD, Encoder, PatchGrid
 
 INTERN_VIT = "internvl_vision"
-# model_type → (tokens before the patches, mean, std, the norm after the last block)
+# model_type → (whether there is a CLS token, mean, std, the norm after the last block)
 VISION_MODELS = {
-    "clip_vision_model": (1, CLIP_MEAN, CLIP_STD, "post_layernorm"),
-    "siglip_vision_model": (0, HALF, HALF, "post_layernorm"),
-    "dinov2": (1, IMAGENET_MEAN, IMAGENET_STD, "layernorm"),
-    INTERN_VIT: (1, IMAGENET_MEAN, IMAGENET_STD, "layernorm"),
+    "clip_vision_model": (True, CLIP_MEAN, CLIP_STD, "post_layernorm"),
+    "siglip_vision_model": (False, HALF, HALF, "post_layernorm"),
+    "dinov2": (True, IMAGENET_MEAN, IMAGENET_STD, "layernorm"),
+    "dinov2_with_registers": (True, IMAGENET_MEAN, IMAGENET_STD, "layernorm"),
+    "dinov3_vit": (True, IMAGENET_MEAN, IMAGENET_STD, "norm"),
+    "aimv2_vision_model": (False, CLIP_MEAN, CLIP_STD, "rms_norm"),
+    INTERN_VIT: (True, IMAGENET_MEAN, IMAGENET_STD, "layernorm"),
 }
+# model_type → the setting that builds a pooling head, which nothing reads
+HEADS = {"siglip_vision_model": "vision_use_head", "aimv2_vision_model": "use_head"}
 
 
 class HFEncoder(Encoder):
-    """CLIP, SigLIP, DINOv2 or InternViT, read after a chosen block, before any final norm.
+    """CLIP, SigLIP, DINOv2, DINOv3, AIMv2 or InternViT, read after chosen blocks, before any final norm.
 
     A picture of several tiles, one below the other as `data.Tiles` lays them out, gives the tokens of each tile in
     turn; so it must go without the CLS token.
 
-    Blocks behind the one that is read are not built, and neither are the final norm and the pooling head: they would
+    Blocks behind the last that is read are not built, and neither are the final norm and the pooling head: they would
     cost time and memory and never get a gradient (LLaVA-1.5 reads layer −2: the output of block 23 of 24).
 
     Args:
         name: hub name or local folder; the weights come from there. Or null, with `config`.
         config: a model configuration with `model_type`, for random weights.
-        layer: index into the hidden states: 0 the embeddings, −1 the last block, −2 the one before.
-        cls: whether the CLS token is kept, in front of the patches.
+        layer: index into the hidden states: 0 the embeddings, −1 the last block, −2 the one before. Or several, such as
+            `[-9, -3]`, which are merged token by token.
+        cls: whether the CLS token is kept, in front of the patches. Register tokens never are.
+        merge: what becomes of several layers: `concat` puts their features side by side, in the order given, so that a
+            token is as many times as wide; `sum` adds them.
 
     Raises:
         ValueError: when not exactly one of `name` and `config` is given, for a model of another kind, a layer that it
-            does not have, or `cls` where there is no CLS token.
+            does not have or that is named twice, or `cls` where there is no CLS token.
     """
 
     def __init__(
         self,
         name: str | None = None,
         config: dict[str, Any] | None = None,
-        layer: int = -2,
+        layer: int | list[int] = -2,
         cls: bool = False,
+        merge: Literal["concat", "sum"] = "concat",
     ) -> None:
         super().__init__()
-        self.name, self.layer = name, layer
+        self.name, self.merge = name, merge
         self.config = _vision_config(name, config)
-        prefix, mean, std, norm = VISION_MODELS[self.config.model_type]
-        depth = self.config.num_hidden_layers
-        kept = layer if layer >= 0 else depth + 1 + layer
-        if not 0 <= kept <= depth:
-            raise ValueError(f"layer {layer} is not one of the {depth + 1} hidden states of {name or 'this config'}")
-        if cls and not prefix:
+        has_cls, mean, std, norm = VISION_MODELS[self.config.model_type]
+        self.layers = _layers(layer, self.config.num_hidden_layers, name or "this config")
+        if cls and not has_cls:
             raise ValueError(f"{self.config.model_type} has no CLS token to keep")
-        self.config.num_hidden_layers = kept
-        if self.config.model_type == "siglip_vision_model":
-            self.config.vision_use_head = False
+        self.config.num_hidden_layers = max(self.layers)
+        if self.config.model_type in HEADS:
+            setattr(self.config, HEADS[self.config.model_type], False)
         # The dtype is the trainer's choice, not that of the files.
         self.backbone = AutoModel.from_config(self.config, dtype=torch.get_default_dtype())
         setattr(self.backbone, norm, nn.Identity())
-        self.skip = prefix - int(cls)
-        self.width = self.config.hidden_size
+        self.cls = cls
+        self.prefix = int(has_cls) + int(getattr(self.config, "num_register_tokens", 0))
+        self.width = self.config.hidden_size * (len(self.layers) if merge == "concat" else 1)
         size, patch = (value if isinstance(value, int) else value[0] for value in _sizes(self.config))
         self.patch_grid = PatchGrid(patch, prefix=int(cls))
         self.pixels = PixelSpec(size, patch, mean)
@@ -106,12 +114,23 @@ class HFEncoder(Encoder):
 
     def standalone(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments with the configuration of the kept blocks in place of the name, and the last of them read."""
-        return {**arguments, "name": None, "config": plain_config(self.config), "layer": -1}
+        read = self.read[0] if len(self.read) == 1 else self.read
+        return {**arguments, "name": None, "config": plain_config(self.config), "layer": read}
 
     def blocks(self) -> list[nn.Module]:
         """Transformer blocks."""
-        encoder = self.backbone.encoder
+        encoder = self.backbone.encoder if hasattr(self.backbone, "encoder") else self.backbone.model
         return list(encoder.layers if hasattr(encoder, "layers") else encoder.layer)
+
+    @property
+    def read(self) -> list[int]:
+        """The layers that are read, counted from the last block that is built, which is −1."""
+        return [layer - max(self.layers) - 1 for layer in self.layers]
+
+    @property
+    def skip(self) -> int:
+        """Tokens in front of the patches that are left out."""
+        return self.prefix - int(self.cls)
 
     def forward(self, images: Images) -> VisualTokens:
         """Features `[t, d_e]`, row by row, after the CLS token where it is kept.
@@ -120,9 +139,42 @@ class HFEncoder(Encoder):
             ValueError: as `check_sizes`.
         """
         pixels = self.normalise(self.tiles(images), next(self.backbone.parameters()).dtype)
-        features = self.backbone(pixels).last_hidden_state[:, self.skip :]  # [n, tokens, d_e]
+        states = self._states(pixels)
+        features = states[:, self.prefix :]  # [n, tokens, d_e]
+        if self.cls:
+            features = torch.cat([states[:, :1], features], dim=1)
         grids = tuple(self.patch_grid(*size) for size in images.sizes)
         return VisualTokens(features.reshape(-1, self.width), grids)
+
+    def _states(self, pixels: Tensor) -> Tensor:
+        """States of all tokens, `[n, prefix + patches, d_e]`, of the layers that are read."""
+        if len(self.layers) == 1:
+            states: Tensor = self.backbone(pixels).last_hidden_state
+            return states
+        found: dict[int, Tensor] = {}
+        blocks = self.blocks()
+        with ExitStack() as hooks:
+            for layer in self.layers:
+
+                def keep(_module: nn.Module, _args: Any, out: Any, layer: int = layer) -> None:
+                    found[layer] = out[0] if isinstance(out, tuple) else out
+
+                hooks.callback(blocks[layer - 1].register_forward_hook(keep).remove)
+            self.backbone(pixels)
+        chosen = [found[layer] for layer in self.layers]
+        return torch.cat(chosen, -1) if self.merge == "concat" else torch.stack(chosen).sum(0)
+
+
+def _layers(layer: int | list[int], depth: int, what: str) -> tuple[int, ...]:
+    """Layers that are read, counted from the embeddings, in the order given."""
+    given = layer if isinstance(layer, list) else [layer]
+    layers = tuple(one if one >= 0 else depth + 1 + one for one in given)
+    for one, index in zip(given, layers, strict=True):
+        if not 0 <= index <= depth:
+            raise ValueError(f"layer {one} is not one of the {depth + 1} hidden states of {what}")
+    if not layers or len(set(layers)) < len(layers) or (len(layers) > 1 and 0 in layers):
+        raise ValueError(f"layer {layer}: name one layer, or several different ones behind the embeddings")
+    return layers
 
 
 def pretrained_backbone(

@@ -11,7 +11,7 @@ from transformers import AutoProcessor, LlavaConfig, LlavaForConditionalGenerati
 
 from lit_vlm.checkpoints import load_published, read_slots
 from lit_vlm.checkpoints.published import FAMILIES, export_published, llava_written
-from lit_vlm.checkpoints.published.layout import difference_of
+from lit_vlm.checkpoints.published.layout import difference_of, trial_batch
 from lit_vlm.core.lora import Adapters, Lora, is_adapter
 from lit_vlm.data import ChatML, SquareCrop
 from lit_vlm.data.records import Image as Picture
@@ -118,11 +118,34 @@ def test_models_of_another_form_cannot_be_exported(tmp_path: Path) -> None:
         FAMILIES["llava-hf"].export(tiny_vlm(projector=Resampler), tmp_path / "out")
 
 
-@pytest.mark.parametrize("layer", [-1, -2])
+@pytest.mark.parametrize("layer", [-1, -2, [-1, -2], [1, -1]])
 @pytest.mark.parametrize("cls", [False, True])
-def test_every_feature_layer_and_cls_choice_survives(layer: int, cls: bool, tmp_path: Path) -> None:
+def test_every_feature_layer_and_cls_choice_survives(layer: int | list[int], cls: bool, tmp_path: Path) -> None:
     model = tiny_vlm(encoder=partial(HFEncoder, config=CLIP, layer=layer, cls=cls))
     assert FAMILIES["llava-hf"].export(model, tmp_path / "out") <= 1e-5
+    again, batch = load_published("llava-hf", tmp_path / "out").eval(), trial_batch(model)
+    assert isinstance(again.encoder, HFEncoder)
+    assert again.encoder.read == model.encoder.read
+    with torch.no_grad():
+        torch.testing.assert_close(again.logits(batch)[..., : model.decoder.vocab_size], model.logits(batch))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"config": CLIP, "layer": [-1, -2], "merge": "sum"}, "does not hold the sum of several layers"),
+        (
+            {"config": CLIP | {"model_type": "dinov2_with_registers", "num_register_tokens": 2}},
+            "with register tokens",
+        ),
+    ],
+)
+def test_what_the_class_does_not_do_with_an_encoder_is_refused(
+    arguments: dict[str, Any], match: str, tmp_path: Path
+) -> None:
+    model = tiny_vlm(encoder=partial(HFEncoder, **arguments))
+    with pytest.raises(ValueError, match=match):
+        FAMILIES["llava-hf"].export(model, tmp_path / "out")
 
 
 SPLICE = partial(Splice, task_tokens={"gen": 2, "depth": 1, "a": 2}, pooled_from={"depth": 4})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,15 @@ SIZES = {
     "image_size": 28,
     "patch_size": 7,
 }
-FAMILIES = ["clip_vision_model", "siglip_vision_model", "dinov2", "internvl_vision"]
+FAMILIES = [
+    "clip_vision_model",
+    "siglip_vision_model",
+    "dinov2",
+    "dinov2_with_registers",
+    "dinov3_vit",
+    "aimv2_vision_model",
+    "internvl_vision",
+]
 
 
 def reference_encoder(layer: int, cls: bool) -> HFEncoder:
@@ -133,8 +142,31 @@ def test_features_equal_the_hidden_states_of_transformers(model_type: str, layer
     with torch.no_grad():
         result = encoder(batch).features
     pixels = encoder.normalise(batch.pixels.view(2, 3, 28, 28), torch.float32)
-    skip = 0 if model_type == "siglip_vision_model" else 1
-    torch.testing.assert_close(result, hidden_states(model, pixels)[layer][:, skip:].flatten(0, 1))
+    torch.testing.assert_close(result, hidden_states(model, pixels)[layer][:, -16:].flatten(0, 1))
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("layer", [[-3, -1], [4, 2, 1]])
+def test_several_layers_stand_side_by_side_in_their_order_or_are_summed(
+    model_type: str, layer: list[int], tmp_path: Path
+) -> None:
+    model = tiny(model_type, tmp_path)
+    batch = images(2)
+    for merge in ("concat", "sum"):
+        encoder = HFEncoder(name=str(tmp_path), layer=layer, merge=merge).eval()  # type: ignore[arg-type]
+        load_state(encoder, encoder.pretrained_state() or {}, "encoder")
+        pixels = encoder.normalise(batch.pixels.view(2, 3, 28, 28), torch.float32)
+        states = [hidden_states(model, pixels)[one][:, -16:].flatten(0, 1) for one in layer]
+        expected = torch.cat(states, -1) if merge == "concat" else torch.stack(states).sum(0)
+        with torch.no_grad():
+            torch.testing.assert_close(encoder(batch).features, expected)
+        assert encoder.width == expected.shape[1]
+        assert len(encoder.blocks()) == max(one % 5 for one in layer)
+        arguments = encoder.standalone({"name": str(tmp_path), "layer": layer, "merge": merge})
+        alone = HFEncoder(**arguments).eval()
+        alone.load_state_dict(encoder.state_dict())
+        with torch.no_grad():
+            torch.testing.assert_close(alone(batch).features, expected)
 
 
 @pytest.mark.parametrize("model_type", ["clip_vision_model", "dinov2"])
@@ -148,6 +180,21 @@ def test_cls_token_stands_in_front(model_type: str, tmp_path: Path) -> None:
     pixels = encoder.normalise(batch.pixels.view(2, 3, 28, 28), torch.float32)
     torch.testing.assert_close(result.features, hidden_states(model, pixels)[-2].flatten(0, 1))
     assert result.grids == (Grid(4, 4, prefix=1),) * 2
+
+
+@pytest.mark.parametrize("model_type", ["dinov2_with_registers", "dinov3_vit"])
+@pytest.mark.parametrize("cls", [False, True])
+def test_registers_are_dropped(model_type: str, cls: bool, tmp_path: Path) -> None:
+    config = {"model_type": model_type, "num_register_tokens": 3, **SIZES}
+    encoder = HFEncoder(config=config, cls=cls).eval()
+    batch = images(2)
+    pixels = encoder.normalise(batch.pixels.view(2, 3, 28, 28), torch.float32)
+    with torch.no_grad():
+        states, result = encoder.backbone(pixels).last_hidden_state, encoder(batch)
+    assert states.shape[1] == 1 + 3 + 16
+    kept = [0] * cls + list(range(4, 20))
+    torch.testing.assert_close(result.features, states[:, kept].flatten(0, 1))
+    assert result.grids == (Grid(4, 4, prefix=int(cls)),) * 2
 
 
 @pytest.mark.parametrize("family", ["clip", "siglip"])
@@ -193,6 +240,12 @@ def test_pixels_and_grid_say_what_the_model_wants_and_pickle() -> None:
 @pytest.mark.parametrize("layer", [5, -6, 100])
 def test_a_layer_out_of_range_is_refused(layer: int) -> None:
     with pytest.raises(ValueError, match=f"layer {layer} is not one of the 5 hidden states"):
+        HFEncoder(config=CLIP, layer=layer)
+
+
+@pytest.mark.parametrize("layer", [[], [-1, 4], [0, 2]])
+def test_layers_that_cannot_be_merged_are_refused(layer: list[int]) -> None:
+    with pytest.raises(ValueError, match="name one layer, or several different ones behind the embeddings"):
         HFEncoder(config=CLIP, layer=layer)
 
 
@@ -250,14 +303,15 @@ def test_weights_that_are_not_there_or_of_another_shape_are_an_error(model_type:
     tiny(model_type, tmp_path)
     encoder, file = HFEncoder(name=str(tmp_path)), tmp_path / "model.safetensors"
     whole = load_file(file)
-    # The position table is in all of them, under names that differ; text models have none.
-    (key,) = (key for key in whole if key.endswith(("position_embeddings", "position_embedding.weight")))
+    # The position table is in all of them but DINOv3, which has rotary positions; text models have none.
+    names = ("position_embeddings", "position_embedding.weight", "register_tokens" if "v3" in model_type else "-")
+    (key,) = (key for key in whole if key.endswith(names))
     save_file({name: value for name, value in whole.items() if name != key}, file, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"has no weights for \S*position_embedding\S* \(missing\) of "):
+    with pytest.raises(ValueError, match=rf"has no weights for \S*{re.escape(key)}\S* \(missing\) of "):
         encoder.pretrained_state()
     other = torch.cat([whole[key], whole[key]], dim=-1)
     save_file(whole | {key: other}, file, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"has no weights for \S*position_embedding\S* \(\(.*32\) instead of "):
+    with pytest.raises(ValueError, match=rf"has no weights for \S*{re.escape(key)}\S* \(\(.*\) instead of "):
         encoder.pretrained_state()
     file.write_bytes(file.read_bytes()[:2000])
     with pytest.raises(ValueError, match=f"a weight file of {tmp_path} cannot be read: "):

@@ -41,16 +41,10 @@ def _settings(found: Mapping[str, Any]) -> LlavaConfig:
     return settings
 
 
-def _feature_layer(config: LlavaConfig) -> int:
-    if not isinstance(config.vision_feature_layer, int):
-        raise ValueError(f"one vision_feature_layer is supported, this config has {config.vision_feature_layer}")
-    return config.vision_feature_layer
-
-
 def _kept(config: LlavaConfig) -> int:
-    """How many blocks the vision model has up to the feature layer."""
-    layer = _feature_layer(config)
-    return layer if layer >= 0 else config.vision_config.num_hidden_layers + 1 + layer
+    """How many blocks the vision model has up to the last feature layer."""
+    layers, depth = config.vision_feature_layer, config.vision_config.num_hidden_layers
+    return max(one if one >= 0 else depth + 1 + one for one in (layers if isinstance(layers, list) else [layers]))
 
 
 def _architecture(config: LlavaConfig, tokenizer: str | None) -> VLM:
@@ -58,7 +52,7 @@ def _architecture(config: LlavaConfig, tokenizer: str | None) -> VLM:
     with meta_parameters():
         encoder = HFEncoder(
             config=config.vision_config.to_dict(),
-            layer=_feature_layer(config),
+            layer=config.vision_feature_layer,
             cls=has_cls and config.vision_feature_select_strategy == "full",
         )
         text = config.text_config.to_dict() | {"tie_word_embeddings": config.tie_word_embeddings}
