@@ -23,6 +23,7 @@ from lit_vlm.encoders import (
     EveV2PatchEmbedding,
     HFEncoder,
     LinearPatches,
+    NaFlexEncoder,
     OneFormerSwin,
     TimmEncoder,
 )
@@ -53,6 +54,14 @@ from tests.encoders.test_teachers import DINO, SWIN, VIT
 from tests.tiny import CLIP, LLAMA, tiny_decoder
 
 Size = tuple[int, int]
+NAFLEX = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "patch_size": 7,
+    "num_patches": 16,
+}
 CLIP_ENCODER = partial(HFEncoder, config=CLIP)
 SWIN_ENCODER = partial(OneFormerSwin, None, SWIN | {"drop_path_rate": 0.0}, 64, 72)
 PLAIN = partial(LinearPatches, width=32, patch=7, row_end=False)
@@ -114,6 +123,7 @@ CASES: dict[str, Case] = {
     "HFEncoder/cls": encoder(partial(HFEncoder, config=CLIP, cls=True), [(28, 28)]),
     "HFEncoder/layers": encoder(partial(HFEncoder, config=CLIP, layer=[-2, -1]), TILES),
     "LinearPatches": encoder(ANY_SIZE, SIZES, Identity),
+    "NaFlexEncoder": encoder(partial(NaFlexEncoder, None, NAFLEX), SIZES),
     "OneFormerSwin": encoder(SWIN_ENCODER, [(64, 64)]),
     "TimmEncoder": encoder(partial(TimmEncoder, "test_convnext", None, image_size=64), [(64, 64), (128, 64)]),
     "TimmEncoder/transformer": encoder(partial(TimmEncoder, "test_vit", None), [(160, 160)]),

@@ -9,6 +9,7 @@ from lit_vlm.encoders.eve import EvePatchEmbedding
 from lit_vlm.encoders.eve_v2 import EveV2PatchEmbedding
 from lit_vlm.encoders.hf import HFEncoder
 from lit_vlm.encoders.linear import LinearPatches
+from lit_vlm.encoders.naflex import NaFlexEncoder
 from lit_vlm.encoders.oneformer import OneFormerSwin
 from lit_vlm.encoders.s2 import S2
 from lit_vlm.encoders.timm import TimmEncoder
@@ -24,6 +25,7 @@ __all__ = [
     "EveV2PatchEmbedding",
     "HFEncoder",
     "LinearPatches",
+    "NaFlexEncoder",
     "OneFormerSwin",
     "PatchGrid",
     "TimmEncoder",

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from contextlib import ExitStack
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -21,6 +20,7 @@ from lit_vlm.core.batch import Images, PixelSpec, VisualTokens
 from lit_vlm.core.part import StateDict
 from lit_vlm.core.pretrained import find_weights, made_config, plain_config, read_pretrained, resolve, shortened
 from lit_vlm.encoders.base import CLIP_MEAN, CLIP_STD, HALF, IMAGENET_MEAN, IMAGENET_STD, Encoder, PatchGrid
+from lit_vlm.encoders.layers import Merge, ReadLayers
 
 INTERN_VIT = "internvl_vision"
 # model_type → (whether there is a CLS token, mean, std, the norm after the last block)
@@ -66,16 +66,16 @@ class HFEncoder(Encoder):
         config: dict[str, Any] | None = None,
         layer: int | list[int] = -2,
         cls: bool = False,
-        merge: Literal["concat", "sum"] = "concat",
+        merge: Merge = "concat",
     ) -> None:
         super().__init__()
-        self.name, self.merge = name, merge
+        self.name = name
         self.config = _vision_config(name, config)
         has_cls, mean, std, norm = VISION_MODELS[self.config.model_type]
-        self.layers = _layers(layer, self.config.num_hidden_layers, name or "this config")
+        self.layers = ReadLayers.of(layer, merge, self.config.num_hidden_layers, name or "this config")
         if cls and not has_cls:
             raise ValueError(f"{self.config.model_type} has no CLS token to keep")
-        self.config.num_hidden_layers = max(self.layers)
+        self.config.num_hidden_layers = self.layers.last
         if self.config.model_type in HEADS:
             setattr(self.config, HEADS[self.config.model_type], False)
         # The dtype is the trainer's choice, not that of the files.
@@ -83,7 +83,7 @@ class HFEncoder(Encoder):
         setattr(self.backbone, norm, nn.Identity())
         self.cls = cls
         self.prefix = int(has_cls) + int(getattr(self.config, "num_register_tokens", 0))
-        self.width = self.config.hidden_size * (len(self.layers) if merge == "concat" else 1)
+        self.width = self.config.hidden_size * self.layers.times
         size, patch = (value if isinstance(value, int) else value[0] for value in _sizes(self.config))
         self.patch_grid = PatchGrid(patch, prefix=int(cls))
         self.pixels = PixelSpec(size, patch, mean)
@@ -114,18 +114,12 @@ class HFEncoder(Encoder):
 
     def standalone(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments with the configuration of the kept blocks in place of the name, and the last of them read."""
-        read = self.read[0] if len(self.read) == 1 else self.read
-        return {**arguments, "name": None, "config": plain_config(self.config), "layer": read}
+        return {**arguments, "name": None, "config": plain_config(self.config), "layer": self.layers.from_last}
 
     def blocks(self) -> list[nn.Module]:
         """Transformer blocks."""
         encoder = self.backbone.encoder if hasattr(self.backbone, "encoder") else self.backbone.model
         return list(encoder.layers if hasattr(encoder, "layers") else encoder.layer)
-
-    @property
-    def read(self) -> list[int]:
-        """The layers that are read, counted from the last block that is built, which is −1."""
-        return [layer - max(self.layers) - 1 for layer in self.layers]
 
     @property
     def skip(self) -> int:
@@ -139,42 +133,12 @@ class HFEncoder(Encoder):
             ValueError: as `check_sizes`.
         """
         pixels = self.normalise(self.tiles(images), next(self.backbone.parameters()).dtype)
-        states = self._states(pixels)
+        states = self.layers.states(lambda: self.backbone(pixels).last_hidden_state, self.blocks())
         features = states[:, self.prefix :]  # [n, tokens, d_e]
         if self.cls:
             features = torch.cat([states[:, :1], features], dim=1)
         grids = tuple(self.patch_grid(*size) for size in images.sizes)
         return VisualTokens(features.reshape(-1, self.width), grids)
-
-    def _states(self, pixels: Tensor) -> Tensor:
-        """States of all tokens, `[n, prefix + patches, d_e]`, of the layers that are read."""
-        if len(self.layers) == 1:
-            states: Tensor = self.backbone(pixels).last_hidden_state
-            return states
-        found: dict[int, Tensor] = {}
-        blocks = self.blocks()
-        with ExitStack() as hooks:
-            for layer in self.layers:
-
-                def keep(_module: nn.Module, _args: Any, out: Any, layer: int = layer) -> None:
-                    found[layer] = out[0] if isinstance(out, tuple) else out
-
-                hooks.callback(blocks[layer - 1].register_forward_hook(keep).remove)
-            self.backbone(pixels)
-        chosen = [found[layer] for layer in self.layers]
-        return torch.cat(chosen, -1) if self.merge == "concat" else torch.stack(chosen).sum(0)
-
-
-def _layers(layer: int | list[int], depth: int, what: str) -> tuple[int, ...]:
-    """Layers that are read, counted from the embeddings, in the order given."""
-    given = layer if isinstance(layer, list) else [layer]
-    layers = tuple(one if one >= 0 else depth + 1 + one for one in given)
-    for one, index in zip(given, layers, strict=True):
-        if not 0 <= index <= depth:
-            raise ValueError(f"layer {one} is not one of the {depth + 1} hidden states of {what}")
-    if not layers or len(set(layers)) < len(layers) or (len(layers) > 1 and 0 in layers):
-        raise ValueError(f"layer {layer}: name one layer, or several different ones behind the embeddings")
-    return layers
 
 
 def pretrained_backbone(

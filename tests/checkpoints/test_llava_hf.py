@@ -125,7 +125,7 @@ def test_every_feature_layer_and_cls_choice_survives(layer: int | list[int], cls
     assert FAMILIES["llava-hf"].export(model, tmp_path / "out") <= 1e-5
     again, batch = load_published("llava-hf", tmp_path / "out").eval(), trial_batch(model)
     assert isinstance(again.encoder, HFEncoder)
-    assert again.encoder.read == model.encoder.read
+    assert again.encoder.layers == model.encoder.layers
     with torch.no_grad():
         torch.testing.assert_close(again.logits(batch)[..., : model.decoder.vocab_size], model.logits(batch))
 

@@ -145,7 +145,7 @@ def llava_config(
         image_token_index=image_id,
         projector_hidden_act=act,
         image_seq_length=grid.num_tokens,
-        vision_feature_layer=encoder.read[0] if len(encoder.read) == 1 else encoder.read,
+        vision_feature_layer=encoder.layers.from_last,
         vision_feature_select_strategy="default" if encoder.skip else "full",
         tie_word_embeddings=bool(decoder.config.tie_word_embeddings),
     )
@@ -180,7 +180,7 @@ def _held(model: VLM) -> _Parts:
             "llava-hf is HFEncoder, Linear or MLP of depth 1 or 2, Splice and HFDecoder; this model is "
             f"{', '.join(parts)}{depth}"
         )
-    if encoder.skip > 1 or (len(encoder.layers) > 1 and encoder.merge == "sum"):
+    if encoder.skip > 1 or (len(encoder.layers.indices) > 1 and encoder.layers.merge == "sum"):
         what = "an encoder with register tokens" if encoder.skip > 1 else "the sum of several layers of an encoder"
         raise ValueError(f"llava-hf does not hold {what}, as this {encoder.config.model_type} has")
     return _Parts(encoder, layers, embedder, decoder)

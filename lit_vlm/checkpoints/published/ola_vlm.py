@@ -209,7 +209,7 @@ def _is_ola(model: VLM) -> bool:
     projector = model.projector
     return (
         isinstance(model.encoder, HFEncoder | TimmEncoder)
-        and len(getattr(model.encoder, "layers", (0,))) == 1
+        and (not isinstance(model.encoder, HFEncoder) or len(model.encoder.layers.indices) == 1)
         and isinstance(projector, MLP)
         and len(projector.layers) == 3
         and isinstance(model.embedder, Splice)

@@ -246,7 +246,7 @@ class Vila(Family):
         inner = encoder.inner if isinstance(encoder, S2) else encoder
         splice = isinstance(model.embedder, Splice) and not model.embedder.task_tokens
         if (
-            not (isinstance(inner, HFEncoder) and inner.patch_grid.prefix == 0 and len(inner.layers) == 1)
+            not (isinstance(inner, HFEncoder) and inner.patch_grid.prefix == 0 and len(inner.layers.indices) == 1)
             or kind is None
             or not splice
             or (type(decoder) is not HFDecoder)

@@ -1,0 +1,124 @@
+"""SigLIP 2 NaFlex: pictures of any size and shape, one token for each patch of theirs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoConfig, Siglip2VisionModel
+
+from lit_vlm.core.batch import Images, PixelSpec, VisualTokens
+from lit_vlm.core.part import StateDict
+from lit_vlm.core.pretrained import find_weights, made_config, plain_config, resolve
+from lit_vlm.encoders.base import HALF, Encoder, PatchGrid
+from lit_vlm.encoders.hf import check_one_source, pretrained_backbone
+from lit_vlm.encoders.layers import Merge, ReadLayers
+
+SIGLIP2 = "siglip2_vision_model"
+
+
+class NaFlexEncoder(Encoder):
+    """SigLIP 2 in its NaFlex form (Tschannen et al. 2025, arXiv 2502.14786, section 2.4.2), before the final norm.
+
+    A picture keeps its shape: `data.transform` `AreaLimit` or `Native` resizes it to sides that are multiples of the
+    patch, and the table of positions is resized to its grid, as published. Pictures of a batch run together, padded to
+    the longest, so that every block runs once per forward pass whatever their sizes. Blocks behind the last that is
+    read are not built, and neither are the final norm and the pooling head.
+
+    Args:
+        name: hub name or local folder; the weights come from there. Or null, with `config`.
+        config: settings of a `siglip2_vision_model`, for random weights.
+        layer: index into the hidden states: 0 the embeddings, −1 the last block, −2 the one before. Or several, see
+            `merge`.
+        merge: what becomes of several layers: `concat` puts their features side by side, `sum` adds them.
+
+    Raises:
+        ValueError: when not exactly one of `name` and `config` is given, for a model of another kind, or as
+            `ReadLayers.of`.
+    """
+
+    def __init__(
+        self,
+        name: str | None = None,
+        config: dict[str, Any] | None = None,
+        layer: int | list[int] = -2,
+        merge: Merge = "concat",
+    ) -> None:
+        super().__init__()
+        check_one_source("NaFlexEncoder", name, config)
+        self.name = name
+        self.config = _vision_config(name, config)
+        self.layers = ReadLayers.of(layer, merge, self.config.num_hidden_layers, name or "this config")
+        self.config.num_hidden_layers = self.layers.last
+        self.config.vision_use_head = False
+        self.backbone = Siglip2VisionModel._from_config(self.config, dtype=torch.get_default_dtype())
+        self.backbone.post_layernorm = nn.Identity()
+        self.width = self.config.hidden_size * self.layers.times
+        self.patch_grid = PatchGrid(self.config.patch_size)
+        self.pixels = PixelSpec(None, self.config.patch_size, HALF)
+        self._set_normalisation(HALF, HALF)
+
+    def find_pretrained(self) -> None:
+        """Check that the files of the model are there; raises ValueError saying what is missing."""
+        if self.name is not None:
+            find_weights(self.name)
+
+    def pretrained_state(self) -> StateDict | None:
+        """Weights of the embeddings and the kept blocks; raises as `pretrained_backbone`."""
+        if self.name is None:
+            return None
+        return pretrained_backbone(Siglip2VisionModel, resolve(self.name), self.backbone, config=self.config)
+
+    def standalone(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments with the configuration of the kept blocks in place of the name, and the last of them read."""
+        return {**arguments, "name": None, "config": plain_config(self.config), "layer": self.layers.from_last}
+
+    def blocks(self) -> list[nn.Module]:
+        """Transformer blocks."""
+        return list(self.backbone.encoder.layers)
+
+    def forward(self, images: Images) -> VisualTokens:
+        """Features `[t, d_e]`, picture by picture, row by row."""
+        grids = tuple(self.patch_grid(*size) for size in images.sizes)
+        patches = self._patches(images)
+        rows = pad_sequence(patches, batch_first=True)  # [n, most, 3 · patch²]
+        # Made on the host, which knows all sizes: nothing waits for the device.
+        seen = torch.arange(rows.shape[1]) < torch.tensor([len(one) for one in patches])[:, None]
+        places = seen.flatten().nonzero()[:, 0].to(rows.device, non_blocking=True)
+        shapes = torch.tensor([(grid.rows, grid.cols) for grid in grids])
+
+        def run() -> Tensor:
+            states: Tensor = self.backbone(rows, seen.to(rows.device), shapes).last_hidden_state
+            return states
+
+        return VisualTokens(self.layers.states(run, self.blocks()).flatten(0, 1)[places], grids)
+
+    def _patches(self, images: Images) -> list[Tensor]:
+        """Normalised pixels of each picture's patches, `[rows · cols, 3 · patch²]`, the colours of a pixel together."""
+        patch, dtype = self.patch_grid.patch, next(self.backbone.parameters()).dtype
+        found: dict[int, Tensor] = {}
+        for indices, pixels in images.groups():
+            x = self.normalise(pixels, dtype)
+            x = x.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))  # [m, 3, rows, patch, cols, patch]
+            found |= dict(zip(indices, x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2), strict=True))
+        return [found[index] for index in range(len(images))]
+
+
+def _vision_config(name: str | None, config: dict[str, Any] | None) -> Any:
+    if name is None:
+        settings = dict(config or {})
+        model_type = settings.pop("model_type", SIGLIP2)
+        loaded = made_config(model_type, settings, "NaFlexEncoder") if model_type == SIGLIP2 else None
+    else:
+        loaded = AutoConfig.from_pretrained(resolve(name, weights=False))
+        loaded = getattr(loaded, "vision_config", loaded)
+        model_type = loaded.model_type
+    if model_type != SIGLIP2:
+        raise ValueError(
+            f"NaFlexEncoder takes models of SigLIP 2 whose names end in -naflex, {SIGLIP2}; '{model_type}' is another: "
+            "those of one size are HFEncoder's"
+        )
+    return loaded
