@@ -101,6 +101,14 @@ def test_swapped_parts_are_the_same_in_transformers(name: str, tmp_path: Path) -
     assert found.logits == 0
 
 
+def test_pictures_of_any_size_are_the_same_in_transformers(tmp_path: Path) -> None:
+    own = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+           "patch_size": 8, "num_patches": 16}  # fmt: skip
+    encoder = part("encoders.NaFlexEncoder", config=own, layer=[1, -1])
+    _, found = exported(tmp_path / "out", "eve_v2", encoder=encoder, projector=part("projectors.Linear"))
+    assert found.logits <= 1e-5
+
+
 def test_the_folder_needs_no_other_file(tmp_path: Path) -> None:
     """Names of hub models and folders are not in it, and the classes are the ones that `auto_map` names."""
     exported(tmp_path / "out", "llava15")
