@@ -161,6 +161,11 @@ _QUESTION = Text("What is this?")
 def _prompt(written: SampleFormat, spec: InputSpec) -> str:
     """The question behind a picture, without the token that begins text, which llama.cpp puts in front itself."""
     text = written.prompt([Message("user", (Image(data=b""), _QUESTION))], spec)
+    if written.template.own_start and spec.bos_id is not None and not text.startswith(spec.tokenizer.bos_token):
+        raise ValueError(
+            f"gguf has one setting for {spec.tokenizer.bos_token} in front of a text: this tokenizer puts it in front "
+            "of every text, and this chat template does not write it"
+        )
     return text.removeprefix(spec.tokenizer.bos_token) if spec.bos_id is not None else text
 
 

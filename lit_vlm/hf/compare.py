@@ -111,7 +111,9 @@ def compare(
     for row, written_ids in enumerate(answers):
         # A row of the word table beyond the tokenizer's may stand for images in the export, which never writes it.
         answer = list(takewhile(lambda token: token != processor.image_token_id, written_ids))
-        if found[row, : len(answer)].tolist() != answer:
+        ends = found[row, len(answer) : len(answer) + 1].tolist()
+        stopped = answer != written_ids or len(answer) == NEW_TOKENS or set(ends) <= stops
+        if found[row, : len(answer)].tolist() != answer or not stopped:
             raise ValueError(f"what was read back answers {found[row].tolist()}, the model itself {answer}")
     return Differences(logits, gradients)
 

@@ -100,6 +100,7 @@ def make_processor(model: VLM, config: Mapping[str, Any], written: SampleFormat,
         written.max_length,
         written.template.typed_marks,
         as_jinja(template, tokenizer.eos_token or "", bos),
+        template.own_start,
     )
 
 

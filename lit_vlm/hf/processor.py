@@ -43,6 +43,7 @@ class LitVLMProcessor(ProcessorMixin):
         transform: `class_path` and `init_args` of how pictures are resized.
         max_length: most positions of a sample in training; longer ones give a warning.
         typed_marks: see `data.Template`; for chats.
+        own_start: see `data.Template`; for chats.
         chat_template: how chats are written.
     """
 
@@ -56,10 +57,12 @@ class LitVLMProcessor(ProcessorMixin):
         max_length: int,
         typed_marks: Literal["text", "tokens"] = "text",
         chat_template: str | None = None,
+        own_start: bool = False,
     ) -> None:
         super().__init__(tokenizer, chat_template=chat_template)
         self.slots, self.hidden_size, self.vocab_size = slots, hidden_size, vocab_size
         self.transform, self.max_length, self.typed_marks = transform, max_length, typed_marks
+        self.own_start = own_start
         self.image_token = IMAGE_MARK
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_MARK)
         self.auto_map = AUTO_MAP
@@ -185,6 +188,8 @@ class LitVLMProcessor(ProcessorMixin):
             raise ValueError("return_assistant_tokens_mask: the chat template of this model marks no answers")
         if kwargs.get("tokenize") and self.typed_marks == "text":
             conversation = typed(conversation)
+        if kwargs.get("tokenize") and self.own_start:
+            kwargs.setdefault("add_special_tokens", False)
         return super().apply_chat_template(conversation, chat_template, **kwargs)
 
     @property
@@ -195,10 +200,15 @@ class LitVLMProcessor(ProcessorMixin):
         """Ids of a text, with `image_token_id` at each visual token."""
         bos = self.tokenizer.bos_token if self.spec.bos_id is not None else None
         begins = bos is not None and text.startswith(bos)
+        if self.own_start and not add_special_tokens:  # a chat, whose template has written all that it begins with
+            return self._with_images(encode_pieces(pieces_of(text), self.spec, bos=False)[0], pixels)
         pieces = pieces_of(text.removeprefix(bos) if begins and bos else text)
         encoded, _ = encode_pieces(pieces, self.spec)
         if bos is not None and not begins and not add_special_tokens:
             encoded = encoded[1:]
+        return self._with_images(encoded, pixels)
+
+    def _with_images(self, encoded: Sequence[int], pixels: Sequence[Tensor]) -> list[int]:
         grids = iter([self.spec.grid(*image.shape[1:]) for image in pixels])
         ids: list[int] = []
         for token in encoded:

@@ -95,7 +95,7 @@ class Writer:
         first, taught = self._count(group, images, few, rounds)
         second, _ = self._count(group, images, 2 * few, rounds)
         asks = second > first
-        return _Overhead(first - few * (1 + asks), taught - few, asks)
+        return _Overhead(first - few * (1 + asks), max(0, taught - few), asks)
 
     def _count(self, group: Group, images: list[Image], asked: int, rounds: int) -> tuple[int, int]:
         """Text tokens of a sequence with `PROBE` tokens in each answer, and those with a loss."""

@@ -124,15 +124,18 @@ def cache(family: str) -> str:
 def lora(family: str) -> str:
     """Whether adapters alone train, and whether merging them changes nothing."""
     model = model_of(family, lora=Lora(rank=2))
+    batch = batch_of(model, 3)
+    with torch.no_grad():
+        plain = model.logits(batch)
     for name, parameter in model.decoder.named_parameters():
         if is_adapter(name):
             torch.nn.init.normal_(parameter, std=0.01)
     stage = Stage(train={"decoder": 1e-3})
     stage.freeze(model)
     assert all(is_adapter(name) for name, p in model.decoder.named_parameters() if p.requires_grad)
-    batch = batch_of(model, 3)
     with torch.no_grad():
         before = model.logits(batch)
+        assert float((before - plain).abs().max()) > 100 * TOLERANCE
         merge_adapters(model)
         assert_close(model.logits(batch), before, f"{family} merged")
     return YES

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -20,9 +21,11 @@ from lit_vlm.core.quantised import quantise_parts, quantised_kinds
 from lit_vlm.core.tokenizers import byte_tokenizer
 from lit_vlm.data.records import Message, Record, Text
 from lit_vlm.data.sample.collate import collate_prompts
+from lit_vlm.data.sample.hf_chat import HFChat
 from lit_vlm.evaluation.asker import Asker
 from lit_vlm.hf.export import export_hf
 from lit_vlm.model.generate import generate
+from tests.data.sample.test_hf_chat import CHATML, THINKS, tokenizer
 from tests.exports import TINY, exported, read, read_stage
 from tests.full_disk import small_disk
 from tests.runs import one_step
@@ -107,6 +110,20 @@ def test_pictures_of_any_size_are_the_same_in_transformers(tmp_path: Path) -> No
     encoder = part("encoders.NaFlexEncoder", config=own, layer=[1, -1])
     _, found = exported(tmp_path / "out", "eve_v2", encoder=encoder, projector=part("projectors.Linear"))
     assert found.logits <= 1e-5
+
+
+@pytest.mark.parametrize("jinja", [CHATML, "{{ bos_token }}" + CHATML, THINKS], ids=["plain", "begins", "thinks"])
+@pytest.mark.parametrize("arguments", [{}, {"enable_thinking": False}], ids=["", "no thinking"])
+@pytest.mark.parametrize("pieces", [False, True])
+def test_a_chat_template_of_the_model_is_the_same_in_transformers(
+    jinja: str, arguments: dict[str, Any], pieces: bool, tmp_path: Path
+) -> None:
+    tokenizer(jinja, pieces).save_pretrained(tmp_path / "tokenizer")
+    config = LLAMA | {"vocab_size": 520}
+    decoder = part("decoders.HFDecoder", config=config, tokenizer=str(tmp_path / "tokenizer"))
+    module, settings, written = read("llava15", decoder=decoder)
+    own = replace(written, template=HFChat(arguments=arguments))
+    assert export_hf(module.vlm, settings, own, module.input_spec, tmp_path / "out").logits <= 1e-5
 
 
 def test_the_folder_needs_no_other_file(tmp_path: Path) -> None:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
-from lit_vlm.data.records import Image, Message, RecordError
+from lit_vlm.data.records import Image, Message, RecordError, Text
 from lit_vlm.data.sample.templates import Piece, Span, closes_with_loss
+
+FIRST_PLACE = 0xE000
+"""The first of the characters, without a meaning in Unicode, that stand for contents and pictures for a while."""
+PLACES = range(FIRST_PLACE, FIRST_PLACE + 6400)
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,19 @@ class Around:
         """The text as pieces of a sample; it has no loss beside an answer whose text has none."""
         taught = all(closes_with_loss(message) for message in beside if message.role == "assistant")
         return [Span(text, supervised and taught) for supervised, text in self.runs()]
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What a chat template writes around the contents of a conversation.
+
+    Attributes:
+        literals: the text in front of each content, and behind the last.
+        taught: for each content, whether it carries a loss.
+    """
+
+    literals: list[Around]
+    taught: list[bool]
 
 
 def kept_of(text: str, contents: Sequence[str], literals: Sequence[Around]) -> list[tuple[int, int]]:
@@ -76,3 +93,26 @@ def content_spans(message: Message, kept: tuple[int, int], supervised: bool) -> 
             pieces.append(Span(text, supervised if part.loss is None else part.loss, typed=True))
         at += len(part.text)
     return pieces
+
+
+def unused_place(text: str) -> str:
+    """A character that stands for a picture, which the text does not hold."""
+    return next(chr(code) for code in PLACES if chr(code) not in text)
+
+
+def text_of(message: Message, place: str) -> str:
+    """A message's content as one text, with a character for each picture."""
+    return "".join(place if isinstance(part, Image) else part.text for part in message.content)
+
+
+def shown(text: str) -> str:
+    """A piece of a written conversation for a message, with … for contents."""
+    return repr("".join("…" if ord(letter) in PLACES else letter for letter in text))
+
+
+def without_opening(message: Message, opening: str) -> Message:
+    """An answer without the text that a template writes in front of it by itself."""
+    first = message.content[0] if message.content else None
+    if message.role != "assistant" or not opening or not isinstance(first, Text) or not first.text.startswith(opening):
+        return message
+    return replace(message, content=(replace(first, text=first.text.removeprefix(opening)), *message.content[1:]))

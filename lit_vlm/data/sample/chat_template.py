@@ -59,9 +59,11 @@ def as_jinja(template: Template, eos: str, bos: str, behind: str = "") -> str:
     """
     if IMAGE_MARK in "".join(template.image_marks or ()):
         raise ValueError(f"data.template: image_marks hold {IMAGE_MARK}, which stands for a picture in chats")
-    found = _look(template, eos)
     front, after = template.image_marks or ("", "")
     image = f"{front}{IMAGE_MARK}{behind}{after}"
+    if (own := template.as_jinja(image)) is not None:
+        return own
+    found = _look(template, eos)
     between = found.between or ""
     most = "" if found.between is not None else _only_one(template)
     text = (
@@ -119,6 +121,30 @@ def _system(found: _Parts) -> list[str]:
         _literal(found.before_system) + "{{- said -}}" + _literal(found.after_system),
         "{%- else -%}" + _literal(found.without_system) + "{%- endif -%}",
     ]
+
+
+def joining(image: str, parts: bool) -> str:
+    """Jinja in front of a chat template that takes texts, for chats whose messages may be lists of parts.
+
+    Args:
+        image: what stands for a picture.
+        parts: whether the template takes a list of one text in place of a text.
+    """
+    content = "[{'type': 'text', 'text': written.text}]" if parts else "written.text"
+    return "".join(
+        [
+            "{%- set joined = namespace(messages=[]) -%}{%- for message in messages -%}",
+            "{%- set written = namespace(text='') -%}",
+            "{%- if message['content'] is string -%}{%- set written.text = message['content'] -%}",
+            "{%- else -%}{%- for part in message['content'] -%}",
+            f"{{%- if part['type'] == 'image' -%}}{{%- set written.text = written.text + {json.dumps(image)} -%}}",
+            "{%- elif part['type'] == 'text' -%}{%- set written.text = written.text + part['text'] -%}",
+            "{%- else -%}{{- raise_exception('this model takes text and images, not ' ~ part['type']) -}}{%- endif -%}",
+            "{%- endfor -%}{%- endif -%}",
+            f"{{%- set joined.messages = joined.messages + [dict(message, content={content})] -%}}",
+            "{%- endfor -%}{%- set messages = joined.messages %}\n",  # a newline behind a block is not written
+        ]
+    )
 
 
 def _only_one(template: Template) -> str:

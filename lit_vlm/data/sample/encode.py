@@ -230,7 +230,7 @@ class SampleEncoder:
 
     def _bos(self, record: Record) -> bool:
         """Whether the tokenizer's own first token comes first: always in documents, which no template begins."""
-        return not self.template.own_start or record.messages[0].role == "document"
+        return not self.template.own_start or any(message.role == "document" for message in record.messages)
 
     def _rendered(self, record: Record) -> list[Piece]:
         """The pieces of the whole record; refuses one with a blank answer, which would teach to answer nothing."""

@@ -63,8 +63,11 @@ class SampleFormat:
             spelling_of(spec.tokenizer).check(marks, name, action)
         except ValueError as error:
             raise ValueError(f"{error}{_others(spec)}") from error
+        said = spelling_of(spec.tokenizer).checked
         for note in template.notes():
-            log.warning("%s: %s", name, note)
+            if note not in said:
+                said.add(note)
+                log.warning("%s: %s", name, note)
 
     def closing_id(self, spec: InputSpec) -> int | None:
         """Id of the token that closes an answer in this template; None where no single token does."""

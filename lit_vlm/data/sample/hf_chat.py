@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, Literal
 
-from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from lit_vlm.data.records import Image, Message, RecordError, Text
-from lit_vlm.data.sample.around import Around, content_spans, kept_of
+from lit_vlm.data.records import Message, RecordError, Text
+from lit_vlm.data.sample.around import (
+    FIRST_PLACE,
+    Around,
+    Frame,
+    content_spans,
+    kept_of,
+    shown,
+    text_of,
+    unused_place,
+    without_opening,
+)
+from lit_vlm.data.sample.chat_template import joining
 from lit_vlm.data.sample.templates import Piece, Span, Template
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 """How a template marks the text of the assistant itself."""
-FIRST_PLACE = 0xE000
-"""The first of the characters, without a meaning in Unicode, that stand for contents and pictures for a while."""
-PLACES = range(FIRST_PLACE, FIRST_PLACE + 6400)
-TODAY = "{{%- macro strftime_now(format) -%}}{}{{%- endmacro -%}}"
-"""In front of a chat template: what it gets for the day of writing."""
+MARK_LIKE = re.compile(r"<\|[^\s<>|]+\|>")
+NO_DATE = "it writes the day of writing, and the same record would differ from day to day: set init_args.date, such as "
+NO_DATE += "'26 July 2024'"
 
 
 class HFChat(Template):
@@ -35,7 +43,7 @@ class HFChat(Template):
     `answers: last`.
 
     Args:
-        chat_template: jinja text, or the path of a file that ends in `.jinja`; null takes the tokenizer's own.
+        chat_template: jinja text, such as `"$(cat FILE)"` on a command line; null takes the tokenizer's own.
         arguments: what the template is given besides messages, such as `{enable_thinking: false}` or `tools`.
         date: what a template gets that writes the day of writing, such as `26 July 2024`; needed for those.
         answers: `all` answers of a conversation carry a loss, or the `last` one alone; the others are then written as
@@ -45,7 +53,7 @@ class HFChat(Template):
         typed_marks: see `Template`.
 
     Raises:
-        ValueError: for a file that cannot be read.
+        ValueError: for a path in place of a template.
     """
 
     own_start = True
@@ -65,11 +73,17 @@ class HFChat(Template):
             raise ValueError(f"answers is {answers!r}; it is 'all' or 'last'")
         self.chat_template, self.arguments = chat_template, dict(arguments or {})
         self.date, self.answers = date, answers
-        self.jinja = _read(chat_template) if chat_template is not None else ""
+        if chat_template is not None and "{" not in chat_template:
+            # A file may change or move; a run's config holds the text.
+            raise ValueError(
+                f"data.template.init_args.chat_template is {chat_template!r}, no jinja: give the text of the template, "
+                'such as "$(cat FILE)"'
+            )
+        self.jinja = chat_template or ""
         self.parts = False
         self.special: dict[str, str] = {}
         self.closers: tuple[str, ...] = ()
-        self._known: dict[tuple[tuple[str, ...], bool], list[Around]] = {}
+        self._known: dict[tuple[tuple[str, ...], bool], Frame] = {}
 
     def for_tokenizer(self, tokenizer: Any) -> HFChat:
         """A copy that writes what this tokenizer's chat template writes.
@@ -87,19 +101,13 @@ class HFChat(Template):
         added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
         bound.closers = tuple(sorted({*added, *tokenizer.all_special_tokens}, key=len, reverse=True))
         try:
-            bound._literals(("user", "assistant"), False)
+            bound._frame(("user", "assistant"), False)
         except RecordError as error:
             bound.parts = True  # templates of multimodal models take contents in parts alone
             try:
-                bound._literals(("user", "assistant"), False)
+                bound._frame(("user", "assistant"), False)
             except RecordError:
                 raise ValueError(f"data.template HFChat: {error.detail}") from error
-        chat = [("user", "a"), ("assistant", "a")]
-        if self.date is None and bound._render(chat, False, "1") != bound._render(chat, False, "2"):
-            raise ValueError(
-                "data.template HFChat: the chat template writes the day of writing, and the same record would differ "
-                "from day to day: set init_args.date, such as '26 July 2024'"
-            )
         return bound
 
     def _turns(self, system: Sequence[Piece], turns: Sequence[Message], eos: str) -> Iterator[Piece]:
@@ -109,12 +117,25 @@ class HFChat(Template):
         yield from self._written([*_system(system), *turns], asked=True)
 
     def notes(self) -> list[str]:
-        """That longer conversations cannot be written, or that answers are not closed."""
+        """Which conversations cannot be written, and what a model learns that its prompts do not have."""
         found = []
         try:
-            self._literals(("user", "assistant") * 2, False)
+            self._frame(("user", "assistant") * 2, False)
         except RecordError as error:
             found.append(f"conversations of several answers are dropped: {error.detail}")
+        frame = self._frame(("user", "assistant"), False)
+        prompt = self._frame(("user",), True).literals[-1].text
+        between = frame.literals[1].text
+        if not between.startswith(prompt):
+            found.append(
+                f"answers are taught behind {between!r} and asked for behind {prompt!r}: set init_args.arguments, such "
+                "as {enable_thinking: false}"
+            )
+        elif opening := self._opening():
+            found.append(
+                f"answers begin with {opening!r}, which the model learns to write: set init_args.arguments, such as "
+                "{enable_thinking: false}, where the prompt is to hold it"
+            )
         if not self.closing(""):
             found.append(
                 "the chat template closes answers with no mark, so that a model does not learn to end them: generation "
@@ -123,27 +144,45 @@ class HFChat(Template):
         return found
 
     def closing(self, eos: str) -> str:
-        """As `Template.closing`."""
-        behind = self._literals(("user", "assistant"), False)[-1]
-        return "".join(text for supervised, text in behind.runs() if supervised)
+        """As `Template.closing`: the first special token that the template teaches behind an answer."""
+        literal = self._frame(("user", "assistant"), False).literals[-1]
+        behind = "".join(text for taught, text in literal.runs() if taught)
+        found = [(behind.find(mark), -len(mark), mark) for mark in self.closers if mark in behind]
+        return min(found)[2] if found else ""
+
+    def marks(self, eos: str) -> list[str]:
+        """As `Template.marks`: what is written like a special token around a question and its answer."""
+        texts = [literal.text for literal in self._frame(("user", "assistant"), False).literals]
+        return list(dict.fromkeys(MARK_LIKE.findall("".join(texts))))
+
+    def as_jinja(self, image: str) -> str:
+        """The chat template with the arguments and the date, for chats whose messages may be lists of parts."""
+        settings = "".join(f"{{%- set {name} = {_literal(value)} -%}}" for name, value in self.arguments.items())
+        return self._today() + settings + joining(image, self.parts) + self.jinja
+
+    def _opening(self) -> str:
+        """What a model learns to write in front of an answer's text."""
+        between = self._frame(("user", "assistant"), False).literals[1]
+        return "".join(text for taught, text in between.runs() if taught)
 
     def _written(self, messages: Sequence[Message], asked: bool) -> list[Piece]:
         """The pieces of a conversation: what the template writes around contents, and the contents."""
         if not messages:
             return []
-        literals = self._literals(tuple(message.role for message in messages), asked)
-        place = _unused("".join(message.text for message in messages))
-        contents = [_text_of(message, place) for message in messages]
+        frame = self._frame(tuple(message.role for message in messages), asked)
+        if asked:  # as the model wrote them, earlier answers may begin with what the template writes by itself
+            messages = [without_opening(message, self._opening()) for message in messages]
+        place = unused_place("".join(message.text for message in messages))
+        contents = [text_of(message, place) for message in messages]
         text = self._render([(message.role, one) for message, one in zip(messages, contents, strict=True)], asked)
-        kept = kept_of(text, contents, literals)
+        kept = kept_of(text, contents, frame.literals)
         pieces: list[Piece] = []
         for index, message in enumerate(messages):
-            pieces += literals[index].spans(messages[max(index - 1, 0) : index + 1])
-            teaches = message.role == "assistant" and (self.answers == "all" or index == len(messages) - 1)
-            pieces += content_spans(message, kept[index], teaches)
-        return [*pieces, *literals[-1].spans(messages[-1:])]
+            pieces += frame.literals[index].spans(messages[max(index - 1, 0) : index + 1])
+            pieces += content_spans(message, kept[index], frame.taught[index])
+        return [*pieces, *frame.literals[-1].spans(messages[-1:])]
 
-    def _literals(self, roles: tuple[str, ...], asked: bool) -> list[Around]:
+    def _frame(self, roles: tuple[str, ...], asked: bool) -> Frame:
         """What the template writes around the contents of messages of these roles.
 
         Raises:
@@ -154,7 +193,7 @@ class HFChat(Template):
             self._known[roles, asked] = self._found(roles, asked)
         return self._known[roles, asked]
 
-    def _found(self, roles: tuple[str, ...], asked: bool) -> list[Around]:
+    def _found(self, roles: tuple[str, ...], asked: bool) -> Frame:
         marks = [chr(FIRST_PLACE + index) for index in range(len(roles))]
         chat = list(zip(roles, marks, strict=True))
         text = self._render(chat, asked)
@@ -169,14 +208,17 @@ class HFChat(Template):
             for start, end in self._answers(chat, text):
                 supervised[start:end] = [True] * (end - start)
         edges = [-1, *places, len(text)]
-        return [
+        literals = [
             Around(text[before + 1 : after], tuple(supervised[before + 1 : after])) for before, after in pairwise(edges)
         ]
+        return Frame(literals, [supervised[place] for place in places])
 
     def _answers(self, chat: list[tuple[str, str]], text: str) -> list[tuple[int, int]]:
         """The stretches of a written conversation that carry a loss, the place of each answer's content in them."""
         asked = [index for index, (role, _) in enumerate(chat) if role == "assistant"]
         asked = asked[-1:] if self.answers == "last" else asked
+        if not asked:
+            return []
         if not GENERATION.search(self.jinja):
             return [self._stretch(chat, text, index) for index in asked]
         from_here = text.index(chat[asked[0] - 1][1])
@@ -188,9 +230,9 @@ class HFChat(Template):
         if not text.startswith(prompt):
             raise RecordError(
                 "chat_template",
-                f"the chat template asks for answer {index} behind {prompt[-40:]!r} and writes something else in front "
-                "of it in the whole conversation: set init_args.arguments, such as {enable_thinking: false}, or give a "
-                "template with {% generation %} marks by init_args.chat_template"
+                f"the chat template asks for answer {index} behind {shown(prompt[-40:])} and writes something else in "
+                "front of it in the whole conversation: set init_args.arguments, such as {enable_thinking: false}, or "
+                "give a template with {% generation %} marks by init_args.chat_template"
                 + (
                     ""
                     if self.answers == "last"
@@ -203,39 +245,38 @@ class HFChat(Template):
         if not text.startswith(closed):
             raise RecordError(
                 "chat_template",
-                f"the chat template writes answer {index} as {closed[len(prompt) :]!r} at the end, and "
+                f"the chat template writes answer {index} as {shown(closed[len(prompt) :])} at the end, and "
                 "otherwise where another question follows: set init_args.answers to last, or give a template with "
                 "{% generation %} marks by init_args.chat_template",
             )
         return len(prompt), len(closed)
 
-    def _render(self, chat: Sequence[tuple[str, str]], asked: bool, date: str | None = None) -> str:
-        return str(self._run(chat, asked, False, date)[0][0])
+    def _today(self) -> str:
+        """In front of a chat template: what it gets for the day of writing. A newline behind a block is not written."""
+        day = json.dumps(self.date) if self.date else f"raise_exception({json.dumps(NO_DATE)})"
+        day = f"{{{{ {day} }}}}"
+        return f"{{% macro strftime_now(format) %}}{day}{{% endmacro %}}\n"
 
-    def _run(self, chat: Sequence[tuple[str, str]], asked: bool, marked: bool, date: str | None = None) -> Any:
+    def _render(self, chat: Sequence[tuple[str, str]], asked: bool) -> str:
+        return str(self._run(chat, asked, False)[0][0])
+
+    def _run(self, chat: Sequence[tuple[str, str]], asked: bool, marked: bool) -> Any:
         if not self.jinja:
             raise ValueError("data.template HFChat: no tokenizer has given it a chat template yet: call for_tokenizer")
         messages = [
             {"role": role, "content": [{"type": "text", "text": content}] if self.parts else content}
             for role, content in chat
         ]
-        jinja = TODAY.format(date or self.date or "") + self.jinja
         try:
             return render_jinja_template(
-                [messages], chat_template=jinja, add_generation_prompt=asked, return_assistant_tokens_mask=marked,
+                [messages],
+                chat_template=self._today() + self.jinja,
+                add_generation_prompt=asked,
+                return_assistant_tokens_mask=marked,
                 **(self.special | self.arguments),
-            )  # fmt: skip
-        except (TemplateError, TypeError, ValueError, KeyError) as error:
-            raise RecordError("chat_template", f"the chat template refuses it: {error}") from error
-
-
-def _read(given: str) -> str:
-    if not given.endswith(".jinja"):
-        return given
-    try:
-        return Path(given).expanduser().read_text(encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"data.template.init_args.chat_template {given} cannot be read: {error.strerror}") from error
+            )
+        except Exception as error:  # whatever a template's own code may raise
+            raise RecordError("chat_template", f"the chat template refuses it: {error or repr(error)}") from error
 
 
 def _own_of(tokenizer: Any) -> str:
@@ -253,14 +294,13 @@ def _own_of(tokenizer: Any) -> str:
 
 def _system(pieces: Sequence[Piece]) -> list[Message]:
     """The system message of these pieces, as a conversation's first; none for nothing."""
-    content = tuple(Text(piece.text) if isinstance(piece, Span) else piece for piece in pieces)
+    content = tuple(
+        Text(piece.text, loss=True if piece.supervised else None) if isinstance(piece, Span) else piece
+        for piece in pieces
+    )
     return [Message("system", content)] if content else []
 
 
-def _unused(text: str) -> str:
-    """A character that stands for a picture, which the text does not hold."""
-    return next(chr(code) for code in PLACES if chr(code) not in text)
-
-
-def _text_of(message: Message, place: str) -> str:
-    return "".join(place if isinstance(part, Image) else part.text for part in message.content)
+def _literal(value: Any) -> str:
+    """A setting as jinja writes it."""
+    return "none" if value is None else json.dumps(value)

@@ -67,6 +67,14 @@ class Template(ABC):
         """The template as this tokenizer's texts are written; for most, itself."""
         return self
 
+    def as_jinja(self, image: str) -> str | None:
+        """The jinja template that writes the same; None where it has to be found (`as_jinja` of chat_template.py).
+
+        Args:
+            image: what stands for a picture.
+        """
+        return None
+
     def notes(self) -> list[str]:
         """What users should know before they train with this template."""
         return []

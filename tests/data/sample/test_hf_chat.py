@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 from lit_vlm.core.batch import IGNORE
 from lit_vlm.core.tokenizers import byte_tokenizer
 from lit_vlm.data.records import Image, Message, Record, RecordError, Text
+from lit_vlm.data.sample.chat_template import as_jinja
 from lit_vlm.data.sample.encode import encode_pieces
 from lit_vlm.data.sample.format import SampleFormat
 from lit_vlm.data.sample.hf_chat import HFChat
@@ -86,7 +87,7 @@ def encoded(template: Template, messages: list[Message], made: Any) -> tuple[lis
 def expected(chat: HFChat, messages: list[Message], made: Any, marked: bool = False) -> Any:
     """What transformers writes of the same chat, on the same day."""
     if chat.date:
-        made.chat_template = "{%- macro strftime_now(format) -%}" + chat.date + "{%- endmacro -%}" + chat.jinja
+        made.chat_template = re.sub(r"strftime_now\([^)]*\)", repr(chat.date), chat.jinja)
     talk = [{"role": m.role, "content": [{"type": "text", "text": m.text}] if chat.parts else m.text} for m in messages]
     return made.apply_chat_template(talk, tokenize=True, return_dict=True, return_assistant_tokens_mask=marked)
 
@@ -206,12 +207,23 @@ def test_thoughts_that_earlier_answers_lose_are_refused_or_the_last_answer_alone
     assert supervised_of(chat.render(ONE, "")) == ["<think>\n\n</think>\n\nA red cube.<|im_end|>"]
     with pytest.raises(RecordError, match=r"writes answer 1 as '<think>.* set init_args.answers to last"):
         chat.render(TWO, "")
-    (note,) = chat.notes()
-    assert "conversations of several answers are dropped" in note
+    dropped, begins = chat.notes()
+    assert "conversations of several answers are dropped" in dropped
+    assert "\ue001" not in dropped
+    assert begins.startswith(r"answers begin with '<think>\n\n</think>\n\n', which the model learns to write")
     last, _ = bound(THINKS, answers="last", arguments={"enable_thinking": False})
     assert supervised_of(last.render(TWO, "")) == [" A cone, \n it seems. <|im_end|>"]
     assert text_of(last.prompt(TWO, "")).endswith("<think>\n\n</think>\n\n")
     assert last.closing("") == "<|im_end|>"
+    assert last.notes() == []
+
+
+def test_an_answer_as_the_model_wrote_it_can_be_asked_about_again() -> None:
+    chat, _ = bound(THINKS)
+    said = [ONE[0], say("assistant", "<think>\n\n</think>\n\nA red cube."), say("user", "Sure?")]
+    plain = [*ONE, say("user", "Sure?")]
+    assert text_of(chat.prompt(said, "")) == text_of(chat.prompt(plain, ""))
+    assert text_of(chat.prompt(plain, "")).count("think") == 0
 
 
 def test_a_day_in_a_template_must_be_given() -> None:
@@ -251,21 +263,93 @@ def test_a_conversation_that_is_written_otherwise_is_dropped_with_its_reason(jin
         chat.render(SYSTEM if "system" in match else ONE, "")
 
 
-def test_tokenizers_and_files_without_a_template_are_named(tmp_path: Path) -> None:
+def test_a_template_that_refuses_a_system_text_is_used_without_one() -> None:
+    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML
+    made = tokenizer(refusing)
+    SampleFormat(HFChat(), PadSquare(), 512, True).check_marks(make_spec(made), "refuse")
+    chat = HFChat().for_tokenizer(made)
+    assert text_of(chat.render(ONE, "")) == text_of(ChatML().render(ONE, ""))
+    talk = [
+        {"role": "user", "content": "What is it?"},
+        {"role": "assistant", "content": [{"type": "text", "text": "A."}]},
+    ]
+    jinja = as_jinja(chat, made.eos_token, "")
+    assert made.apply_chat_template(talk, chat_template=jinja, tokenize=False).endswith("assistant\nA.<|im_end|>\n")
+
+
+@pytest.mark.parametrize(("closing", "behind"), [("<|im_end|>\n", ""), ("\n<|im_end|>", "\n")])
+def test_the_token_that_closes_an_answer_is_found_in_what_is_taught_behind_it(closing: str, behind: str) -> None:
+    marked = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+        "CLOSE{% endgeneration %}{% else %}{{ m.content }}CLOSE{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    ).replace("CLOSE", closing)
+    made = tokenizer(marked)
+    assert HFChat().for_tokenizer(made).closing("") == "<|im_end|>"
+    written = SampleFormat(HFChat(), PadSquare(), 512, True)
+    assert written.closing_id(make_spec(made)) == made.convert_tokens_to_ids("<|im_end|>")
+    with pytest.raises(RecordError, match="no_supervision"):
+        written.sample_encoder(make_spec(made))(Record("a", "a", (say("user", "Why?"),)), Path())
+
+
+def test_marks_decide_also_where_they_hold_one_answer_of_two() -> None:
+    last_alone = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and loop.last %}{% generation %}"
+        "{{ m.content }}<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    chat, made = bound(last_alone)
+    _, labels = encoded(chat, TWO, made)
+    found = expected(chat, TWO, made, marked=True)
+    assert [int(label != IGNORE) for label in labels] == found["assistant_masks"]
+    assert supervised_of(chat.render(TWO, "")) == [" A cone, \n it seems. <|im_end|>"]
+
+
+def test_white_space_in_front_of_a_template_stays() -> None:
+    for front in ("\n\n", "  ", "\n  "):
+        chat, made = bound(front + CHATML)
+        assert encoded(chat, ONE, made)[0] == expected(chat, ONE, made)["input_ids"]
+
+
+def test_a_day_that_is_written_beside_a_system_text_alone_drops_such_records() -> None:
+    jinja = "{% if messages[0].role == 'system' %}Today {{ strftime_now('%Y') }}.{% endif %}" + CHATML
+    chat, _ = bound(jinja)
+    chat.render(ONE, "")
+    with pytest.raises(RecordError, match=r"set init_args.date, such as '26 July 2024'"):
+        chat.render(SYSTEM, "")
+    dated, _ = bound(jinja, date="{{ 1/0 }}")
+    assert text_of(dated.render(SYSTEM, "")).startswith("Today {{ 1/0 }}.")
+
+
+def test_what_a_template_s_own_code_raises_drops_the_record() -> None:
+    chat, _ = bound(CHATML + "{% if messages[0].content == 'Why?' %}{{ 1 / 0 }}{% endif %}")
+    with pytest.raises(RecordError, match="the chat template refuses it: division by zero"):
+        chat.render([say("user", "Why?"), say("assistant", "So.")], "")
+
+
+def test_a_system_text_with_a_loss_keeps_it() -> None:
+    chat, _ = bound(CHATML)
+    taught = [Message("system", (Text("Learn me.", loss=True),)), *ONE]
+    assert supervised_of(chat.render(taught, "")) == ["Learn me.", "A red cube.<|im_end|>"]
+
+
+def test_marks_of_a_template_that_the_tokenizer_lacks_are_refused() -> None:
+    made = byte_tokenizer()
+    spec = make_spec(made)
+    with pytest.raises(ValueError, match=r"writes <\|nowhere\|> as one token"):
+        SampleFormat(HFChat("<|nowhere|>" + CHATML), PadSquare(), 512, True).check_marks(spec, "refuse")
+
+
+def test_tokenizers_without_a_template_and_paths_are_named(tmp_path: Path) -> None:
     bare = byte_tokenizer()
-    with pytest.raises(
-        ValueError, match="has no chat template, as of a base model: give one by init_args.chat_template"
-    ):
+    with pytest.raises(ValueError, match="has no chat template, as of a base model: give one by init_args"):
         HFChat().for_tokenizer(bare)
-    with pytest.raises(ValueError, match="nowhere.jinja cannot be read: No such file"):
-        HFChat(str(tmp_path / "nowhere.jinja"))
+    with pytest.raises(ValueError, match=r"chat_template is 'own.jinja', no jinja: .*cat FILE"):
+        HFChat("own.jinja")
     with pytest.raises(ValueError, match="answers is 'some'; it is 'all' or 'last'"):
         HFChat(answers="some")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="no tokenizer has given it a chat template"):
         HFChat().render(ONE, "")
-    (tmp_path / "own.jinja").write_text(CHATML, encoding="utf-8")
-    chat = HFChat(str(tmp_path / "own.jinja")).for_tokenizer(tokenizer(""))
-    assert text_of(chat.render(ONE, "")) == text_of(ChatML().render(ONE, ""))
 
 
 def test_a_format_writes_with_the_tokenizer_of_its_model(tmp_path: Path) -> None:
