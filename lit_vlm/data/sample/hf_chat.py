@@ -12,7 +12,7 @@ from typing import Any, Literal
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from lit_vlm.data.records import Message, RecordError, Text
-from lit_vlm.data.sample.around import (
+from lit_vlm.data.sample.chat_frame import (
     FIRST_PLACE,
     Around,
     Frame,
