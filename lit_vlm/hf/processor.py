@@ -189,7 +189,8 @@ class LitVLMProcessor(ProcessorMixin):
         if kwargs.get("tokenize") and self.typed_marks == "text":
             conversation = typed(conversation)
         if kwargs.get("tokenize") and self.own_start:
-            kwargs.setdefault("add_special_tokens", False)
+            given = kwargs.get("processor_kwargs") or {}
+            kwargs["processor_kwargs"] = {"add_special_tokens": False, **given}
         return super().apply_chat_template(conversation, chat_template, **kwargs)
 
     @property

@@ -123,17 +123,21 @@ def _system(found: _Parts) -> list[str]:
     ]
 
 
-def joining(image: str, parts: bool) -> str:
+def joining(image: str, system: str, parts: bool) -> str:
     """Jinja in front of a chat template that takes texts, for chats whose messages may be lists of parts.
 
     Args:
         image: what stands for a picture.
+        system: system text of chats without one; "" for none.
         parts: whether the template takes a list of one text in place of a text.
     """
     content = "[{'type': 'text', 'text': written.text}]" if parts else "written.text"
+    started = json.dumps([{"role": "system", "content": system}] if system else [])
     return "".join(
         [
-            "{%- set joined = namespace(messages=[]) -%}{%- for message in messages -%}",
+            "{%- set joined = namespace(messages=[]) -%}",
+            f"{{%- if messages[0]['role'] != 'system' -%}}{{%- set messages = {started} + messages -%}}{{%- endif -%}}",
+            "{%- for message in messages -%}",
             "{%- set written = namespace(text='') -%}",
             "{%- if message['content'] is string -%}{%- set written.text = message['content'] -%}",
             "{%- else -%}{%- for part in message['content'] -%}",

@@ -131,7 +131,7 @@ class HFChat(Template):
                 f"answers are taught behind {between!r} and asked for behind {prompt!r}: set init_args.arguments, such "
                 "as {enable_thinking: false}"
             )
-        elif opening := self._opening():
+        elif (opening := self._opening()).strip():
             found.append(
                 f"answers begin with {opening!r}, which the model learns to write: set init_args.arguments, such as "
                 "{enable_thinking: false}, where the prompt is to hold it"
@@ -158,7 +158,7 @@ class HFChat(Template):
     def as_jinja(self, image: str) -> str:
         """The chat template with the arguments and the date, for chats whose messages may be lists of parts."""
         settings = "".join(f"{{%- set {name} = {_literal(value)} -%}}" for name, value in self.arguments.items())
-        return self._today() + settings + joining(image, self.parts) + self.jinja
+        return self._today() + settings + joining(image, self.system, self.parts) + self.jinja
 
     def _opening(self) -> str:
         """What a model learns to write in front of an answer's text."""
