@@ -200,6 +200,8 @@ class Namings(Source):
         told = rng.choice(TOLD[self.names])
         value = self.names == "letters" and told == BARE
         shown: list[Content] = [*images] if images else [Text(text) for text in _described(naming, value, rng)]
+        if not images and not value and told == BARE:
+            told = f" {told}"  # behind a sentence
         content: list[Content] = []
         for place, (one, called) in enumerate(zip(shown, naming.names, strict=True)):
             gap = "" if place == len(shown) - 1 else "\n\n"
