@@ -86,12 +86,15 @@ class NaFlexEncoder(Encoder):
         patches = self._patches(images)
         rows = pad_sequence(patches, batch_first=True)  # [n, most, 3 · patch²]
         # Made on the host, which knows all sizes: nothing waits for the device.
-        seen = torch.arange(rows.shape[1]) < torch.tensor([len(one) for one in patches])[:, None]
+        lengths = torch.tensor([len(one) for one in patches], device="cpu")
+        seen = torch.arange(rows.shape[1], device="cpu") < lengths[:, None]
         places = seen.flatten().nonzero()[:, 0].to(rows.device, non_blocking=True)
-        shapes = torch.tensor([(grid.rows, grid.cols) for grid in grids])
+        shapes = torch.tensor([(grid.rows, grid.cols) for grid in grids], device="cpu")
+        # As attention takes it, [n, 1, 1, most]: of another, transformers asks the device whether it hides anything.
+        mask = None if bool(seen.all()) else seen[:, None, None].to(rows.device, non_blocking=True)
 
         def run() -> Tensor:
-            states: Tensor = self.backbone(rows, seen.to(rows.device), shapes).last_hidden_state
+            states: Tensor = self.backbone(rows, mask, shapes).last_hidden_state
             return states
 
         return VisualTokens(self.layers.states(run, self.blocks()).flatten(0, 1)[places], grids)

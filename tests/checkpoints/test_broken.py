@@ -160,7 +160,7 @@ def test_a_damaged_folder_is_named(name: str, folder: Path, monkeypatch: pytest.
         ("hovle", {}, "'embedding_config', which it needs"),
         ("vila", {"llm_cfg": "llm"}, "llm_cfg: expected the configuration of that part itself"),
         ("vila", {"mm_projector_type": None}, "mm_projector_type is ''"),
-        ("llava-hf", {"vision_feature_layer": [1, 2]}, "one vision_feature_layer is supported"),
+        ("llava-hf", {"vision_feature_layer": [1, 99]}, "layer 99 is not one of"),
         ("ola_vlm", {"num_task_tokens": 8}, "aux_mode"),
     ],
 )
