@@ -26,6 +26,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from lit_vlm.checkpoints.published import export_published
 from lit_vlm.checkpoints.published.layout import TOLERANCE, difference_of
+from lit_vlm.commands.named_runs import name_checkpoint
 from lit_vlm.data.records import Image, Message, Record, Text
 from lit_vlm.data.sample.collate import collate, collate_prompts
 from lit_vlm.data.sample.encode import Sample
@@ -64,8 +65,9 @@ def of_recipe(recipe: str) -> Exported:
 
 def of_run(run: str) -> Exported:
     """A trained run."""
-    asker = load_run(run, "cpu", torch.float32)
-    return Exported(run, asker.module.vlm, run_config(run), asker.format, asker.module.input_spec)
+    checkpoint = name_checkpoint(run)
+    asker = load_run(checkpoint, "cpu", torch.float32)
+    return Exported(run, asker.module.vlm, run_config(checkpoint), asker.format, asker.module.input_spec)
 
 
 def outcome(model: Exported, family: str) -> list[str]:
