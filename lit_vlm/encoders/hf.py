@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -70,7 +70,7 @@ class HFEncoder(Encoder):
     ) -> None:
         super().__init__()
         self.name = name
-        self.config = _vision_config(name, config)
+        self.config = vision_config("HFEncoder", name, config, VISION_MODELS)
         has_cls, mean, std, norm = VISION_MODELS[self.config.model_type]
         self.layers = ReadLayers.of(layer, merge, self.config.num_hidden_layers, name or "this config")
         if cls and not has_cls:
@@ -125,6 +125,11 @@ class HFEncoder(Encoder):
     def skip(self) -> int:
         """Tokens in front of the patches that are left out."""
         return self.prefix - int(self.cls)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether code that reads one layer, and leaves out one token in front at most, reads the same."""
+        return len(self.layers.indices) == 1 and self.skip <= 1
 
     def forward(self, images: Images) -> VisualTokens:
         """Features `[t, d_e]`, row by row, after the CLS token where it is kept.
@@ -199,15 +204,28 @@ def check_one_source(encoder: str, name: str | None, config: dict[str, Any] | No
         raise ValueError(f"give {encoder} either a name or a config (with name: null), not both and not neither")
 
 
-def _vision_config(name: str | None, config: dict[str, Any] | None) -> PretrainedConfig:
-    check_one_source("HFEncoder", name, config)
+def vision_config(
+    encoder: str, name: str | None, config: dict[str, Any] | None, known: Collection[str]
+) -> PretrainedConfig:
+    """The configuration of a published vision model, or one of given settings.
+
+    Args:
+        encoder: class that is built, for messages.
+        name: hub name or folder.
+        config: settings of a model with random weights; the first of `known` if they have no `model_type`.
+        known: model types that the class takes.
+
+    Raises:
+        ValueError: when not exactly one of `name` and `config` is given, or for another model type.
+    """
+    check_one_source(encoder, name, config)
     if name is not None:
         loaded = AutoConfig.from_pretrained(resolve(name, weights=False))
     else:
         settings = dict(config or {})
-        model_type = settings.pop("model_type", "clip_vision_model")
-        loaded = made_config(model_type, settings, "HFEncoder")
+        model_type = settings.pop("model_type", next(iter(known)))
+        loaded = made_config(model_type, settings, encoder)
     loaded = getattr(loaded, "vision_config", loaded)
-    if loaded.model_type not in VISION_MODELS:
-        raise ValueError(f"HFEncoder knows {', '.join(VISION_MODELS)}; '{loaded.model_type}' is not one of them")
+    if loaded.model_type not in known:
+        raise ValueError(f"{encoder} knows {', '.join(known)}; '{loaded.model_type}' is not one of them")
     return loaded

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoConfig, Siglip2VisionModel
+from transformers import Siglip2VisionModel
 
 from lit_vlm.core.batch import Images, PixelSpec, VisualTokens
 from lit_vlm.core.part import StateDict
-from lit_vlm.core.pretrained import find_weights, made_config, plain_config, resolve
+from lit_vlm.core.pretrained import find_weights, plain_config, resolve
 from lit_vlm.encoders.base import HALF, Encoder, PatchGrid
-from lit_vlm.encoders.hf import check_one_source, pretrained_backbone
+from lit_vlm.encoders.hf import pretrained_backbone, vision_config
 from lit_vlm.encoders.layers import Merge, ReadLayers
 
 SIGLIP2 = "siglip2_vision_model"
@@ -48,9 +48,9 @@ class NaFlexEncoder(Encoder):
         merge: Merge = "concat",
     ) -> None:
         super().__init__()
-        check_one_source("NaFlexEncoder", name, config)
         self.name = name
-        self.config = _vision_config(name, config)
+        # Checkpoints of SigLIP 2 whose names do not end in -naflex are of one size, siglip_vision_model: HFEncoder's.
+        self.config: Any = vision_config("NaFlexEncoder", name, config, (SIGLIP2,))
         self.layers = ReadLayers.of(layer, merge, self.config.num_hidden_layers, name or "this config")
         self.config.num_hidden_layers = self.layers.last
         self.config.vision_use_head = False
@@ -108,20 +108,3 @@ class NaFlexEncoder(Encoder):
             x = x.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))  # [m, 3, rows, patch, cols, patch]
             found |= dict(zip(indices, x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2), strict=True))
         return [found[index] for index in range(len(images))]
-
-
-def _vision_config(name: str | None, config: dict[str, Any] | None) -> Any:
-    if name is None:
-        settings = dict(config or {})
-        model_type = settings.pop("model_type", SIGLIP2)
-        loaded = made_config(model_type, settings, "NaFlexEncoder") if model_type == SIGLIP2 else None
-    else:
-        loaded = AutoConfig.from_pretrained(resolve(name, weights=False))
-        loaded = getattr(loaded, "vision_config", loaded)
-        model_type = loaded.model_type
-    if model_type != SIGLIP2:
-        raise ValueError(
-            f"NaFlexEncoder takes models of SigLIP 2 whose names end in -naflex, {SIGLIP2}; '{model_type}' is another: "
-            "those of one size are HFEncoder's"
-        )
-    return loaded

@@ -83,8 +83,8 @@ def export_gguf(model: VLM, written: SampleFormat, spec: InputSpec, out: Path, k
         raise ValueError(f"gguf holds no task tokens ({names}): llama.cpp puts nothing behind a picture")
     if not isinstance(model.encoder, HFEncoder):
         raise ValueError(f"gguf holds encoders of CLIP and SigLIP, not {type(model.encoder).__name__}")
-    if len(model.encoder.layers.indices) > 1:
-        raise ValueError("gguf holds encoders that are read at one layer: set a single encoder layer")
+    if not model.encoder.is_plain:
+        raise ValueError("gguf holds encoders that are read at one layer and have no register tokens")
     if model.encoder.patch_grid.prefix:
         raise ValueError("gguf holds no class token among the visual tokens: set cls: false of the encoder")
     merge_adapters(model)

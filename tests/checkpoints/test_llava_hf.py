@@ -130,6 +130,20 @@ def test_every_feature_layer_and_cls_choice_survives(layer: int | list[int], cls
         torch.testing.assert_close(again.logits(batch)[..., : model.decoder.vocab_size], model.logits(batch))
 
 
+@pytest.mark.parametrize("family", ["vila", "ola_vlm"])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"config": CLIP, "layer": [-1, -2]},
+        {"config": CLIP | {"model_type": "dinov2_with_registers", "num_register_tokens": 2}},
+    ],
+)
+def test_nor_do_the_other_systems(family: str, arguments: dict[str, Any], tmp_path: Path) -> None:
+    model = tiny_vlm(encoder=partial(HFEncoder, **arguments))
+    with pytest.raises(ValueError, match="read at one layer .*out .*register tokens"):
+        FAMILIES[family].export(model, tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [

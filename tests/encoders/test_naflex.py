@@ -95,10 +95,7 @@ def test_blocks_behind_the_last_that_is_read_are_not_built(tmp_path: Path) -> No
     ("arguments", "match"),
     [
         ({}, "give NaFlexEncoder either a name or a config"),
-        (
-            {"config": {"model_type": "siglip_vision_model"}},
-            "'siglip_vision_model' is another: those of one size are HFE",
-        ),
+        ({"config": {"model_type": "siglip_vision_model"}}, "NaFlexEncoder knows siglip2_vision_model; 'siglip_vision"),
         ({"config": CONFIG, "layer": 9}, "layer 9 is not one of the 4 hidden states"),
     ],
 )

@@ -208,8 +208,7 @@ def _task_tokens(layout: Layout) -> tuple[dict[str, int], dict[str, int]]:
 def _is_ola(model: VLM) -> bool:
     projector = model.projector
     return (
-        isinstance(model.encoder, HFEncoder | TimmEncoder)
-        and (not isinstance(model.encoder, HFEncoder) or len(model.encoder.layers.indices) == 1)
+        (isinstance(model.encoder, TimmEncoder) or (isinstance(model.encoder, HFEncoder) and model.encoder.is_plain))
         and isinstance(projector, MLP)
         and len(projector.layers) == 3
         and isinstance(model.embedder, Splice)
@@ -275,8 +274,8 @@ class OlaVlm(Family):
         if not _is_ola(model):
             parts = [type(part).__name__ for part in (model.encoder, model.projector, model.embedder, model.decoder)]
             raise ValueError(
-                "ola_vlm is HFEncoder or TimmEncoder, MLP of depth 2, Splice "
-                f"with task tokens among {', '.join(TASKS)}, "
+                "ola_vlm is TimmEncoder, or HFEncoder read at one layer without register tokens, MLP of depth 2, "
+                f"Splice with task tokens among {', '.join(TASKS)}, "
                 f"equally many of each, and HFDecoder; this model is {parts} with "
                 f"{ {name: len(places) for name, places in model.embedder.task_tokens.items()} }"
             )

@@ -246,15 +246,15 @@ class Vila(Family):
         inner = encoder.inner if isinstance(encoder, S2) else encoder
         splice = isinstance(model.embedder, Splice) and not model.embedder.task_tokens
         if (
-            not (isinstance(inner, HFEncoder) and inner.patch_grid.prefix == 0 and len(inner.layers.indices) == 1)
+            not (isinstance(inner, HFEncoder) and inner.patch_grid.prefix == 0 and inner.is_plain)
             or kind is None
             or not splice
             or (type(decoder) is not HFDecoder)
         ):
             parts = [type(part).__name__ for part in (encoder, model.projector, model.embedder, decoder)]
             raise ValueError(
-                "vila is HFEncoder or S2, read at one layer and without CLS token, Linear, MLP or Downsample, Splice "
-                f"without task tokens and HFDecoder; this model is {', '.join(parts)}"
+                "vila is HFEncoder or S2, read at one layer and without CLS or register tokens, Linear, MLP or "
+                f"Downsample, Splice without task tokens and HFDecoder; this model is {', '.join(parts)}"
             )
         new_folder(out)
         # VILA's loader chooses the class by this name.

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from lit_vlm.data.records import Image, Message, RecordError, Text
 from lit_vlm.data.sample.templates import Piece, Span, Template
@@ -132,7 +132,7 @@ def joining(image: str, system: str, parts: bool) -> str:
         parts: whether the template takes a list of one text in place of a text.
     """
     content = "[{'type': 'text', 'text': written.text}]" if parts else "written.text"
-    started = json.dumps([{"role": "system", "content": system}] if system else [])
+    started = as_value([{"role": "system", "content": system}] if system else [])
     return "".join(
         [
             "{%- set joined = namespace(messages=[]) -%}",
@@ -141,7 +141,7 @@ def joining(image: str, system: str, parts: bool) -> str:
             "{%- set written = namespace(text='') -%}",
             "{%- if message['content'] is string -%}{%- set written.text = message['content'] -%}",
             "{%- else -%}{%- for part in message['content'] -%}",
-            f"{{%- if part['type'] == 'image' -%}}{{%- set written.text = written.text + {json.dumps(image)} -%}}",
+            f"{{%- if part['type'] == 'image' -%}}{{%- set written.text = written.text + {as_value(image)} -%}}",
             "{%- elif part['type'] == 'text' -%}{%- set written.text = written.text + part['text'] -%}",
             "{%- else -%}{{- raise_exception('this model takes text and images, not ' ~ part['type']) -}}{%- endif -%}",
             "{%- endfor -%}{%- endif -%}",
@@ -160,9 +160,18 @@ def _only_one(template: Template) -> str:
     )
 
 
+def as_value(value: Any) -> str:
+    """A setting as jinja writes it. Letters stay as they are: jinja takes two escapes for one letter apart."""
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{as_value(key)}: {as_value(one)}' for key, one in value.items())}}}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(as_value, value))}]"
+    return "none" if value is None else json.dumps(value, ensure_ascii=False)
+
+
 def _literal(text: str) -> str:
     """A jinja expression that writes a text as it is."""
-    return f"{{{{- {json.dumps(text, ensure_ascii=False)} -}}}}" if text else ""
+    return f"{{{{- {as_value(text)} -}}}}" if text else ""
 
 
 def _look(template: Template, eos: str) -> _Parts:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -23,7 +23,7 @@ from lit_vlm.data.sample.chat_frame import (
     unused_place,
     without_opening,
 )
-from lit_vlm.data.sample.chat_template import joining
+from lit_vlm.data.sample.chat_template import as_value, joining
 from lit_vlm.data.sample.templates import Piece, Span, Template
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -92,23 +92,7 @@ class HFChat(Template):
             ValueError: for a tokenizer without a chat template, one that writes a turn in a way that loses its answer,
                 and one that depends on the day.
         """
-        bound = copy.copy(self)
-        bound._known = {}
-        bound.jinja = self.jinja or _own_of(tokenizer)
-        bound.special = {
-            key: str(value) for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)
-        }
-        added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-        bound.closers = tuple(sorted({*added, *tokenizer.all_special_tokens}, key=len, reverse=True))
-        try:
-            bound._frame(("user", "assistant"), False)
-        except RecordError as error:
-            bound.parts = True  # templates of multimodal models take contents in parts alone
-            try:
-                bound._frame(("user", "assistant"), False)
-            except RecordError:
-                raise ValueError(f"data.template HFChat: {error.detail}") from error
-        return bound
+        return _bound(self, tokenizer, len(tokenizer), self.jinja or _own_of(tokenizer))
 
     def _turns(self, system: Sequence[Piece], turns: Sequence[Message], eos: str) -> Iterator[Piece]:
         yield from self._written([*_system(system), *turns], asked=False)
@@ -157,7 +141,7 @@ class HFChat(Template):
 
     def as_jinja(self, image: str) -> str:
         """The chat template with the arguments and the date, for chats whose messages may be lists of parts."""
-        settings = "".join(f"{{%- set {name} = {_literal(value)} -%}}" for name, value in self.arguments.items())
+        settings = "".join(f"{{%- set {name} = {as_value(value)} -%}}" for name, value in self.arguments.items())
         return self._today() + settings + joining(image, self.system, self.parts) + self.jinja
 
     def _opening(self) -> str:
@@ -253,7 +237,7 @@ class HFChat(Template):
 
     def _today(self) -> str:
         """In front of a chat template: what it gets for the day of writing. A newline behind a block is not written."""
-        day = json.dumps(self.date) if self.date else f"raise_exception({json.dumps(NO_DATE)})"
+        day = as_value(self.date) if self.date else f"raise_exception({as_value(NO_DATE)})"
         day = f"{{{{ {day} }}}}"
         return f"{{% macro strftime_now(format) %}}{day}{{% endmacro %}}\n"
 
@@ -279,6 +263,26 @@ class HFChat(Template):
             raise RecordError("chat_template", f"the chat template refuses it: {error or repr(error)}") from error
 
 
+@lru_cache(maxsize=4)
+def _bound(template: HFChat, tokenizer: Any, size: int, jinja: str) -> HFChat:
+    """A template with a tokenizer's chat template and tokens, made once, and anew when tokens were added."""
+    bound = copy.copy(template)
+    bound._known = {}
+    bound.jinja = jinja
+    bound.special = {key: str(value) for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
+    added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    bound.closers = tuple(sorted({*added, *tokenizer.all_special_tokens}, key=len, reverse=True))
+    try:
+        bound._frame(("user", "assistant"), False)
+    except RecordError as error:
+        bound.parts = True  # templates of multimodal models take contents in parts alone
+        try:
+            bound._frame(("user", "assistant"), False)
+        except RecordError:
+            raise ValueError(f"data.template HFChat: {error.detail}") from error
+    return bound
+
+
 def _own_of(tokenizer: Any) -> str:
     own = tokenizer.chat_template
     if isinstance(own, Mapping):
@@ -299,8 +303,3 @@ def _system(pieces: Sequence[Piece]) -> list[Message]:
         for piece in pieces
     )
     return [Message("system", content)] if content else []
-
-
-def _literal(value: Any) -> str:
-    """A setting as jinja writes it."""
-    return "none" if value is None else json.dumps(value)

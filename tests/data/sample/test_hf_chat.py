@@ -327,6 +327,25 @@ def test_what_a_template_s_own_code_raises_drops_the_record() -> None:
         chat.render([say("user", "Why?"), say("assistant", "So.")], "")
 
 
+def test_what_is_set_is_the_same_in_the_exported_template() -> None:
+    jinja = "{{ strftime_now('%Y') }}{% if tools[0].b is none %}{{ tools[0].a }}{% endif %}\n" + CHATML
+    tools = [{"a": "é", "b": None}]
+    chat, made = bound(jinja, date="日🙂 {{ 1 }}", system="Be 🙂.", arguments={"tools": tools})
+    talk = [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "A red cube."}]
+    found = made.apply_chat_template(talk, chat_template=as_jinja(chat, made.eos_token, ""), tokenize=False)
+    assert found == text_of(chat.render(ONE, ""))
+    assert found.startswith("日🙂 {{ 1 }}é<|im_start|>system\nBe 🙂.<|im_end|>")
+
+
+def test_a_tokenizer_s_template_is_found_once() -> None:
+    chat, made = HFChat(), tokenizer(CHATML)
+    assert chat.for_tokenizer(made) is chat.for_tokenizer(made)
+    made.add_special_tokens({"additional_special_tokens": ["<|more|>"]})
+    assert "<|more|>" in chat.for_tokenizer(made).closers
+    made.chat_template = "!" + CHATML
+    assert text_of(chat.for_tokenizer(made).render(ONE, "")).startswith("!")
+
+
 def test_a_system_text_with_a_loss_keeps_it() -> None:
     chat, _ = bound(CHATML)
     taught = [Message("system", (Text("Learn me.", loss=True),)), *ONE]
