@@ -107,9 +107,7 @@ def resolved(arguments: list[str] | dict[str, Any]) -> dict[str, Any]:
 
 def _of_run(file: Path) -> dict[str, Any]:
     """The settings of a stage that was run, without paths of this run."""
-    config = yaml.safe_load(file.read_text(encoding="utf-8"))
-    config = {key: value for key, value in config.items() if key not in ("ckpt_path", "weights_only")}
-    settings = resolved(config)
+    settings = resolved(yaml.safe_load(file.read_text(encoding="utf-8")))
     start, folder = settings["model"]["stage"]["start_from"], settings["trainer"]["default_root_dir"]
     if start and folder and Path(start).parent == Path(folder).parent:
         settings["model"]["stage"]["start_from"] = Path(start).name

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lit_vlm.commands.named_sources import KEYS
+from lit_vlm.commands.config_parser import KEYS
 from lit_vlm.data.sources.base import name_of
 
 CLASS = ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from argparse import ArgumentError
+from argparse import SUPPRESS, ArgumentError
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ from transformers.utils.logging import disable_progress_bar
 from callbacks import Checkpoint, Preemption, Watchdog
 from lit_vlm.checkpoints.folder import checkpoints_in, find_checkpoint, mark_done, run_folder
 from lit_vlm.checkpoints.weights import read_place
+from lit_vlm.commands.config_parser import Parser
 from lit_vlm.commands.flags import explain, innermost
-from lit_vlm.commands.named_sources import Parser
 from lit_vlm.commands.runs import run_folder_for
 from lit_vlm.core.launcher import launch
 from lit_vlm.core.precision import AUTO, crowded
@@ -33,6 +33,8 @@ from lit_vlm.training.run_record import RunRecord
 from lit_vlm.training.sharding import FSDP2  # noqa: F401 - a class name for recipes
 from lit_vlm.training.trainer import Trainer, device_type
 
+TRAINING_ALONE = ("ckpt_path", "weights_only")
+"""Arguments of the command `fit` that no other one has."""
 WORDS = ("last", "best")
 """Words that `--ckpt_path` takes besides paths: they name checkpoints in the run's own folder."""
 DEFAULT_CALLBACKS = (
@@ -51,6 +53,7 @@ class LitVLMCLI(LightningCLI):
     """LightningCLI with this kit's module, data, trainer, parser and defaults."""
 
     def __init__(self, args: list[str] | dict[str, Any] | None, run: bool = True) -> None:
+        self._looks = not run
         disable_progress_bar()  # the bars of loading local weights; downloads keep theirs
         super().__init__(
             model_class=LitVLM,
@@ -84,6 +87,8 @@ class LitVLMCLI(LightningCLI):
         """
         try:
             self._parse(parser, args)
+            for name in TRAINING_ALONE if self._looks else ():
+                self.config.pop(name, None)
         except ArgumentError as error:
             raise ValueError(explain(str(error), self._flags(parser))) from error
 
@@ -96,8 +101,13 @@ class LitVLMCLI(LightningCLI):
         return [flag.lstrip("-") for one in parsers for action in one._actions for flag in action.option_strings]
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Give three callbacks keys of their own, as flags cannot change an item inside the list of callbacks."""
+        """Give three callbacks keys of their own, as flags cannot change an item inside the list of callbacks.
+
+        Where nothing is run, the config of a run is taken with what only training has.
+        """
         assert isinstance(parser, Parser)
+        for name in TRAINING_ALONE if self._looks else ():
+            parser.add_argument(f"--{name}", type=Any, help=SUPPRESS)
         parser.check_names()
         parser.add_lightning_class_args(Checkpoint, "checkpoint")
         parser.add_lightning_class_args(Preemption, "preemption")

@@ -52,7 +52,8 @@ class VLMData(LightningDataModule):
 
     Args:
         train: sources to train on: name → source, a list of them, or the path of a file or folder.
-        template: how messages are written for the decoder.
+        template: how messages are written for the decoder. In configs and flags `auto` is the chat template that comes
+            with the decoder's tokenizer, `HFChat`, and `Plain` where a stage has it.
         transform: how pictures are resized for the encoder.
         val: held-out sources, given like `train`; for validate, test and predict.
         held_out: share of each training source that is never trained on, by a hash of the record id; it joins `val`.

@@ -175,7 +175,7 @@ class Namings(Source):
 
     def draw(self, scene: Scene) -> Image:
         """The picture of a scene."""
-        return encoded(render(scene, self.size))
+        return encoded(render(scene, self.size).image)
 
     def fingerprint(self) -> str:
         """A hash of the arguments, which decide everything."""

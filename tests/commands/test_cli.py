@@ -372,6 +372,7 @@ def test_a_tiny_run_can_be_asked_inspected_and_exported(tmp_path: Path, caplog: 
     assert (tmp_path / "hf" / "model.safetensors").exists()
     from lit_vlm.checkpoints import load_published
 
+    assert "supervised tokens" in lit_vlm(tmp_path, "inspect", "--config", "out/1_align/config.yaml").stdout
     again = load_published("llava-hf", tmp_path / "hf").state_dict()
     for name, value in read_state(tmp_path / "out" / "1_align").items():
         torch.testing.assert_close(again[name][: len(value)] if value.ndim else again[name], value, msg=name)

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lit_vlm.core.cache import held
 from lit_vlm.core.precision import DTYPES
 from lit_vlm.core.pretrained import load_weights, resolve
-from lit_vlm.encoders import HFEncoder, TimmEncoder
+from lit_vlm.encoders import HFEncoder, NaFlexEncoder, TimmEncoder
 from lit_vlm.worlds import mini
 from lit_vlm.worlds.mini import decoder, encoders
 from lit_vlm.worlds.scenes import QUESTION_KINDS, Look, Scenes, sample_scene
@@ -27,13 +27,14 @@ from tests.runs import environment
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache with all parts after two steps."""
     folder = tmp_path_factory.mktemp("cache")
-    text, encoder, classes, vit = (folder / f"{name}-{version}" for name, version in mini.PARTS.items())
-    for part in (text, encoder, classes, vit):
+    text, encoder, classes, vit, naflex = (folder / f"{name}-{version}" for name, version in mini.PARTS.items())
+    for part in (text, encoder, classes, vit, naflex):
         part.mkdir()
     decoder.train_decoder(text, steps=2, rows=2, documents=20)
     encoders.train_encoder(encoder, steps=2, batch=4)
     encoders.train_encoder(classes, steps=2, batch=4, classes_only=True)
     encoders.train_vit(vit, steps=2, batch=4)
+    encoders.train_vit(naflex, encoders.NAFLEX, steps=2, batch=4)
     return folder
 
 
@@ -57,6 +58,10 @@ def test_parts_are_found_by_name(cache: Path, monkeypatch: pytest.MonkeyPatch) -
     saved = load_weights(str(Path(resolve("made:scenes-vit")) / "model.safetensors"))
     key = "encoder.layers.5.mlp.fc2.weight"
     assert torch.equal(kept[f"backbone.{key}"], next(value for name, value in saved.items() if name.endswith(key)))
+    naflex = NaFlexEncoder("made:scenes-naflex", layer=-1)
+    kept = naflex.pretrained_state()
+    assert kept is not None
+    assert kept.keys() == naflex.state_dict().keys()
     with pytest.raises(ValueError, match="there is no part 'made:poems'; there are made:scenes-decoder, made:scenes-e"):
         resolve("made:poems")
 
@@ -90,12 +95,33 @@ def test_answers_weigh_most(cache: Path) -> None:
 def test_cell_targets() -> None:
     look = Look("cone", "cyan", "large")
     scene = sample_scene("one", [look])
-    here, what = encoders._cell_targets([scene], 6)
+    here, what = encoders._cell_targets(encoders._Shown([scene], torch.empty(0), [(0.0, 0.0, 1.0, 1.0)]), 6, 6)
     column, row, depth = scene.camera.project(scene.things[0].centre)
     assert here.sum() == 1
     found = what[0, int(row * 6), int(column * 6)].tolist()
     assert found[:3] == [SHAPES.index(look.shape), COLOURS.index(look.colour), SIZES.index(look.size)]
     assert np.allclose(found[3:], [depth / 3 - 2, row * 4 - 2, column * 4 - 2], atol=1e-5)
+
+
+def test_a_cut_out_tells_what_stands_in_its_cells() -> None:
+    for step in range(4):
+        shown = encoders._cut_out(step, 6)
+        rows, cols = (side // 16 for side in shown.pixels.shape[2:])
+        assert 30 <= rows * cols <= 42
+        here, what = encoders._cell_targets(shown, rows, cols)
+        inside = 0
+        for number, (scene, (left, top, width, height)) in enumerate(zip(shown.scenes, shown.parts, strict=True)):
+            assert width / height == pytest.approx(cols / rows, rel=0.05)
+            cells = set()
+            for thing in scene.things:
+                column, row, _ = scene.camera.project(thing.centre)
+                column, row = (column - left) / width, (row - top) / height
+                if 0 <= column < 1 and 0 <= row < 1:
+                    cells.add((int(row * rows), int(column * cols)))
+            assert {tuple(cell) for cell in here[number].nonzero().tolist()} == cells
+            inside += len(cells)
+        assert inside
+        assert what[here > 0][:, 4:].abs().max() <= 2
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ def _others(spec: InputSpec) -> str:
     vocab = spec.tokenizer.get_vocab()
     named = [kind.__name__ for kind in (ChatML, Llama3, Phi3) if all(mark in vocab for mark in kind().marks(""))]
     if spec.tokenizer.chat_template:
-        named.append("HFChat, which writes the chat template that comes with the tokenizer")
+        named.append("auto, the chat template that comes with the tokenizer")
     return f". With this tokenizer goes --data.template {', or '.join(named)}" if named else ""
 
 

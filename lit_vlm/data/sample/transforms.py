@@ -92,7 +92,21 @@ def bicubic(image: Tensor, size: Size) -> Tensor:
 
 
 class _Square(ImageTransform):
-    """A transform whose result is a square of the encoder's size."""
+    """A transform whose result is a square of the encoder's size.
+
+    Args:
+        side: side of the square in pixels, for an encoder of any size; one of one size, or a teacher, keeps its own.
+    """
+
+    side: int | None = None
+
+    def __init__(self, side: int | None = None) -> None:
+        if side is not None:  # without it a transform is described as it always was, and prepared features stay
+            self.side = side
+
+    def fixed(self, pixels: PixelSpec) -> bool:
+        """True, as all pictures become the same square."""
+        return True
 
     def size(self, size: Size, pixels: PixelSpec) -> Size:
         """Width and height of the encoder's square, whatever the picture.
@@ -100,26 +114,33 @@ class _Square(ImageTransform):
         Raises:
             ValueError: as `side_of`.
         """
-        side = side_of(self, pixels)
+        side = side_of(self, pixels, self.side)
         return side, side
 
 
-def side_of(transform: ImageTransform, pixels: PixelSpec) -> int:
+def side_of(transform: ImageTransform, pixels: PixelSpec, given: int | None = None) -> int:
     """Side in pixels of the square that the encoder or teacher wants.
 
     Args:
         transform: the transform that needs a square, for the message.
         pixels: what the encoder or teacher wants.
+        given: side for an encoder of any size.
 
     Raises:
-        ValueError: when it takes any size.
+        ValueError: when it takes any size and none is given, or one that does not fit.
     """
-    if pixels.size is None:
+    name = f"data.transform {type(transform).__name__}"
+    if pixels.size is not None:
+        return pixels.size
+    if given is None:
+        square = ", or set init_args.side" if isinstance(transform, _Square) else ""
         raise ValueError(
-            f"data.transform {type(transform).__name__} needs an encoder of one size; this one takes any: use Native, "
-            "or AspectGrid where a head has a teacher of one size"
+            f"{name} needs an encoder of one size; this one takes any: use Native, or AspectGrid where a head has a "
+            f"teacher of one size{square}"
         )
-    return pixels.size
+    if given < 1 or given % pixels.multiple:
+        raise ValueError(f"{name}: side {given} is no multiple of the {pixels.multiple} that this encoder needs")
+    return given
 
 
 def _middle(image: Tensor, width: int, height: int) -> Tensor:
@@ -149,7 +170,7 @@ class SquareCrop(_Square):
 
     def scale(self, size: Size, pixels: PixelSpec) -> float:
         """Factor of the resize, which the shorter side decides; raises as `side_of`."""
-        return side_of(self, pixels) / min(size)
+        return side_of(self, pixels, self.side) / min(size)
 
     def resize(self, image: Tensor, size: Size, pixels: PixelSpec) -> Tensor:
         """Bicubic resize and centre crop."""
@@ -166,7 +187,7 @@ class PadSquare(_Square):
 
     def scale(self, size: Size, pixels: PixelSpec) -> float:
         """Factor of the resize, which the longer side decides; raises as `side_of`."""
-        return side_of(self, pixels) / max(size)
+        return side_of(self, pixels, self.side) / max(size)
 
     def resize(self, image: Tensor, size: Size, pixels: PixelSpec) -> Tensor:
         """Pad, then resize (bicubic)."""
@@ -194,7 +215,7 @@ class Resize(_Square):
 
     def scale(self, size: Size, pixels: PixelSpec) -> float:
         """Factor of the shorter side, which keeps most; raises as `side_of`."""
-        return side_of(self, pixels) / min(size)
+        return side_of(self, pixels, self.side) / min(size)
 
     def resize(self, image: Tensor, size: Size, pixels: PixelSpec) -> Tensor:
         """Bicubic resize."""

@@ -2,8 +2,9 @@
 
 They are trained on this machine when they are first asked for, each in some minutes on two cores, and are then
 kept in the cache. `made:scenes-decoder` has read the language of scenes. `made:scenes-encoder` sees what stands where,
-how large it is and how far away, `made:scenes-vit` the same as a vision transformer of SigLIP's kind, and
-`made:scenes-classes-encoder` where something stands, its shape and its colour.
+how large it is and how far away, `made:scenes-vit` the same as a vision transformer of SigLIP's kind,
+`made:scenes-naflex` as one of SigLIP 2's NaFlex kind, in pictures of any shape, and `made:scenes-classes-encoder` where
+something stands, its shape and its colour.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from pathlib import Path
 from lit_vlm.core.cache import held
 from lit_vlm.core.children import PARENT
 
-PARTS = {"scenes-decoder": 4, "scenes-encoder": 1, "scenes-classes-encoder": 1, "scenes-vit": 1}
+PARTS = {"scenes-decoder": 4, "scenes-encoder": 1, "scenes-classes-encoder": 1, "scenes-vit": 1, "scenes-naflex": 1}
 """Names of the parts, each with a version that goes up whenever its training gives other weights."""
-MODELS = ("scenes-decoder", "scenes-vit")
+MODELS = ("scenes-decoder", "scenes-vit", "scenes-naflex")
 """Parts that are whole models of transformers, with a configuration; the others are files of weights."""
 
 

@@ -15,11 +15,11 @@ if __name__ == "__main__":
 
         (train_decoder if goal == "weights" else save_tokenizer)(out)
     else:
-        from lit_vlm.worlds.mini.encoders import VIT, train_encoder, train_vit
+        from lit_vlm.worlds.mini.encoders import TRANSFORMERS, train_encoder, train_vit
 
-        if part == "scenes-vit" and goal != "weights":
-            VIT.save_pretrained(out)
-        elif part == "scenes-vit":
-            train_vit(out)
+        if part in TRANSFORMERS and goal != "weights":
+            TRANSFORMERS[part].save_pretrained(out)
+        elif part in TRANSFORMERS:
+            train_vit(out, TRANSFORMERS[part])
         else:
             train_encoder(out, classes_only=part == "scenes-classes-encoder")

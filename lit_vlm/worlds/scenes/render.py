@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -79,6 +80,19 @@ def render(scene: Scene, size: int = 96) -> Rendering:
             np.copyto(light[rows, columns], cosine, where=front)
             segmentation[rows, columns][front] = index + 1
     return Rendering(_colour(scene, segmentation, light, int((ground >= FAR).sum())), depth, segmentation)
+
+
+def extent(scene: Scene, size: int) -> tuple[slice, slice]:
+    """Rows and columns of a picture of `size` × `size` that hold all things, with a sixteenth of `size` around them."""
+    boxes = [surfaces.window(scene.camera.box(one.x, one.z, one.radius, one.height), size) for one in scene.things]
+    rows, columns = (_around(spans, size) for spans in zip(*boxes, strict=True))
+    return rows, columns
+
+
+def _around(spans: Sequence[slice], size: int) -> slice:
+    """From the first start to the last stop, and a margin."""
+    margin = size // 16
+    return slice(max(0, min(s.start for s in spans) - margin), min(size, max(s.stop for s in spans) + margin))
 
 
 def _colour(scene: Scene, segmentation: NDArray[np.uint8], light: Floats, backdrop_rows: int) -> NDArray[np.uint8]:

@@ -9,6 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal, get_args
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image as PILImage
 
 from lit_vlm.data.records import Content, Image, Message, Record, Text
@@ -16,7 +18,7 @@ from lit_vlm.data.sources.base import Source
 from lit_vlm.worlds.scenes.language import caption, describe_for
 from lit_vlm.worlds.scenes.maps import cell_maps
 from lit_vlm.worlds.scenes.questions import QUESTION_KINDS, Question, QuestionKind, ask, ask_about
-from lit_vlm.worlds.scenes.render import MIN_SIZE, Rendering, render
+from lit_vlm.worlds.scenes.render import MIN_SIZE, Rendering, extent, render
 from lit_vlm.worlds.scenes.sampling import MAX_THINGS, sample_scene
 from lit_vlm.worlds.scenes.world import Scene, Wording
 
@@ -55,6 +57,7 @@ class Scenes(Source):
             asked for as "which is further left", and places and distances differ more.
         thing_scale: height and width of all things against the usual ones, to 1: smaller ones take more pixels to be
             told apart. Pictures must be large enough for it, `size` × `thing_scale` at least 32.
+        cropped: whether pictures are cropped to the things that they show: any size up to `size`, any shape.
         maps: cells per side of the exact maps of depth and segmentation that each picture carries, for
             `teachers.KnownMap`; default: none.
         name: what the source is reported under; default: `scenes_` and its kind.
@@ -77,6 +80,7 @@ class Scenes(Source):
         max_things: int = MAX_THINGS,
         wording: Wording = "varied",
         thing_scale: float = 1.0,
+        cropped: bool = False,
         maps: int | None = None,
         name: str | None = None,
     ) -> None:
@@ -110,8 +114,10 @@ class Scenes(Source):
             raise ValueError(f"images_first is for kind interleaved, not for {kind!r}")
         self.images_first = images_first
         self.turns, self.max_things, self.wording = turns, max_things, wording
-        self.thing_scale = thing_scale
+        self.thing_scale, self.cropped = thing_scale, cropped
         self.cells = maps
+        if cropped and maps is not None:
+            raise ValueError("maps have cells of whole pictures: leave out maps, or cropped")
         if maps is not None and (maps < 1 or size % maps):
             raise ValueError(f"maps is {maps}; pictures of {size} pixels must divide into {maps} cells a side")
         self.question_kinds = tuple(question_kinds or QUESTION_KINDS)
@@ -135,7 +141,7 @@ class Scenes(Source):
 
     def _draw(self, scene: Scene) -> Image:
         rendering = render(scene, self.size)
-        image = encoded(rendering)
+        image = encoded(rendering.image[extent(scene, self.size)] if self.cropped else rendering.image)
         return image if self.cells is None else replace(image, maps=cell_maps(scene, rendering, self.cells))
 
     def outline(self, index: int) -> Record:
@@ -146,7 +152,7 @@ class Scenes(Source):
         """Pixels, depth and segmentation of a record's pictures, in their order; raises as `record` does.
 
         Returns:
-            one rendering of `size` × `size` per picture; none for `text`.
+            one rendering of `size` × `size` per picture, never cropped; none for `text`.
         """
         return [render(scene, self.size) for scene in self._compose(index)[1]]
 
@@ -159,6 +165,8 @@ class Scenes(Source):
             del arguments["images_first"]
         if self.thing_scale == 1:
             del arguments["thing_scale"]
+        if not self.cropped:
+            del arguments["cropped"]
         return hashlib.sha256(f"scenes-{VERSION}-{arguments}".encode()).hexdigest()[:16]
 
     def _compose(self, index: int) -> tuple[Record, list[Scene]]:
@@ -182,13 +190,16 @@ class Scenes(Source):
         rng = random.Random(f"kinds-{self.seed}-{turn}")
         return rng.sample(self.question_kinds, len(self.question_kinds))[place]
 
-    def _blank(self) -> Image:
-        return Image(size=(self.size, self.size))
+    def _blank(self, scene: Scene) -> Image:
+        if not self.cropped:
+            return Image(size=(self.size, self.size))
+        rows, columns = extent(scene, self.size)
+        return Image(size=(columns.stop - columns.start, rows.stop - rows.start))
 
     def _caption(self, index: int, seed: str, rng: random.Random) -> tuple[Record, list[Scene]]:
         scene = sample_scene(seed, max_things=self.max_things, thing_scale=self.thing_scale)
         scene = replace(scene, wording=self.wording)
-        user = Message("user", (self._blank(), Text(f"\n{PROMPT}")))
+        user = Message("user", (self._blank(scene), Text(f"\n{PROMPT}")))
         answer = Message("assistant", (Text(caption(scene, rng)),))
         return Record(f"caption-{index}", self.name, (user, answer)), [scene]
 
@@ -204,7 +215,7 @@ class Scenes(Source):
 
     def _question(self, index: int, seed: str, rng: random.Random, kind: QuestionKind) -> tuple[Record, list[Scene]]:
         scene, questions = self._ask(seed, kind, rng)
-        messages = _dialogue((self._blank(), Text(f"\n{questions[0].text}")), questions)
+        messages = _dialogue((self._blank(scene), Text(f"\n{questions[0].text}")), questions)
         return Record(f"{kind}-{index}", self.name, messages, questions[-1].options), [scene]
 
     def _text(self, index: int, seed: str, rng: random.Random, kind: QuestionKind) -> Record:
@@ -224,7 +235,7 @@ class Scenes(Source):
         for shot in range(self.shots):
             scene, question = ask(kind, f"{seed}-{shot}", self.max_things, self.wording, self.thing_scale)
             told = question.statement if as_statements else f"Question: {question.text}\nAnswer: {question.answer}"
-            content += [self._blank(), Text(f"\n{told}" if shot == self.shots - 1 else f"\n{told}\n\n")]
+            content += [self._blank(scene), Text(f"\n{told}" if shot == self.shots - 1 else f"\n{told}\n\n")]
             scenes.append(scene)
         if self.images_first:
             content.sort(key=lambda part: isinstance(part, Text))
@@ -254,9 +265,9 @@ def check_least(argument: str, value: int, least: int) -> None:
         raise ValueError(f"{argument} is {value}; it must be at least {least}")
 
 
-def encoded(rendering: Rendering) -> Image:
-    """The picture of a rendering, as a PNG."""
-    height, width = rendering.segmentation.shape
+def encoded(pixels: NDArray[np.uint8]) -> Image:
+    """A picture of pixels `[rows, columns, 3]`, as a PNG."""
+    height, width = pixels.shape[:2]
     buffer = io.BytesIO()
-    PILImage.fromarray(rendering.image).save(buffer, format="PNG", compress_level=1)
+    PILImage.fromarray(pixels).save(buffer, format="PNG", compress_level=1)
     return Image(data=buffer.getvalue(), size=(width, height))

@@ -7,6 +7,7 @@ import random
 import struct
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from lit_vlm.core.batch import PixelSpec
 from lit_vlm.data.records import MAX_SIDE, Image, RecordError, image_size, open_image
 from lit_vlm.data.sample.tiles import Tiles
 from lit_vlm.data.sample.transforms import AreaLimit, AspectGrid, ImageTransform, Native, PadSquare, Resize, SquareCrop
+from lit_vlm.data.sources.base import describe
 from lit_vlm.encoders import PatchGrid
 from tests.tiny import ROOT
 
@@ -418,6 +420,19 @@ def test_native_never_enlarges_beyond_the_next_multiple() -> None:
 def test_square_transforms_refuse_an_encoder_of_any_size(transform: ImageTransform) -> None:
     with pytest.raises(ValueError, match=f"{type(transform).__name__} needs an encoder of one size.*use Native"):
         transform(PILImage.new("RGB", (8, 8)), ANY)
+
+
+@pytest.mark.parametrize("kind", [SquareCrop, PadSquare, Resize])
+def test_square_transforms_take_a_side_for_an_encoder_of_any_size(kind: type[SquareCrop | PadSquare | Resize]) -> None:
+    picture = halves(40, 24)
+    one_size = replace(ANY, size=32)
+    for pixels in (ANY, one_size):
+        assert torch.equal(kind(32)(picture, pixels), kind()(picture, one_size))
+        assert kind(32).fixed(pixels)
+        assert kind(32).scale((40, 24), pixels) == kind().scale((40, 24), one_size)
+    assert describe(kind()) == describe(kind(None)) != describe(kind(32))
+    with pytest.raises(ValueError, match=f"{kind.__name__}: side 33 is no multiple of the 8"):
+        kind(33)(picture, ANY)
 
 
 # ----- AspectGrid, AreaLimit -----

@@ -175,7 +175,7 @@ def test_the_fingerprint_tells_arguments_apart() -> None:
     others: list[dict[str, Any]] = [
         {"kind": "text"}, {"count": 6}, {"seed": 1}, {"size": 64}, {"split": "held_out"},
         {"question_kinds": ["count"]}, {"shots": 2}, {"name": "mine"}, {"turns": 2}, {"max_things": 3},
-        {"thing_scale": 0.5},
+        {"thing_scale": 0.5}, {"cropped": True},
     ]  # fmt: skip
     prints = [Scenes(**(base | other)).fingerprint() for other in [{}, *others]]
     assert len(set(prints)) == len(prints)
@@ -242,6 +242,32 @@ def test_smaller_things_are_smaller_in_every_kind_of_record(kind: Any) -> None:
             for source in (usual, small)
         ]
         assert covered[1] < 0.4 * covered[0]
+
+
+@pytest.mark.parametrize("kind", ["captions", "questions", "interleaved"])
+def test_cropped_pictures_hold_all_things_and_have_the_size_that_is_told_without_drawing(kind: Any) -> None:
+    whole, cropped = (Scenes(kind, 12, shots=2, size=128, cropped=one) for one in (False, True))
+    shapes = set()
+    for index in range(12):
+        outlines = cropped.outline(index).images
+        for image, outline, full, truth in zip(
+            cropped.record(index).images, outlines, whole.record(index).images, whole.maps(index), strict=True
+        ):
+            picture, square = (np.array(open_image(one, Path())) for one in (image, full))
+            assert outline.size == image.size == picture.shape[1::-1]
+            rows, columns = (np.flatnonzero((truth.segmentation > 0).any(axis)) for axis in (1, 0))
+            top, left = next(
+                (row, column)
+                for row in range(129 - picture.shape[0])
+                for column in range(129 - picture.shape[1])
+                if (square[row : row + picture.shape[0], column : column + picture.shape[1]] == picture).all()
+            )
+            assert top <= rows[0] <= rows[-1] < top + picture.shape[0]
+            assert left <= columns[0] <= columns[-1] < left + picture.shape[1]
+            shapes.add(round(picture.shape[1] / picture.shape[0], 1))
+    assert len(shapes) > 4
+    with pytest.raises(ValueError, match="leave out maps, or cropped"):
+        Scenes(kind, 1, cropped=True, maps=6)
 
 
 @pytest.mark.parametrize(("most", "kinds"), [(1, ["attribute"]), (2, ["attribute", "relation", "depth"])])

@@ -1,4 +1,4 @@
-"""Sources by name on the command line and over several config files: each is changed, added and removed by itself."""
+"""The parser of a stage: sources by name on the command line and over several files, and a template that is `auto`."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ from typing import Any
 import yaml
 from jsonargparse import Namespace
 from jsonargparse._typehints import ActionTypeHint, NestedArg, adapt_typehints
+from jsonargparse._util import import_object
 from lightning.pytorch.cli import LightningArgumentParser
 
+from lit_vlm.data.sample.templates import Plain
 from lit_vlm.data.sources import Source
 
 KEYS = ("data.train", "data.val")
+TEMPLATE = "data.template"
 
 
 class Parser(LightningArgumentParser):
@@ -30,10 +33,29 @@ class Parser(LightningArgumentParser):
         return super().merge_config(cfg_from, cfg_to)
 
     def check_names(self) -> None:
-        """Check the values of `data.train` and `data.val` by name; call it once they are arguments of this parser."""
+        """Check the values of `data.train` and `data.val` by name, and let `data.template` be `auto`.
+
+        Call it once they are arguments of this parser.
+        """
+        kinds: dict[str, type[ActionTypeHint]] = dict.fromkeys(KEYS, _Sources) | {TEMPLATE: _Template}
         for action in self._actions:
-            if action.dest in KEYS and type(action) is ActionTypeHint:
-                action.__class__ = _Sources
+            if action.dest in kinds and type(action) is ActionTypeHint:
+                action.__class__ = kinds[action.dest]
+
+
+class _Template(ActionTypeHint):
+    """Takes `auto`: the decoder's own chat template, or `Plain` where a stage has it, as that goes with any decoder."""
+
+    def _check_type(
+        self, value: Any, append: bool = False, cfg: Namespace | None = None, mode: str | None = None
+    ) -> Any:
+        if value == "auto":
+            given = cfg.get(self.dest) if cfg else None
+            path = given.get("class_path") if isinstance(given, Namespace | dict) else None
+            if path and issubclass(import_object(path), Plain):
+                return given
+            value = "lit_vlm.data.HFChat"
+        return super()._check_type(value, append=append, cfg=cfg, mode=mode)
 
 
 class _Sources(ActionTypeHint):

@@ -1,4 +1,4 @@
-"""Sources by name: a flag or a file changes one of them, and what is wrong is said of that one."""
+"""Sources by name: a flag or a file changes one of them, and what is wrong is said of that one. Template `auto`."""
 
 from __future__ import annotations
 
@@ -44,6 +44,32 @@ def given(tmp_path: Path) -> Any:
         return resolved(arguments)["data"]["train"]
 
     return sources
+
+
+@pytest.mark.parametrize("flag", [["--data.template", "auto"], ["--data.template=auto"]])
+def test_auto_is_the_decoders_own_template_but_where_a_stage_aligns_with_captions(flag: list[str]) -> None:
+    def template(stage: str, *words: str) -> dict[str, Any]:
+        files = find_recipe("llava15").configs(stage, "tiny", "single")
+        configs = [word for file in files for word in ("--config", str(file))]
+        return dict(resolved([*configs, *words])["data"]["template"])
+
+    assert template("1_align", *flag) == template("1_align")
+    assert template("1_align")["class_path"].endswith("Plain")
+    assert template("2_sft", *flag) == template("2_sft", "--data.template", "HFChat")
+    dated = template("2_sft", *flag, "--data.template.init_args.date", "today")
+    assert dated["class_path"] == "lit_vlm.data.HFChat"
+    assert dated["init_args"]["date"] == "today"
+    assert template("2_sft", "--data.template", "lit_vlm.data.HFChat", *dated_flags("today"), *flag) == dated
+
+
+def dated_flags(day: str) -> list[str]:
+    return ["--data.template.init_args.date", day]
+
+
+def test_a_file_may_say_auto(tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text("data: {template: auto}")
+    found = resolved([*BASE, "--data.template", "ChatML", "--config", str(tmp_path / "own.yaml")])["data"]["template"]
+    assert found["class_path"] == "lit_vlm.data.HFChat"
 
 
 def arguments_of(source: dict[str, Any]) -> dict[str, Any]:
