@@ -24,7 +24,7 @@ from PIL import Image as PILImage
 from lit_vlm.data.records.png import without_notes
 
 T = TypeVar("T")
-Role = Literal["system", "user", "assistant", "document"]
+Role = Literal["system", "user", "assistant", "tool", "document"]
 ROLES: tuple[str, ...] = get_args(Role)
 TURNS = {
     2: PILImage.Transpose.FLIP_LEFT_RIGHT,
@@ -104,7 +104,7 @@ Content = Text | Image
 
 @dataclass(frozen=True)
 class Message:
-    """One turn. A `document` is raw text with images: no template is put around it.
+    """One turn. A `document` is raw text with images: no template is put around it. A `tool` tells what a call gave.
 
     Attributes:
         role: who speaks.

@@ -44,7 +44,8 @@ class HFChat(Template):
 
     Args:
         chat_template: jinja text, such as `"$(cat FILE)"` on a command line; null takes the tokenizer's own.
-        arguments: what the template is given besides messages, such as `{enable_thinking: false}` or `tools`.
+        arguments: what the template is given besides messages, such as `{enable_thinking: false}` or `tools`. A call of
+            a tool is text of an answer, as the model is to write it; what it gave is a turn of role `tool`.
         date: what a template gets that writes the day of writing, such as `26 July 2024`; needed for those.
         answers: `all` answers of a conversation carry a loss, or the `last` one alone; the others are then written as
             the model meets them when it is asked again.
@@ -99,6 +100,16 @@ class HFChat(Template):
 
     def _asked(self, system: Sequence[Piece], turns: Sequence[Message], eos: str) -> Iterator[Piece]:
         yield from self._written([*_system(system), *turns], asked=True)
+
+    def _check_order(self, turns: Sequence[Message]) -> None:
+        """Check that each answer has a question or what tools gave in front of it; raises RecordError."""
+        may_follow = {"user": ("assistant",), "assistant": ("user", "tool"), "tool": ("assistant", "tool")}
+        for index, (before, message) in enumerate(pairwise([Message("user", ()), *turns])):
+            allowed = may_follow[before.role] if index else ("user",)
+            if message.role not in allowed:
+                raise RecordError(
+                    "role_order", f"turn {index} is of '{message.role}', and only {' or '.join(allowed)} may come here"
+                )
 
     def notes(self) -> list[str]:
         """Which conversations cannot be written, and what a model learns that its prompts do not have."""

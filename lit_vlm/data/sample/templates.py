@@ -137,15 +137,24 @@ class Template(ABC):
         return list(dict.fromkeys(piece.text for piece in pieces if isinstance(piece, Span) and piece.mark))
 
     def _split(self, messages: Sequence[Message]) -> tuple[list[Piece], list[Message]]:
-        """Split off the system text, the record's or else the template's; check that user and assistant alternate."""
+        """Split off the system text, the record's or else the template's; check the order of the other turns."""
         turns = list(messages)
         given = turns.pop(0) if turns and turns[0].role == "system" else Message("system", (Text(self.system),))
+        self._check_order(turns)
+        return [piece for piece in content_of(given, supervised=False) if piece != _NOTHING], turns
+
+    def _check_order(self, turns: Sequence[Message]) -> None:
+        """Check that user and assistant alternate; raises RecordError."""
         for index, message in enumerate(turns):
+            if message.role == "tool":
+                raise RecordError(
+                    "role_order",
+                    f"turn {index} is of 'tool', and the template {type(self).__name__} has no such turns: take HFChat",
+                )
             if message.role != ("user", "assistant")[index % 2]:
                 raise RecordError(
                     "role_order", f"turn {index} is of '{message.role}'; user and assistant must alternate"
                 )
-        return [piece for piece in content_of(given, supervised=False) if piece != _NOTHING], turns
 
     def _finished(self, pieces: Iterator[Piece]) -> Iterator[Piece]:
         """Add `image_marks` around images, and treat typed letters of special tokens as `typed_marks` says."""

@@ -20,6 +20,9 @@ LLAVA_ROLES: dict[str, Role] = {
     "gpt": "assistant",
     "assistant": "assistant",
     "system": "system",
+    "function_call": "assistant",
+    "observation": "tool",
+    "tool": "tool",
 }
 
 

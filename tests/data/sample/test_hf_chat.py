@@ -27,7 +27,7 @@ DAY = "26 July 2024"
 
 
 def say(role: str, text: str) -> Message:
-    assert role in ("system", "user", "assistant")
+    assert role in ("system", "user", "assistant", "tool")
     return Message(role, (Text(text),))  # type: ignore[arg-type]
 
 
@@ -80,6 +80,14 @@ def bound(template: str, **settings: Any) -> tuple[HFChat, Any]:
     return HFChat(**settings).for_tokenizer(made), made
 
 
+CALLS = [
+    say("user", "What is 2 + 3?"),
+    say("assistant", "add(a=2, b=3)"),
+    say("tool", "5"),
+    say("assistant", "It is 5."),
+]
+
+
 def encoded(template: Template, messages: list[Message], made: Any) -> tuple[list[int], list[int]]:
     return encode_pieces(template.render(messages, made.eos_token or ""), make_spec(made), not template.own_start)
 
@@ -108,6 +116,44 @@ def chat_of(made: Any) -> HFChat | None:
         if "asks for answer 1 behind" in str(error):
             return None
         raise
+
+
+def test_turns_of_tools_are_written_as_transformers_writes_them() -> None:
+    written = set()
+    for file in families():
+        made = tokenizer(file.read_text(encoding="utf-8"))
+        if (chat := chat_of(made)) is None:
+            continue
+        try:
+            ids, labels = encoded(chat, CALLS, made)
+        except RecordError:  # answers written otherwise once more follows, or no such turns
+            continue
+        assert ids == expected(chat, CALLS, made)["input_ids"]
+        learnt = made.decode([token for token in labels if token != IGNORE])
+        assert "add" in learnt
+        assert "It is 5." in learnt
+        assert "2 + 3" not in learnt
+        asked = chat.prompt(CALLS[:3], made.eos_token or "")
+        assert text_of(asked) == chat._render([(m.role, m.text) for m in CALLS[:3]], True)
+        written.add(file.stem)
+    assert len(written) > 5, written
+
+
+def test_turns_of_tools_stand_behind_answers_and_in_templates_that_have_them() -> None:
+    chat, made = bound(CHATML)
+    twice = [*CALLS[:3], say("tool", "five"), CALLS[3]]
+    assert "<|im_start|>tool\nfive<|im_end|>" in made.decode(encoded(chat, twice, made)[0])
+    for wrong, said in (
+        ([CALLS[0], CALLS[2]], "turn 1 is of 'tool', and only assistant may come here"),
+        ([CALLS[2]], "turn 0 is of 'tool', and only user may come here"),
+        ([*CALLS[:3], CALLS[0]], "turn 3 is of 'user', and only assistant or tool may come here"),
+    ):
+        with pytest.raises(RecordError, match=said):
+            chat.render(wrong, "")
+    with pytest.raises(
+        RecordError, match="turn 2 is of 'tool', and the template ChatML has no such turns: take HFChat"
+    ):
+        ChatML().render(CALLS, "")
 
 
 @pytest.mark.parametrize("pieces", [False, True])
@@ -390,7 +436,7 @@ def test_a_format_writes_with_the_tokenizer_of_its_model(tmp_path: Path) -> None
 
 def test_a_template_whose_marks_are_missing_names_those_that_fit() -> None:
     spec = make_spec(tokenizer(CHATML))
-    with pytest.raises(ValueError, match=r"knows no such token.* goes --data.template ChatML, auto, the chat template"):
+    with pytest.raises(ValueError, match=r"knows no such token.* goes --data.template ChatML, or auto, the chat template"):
         SampleFormat(Llama3(), PadSquare(), 512, True).check_marks(spec, "refuse")
 
 
