@@ -436,7 +436,7 @@ def test_a_format_writes_with_the_tokenizer_of_its_model(tmp_path: Path) -> None
 
 def test_a_template_whose_marks_are_missing_names_those_that_fit() -> None:
     spec = make_spec(tokenizer(CHATML))
-    with pytest.raises(ValueError, match=r"knows no such token.* goes --data.template ChatML, or auto, the chat template"):
+    with pytest.raises(ValueError, match=r"knows no such token.* goes --data.template ChatML, or auto, the chat"):
         SampleFormat(Llama3(), PadSquare(), 512, True).check_marks(spec, "refuse")
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import jsonschema
 import pytest
 
-from lit_vlm.data.records import Image, Message, RecordError, Text, open_image
+from lit_vlm.data.records import ROLES, Image, Message, RecordError, Text, open_image
 from lit_vlm.data.records.media import ADDRESS, MEDIA_FILE, MEDIA_KEY
 from lit_vlm.data.records.parsing import parse_record
 from lit_vlm.data.sources import Captions, ChatJsonl, LlavaJson, Mmc4, Parquet, Pictures, Texts, WebDataset
@@ -83,6 +83,9 @@ def test_llava_takes_text_only_entries(tmp_path: Path) -> None:
     record = llava(tmp_path, {"id": "t", "image": None, "conversations": conversation}).record(0)
     assert [message.role for message in record.messages] == ["system", "user", "assistant"]
     assert record.images == []
+    calls = [turn("human", "q"), turn("function_call", "f()"), turn("observation", "5"), turn("gpt", "five")]
+    record = llava(tmp_path, {"conversations": calls}).record(0)
+    assert [message.role for message in record.messages] == ["user", "assistant", "tool", "assistant"]
 
 
 @pytest.mark.parametrize(
@@ -281,6 +284,7 @@ def parts(*content: Any) -> dict[str, Any]:
 
 RAW: dict[str, Any] = {
     "text": message(),
+    **{f"of {role}": message([{"role": role, "content": "hi"}]) for role in ROLES},
     "string id": message(id="a"),
     "integer id": message(id=3),
     "null id": message(id=None),
