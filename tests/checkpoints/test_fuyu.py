@@ -206,7 +206,7 @@ def test_a_prompt_is_that_of_transformers_processor(tmp_path: Path) -> None:
     assert model.decoder.vocab_size == LANGUAGE["vocab_size"]  # the marks keep the ids that the vocabulary gives them
     noise = np.random.default_rng(0).integers(0, 256, (33, 171, 3), dtype=np.uint8)
     PILImage.fromarray(noise).save(tmp_path / "a.png")
-    asked = Message("user", (Image("a.png"), Text("\nWhat is it?")))
+    asked = Message("user", (Image("a.png"), Text("What is it?")))
     answer = Message("assistant", (Text("a bus"),))
     encode = SampleEncoder(spec_of(model), Fuyu(), FitBox(60, 40), 512)
     sample = encode(Record("a", "made", (asked, answer)), tmp_path)
