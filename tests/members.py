@@ -143,6 +143,10 @@ CASES: dict[str, Case] = {
     "Transformer": projector(partial(Transformer, depth=2, head_dim=16)),
     "Tangled": projector(Tangled),
     "Splice": Case({"embedder": partial(Splice, task_tokens={"a": 2, "b": 1}, pooled_from={"a": 4})}, [(28, 28)] * 2),
+    "Splice/row end": Case({"encoder": PLAIN, "embedder": partial(Splice, row_end="<|im_end|>")}, SIZES),
+    "Splice/row end and tasks": Case(
+        {"encoder": PLAIN, "embedder": partial(Splice, row_end=2, task_tokens={"a": 2})}, [(28, 28), (14, 28)]
+    ),
     "Holistic": Case(HOLISTIC | {"embedder": partial(Holistic, **LAYERS)}, TILES),
     "Holistic/merge": Case(
         HOLISTIC | {"projector": Linear, "embedder": partial(Holistic, merge=2, recompute=True, **LAYERS)}, TILES
@@ -182,7 +186,14 @@ SLOT_OF = {
     if name.split("/")[0] in package.__all__
 } | {"Tangled": "projector", "AbsentDecoder": "embedder"}
 """The slot of each member but heads, by the name of its case."""
-WITHOUT_LINEAR_LAYERS = ("ConvPatches", "EveV2PatchEmbedding", "Identity", "Splice")
+WITHOUT_LINEAR_LAYERS = (
+    "ConvPatches",
+    "EveV2PatchEmbedding",
+    "Identity",
+    "Splice",
+    "Splice/row end",
+    "Splice/row end and tasks",
+)
 ADAPTED: dict[str, Case] = {
     f"{name} with adapters": with_adapters(CASES[name], slot)
     for name, slot in SLOT_OF.items()

@@ -28,6 +28,8 @@ from lit_vlm.data import (
     ChatJsonl,
     ChatML,
     Converted,
+    FitBox,
+    Fuyu,
     Grouped,
     HFChat,
     ImageTransform,
@@ -115,12 +117,14 @@ TEMPLATES = {
     "ChatML": ChatML,
     "Llama3": Llama3,
     "Phi3": Phi3,
+    "Fuyu": Fuyu,
     "HFChat": lambda: HFChat(CHATML).for_tokenizer(byte_tokenizer()),
 }
 ANY = PixelSpec(None, 7, (0.5, 0.5, 0.5))
 TRANSFORMS: dict[str, Callable[[], ImageTransform]] = {
     "AreaLimit": partial(AreaLimit, 64),
     "AspectGrid": partial(AspectGrid, 56, 4),
+    "FitBox": partial(FitBox, 64, 50),
     "Native": Native,
     "PadSquare": PadSquare,
     "Resize": Resize,
@@ -255,7 +259,7 @@ def test_heads(name: str) -> None:
 def test_adapters(name: str) -> None:
     if name in WITHOUT_LINEAR_LAYERS:
         with pytest.raises(
-            ValueError, match=rf"model.lora.{SLOT_OF[name]}: adapters go on linear layers, and .* {name}"
+            ValueError, match=rf"model.lora.{SLOT_OF[name]}: adapters go on linear layers, and .* {name.split('/')[0]}"
         ):
             check_adapters(CASES[name], SLOT_OF[name])
     else:

@@ -16,6 +16,7 @@ from tests.runs import tiny_fit
 RECIPES = (
     "eve",
     "eve_v2",
+    "fuyu",
     "hovle",
     "hovle_hd",
     "mono_internvl",
@@ -55,6 +56,7 @@ def test_all_stages_run_one_after_the_other(name: str, tmp_path: Path, monkeypat
 STAGES = [
     ("eve", "2_pretrain"),
     ("eve_v2", "2_1a_vision"),
+    ("fuyu", "1_pretrain"),
     ("hovle", "1_distill"),
     ("hovle_hd", "3_sft"),
     ("ola_vlm", "1_pretrain"),

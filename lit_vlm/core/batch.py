@@ -95,6 +95,23 @@ def index_suffixes(grids: Sequence[Grid]) -> tuple[Tensor, Tensor]:
     return others.nonzero().squeeze(1), within
 
 
+def index_row_ends(grids: Sequence[Grid]) -> tuple[Tensor, Tensor]:
+    """Find the closing tokens of all rows of all images: int64 on the CPU, from plain integers.
+
+    Returns:
+        indices into the t visual tokens: of all tokens that close no row `[t']`, and of those that do `[t'']`.
+    """
+    rows, cols, prefix, row_end, suffix = torch.tensor(grids, dtype=torch.long).reshape(-1, 5).unbind(1)
+    starts = _exclusive_sum(prefix + rows * (cols + row_end) + suffix)
+    image = torch.arange(len(grids)).repeat_interleave(rows * row_end)
+    within = torch.arange(len(image)) - _exclusive_sum(rows * row_end)[image]
+    row, place = within // row_end[image], within % row_end[image]
+    ends = starts[image] + prefix[image] + row * (cols + row_end)[image] + cols[image] + place
+    others = torch.ones(sum(grid.num_tokens for grid in grids), dtype=torch.bool)
+    others[ends] = False
+    return others.nonzero().squeeze(1), ends
+
+
 def _exclusive_sum(lengths: Tensor) -> Tensor:
     return lengths.cumsum(0) - lengths
 

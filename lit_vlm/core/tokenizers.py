@@ -17,6 +17,8 @@ CHAT_MARKS = (
     "<|user|>",
     "<|assistant|>",
     "<|end|>",
+    "<s>",
+    "<0x04>",
 )
 """Marks of the kit's templates that a byte tokenizer lacks."""
 

@@ -6,6 +6,8 @@ from lit_vlm.data.datamodule import VLMData
 from lit_vlm.data.feed.batching import Batching, ModalityLength, Packed, Padded
 from lit_vlm.data.feed.loader import BadSamples
 from lit_vlm.data.feed.mixture import Interleaved, Mixture, Shuffled, Weighted
+from lit_vlm.data.sample.fit_box import FitBox
+from lit_vlm.data.sample.fuyu import Fuyu
 from lit_vlm.data.sample.hf_chat import HFChat
 from lit_vlm.data.sample.templates import ChatML, Llama3, Phi3, Plain, Template, VicunaV1
 from lit_vlm.data.sample.tiles import Tiles
@@ -43,6 +45,8 @@ __all__ = [
     "ChatJsonl",
     "ChatML",
     "Converted",
+    "FitBox",
+    "Fuyu",
     "Grouped",
     "HFChat",
     "ImageTransform",

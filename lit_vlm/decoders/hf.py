@@ -29,6 +29,8 @@ Attention = Literal["sdpa", "eager", "flex_attention", "flash_attention_2", "fla
 INTERNLM2 = "internlm2"
 RECURRENT = ("linear_attention", "mamba", "recurrent", "conv")
 """Among transformers' names of layer types, those that carry a state along the row."""
+WRAPPED = {r"^language_model\.": ""}
+"""How the files of a model of several modalities name the weights of its text model: the beginning that they add."""
 
 
 class HFDecoder(Decoder):
@@ -68,6 +70,7 @@ class HFDecoder(Decoder):
             raise ValueError("give HFDecoder either a name or a config (with name: null), not both and not neither")
         self.name, self.lora, self.attention = name, lora, attention
         self.tokenizer_source, self.new_tokens = tokenizer or name, tuple(new_tokens)
+        self._wrapped = False
         self.config = self._load_config(config)
         self._published_config = copy.deepcopy(self.config)
         if self.new_tokens:
@@ -87,6 +90,7 @@ class HFDecoder(Decoder):
             if found.get("model_type") == INTERNLM2:
                 return AutoConfig.for_model(**internlm2.as_llama(found))
             loaded = AutoConfig.from_pretrained(source)
+            self._wrapped = hasattr(loaded, "text_config")
             return getattr(loaded, "text_config", loaded)
         settings = dict(config or {})
         if self.tokenizer_source is not None:
@@ -187,9 +191,9 @@ class HFDecoder(Decoder):
         if found.get("model_type") == INTERNLM2:
             state = internlm2.state_as_llama(read_folder(source), found)
         else:
-            state, lacking = read_pretrained(
-                AutoModelForCausalLM, source, config=self._published_config, dtype=torch.get_default_dtype()
-            )
+            options = {"config": self._published_config, "dtype": torch.get_default_dtype()}
+            options |= {"key_mapping": WRAPPED} if self._wrapped else {}
+            state, lacking = read_pretrained(AutoModelForCausalLM, source, **options)
             if lacking:
                 problems = [f"{key} ({reason})" for key, reason in sorted(lacking.items())]
                 raise ValueError(

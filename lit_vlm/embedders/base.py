@@ -65,6 +65,13 @@ class Embedder(Part, ABC):
     def words(self, input_ids: Tensor, decoder: Decoder) -> Tensor:
         """Word vectors, before images and text meet: `[b, s]` → `[b, s, d]`."""
 
+    def connect(self, decoder: Decoder) -> None:
+        """Look up what the embedder needs of the decoder besides its sizes; called when the model is put together.
+
+        Raises:
+            ValueError: where the decoder has not what the embedder asks for.
+        """
+
     def task_parameters(self, name: str) -> Tensor:
         """Parameters of a group of task tokens, before any pooling: `[q, d]`.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_vlm.core.batch import Batch, Grid, VisualTokens, index_suffixes
+from lit_vlm.core.batch import Batch, Grid, VisualTokens, index_row_ends, index_suffixes
 from lit_vlm.core.transfer import send
 from lit_vlm.decoders.base import Decoder
 from lit_vlm.embedders.base import Embedder, check_grids, scatter_visual
+from lit_vlm.projectors.base import InTurn
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,22 @@ class WithSuffix:
         return grid._replace(suffix=self.suffix)
 
 
+def with_row_end(grid: Grid) -> Grid:
+    """Adds to the layout of an image a token that closes each row.
+
+    Raises:
+        ValueError: when a token closes the rows already.
+    """
+    if grid.row_end:
+        raise ValueError(
+            "embedder Splice: row_end closes rows of patches, and the encoder closes them already: set the encoder's "
+            "row_end to false, or the embedder's to null"
+        )
+    return grid._replace(row_end=1)
+
+
 class Splice(Embedder):
-    """The decoder's word vectors, with each image's tokens on its positions (LLaVA, VILA, EVE).
+    """The decoder's word vectors, with each image's tokens on its positions (LLaVA, VILA, EVE, Fuyu).
 
     With task tokens (OLA-VLM, section 3) every image is followed by learned vectors, in named groups that heads read.
     A group may have more parameters than tokens: then each token is the mean of an equal number of consecutive ones.
@@ -44,6 +60,8 @@ class Splice(Embedder):
         task_tokens: group → number of its tokens after each image, in the order of the sequence.
         pooled_from: group → number of its parameters, where there are more than tokens; a multiple of these.
         token_std: standard deviation of new parameters; 1, as published, is far above that of word vectors.
+        row_end: a token of the decoder's tokenizer, whose word vector closes each row of patches (`|NEWLINE|` of
+            Fuyu-8B, Adept 2023), or its id; for encoders that close no rows themselves.
 
     Raises:
         ValueError: for groups without tokens, or parameters that their tokens do not divide.
@@ -56,6 +74,7 @@ class Splice(Embedder):
         task_tokens: dict[str, int] | None = None,
         pooled_from: dict[str, int] | None = None,
         token_std: float = 1.0,
+        row_end: str | int | None = None,
     ) -> None:
         super().__init__(width, vocab_size)
         counts = task_tokens or {}
@@ -70,8 +89,12 @@ class Splice(Embedder):
                 for name, count in counts.items()
             }
         )
+        self.row_end = row_end
+        self._row_end_id: int | None = None
         if start:
             self.grid_map = WithSuffix(start)
+        if row_end is not None:
+            self.grid_map = InTurn(with_row_end, self.grid_map)
 
     def _check_counts(self, counts: Mapping[str, int], parameters: Mapping[str, int]) -> None:
         """Refuse numbers of tokens and parameters that do not fit; raises ValueError."""
@@ -85,6 +108,36 @@ class Splice(Embedder):
         if unknown := parameters.keys() - counts.keys():
             raise ValueError(f"embedder.pooled_from names {sorted(unknown)}, of which task_tokens has none")
 
+    def connect(self, decoder: Decoder) -> None:
+        """Look up the id of `row_end`.
+
+        Raises:
+            ValueError: when it is no token of the decoder's tokenizer, or no row of its word table.
+        """
+        if self.row_end is None:
+            return
+        if isinstance(self.row_end, int):
+            if not 0 <= self.row_end < self.vocab_size:
+                raise ValueError(
+                    f"model.embedder: row_end is {self.row_end}, and the decoder's word table has {self.vocab_size} "
+                    "rows: give the id or the letters of one of its tokens"
+                )
+            self._row_end_id = self.row_end
+            return
+        tokenizer = decoder.tokenizer
+        found = tokenizer.convert_tokens_to_ids(self.row_end)
+        if found is None or tokenizer.convert_ids_to_tokens(found) != self.row_end:
+            raise ValueError(
+                f"model.embedder: row_end is '{self.row_end}', and the decoder's tokenizer ({tokenizer.name_or_path}) "
+                f"has no such token: name one that it has, or add this one: --model.decoder.init_args.new_tokens "
+                f"'{json.dumps([self.row_end])}'"
+            )
+        self._row_end_id = found
+
+    def standalone(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments with the id of `row_end` in place of its letters, which need a tokenizer."""
+        return {**arguments, "row_end": self._row_end_id} if self.row_end is not None else dict(arguments)
+
     def forward(
         self,
         batch: Batch,
@@ -94,19 +147,34 @@ class Splice(Embedder):
         attention_mask: Tensor | None = None,
     ) -> Tensor:
         """Input vectors `[b, s, d]`; arguments and errors as in `Embedder.forward`."""
-        embeds = self.words(batch.input_ids, decoder)
         if visual is None:
-            return embeds
+            return self.words(batch.input_ids, decoder)
         check_grids(batch, visual, self.grid_map)
-        if not self.tasks:
-            return scatter_visual(embeds, batch.image_positions, visual)
-        tokens = self.task_vectors().to(embeds.dtype)
+        tokens = self.task_vectors() if self.tasks else None
         if not batch.image_grids:
-            return scatter_visual(embeds, batch.image_positions, visual) + 0 * tokens.sum()
-        others, suffixes = (send(index, embeds.device) for index in index_suffixes(batch.image_grids))
-        embeds = scatter_visual(embeds, batch.image_positions[others], visual)
-        places = batch.image_positions[suffixes.flatten()]
-        return embeds.flatten(0, 1).index_copy(0, places, tokens.repeat(len(suffixes), 1)).view_as(embeds)
+            embeds = scatter_visual(self.words(batch.input_ids, decoder), batch.image_positions, visual)
+            return embeds if tokens is None else embeds + 0 * tokens.sum().to(embeds.dtype)
+        ids, places, own = batch.input_ids, batch.image_positions, batch.image_grids
+        if self.row_end is not None:
+            # In the ids, so that the word table is read once: sharded, it must run as often on every rank.
+            ids, places = self._closed_rows(batch, decoder)
+            own = tuple(grid._replace(row_end=0) for grid in own)
+        embeds = self.words(ids, decoder)
+        if tokens is None:
+            return scatter_visual(embeds, places, visual)
+        others, suffixes = (send(index, embeds.device) for index in index_suffixes(own))
+        embeds = scatter_visual(embeds, places[others], visual)
+        behind = tokens.to(embeds.dtype).repeat(len(suffixes), 1)
+        return embeds.flatten(0, 1).index_copy(0, places[suffixes.flatten()], behind).view_as(embeds)
+
+    def _closed_rows(self, batch: Batch, decoder: Decoder) -> tuple[Tensor, Tensor]:
+        """The ids `[b, s]` with that of `row_end` behind each row, and the positions of all other visual tokens."""
+        if self._row_end_id is None:  # where no model was put together
+            self.connect(decoder)
+        assert self._row_end_id is not None
+        ids, places = batch.input_ids, batch.image_positions
+        others, ends = (send(index, ids.device) for index in index_row_ends(batch.image_grids))
+        return ids.flatten().index_fill(0, places[ends], self._row_end_id).view_as(ids), places[others]
 
     def task_vectors(self) -> Tensor:
         """Vectors of the task tokens that follow each image: `[suffix, d]`."""

@@ -12,7 +12,8 @@ from lit_vlm.encoders.base import HALF, Encoder, PatchGrid
 class LinearPatches(Encoder):
     """One linear map from the raw pixels of each patch, and a learned token after each row (Fuyu-8B, Adept 2023).
 
-    It takes images of any size. With `projector: Identity`, set `width` to the width of the decoder.
+    It takes images of any size. With `projector: Identity`, set `width` to the width of the decoder. Fuyu itself closes
+    rows with the vector of a word: `row_end: false` here, and `row_end` of the embedder `Splice`.
 
     Args:
         width: features per token.

@@ -50,7 +50,8 @@ class VLM(nn.Module):
         drawn: parts whose weights were drawn at random when the model was built: `projector`, `heads.NAME`, ....
 
     Raises:
-        ValueError: naming the head, where it reads task tokens that the embedder does not have.
+        ValueError: naming the head, where it reads task tokens that the embedder does not have; and as
+            `Embedder.connect`.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class VLM(nn.Module):
         self.drawn: frozenset[str] = frozenset()
         self.origins: dict[str, bool] = {}
         self._cache_checked = False
+        embedder.connect(decoder)
         for name, head in (heads or {}).items():
             try:
                 head.connect(embedder)

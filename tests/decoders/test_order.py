@@ -97,6 +97,7 @@ ATTENDING: dict[str, dict[str, Any]] = {
     "mixtral": SIZES | EXPERTS,
     "olmo3": SIZES | WINDOW,
     "olmoe": SIZES | EXPERTS,
+    "persimmon": PLAIN,
     "phi3": SIZES | WINDOW,
     "qwen2": SIZES,
     "qwen2_moe": SIZES | EXPERTS | {"shared_expert_intermediate_size": 32},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -11,11 +12,14 @@ from lit_vlm.core.batch import Batch, Grid, index_patches, index_suffixes
 from lit_vlm.data.sample.collate import collate, collate_prompts
 from lit_vlm.data.sample.encode import Sample
 from lit_vlm.embedders import Splice
+from lit_vlm.encoders import LinearPatches
 from lit_vlm.heads import FeatureDistillation
 from lit_vlm.model.build import build
 from lit_vlm.model.generate import generate
 from lit_vlm.model.vlm import VLM
+from lit_vlm.projectors import Identity
 from lit_vlm.teachers import HFVision
+from lit_vlm.testing.tiny import samples_for
 from tests.heads.test_embedding_distillation import PACKED, PADDED, batch_with
 from tests.tiny import CLIP, tiny_slots, tiny_vlm
 
@@ -129,3 +133,61 @@ def test_suffixes_are_found_behind_patches_of_any_layout() -> None:
 def test_a_group_pooled_from_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="pooled_from.a 0 is no multiple"):
         Splice(8, 16, {"a": 2}, {"a": 0})
+
+
+SIZES = [(14, 7), (7, 21), (14, 14)]
+"""(height, width) in pixels of pictures of 2 × 1, 1 × 3 and 2 × 2 patches."""
+CLOSED = {
+    "encoder": partial(LinearPatches, width=64, patch=7, row_end=False),
+    "projector": Identity,
+    "embedder": partial(Splice, row_end="<|im_end|>"),
+}
+
+
+def _closed(row_end: str | int, tasks: dict[str, int] | None = None) -> VLM:
+    return tiny_vlm(**CLOSED | {"embedder": partial(Splice, row_end=row_end, task_tokens=tasks)})
+
+
+@pytest.mark.parametrize("tasks", [None, {"a": 2}], ids=["alone", "with task tokens"])
+def test_the_vector_of_a_word_closes_each_row(tasks: dict[str, int] | None) -> None:
+    model = _closed("<|im_end|>", tasks)
+    seen, text = samples_for(model, SIZES)
+    batch = collate([*seen, *text])
+    assert batch.image_grids == tuple(Grid(h // 7, w // 7, row_end=1, suffix=2 if tasks else 0) for h, w in SIZES)
+    embeds = model.embed(batch).flatten(0, 1)
+    end = model.decoder.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    word = model.decoder.embed(torch.tensor(end))
+    patches = model.see(batch).features.split([h // 7 * (w // 7) for h, w in SIZES])
+    places = batch.image_positions.split([grid.num_tokens for grid in batch.image_grids])
+    for grid, place, own in zip(batch.image_grids, places, patches, strict=True):
+        rows = embeds[place[: grid.rows * (grid.cols + 1)]].view(grid.rows, grid.cols + 1, -1)
+        assert torch.equal(rows[:, :-1].flatten(0, 1), own)
+        assert torch.equal(rows[:, -1], word.expand(grid.rows, -1))
+        if tasks:
+            assert torch.equal(embeds[place[-2:]], model.embedder.task_parameters("a"))
+    assert torch.equal(_closed(end, tasks).embed(batch).flatten(0, 1), embeds)
+
+
+def test_an_export_has_the_id_of_the_token_that_closes_rows() -> None:
+    model = _closed("<|im_end|>")
+    assert model.embedder.standalone({"row_end": "<|im_end|>"}) == {"row_end": 2}
+    assert Splice(4, 9).standalone({"token_std": 1.0}) == {"token_std": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"embedder": partial(Splice, row_end="|NEWLINE|")}, r"tokenizer \(bytes\) has no .*new_tokens '\[\"\|NEWLINE"),
+        ({"embedder": partial(Splice, row_end=259)}, "row_end is 259, and the decoder's word table has 259 rows"),
+    ],
+    ids=["letters", "id"],
+)  # fmt: skip
+def test_a_row_end_that_the_decoder_lacks_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny_vlm(**CLOSED | changes)
+
+
+def test_rows_that_the_encoder_closes_are_not_closed_again() -> None:
+    model = tiny_vlm(**CLOSED | {"encoder": partial(LinearPatches, width=64, patch=7)})
+    with pytest.raises(ValueError, match="set the encoder's row_end to false, or the embedder's to null"):
+        model.grid_map(model.encoder.patch_grid(14, 14))

@@ -14,7 +14,7 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 from lit_vlm.core.tokenizers import stand_in
-from lit_vlm.data import ChatML, Llama3, Phi3, Plain, Template, VicunaV1
+from lit_vlm.data import ChatML, Fuyu, Llama3, Phi3, Plain, Template, VicunaV1
 from lit_vlm.data.records import Image as Picture
 from lit_vlm.data.records import Message, Text
 from lit_vlm.data.sample.chat_template import IMAGE_MARK, as_jinja
@@ -27,6 +27,7 @@ from tests.tiny import spec_of, tiny_vlm
 TEMPLATES: list[Template] = [
     ChatML(), ChatML(system="Be brief."), Llama3(), Phi3(), VicunaV1(), VicunaV1(system=""),
     VicunaV1(image_marks=("<img>", "</img>")), Plain(), Plain(end=None, after_image="\n", image_marks=("[", "]")),
+    Fuyu(), Fuyu(system="Be brief."),
 ]  # fmt: skip
 PICTURE = Picture(path="a.png")
 

@@ -17,7 +17,7 @@ from lit_vlm.commands.recipe import Recipe, find_recipe, shipped_recipes
 from lit_vlm.core.part import Part, meta_parameters
 from lit_vlm.core.pretrained import resolve
 from lit_vlm.core.tokenizers import load_tokenizer
-from lit_vlm.data import ChatML, Llama3, Phi3, Plain, VicunaV1
+from lit_vlm.data import ChatML, Fuyu, Llama3, Phi3, Plain, VicunaV1
 from lit_vlm.data.sample.spelling import spelling_of
 from lit_vlm.decoders import HFDecoder
 from lit_vlm.encoders import CLIPEmbedding, DepthAnything, HFEncoder, OneFormerSwin, TimmEncoder
@@ -109,6 +109,7 @@ def test_parts_have_the_published_millions_of_parameters(make: Callable[[], Part
         ("depth-anything/Depth-Anything-V2-Large-hf", 335_315_649),
         ("shi-labs/oneformer_coco_swin_large", pytest.approx(219e6, rel=2e-3)),
         ("OpenGVLab/InternVL3-1B-hf", pytest.approx(938e6, rel=1e-3)),
+        ("adept/fuyu-8b", pytest.approx(9.41e9, rel=1e-3)),
     ],
 )
 def test_whole_models_have_the_published_number_of_parameters(name: str, published: float) -> None:
@@ -120,7 +121,8 @@ def test_whole_models_have_the_published_number_of_parameters(name: str, publish
 
 def test_every_shipped_name_is_checked_and_in_the_table() -> None:
     table = (FOLDER / "README.md").read_text(encoding="utf-8")
-    checked = {name for name, *_ in COUNTS} | {"shi-labs/oneformer_coco_swin_large", "OpenGVLab/InternVL3-1B-hf"}
+    whole = {"adept/fuyu-8b", "shi-labs/oneformer_coco_swin_large", "OpenGVLab/InternVL3-1B-hf"}
+    checked = {name for name, *_ in COUNTS} | whole
     assert set(shipped_names()) == checked
     assert [name for name in shipped_names() if f"| `{name}` |" not in table] == []
 
@@ -185,7 +187,7 @@ def test_a_tokenizer_that_is_not_here_is_replaced_by_one_that_knows_all_marks() 
         tokenizer = load_tokenizer("meta-llama/Meta-Llama-3-8B-Instruct")
     assert len(tokenizer("four").input_ids) == 4
     assert tokenizer.pad_token_id is not None
-    for template in (ChatML(), Llama3(), Phi3(), Plain(), VicunaV1()):
+    for template in (ChatML(), Fuyu(), Llama3(), Phi3(), Plain(), VicunaV1()):
         assert None not in [spelling_of(tokenizer).single(mark) for mark in template.marks(tokenizer.eos_token)]
 
 
