@@ -1,10 +1,8 @@
-"""Averages of weights: the rule, what of a run sees them, and that resumed, sharded and accumulated runs have the same."""
+"""Averages of weights: the rule, what of a run sees them, and that resumed and sharded runs have the same."""
 
 from __future__ import annotations
 
 import json
-import math
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lit_vlm.checkpoints.weights import PREFIX, RAW, read_state
+from lit_vlm.checkpoints.weights import PREFIX, RAW
 from lit_vlm.core.lora import Adapters, Lora, is_adapter
 from lit_vlm.model.build import build
 from lit_vlm.training.average import WeightAverage, check_resumed
@@ -22,7 +20,7 @@ from lit_vlm.training.module import LitVLM
 from lit_vlm.training.stage import Stage
 from tests.callbacks.test_callbacks import lit, trainer
 from tests.runs import lit_vlm, tiny_fit
-from tests.tiny import batch_of, tiny_slots, tiny_vlm
+from tests.tiny import batch_of, tiny_decoder, tiny_slots, tiny_vlm
 from tests.training.test_resharded import content
 
 EMA = 0.6
@@ -91,8 +89,6 @@ def test_of_a_slot_with_adapters_these_alone_are_averaged() -> None:
 
 
 def test_a_tied_word_table_is_averaged_once_under_both_names() -> None:
-    from tests.tiny import tiny_decoder
-
     model = tiny_vlm(decoder=tiny_decoder(tie_word_embeddings=True))
     Stage(train={"decoder": 1.0}).freeze(model)
     average = WeightAverage(model, EMA)
@@ -157,40 +153,26 @@ class Watch(L.Callback):
             torch.save({"seen": self.seen, "end": end}, Path(trainer.default_root_dir) / "watched.pt")
 
 
-class Validated(L.Callback):
-    """Notes whether validation has the averages, and whether training goes on with the weights that it stopped at."""
+class Losses(L.Callback):
+    """Keeps the losses of validations, and whether they are of the averages, in a file."""
 
     def __init__(self) -> None:
-        self._before: dict[str, Tensor] = {}
-        self.lines: list[dict[str, bool]] = []
+        self.lines: list[dict[str, Any]] = []
 
-    def _look(self, module: L.LightningModule) -> dict[str, Tensor]:
-        return {name: own(p) for name, p in module.named_parameters() if p.requires_grad}
-
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._before = self._look(pl_module)  # callbacks come before the module
-
-    def on_validation_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, LitVLM)
-        average = pl_module.average
-        if average is None:  # the check of validation before training
-            return
-        # A forward pass has gathered what the root unit holds, which a parameter's name leads to now.
-        found = [own(one.average) for one in average._weights]
-        used = [own(one.weight) for one in average._weights]
-        self.lines.append({"averages": all(map(torch.equal, found, used))})
-
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        if self._before and self.lines:
-            now = self._look(pl_module)
-            self.lines[-1]["back"] = all(torch.equal(now[name], value) for name, value in self._before.items())
+        if not trainer.sanity_checking and pl_module.average is not None:
+            self.lines.append(
+                {"averages": pl_module.average.in_use, "loss": float(trainer.callback_metrics["val/loss"])}
+            )
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.is_global_zero:
-            (Path(trainer.default_root_dir) / "validated.json").write_text(json.dumps(self.lines))
+            (Path(trainer.default_root_dir) / "losses.json").write_text(json.dumps(self.lines))
 
 
 FSDP = '{"class_path": "lit_vlm.training.sharding.FSDP2", "init_args": {"save_distributed_checkpoint": %s}}'
+BF16 = ["--trainer.precision", "bf16-true"]
 TWO = ["--trainer.devices", "2", "--data.batch_size", "1"]
 FORMS: dict[str, tuple[str, list[str]]] = {
     "single": ("single", ["--data.batch_size", "2"]),
@@ -198,6 +180,10 @@ FORMS: dict[str, tuple[str, list[str]]] = {
     "ddp": ("ddp", TWO),
     "sharded": ("fsdp", TWO),
     "whole": ("fsdp", [*TWO, "--trainer.strategy", FSDP % "false"]),
+    "adapters": ("fsdp", [*TWO, "--model.lora.decoder", '{"rank": 2, "alpha": 4}']),
+    "bf16": ("single", ["--data.batch_size", "2", *BF16]),
+    "bf16 sharded": ("fsdp", [*TWO, *BF16]),
+    "bf16 whole": ("fsdp", [*TWO, "--trainer.strategy", FSDP % "false", *BF16]),
 }
 
 
@@ -222,14 +208,50 @@ def test_the_average_of_a_run_is_that_of_its_steps_and_a_resumed_run_has_the_sam
         assert len(weights) == 4
         found = averages[name.removeprefix(PREFIX)]
         torch.testing.assert_close(found.double(), by_hand(start, weights, EMA), atol=1e-6, rtol=0, msg=name)
-        assert torch.equal(watched["end"][name], found), "what scores the trained model sees"
+        used = watched["end"][name]
+        assert torch.equal(used, found.to(used.dtype)), "what scores the trained model sees"
     moved = [name for name, (start, *rest) in watched["seen"].items() if not torch.equal(start, rest[-1])]
-    assert len(moved) > 20
+    assert len(moved) > 10
 
     last = content(step_file(tmp_path / "straight", 4))
     middle = step_file(tmp_path / "straight", 2)
     fit(tmp_path, "resumed", form, "--ckpt_path", str(middle))
     resumed = content(step_file(tmp_path / "resumed", 4))
-    assert any(name.startswith(f".{RAW}.") for name in last) == (form in FORMS)
+    assert {name for name in last if name.startswith(f".{RAW}.")} == {f".{RAW}.{name}" for name in watched["seen"]}
     assert last.keys() == resumed.keys()
     assert [name for name, value in last.items() if not torch.equal(resumed[name], value)] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["single", "sharded"])
+def test_validation_has_the_average_and_training_goes_on_as_without(form: str, tmp_path: Path) -> None:
+    watch = json.dumps([{"class_path": f"tests.training.test_average.{name}"} for name in ("Watch", "Losses")])
+    validate = ["--trainer.callbacks+", watch, "--trainer.limit_val_batches", "1", "--trainer.val_check_interval", "1",
+                "--trainer.num_sanity_val_steps", "1"]  # fmt: skip
+    fit(tmp_path, "plain", form)
+    fit(tmp_path, "validated", form, *validate)
+    expected, found = (content(step_file(tmp_path / out, 4)) for out in ("plain", "validated"))
+    assert [name for name, value in expected.items() if not torch.equal(found[name], value)] == []
+    lines = json.loads((tmp_path / "validated" / "losses.json").read_text())
+    assert [line["averages"] for line in lines] == [True] * 4
+    # The last validation is of the weights that are saved, which another process scores.
+    config, last = tmp_path / "validated" / "config.yaml", step_file(tmp_path / "validated", 4)
+    again = lit_vlm(tmp_path, "validate", "--config", str(config), "--ckpt_path", str(last),
+                    "--trainer.default_root_dir", "scored", "--trainer.callbacks", "null")  # fmt: skip
+    (row,) = [line for line in again.stdout.splitlines() if "val/loss " in line]
+    assert float(row.split()[3]) == pytest.approx(lines[-1]["loss"], rel=1e-5)
+    assert lines[-1]["loss"] != lines[-2]["loss"]
+
+
+@pytest.mark.slow
+def test_one_process_goes_on_with_the_averages_of_two(tmp_path: Path) -> None:
+    again = json.dumps([{"class_path": "tests.training.test_resharded.SavesAgain"}])
+    whole = fit(tmp_path, "two", "sharded")
+    middle = step_file(tmp_path / "two", 2)
+    one = ["--trainer.devices", "1", "--trainer.callbacks+", again, "--ckpt_path", str(middle)]
+    found = fit(tmp_path, "one", "sharded", *one)
+    expected, read = content(middle), content(tmp_path / "one" / "again.ckpt")
+    assert expected.keys() == read.keys()
+    assert [name for name, value in expected.items() if not torch.equal(read[name], value)] == []
+    for name, value in whole.items():
+        torch.testing.assert_close(found[name], value, atol=1e-7, rtol=0, msg=name)
