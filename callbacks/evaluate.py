@@ -83,7 +83,8 @@ class Evaluate(L.Callback):
         asker = Asker(module, data.format)
         count = len(in_order(self.task, self.settings.limit, self.settings.prompt.seed))
         trainer.print(f"{name}, step {self._last}: asking {count:,} questions ...")
-        result = run_task(asker, self.task, self.settings, out, f"step {trainer.global_step}", resume=False)
+        with module.averaged():
+            result = run_task(asker, self.task, self.settings, out, f"step {trainer.global_step}", resume=False)
         if trainer.is_global_zero:
             main = f"{result.main} {result.scores[result.main]:.2f}"
             trainer.print(f"{name}, step {self._last}: {main} ({time.perf_counter() - start:.0f} s)")

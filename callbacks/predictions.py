@@ -68,7 +68,8 @@ class Predictions(L.Callback):
             self._records = held_out_records(asker, data.val_sources, self.num)
         if not self._records:
             raise ValueError(f"callbacks.Predictions answers the questions of data.val, and {NONE_HELD_OUT}")
-        with slowly(f"answering {len(self._records)} held-out questions for {name}.png", trainer.is_global_zero):
+        what = f"answering {len(self._records)} held-out questions for {name}.png"
+        with slowly(what, trainer.is_global_zero), module.averaged():
             answers = answer_records(asker, self._records, self.max_new_tokens)
         if not trainer.is_global_zero:
             return

@@ -24,6 +24,8 @@ PREFIX = "model."
 """The model's attribute name in the LightningModule, in front of every key of a checkpoint."""
 BASES = "bases"
 """Key of a checkpoint that holds the bases of slots, where frozen weights were left out."""
+EMA, RAW = "ema", "raw_weights"
+"""Keys of a checkpoint whose weights are averages: their decay, and the weights that training goes on with."""
 
 
 def read_state(source: str | Path) -> dict[str, Tensor]:

@@ -76,7 +76,7 @@ class States:
     Attributes:
         weights: parameters and buffers, those of teachers included.
         gradients: of the parameters that train.
-        optimizer: running averages and the like.
+        optimizer: running averages of gradients, and of the weights that train where the stage averages them.
     """
 
     weights: int = 0

@@ -104,9 +104,7 @@ class Probe(L.Callback):
         if (batch_idx + 1) % self.micro == 0:
             torch.cuda.synchronize()
             self.seconds.append(time.perf_counter() - self._start)
-        optimizer = trainer.optimizers[0]
-        states = (value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor))
-        self.states.optimizer = device_bytes(states)
+        self.states.optimizer = device_bytes(_running_averages(trainer))
         self.states.weights = device_bytes(weights_of(pl_module))
 
     def _stop_waits(self) -> None:
@@ -119,8 +117,6 @@ class Probe(L.Callback):
         trainer, model = module.trainer, module.vlm
         sharded = isinstance(trainer.strategy, FSDP2)
         weights = whole_bytes(model.state_dict().values())
-        optimizer = trainer.optimizers[0]
-        states = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
         blocks = [block for parts in model.slots().values() for part in parts for block in part.blocks()]
         recorder = self.recorder or Recorder(self.job.per_node)
         return Measured(
@@ -144,7 +140,7 @@ class Probe(L.Callback):
             recompute=bool(model.decoder.recompute),
             frozen_full=module.stage.frozen_dtype == "full" and module.trainer.precision != "32-true",
             preparable=_preparable(module, self.job),
-            checkpoint=saved_bytes(trainer) if sharded else weights + whole_bytes(states),
+            checkpoint=saved_bytes(trainer) if sharded else weights + whole_bytes(_running_averages(trainer)),
             weights_file=weights,
             host_loading=loading_bytes(model),
             batch_bytes=batch_bytes_of(chosen.heaviest),
@@ -158,6 +154,16 @@ class Probe(L.Callback):
             waits=self.waits.unwanted(),
             seconds=[] if no_gpu.loaded() or self.job.record else self.seconds,
         )
+
+
+def _running_averages(trainer: L.Trainer) -> list[Tensor]:
+    """What optimizer and stage average, gradients and weights: one tensor for each of a parameter's."""
+    states = trainer.optimizers[0].state.values()
+    found = [value for state in states for value in state.values() if isinstance(value, Tensor)]
+    module = trainer.lightning_module
+    if isinstance(module, LitVLM) and module.average is not None:
+        found += module.average.tensors
+    return found
 
 
 def _preparable(module: LitVLM, job: Job) -> list[str]:

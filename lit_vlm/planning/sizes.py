@@ -51,7 +51,8 @@ def states_alone(job: Job, stages: Stages) -> States:
             narrow_meta(model, torch.bfloat16)
         else:
             narrow_operands(model, torch.bfloat16, "the model")
-    return states_of(list(model.parameters()), number_of_shards(strategy, job.world_size))
+    shards = number_of_shards(strategy, job.world_size)
+    return states_of(list(model.parameters()), shards, averaged=module.stage.ema is not None)
 
 
 def expected_states(module: LitVLM, job: Job, sharded: bool) -> States:
@@ -63,7 +64,7 @@ def expected_states(module: LitVLM, job: Job, sharded: bool) -> States:
         sharded: whether the strategy shards; hybrid sharding does so inside a node.
     """
     shards = number_of_shards(module.trainer.strategy, job.world_size) if sharded else 1
-    states = states_of(list(module.vlm.parameters()), shards)
+    states = states_of(list(module.vlm.parameters()), shards, averaged=module.stage.ema is not None)
     # Every process has whole copies of tables and teachers.
     states.weights += sum(b.numel() * b.element_size() for b in module.vlm.buffers())
     states.weights += sum(p.numel() * p.element_size() for p in teacher_weights(module))
@@ -77,16 +78,24 @@ def number_of_shards(strategy: Any, world_size: int) -> int:
     return world_size // (strategy.num_nodes if strategy.replicas == "nodes" else int(strategy.replicas))
 
 
-def states_of(parameters: Sequence[nn.Parameter], shards: int) -> States:
-    """States of the first of several shards, with AdamW's two running averages."""
-    trained = sum(_first_shard(p, shards) for p in parameters if p.requires_grad)
-    return States(sum(_first_shard(p, shards) for p in parameters), trained, 2 * trained)
+def states_of(parameters: Sequence[nn.Parameter], shards: int, averaged: bool) -> States:
+    """States of the first of several shards, with AdamW's two running averages.
+
+    Args:
+        parameters: of the model.
+        shards: number of shards.
+        averaged: whether the stage averages what trains, in fp32; counted with the optimizer.
+    """
+    trained = [p for p in parameters if p.requires_grad]
+    size = sum(_first_shard(p, shards) for p in trained)
+    average = sum(_first_shard(p, shards, torch.float32.itemsize) for p in trained) if averaged else 0
+    return States(sum(_first_shard(p, shards) for p in parameters), size, 2 * size + average)
 
 
-def _first_shard(parameter: nn.Parameter, shards: int) -> int:
+def _first_shard(parameter: nn.Parameter, shards: int, itemsize: int | None = None) -> int:
     """Bytes of the first of several shards, which are cut between rows, the first ones larger where it must be."""
     rows = parameter.shape[0] if parameter.ndim else 1
-    return -(-rows // shards) * (parameter.numel() // max(1, rows)) * parameter.element_size()
+    return -(-rows // shards) * (parameter.numel() // max(1, rows)) * (itemsize or parameter.element_size())
 
 
 def weights_of(module: L.LightningModule) -> Iterator[Tensor]:
@@ -124,9 +133,11 @@ def saved_bytes(trainer: L.Trainer) -> int:
 
     The plans of the other processes, which would write the other shards, are left out: sizes are of whole tensors.
     """
-    strategy = trainer.strategy
+    strategy, module = trainer.strategy, trainer.lightning_module
     state: Any = {"state_dict": strategy.lightning_module_state_dict()}
-    state["optimizer"] = [strategy.optimizer_state(optimizer) for optimizer in trainer.optimizers]
+    state["optimizer_states"] = [strategy.optimizer_state(optimizer) for optimizer in trainer.optimizers]
+    if isinstance(module, LitVLM) and module.average is not None:
+        module.average.record(state, dict)
     flat, _ = flatten_state_dict(state)
     _, metadata = create_default_global_save_plan([create_default_local_save_plan(flat, is_coordinator=True)])
     create_default_local_load_plan(flat, metadata)

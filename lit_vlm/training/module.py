@@ -6,8 +6,8 @@ import logging
 import math
 import os
 import zlib
-from collections.abc import Callable, Collection
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -40,9 +41,11 @@ from lit_vlm.model.build import Slots, build, build_on_meta, load_teachers, quan
 from lit_vlm.model.generate import generate
 from lit_vlm.model.vlm import NEXT_TOKEN, VLM
 from lit_vlm.projectors import Projector
+from lit_vlm.training.average import WeightAverage, check_resumed
 from lit_vlm.training.compiling import compile_blocks
 from lit_vlm.training.frozen import narrow_whole
 from lit_vlm.training.left_out import LeftOut, check_base, find_bases
+from lit_vlm.training.optim import learning_rates
 from lit_vlm.training.sharding import FSDP2, reshard, shard
 from lit_vlm.training.stage import Stage
 
@@ -67,6 +70,7 @@ class LitVLM(LightningModule):
 
     Attributes:
         has_values: whether weights have values; False where a step is only planned.
+        average: the averages of the weights that train, once training has begun; None where the stage has no `ema`.
         only_trained: whether checkpoints leave out frozen weights that can be read again from where they came from
             (`callbacks.Checkpoint`); None: where a slot has adapters. To be set before the model is built.
     """
@@ -93,6 +97,8 @@ class LitVLM(LightningModule):
         self.encoder_digest = ""
         self._spec: tuple[VLM, InputSpec] | None = None
         self.only_trained: bool | None = None
+        self.average: WeightAverage | None = None
+        self._validation = ExitStack()
         self._left_out: LeftOut | None = None
         self._denominators: dict[str, Tensor] = {}
         self._sums: dict[str, Tensor] = {}
@@ -205,18 +211,23 @@ class LitVLM(LightningModule):
         self.strict_loading = not bases
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Say in a checkpoint that leaves frozen weights out where they came from."""
+        """Put averaged weights into a checkpoint, and say in one that leaves frozen ones out where they came from."""
         if self._left_out is not None:
             self._left_out.record(checkpoint)
+        if self.average is not None:
+            strategy = self.trainer.strategy
+            self.average.record(checkpoint, strategy.for_checkpoint if isinstance(strategy, FSDP2) else dict)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that frozen weights which a checkpoint left out are those that this run has.
 
         Raises:
-            ValueError: where they differ, or weights are missing.
+            ValueError: where they differ, weights are missing, or only one of checkpoint and stage averages weights.
         """
         if self._left_out is not None:
             self._left_out.check(checkpoint, set(self.state_dict()))
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            check_resumed(checkpoint, self.stage.ema)
 
     @property
     def vlm(self) -> VLM:
@@ -304,8 +315,42 @@ class LitVLM(LightningModule):
 
     # ------------------------------------------------------------------ training
 
+    def begin_average(self) -> None:
+        """Begin to average the weights that train, or go on as a resumed run did, where the stage averages."""
+        self.average = None
+        if self.stage.ema is not None:
+            self.average = WeightAverage(self.vlm, self.stage.ema)
+            if self.trainer.ckpt_path:
+                self.average.read(Path(self.trainer.ckpt_path))
+
+    def end_average(self) -> None:
+        """Give the model the averaged weights, which are those that the stage leaves."""
+        if self.average is not None:
+            self.zero_grad()  # as much memory as the weights take that are kept
+            self.average.use()
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """A context in which the model has the averaged weights, if there are some; all processes enter it."""
+        if self.average is None or self.average.in_use:
+            yield
+            return
+        self.average.use()
+        try:
+            yield
+        finally:
+            self.average.put_back()
+
     def on_train_start(self) -> None:
-        """Compile blocks where `compile` says so; here, as the checks before ran them on rows of other shapes."""
+        """Compile blocks where `compile` says so; here, as the checks before ran them on rows of other shapes.
+
+        Raises:
+            ValueError: where weights should be averaged, and the trainer is Lightning's own.
+        """
+        if self.stage.ema is not None and self.average is None:
+            raise ValueError(
+                "model.stage.ema: Lightning's own Trainer averages nothing: use lit_vlm.training.trainer.Trainer"
+            )
         if self.compiles:
             data = getattr(self.trainer, "datamodule", None)
             compile_blocks(self.vlm, isinstance(data, VLMData) and data.batching.packs)
@@ -378,7 +423,7 @@ class LitVLM(LightningModule):
         total = sum(self.stage.losses[name] * value for name, value in means.items())
         self.log("train/loss", total)
         self.log_dict({f"train/loss_{name}": value for name, value in means.items()})
-        self.log_dict(on_host({f"lr/{group['slot']}": group["lr"] for group in optimizer.param_groups}))
+        self.log_dict(on_host({f"lr/{slot}": rate for slot, rate in learning_rates(optimizer).items()}))
         self._show(total)
         self._sums, self._denominators = {}, {}
 
@@ -405,7 +450,27 @@ class LitVLM(LightningModule):
             clip = clip_grad_value_ if gradient_clip_algorithm == "value" else clip_grad_norm_
             clip(parameters, gradient_clip_val)
 
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Optimizer | LightningOptimizer,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        """Take a step, and take its weights into their average."""
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        if self.average is not None:
+            self.average.update(self.trainer.global_step + 1)  # Lightning counts the step afterwards
+
     # ------------------------------------------------------------------ evaluation
+
+    def on_validation_start(self) -> None:
+        """Validate the averaged weights, where there are some."""
+        self._validation.enter_context(self.averaged())
+
+    def on_validation_end(self) -> None:
+        """Train on with the weights."""
+        self._validation.close()
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add up the losses of held-out data."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,35 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.optim import AdamW, Optimizer
 
 from lit_vlm.core.muon import Muon, direction, move, orthogonal
+
+
+def group_of(members: Sequence[Tensor], slot: str, lr: float, scale: float, decay: float) -> dict[str, Any]:
+    """A group of an optimizer.
+
+    Args:
+        members: its parameters.
+        slot: their slot.
+        lr: the slot's learning rate.
+        scale: factor of the rate of these members. The group has it where it is not 1, so that checkpoints from before
+            there were factors still fit.
+        decay: weight decay.
+    """
+    group = {"params": members, "lr": lr * scale, "weight_decay": decay, "slot": slot}
+    return group if scale == 1 else group | {"scale": scale}
+
+
+def learning_rates(optimizer: Optimizer) -> dict[str, float]:
+    """The learning rate of each slot now: with `layer_decay` the one that falls off towards its beginning."""
+    return {group["slot"]: group["lr"] / group.get("scale", 1.0) for group in optimizer.param_groups}
+
+
+def split_for_muon(groups: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Split each group: matrices, word tables among them, get `muon` true, and all other parameters false."""
+    for group in groups:
+        for muon in (True, False):
+            members = [p for p in group["params"] if (p.ndim == 2) == muon]
+            if members:
+                yield group | {"params": members, "muon": muon}
 
 
 class MuonAdamW(Optimizer):

@@ -83,6 +83,8 @@ def freeze_table(stage: str, rows: list[SlotCount]) -> Table:
     for row in rows:
         style = "green" if row.trained else "dim"
         lr = f"{row.lr:g}" if row.lr is not None else "-"
+        if row.least_lr != row.lr:
+            lr = f"{row.least_lr:.2g} to {lr}"
         table.add_row(row.slot, row.part, f"{row.trained:,}", f"{row.frozen:,}", lr, style=style)
     return table
 

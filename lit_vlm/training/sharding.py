@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed import distributed_c10d
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -23,8 +23,10 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from lit_vlm.checkpoints.weights import RAW
 from lit_vlm.core.part import Part, meta_twins
 from lit_vlm.model.vlm import VLM
 from lit_vlm.training.frozen import Originals, narrow_meta, pack, scatter_originals
@@ -99,6 +101,16 @@ class FSDP2(ModelParallelStrategy):
         own = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
         return get_optimizer_state_dict(self.model, own)
 
+    def for_checkpoint(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What a checkpoint holds of tensors that are sharded as weights are; all processes call this.
+
+        Returns:
+            the shards; where rank 0 writes one whole file, whole tensors on the CPU.
+        """
+        if self.saves_shards:
+            return dict(tensors)
+        return {name: t.full_tensor().cpu() if isinstance(t, DTensor) else t.cpu() for name, t in tensors.items()}
+
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Mapping[str, bool] | None = None
     ) -> None:
@@ -119,6 +131,8 @@ class FSDP2(ModelParallelStrategy):
         state = {"state_dict": checkpoint.pop("state_dict")}
         optimizers = checkpoint.pop("optimizer_states", [])
         state |= {f"optimizer_{index}": optimizer for index, optimizer in enumerate(optimizers)}
+        if RAW in checkpoint:
+            state[RAW] = checkpoint.pop(RAW)
         if self._savers is None:
             self._savers = dist.new_group(backend="gloo", timeout=self.timeout)
         asynchronous = storage_options == ASYNCHRONOUS

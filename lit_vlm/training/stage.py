@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -18,7 +18,8 @@ from lit_vlm.core.part import Part
 from lit_vlm.core.quantised import own_weights
 from lit_vlm.heads import Head
 from lit_vlm.model.vlm import NEXT_TOKEN, VLM
-from lit_vlm.training.optim import MuonAdamW
+from lit_vlm.training.layer_decay import layer_scales
+from lit_vlm.training.optim import MuonAdamW, group_of, split_for_muon
 
 SLOTS = ("encoder", "projector", "embedder", "decoder", "heads")
 SCHEDULES = {
@@ -30,13 +31,14 @@ SCHEDULES = {
 
 
 class SlotCount(NamedTuple):
-    """Numbers of trained and frozen parameters of one slot."""
+    """Numbers of trained and frozen parameters of one slot, its peak learning rate, and the least of its layers."""
 
     slot: str
     part: str
     trained: int
     frozen: int
     lr: float | None
+    least_lr: float | None = None
 
 
 @dataclass
@@ -47,6 +49,8 @@ class Stage:
         name: what the stage is called in paths and in MLflow.
         train: slot → peak learning rate (encoder, projector, embedder, decoder, heads). A slot that is not named, or
             named with null, is frozen.
+        layer_decay: slot → factor, above 0 and at most 1, by which the learning rate falls with each block from the
+            end of the part to its beginning (`layer_decay.layer_scales`); for parts with blocks.
         only: slot → name of a group of its parameters, as the part defines it; the others stay frozen.
         losses: loss → weight: `next_token`, or the name of a head. 0 turns it off and skips its work.
         start_from: weights that an earlier stage left: a checkpoint, or the folder of its run. Or published ones, as
@@ -67,6 +71,8 @@ class Stage:
         weight_decay: on matrices; never on biases and norms.
         betas: decay rates of AdamW's running averages.
         eps: added to AdamW's denominator.
+        ema: decay per optimizer step of an exponential moving average of the weights that train, such as 0.999. The
+            average is what the stage leaves (`average.WeightAverage`). Null: the weights of the last step.
 
     Raises:
         ValueError: for an unknown slot, or a value that is out of range.
@@ -74,6 +80,7 @@ class Stage:
 
     name: str = "stage"
     train: dict[str, float | None] = field(default_factory=dict)
+    layer_decay: dict[str, float | None] = field(default_factory=dict)
     only: dict[str, str | None] = field(default_factory=dict)
     losses: dict[str, float] = field(default_factory=lambda: {NEXT_TOKEN: 1.0})
     start_from: str | None = None
@@ -87,12 +94,14 @@ class Stage:
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
+    ema: float | None = None
 
     def __post_init__(self) -> None:
-        for key, names in (("train", self.train), ("only", self.only), ("fresh", self.fresh)):
-            for name in names:
+        for key in ("train", "layer_decay", "only", "fresh"):
+            for name in getattr(self, key):
                 if name not in SLOTS:
                     raise ValueError(f"model.stage.{key} names '{name}', which is no slot; slots: {', '.join(SLOTS)}")
+        self._check_factors()
         if not 0 <= self.warmup_ratio <= 1:
             raise ValueError(f"model.stage.warmup_ratio is a share between 0 and 1, not {self.warmup_ratio}")
         if not 0 <= self.decay_ratio <= 1:
@@ -105,6 +114,13 @@ class Stage:
         if any(lr is not None and lr < 0 for lr in self.train.values()):
             raise ValueError(f"model.stage.train has a negative learning rate: {self.train}")
 
+    def _check_factors(self) -> None:
+        for slot, decay in self.layer_decay.items():
+            if decay is not None and not 0 < decay <= 1:
+                raise ValueError(f"model.stage.layer_decay.{slot} is above 0 and at most 1, such as 0.75, not {decay}")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise ValueError(f"model.stage.ema is between 0 and 1, such as 0.999, or null, not {self.ema}")
+
     def freeze(self, model: VLM, removed: Collection[str] = ()) -> None:
         """Let the named slots train and freeze everything else.
 
@@ -113,8 +129,8 @@ class Stage:
             removed: heads that a flag has set to null; the stage may still name their losses.
 
         Raises:
-            ValueError: for a slot that the model lacks or that has nothing to train, an unknown loss, or a head that
-                trains without its loss.
+            ValueError: for a slot that the model lacks or that has nothing to train, a decay of layers that do not
+                train or are no blocks, an unknown loss, or a head that trains without its loss.
         """
         slots = model.slots()
         model.requires_grad_(False)
@@ -131,6 +147,7 @@ class Stage:
                 parameter.requires_grad_(True)
         for parameter in model.embedder.replaced(model.decoder):
             parameter.requires_grad_(False)
+        self._check_layers(slots)
         known = {NEXT_TOKEN, *model.heads, *removed}
         if unknown := set(self.losses) - known:
             raise ValueError(f"model.stage.losses names {sorted(unknown)}; this model has {sorted(known)}")
@@ -148,6 +165,25 @@ class Stage:
             return [p for part in parts for p in trained_parameters(part, self.only.get(slot))]
         except ValueError as error:
             raise ValueError(f"{error}: set model.stage.only.{slot} to null") from error
+
+    def _check_layers(self, slots: Mapping[str, Iterable[Part]]) -> None:
+        for slot in self.layer_decay:
+            self._layer_scales(slot, slots.get(slot, ()))
+
+    def _layer_scales(self, slot: str, parts: Iterable[Part]) -> dict[int, float]:
+        """The factors of a slot's learning rates by id of the parameter; empty where all have the same."""
+        decay = self.layer_decay.get(slot)
+        if decay is None:
+            return {}
+        way_out = f"set model.stage.layer_decay.{slot} to null"
+        if self.train.get(slot) is None:
+            raise ValueError(
+                f"model.stage.layer_decay names '{slot}', which model.stage.train does not train: {way_out}"
+            )
+        try:
+            return {key: scale for part in parts for key, scale in layer_scales(part, decay).items()}
+        except ValueError as error:
+            raise ValueError(f"model.stage.layer_decay names '{slot}': {error}: {way_out}") from error
 
     def _check_decoder_idle(self, model: VLM) -> None:
         heads = {name: head for name, head in model.heads.items() if isinstance(head, Head) and self.losses.get(name)}
@@ -221,7 +257,7 @@ class Stage:
         if not groups:
             raise ValueError("model.stage.train names no slot, so there is nothing to train")
         if self.optimizer == "muon":
-            return MuonAdamW(_split_for_muon(groups), self.betas, self.eps)
+            return MuonAdamW(split_for_muon(groups), self.betas, self.eps)
         return AdamW(groups, betas=self.betas, eps=self.eps, fused=fused)
 
     def _groups(self, model: VLM) -> Iterator[dict[str, Any]]:
@@ -230,12 +266,15 @@ class Stage:
             trained = [p for part in parts for p in part.parameters() if p.requires_grad]
             parameters = [p for p in trained if id(p) not in seen]
             seen |= {id(p) for p in parameters}
-            for decay, members in (
-                (self.weight_decay, [p for p in parameters if p.ndim > 1]),
-                (0.0, [p for p in parameters if p.ndim <= 1]),
-            ):
-                if members:
-                    yield {"params": members, "lr": self.train[slot], "weight_decay": decay, "slot": slot}
+            scales = self._layer_scales(slot, parts)
+            for scale in sorted({scales.get(id(p), 1.0) for p in parameters}):
+                layer = [p for p in parameters if scales.get(id(p), 1.0) == scale]
+                for decay, members in (
+                    (self.weight_decay, [p for p in layer if p.ndim > 1]),
+                    (0.0, [p for p in layer if p.ndim <= 1]),
+                ):
+                    if members:
+                        yield group_of(members, slot, self.train[slot] or 0.0, scale, decay)
 
     def scheduler(self, optimizer: torch.optim.Optimizer, total_steps: int) -> LRScheduler:
         """The learning-rate schedule: warm-up over ⌈warmup_ratio · total⌉ steps, then `schedule`."""
@@ -259,17 +298,11 @@ class Stage:
             trained = sum(number for number, trains in found.values() if trains)
             total = sum(number for number, _ in found.values())
             names = ", ".join(type(part).__name__ for part in parts)
-            rows.append(SlotCount(slot, names, trained, total - trained, self.train.get(slot) if trained else None))
+            lr = self.train.get(slot) if trained else None
+            scales = self._layer_scales(slot, parts) if trained else {}
+            factors = [scales.get(id(p), 1.0) for part in parts for p in part.parameters() if p.requires_grad]
+            rows.append(SlotCount(slot, names, trained, total - trained, lr, lr and lr * min(factors)))
         return rows
-
-
-def _split_for_muon(groups: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Split each group: matrices, word tables among them, get `muon` true, and all other parameters false."""
-    for group in groups:
-        for muon in (True, False):
-            members = [p for p in group["params"] if (p.ndim == 2) == muon]
-            if members:
-                yield group | {"params": members, "muon": muon}
 
 
 def frozen_tensors(model: nn.Module) -> dict[str, torch.Tensor]:

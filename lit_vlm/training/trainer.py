@@ -22,6 +22,7 @@ from lit_vlm.data import VLMData
 from lit_vlm.training.elastic import move
 from lit_vlm.training.launched import Devices, environment, spread
 from lit_vlm.training.leaving import Leaving
+from lit_vlm.training.module import LitVLM
 from lit_vlm.training.saving import SaveFailed, WholeFiles
 
 CUDA = ("auto", "gpu", "cuda")
@@ -102,7 +103,8 @@ class FitLoop(_FitLoop):
     """Lightning's loop over epochs, which also ends a run whose last step was saved, and whose end was then cut off.
 
     Lightning returns at once where all steps are taken, so that what callbacks do at the end, such as scoring, would
-    never be done.
+    never be done. Averages of weights begin when a checkpoint was read and nothing is trained, and are used before any
+    callback acts on the end; no hook of a module is called at these times.
     """
 
     def run(self) -> None:
@@ -113,6 +115,20 @@ class FitLoop(_FitLoop):
             self.on_run_end()
         else:
             super().run()
+
+    def on_run_start(self) -> None:
+        """Begin to average weights, where the stage does so."""
+        module = self.trainer.lightning_module
+        if isinstance(module, LitVLM):
+            module.begin_average()
+        super().on_run_start()
+
+    def on_run_end(self) -> None:
+        """Give the model the averaged weights, where there are some, for scoring and the last checkpoint."""
+        module = self.trainer.lightning_module
+        if isinstance(module, LitVLM):
+            module.end_average()
+        super().on_run_end()
 
 
 class EpochLoop(_TrainingEpochLoop):

@@ -127,3 +127,20 @@ def test_llava_by_hand(simulated: Simulator) -> None:
     vit_pairs = 23 * pictures * vit_tokens**2 * 1024
     assert attention == pytest.approx(4 * (2 * pairs + vit_pairs) + 10 * pairs, rel=0.01)
     assert result.peak / GIB < 60
+
+
+@pytest.mark.slow
+def test_the_average_of_weights_is_counted(simulated: Simulator) -> None:
+    """The projector of LLaVA-1.5's alignment, and LoRA's adapters in tuning, averaged in fp32 on each device."""
+    lora = ["--model.lora.decoder", '{"rank": 128, "alpha": 256}']
+    for stage, flags in (("1_align", []), ("2_sft", lora)):
+        plain, averaged = (
+            measured(simulated.run(job("llava15", stage, 8, "fsdp", [*flags, *ema])))
+            for ema in ((), ("--model.stage.ema", "0.999"))
+        )
+        check(averaged)
+        trained = sum(count for _, _, count, _ in plain.slots)
+        assert averaged.states.optimizer - plain.states.optimizer == pytest.approx(4 * trained / 8, rel=0.01)
+        assert averaged.states.weights == plain.states.weights
+        assert averaged.peak - plain.peak == pytest.approx(4 * trained / 8, rel=0.05)
+        assert averaged.checkpoint - plain.checkpoint == pytest.approx(4 * trained, rel=0.001)

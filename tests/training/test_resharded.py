@@ -43,7 +43,7 @@ def content(path: Path) -> dict[str, Tensor]:
         _load_state_dict(state, FileSystemReader(path), planner=_EmptyStateDictLoadPlanner(), no_dist=True)
     else:
         whole = torch.load(path, map_location="cpu", weights_only=True)
-        state = {key: whole[key] for key in ("state_dict", "optimizer_states")}
+        state = {key: whole[key] for key in ("state_dict", "optimizer_states", "raw_weights") if key in whole}
     found: dict[str, Tensor] = {}
 
     def gather(value: Any, name: str) -> None:
