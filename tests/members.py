@@ -25,6 +25,7 @@ from lit_vlm.encoders import (
     LinearPatches,
     NaFlexEncoder,
     OneFormerSwin,
+    QwenEncoder,
     TimmEncoder,
 )
 from lit_vlm.heads import (
@@ -45,6 +46,7 @@ from lit_vlm.projectors import (
     PatchMerge,
     PerEncoder,
     Projector,
+    QwenMerger,
     Resampler,
     Transformer,
 )
@@ -62,6 +64,15 @@ NAFLEX = {
     "patch_size": 7,
     "num_patches": 16,
 }
+QWEN = {
+    "depth": 2,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_heads": 2,
+    "patch_size": 7,
+}
+QWEN2_5 = QWEN | {"model_type": "qwen2_5_vl_vision", "window_size": 14, "fullatt_block_indexes": [1]}
+QWEN3 = QWEN | {"model_type": "qwen3_vl_vision", "num_position_embeddings": 9}
 CLIP_ENCODER = partial(HFEncoder, config=CLIP)
 SWIN_ENCODER = partial(OneFormerSwin, None, SWIN | {"drop_path_rate": 0.0}, 64, 72)
 PLAIN = partial(LinearPatches, width=32, patch=7, row_end=False)
@@ -125,6 +136,8 @@ CASES: dict[str, Case] = {
     "LinearPatches": encoder(ANY_SIZE, SIZES, Identity),
     "NaFlexEncoder": encoder(partial(NaFlexEncoder, None, NAFLEX), SIZES),
     "OneFormerSwin": encoder(SWIN_ENCODER, [(64, 64)]),
+    "QwenEncoder": encoder(partial(QwenEncoder, None, QWEN3), SIZES),
+    "QwenEncoder/windows": encoder(partial(QwenEncoder, None, QWEN2_5), SIZES, QwenMerger),
     "TimmEncoder": encoder(partial(TimmEncoder, "test_convnext", None, image_size=64), [(64, 64), (128, 64)]),
     "TimmEncoder/transformer": encoder(partial(TimmEncoder, "test_vit", None), [(160, 160)]),
     "Identity": Case({"encoder": ANY_SIZE, "projector": Identity}, SIZES),
@@ -139,6 +152,8 @@ CASES: dict[str, Case] = {
         [(28, 28)],
         partial(PerEncoder, widths=[32, 24]),
     ),
+    "QwenMerger": projector(QwenMerger),
+    "QwenMerger/RMSNorm": projector(partial(QwenMerger, model_type="qwen2_5_vl_vision")),
     "Resampler": projector(partial(Resampler, num_queries=3, head_dim=16)),
     "Transformer": projector(partial(Transformer, depth=2, head_dim=16)),
     "Tangled": projector(Tangled),

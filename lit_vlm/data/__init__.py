@@ -7,6 +7,7 @@ from lit_vlm.data.feed.batching import Batching, ModalityLength, Packed, Padded
 from lit_vlm.data.feed.loader import BadSamples
 from lit_vlm.data.feed.mixture import Interleaved, Mixture, Shuffled, Weighted
 from lit_vlm.data.sample.hf_chat import HFChat
+from lit_vlm.data.sample.pixel_budget import NativeArea, PatchBudget
 from lit_vlm.data.sample.templates import ChatML, Llama3, Phi3, Plain, Template, VicunaV1
 from lit_vlm.data.sample.tiles import Tiles
 from lit_vlm.data.sample.transforms import (
@@ -53,10 +54,12 @@ __all__ = [
     "Mmc4",
     "ModalityLength",
     "Native",
+    "NativeArea",
     "Packed",
     "PadSquare",
     "Padded",
     "Parquet",
+    "PatchBudget",
     "Phi3",
     "Pictures",
     "Plain",

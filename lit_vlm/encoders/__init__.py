@@ -11,6 +11,7 @@ from lit_vlm.encoders.hf import HFEncoder
 from lit_vlm.encoders.linear import LinearPatches
 from lit_vlm.encoders.naflex import NaFlexEncoder
 from lit_vlm.encoders.oneformer import OneFormerSwin
+from lit_vlm.encoders.qwen import QwenEncoder
 from lit_vlm.encoders.s2 import S2
 from lit_vlm.encoders.timm import TimmEncoder
 
@@ -28,5 +29,6 @@ __all__ = [
     "NaFlexEncoder",
     "OneFormerSwin",
     "PatchGrid",
+    "QwenEncoder",
     "TimmEncoder",
 ]

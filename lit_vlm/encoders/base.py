@@ -115,6 +115,20 @@ class Encoder(Part, ABC):
             )
         return side
 
+    def check_multiples(self, images: Images) -> None:
+        """Check that the sides of every image are multiples of `pixels.multiple`, for encoders of any size.
+
+        Raises:
+            ValueError: naming sizes that are not.
+        """
+        multiple = self.pixels.multiple
+        wrong = {size for size in images.sizes if not all(size) or size[0] % multiple or size[1] % multiple}
+        if wrong:
+            raise ValueError(
+                f"{type(self).__name__} takes images whose sides are multiples of {multiple} pixels, found "
+                f"{sorted(wrong)[:3]}; use data.transform NativeArea, AreaLimit or Native"
+            )
+
     def dummy_images(self) -> Images:
         """One image of the smallest size, for a batch without images: every rank must run every sharded part."""
         side = self.pixels.size or self.pixels.multiple
