@@ -18,6 +18,7 @@ from lit_vlm.encoders import (
     CLIPEmbedding,
     ConvPatches,
     DepthAnything,
+    DINOv3ConvNeXt,
     Ensemble,
     EvePatchEmbedding,
     EveV2PatchEmbedding,
@@ -64,6 +65,7 @@ NAFLEX = {
     "patch_size": 7,
     "num_patches": 16,
 }
+CONVNEXT = {"depths": [1, 1], "hidden_sizes": [8, 16], "layer_scale_init_value": 0.5}
 QWEN = {
     "depth": 2,
     "hidden_size": 32,
@@ -125,6 +127,7 @@ CASES: dict[str, Case] = {
     "S2": encoder(partial(S2, CLIP_ENCODER), [(56, 56)]),
     "CLIPEmbedding": encoder(partial(CLIPEmbedding, None, VIT), [(28, 28)]),
     "ConvPatches": encoder(partial(ConvPatches, 32, 28, 7), TILES),
+    "DINOv3ConvNeXt": encoder(partial(DINOv3ConvNeXt, None, CONVNEXT, 0), [(16, 16), (8, 16)]),
     "DepthAnything": encoder(partial(DepthAnything, None, DINO, 28), TILES),
     "Ensemble": encoder(partial(Ensemble, [CLIP_ENCODER, partial(CLIPEmbedding, None, VIT), SWIN_ENCODER]), [(28, 28)]),
     "Ensemble/any size": encoder(partial(Ensemble, [PLAIN, CLIP_ENCODER]), SIZES),
@@ -140,6 +143,7 @@ CASES: dict[str, Case] = {
     "QwenEncoder/windows": encoder(partial(QwenEncoder, None, QWEN2_5), SIZES, QwenMerger),
     "TimmEncoder": encoder(partial(TimmEncoder, "test_convnext", None, image_size=64), [(64, 64), (128, 64)]),
     "TimmEncoder/transformer": encoder(partial(TimmEncoder, "test_vit", None), [(160, 160)]),
+    "TimmEncoder/levels": encoder(partial(TimmEncoder, "test_vit", None, [1, 3]), [(160, 160)]),
     "Identity": Case({"encoder": ANY_SIZE, "projector": Identity}, SIZES),
     "Linear": projector(Linear),
     "MLP": projector(partial(MLP, depth=3)),

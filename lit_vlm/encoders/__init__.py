@@ -4,6 +4,7 @@ from lit_vlm.encoders.base import Encoder, PatchGrid
 from lit_vlm.encoders.clip_embedding import CLIPEmbedding
 from lit_vlm.encoders.conv_patches import ConvPatches
 from lit_vlm.encoders.depth_anything import DepthAnything
+from lit_vlm.encoders.dinov3_convnext import DINOv3ConvNeXt
 from lit_vlm.encoders.ensemble import Ensemble
 from lit_vlm.encoders.eve import EvePatchEmbedding
 from lit_vlm.encoders.eve_v2 import EveV2PatchEmbedding
@@ -19,6 +20,7 @@ __all__ = [
     "S2",
     "CLIPEmbedding",
     "ConvPatches",
+    "DINOv3ConvNeXt",
     "DepthAnything",
     "Encoder",
     "Ensemble",

@@ -54,6 +54,8 @@ class HFEncoder(Encoder):
             does not have or that is named twice, or `cls` where there is no CLS token.
     """
 
+    layers: ReadLayers
+
     def __init__(
         self,
         name: str | None = None,

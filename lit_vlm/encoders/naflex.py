@@ -40,6 +40,8 @@ class NaFlexEncoder(Encoder):
             `ReadLayers.of`.
     """
 
+    layers: ReadLayers
+
     def __init__(
         self,
         name: str | None = None,

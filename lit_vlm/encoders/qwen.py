@@ -72,6 +72,8 @@ class QwenEncoder(Encoder):
             `ReadLayers.of`.
     """
 
+    layers: ReadLayers
+
     def __init__(
         self,
         name: str | None = None,
