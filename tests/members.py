@@ -18,6 +18,7 @@ from lit_vlm.encoders import (
     CLIPEmbedding,
     ConvPatches,
     DepthAnything,
+    DINOv3ConvNeXt,
     Ensemble,
     EvePatchEmbedding,
     EveV2PatchEmbedding,
@@ -25,6 +26,7 @@ from lit_vlm.encoders import (
     LinearPatches,
     NaFlexEncoder,
     OneFormerSwin,
+    QwenEncoder,
     TimmEncoder,
 )
 from lit_vlm.heads import (
@@ -45,6 +47,7 @@ from lit_vlm.projectors import (
     PatchMerge,
     PerEncoder,
     Projector,
+    QwenMerger,
     Resampler,
     Transformer,
 )
@@ -62,6 +65,16 @@ NAFLEX = {
     "patch_size": 7,
     "num_patches": 16,
 }
+CONVNEXT = {"depths": [1, 1], "hidden_sizes": [8, 16], "layer_scale_init_value": 0.5}
+QWEN = {
+    "depth": 2,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_heads": 2,
+    "patch_size": 7,
+}
+QWEN2_5 = QWEN | {"model_type": "qwen2_5_vl_vision", "window_size": 14, "fullatt_block_indexes": [1]}
+QWEN3 = QWEN | {"model_type": "qwen3_vl_vision", "num_position_embeddings": 9}
 CLIP_ENCODER = partial(HFEncoder, config=CLIP)
 SWIN_ENCODER = partial(OneFormerSwin, None, SWIN | {"drop_path_rate": 0.0}, 64, 72)
 PLAIN = partial(LinearPatches, width=32, patch=7, row_end=False)
@@ -114,6 +127,7 @@ CASES: dict[str, Case] = {
     "S2": encoder(partial(S2, CLIP_ENCODER), [(56, 56)]),
     "CLIPEmbedding": encoder(partial(CLIPEmbedding, None, VIT), [(28, 28)]),
     "ConvPatches": encoder(partial(ConvPatches, 32, 28, 7), TILES),
+    "DINOv3ConvNeXt": encoder(partial(DINOv3ConvNeXt, None, CONVNEXT, 0), [(16, 16), (8, 16)]),
     "DepthAnything": encoder(partial(DepthAnything, None, DINO, 28), TILES),
     "Ensemble": encoder(partial(Ensemble, [CLIP_ENCODER, partial(CLIPEmbedding, None, VIT), SWIN_ENCODER]), [(28, 28)]),
     "Ensemble/any size": encoder(partial(Ensemble, [PLAIN, CLIP_ENCODER]), SIZES),
@@ -125,8 +139,11 @@ CASES: dict[str, Case] = {
     "LinearPatches": encoder(ANY_SIZE, SIZES, Identity),
     "NaFlexEncoder": encoder(partial(NaFlexEncoder, None, NAFLEX), SIZES),
     "OneFormerSwin": encoder(SWIN_ENCODER, [(64, 64)]),
+    "QwenEncoder": encoder(partial(QwenEncoder, None, QWEN3), SIZES),
+    "QwenEncoder/windows": encoder(partial(QwenEncoder, None, QWEN2_5), SIZES, QwenMerger),
     "TimmEncoder": encoder(partial(TimmEncoder, "test_convnext", None, image_size=64), [(64, 64), (128, 64)]),
     "TimmEncoder/transformer": encoder(partial(TimmEncoder, "test_vit", None), [(160, 160)]),
+    "TimmEncoder/levels": encoder(partial(TimmEncoder, "test_vit", None, [1, 3]), [(160, 160)]),
     "Identity": Case({"encoder": ANY_SIZE, "projector": Identity}, SIZES),
     "Linear": projector(Linear),
     "MLP": projector(partial(MLP, depth=3)),
@@ -139,6 +156,8 @@ CASES: dict[str, Case] = {
         [(28, 28)],
         partial(PerEncoder, widths=[32, 24]),
     ),
+    "QwenMerger": projector(QwenMerger),
+    "QwenMerger/RMSNorm": projector(partial(QwenMerger, model_type="qwen2_5_vl_vision")),
     "Resampler": projector(partial(Resampler, num_queries=3, head_dim=16)),
     "Transformer": projector(partial(Transformer, depth=2, head_dim=16)),
     "Tangled": projector(Tangled),

@@ -9,6 +9,7 @@ from lit_vlm.data.feed.mixture import Interleaved, Mixture, Shuffled, Weighted
 from lit_vlm.data.sample.fit_box import FitBox
 from lit_vlm.data.sample.fuyu import Fuyu
 from lit_vlm.data.sample.hf_chat import HFChat
+from lit_vlm.data.sample.pixel_budget import NativeArea, PatchBudget
 from lit_vlm.data.sample.templates import ChatML, Llama3, Phi3, Plain, Template, VicunaV1
 from lit_vlm.data.sample.tiles import Tiles
 from lit_vlm.data.sample.transforms import (
@@ -57,10 +58,12 @@ __all__ = [
     "Mmc4",
     "ModalityLength",
     "Native",
+    "NativeArea",
     "Packed",
     "PadSquare",
     "Padded",
     "Parquet",
+    "PatchBudget",
     "Phi3",
     "Pictures",
     "Plain",

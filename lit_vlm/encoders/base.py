@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lit_vlm.core.batch import Grid, Images, PixelSpec, VisualTokens
 from lit_vlm.core.part import Part
+from lit_vlm.encoders.layers import ReadLayers
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -47,6 +48,7 @@ class Encoder(Part, ABC):
         width: features per token, d_e.
         pixels: what the encoder wants of an image.
         patch_grid: (height, width) of an image in pixels → layout of its tokens.
+        layers: the layers that are read, where a setting chooses them.
         pixel_mean: `[3, 1, 1]`, mean of each colour channel, 0 to 1.
         pixel_std: `[3, 1, 1]`, standard deviation of each colour channel.
     """
@@ -54,12 +56,18 @@ class Encoder(Part, ABC):
     width: int
     pixels: PixelSpec
     patch_grid: PatchGrid
+    layers: ReadLayers | None = None
     pixel_mean: Tensor
     pixel_std: Tensor
 
     def identity(self) -> str:
-        """The text of `Part.identity`, followed by `pixels`, which decides the pictures that the encoder gets."""
-        return f"{super().identity()} {self.pixels}"
+        """The text of `Part.identity`, `pixels`, which decides the pictures that the encoder gets, and several layers.
+
+        One layer is known by the number of blocks; of several, weights tell the last alone. Encoders inside count too.
+        """
+        read = [part.layers for part in self.modules() if isinstance(part, Encoder) and part.layers is not None]
+        several = "".join(f" {layers}" for layers in read if len(layers.indices) > 1)
+        return f"{super().identity()} {self.pixels}{several}"
 
     @abstractmethod
     def forward(self, images: Images) -> VisualTokens:
@@ -114,6 +122,20 @@ class Encoder(Part, ABC):
                 "use a square transform (data.transform SquareCrop, PadSquare or Resize), or Tiles without a CLS token"
             )
         return side
+
+    def check_multiples(self, images: Images) -> None:
+        """Check that the sides of every image are multiples of `pixels.multiple`, for encoders of any size.
+
+        Raises:
+            ValueError: naming sizes that are not.
+        """
+        multiple = self.pixels.multiple
+        wrong = {size for size in images.sizes if not all(size) or size[0] % multiple or size[1] % multiple}
+        if wrong:
+            raise ValueError(
+                f"{type(self).__name__} takes images whose sides are multiples of {multiple} pixels, found "
+                f"{sorted(wrong)[:3]}; use data.transform NativeArea, AreaLimit or Native"
+            )
 
     def dummy_images(self) -> Images:
         """One image of the smallest size, for a batch without images: every rank must run every sharded part."""

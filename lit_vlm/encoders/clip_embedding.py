@@ -8,11 +8,11 @@ from typing import Any
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
+from lit_vlm.core.backbones import check_one_source, pretrained_backbone
 from lit_vlm.core.batch import Grid, Images, PixelSpec, VisualTokens
 from lit_vlm.core.part import StateDict
 from lit_vlm.core.pretrained import find_weights, made_config, plain_config, resolve
 from lit_vlm.encoders.base import CLIP_MEAN, CLIP_STD, Encoder, PatchGrid
-from lit_vlm.encoders.hf import check_one_source, pretrained_backbone
 
 
 class CLIPEmbedding(Encoder):

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DepthAnythingConfig, DepthAnythingForDepthEstimation, Dinov2Backbone, Dinov2Config
 
+from lit_vlm.core.backbones import check_one_source, pretrained_backbone
 from lit_vlm.core.batch import Images, PixelSpec, VisualTokens
 from lit_vlm.core.part import StateDict
 from lit_vlm.core.pretrained import find_weights, made_config, plain_config, resolve
 from lit_vlm.encoders.base import IMAGENET_MEAN, IMAGENET_STD, Encoder, PatchGrid
-from lit_vlm.encoders.hf import check_one_source, pretrained_backbone
 
 POSITIONS = "backbone.embeddings.position_embeddings"
 

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    InternVLForConditionalGeneration,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoModel, InternVLForConditionalGeneration, PretrainedConfig
 
+from lit_vlm.core.backbones import pretrained_backbone, vision_config
 from lit_vlm.core.batch import Images, PixelSpec, VisualTokens
 from lit_vlm.core.part import StateDict
-from lit_vlm.core.pretrained import find_weights, made_config, plain_config, read_pretrained, resolve, shortened
+from lit_vlm.core.pretrained import find_weights, plain_config, resolve
 from lit_vlm.encoders.base import CLIP_MEAN, CLIP_STD, HALF, IMAGENET_MEAN, IMAGENET_STD, Encoder, PatchGrid
 from lit_vlm.encoders.layers import Merge, ReadLayers
 
@@ -59,6 +53,8 @@ class HFEncoder(Encoder):
         ValueError: when not exactly one of `name` and `config` is given, for a model of another kind, a layer that it
             does not have or that is named twice, or `cls` where there is no CLS token.
     """
+
+    layers: ReadLayers
 
     def __init__(
         self,
@@ -146,86 +142,5 @@ class HFEncoder(Encoder):
         return VisualTokens(features.reshape(-1, self.width), grids)
 
 
-def pretrained_backbone(
-    whole: type[PreTrainedModel],
-    source: str,
-    backbone: nn.Module,
-    prefix: str = "",
-    config: PretrainedConfig | None = None,
-    subfolder: str = "",
-) -> StateDict:
-    """Weights of `backbone`, which is a part of a published model, under the keys of an encoder that holds it.
-
-    Weights that the backbone's class lists as ignorable may be absent: nothing reads them, and they keep the values
-    they start with.
-
-    Args:
-        whole: class of the published model.
-        source: folder or hub name of the published model.
-        backbone: the module whose weights are wanted.
-        prefix: keys of the published model begin with this where they are the backbone's.
-        config: configuration of the published model; default: the one in its files.
-        subfolder: where the model is in its repository.
-
-    Raises:
-        ValueError: when the files lack weights of the backbone, or have them in other shapes; names them.
-    """
-    options: dict[str, Any] = {"subfolder": subfolder, "dtype": torch.float32}
-    state, lacking = read_pretrained(whole, source, config=config, **options)
-    wanted = {f"{prefix}{own}": own for own in backbone.state_dict()}
-    lacking |= dict.fromkeys(wanted.keys() - state.keys(), "missing")
-    ignorable = getattr(backbone, "_keys_to_ignore_on_load_missing", None) or ()
-    problems = [
-        f"{key} ({lacking[key]})"
-        for key, own in wanted.items()
-        if key in lacking and not any(re.search(pattern, own) for pattern in ignorable)
-    ]
-    if problems:
-        raise ValueError(f"{source} has no weights for {shortened(problems)} of {whole.__name__}")
-    return {f"backbone.{own}": state[key] for key, own in wanted.items()}
-
-
 def _sizes(config: PretrainedConfig) -> tuple[int | list[int], int | list[int]]:
     return config.image_size, config.patch_size
-
-
-def check_one_source(encoder: str, name: str | None, config: dict[str, Any] | None) -> None:
-    """Check that exactly one of `name` and `config` says what to build.
-
-    Args:
-        encoder: what is built, for the message.
-        name: hub name or folder.
-        config: settings of a model with random weights.
-
-    Raises:
-        ValueError: when both or neither are given.
-    """
-    if (name is None) == (config is None):
-        raise ValueError(f"give {encoder} either a name or a config (with name: null), not both and not neither")
-
-
-def vision_config(
-    encoder: str, name: str | None, config: dict[str, Any] | None, known: Collection[str]
-) -> PretrainedConfig:
-    """The configuration of a published vision model, or one of given settings.
-
-    Args:
-        encoder: class that is built, for messages.
-        name: hub name or folder.
-        config: settings of a model with random weights; the first of `known` if they have no `model_type`.
-        known: model types that the class takes.
-
-    Raises:
-        ValueError: when not exactly one of `name` and `config` is given, or for another model type.
-    """
-    check_one_source(encoder, name, config)
-    if name is not None:
-        loaded = AutoConfig.from_pretrained(resolve(name, weights=False))
-    else:
-        settings = dict(config or {})
-        model_type = settings.pop("model_type", next(iter(known)))
-        loaded = made_config(model_type, settings, encoder)
-    loaded = getattr(loaded, "vision_config", loaded)
-    if loaded.model_type not in known:
-        raise ValueError(f"{encoder} knows {', '.join(known)}; '{loaded.model_type}' is not one of them")
-    return loaded

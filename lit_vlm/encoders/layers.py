@@ -84,5 +84,10 @@ class ReadLayers:
 
                 hooks.callback(blocks[index - 1].register_forward_hook(keep).remove)
             run()
-        chosen = [found[index] for index in self.indices]
-        return torch.cat(chosen, -1) if self.merge == "concat" else torch.stack(chosen).sum(0)
+        return self.merged([found[index] for index in self.indices])
+
+    def merged(self, states: Sequence[Tensor]) -> Tensor:
+        """The states `[..., d]` of the layers, in their order, as one: `[..., d · times]`."""
+        if len(states) == 1:
+            return states[0]
+        return torch.cat(list(states), -1) if self.merge == "concat" else torch.stack(list(states)).sum(0)

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Siglip2VisionModel
 
+from lit_vlm.core.backbones import pretrained_backbone, vision_config
 from lit_vlm.core.batch import Images, PixelSpec, VisualTokens
 from lit_vlm.core.part import StateDict
 from lit_vlm.core.pretrained import find_weights, plain_config, resolve
 from lit_vlm.encoders.base import HALF, Encoder, PatchGrid
-from lit_vlm.encoders.hf import pretrained_backbone, vision_config
 from lit_vlm.encoders.layers import Merge, ReadLayers
 
 SIGLIP2 = "siglip2_vision_model"
@@ -23,9 +23,9 @@ SIGLIP2 = "siglip2_vision_model"
 class NaFlexEncoder(Encoder):
     """SigLIP 2 in its NaFlex form (Tschannen et al. 2025, arXiv 2502.14786, section 2.4.2), before the final norm.
 
-    A picture keeps its shape: `data.transform` `AreaLimit` or `Native` resizes it to sides that are multiples of the
-    patch, and the table of positions is resized to its grid, as published. Pictures of a batch run together, padded to
-    the longest, so that every block runs once per forward pass whatever their sizes. Blocks behind the last that is
+    A picture keeps its shape: `data.transform` resizes it to sides that are multiples of the patch, `PatchBudget` as
+    published, and the table of positions is resized to its grid, as published. Pictures of a batch run together, padded
+    to the longest, so that every block runs once per forward pass whatever their sizes. Blocks behind the last that is
     read are not built, and neither are the final norm and the pooling head.
 
     Args:
@@ -39,6 +39,8 @@ class NaFlexEncoder(Encoder):
         ValueError: when not exactly one of `name` and `config` is given, for a model of another kind, or as
             `ReadLayers.of`.
     """
+
+    layers: ReadLayers
 
     def __init__(
         self,
@@ -81,7 +83,12 @@ class NaFlexEncoder(Encoder):
         return list(self.backbone.encoder.layers)
 
     def forward(self, images: Images) -> VisualTokens:
-        """Features `[t, d_e]`, picture by picture, row by row."""
+        """Features `[t, d_e]`, picture by picture, row by row.
+
+        Raises:
+            ValueError: as `check_multiples`.
+        """
+        self.check_multiples(images)
         grids = tuple(self.patch_grid(*size) for size in images.sizes)
         patches = self._patches(images)
         rows = pad_sequence(patches, batch_first=True)  # [n, most, 3 · patch²]

@@ -10,11 +10,11 @@ from torch import nn
 from transformers import OneFormerConfig, OneFormerModel, SwinBackbone, SwinConfig
 from transformers.models.swin.modeling_swin import SwinLayer
 
+from lit_vlm.core.backbones import check_one_source, pretrained_backbone
 from lit_vlm.core.batch import Grid, Images, PixelSpec, VisualTokens
 from lit_vlm.core.part import StateDict
 from lit_vlm.core.pretrained import find_weights, made_config, plain_config, resolve
 from lit_vlm.encoders.base import IMAGENET_MEAN, IMAGENET_STD, Encoder, PatchGrid
-from lit_vlm.encoders.hf import check_one_source, pretrained_backbone
 
 STRIDE = 32
 

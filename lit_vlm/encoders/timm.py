@@ -17,6 +17,7 @@ from lit_vlm.core.fetch import fetched
 from lit_vlm.core.part import StateDict
 from lit_vlm.core.pretrained import find_weights, load_weights, resolve
 from lit_vlm.encoders.base import Encoder, PatchGrid
+from lit_vlm.encoders.layers import Merge, ReadLayers
 
 
 class TimmEncoder(Encoder):
@@ -27,15 +28,26 @@ class TimmEncoder(Encoder):
         pretrained: where the weights come from: `hub` for timm's own, a path to a weight file,
             `package:NAME` for a package that carries it, or null for random weights.
         depth: which of the backbone's feature levels is read, as in timm's `out_indices`; the blocks after it are
-            dropped. -1 is the last. For transformers a level is a block, for convolutional nets a stride.
+            dropped. -1 is the last. For transformers a level is a block, for convolutional nets a stride. Or several of
+            one stride, such as `[-9, -3]`, which are merged token by token. Class and register tokens are left out.
         image_size: side of the square input in pixels; default: what the weights were trained with.
+        merge: what becomes of several levels: `concat` puts their features side by side, in the order given, so that a
+            token is as many times as wide; `sum` adds them.
 
     Raises:
-        ValueError: for a name that timm does not have, or an `image_size` that is no multiple of the stride.
+        ValueError: for a name that timm does not have, a level that the model does not have or that is named twice,
+            several of different strides, or an `image_size` that is no multiple of the stride.
     """
 
+    layers: ReadLayers
+
     def __init__(
-        self, name: str, pretrained: str | None = "hub", depth: int = -1, image_size: int | None = None
+        self,
+        name: str,
+        pretrained: str | None = "hub",
+        depth: int | list[int] = -1,
+        image_size: int | None = None,
+        merge: Merge = "concat",
     ) -> None:
         super().__init__()
         self.name = name
@@ -46,8 +58,8 @@ class TimmEncoder(Encoder):
             raise ValueError(f"timm has no model '{name}'; similar: {', '.join(similar)}")
         size = image_size or config.input_size[-1]
         extra = {"img_size": size} if image_size and name.startswith(("vit_", "swin", "beit", "eva")) else {}
-        self.backbone = timm.create_model(name, features_only=True, out_indices=(depth,), **extra)
-        self.width = self.backbone.feature_info.channels()[-1]
+        self.backbone, self.layers = _cut_off(name, depth if isinstance(depth, list) else [depth], merge, extra)
+        self.width = self.backbone.feature_info.channels()[-1] * self.layers.times
         stride = self.backbone.feature_info.reduction()[-1]
         if size % stride:
             nearest = max(1, round(size / stride)) * stride
@@ -55,6 +67,11 @@ class TimmEncoder(Encoder):
         self.patch_grid = PatchGrid(stride)
         self.pixels = PixelSpec(size, stride, config.mean)
         self._set_normalisation(config.mean, config.std)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether code that reads one level reads the same."""
+        return len(self.layers.indices) == 1
 
     def find_pretrained(self) -> None:
         """Check that there is a weight file, or that timm has weights of its own.
@@ -109,11 +126,33 @@ class TimmEncoder(Encoder):
         dtype = next(self.backbone.parameters()).dtype
         # Channels last: convolutions are about 1.6 times faster on a CPU, and so on tensor cores.
         x = self.normalise(pixels, dtype).contiguous(memory_format=torch.channels_last)
-        (features,) = self.backbone(x)  # [n, d_e, rows, cols], or [n, rows, cols, d_e]
+        maps = self.backbone(x)  # of each level, in the order of the net: [n, d, rows, cols], or [n, rows, cols, d]
         if not str(getattr(self.backbone, "output_fmt", "NCHW")).endswith("NHWC"):
-            features = features.permute(0, 2, 3, 1)
+            maps = [one.permute(0, 2, 3, 1) for one in maps]
+        rising = sorted(self.layers.indices)
+        features = self.layers.merged([maps[rising.index(level)] for level in self.layers.indices])
         grids = tuple(self.patch_grid(*size) for size in images.sizes)
         return VisualTokens(features.reshape(-1, self.width), grids)
+
+
+def _cut_off(name: str, depth: list[int], merge: Merge, extra: Mapping[str, Any]) -> tuple[Any, ReadLayers]:
+    """A backbone of timm that ends with the last level that is read, and the levels, counted from 0."""
+    wrong = f"TimmEncoder: depth {depth if len(depth) != 1 else depth[0]}"
+    if not depth:
+        raise ValueError(f"{wrong}: name one level, or several")
+    try:
+        backbone = timm.create_model(name, features_only=True, out_indices=tuple(depth), **extra)
+    except (AssertionError, IndexError) as error:  # timm says it in either way
+        raise ValueError(f"{wrong} is not among the feature levels of {name}: {error}") from error
+    levels, strides = tuple(backbone.feature_info.out_indices), set(backbone.feature_info.reduction())
+    if len(set(levels)) < len(levels):
+        raise ValueError(f"{wrong}: a level of {name} is named twice")
+    if len(strides) > 1:
+        raise ValueError(
+            f"{wrong}: these levels of {name} have the strides {sorted(strides)}, so their tokens do not lie on each "
+            "other: name one level"
+        )
+    return backbone, ReadLayers(levels, merge)
 
 
 def _from_hub(name: str) -> StateDict:

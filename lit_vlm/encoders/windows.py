@@ -1,4 +1,4 @@
-"""Shared by encoders without a vision transformer: windows of 2 × 2 patches, and tokens that mark images and rows."""
+"""Shared by encoders of any size: windows of neighbouring patches, and tokens that mark images and rows."""
 
 from __future__ import annotations
 
@@ -11,24 +11,25 @@ from lit_vlm.core.batch import Grid, Images, Patches
 from lit_vlm.core.transfer import send
 
 
-def pixel_windows(images: Images, patch: int) -> Tensor:
-    """Cut all images into windows of 2 × 2 patches, image by image and row by row.
+def pixel_windows(images: Images, patch: int, side: int = 2) -> Tensor:
+    """Cut all images into windows of `side` × `side` patches, image by image and row by row.
 
     The loop is over the distinct sizes of a batch; nothing is padded.
 
     Args:
-        images: with sides that are multiples of 2 · `patch`.
+        images: with sides that are multiples of `side` · `patch`.
         patch: pixels per patch side.
+        side: patches per window side.
 
     Returns:
-        uint8 `[windows, 4, 3, patch, patch]`; the patches of a window row by row.
+        uint8 `[windows, side², 3, patch, patch]`; the patches of a window row by row.
     """
     parts, owners = [], []
     for indices, pixels in images.groups():
         m, _, height, width = pixels.shape
-        rows, cols = height // (2 * patch), width // (2 * patch)
-        cut = pixels.view(m, 3, rows, 2, patch, cols, 2, patch).permute(0, 2, 5, 3, 6, 1, 4, 7)
-        parts.append(cut.reshape(m * rows * cols, 4, 3, patch, patch))
+        rows, cols = height // (side * patch), width // (side * patch)
+        cut = pixels.view(m, 3, rows, side, patch, cols, side, patch).permute(0, 2, 5, 3, 6, 1, 4, 7)
+        parts.append(cut.reshape(m * rows * cols, side**2, 3, patch, patch))
         owners.append(torch.tensor(indices).repeat_interleave(rows * cols))
     if len(parts) == 1:
         return parts[0]

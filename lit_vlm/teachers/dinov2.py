@@ -8,9 +8,9 @@ from typing import Any
 
 import torch.nn.functional as F
 
+from lit_vlm.core.backbones import check_one_source
 from lit_vlm.core.batch import Grid, Images, VisualTokens
 from lit_vlm.encoders import HFEncoder
-from lit_vlm.encoders.hf import check_one_source
 from lit_vlm.teachers.base import EncoderTeacher
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from lit_vlm.encoders.hf import HFEncoder, check_one_source
+from lit_vlm.core.backbones import check_one_source
+from lit_vlm.encoders.hf import HFEncoder
 from lit_vlm.teachers.base import EncoderTeacher
 
 

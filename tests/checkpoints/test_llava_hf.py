@@ -23,6 +23,7 @@ from lit_vlm.embedders import Splice
 from lit_vlm.encoders import HFEncoder
 from lit_vlm.model.generate import generate
 from lit_vlm.projectors import MLP, Linear
+from tests.members import CASES
 from tests.tiny import CLIP, LLAMA, batch_of, spec_of, tiny_decoder, tiny_vlm
 
 CONFIG = {
@@ -116,6 +117,9 @@ def test_models_of_another_form_cannot_be_exported(tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match="this model is HFEncoder, Resampler, Splice, HFDecoder"):
         FAMILIES["llava-hf"].export(tiny_vlm(projector=Resampler), tmp_path / "out")
+    for name in ("QwenEncoder", "NaFlexEncoder"):
+        with pytest.raises(ValueError, match=f"this model is {name}, MLP, Splice, HFDecoder"):
+            FAMILIES["llava-hf"].export(tiny_vlm(encoder=CASES[name].slots["encoder"]), tmp_path / "out")
 
 
 @pytest.mark.parametrize("layer", [-1, -2, [-1, -2], [1, -1]])

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lit_vlm.core.batch import Grid, Images
 from lit_vlm.core.part import load_state
-from lit_vlm.encoders import HFEncoder
+from lit_vlm.encoders import S2, HFEncoder
 from lit_vlm.testing import check_encoder
 
 VISION: dict[str, Any] = torch.load(Path(__file__).parents[1] / "fixtures" / "vila_vision.pt", weights_only=True)
@@ -167,6 +167,14 @@ def test_several_layers_stand_side_by_side_in_their_order_or_are_summed(
         alone.load_state_dict(encoder.state_dict())
         with torch.no_grad():
             torch.testing.assert_close(alone(batch).features, expected)
+
+
+def test_several_layers_are_told_apart_by_their_identity() -> None:
+    """Features that are prepared once are found by it."""
+    settings = [1, 3], [2, 3], [3, 1], 3
+    assert len({HFEncoder(config=CLIP, layer=layer).identity() for layer in settings}) == len(settings)
+    assert "ReadLayers" not in HFEncoder(config=CLIP, layer=3).identity()
+    assert len({S2(partial(HFEncoder, config=CLIP, layer=layer)).identity() for layer in settings}) == len(settings)
 
 
 @pytest.mark.parametrize("model_type", ["clip_vision_model", "dinov2"])

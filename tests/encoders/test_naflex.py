@@ -102,3 +102,8 @@ def test_blocks_behind_the_last_that_is_read_are_not_built(tmp_path: Path) -> No
 def test_wrong_arguments_are_refused(arguments: dict[str, Any], match: str) -> None:
     with pytest.raises(ValueError, match=match):
         NaFlexEncoder(**arguments)
+
+
+def test_sides_that_are_no_multiple_are_refused_with_the_transforms_to_use() -> None:
+    with pytest.raises(ValueError, match=r"multiples of 4 pixels, found \[\(16, 10\)\]; use data.transform NativeArea"):
+        NaFlexEncoder(config=CONFIG)(Images.pack(pictures([(16, 16), (16, 10)])))

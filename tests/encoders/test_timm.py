@@ -201,3 +201,68 @@ def test_published_weights_are_read_from_what_was_fetched(tmp_path: Path, monkey
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"has no model\.safetensors and no pytorch_model\.bin, which timm reads"):
         TimmEncoder("test_vit", "hub").pretrained_state()
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_vit3", "vit_small_patch14_reg4_dinov2"])
+@pytest.mark.parametrize("depth", [[1, 3], [-1, 0, 2]])
+def test_several_levels_stand_side_by_side_in_their_order_or_are_summed(
+    name: str, depth: list[int], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    size = 28 if "patch14" in name else None
+    whole = timm.create_model(name, **({"img_size": size} if size else {})).eval()
+    for parameter in whole.parameters():
+        parameter.data += 0.02 * torch.randn_like(parameter)
+    torch.save(whole.state_dict(), tmp_path / "weights.pt")
+    side = size or 160
+    batch = images(2, side)
+    for merge in ("concat", "sum"):
+        encoder = TimmEncoder(name, str(tmp_path / "weights.pt"), depth, size, merge).eval()  # type: ignore[arg-type]
+        load_state(encoder, encoder.pretrained_state() or {}, "encoder")
+        with torch.no_grad():
+            pixels = encoder.normalise(batch.pixels.view(2, 3, side, side), torch.float32)
+            # One after the other, each in a call of its own.
+            maps = [whole.forward_intermediates(pixels, indices=[one], intermediates_only=True)[0] for one in depth]
+            states = [one.flatten(2).transpose(1, 2).flatten(0, 1) for one in maps]
+            expected = torch.cat(states, -1) if merge == "concat" else torch.stack(states).sum(0)
+            result = encoder(batch)
+        torch.testing.assert_close(result.features, expected, atol=1e-4, rtol=1e-4)
+        assert encoder.width == expected.shape[1]
+        assert len(encoder.blocks()) == max(one % len(whole.blocks) for one in depth) + 1
+
+
+@pytest.mark.parametrize(("name", "prefix"), [("test_vit3", 1), ("vit_small_patch14_reg4_dinov2", 5)])
+def test_class_and_register_tokens_are_dropped(name: str, prefix: int) -> None:
+    """The map of a block is its patches, without the tokens that timm counts in front of them."""
+    encoder = TimmEncoder(name, None, 1, 28 if "patch14" in name else None).eval()
+    found: list[torch.Tensor] = []
+    model = encoder.backbone.model
+    assert model.num_prefix_tokens == prefix
+    model.blocks[1].register_forward_hook(lambda _module, _args, out: found.append(out))
+    with torch.no_grad():
+        result = encoder(images(1, encoder.pixels.size or 0))
+    assert found[0].shape[1] == prefix + result.grids[0].num_tokens
+    torch.testing.assert_close(result.features, found[0][0, prefix:])
+
+
+@pytest.mark.parametrize(
+    ("name", "depth", "match"),
+    [
+        ("test_vit", 9, "TimmEncoder: depth 9 is not among the feature levels of test_vit: "),
+        ("test_convnext", -9, "TimmEncoder: depth -9 is not among the feature levels of test_convnext: "),
+        ("test_vit", [5, -1], r"TimmEncoder: depth \[5, -1\]: a level of test_vit is named twice"),
+        ("test_vit", [], r"TimmEncoder: depth \[\]: name one level, or several"),
+        ("test_convnext", [1, -1], r"these levels of test_convnext have the strides \[8, 32\], so .*: name one level"),
+    ],
+)
+def test_levels_that_are_not_there_or_do_not_lie_on_each_other_are_refused(
+    name: str, depth: int | list[int], match: str
+) -> None:
+    with pytest.raises(ValueError, match=match):
+        TimmEncoder(name, None, depth)
+
+
+def test_several_levels_are_told_apart_by_their_identity() -> None:
+    settings = [1, 3], [2, 3], [3, 1], 3
+    assert len({TimmEncoder("test_vit", None, depth).identity() for depth in settings}) == len(settings)
+    assert "ReadLayers" not in TimmEncoder("test_vit", None, 3).identity()

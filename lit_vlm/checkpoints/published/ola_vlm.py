@@ -208,7 +208,8 @@ def _task_tokens(layout: Layout) -> tuple[dict[str, int], dict[str, int]]:
 def _is_ola(model: VLM) -> bool:
     projector = model.projector
     return (
-        (isinstance(model.encoder, TimmEncoder) or (isinstance(model.encoder, HFEncoder) and model.encoder.is_plain))
+        isinstance(model.encoder, TimmEncoder | HFEncoder)
+        and model.encoder.is_plain
         and isinstance(projector, MLP)
         and len(projector.layers) == 3
         and isinstance(model.embedder, Splice)
@@ -274,7 +275,7 @@ class OlaVlm(Family):
         if not _is_ola(model):
             parts = [type(part).__name__ for part in (model.encoder, model.projector, model.embedder, model.decoder)]
             raise ValueError(
-                "ola_vlm is TimmEncoder, or HFEncoder read at one layer without register tokens, MLP of depth 2, "
+                "ola_vlm is TimmEncoder, or HFEncoder, read at one layer and without register tokens, MLP of depth 2, "
                 f"Splice with task tokens among {', '.join(TASKS)}, "
                 f"equally many of each, and HFDecoder; this model is {parts} with "
                 f"{ {name: len(places) for name, places in model.embedder.task_tokens.items()} }"
