@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lit_vlm import decoders, embedders, encoders, projectors
 from lit_vlm.core.batch import VisualTokens
-from lit_vlm.decoders import DivideAndConquer, Lora
+from lit_vlm.decoders import DivideAndConquer, HFDecoder, Lora
 from lit_vlm.embedders import Holistic, Splice
 from lit_vlm.encoders import (
     S2,
@@ -178,6 +178,9 @@ CASES: dict[str, Case] = {
         only={"embedder": "layers"},
     ),
     "HFDecoder": Case({"decoder": tiny_decoder(tie_word_embeddings=True)}),
+    "HFDecoder/whole images": Case(
+        {"decoder": partial(HFDecoder, config=LLAMA, tokenizer="bytes", image_attention="bidirectional")}
+    ),
     "DivideAndConquer": Case(
         {"decoder": partial(DivideAndConquer, config=LLAMA, tokenizer="bytes", recompute=True)}, [(28, 28)]
     ),

@@ -52,6 +52,11 @@ WRONG: dict[str, tuple[tuple[str, str], list[str], str]] = {
         [f"{DECODER}.attention", "flash_attention_2"],
         "package that is not here .*attention to sdpa or eager",
     ),
+    "images that see all of themselves, by an attention without masks": (
+        LLAVA,
+        [f"{DECODER}.image_attention", "bidirectional", f"{DECODER}.attention", "flex_attention"],
+        "image_attention is bidirectional, and attention flex_attention takes no mask .*attention to sdpa or eager",
+    ),
     "the same for an embedder": (
         HOVLE,
         [f"{EMBEDDER}.attention", "flash_attention_2"],

@@ -37,7 +37,12 @@ class Grid(NamedTuple):
     @property
     def num_tokens(self) -> int:
         """Tokens of the image: prefix + rows · (cols + row_end) + suffix."""
-        return self.prefix + self.rows * (self.cols + self.row_end) + self.suffix
+        return self.picture_tokens + self.suffix
+
+    @property
+    def picture_tokens(self) -> int:
+        """Tokens that show the picture: prefix + rows · (cols + row_end)."""
+        return self.prefix + self.rows * (self.cols + self.row_end)
 
 
 def patches_alone(grids: Sequence[Grid]) -> tuple[Grid, ...]:

@@ -97,6 +97,11 @@ def causal_pairs(lengths: Iterable[int]) -> float:
     return sum(_pairs(length) for length in lengths)
 
 
+def pairs_ahead(lengths: Iterable[int]) -> float:
+    """Pairs of a query and a key behind it, where all positions of each of these sequences see each other."""
+    return sum(_pairs(length - 1) for length in lengths)
+
+
 def _pairs(length: int) -> float:
     return length * (length + 1) / 2
 

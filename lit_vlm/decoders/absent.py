@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
-from lit_vlm.core.batch import Segments
+from lit_vlm.core.batch import Grid, Segments
 from lit_vlm.decoders.base import Decoder, DecoderOutput
 
 
@@ -45,6 +45,7 @@ class AbsentDecoder(Decoder):
         attention_mask: Tensor | None = None,
         visual: Tensor | None = None,
         segments: Segments | None = None,
+        grids: Sequence[Grid] | None = None,
     ) -> DecoderOutput:
         """Refuse to run.
 

@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lit_vlm.core.batch import Batch, Segments
-from lit_vlm.core.flops import Flops, FlopsOf, Weights, attention, causal_pairs
+from lit_vlm.core.batch import Batch, Grid, Segments
+from lit_vlm.core.flops import Flops, FlopsOf, Weights, attention, causal_pairs, pairs_ahead
 from lit_vlm.core.part import Part
+from lit_vlm.decoders.images import BIDIRECTIONAL, ImageAttention
 from lit_vlm.decoders.stack import Recompute
 
 
@@ -39,12 +40,15 @@ class Decoder(Part, ABC):
         tokenizer: the fast tokenizer that made the vocabulary.
         recompute: whether blocks are recomputed in the backward pass, to save memory; `offload`: from inputs on the
             host.
+        image_attention: what a token of an image sees of it: what stands before it (`causal`), or all of it
+            (`bidirectional`). All else is causal.
     """
 
     width: int
     num_layers: int
     vocab_size: int
     recompute: Recompute = False
+    image_attention: ImageAttention = "causal"
 
     @property
     def family(self) -> str:
@@ -79,6 +83,7 @@ class Decoder(Part, ABC):
         attention_mask: Tensor | None = None,
         visual: Tensor | None = None,
         segments: Segments | None = None,
+        grids: Sequence[Grid] | None = None,
     ) -> DecoderOutput:
         """Run the blocks.
 
@@ -88,12 +93,15 @@ class Decoder(Part, ABC):
             taps: layers whose states are wanted; no other state is kept.
             cache: from `new_cache`, while decoding; then s counts the new positions only.
             attention_mask: `[b, past + s]`, 0 for padding; only with a cache.
-            visual: `[t]`, index into b·s of the image tokens, for decoders that treat them differently from text.
+            visual: `[t]`, index into b·s of the image tokens, for decoders that treat them differently from text. With
+                a cache, only the first positions that it gets have images.
             segments: lengths of the segments that `position_ids` make, as in `Batch.segments`, so that no one must read
                 them from the device; None if they are not known. They change no result.
+            grids: layout of each image's tokens, as in `Batch.image_grids`: where one image ends and the next begins.
 
         Raises:
-            ValueError: for a tap that is no layer of this decoder.
+            ValueError: for a tap that is no layer of this decoder, or image tokens without grids where images see
+                all of themselves.
         """
 
     @abstractmethod
@@ -119,7 +127,10 @@ class Decoder(Part, ABC):
 
         def of(batch: Batch) -> Flops:
             counts = batch.counts
-            scores = attention(heads, causal_pairs(sample.num_tokens for sample in batch.samples))
+            pairs = causal_pairs(sample.num_tokens for sample in batch.samples)
+            if self.image_attention == BIDIRECTIONAL:
+                pairs += pairs_ahead(grid.picture_tokens for grid in batch.image_grids)
+            scores = attention(heads, pairs)
             return text.on(counts.text_tokens) + visual.on(counts.visual_tokens) + scores
 
         return of

@@ -10,11 +10,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lit_vlm.core.batch import Segments
+from lit_vlm.core.batch import Grid, Segments
 from lit_vlm.core.flops import Weights
 from lit_vlm.core.part import StateDict
 from lit_vlm.decoders.base import DecoderOutput
 from lit_vlm.decoders.hf import Attention, HFDecoder
+from lit_vlm.decoders.images import ImageAttention
 from lit_vlm.decoders.stack import Recompute
 
 TEXT, VISION, VISION_AND_ATTENTION = "text", "vision", "vision_and_attention"
@@ -117,6 +118,7 @@ class DivideAndConquer(HFDecoder):
         attention: implementation of attention; all of them keep the segments of a packed row apart.
         split: `all` of a block, or its `mlp` alone: the visual experts of Mono-InternVL (arXiv 2410.08202).
         new_tokens: see `HFDecoder`.
+        image_attention: see `HFDecoder`.
 
     Raises:
         ValueError: for a decoder whose blocks are not built like those of Llama and Qwen2; and as `HFDecoder`.
@@ -131,8 +133,17 @@ class DivideAndConquer(HFDecoder):
         attention: Attention = "sdpa",
         split: Literal["all", "mlp"] = "all",
         new_tokens: tuple[str, ...] = (),
+        image_attention: ImageAttention = "causal",
     ) -> None:
-        super().__init__(name, config, tokenizer, recompute=recompute, attention=attention, new_tokens=new_tokens)
+        super().__init__(
+            name,
+            config,
+            tokenizer,
+            recompute=recompute,
+            attention=attention,
+            new_tokens=new_tokens,
+            image_attention=image_attention,
+        )
         self.split = split
         self._routing = Routing()
         for block in self.blocks():
@@ -200,9 +211,10 @@ class DivideAndConquer(HFDecoder):
         attention_mask: Tensor | None = None,
         visual: Tensor | None = None,
         segments: Segments | None = None,
+        grids: Sequence[Grid] | None = None,
     ) -> DecoderOutput:
         """Run the blocks; see `Decoder.forward`."""
         # While decoding there are no image tokens; in training even an empty branch needs its gradients.
         idle = visual is None or not (len(visual) or torch.is_grad_enabled())
         self._routing.set(embeds.shape, None if idle else visual)
-        return super().forward(embeds, position_ids, taps, cache, attention_mask, visual, segments)
+        return super().forward(embeds, position_ids, taps, cache, attention_mask, visual, segments, grids)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationConfig, PretrainedConfig
 
-from lit_vlm.core.batch import Segments
+from lit_vlm.core.batch import Grid, Segments
 from lit_vlm.core.flops import Weights
 from lit_vlm.core.hub import is_offline
 from lit_vlm.core.lora import Lora
@@ -23,6 +23,13 @@ from lit_vlm.core.tokenizers import load_tokenizer
 from lit_vlm.decoders import internlm2
 from lit_vlm.decoders.architecture import language_model
 from lit_vlm.decoders.base import Decoder, DecoderOutput
+from lit_vlm.decoders.images import (
+    BIDIRECTIONAL,
+    ImageAttention,
+    check_whole_images,
+    masks_of_layers,
+    see_whole_images,
+)
 from lit_vlm.decoders.stack import Recompute, run_blocks, set_recompute
 
 Attention = Literal["sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3"]
@@ -49,10 +56,14 @@ class HFDecoder(Decoder):
         new_tokens: special tokens that the tokenizer gets where it lacks them, such as a template's marks. Their rows
             of word table and output layer start as the mean of the others (Hewitt 2021, "Initializing new word
             embeddings for pretrained language models"). With adapters these two layers train as well.
+        image_attention: `causal`, or `bidirectional` within each image (as in Gemma 3, arXiv 2503.19786), with
+            attention sdpa or eager. The tokens that show an image, with all of its tiles, see each other. Task tokens
+            behind it, text and other images see what stands before them.
 
     Raises:
         ValueError: when not exactly one of `name` and `config` is given; for a model that is no causal language model
-            of transformers, an attention that it lacks, or a `vocab_size` below the tokenizer's.
+            of transformers, an attention that it lacks, a `vocab_size` below the tokenizer's, or `bidirectional` where
+            its layers or its attention take no such mask.
     """
 
     def __init__(
@@ -64,6 +75,7 @@ class HFDecoder(Decoder):
         recompute: Recompute = False,
         attention: Attention = "sdpa",
         new_tokens: tuple[str, ...] = (),
+        image_attention: ImageAttention = "causal",
     ) -> None:
         super().__init__()
         if (name is None) == (config is None):
@@ -79,6 +91,9 @@ class HFDecoder(Decoder):
         self.recompute = recompute
         set_recompute(self.lm, recompute)
         self._carries = self.carried() is not None
+        self.image_attention = image_attention
+        if image_attention == BIDIRECTIONAL:
+            check_whole_images(self.config, attention, self.carried())
         self.width = self.config.hidden_size
         self.num_layers = self.config.num_hidden_layers
         self.vocab_size = self.config.vocab_size
@@ -261,17 +276,38 @@ class HFDecoder(Decoder):
         attention_mask: Tensor | None = None,
         visual: Tensor | None = None,
         segments: Segments | None = None,
+        grids: Sequence[Grid] | None = None,
     ) -> DecoderOutput:
-        """Run the blocks; arguments and errors as in `Decoder.forward`. Image tokens are treated like text tokens."""
+        """Run the blocks; arguments and errors as in `Decoder.forward`."""
         states: dict[int, Tensor] = {}
+        mask: Tensor | dict[str, Tensor] | None = attention_mask
+        if self.image_attention == BIDIRECTIONAL and visual is not None and len(visual):
+            mask = self._masks(embeds, position_ids, attention_mask, visual, grids)
         with ExitStack() as hooks:
             for layer in taps:
                 self._tap(layer, embeds, states, hooks)
             known, carries = (segments, self._carries) if cache is None else (None, False)
-            hidden = run_blocks(self.base, self.attention, embeds, position_ids, cache, attention_mask, known, carries)
+            hidden = run_blocks(self.base, self.attention, embeds, position_ids, cache, mask, known, carries)
         if self.num_layers in taps:
             states[self.num_layers] = hidden
         return DecoderOutput(hidden, {layer: states[layer].view(embeds.shape) for layer in taps})
+
+    def _masks(
+        self,
+        embeds: Tensor,
+        position_ids: Tensor,
+        attention_mask: Tensor | None,
+        visual: Tensor,
+        grids: Sequence[Grid] | None,
+    ) -> Tensor | dict[str, Tensor]:
+        """Masks that let each image see all of itself, for rows whose first positions are here."""
+        setting = "decoder.image_attention is bidirectional"
+        if grids is None or sum(grid.num_tokens for grid in grids) != len(visual):
+            raise ValueError(f"{setting}: give the decoder the images' grids, which say where each of them ends")
+        if attention_mask is not None and attention_mask.shape[1] != embeds.shape[1]:
+            raise ValueError(f"{setting}: images must come with the first positions that a cache gets")
+        seen = see_whole_images(position_ids, visual, grids, attention_mask)
+        return masks_of_layers(seen, position_ids, self.config, embeds.dtype if self.attention == "eager" else None)
 
     def _tap(self, layer: int, embeds: Tensor, states: dict[int, Tensor], hooks: ExitStack) -> None:
         if not 0 <= layer <= self.num_layers:

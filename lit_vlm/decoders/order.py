@@ -1,4 +1,4 @@
-"""Checks of what a decoder's tokens see: only what stands before them, and in a packed row only their own sample.
+"""Checks of what a decoder's tokens see: what stands before them in their own sample, and where it is set their image.
 
 Restarting positions keep the samples of a packed row apart in softmax attention. Recurrent layers and convolutions
 along the row carry a state over such a border without an error. So the checks run the decoder: the gradient of a
@@ -8,22 +8,27 @@ token's states with respect to the input vector of another token is exactly zero
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lit_vlm.core.batch import Segments
+from lit_vlm.core.batch import Grid, Segments
 from lit_vlm.decoders.base import Decoder
+from lit_vlm.decoders.images import BIDIRECTIONAL
 
 FIRST, LENGTH = 13, 24
 """Positions of the first sample of a packed row, and of the whole row."""
+IMAGES = ((1, Grid(1, 3)), (4, Grid(1, 3, suffix=1)), (FIRST - 3, Grid(1, 3)), (FIRST, Grid(1, 3)))
+"""Where the last row of a check has images, one beside the other: in packed rows the last opens the second sample."""
 
 
 def check_order(decoder: Decoder, packed: bool, device: torch.device) -> None:
-    """Check that no token sees a later one or, in packed rows, another sample.
+    """Check that no token sees a later one or, in packed rows, another sample; and that images see all of themselves.
 
-    A short row, or two packed ones, run forward and backward; weights and their gradients stay as they are. Under
-    sharded training every rank must call this, through a method of the root of the shards.
+    The latter with `image_attention: bidirectional`, where a token of an image must see all of its image, and no other
+    token behind it. A short row, or two packed ones, run forward and backward; weights and their gradients stay as they
+    are. Under sharded training every rank must call this, through a method of the root of the shards.
 
     Args:
         decoder: with its weights, on `device`.
@@ -31,11 +36,14 @@ def check_order(decoder: Decoder, packed: bool, device: torch.device) -> None:
         device: where the decoder runs.
 
     Raises:
-        ValueError: when a token sees a later one, or in packed rows the sample in front of its own; or when a kernel of
-            the decoder does not run on this device.
+        ValueError: when a token sees what it must not, such as a later one, or in packed rows the sample in front of
+            its own; when an image does not see all of itself; or when a kernel of the decoder does not run on this
+            device.
     """
     try:
         _check(decoder, packed, device)
+        if decoder.image_attention == BIDIRECTIONAL:
+            _check_images(decoder, packed, device)
     except NotImplementedError as error:  # PyTorch's, such as flex attention's backward pass on a CPU
         raise ValueError(
             f"{decoder.family} cannot be trained on the device '{device.type}': {error} Set decoder.attention to sdpa "
@@ -65,8 +73,32 @@ def _check(decoder: Decoder, packed: bool, device: torch.device) -> None:
         )
 
 
+def _check_images(decoder: Decoder, packed: bool, device: torch.device) -> None:
+    whole = list(range(LENGTH))
+    row, segments = (whole[:FIRST] + whole[: LENGTH - FIRST], (FIRST, LENGTH - FIRST)) if packed else (whole, (LENGTH,))
+    for start, grid in IMAGES:
+        try:
+            seen = _seen(decoder, [row], (segments,), slice(start, start + 1), device, images=True)[0]
+        except (RuntimeError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(
+                f"{decoder.family} takes no masks of its layers ({error}), which decoder.image_attention bidirectional "
+                "needs: set it to causal, or take another decoder"
+            ) from error
+        first, end = FIRST if packed and start >= FIRST else 0, start + grid.picture_tokens
+        if not seen[start:end].all() or seen[:first].any() or seen[end:].any():
+            raise ValueError(
+                f"{decoder.family} does not let the tokens of an image see all of it, and nothing else behind them, as "
+                "decoder.image_attention bidirectional asks: set it to causal, or take another decoder"
+            )
+
+
 def _seen(
-    decoder: Decoder, positions: Sequence[Sequence[int]], segments: Segments, asked: slice, device: torch.device
+    decoder: Decoder,
+    positions: Sequence[Sequence[int]],
+    segments: Segments,
+    asked: slice,
+    device: torch.device,
+    images: bool = False,
 ) -> Tensor:
     """Find the inputs that the states of some positions of the last row depend on.
 
@@ -76,6 +108,7 @@ def _seen(
         segments: lengths of the segments of each row.
         asked: the positions of the last row whose states are looked at.
         device: where the decoder runs.
+        images: whether the last row has `IMAGES`; otherwise all is text.
 
     Returns:
         bool `[b, s]` on the CPU, True where the gradient is not zero; a gradient of nan counts as True.
@@ -85,13 +118,24 @@ def _seen(
     with torch.enable_grad():
         embeds = torch.randn(*rows.shape, decoder.width, generator=generator).to(device, _dtype(decoder))
         embeds.requires_grad_()
-        hidden = decoder(embeds, rows.to(device), segments=segments).hidden[-1, asked].float()
+        visual, grids = _images(len(rows), device) if images else (None, ())
+        output = decoder(embeds, rows.to(device), visual=visual, segments=segments, grids=grids)
+        hidden = output.hidden[-1, asked].float()
         (grad,) = torch.autograd.grad(hidden, embeds, torch.randn(hidden.shape, generator=generator).to(device))
     return (grad != 0).any(-1).cpu()
 
 
+def _images(rows: int, device: torch.device) -> tuple[Tensor, tuple[Grid, ...]]:
+    """Places of the tokens of `IMAGES` in the last of so many rows, `[t]`, and their layouts."""
+    begin = (rows - 1) * LENGTH
+    places = [begin + start + index for start, grid in IMAGES for index in range(grid.num_tokens)]
+    return torch.tensor(places, device=device), tuple(grid for _, grid in IMAGES)
+
+
 PREFIX, PADDING, ANSWER = 8, 3, 2
 """Positions of a prompt, padding among them, and positions of the text that continues it."""
+SEEN = (4, Grid(1, 3))
+"""Where a prompt has an image, for decoders whose images see all of themselves."""
 EXACT, ROUNDED = 1e-3, 0.1
 """Bounds on the relative difference of states with and without a cache, in fp32 and in bf16; a lost state gives 1."""
 
@@ -100,6 +144,7 @@ def check_cache(decoder: Decoder, device: torch.device) -> None:
     """Check that a decoder gives the same states with a cache and padding on the left as for the whole text at once.
 
     Attention does; recurrent layers may not: some read padding, some lose their state when several tokens come at once.
+    The prompt has an image where images see all of themselves.
 
     Args:
         decoder: with its weights, on `device`.
@@ -112,24 +157,32 @@ def check_cache(decoder: Decoder, device: torch.device) -> None:
     embeds = torch.randn(1, PREFIX + ANSWER, decoder.width, generator=generator).to(device, _dtype(decoder))
     positions = (torch.arange(PREFIX + ANSWER, device=device) - PADDING).clamp(min=0)[None]
     mask = (torch.arange(PREFIX + ANSWER, device=device) >= PADDING).long()[None]
+    start, grid = SEEN
+    visual, grids = torch.arange(start, start + grid.num_tokens, device=device), [grid]
+    if decoder.image_attention != BIDIRECTIONAL:
+        visual, grids = visual[:0], []
+    first, second = (embeds[:, :PREFIX], positions[:, :PREFIX]), (embeds[:, PREFIX:], positions[:, PREFIX:])
+    seen: dict[str, Any] = {"attention_mask": mask[:, :PREFIX], "visual": visual, "grids": grids}
     try:
         with torch.no_grad():
-            whole = decoder(embeds[:, PADDING:], positions[:, PADDING:]).hidden[:, -ANSWER:]
+            whole = decoder(embeds[:, PADDING:], positions[:, PADDING:], visual=visual - PADDING, grids=grids).hidden[
+                :, -ANSWER:
+            ]
             cache = decoder.new_cache()
-            decoder(embeds[:, :PREFIX], positions[:, :PREFIX], cache=cache, attention_mask=mask[:, :PREFIX])
+            decoder(*first, cache=cache, **seen)
             cache = decoder.select_cache(cache, torch.zeros(1, dtype=torch.long, device=device))
-            found = decoder(embeds[:, PREFIX:], positions[:, PREFIX:], cache=cache, attention_mask=mask).hidden
+            found = decoder(*second, cache=cache, attention_mask=mask).hidden
         with (
             torch.enable_grad()
         ):  # exact, where a comparison would have to allow for rounding; last, as it lets shards go
             prompt = embeds[:, :PREFIX].clone().requires_grad_()
-            answer = decoder(prompt, positions[:, :PREFIX], cache=decoder.new_cache(), attention_mask=mask[:, :PREFIX])
+            answer = decoder(prompt, first[1], cache=decoder.new_cache(), **seen)
             (grad,) = torch.autograd.grad(answer.hidden[:, PADDING:].float().sum(), prompt)
     except (RuntimeError, ValueError, AttributeError, TypeError) as error:
         raise ValueError(f"{decoder.family} cannot be asked: it does not go on from a cache ({error})") from error
     if (grad[:, :PADDING] != 0).any():
         raise ValueError(
-            f"{decoder.family} cannot be asked: its recurrent layers read the padding in front of shorter prompts; "
+            f"{decoder.family} cannot be asked: its layers read the padding in front of shorter prompts; "
             "take another decoder"
         )
     bound = EXACT if whole.dtype == torch.float32 and not torch.is_autocast_enabled(device.type) else ROUNDED

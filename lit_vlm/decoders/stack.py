@@ -30,7 +30,7 @@ def run_blocks(
     embeds: Tensor,
     position_ids: Tensor,
     cache: Any,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | dict[str, Tensor] | None,
     segments: Segments | None = None,
     carries: bool = False,
 ) -> Tensor:
@@ -46,7 +46,8 @@ def run_blocks(
         embeds: `[b, s, d]`.
         position_ids: `[b, s]`; where they restart a new segment begins.
         cache: keys and values while decoding.
-        attention_mask: `[b, past + s]`, 0 for padding; only with a cache.
+        attention_mask: `[b, past + s]`, 0 for padding, only with a cache; or whole masks, as `masks_of_layers` makes
+            them.
         segments: lengths of the segments that the positions make, as in `Batch.segments`; None if they are not known,
             or there is a cache. The host waits for the device's positions then, wherever something depends on them.
         carries: whether the model has layers that carry a state along the row.

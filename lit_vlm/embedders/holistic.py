@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from transformers import DynamicCache, LlamaConfig, LlamaModel
 
 from lit_vlm.core.batch import Batch, Grid, VisualTokens
-from lit_vlm.core.flops import Flops, FlopsOf, Weights, attention, causal_pairs
+from lit_vlm.core.flops import Flops, FlopsOf, Weights, attention, causal_pairs, pairs_ahead
 from lit_vlm.decoders.architecture import installed_attention
 from lit_vlm.decoders.base import Decoder
 from lit_vlm.decoders.hf import Attention, HFDecoder
+from lit_vlm.decoders.images import BIDIRECTIONAL, MASKED, ImageAttention, masks_of_layers, see_whole_images
 from lit_vlm.decoders.stack import Recompute, run_blocks, set_recompute
 from lit_vlm.embedders.base import Embedder, check_grids, scatter_visual
-from lit_vlm.embedders.own_sequence import OwnSequence, own_lengths, refine, see_whole_images
+from lit_vlm.embedders.own_sequence import OwnSequence, own_lengths, refine
 from lit_vlm.projectors.downsample import Fold, PatchMerge
 
 LAYERS = "layers"
@@ -106,7 +107,7 @@ class Holistic(Embedder):
         norm_eps: float = 1e-5,
         merge: Literal[1, 2] = 1,
         start: Literal["decoder", "random"] = "decoder",
-        image_attention: Literal["causal", "bidirectional"] = "causal",
+        image_attention: ImageAttention = "causal",
         recompute: Recompute = False,
         attention: Attention = "sdpa",
     ) -> None:
@@ -116,7 +117,7 @@ class Holistic(Embedder):
                 f"model.embedder.init_args: num_heads {num_heads} must divide the decoder's width {width}, and "
                 f"num_kv_heads {num_kv_heads} must divide num_heads"
             )
-        if image_attention == "bidirectional" and attention not in ("sdpa", "eager"):
+        if image_attention == BIDIRECTIONAL and attention not in MASKED:
             raise ValueError(f"embedder: image_attention bidirectional needs attention sdpa or eager, not {attention}")
         self.start, self.image_attention, self.merge, self.attention = start, image_attention, merge, attention
         self.config = LlamaConfig(
@@ -250,13 +251,15 @@ class Holistic(Embedder):
             mask = new if cache.mask is None else torch.cat([cache.mask, new], dim=1)
             positions = positions if cache.ahead is None else positions + cache.ahead
             cache.mask, cache.ahead = mask, own.ahead if cache.ahead is None else cache.ahead
-        if self.image_attention == "bidirectional" and grids is not None and len(own.image_positions):
-            mask = see_whole_images(own, grids, mask)
-            if self.attention == "eager":
-                mask = torch.zeros_like(mask, dtype=embeds.dtype).masked_fill(~mask, torch.finfo(embeds.dtype).min)
+        if self.image_attention == BIDIRECTIONAL and grids is not None and len(own.image_positions):
+            seen = see_whole_images(own.position_ids, own.image_positions, grids, mask)
+            added_to = embeds.dtype if self.attention == "eager" else None
+            masks: Tensor | dict[str, Tensor] | None = masks_of_layers(seen, positions, self.config, added_to)
+        else:
+            masks = mask
         past = None if cache is None else cache.past
         segments = own.segments if cache is None else None
-        return run_blocks(self.stack, self.attention, embeds, positions, past, mask, segments)
+        return run_blocks(self.stack, self.attention, embeds, positions, past, masks, segments)
 
     def flops(self) -> FlopsOf:
         """Operations of the layers over their own sequence, and of the merger."""
@@ -267,9 +270,8 @@ class Holistic(Embedder):
         def of(batch: Batch) -> Flops:
             lengths = own_lengths(batch, self.merge**2)
             pairs = causal_pairs(lengths)
-            if self.image_attention == "bidirectional":  # a patch also sees those behind it
-                patches = [grid.num_tokens * self.merge**2 for grid in batch.image_grids]
-                pairs += causal_pairs(patches) - sum(patches)
+            if self.image_attention == BIDIRECTIONAL:
+                pairs += pairs_ahead(grid.num_tokens * self.merge**2 for grid in batch.image_grids)
             scores = attention(self.width, len(self.stack.layers) * pairs)
             return layers.on(sum(lengths)) + scores + merger.on(len(batch.image_positions))
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lit_vlm.core.batch import Batch, Grid, Segments, fill
+from lit_vlm.core.batch import Batch, Segments, fill
 from lit_vlm.core.transfer import send
 
 
@@ -107,27 +106,3 @@ def _own_segments(batch: Batch, factor: int, length: int) -> Segments:
     for sample, own in zip(batch.samples, own_lengths(batch, factor), strict=True):
         rows[sample.row].append(own)
     return tuple(fill(row, length) for row in rows)
-
-
-def see_whole_images(own: OwnSequence, grids: Sequence[Grid], mask: Tensor | None) -> Tensor:
-    """Attention mask that is causal but lets the tokens of an image see the whole image.
-
-    Args:
-        own: the sequence.
-        grids: layouts of its images, before tokens are merged.
-        mask: `[b, l]`, 0 for padding; None without a cache, where `position_ids` keep segments and padding apart.
-
-    Returns:
-        bool `[b, 1, l, l]`, True where the position of the third dimension sees that of the fourth.
-    """
-    ids, device = own.input_ids, own.input_ids.device
-    lengths = torch.tensor([grid.num_tokens for grid in grids])
-    number = send(torch.arange(1, len(grids) + 1).repeat_interleave(lengths), device)
-    image = torch.zeros_like(ids).flatten().index_copy(0, own.image_positions, number).view_as(ids)
-    segment = (own.position_ids == 0).cumsum(1)
-    order = torch.arange(ids.shape[1], device=device)
-    seen = (order[:, None] >= order) & (segment[:, :, None] == segment[:, None])
-    seen = seen | ((image[:, :, None] == image[:, None]) & (image > 0)[:, None])
-    if mask is not None:
-        seen = seen & (mask[:, None] > 0) | (order[:, None] == order)
-    return seen[:, None]

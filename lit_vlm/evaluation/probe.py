@@ -169,7 +169,9 @@ def _probes(model: VLM, teacher: Teacher, count: int) -> EmbeddingDistillation:
 @torch.no_grad()
 def _states(model: VLM, batch: Batch) -> Mapping[Tap, Tensor]:
     layers = range(1, model.decoder.num_layers + 1)
-    output = model.decoder(model.embed(batch), batch.position_ids, layers, visual=batch.image_positions)
+    output = model.decoder(
+        model.embed(batch), batch.position_ids, layers, visual=batch.image_positions, grids=batch.image_grids
+    )
     return dict(output.taps)
 
 

@@ -210,7 +210,12 @@ class LitVLMModel(LitVLMPreTrainedModel):
         rows = moved_rows(self.vlm, image_token, ids, mask, position_ids, pixel_values, image_sizes)
         batch = rows.batch
         output = self.vlm.decoder(
-            self.vlm.embed(batch), batch.position_ids, taps, visual=batch.image_positions, segments=batch.segments
+            self.vlm.embed(batch),
+            batch.position_ids,
+            taps,
+            visual=batch.image_positions,
+            segments=batch.segments,
+            grids=batch.image_grids,
         )
         states = {layer: rows.restored(state) for layer, state in output.taps.items()}
         return DecoderOutput(rows.restored(output.hidden), states)
@@ -255,7 +260,13 @@ class LitVLMModel(LitVLMPreTrainedModel):
         visual = self.vlm.see(batch) if start else None
         embeds = self.vlm.embedder(batch, visual, self.vlm.decoder, cache.held.embedder, mask)
         return self.vlm.decoder(
-            embeds, counted, taps, cache=cache.held.decoder, attention_mask=mask, visual=batch.image_positions
+            embeds,
+            counted,
+            taps,
+            cache=cache.held.decoder,
+            attention_mask=mask,
+            visual=batch.image_positions,
+            grids=batch.image_grids,
         )
 
 

@@ -13,6 +13,7 @@ from lit_vlm.core.batch import ENCODER, Batch, VisualTokens
 from lit_vlm.core.losses import chunk_rows, next_token_loss, token_nll
 from lit_vlm.core.part import Part
 from lit_vlm.decoders import Decoder, DecoderOutput, check_cache, check_order
+from lit_vlm.decoders.images import CAUSAL
 from lit_vlm.embedders import Embedder
 from lit_vlm.encoders import Encoder
 from lit_vlm.heads import WORDS, Head, Tap
@@ -146,7 +147,12 @@ class VLM(nn.Module):
         output = None
         if decode or any(taps):
             output = self.decoder(
-                embeds, batch.position_ids, taps, visual=batch.image_positions, segments=batch.segments
+                embeds,
+                batch.position_ids,
+                taps,
+                visual=batch.image_positions,
+                segments=batch.segments,
+                grids=batch.image_grids,
             )
             states = dict(output.taps)
         if WORDS in wanted:
@@ -237,7 +243,9 @@ class VLM(nn.Module):
 
     def logits(self, batch: Batch) -> Tensor:
         """Logits of every position: `[b, s, v]`. Training never needs them."""
-        output = self.decoder(self.embed(batch), batch.position_ids, visual=batch.image_positions)
+        output = self.decoder(
+            self.embed(batch), batch.position_ids, visual=batch.image_positions, grids=batch.image_grids
+        )
         return self.decoder.logits(output.hidden)
 
     def target_nll(
@@ -275,10 +283,10 @@ class VLM(nn.Module):
 
         Raises:
             ValueError: for a decoder that does not continue correctly from a cache; the first call checks one with
-                recurrent layers.
+                recurrent layers, or whose images see all of themselves.
         """
         if not self._cache_checked:
-            if self.decoder.carried() is not None:
+            if self.decoder.carried() is not None or self.decoder.image_attention != CAUSAL:
                 self.check_cache()
             self._cache_checked = True
         return DecodingCache(self.embedder.new_cache(), self.decoder.new_cache())
@@ -295,5 +303,10 @@ class VLM(nn.Module):
         own, of_decoder = (cache.embedder, cache.decoder) if cache is not None else (None, None)
         embeds = self.embedder(batch, visual, self.decoder, own, attention_mask)
         return self.decoder(
-            embeds, batch.position_ids, cache=of_decoder, attention_mask=attention_mask, visual=batch.image_positions
+            embeds,
+            batch.position_ids,
+            cache=of_decoder,
+            attention_mask=attention_mask,
+            visual=batch.image_positions,
+            grids=batch.image_grids,
         )

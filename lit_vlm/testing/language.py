@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lit_vlm.core.batch import Batch
 from lit_vlm.data.sample.collate import collate, collate_prompts, make_rows
-from lit_vlm.decoders import Decoder, check_order
+from lit_vlm.decoders import Decoder, DecoderOutput, check_order
 from lit_vlm.embedders import Embedder
 from lit_vlm.model.build import build
 from lit_vlm.model.vlm import NEXT_TOKEN, VLM
@@ -72,7 +72,14 @@ def check_decoder(factory: Callable[[], Decoder], sizes: Sequence[Size] = ((28, 
     layers = tuple(range(decoder.num_layers + 1))
     with torch.no_grad():
         embeds = model.embed(batch)
-        output = model.decoder(embeds, batch.position_ids, layers, visual=batch.image_positions)
+
+    def decoded(part: Decoder, taps: Sequence[int] = ()) -> DecoderOutput:
+        return part(embeds, batch.position_ids, taps, visual=batch.image_positions, grids=batch.image_grids)
+
+    with torch.no_grad():
+        output = model.decoder(
+            embeds, batch.position_ids, layers, visual=batch.image_positions, grids=batch.image_grids
+        )
         logits = model.decoder.logits(output.hidden)
     if set(output.taps) != set(layers):
         broken(decoder, f"gives the layers {sorted(output.taps)} of {list(layers)}", "taps are what was asked for")
@@ -87,7 +94,9 @@ def check_decoder(factory: Callable[[], Decoder], sizes: Sequence[Size] = ((28, 
         except ValueError as error:
             raise AssertionError(str(error)) from error
     same_when_loaded(
-        model.decoder, factory, lambda part: part(embeds, batch.position_ids, visual=batch.image_positions).hidden
+        model.decoder,
+        factory,
+        lambda part: part(embeds, batch.position_ids, visual=batch.image_positions, grids=batch.image_grids).hidden,
     )
     _check_rows(model, decoder, sizes)
     _check_decoding(model, decoder, sizes)
@@ -95,7 +104,9 @@ def check_decoder(factory: Callable[[], Decoder], sizes: Sequence[Size] = ((28, 
     if not all(id(parameter) in own for parameter in decoder.head_parameters()):
         broken(decoder, "head_parameters() has others than its own", "They are what `logits` uses")
     blocks_run_once(
-        model.decoder, lambda: model.decoder(embeds, batch.position_ids, visual=batch.image_positions), "decoder"
+        model.decoder,
+        lambda: model.decoder(embeds, batch.position_ids, visual=batch.image_positions, grids=batch.image_grids),
+        "decoder",
     )
 
 

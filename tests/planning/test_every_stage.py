@@ -76,6 +76,15 @@ def test_packed(recipe: str, stage: str, simulated: Simulator) -> None:
     assert result.typical.samples > result.batch_size, "several samples share a row"
 
 
+@pytest.mark.slow
+def test_images_that_see_all_of_themselves(simulated: Simulator) -> None:
+    flags = ["--data.batching", "Packed", "--model.decoder.init_args.image_attention", "bidirectional"]
+    result = measured(simulated.run(replace(job("llava15", "2_sft", 8, "fsdp", flags), waits=True)))
+    check(result)
+    assert not result.waits, "the host waits for the device inside a step"
+    assert result.typical.images
+
+
 @pytest.fixture(scope="session")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Conversations without pictures."""

@@ -22,6 +22,7 @@ from lit_vlm.core.lora import merge_adapters
 from lit_vlm.core.plugins import find_class
 from lit_vlm.core.pretrained import resolve
 from lit_vlm.data.sample.format import SampleFormat
+from lit_vlm.decoders.images import CAUSAL
 from lit_vlm.model.vlm import VLM
 
 FAMILIES: dict[str, Family] = {
@@ -91,11 +92,26 @@ def export_published(family: str, model: VLM, out: Path, written: SampleFormat |
         the largest difference of the logits on a random picture and text, in fp32.
 
     Raises:
-        ValueError: for an unknown family, a model of other parts, a folder that is not empty, or logits that differ.
+        ValueError: for an unknown family, a model of other parts or whose images see all of themselves in the decoder,
+            a folder that is not empty, or logits that differ.
     """
     found = find_family(family)
+    check_causal(model, family)
     merge_adapters(model)
     return found.export(model, out, written)
+
+
+def check_causal(model: VLM, form: str) -> None:
+    """Refuse a model whose images see all of themselves, for forms whose code lets the decoder's tokens see backwards.
+
+    Raises:
+        ValueError: naming the setting and the form that has it.
+    """
+    if model.decoder.image_attention != CAUSAL:
+        raise ValueError(
+            f"{form} has no decoder with image_attention: {model.decoder.image_attention}, and would be asked as a "
+            "causal one: take lit-vlm export --format hf, or train with model.decoder.init_args.image_attention: causal"
+        )
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import AdamW
 from transformers import LlavaForConditionalGeneration
 
+from lit_vlm.checkpoints.published import check_causal
 from lit_vlm.checkpoints.published.llava_hf import llava_parts
 from lit_vlm.checkpoints.published.llava_written import llava_config
 from lit_vlm.core.batch import Batch, Counts
@@ -54,10 +55,12 @@ def check_reference(module: LitVLM) -> None:
         module: with its model, whose parameters may be on the meta device.
 
     Raises:
-        ValueError: for another composition, other losses, adapters, or several processes.
+        ValueError: for another composition, images that see all of themselves, other losses, adapters, or several
+            processes.
     """
     asked = "--against hf compares with transformers' LlavaForConditionalGeneration"
     try:
+        check_causal(module.vlm, "llava-hf")
         encoder = llava_parts(module.vlm)[0]
     except ValueError as error:
         raise ValueError(f"{asked}: {error}") from error
