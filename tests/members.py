@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lit_vlm import decoders, embedders, encoders, projectors
 from lit_vlm.core.batch import VisualTokens
 from lit_vlm.decoders import DivideAndConquer, Lora
-from lit_vlm.embedders import Holistic, Splice
+from lit_vlm.embedders import Holistic, Splice, SpliceTiles
 from lit_vlm.encoders import (
     S2,
     CLIPEmbedding,
@@ -143,6 +143,7 @@ CASES: dict[str, Case] = {
     "Transformer": projector(partial(Transformer, depth=2, head_dim=16)),
     "Tangled": projector(Tangled),
     "Splice": Case({"embedder": partial(Splice, task_tokens={"a": 2, "b": 1}, pooled_from={"a": 4})}, [(28, 28)] * 2),
+    "SpliceTiles": Case({"embedder": SpliceTiles}, [*TILES, (84, 28)]),
     "Holistic": Case(HOLISTIC | {"embedder": partial(Holistic, **LAYERS)}, TILES),
     "Holistic/merge": Case(
         HOLISTIC | {"projector": Linear, "embedder": partial(Holistic, merge=2, recompute=True, **LAYERS)}, TILES
@@ -182,7 +183,7 @@ SLOT_OF = {
     if name.split("/")[0] in package.__all__
 } | {"Tangled": "projector", "AbsentDecoder": "embedder"}
 """The slot of each member but heads, by the name of its case."""
-WITHOUT_LINEAR_LAYERS = ("ConvPatches", "EveV2PatchEmbedding", "Identity", "Splice")
+WITHOUT_LINEAR_LAYERS = ("ConvPatches", "EveV2PatchEmbedding", "Identity", "Splice", "SpliceTiles")
 ADAPTED: dict[str, Case] = {
     f"{name} with adapters": with_adapters(CASES[name], slot)
     for name, slot in SLOT_OF.items()

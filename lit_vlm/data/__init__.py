@@ -6,6 +6,7 @@ from lit_vlm.data.datamodule import VLMData
 from lit_vlm.data.feed.batching import Batching, ModalityLength, Packed, Padded
 from lit_vlm.data.feed.loader import BadSamples
 from lit_vlm.data.feed.mixture import Interleaved, Mixture, Shuffled, Weighted
+from lit_vlm.data.sample.any_res import AnyRes
 from lit_vlm.data.sample.hf_chat import HFChat
 from lit_vlm.data.sample.templates import ChatML, Llama3, Phi3, Plain, Template, VicunaV1
 from lit_vlm.data.sample.tiles import Tiles
@@ -35,6 +36,7 @@ from lit_vlm.data.sources import (
 )
 
 __all__ = [
+    "AnyRes",
     "AreaLimit",
     "AspectGrid",
     "BadSamples",
