@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lit_vlm import decoders, embedders, encoders, projectors
 from lit_vlm.core.batch import VisualTokens
 from lit_vlm.decoders import DivideAndConquer, HFDecoder, Lora
-from lit_vlm.embedders import Holistic, Splice
+from lit_vlm.embedders import Holistic, Splice, SpliceTiles
 from lit_vlm.encoders import (
     S2,
     CLIPEmbedding,
@@ -166,6 +166,7 @@ CASES: dict[str, Case] = {
     "Splice/row end and tasks": Case(
         {"encoder": PLAIN, "embedder": partial(Splice, row_end=2, task_tokens={"a": 2})}, [(28, 28), (14, 28)]
     ),
+    "SpliceTiles": Case({"embedder": SpliceTiles}, [*TILES, (84, 28)]),
     "Holistic": Case(HOLISTIC | {"embedder": partial(Holistic, **LAYERS)}, TILES),
     "Holistic/merge": Case(
         HOLISTIC | {"projector": Linear, "embedder": partial(Holistic, merge=2, recompute=True, **LAYERS)}, TILES
@@ -215,6 +216,7 @@ WITHOUT_LINEAR_LAYERS = (
     "Splice",
     "Splice/row end",
     "Splice/row end and tasks",
+    "SpliceTiles",
 )
 ADAPTED: dict[str, Case] = {
     f"{name} with adapters": with_adapters(CASES[name], slot)

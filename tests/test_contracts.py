@@ -22,6 +22,7 @@ from lit_vlm.core.batch import Grid, Images, PixelSpec, VisualTokens
 from lit_vlm.core.part import Part
 from lit_vlm.core.tokenizers import byte_tokenizer
 from lit_vlm.data import (
+    AnyRes,
     AreaLimit,
     AspectGrid,
     Captions,
@@ -124,6 +125,7 @@ TEMPLATES = {
 }
 ANY = PixelSpec(None, 7, (0.5, 0.5, 0.5))
 TRANSFORMS: dict[str, Callable[[], ImageTransform]] = {
+    "AnyRes": partial(AnyRes, tile=28),
     "AreaLimit": partial(AreaLimit, 64),
     "AspectGrid": partial(AspectGrid, 56, 4),
     "FitBox": partial(FitBox, 64, 50),

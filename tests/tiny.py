@@ -32,7 +32,13 @@ def tiny_vlm(**changes: Any) -> VLM:
 
 def spec_of(model: VLM) -> InputSpec:
     """What the data side must know of a model, as `LitVLM.input_spec`."""
-    return InputSpec(model.decoder.tokenizer, model.encoder.pixels, model.encoder.patch_grid, model.grid_map)
+    return InputSpec(
+        model.decoder.tokenizer,
+        model.encoder.pixels,
+        model.encoder.patch_grid,
+        model.grid_map,
+        tile_map=model.embedder.tile_map,
+    )
 
 
 def samples_of(model: VLM, count: int = 6, text_only: bool = True, prompt: bool = False) -> list[Sample]:

@@ -13,6 +13,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from lit_vlm.core.tiling import Tiling
+
 IGNORE = -100
 """The label of a position that carries no loss."""
 ENCODER = "encoder"
@@ -314,6 +316,8 @@ class Batch:
         stop_ids: token ids that close an answer in the template of the prompts; empty in training.
         segments: lengths of the segments that `position_ids` make, in plain integers, so that nobody must ask the
             device for them; None if they are not known.
+        tilings: how the tiles of each image make it up, in the order of `images`; None for an image that is not of
+            tiles, or whose tiles stay as they come. Empty: there is no image of tiles.
     """
 
     input_ids: Tensor
@@ -333,6 +337,7 @@ class Batch:
     window: Window | None = None
     stop_ids: frozenset[int] = frozenset()
     segments: Segments | None = None
+    tilings: tuple[Tiling | None, ...] = ()
 
     @property
     def counts(self) -> Counts:
@@ -376,6 +381,7 @@ class Batch:
             prepared={},
             bad=(),
             segments=None,
+            tilings=(),
         )
 
     def to(self, *args: Any, **kwargs: Any) -> Batch:

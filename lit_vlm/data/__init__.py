@@ -6,6 +6,7 @@ from lit_vlm.data.datamodule import VLMData
 from lit_vlm.data.feed.batching import Batching, ModalityLength, Packed, Padded
 from lit_vlm.data.feed.loader import BadSamples
 from lit_vlm.data.feed.mixture import Interleaved, Mixture, Shuffled, Weighted
+from lit_vlm.data.sample.any_res import AnyRes
 from lit_vlm.data.sample.fit_box import FitBox
 from lit_vlm.data.sample.fuyu import Fuyu
 from lit_vlm.data.sample.hf_chat import HFChat
@@ -38,6 +39,7 @@ from lit_vlm.data.sources import (
 )
 
 __all__ = [
+    "AnyRes",
     "AreaLimit",
     "AspectGrid",
     "BadSamples",

@@ -3,5 +3,6 @@
 from lit_vlm.embedders.base import Embedder
 from lit_vlm.embedders.holistic import Holistic
 from lit_vlm.embedders.splice import Splice
+from lit_vlm.embedders.splice_tiles import SpliceTiles
 
-__all__ = ["Embedder", "Holistic", "Splice"]
+__all__ = ["Embedder", "Holistic", "Splice", "SpliceTiles"]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lit_vlm.core.batch import Batch, VisualTokens
 from lit_vlm.core.flops import Flops, FlopsOf
 from lit_vlm.core.part import Part
+from lit_vlm.core.tiling import TileMap, as_they_come
 from lit_vlm.decoders.base import Decoder
 from lit_vlm.projectors.base import GridMap, same_grid
 
@@ -25,11 +26,14 @@ class Embedder(Part, ABC):
     Attributes:
         grid_map: layout of an image's tokens after the projector → layout in the decoder's sequence. It is called in
             loader workers, like `Projector.grid_map`, so it must pickle.
+        tile_map: (layout of a picture of tiles after `grid_map`, how these make it up) → layout in the decoder's
+            sequence, for an embedder that puts tiles together. It must pickle too.
         task_tokens: group → places of its task tokens among the tokens that the embedder puts behind an image.
         adopts_all: whether `adopt` fills all weights of the embedder.
     """
 
     grid_map: GridMap
+    tile_map: TileMap
     task_tokens: dict[str, range]
     adopts_all: bool = False
 
@@ -37,6 +41,7 @@ class Embedder(Part, ABC):
         super().__init__()
         self.width, self.vocab_size = width, vocab_size
         self.grid_map = same_grid
+        self.tile_map = as_they_come
         self.task_tokens = {}
 
     @abstractmethod
@@ -127,18 +132,25 @@ def scatter_visual(embeds: Tensor, positions: Tensor, visual: VisualTokens) -> T
     return flat.view_as(embeds)
 
 
-def check_grids(batch: Batch, visual: VisualTokens, grid_map: GridMap = same_grid) -> None:
+def check_grids(
+    batch: Batch, visual: VisualTokens, grid_map: GridMap = same_grid, tile_map: TileMap = as_they_come
+) -> None:
     """Check that the model's visual tokens fit the image positions that the collator laid out.
 
     Args:
         batch: with the layouts that the collator used.
         visual: tokens after the projector.
         grid_map: layout after the projector → layout in the sequence.
+        tile_map: as `Embedder.tile_map`.
 
     Raises:
         ValueError: when the layouts differ.
     """
-    if batch.image_grids and tuple(grid_map(grid) for grid in visual.grids) != batch.image_grids:
+    grids = tuple(grid_map(grid) for grid in visual.grids)
+    if batch.tilings and tile_map is not as_they_come:
+        pairs = zip(grids, batch.tilings, strict=True)
+        grids = tuple(grid if tiling is None else tile_map(grid, tiling) for grid, tiling in pairs)
+    if batch.image_grids and grids != batch.image_grids:
         raise ValueError(
             f"encoder and projector gave {visual.features.shape[0]} visual tokens {visual.grids[:3]}, the batch has "
             f"{len(batch.image_positions)} image positions {batch.image_grids[:3]}: a part's grid is not what it does"

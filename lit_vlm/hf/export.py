@@ -13,6 +13,7 @@ from torch import nn
 from lit_vlm.core.lora import merge_adapters
 from lit_vlm.core.part import standalone_class
 from lit_vlm.core.quantised import quantised_kinds
+from lit_vlm.core.tiling import as_they_come
 from lit_vlm.core.written import check_new_folder, whole_folder
 from lit_vlm.data.sample.chat_template import IMAGE_MARK, as_jinja
 from lit_vlm.data.sample.format import SampleFormat
@@ -38,8 +39,8 @@ def export_hf(model: VLM, config: Mapping[str, Any], written: SampleFormat, spec
         out: a folder that is new or empty.
 
     Raises:
-        ValueError: for a folder that is not empty or cannot be written, a template that chats cannot be written by, or
-            ids, logits, gradients or answers that differ.
+        ValueError: for a folder that is not empty or cannot be written, ids, logits, gradients or answers that differ,
+            and as `make_processor`.
     """
     check_new_folder(out)
     merge_adapters(model)
@@ -86,8 +87,14 @@ def make_processor(model: VLM, config: Mapping[str, Any], written: SampleFormat,
     """The processor of a model, for chats as its run's template writes them; arguments as for `export_hf`.
 
     Raises:
-        ValueError: for a template that chats cannot be written by.
+        ValueError: for a template that chats cannot be written by, or an embedder that puts tiles together.
     """
+    if model.embedder.tile_map is not as_they_come:
+        raise ValueError(
+            "the processor of an exported folder tells a model nothing of how tiles make up a picture, and "
+            f"model.embedder {type(model.embedder).__name__} asks for it; lit-vlm chat, serve and evaluate take the "
+            "checkpoint itself"
+        )
     tokenizer = _tokenizer(spec)
     template = written.template_for(spec)
     bos = tokenizer.bos_token if spec.bos_id is not None and not template.own_start else ""

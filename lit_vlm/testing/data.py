@@ -169,6 +169,9 @@ def _resized(transform: ImageTransform, size: tuple[int, int], pixels: PixelSpec
         broken(transform, f"makes {own} for {pixels}", "Sides are multiples of what the encoder wants")
     if pixels.size and (own[0] != pixels.size or own[1] % pixels.size):
         broken(transform, f"makes {own} for {pixels}", "Encoders of one size take their square, or a column of tiles")
+    tiling = transform.tiling(size)
+    if tiling and own[0] * own[0] * (1 + tiling.rows * tiling.cols) != own[0] * own[1]:
+        broken(transform, f"makes {own} of {size} and tiling() says {tiling}", "It counts the tiles behind the copy")
     if not transform.scale(size, pixels) > 0:
         broken(transform, f"scale({size}) is {transform.scale(size, pixels)}", "It is result over original")
     return own

@@ -37,6 +37,7 @@ def check_embedder(
     embedder, decoder = model.embedder, model.decoder
     built(lambda: factory(decoder.width, decoder.vocab_size), Embedder)
     pickled(embedder, "grid_map", embedder.grid_map)
+    pickled(embedder, "tile_map", embedder.tile_map)
     seen, text = samples_for(model, sizes)
     batch = collate([*seen, *text])
     shape = (*batch.input_ids.shape, decoder.width)

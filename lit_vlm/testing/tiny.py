@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lit_vlm.core.batch import Images
+from lit_vlm.core.tiling import Tiling
 from lit_vlm.data.sample.encode import Sample
 from lit_vlm.decoders import HFDecoder, Lora
 from lit_vlm.embedders import Splice
@@ -76,12 +77,22 @@ def samples_for(model: VLM, sizes: Sequence[Size]) -> tuple[list[Sample], list[S
             return Sample(name, "made", text, [-100, *text[1:]])
         pixels = _picture(size, generator)
         grid = model.grid_map(model.encoder.patch_grid(*size))
+        tiling = _tiling(size, model.encoder.pixels.size)
+        if tiling is not None:
+            grid = model.embedder.tile_map(grid, tiling)
         ids = [text[0], *[0] * grid.num_tokens, *text[1:]]
         labels = [-100] * (2 + grid.num_tokens) + text[2:]
-        return Sample(name, "made", ids, labels, [1], [grid], [pixels], _for_teachers(model, generator))
+        teachers = _for_teachers(model, generator)
+        return Sample(name, "made", ids, labels, [1], [grid], [pixels], teachers, tilings=[tiling])
 
     seen = [made(f"image-{i}", size, 5 + i) for i, size in enumerate(sizes)]
     return seen, [made("text-0", None, 7), made("text-1", None, 4)]
+
+
+def _tiling(size: Size, side: int | None) -> Tiling | None:
+    """For a column of tiles, a copy and a column of them, of a picture that leaves padding on both sides."""
+    rows = size[0] // side - 1 if side is not None and size[1] == side else 0
+    return Tiling(rows, 1, 2 * size[0], size[1]) if rows > 0 else None
 
 
 def _for_teachers(model: VLM, generator: torch.Generator) -> dict[str, list[Tensor]]:

@@ -257,6 +257,7 @@ class LitVLM(LightningModule):
             pixels=model.encoder.pixels,
             patch_grid=model.encoder.patch_grid,
             grid_map=model.grid_map,
+            tile_map=model.embedder.tile_map,
             teacher_pixels={name: teacher.pixels for name, teacher in teachers.items()},
             known=known,
             networks={ENCODER: f"{model.encoder.identity()} weights {self.encoder_digest}"}

@@ -16,6 +16,7 @@ from lit_vlm.checkpoints.published.family import Family
 from lit_vlm.checkpoints.published.fuyu import Fuyu
 from lit_vlm.checkpoints.published.layout import SlotStates, read_config
 from lit_vlm.checkpoints.published.llava_hf import LlavaHf
+from lit_vlm.checkpoints.published.llava_next import LlavaNext
 from lit_vlm.checkpoints.published.ola_vlm import OlaVlm
 from lit_vlm.checkpoints.published.vila import Vila
 from lit_vlm.core.lora import merge_adapters
@@ -26,7 +27,8 @@ from lit_vlm.decoders.images import CAUSAL
 from lit_vlm.model.vlm import VLM
 
 FAMILIES: dict[str, Family] = {
-    family.name: family for family in (Eve(), EveV2(), Fuyu(), hovle.BASE, hovle.HD, LlavaHf(), OlaVlm(), Vila())
+    family.name: family
+    for family in (Eve(), EveV2(), Fuyu(), hovle.BASE, hovle.HD, LlavaHf(), LlavaNext(), OlaVlm(), Vila())
 }
 """The families of the kit, by name."""
 
@@ -49,7 +51,8 @@ def load_published(
     """A model from weights under published names.
 
     Args:
-        family: `eve`, `eve_v2`, `fuyu`, `hovle`, `hovle_hd`, `llava-hf`, `ola_vlm`, `vila`, or the path of a `Family`.
+        family: `eve`, `eve_v2`, `fuyu`, `hovle`, `hovle_hd`, `llava-hf`, `llava_next`, `ola_vlm`, `vila`, or the path of a
+            `Family`.
         source: a folder (or hub name) with config and weights, or a state dict under published names.
         config: the published configuration; needed with a state dict.
 

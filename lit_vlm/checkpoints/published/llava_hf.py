@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import LlavaConfig
+from transformers import LlavaConfig, LlavaNextConfig
 
 from lit_vlm.checkpoints.published.family import Family
 from lit_vlm.checkpoints.published.layout import SlotStates, fill, read_config
@@ -18,7 +18,7 @@ from lit_vlm.core.pretrained import resolve
 from lit_vlm.core.safetensors import read_folder
 from lit_vlm.data.sample.format import SampleFormat
 from lit_vlm.decoders import HFDecoder
-from lit_vlm.embedders import Splice
+from lit_vlm.embedders import Embedder, Splice
 from lit_vlm.encoders import HFEncoder
 from lit_vlm.model.vlm import VLM
 from lit_vlm.projectors import MLP
@@ -31,23 +31,37 @@ DROPPED = {
 
 
 def _settings(found: Mapping[str, Any]) -> LlavaConfig:
-    """The published configuration; refuses a projector that is no MLP of two layers, such as a written `Linear`."""
+    """The published configuration; raises as `check_projector`."""
     settings = LlavaConfig(**found)
-    if (act := settings.projector_hidden_act) != "gelu":
+    check_projector(settings.projector_hidden_act)
+    return settings
+
+
+def check_projector(act: str) -> None:
+    """Refuse a projector that is no MLP of two layers with GELU, such as a written `Linear`; raises ValueError."""
+    if act != "gelu":
         raise ValueError(
             f"projector_hidden_act '{act}': a projector with it is not read; start from the checkpoint that it was "
             "written from"
         )
-    return settings
 
 
-def _kept(config: LlavaConfig) -> int:
+def _kept(config: LlavaConfig | LlavaNextConfig) -> int:
     """How many blocks the vision model has up to the last feature layer."""
     layers, depth = config.vision_feature_layer, config.vision_config.num_hidden_layers
     return max(one if one >= 0 else depth + 1 + one for one in (layers if isinstance(layers, list) else [layers]))
 
 
-def _architecture(config: LlavaConfig, tokenizer: str | None) -> VLM:
+def make_llava(
+    config: LlavaConfig | LlavaNextConfig, tokenizer: str | None, embedder: Callable[[int, int], Embedder] = Splice
+) -> VLM:
+    """The model that a configuration describes, on the meta device.
+
+    Args:
+        config: the published one.
+        tokenizer: folder of the decoder's tokenizer; None: it has none.
+        embedder: (width of the decoder, rows of its word table) → embedder.
+    """
     has_cls = config.vision_config.model_type == "clip_vision_model"
     with meta_parameters():
         encoder = HFEncoder(
@@ -58,15 +72,26 @@ def _architecture(config: LlavaConfig, tokenizer: str | None) -> VLM:
         text = config.text_config.to_dict() | {"tie_word_embeddings": config.tie_word_embeddings}
         decoder = HFDecoder(config=text, tokenizer=tokenizer)
         projector = MLP(encoder.width, decoder.width, depth=2)
-        return VLM(encoder, projector, Splice(decoder.width, decoder.vocab_size), decoder)
+        return VLM(encoder, projector, embedder(decoder.width, decoder.vocab_size), decoder)
 
 
-def _slots(state: Mapping[str, Tensor], config: LlavaConfig) -> SlotStates:
-    """Weights by slot, without those of the vision model that come after the feature layer."""
+def llava_slots(
+    state: Mapping[str, Tensor], config: LlavaConfig | LlavaNextConfig, family: str = "llava-hf"
+) -> SlotStates:
+    """Weights by slot, without those of the vision model that come after the feature layer.
+
+    Args:
+        state: weights under published names.
+        config: the published configuration.
+        family: name of the family, for messages.
+
+    Raises:
+        ValueError: for a key that belongs to no slot.
+    """
     slots: SlotStates = {"encoder": {}, "projector": {}, "decoder": {}}
     kept = _kept(config)
     for key, value in state.items():
-        place = _place(key, kept)
+        place = _place(key, kept, family)
         if place is not None:
             slots[place[0]][place[1]] = value
     words = slots["decoder"].get("lm.model.embed_tokens.weight")
@@ -75,7 +100,7 @@ def _slots(state: Mapping[str, Tensor], config: LlavaConfig) -> SlotStates:
     return slots
 
 
-def _place(key: str, num_blocks: int) -> tuple[str, str] | None:
+def _place(key: str, num_blocks: int, family: str) -> tuple[str, str] | None:
     """(slot, own key) of a published key; None for a key that is dropped, for a reason stated below.
 
     Keys may be those of files from before or after transformers 4.52, with or without `vision_model.`.
@@ -102,7 +127,7 @@ def _place(key: str, num_blocks: int) -> tuple[str, str] | None:
         return "decoder", f"lm.{rest}" if rest.startswith(("model.", "lm_head.")) else f"lm.model.{rest}"
     if name == "lm_head.weight":
         return "decoder", "lm.lm_head.weight"
-    raise ValueError(f"'{key}' is no key of the family llava-hf")
+    raise ValueError(f"'{key}' is no key of the family {family}")
 
 
 def llava_parts(model: VLM) -> tuple[HFEncoder, MLP, HFDecoder]:
@@ -141,7 +166,7 @@ class LlavaHf(Family):
             ValueError: for a key that belongs to no slot.
         """
         folder = resolve(source)
-        return _slots(read_folder(folder), _settings(read_config(folder)))
+        return llava_slots(read_folder(folder), _settings(read_config(folder)))
 
     def load(self, source: str | Path | Mapping[str, Tensor], config: Mapping[str, Any] | None = None) -> VLM:
         """Build the model that the configuration describes, with all weights; raises as `load_published` does."""
@@ -153,8 +178,8 @@ class LlavaHf(Family):
             folder = resolve(str(source))
             settings = _settings(config or read_config(folder))
             state = read_folder(folder)
-        model = _architecture(settings, folder)
-        fill(model, _slots(state, settings), published_key)
+        model = make_llava(settings, folder)
+        fill(model, llava_slots(state, settings), published_key)
         return model.eval()
 
     def export(self, model: VLM, out: Path, written: SampleFormat | None = None) -> float:

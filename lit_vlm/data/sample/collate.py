@@ -6,7 +6,17 @@ from collections.abc import Sequence
 
 import torch
 
-from lit_vlm.core.batch import IGNORE, BadSample, Batch, Images, SampleInfo, VisualTokens, fill, find_targets
+from lit_vlm.core.batch import (
+    IGNORE,
+    BadSample,
+    Batch,
+    Images,
+    SampleInfo,
+    VisualTokens,
+    fill,
+    find_targets,
+)
+from lit_vlm.core.tiling import Tiling
 from lit_vlm.data.sample.encode import Sample
 
 
@@ -91,8 +101,15 @@ def make_rows(
         prepared={name: _features(ordered, name) for name in prepared},
         bad=(*bad, *notes),
         stop_ids=frozenset().union(*(sample.stop_ids for sample in ordered)),
+        tilings=_tilings(ordered),
         segments=None if left else tuple(fill([len(sample) for sample in row], shape[1]) for row in rows) or ((1,),),
     )
+
+
+def _tilings(samples: Sequence[Sample]) -> tuple[Tiling | None, ...]:
+    """How tiles make up the images, in order; empty where there is no image of tiles."""
+    found = [tiling for one in samples for tiling in one.tilings or [None] * len(one.grids)]
+    return tuple(found) if any(found) else ()
 
 
 def _features(samples: Sequence[Sample], name: str) -> VisualTokens:

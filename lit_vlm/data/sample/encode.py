@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lit_vlm.core.batch import ENCODER, IGNORE, BadSample, Grid, PixelSpec
+from lit_vlm.core.tiling import Tiling
 from lit_vlm.data.records import Image, Record, RecordError, decode_image, image_size
 from lit_vlm.data.sample.prepared import Prepared
 from lit_vlm.data.sample.spec import InputSpec
@@ -43,6 +44,8 @@ class Sample:
         options: answers to choose from.
         note: what was cut off; None for a whole sample.
         stop_ids: ids that close the answer to a prompt, besides those that end any answer (`InputSpec.stop_ids`).
+        tilings: how the tiles of each image make it up; None for one that is not of tiles, or whose tiles stay as they
+            come. Empty: there is none of tiles.
     """
 
     id: str
@@ -57,6 +60,7 @@ class Sample:
     options: tuple[str, ...] = ()
     note: BadSample | None = None
     stop_ids: frozenset[int] = frozenset()
+    tilings: list[Tiling | None] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -245,14 +249,17 @@ class SampleEncoder:
             sample.features.setdefault(name, []).append(prepared.features(image, folder))
         for name, wanted in self.spec.known.items():
             sample.features.setdefault(name, []).append(_known(image, wanted))
-        for name, pixels in self.pixels(image, folder).items():
+        made, size = self._look(image, folder)
+        tiling = self._tiling(image, size, folder)
+        for name, pixels in made.items():
             if name == ENCODER:
                 sample.images.append(pixels)
-                grid = self.spec.grid(pixels.shape[1], pixels.shape[2])
+                grid = self.spec.grid(pixels.shape[1], pixels.shape[2], tiling)
             else:
                 sample.teacher_images.setdefault(name, []).append(pixels)
         if ENCODER in self.prepared:
-            grid = self.spec.grid_map(sample.features[ENCODER][-1][1])
+            grid = self.spec.grid_of(sample.features[ENCODER][-1][1], tiling)
+        sample.tilings.append(tiling)
         sample.image_starts.append(len(sample.ids))
         sample.grids.append(grid)
         sample.ids += [0] * grid.num_tokens
@@ -265,12 +272,22 @@ class SampleEncoder:
             RecordError: as `open_image`.
             ValueError: for a transform that does not go with the encoder or teacher.
         """
+        return self._look(image, folder)[0]
+
+    def _look(self, image: Image, folder: Path) -> tuple[dict[str, Tensor], Size | None]:
+        """What `pixels` returns, and (width, height) of the picture; None where it was not opened."""
         wanted = {ENCODER: self.spec.pixels} | self.spec.teacher_pixels
         missing = {name: pixels for name, pixels in wanted.items() if name not in self.prepared}
         if not missing:
-            return {}
+            return {}, None
         picture, size = decode_image(image, folder, self._scale if self.fast_jpeg else None)
-        return {name: self._transform(name, pixels)(picture, pixels, size) for name, pixels in missing.items()}
+        return {name: self._transform(name, pixels)(picture, pixels, size) for name, pixels in missing.items()}, size
+
+    def _tiling(self, image: Image, size: Size | None, folder: Path) -> Tiling | None:
+        """How the tiles of an image make it up; its `size` (width, height) is read from its file where it is None."""
+        if self.transform.fixed(self.spec.pixels):
+            return None
+        return self.transform.tiling(image_size(image, folder) if size is None else size)
 
     def _transform(self, name: str, pixels: PixelSpec) -> ImageTransform:
         """How a picture is resized: for the encoder by `transform`, for a teacher by `transform_for`."""
@@ -323,7 +340,7 @@ class SampleEncoder:
             ValueError: as `InputSpec.grid`, and for a transform that does not go with the encoder.
         """
         width, height = self.transform.size(size, self.spec.pixels)
-        return self.spec.grid(height, width).num_tokens
+        return self.spec.grid(height, width, self.transform.tiling(size)).num_tokens
 
     def measure_key(self) -> str:
         """What the result of `measure` depends on besides the record, as text."""
@@ -332,6 +349,8 @@ class SampleEncoder:
         sides = [self.spec.pixels.size] if self.spec.pixels.size else sides
         grids = [self.spec.grid(height, width) for height in sides for width in sides]
         how = f"{describe(self.template)} {describe(self.transform)} {self.spec.pixels} {grids}"
+        if self.transform.tiling((1, 1)) is not None:  # then the embedder may put tiles together
+            how += f" {[self.tokens_of(size) for size in ((1, 1), (2, 1), (1, 2))]}"
         return f"{tokenizer} {how} {self.max_length} {self.too_long}"
 
     def _fit(self, sample: Sample) -> None:
@@ -351,7 +370,7 @@ class SampleEncoder:
                     del images[index:]
                 for features in sample.features.values():
                     del features[index:]
-                del sample.image_starts[index:], sample.grids[index:]
+                del sample.image_starts[index:], sample.grids[index:], sample.tilings[index:]
                 break
         del sample.ids[end:], sample.labels[end:]
         sample.note = BadSample(sample.id, sample.source, "truncated", detail, dropped=False)

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from lit_vlm.core.batch import Batch, Grid, PixelSpec
+from lit_vlm.core.tiling import TileMap, Tiling, as_they_come
 
 END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<|end_of_text|>")
 
@@ -29,6 +30,8 @@ class InputSpec:
             decoded; None: the values of `teacher_pixels`.
         fixed_rows: whether packed rows are padded to the most positions of a row, so that all have one length.
         end_ids: ids that end an answer as the decoder was published (`Decoder.end_ids`).
+        tile_map: (layout that `grid_map` gives a picture of tiles, how these make it up) → layout in the sequence;
+            default: tiles stay as they come.
     """
 
     tokenizer: Any
@@ -42,9 +45,15 @@ class InputSpec:
     decoded_for: tuple[PixelSpec, ...] | None = None
     fixed_rows: bool = False
     end_ids: frozenset[int] = frozenset()
+    tile_map: TileMap = as_they_come
 
-    def grid(self, height: int, width: int) -> Grid:
+    def grid(self, height: int, width: int, tiling: Tiling | None = None) -> Grid:
         """Layout in the decoder's sequence of an image of this size in pixels.
+
+        Args:
+            height: in pixels; of all tiles, one below the other, for a picture of several.
+            width: in pixels.
+            tiling: how the tiles make up the picture; None: they stay as they come.
 
         Raises:
             ValueError: for a picture of several tiles, where a token would mix patches of two tiles; and as the parts'
@@ -62,7 +71,12 @@ class InputSpec:
                     "number of patches; otherwise take a projector that keeps each patch (MLP, Linear), not Resampler, "
                     "an encoder without a CLS token, or a data.transform without tiles"
                 )
-        return grid
+        return grid if tiling is None else self.tile_map(grid, tiling)
+
+    def grid_of(self, features: Grid, tiling: Tiling | None) -> Grid:
+        """Layout in the decoder's sequence of an image whose features `features` lays out; `tiling` as for `grid`."""
+        grid = self.grid_map(features)
+        return grid if tiling is None else self.tile_map(grid, tiling)
 
     def without_teachers(self) -> InputSpec:
         """A copy for questions: without the needs of heads, but with the same pixels for the encoder as in training."""

@@ -15,6 +15,7 @@ from PIL import Image as PILImage
 from torch import Tensor
 
 from lit_vlm.core.batch import PixelSpec
+from lit_vlm.core.tiling import Tiling
 
 Size = tuple[int, int]
 """(width, height) in pixels."""
@@ -40,6 +41,13 @@ class ImageTransform(ABC):
     def fixed(self, pixels: PixelSpec) -> bool:
         """Whether the size of the result is the same for all pictures."""
         return pixels.size is not None
+
+    def tiling(self, size: Size) -> Tiling | None:
+        """How the tiles of a picture of this (width, height) make it up, for embedders that put them together.
+
+        None (the default) for a transform that makes no tiles, or whose tiles stay as they come.
+        """
+        return None
 
     @abstractmethod
     def scale(self, size: Size, pixels: PixelSpec) -> float:
