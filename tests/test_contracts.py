@@ -36,6 +36,7 @@ from lit_vlm.data import (
     ImageTransform,
     Llama3,
     LlavaJson,
+    LlavaVideo,
     Mmc4,
     Native,
     NativeArea,
@@ -82,6 +83,7 @@ from lit_vlm.testing import (
 )  # fmt: skip
 from lit_vlm.testing.data import PIXELS
 from lit_vlm.worlds import Namings, OpenMoji, Scenes, Shapes
+from tests.data.made_videos import make_video, rows_of, turns
 from tests.encoders.test_teachers import DINO
 from tests.evaluation.tasks.test_files import CASES as TASK_FILES
 from tests.evaluation.tasks.test_files import make as make_task
@@ -174,6 +176,9 @@ SOURCES: dict[str, Callable[[Path], Source]] = {
     "Grouped": lambda _: Grouped(Shapes(6), 2),
     "LlavaJson": lambda folder: LlavaJson(
         written(folder, "a.json", json.dumps([{"image": "a.png", "conversations": TURNS}] * 2))
+    ),
+    "LlavaVideo": lambda folder: LlavaVideo(
+        rows_of(folder, [{"video": make_video(folder / "a.mp4").name, "conversations": turns()}] * 2)
     ),
     "Mmc4": mmc4,
     "Mock": lambda _: Mock(str(SHIPPED / "llava15" / "statistics.yaml"), "2_sft", "llava_v1_5_mix665k", records=24),

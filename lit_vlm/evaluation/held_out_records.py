@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from lit_vlm.data.records import Image, Message, Record, RecordError
+from lit_vlm.data.records import Content, Image, Message, Record, RecordError
 from lit_vlm.data.sample.encode import SampleEncoder
 from lit_vlm.data.sources import Source
 from lit_vlm.evaluation.asker import Asker, first_of_last_answer
@@ -87,15 +87,14 @@ def _tell(left_out: Counter[str]) -> None:
 
 def absolute_paths(record: Record, folder: Path) -> Record:
     """A record whose pictures, which are found from a folder, are named by absolute paths."""
+
+    def absolute(part: Content) -> Content:
+        if isinstance(part, Image) and part.path:
+            return replace(part, path=str((folder / part.path).resolve()))
+        return part
+
     messages = tuple(
-        Message(
-            message.role,
-            tuple(
-                Image(path=str((folder / part.path).resolve())) if isinstance(part, Image) and part.path else part
-                for part in message.content
-            ),
-        )
-        for message in record.messages
+        replace(message, content=tuple(absolute(part) for part in message.content)) for message in record.messages
     )
     return replace(record, messages=messages)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.image_utils import load_image
 
 from lit_vlm.data.records import Image, RecordError, decode_image
-from lit_vlm.data.records.record import upright_rgb
+from lit_vlm.data.records.pictures import upright_rgb
 from lit_vlm.data.sample.chat_template import IMAGE_MARK
 
 

@@ -51,8 +51,8 @@ def load_published(
     """A model from weights under published names.
 
     Args:
-        family: `eve`, `eve_v2`, `fuyu`, `hovle`, `hovle_hd`, `llava-hf`, `llava_next`, `ola_vlm`, `vila`, or the path of a
-            `Family`.
+        family: `eve`, `eve_v2`, `fuyu`, `hovle`, `hovle_hd`, `llava-hf`, `llava_next`, `ola_vlm`, `vila`, or the path
+            of a `Family`.
         source: a folder (or hub name) with config and weights, or a state dict under published names.
         config: the published configuration; needed with a state dict.
 

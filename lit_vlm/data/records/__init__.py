@@ -1,8 +1,14 @@
 """Records: the samples of a source before templates and transforms, and the reading of their pictures."""
 
+from lit_vlm.data.records.pictures import (
+    MAX_SIDE,
+    decode_image,
+    image_bytes,
+    image_size,
+    open_image,
+)
 from lit_vlm.data.records.record import (
     MAX_DETAIL,
-    MAX_SIDE,
     ROLES,
     Content,
     Image,
@@ -11,11 +17,8 @@ from lit_vlm.data.records.record import (
     RecordError,
     Role,
     Text,
-    decode_image,
-    image_bytes,
-    image_size,
-    open_image,
 )
+from lit_vlm.data.records.videos import Videos
 
 __all__ = [
     "MAX_DETAIL",
@@ -28,6 +31,7 @@ __all__ = [
     "RecordError",
     "Role",
     "Text",
+    "Videos",
     "decode_image",
     "image_bytes",
     "image_size",

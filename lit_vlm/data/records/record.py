@@ -5,49 +5,17 @@ The same shape as JSON is described by `record.schema.json` beside this file.
 
 from __future__ import annotations
 
-import io
-import math
-import os
-import struct
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Literal, TypeVar, get_args
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags
-from PIL import Image as PILImage
 
-from lit_vlm.data.records.png import without_notes
-
-T = TypeVar("T")
 Role = Literal["system", "user", "assistant", "tool", "document"]
 ROLES: tuple[str, ...] = get_args(Role)
-TURNS = {
-    2: PILImage.Transpose.FLIP_LEFT_RIGHT,
-    3: PILImage.Transpose.ROTATE_180,
-    4: PILImage.Transpose.FLIP_TOP_BOTTOM,
-    5: PILImage.Transpose.TRANSPOSE,
-    6: PILImage.Transpose.ROTATE_270,
-    7: PILImage.Transpose.TRANSVERSE,
-    8: PILImage.Transpose.ROTATE_90,
-}
-"""EXIF orientation → the transposition that turns a picture upright."""
-MAX_PIXELS = 100_000_000
-"""Most pixels of one image: a larger one is refused before it is decoded. 100 megapixels are 300 MB in memory."""
-MAX_SIDE = 100_000
-"""Longest side of one image in pixels. A resize holds the long side times the new short side in memory."""
-MAX_PATH = 4096
-"""Most letters of a path, as on Linux; so a picture in base64 is not looked for in the file system."""
 MAX_DETAIL = 600
 """Most letters of a `RecordError`'s detail; a longer one, such as with a picture in base64, is cut in the middle."""
-
-
-UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, OverflowError, MemoryError, struct.error)
-"""What Pillow raises for a file that it cannot read."""
 
 
 class RecordError(ValueError):
@@ -81,15 +49,17 @@ class Text:
 
 @dataclass(frozen=True)
 class Image:
-    """An image, as a path (relative to the source's image folder) or as encoded bytes.
+    """An image, as a path (relative to the source's image folder) or as encoded bytes; or a frame of a video.
 
     Attributes:
-        path: path of the file.
-        data: encoded content of the file.
+        path: path of the file, a picture; with `moment` and without `data`, a video.
+        data: encoded content of the picture.
         size: (width, height) of the upright picture in pixels, where it is known without decoding.
         maps: name → float32 `[rows, cols, width]`: exact targets of drawn scenes, such as depth. Only sources that draw
             their pictures have them; converted sets do not hold them.
         links: whether the file may be reached through a link that leaves the image folder.
+        moment: of a frame, when it is shown: seconds from the first frame of its video. The frames of a video follow
+            each other in a message, with ascending moments and with nothing but text between them.
     """
 
     path: str | None = None
@@ -97,6 +67,12 @@ class Image:
     size: tuple[int, int] | None = None
     maps: Mapping[str, NDArray[np.float32]] | None = field(default=None, compare=False, repr=False)
     links: bool = field(default=False, compare=False, repr=False)
+    moment: float | None = None
+
+    @property
+    def in_video(self) -> bool:
+        """Whether the pixels are in a video, and not in a picture."""
+        return self.moment is not None and self.data is None and self.path is not None
 
 
 Content = Text | Image
@@ -150,194 +126,3 @@ class Record:
     def images(self) -> list[Image]:
         """All images in order."""
         return [part for message in self.messages for part in message.content if isinstance(part, Image)]
-
-
-def image_file(image: Image, folder: Path) -> Path:
-    """The file of an image's path, which must lie in the folder.
-
-    A link may leave the folder where the image's `links` says so, or inside the cache of the Hugging Face hub, where
-    the files of `snapshots/REVISION` are links into `blobs` beside it. A path that leaves the folder by itself may not.
-
-    Args:
-        image: an image with a path.
-        folder: the image folder, which the path is relative to.
-
-    Raises:
-        RecordError: `missing_image` or `outside_folder`.
-    """
-    path = image.path or ""
-    if len(path) > MAX_PATH:
-        raise RecordError("missing_image", f"{path[:80]!r}, of {len(path)} letters, is no path")
-    try:
-        file = folder / path
-        if not file.resolve().is_relative_to(folder.resolve()):
-            # `..` is worked out before links are followed, as behind a link it would mean another folder.
-            file = Path(os.path.abspath(file))
-            if not file.is_relative_to(os.path.abspath(folder)):
-                raise RecordError(
-                    "outside_folder",
-                    f"{path} leaves the image folder {folder}; image_folder of the source sets another",
-                )
-            target = file.resolve()
-            if not (image.links or _in_hub_cache([file, folder.resolve()], target)):
-                raise RecordError(
-                    "outside_folder",
-                    f"{path} leaves the image folder {folder} by a link, to {target}; allow_links: true of the source "
-                    "(--set allow_links=true) reads it",
-                )
-        exists = file.is_file()
-    except RecordError:
-        raise
-    except (OSError, ValueError) as error:  # a name that no file system takes
-        raise RecordError("missing_image", f"{path[:80]!r} is no path: {error}") from error
-    if not exists:
-        raise RecordError("missing_image", f"{file} does not exist")
-    return file
-
-
-def _in_hub_cache(places: list[Path], target: Path) -> bool:
-    """Whether one of the places lies below `snapshots`, and the target in `blobs` beside that."""
-    above = [folder for place in places for folder in place.parents if folder.name == "snapshots"]
-    return any(target.parent == (folder.parent / "blobs").resolve() for folder in above)
-
-
-def image_bytes(image: Image, folder: Path) -> bytes:
-    """The encoded content of an image, read from its file where it is not in memory.
-
-    Raises:
-        RecordError: `missing_image` or `outside_folder`.
-    """
-    if image.data is not None:
-        return image.data
-    try:
-        return image_file(image, folder).read_bytes()
-    except OSError as error:
-        raise RecordError("missing_image", f"{image.path}: {error}") from error
-
-
-def image_size(image: Image, folder: Path) -> tuple[int, int]:
-    """(width, height) in pixels of the upright picture, from the header of its file.
-
-    Raises:
-        RecordError: as `open_image`.
-    """
-    return image.size if image.size is not None else _read(image, folder, _upright_size)
-
-
-def open_image(image: Image, folder: Path) -> PILImage.Image:
-    """Decode an image to RGB, upright, with transparent parts white; of an animation, the first frame.
-
-    Raises:
-        RecordError: `missing_image`, `outside_folder`, `corrupt_image` or `too_large`.
-    """
-    return decode_image(image, folder)[0]
-
-
-def decode_image(
-    image: Image, folder: Path, scale: Callable[[tuple[int, int]], float] | None = None
-) -> tuple[PILImage.Image, tuple[int, int]]:
-    """Decode an image as `open_image` does; with `scale`, at a fraction of its size where that is enough.
-
-    Args:
-        image: path or bytes.
-        folder: what the path is relative to.
-        scale: (width, height) of the original → factor by which it will be resized. A JPEG is then decoded at 1/2, 1/4
-            or 1/8 of its size, as long as that leaves twice what is needed; it takes a fraction of the time.
-
-    Returns:
-        the picture, and (width, height) of the upright original.
-
-    Raises:
-        RecordError: as `open_image`.
-    """
-
-    def decode(opened: PILImage.Image) -> tuple[PILImage.Image, tuple[int, int]]:
-        size = _upright_size(opened)
-        needed = 2 * scale(size) if scale is not None else 1.0
-        if needed <= 0.5 and opened.mode in ("RGB", "L"):
-            width, height = opened.size
-            opened.draft(opened.mode, (math.ceil(width * needed), math.ceil(height * needed)))
-        opened.load()
-        return upright_rgb(opened), size
-
-    return _read(image, folder, decode)
-
-
-def _read(image: Image, folder: Path, use: Callable[[PILImage.Image], T]) -> T:
-    """Open a picture and return `use` of it; a PNG that fails is tried again without texts and profiles."""
-    try:
-        with _opened(image, folder) as opened:
-            return use(opened)
-    except RecordError as error:
-        smaller = without_notes(image_bytes(image, folder)) if error.reason == "corrupt_image" else None
-        if smaller is None:
-            raise
-    with _opened(replace(image, data=smaller), folder) as opened:
-        return use(opened)
-
-
-@contextmanager
-def _opened(image: Image, folder: Path) -> Iterator[PILImage.Image]:
-    """Open a picture's file, as a context manager; errors of Pillow inside the context become a `RecordError`."""
-    file: Path | io.BytesIO = io.BytesIO(image.data) if image.data is not None else image_file(image, folder)
-    name = image.path or "image bytes"
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", PILImage.DecompressionBombWarning)  # the limit below is ours
-            with PILImage.open(file) as opened:
-                if opened.width * opened.height > MAX_PIXELS or max(opened.size) > MAX_SIDE:
-                    size = f"{name}: {opened.width}×{opened.height}"
-                    raise RecordError("too_large", f"{size}, over {MAX_PIXELS} pixels, or a side over {MAX_SIDE}")
-                yield opened
-    except PILImage.DecompressionBombError as error:
-        raise RecordError("too_large", f"{name}: {error}") from error
-    except UNREADABLE as error:
-        if isinstance(error, RecordError):
-            raise
-        raise RecordError("corrupt_image", f"{name}: {error}") from error
-
-
-def _orientation(opened: PILImage.Image) -> int:
-    """The orientation tag of EXIF; 1, upright, where EXIF is damaged, as the pixels may still be whole."""
-    try:
-        return opened.getexif().get(ExifTags.Base.Orientation, 1)
-    except (*UNREADABLE, KeyError, TypeError, IndexError):
-        return 1
-
-
-def _upright_size(opened: PILImage.Image) -> tuple[int, int]:
-    return (opened.height, opened.width) if _orientation(opened) in (5, 6, 7, 8) else opened.size
-
-
-def upright_rgb(picture: PILImage.Image) -> PILImage.Image:
-    """A picture turned as its EXIF data say, as 8-bit RGB with transparent parts white.
-
-    Raises:
-        RecordError: for pixels that are numbers of unknown range.
-    """
-    turn = TURNS.get(_orientation(picture))
-    return _as_rgb(picture.transpose(turn) if turn is not None else picture)
-
-
-def _as_rgb(picture: PILImage.Image) -> PILImage.Image:
-    """A picture as 8-bit RGB, transparent parts white."""
-    upright = _eight_bit(picture)
-    if upright.mode in ("RGBa", "La"):  # alpha is multiplied into the colours
-        upright = upright.convert("RGBA" if upright.mode == "RGBa" else "LA")
-    if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
-        layer = upright if upright.mode == "RGBA" else upright.convert("RGBA")
-        return PILImage.alpha_composite(PILImage.new("RGBA", layer.size, "white"), layer).convert("RGB")
-    return upright if upright.mode == "RGB" else upright.convert("RGB")
-
-
-def _eight_bit(image: PILImage.Image) -> PILImage.Image:
-    """Scale 16-bit greyscale to 8 bits, which Pillow would clip to white; other modes stay as they are."""
-    if not image.mode.startswith(("I", "F")):
-        return image
-    if image.mode == "F":
-        raise RecordError("corrupt_image", "pixels are floating-point numbers of unknown range")
-    values = np.asarray(image)
-    if values.max(initial=0) > 65535 or values.min(initial=0) < 0:
-        raise RecordError("corrupt_image", "pixels are 32-bit numbers of unknown range")
-    levels = (np.arange(65536) / 257).round().astype(np.uint8)  # a table: no copy of the picture in wider numbers
-    return PILImage.fromarray(levels[values])

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from lit_vlm.core.batch import ENCODER, IGNORE, BadSample, Grid, PixelSpec
 from lit_vlm.core.tiling import Tiling
-from lit_vlm.data.records import Image, Record, RecordError, decode_image, image_size
+from lit_vlm.data.records import Image, Record, RecordError, Videos, decode_image, image_size
+from lit_vlm.data.sample.frames import fit_frames
 from lit_vlm.data.sample.prepared import Prepared
 from lit_vlm.data.sample.spec import InputSpec
 from lit_vlm.data.sample.spelling import Spelling, spelling_of
@@ -211,17 +212,22 @@ class SampleEncoder:
         Raises:
             RecordError: with the reason why it cannot be used.
         """
-        pieces = self.template.prompt(record.messages, self._eos) if self.prompt else self._rendered(record)
-        ids, labels = encode_pieces(pieces, self.spec, self._bos(record))
+        given, record = record, self._with_fitting_frames(record, image_folder)
+        pieces, ids, labels = self._encoded(record)
         stop_ids = self._stop_ids if self.prompt else frozenset()
         sample = Sample(record.id, record.source, [], [], options=record.options, stop_ids=stop_ids)
         images = iter([piece for piece in pieces if isinstance(piece, Image)])
-        for token, label in zip(ids, labels, strict=True):
-            if token == IMAGE_SLOT:
-                self._add_image(sample, next(images), image_folder)
-            else:
-                sample.ids.append(token)
-                sample.labels.append(label)
+        with Videos() as videos:
+            for token, label in zip(ids, labels, strict=True):
+                if token == IMAGE_SLOT:
+                    self._add_image(sample, next(images), image_folder, videos)
+                else:
+                    sample.ids.append(token)
+                    sample.labels.append(label)
+        had, kept = (sum(image.moment is not None for image in one.images) for one in (given, record))
+        if kept < had:
+            detail = f"{kept} of {had} frames fit, max_length is {self.max_length}"
+            sample.note = BadSample(sample.id, sample.source, "fewer_frames", detail, dropped=False)
         self._fit(sample)
         if self.prompt and not sample.ids:
             name = type(self.template).__name__
@@ -231,6 +237,21 @@ class SampleEncoder:
         if not self.prompt and sample.num_supervised == 0:
             raise RecordError("no_supervision", "no token of this sample carries a loss")
         return sample
+
+    def _with_fitting_frames(self, record: Record, folder: Path) -> Record:
+        """The record, with fewer frames of its videos where it is longer than `max_length`."""
+        return fit_frames(record, lambda one: self._length(one, folder), self.max_length)
+
+    def _encoded(self, record: Record) -> tuple[list[Piece], list[int], list[int]]:
+        """The pieces of a record, or of its prompt, with their ids and labels, `IMAGE_SLOT` for each image."""
+        pieces = self.template.prompt(record.messages, self._eos) if self.prompt else self._rendered(record)
+        return pieces, *encode_pieces(pieces, self.spec, self._bos(record))
+
+    def _length(self, record: Record, folder: Path) -> int:
+        """Number of positions of a record, without decoding an image."""
+        pieces, ids, _ = self._encoded(record)
+        images = [piece for piece in pieces if isinstance(piece, Image)]
+        return len(ids) - len(images) + sum(self._image_tokens(image, folder) for image in images)
 
     def _bos(self, record: Record) -> bool:
         """Whether the tokenizer's own first token comes first: always in documents, which no template begins."""
@@ -244,12 +265,12 @@ class SampleEncoder:
                 raise RecordError("empty_answer", f"messages[{index}], an answer, holds neither text nor a picture")
         return self.template.render(record.messages, self._eos)
 
-    def _add_image(self, sample: Sample, image: Image, folder: Path) -> None:
+    def _add_image(self, sample: Sample, image: Image, folder: Path, videos: Videos) -> None:
         for name, prepared in self.prepared.items():
             sample.features.setdefault(name, []).append(prepared.features(image, folder))
         for name, wanted in self.spec.known.items():
             sample.features.setdefault(name, []).append(_known(image, wanted))
-        made, size = self._look(image, folder)
+        made, size = self._look(image, folder, videos)
         tiling = self._tiling(image, size, folder)
         for name, pixels in made.items():
             if name == ENCODER:
@@ -265,22 +286,27 @@ class SampleEncoder:
         sample.ids += [0] * grid.num_tokens
         sample.labels += [IGNORE] * grid.num_tokens
 
-    def pixels(self, image: Image, folder: Path) -> dict[str, Tensor]:
+    def pixels(self, image: Image, folder: Path, videos: Videos | None = None) -> dict[str, Tensor]:
         """uint8 `[3, h, w]` of an image for the encoder and for each teacher, where no features were prepared.
+
+        Args:
+            image: the image.
+            folder: what its path is relative to.
+            videos: keeps a video open for its next frame.
 
         Raises:
             RecordError: as `open_image`.
             ValueError: for a transform that does not go with the encoder or teacher.
         """
-        return self._look(image, folder)[0]
+        return self._look(image, folder, videos)[0]
 
-    def _look(self, image: Image, folder: Path) -> tuple[dict[str, Tensor], Size | None]:
+    def _look(self, image: Image, folder: Path, videos: Videos | None) -> tuple[dict[str, Tensor], Size | None]:
         """What `pixels` returns, and (width, height) of the picture; None where it was not opened."""
         wanted = {ENCODER: self.spec.pixels} | self.spec.teacher_pixels
         missing = {name: pixels for name, pixels in wanted.items() if name not in self.prepared}
         if not missing:
             return {}, None
-        picture, size = decode_image(image, folder, self._scale if self.fast_jpeg else None)
+        picture, size = decode_image(image, folder, self._scale if self.fast_jpeg else None, videos)
         return {name: self._transform(name, pixels)(picture, pixels, size) for name, pixels in missing.items()}, size
 
     def _tiling(self, image: Image, size: Size | None, folder: Path) -> Tiling | None:
@@ -321,17 +347,15 @@ class SampleEncoder:
         if len(parts) > 1:
             sizes = [self.measure(part, source) for part in parts]
             return sum(length for length, _ in sizes), sum(images for _, images in sizes)
-        pieces = self._rendered(record)
-        ids, _ = encode_pieces(pieces, self.spec, self._bos(record))
-        images = [piece for piece in pieces if isinstance(piece, Image)]
-        length = len(ids) - len(images) + sum(self._image_tokens(image, source) for image in images)
+        record = self._with_fitting_frames(record, source.image_folder)
+        length = self._length(record, source.image_folder)
         if length > self.max_length and self.too_long == "drop":
             raise RecordError("too_long", f"{length} positions, max_length is {self.max_length}")
-        return min(length, self.max_length), len(images)
+        return min(length, self.max_length), len(record.images)
 
-    def _image_tokens(self, image: Image, source: Source) -> int:
+    def _image_tokens(self, image: Image, folder: Path) -> int:
         fixed = self.transform.fixed(self.spec.pixels)
-        return self.tokens_of((1, 1) if fixed else image_size(image, source.image_folder))
+        return self.tokens_of((1, 1) if fixed else image_size(image, folder))
 
     def tokens_of(self, size: Size) -> int:
         """Number of visual tokens of an image of this (width, height) in pixels.

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 import lit_vlm
 from lit_vlm.core.batch import BadSample
 from lit_vlm.core.pretrained import resolve
-from lit_vlm.data.records import Image, RecordError, image_bytes, open_image
+from lit_vlm.data.records import Image, RecordError, Videos, image_bytes, open_image
 from lit_vlm.data.records.json_files import read_info
 from lit_vlm.data.sets.parallel import Block, blocks_of
 from lit_vlm.data.sets.scan import id_value
@@ -70,7 +70,8 @@ class ConvertBlock:
             try:
                 record = self.source.record(index)
                 identity = record.id
-                images = [self._verified(image) for image in record.images]
+                with Videos() as videos:
+                    images = [self._verified(image, videos) for image in record.images]
             except RecordError as error:
                 bad.append(BadSample(identity, self.source.name, error.reason, error.detail))
                 continue
@@ -91,9 +92,9 @@ class ConvertBlock:
         outlines.done()
         return {**stats, "digest": digest.hexdigest(), "bad": [sample._asdict() for sample in bad]}
 
-    def _verified(self, image: Image) -> tuple[bytes, tuple[int, int]]:
+    def _verified(self, image: Image, videos: Videos) -> tuple[bytes, tuple[int, int]]:
         """Bytes and (width, height) of an image that decodes as a whole."""
-        content = image_bytes(image, self.source.image_folder)
+        content = image_bytes(image, self.source.image_folder, videos)
         name = image.path or "image"
         if not content:
             raise RecordError("corrupt_image", f"{name} is empty")

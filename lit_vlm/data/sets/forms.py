@@ -13,10 +13,22 @@ from jsonargparse import ArgumentParser
 from lit_vlm.core.plugins import find_class
 from lit_vlm.data.records.files import list_files, walk
 from lit_vlm.data.records.media import IMAGE_SUFFIXES, is_nothing, unread_key
-from lit_vlm.data.sources import Captions, ChatJsonl, LlavaJson, Mmc4, Parquet, Pictures, Source, Texts, WebDataset
+from lit_vlm.data.sources import (
+    Captions,
+    ChatJsonl,
+    LlavaJson,
+    LlavaVideo,
+    Mmc4,
+    Parquet,
+    Pictures,
+    Source,
+    Texts,
+    WebDataset,
+)
 
 FORMS: dict[str, type[Source]] = {
-    form.__name__: form for form in (LlavaJson, ChatJsonl, Parquet, WebDataset, Mmc4, Texts, Captions, Pictures)
+    form.__name__: form
+    for form in (LlavaJson, LlavaVideo, ChatJsonl, Parquet, WebDataset, Mmc4, Texts, Captions, Pictures)
 }
 
 HEAD = 1 << 22
@@ -102,8 +114,8 @@ def _by_row(path: Path, advice: str) -> str:
         raise ValueError(f"{path} has no line of JSON")
     raise ValueError(
         f"{path}: a line with the keys {sorted(keys)} is not known. Known are messages, texts, or query and response "
-        "(chat), conversations (LLaVA), text_list and image_info (MMC4), image and caption (captions), inputs and "
-        f"targets or text (text only): {advice}" + _caption_advice(first)
+        "(chat), conversations (LLaVA), video_id, q and a (Video-ChatGPT), text_list and image_info (MMC4), image and "
+        f"caption (captions), inputs and targets or text (text only): {advice}" + _caption_advice(first)
     )
 
 
@@ -118,6 +130,8 @@ def _form_of(held: set[str], keys: set[str]) -> str | None:
         return "Mmc4"
     if held & {"messages", "texts"} or ("query" in held and "response" in keys):
         return "ChatJsonl"
+    if {"video", "conversations"} <= held or {"video_id", "q"} <= held:
+        return "LlavaVideo"
     if "conversations" in held:
         return "LlavaJson"
     if {"image", "caption"} <= held:

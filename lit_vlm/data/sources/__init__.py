@@ -9,6 +9,7 @@ from lit_vlm.data.sources.grouped import Grouped
 from lit_vlm.data.sources.tables import Parquet
 from lit_vlm.data.sources.tars import WebDataset
 from lit_vlm.data.sources.unpaired import RandomWords, Unpaired
+from lit_vlm.data.sources.videos import LlavaVideo
 
 __all__ = [
     "Captions",
@@ -16,6 +17,7 @@ __all__ = [
     "Converted",
     "Grouped",
     "LlavaJson",
+    "LlavaVideo",
     "Mmc4",
     "Parquet",
     "Pictures",

@@ -144,7 +144,8 @@ def llava_record(raw: Any, source: str, index: int, images: Sequence[Image], pos
         )
     remaining = iter(images)
     messages = tuple(_llava_message(turn, i, remaining, position) for i, turn in enumerate(turns))
-    refuse_unread(raw, IMAGE_KEYS, bool(images), f"entry {index}", "name pictures under 'image', with a mark for each")
+    advice = "name pictures under 'image', with a mark for each; videos are read by LlavaVideo"
+    refuse_unread(raw, IMAGE_KEYS, bool(images), f"entry {index}", advice)
     return refuse_marks(Record(str(index if raw.get("id") is None else raw["id"]), source, messages))
 
 

@@ -192,7 +192,8 @@ def encode_record(record: Record, images: Sequence[tuple[bytes, tuple[int, int]]
         if isinstance(part, Text):
             return {"type": "text", "text": part.text} | ({} if part.loss is None else {"loss": part.loss})
         content, size = next(remaining)
-        return {"type": "image", "size": size, "bytes": len(content)}
+        shown = {} if part.moment is None else {"moment": part.moment}
+        return {"type": "image", "size": size, "bytes": len(content)} | shown
 
     raw = {
         "id": record.id,
@@ -218,7 +219,8 @@ def decode_record(content: bytes, images: bytes | None, source: str) -> Record:
         if part["type"] == "text":
             return Text(part["text"], part.get("loss"))
         end = start + part["bytes"]
-        image = Image(data=None if images is None else images[start:end], size=tuple(part["size"]))
+        data = None if images is None else images[start:end]
+        image = Image(data=data, size=tuple(part["size"]), moment=part.get("moment"))
         start = end
         return image
 

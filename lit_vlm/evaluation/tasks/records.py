@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 from lit_vlm.data.records import Image, Record, RecordError
 from lit_vlm.data.records.parsing import parse_record
-from lit_vlm.data.records.record import image_file
+from lit_vlm.data.records.pictures import image_file
 from lit_vlm.evaluation.held_out_records import absolute_paths
 from lit_vlm.evaluation.metrics import ANLS, ExactMatch, MeanScore, RelaxedAccuracy, TokenF1, VQAAccuracy
 from lit_vlm.evaluation.metrics.choice import LETTERS

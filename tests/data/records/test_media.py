@@ -143,8 +143,12 @@ REFUSED: dict[str, tuple[Any, str]] = {
         for key in ("image_path", "image_paths", "img", "imgs", "img_path", "image_url", "picture", "photos", "video",
                     "videos", "video_path", "audio", "audios", "audio_path", "image_1", "left_image", "image_base64")
     },
-    "LLaVA's video": ({"conversations": PLAIN, "video": "a.mp4"}, "unread_media: entry 0 holds 'a.mp4' under 'video'"),
+    "LLaVA's video": ({"conversations": PLAIN, "video": "a.mp4"}, "missing_image: .*a.mp4 does not exist"),
     "LLaVA's video and image": ({"conversations": LLAVA, "image": "a.png", "video": "a.mp4"}, "unread_media.*'video'"),
+    "LLaVA's other video": (
+        {"conversations": PLAIN, "video_path": "a.mp4"},
+        "unread_media: entry 0 holds 'a.mp4' under 'video_path'.*videos are read by LlavaVideo",
+    ),
     "of a turn": ({"conversations": [{**PLAIN[0], "image": "a.png"}, PLAIN[1]]}, r"unread_media: conversations\[0\]"),
     "of a message": ({"messages": [{**ASKED[0], "images": ["a.png"]}]}, r"unread_media: messages\[0\]"),
     "film part": ({"messages": [{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}]}, "unread_media"),
