@@ -314,6 +314,7 @@ class Batch:
         bad: samples that were left out or cut while this batch was made.
         window: counts over all micro-batches of the optimizer step; None if the loader knows nothing of steps.
         stop_ids: token ids that close an answer in the template of the prompts; empty in training.
+        opening: text that answers to the prompts begin with in their template, as it is decoded; no part of an answer.
         segments: lengths of the segments that `position_ids` make, in plain integers, so that nobody must ask the
             device for them; None if they are not known.
         tilings: how the tiles of each image make it up, in the order of `images`; None for an image that is not of
@@ -336,6 +337,7 @@ class Batch:
     bad: tuple[BadSample, ...] = ()
     window: Window | None = None
     stop_ids: frozenset[int] = frozenset()
+    opening: str = ""
     segments: Segments | None = None
     tilings: tuple[Tiling | None, ...] = ()
 

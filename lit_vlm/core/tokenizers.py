@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -79,17 +81,30 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-class IncrementalText:
-    """The text of tokens that come one by one: all pieces together are that of all tokens, without spaces around it.
+def decoded(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int], opening: str = "") -> str:
+    """The text of an answer's tokens, without special tokens, spaces around it, and what all answers begin with.
 
-    Spaces wait for what follows them, and so does a letter of which only some bytes are there.
+    Args:
+        tokenizer: decodes them.
+        ids: the tokens.
+        opening: as `Batch.opening`.
+    """
+    return str(tokenizer.decode(ids, skip_special_tokens=True)).strip().removeprefix(opening).strip()
+
+
+class IncrementalText:
+    """The text of tokens that come one by one: all pieces together are that of all tokens, as `decoded` gives it.
+
+    Spaces wait for what follows them, and so do a letter of which only some bytes are there, and what may become the
+    opening.
 
     Args:
         tokenizer: decodes them; special tokens are left out.
+        opening: as `Batch.opening`.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, opening: str = "") -> None:
+        self._tokenizer, self._opening = tokenizer, opening
         self._ids: list[int] = []
         self._said = ""
 
@@ -106,14 +121,14 @@ class IncrementalText:
         """
         self._ids.append(token)
         text = self._text()
-        return "" if text.endswith("\ufffd") else self._new(text)
+        return "" if text.endswith("\ufffd") or self._opening.startswith(text) else self._new(text)
 
     def rest(self) -> str:
         """What the last tokens still hold back, at the end."""
         return self._new(self._text())
 
     def _text(self) -> str:
-        return str(self._tokenizer.decode(self._ids, skip_special_tokens=True)).strip()
+        return decoded(self._tokenizer, self._ids, self._opening)
 
     def _new(self, text: str) -> str:
         if not text.startswith(self._said):  # what follows changed a letter before it: no piece can take that back

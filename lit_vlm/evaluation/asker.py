@@ -137,7 +137,7 @@ class Asker:
         """
         spec = self.module.input_spec
         batch = self.batch(samples)
-        texts = [IncrementalText(spec.tokenizer) for _ in samples]
+        texts = [IncrementalText(spec.tokenizer, batch.opening) for _ in samples]
         ended: list[Ended | None] = [None] * len(samples)
         steps = stream(self.module.vlm, batch, spec.stop_ids | batch.stop_ids, sampling)
         with self.evaluating():

@@ -29,6 +29,7 @@ from lit_vlm.core.lora import NO_ADAPTERS, Adapters
 from lit_vlm.core.precision import DTYPES, SCALED
 from lit_vlm.core.progress import slowly
 from lit_vlm.core.quantised import UNQUANTISED, Quantize
+from lit_vlm.core.tokenizers import decoded
 from lit_vlm.core.transfer import Fetched, on_host, send_numbers
 from lit_vlm.data.datamodule import VLMData
 from lit_vlm.data.sample.spec import InputSpec
@@ -541,7 +542,7 @@ class LitVLM(LightningModule):
         spec = self.input_spec
         with self.autocast():
             rows = generate(self.vlm, batch, spec.stop_ids | batch.stop_ids, max_new_tokens, temperature, top_p)
-        return [spec.tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows[: len(batch.samples)]]
+        return [decoded(spec.tokenizer, row, batch.opening) for row in rows[: len(batch.samples)]]
 
 
 def _mean(pair: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lit_vlm.core.tokenizers import IncrementalText, byte_tokenizer
+from lit_vlm.core.tokenizers import IncrementalText, byte_tokenizer, decoded
 
 
 @pytest.mark.parametrize("text", ["A cat.", "  spaces  around  ", "日本語 and 🐈!", "", " ", "line\nbreaks\n\n"])
@@ -16,6 +16,28 @@ def test_pieces_together_are_the_whole_text(text: str) -> None:
     assert "".join(pieces) == text.strip()
     assert growing.num_tokens == len(ids)
     assert not any("\ufffd" in piece for piece in pieces)
+
+
+OPENING = "<think>\n\n</think>"
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (f"{OPENING}\n\nA cat.", "A cat."),
+        (f"{OPENING}", ""),
+        ("<think>\n\n", "<think>"),
+        ("<think> it is", "<think> it is"),
+        ("A cat.", "A cat."),
+        (f"A cat. {OPENING}", f"A cat. {OPENING}"),
+    ],
+)
+def test_what_all_answers_begin_with_is_no_part_of_them(text: str, answer: str) -> None:
+    tokenizer = byte_tokenizer()
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    assert decoded(tokenizer, ids, OPENING) == answer
+    growing = IncrementalText(tokenizer, OPENING)
+    assert "".join([*(growing.push(token) for token in ids), growing.rest()]) == answer
 
 
 def test_letters_wait_for_their_last_byte_and_half_of_one_is_said_at_the_end() -> None:

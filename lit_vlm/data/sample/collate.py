@@ -101,6 +101,7 @@ def make_rows(
         prepared={name: _features(ordered, name) for name in prepared},
         bad=(*bad, *notes),
         stop_ids=frozenset().union(*(sample.stop_ids for sample in ordered)),
+        opening=next((sample.opening for sample in ordered), ""),  # the same for all, as they share a template
         tilings=_tilings(ordered),
         segments=None if left else tuple(fill([len(sample) for sample in row], shape[1]) for row in rows) or ((1,),),
     )

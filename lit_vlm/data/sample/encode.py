@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lit_vlm.core.batch import ENCODER, IGNORE, BadSample, Grid, PixelSpec
 from lit_vlm.core.tiling import Tiling
+from lit_vlm.core.tokenizers import decoded
 from lit_vlm.data.records import Image, Record, RecordError, Videos, decode_image, image_size
 from lit_vlm.data.sample.frames import fit_frames
 from lit_vlm.data.sample.prepared import Prepared
@@ -45,6 +46,7 @@ class Sample:
         options: answers to choose from.
         note: what was cut off; None for a whole sample.
         stop_ids: ids that close the answer to a prompt, besides those that end any answer (`InputSpec.stop_ids`).
+        opening: what an answer to a prompt begins with in its template, as it is decoded.
         tilings: how the tiles of each image make it up; None for one that is not of tiles, or whose tiles stay as they
             come. Empty: there is none of tiles.
     """
@@ -61,6 +63,7 @@ class Sample:
     options: tuple[str, ...] = ()
     note: BadSample | None = None
     stop_ids: frozenset[int] = frozenset()
+    opening: str = ""
     tilings: list[Tiling | None] = field(default_factory=list)
 
     def __len__(self) -> int:
@@ -190,6 +193,12 @@ class SampleEncoder:
         closing = spelling_of(self.spec.tokenizer).single(self.template.closing(self._eos))
         return frozenset() if closing is None else frozenset([closing])
 
+    @cached_property
+    def _opening(self) -> str:
+        opening = self.template.opening()
+        tokenizer = self.spec.tokenizer
+        return decoded(tokenizer, tokenizer(opening, add_special_tokens=False).input_ids) if opening else ""
+
     def sequences(self, record: Record, image_folder: Path) -> list[Sample]:
         """Encode a record: to one sample, or to one for each document of a record of several.
 
@@ -214,8 +223,9 @@ class SampleEncoder:
         """
         given, record = record, self._with_fitting_frames(record, image_folder)
         pieces, ids, labels = self._encoded(record)
-        stop_ids = self._stop_ids if self.prompt else frozenset()
-        sample = Sample(record.id, record.source, [], [], options=record.options, stop_ids=stop_ids)
+        sample = Sample(record.id, record.source, [], [], options=record.options)
+        if self.prompt:
+            sample.stop_ids, sample.opening = self._stop_ids, self._opening
         images = iter([piece for piece in pieces if isinstance(piece, Image)])
         with Videos() as videos:
             for token, label in zip(ids, labels, strict=True):

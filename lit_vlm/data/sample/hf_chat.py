@@ -126,7 +126,7 @@ class HFChat(Template):
                 f"answers are taught behind {between!r} and asked for behind {prompt!r}: set init_args.arguments, such "
                 "as {enable_thinking: false}"
             )
-        elif (opening := self._opening()).strip():
+        elif (opening := self.opening()).strip():
             found.append(
                 f"answers begin with {opening!r}, which the model learns to write: set init_args.arguments, such as "
                 "{enable_thinking: false}, where the prompt is to hold it"
@@ -155,8 +155,8 @@ class HFChat(Template):
         settings = "".join(f"{{%- set {name} = {as_value(value)} -%}}" for name, value in self.arguments.items())
         return self._today() + settings + joining(image, self.system, self.parts) + self.jinja
 
-    def _opening(self) -> str:
-        """What a model learns to write in front of an answer's text."""
+    def opening(self) -> str:
+        """What a model learns to write in front of an answer's text, such as an empty thought."""
         between = self._frame(("user", "assistant"), False).literals[1]
         return "".join(text for taught, text in between.runs() if taught)
 
@@ -166,7 +166,7 @@ class HFChat(Template):
             return []
         frame = self._frame(tuple(message.role for message in messages), asked)
         if asked:  # as the model wrote them, earlier answers may begin with what the template writes by itself
-            messages = [without_opening(message, self._opening()) for message in messages]
+            messages = [without_opening(message, self.opening()) for message in messages]
         place = unused_place("".join(message.text for message in messages))
         contents = [text_of(message, place) for message in messages]
         text = self._render([(message.role, one) for message, one in zip(messages, contents, strict=True)], asked)

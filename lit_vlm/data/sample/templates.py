@@ -75,6 +75,10 @@ class Template(ABC):
         """
         return None
 
+    def opening(self) -> str:
+        """What a model learns to write in front of an answer's text, which is no part of the answer."""
+        return ""
+
     def notes(self) -> list[str]:
         """What users should know before they train with this template."""
         return []

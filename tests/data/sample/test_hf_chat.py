@@ -14,6 +14,7 @@ from lit_vlm.core.batch import IGNORE
 from lit_vlm.core.tokenizers import byte_tokenizer
 from lit_vlm.data.records import Image, Message, Record, RecordError, Text
 from lit_vlm.data.sample.chat_template import as_jinja
+from lit_vlm.data.sample.collate import collate_prompts
 from lit_vlm.data.sample.encode import encode_pieces
 from lit_vlm.data.sample.format import SampleFormat
 from lit_vlm.data.sample.hf_chat import HFChat
@@ -137,6 +138,18 @@ def test_turns_of_tools_are_written_as_transformers_writes_them() -> None:
         assert text_of(asked) == chat._render([(m.role, m.text) for m in CALLS[:3]], True)
         written.add(file.stem)
     assert len(written) > 5, written
+
+
+def test_prompts_say_what_answers_begin_with() -> None:
+    made = byte_tokenizer()  # in which thoughts are spelled in letters, as with Qwen3 they are no special tokens
+    made.chat_template = THINKS
+    spec, record = make_spec(made), Record("a", "chats", tuple(ONE))
+    for arguments, opening in (({}, "<think>\n\n</think>"), ({"enable_thinking": False}, "")):
+        written = SampleFormat(HFChat(arguments=arguments), PadSquare(), 512, True)
+        sample = written.sample_encoder(spec, prompt=True)(record, Path())
+        assert sample.opening == opening
+        assert collate_prompts([sample], pad_id=0).opening == opening
+        assert not written.sample_encoder(spec)(record, Path()).opening
 
 
 def test_turns_of_tools_stand_behind_answers_and_in_templates_that_have_them() -> None:
