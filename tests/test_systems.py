@@ -18,6 +18,7 @@ RECIPES = (
     "eve_v2",
     "hovle",
     "hovle_hd",
+    "llava_next",
     "mono_internvl",
     "multi_encoder_feature",
     "multi_encoder_token",
@@ -57,6 +58,7 @@ STAGES = [
     ("eve_v2", "2_1a_vision"),
     ("hovle", "1_distill"),
     ("hovle_hd", "3_sft"),
+    ("llava_next", "2_sft"),
     ("ola_vlm", "1_pretrain"),
     ("vila", "1_pretrain"),
 ]
