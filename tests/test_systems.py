@@ -19,6 +19,7 @@ RECIPES = (
     "fuyu",
     "hovle",
     "hovle_hd",
+    "llava_next",
     "mono_internvl",
     "multi_encoder_feature",
     "multi_encoder_token",
@@ -59,6 +60,7 @@ STAGES = [
     ("fuyu", "1_pretrain"),
     ("hovle", "1_distill"),
     ("hovle_hd", "3_sft"),
+    ("llava_next", "2_sft"),
     ("ola_vlm", "1_pretrain"),
     ("vila", "1_pretrain"),
 ]

@@ -59,7 +59,18 @@ SWAPS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("recipe", TINY)
+PUT_TOGETHER = "llava_next"
+"""The recipe whose embedder puts tiles together, which the processor knows nothing of."""
+WRITTEN = [recipe for recipe in TINY if recipe != PUT_TOGETHER]
+
+
+def test_tiles_that_are_put_together_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"tells a model nothing of how tiles make up a picture, and model\.embedder"):
+        exported(tmp_path / "out", PUT_TOGETHER)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("recipe", WRITTEN)
 def test_every_recipe_is_the_same_in_transformers(recipe: str, tmp_path: Path) -> None:
     _, found = exported(tmp_path / "out", recipe)
     assert found.logits == 0
@@ -85,7 +96,7 @@ def test_quantised_weights_are_stored_as_such(recipe: str, kind: Kind, tmp_path:
 
 EARLIER = [
     pytest.param(recipe, stage, marks=[] if recipe == "llava15" else pytest.mark.slow)
-    for recipe in TINY
+    for recipe in WRITTEN
     for stage in find_recipe(recipe).stages_for("tiny")[:-1]
     if not read_stage(recipe, stage).get("leave_out")
 ]

@@ -98,6 +98,20 @@ def test_prepared_features_give_the_losses_of_online_ones(
     assert set(online) == {"next_token", "distil"}
 
 
+def test_prepared_features_of_tiles_are_put_together_as_online_ones(config: list[str], tmp_path: Path) -> None:
+    """How tiles make up a picture is read from the picture's size, as the features do not say."""
+    own = [*config, "--model.heads.distil", "null", "--model.stage.losses", '{"next_token": 1.0}']
+    own += ["--model.embedder", "SpliceTiles", "--data.transform", "AnyRes"]
+    out = prepare(own, tmp_path / "out", "--of", "encoder")
+    shown, online = first_batch(own)
+    module, batch = first_batch(own, "--data.prepared.encoder", str(out))
+    assert not batch.images.sizes
+    assert any(batch.tilings)
+    assert batch.tilings == online.tilings
+    assert batch.image_grids == online.image_grids
+    assert losses(module, batch) == pytest.approx(losses(shown, online), rel=2e-3)
+
+
 def test_a_batch_without_images_keeps_the_names(config: list[str], tmp_path: Path) -> None:
     out = prepare(config, tmp_path / "out", "--of", "encoder")
     cli = lightning_cli([*config, "--data.prepared.encoder", str(out)], run=False)
