@@ -1,7 +1,6 @@
 """Records: the samples of a source before templates and transforms, and the reading of their pictures."""
 
 from lit_vlm.data.records.pictures import (
-    MAX_SIDE,
     decode_image,
     image_bytes,
     image_size,
@@ -9,6 +8,7 @@ from lit_vlm.data.records.pictures import (
 )
 from lit_vlm.data.records.record import (
     MAX_DETAIL,
+    MAX_SIDE,
     ROLES,
     Content,
     Image,

@@ -16,8 +16,7 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 from PIL import Image as PILImage
 
-from lit_vlm.data.records.pictures import MAX_PIXELS, MAX_SIDE, UNREADABLE
-from lit_vlm.data.records.record import RecordError
+from lit_vlm.data.records.record import MAX_PIXELS, MAX_SIDE, RecordError
 
 OPTIONS = {"format_whitelist": "mov,matroska,avi", "protocol_whitelist": "file"}
 """Containers that hold their own frames. Others, such as playlists, may name further files and network addresses."""
@@ -58,7 +57,7 @@ def _reading(what: str) -> Iterator[None]:
         yield
     except RecordError:
         raise
-    except (av.FFmpegError, *UNREADABLE) as error:
+    except (av.FFmpegError, OSError, ValueError, OverflowError, MemoryError) as error:
         said = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise RecordError("corrupt_video", f"{what}: {said}") from error
 

@@ -18,7 +18,7 @@ from PIL import ExifTags
 from PIL import Image as PILImage
 
 from lit_vlm.data.records.png import without_notes
-from lit_vlm.data.records.record import Image, RecordError
+from lit_vlm.data.records.record import MAX_PIXELS, MAX_SIDE, Image, RecordError
 from lit_vlm.data.records.videos import Videos, film_module
 
 T = TypeVar("T")
@@ -32,10 +32,6 @@ TURNS = {
     8: PILImage.Transpose.ROTATE_90,
 }
 """EXIF orientation → the transposition that turns a picture upright."""
-MAX_PIXELS = 100_000_000
-"""Most pixels of one image: a larger one is refused before it is decoded. 100 megapixels are 300 MB in memory."""
-MAX_SIDE = 100_000
-"""Longest side of one image in pixels. A resize holds the long side times the new short side in memory."""
 MAX_PATH = 4096
 """Most letters of a path, as on Linux; so a picture in base64 is not looked for in the file system."""
 FRAME_QUALITY = 95

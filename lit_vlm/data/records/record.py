@@ -14,6 +14,10 @@ from numpy.typing import NDArray
 
 Role = Literal["system", "user", "assistant", "tool", "document"]
 ROLES: tuple[str, ...] = get_args(Role)
+MAX_PIXELS = 100_000_000
+"""Most pixels of one image: a larger one is refused before it is decoded. 100 megapixels are 300 MB in memory."""
+MAX_SIDE = 100_000
+"""Longest side of one image in pixels. A resize holds the long side times the new short side in memory."""
 MAX_DETAIL = 600
 """Most letters of a `RecordError`'s detail; a longer one, such as with a picture in base64, is cut in the middle."""
 
