@@ -24,7 +24,7 @@ from lit_vlm.data import VLMData
 from lit_vlm.data.feed.usable import check_sources, try_records
 from lit_vlm.data.sample.encode import Sample
 from lit_vlm.data.sources import Source
-from lit_vlm.decoders import check_order
+from lit_vlm.decoders import check_images, check_order
 from lit_vlm.evaluation.held_out_records import NONE_HELD_OUT
 from lit_vlm.heads import Head
 from lit_vlm.model.build import build_on_meta, check_saved
@@ -164,6 +164,7 @@ class _StageCheck:
             decoder = module.slots.decoder().to(device)
             for packed in (False, True) if data.batching.packs else (False,):
                 check_order(decoder, packed, device)
+                check_images(decoder, packed, device)
             self.done.append("the decoder keeps samples apart" if data.batching.packs else "the decoder is causal")
         elif data.batching.packs and (carried := model.decoder.carried()) is not None:
             self.notes.append(

@@ -5,7 +5,7 @@ from lit_vlm.decoders.absent import AbsentDecoder
 from lit_vlm.decoders.base import Decoder, DecoderOutput
 from lit_vlm.decoders.divide_and_conquer import DivideAndConquer
 from lit_vlm.decoders.hf import HFDecoder
-from lit_vlm.decoders.order import check_cache, check_order
+from lit_vlm.decoders.order import check_cache, check_images, check_order
 
 __all__ = [
     "AbsentDecoder",
@@ -15,5 +15,6 @@ __all__ = [
     "HFDecoder",
     "Lora",
     "check_cache",
+    "check_images",
     "check_order",
 ]

@@ -20,15 +20,14 @@ from lit_vlm.decoders.images import BIDIRECTIONAL
 FIRST, LENGTH = 13, 24
 """Positions of the first sample of a packed row, and of the whole row."""
 IMAGES = ((1, Grid(1, 3)), (4, Grid(1, 3, suffix=1)), (FIRST - 3, Grid(1, 3)), (FIRST, Grid(1, 3)))
-"""Where the last row of a check has images, one beside the other: in packed rows the last opens the second sample."""
+"""Where a row of a check has images, one beside the other: in packed rows the last opens the second sample."""
 
 
 def check_order(decoder: Decoder, packed: bool, device: torch.device) -> None:
-    """Check that no token sees a later one or, in packed rows, another sample; and that images see all of themselves.
+    """Check that no token sees a later one or, in packed rows, another sample.
 
-    The latter with `image_attention: bidirectional`, where a token of an image must see all of its image, and no other
-    token behind it. A short row, or two packed ones, run forward and backward; weights and their gradients stay as they
-    are. Under sharded training every rank must call this, through a method of the root of the shards.
+    A short row, or two packed ones, run forward and backward; weights and their gradients stay as they are. Under
+    sharded training every rank must call this, through a method of the root of the shards.
 
     Args:
         decoder: with its weights, on `device`.
@@ -36,14 +35,11 @@ def check_order(decoder: Decoder, packed: bool, device: torch.device) -> None:
         device: where the decoder runs.
 
     Raises:
-        ValueError: when a token sees what it must not, such as a later one, or in packed rows the sample in front of
-            its own; when an image does not see all of itself; or when a kernel of the decoder does not run on this
-            device.
+        ValueError: when a token sees a later one, or in packed rows the sample in front of its own; or when a kernel of
+            the decoder does not run on this device.
     """
     try:
         _check(decoder, packed, device)
-        if decoder.image_attention == BIDIRECTIONAL:
-            _check_images(decoder, packed, device)
     except NotImplementedError as error:  # PyTorch's, such as flex attention's backward pass on a CPU
         raise ValueError(
             f"{decoder.family} cannot be trained on the device '{device.type}': {error} Set decoder.attention to sdpa "
@@ -52,18 +48,18 @@ def check_order(decoder: Decoder, packed: bool, device: torch.device) -> None:
 
 
 def _check(decoder: Decoder, packed: bool, device: torch.device) -> None:
-    whole = list(range(LENGTH))
+    positions, segments = _row(packed)
     if not packed:
-        if _seen(decoder, [whole], ((LENGTH,),), slice(0, FIRST), device)[0, FIRST:].any():
+        if _seen(decoder, [positions], (segments,), [slice(0, FIRST)], device)[0, FIRST:].any():
             raise ValueError(
                 f"{decoder.family} is no causal decoder as configured: a token sees those behind it. Models such as "
                 "BERT need is_decoder: true in decoder.config; otherwise take another decoder"
             )
         return
     way_out = "set data.batching to Padded or ModalityLength"
-    row, segments = whole[:FIRST] + whole[: LENGTH - FIRST], (FIRST, LENGTH - FIRST)
+    asked = [slice(0, 0), slice(FIRST, LENGTH)]
     try:
-        seen = _seen(decoder, [row, row], (segments, segments), slice(FIRST, LENGTH), device)
+        seen = _seen(decoder, [positions] * 2, (segments,) * 2, asked, device)
     except ValueError as error:  # transformers' layers refuse where their kernels cannot keep samples apart
         raise ValueError(f"{decoder.family} cannot be trained on packed rows here: {error} Or {way_out}") from error
     if seen[0].any() or seen[1, :FIRST].any():
@@ -73,63 +69,92 @@ def _check(decoder: Decoder, packed: bool, device: torch.device) -> None:
         )
 
 
-def _check_images(decoder: Decoder, packed: bool, device: torch.device) -> None:
-    whole = list(range(LENGTH))
-    row, segments = (whole[:FIRST] + whole[: LENGTH - FIRST], (FIRST, LENGTH - FIRST)) if packed else (whole, (LENGTH,))
-    for start, grid in IMAGES:
-        try:
-            seen = _seen(decoder, [row], (segments,), slice(start, start + 1), device, images=True)[0]
-        except (RuntimeError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(
-                f"{decoder.family} takes no masks of its layers ({error}), which decoder.image_attention bidirectional "
-                "needs: set it to causal, or take another decoder"
-            ) from error
-        first, end = FIRST if packed and start >= FIRST else 0, start + grid.picture_tokens
-        if not seen[start:end].all() or seen[:first].any() or seen[end:].any():
+def check_images(decoder: Decoder, packed: bool, device: torch.device) -> None:
+    """Check that with `image_attention: bidirectional` an image sees all of itself, and nothing else behind it.
+
+    Several images stand side by side, in packed rows also where two samples meet. Runs and must be called as
+    `check_order`; does nothing for a causal decoder.
+
+    Args:
+        decoder: with its weights, on `device`.
+        packed: True checks rows of two samples, False rows of one sample.
+        device: where the decoder runs.
+
+    Raises:
+        ValueError: when a token of an image does not see all of it, or sees a token behind it or of another sample.
+    """
+    if decoder.image_attention != BIDIRECTIONAL:
+        return
+    positions, segments = _row(packed)
+    count = len(IMAGES)
+    asked = [slice(start, start + 1) for start, _ in IMAGES]  # of each row another image, as there is one pass
+    way_out = "set decoder.image_attention to causal, or take another decoder"
+    try:
+        found = _seen(decoder, [positions] * count, (segments,) * count, asked, device, images=True)
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"{decoder.family} takes no masks of its layers ({error}), which image_attention bidirectional needs: "
+            f"{way_out}"
+        ) from error
+    if not found.any():  # no token sees itself: a simulated device, which computes nothing
+        return
+    for seen, (start, grid) in zip(found, IMAGES, strict=True):
+        begin, end = FIRST if packed and start >= FIRST else 0, start + grid.picture_tokens
+        if not seen[start:end].all() or seen[:begin].any() or seen[end:].any():
             raise ValueError(
                 f"{decoder.family} does not let the tokens of an image see all of it, and nothing else behind them, as "
-                "decoder.image_attention bidirectional asks: set it to causal, or take another decoder"
+                f"image_attention bidirectional asks: {way_out}"
             )
+
+
+def _row(packed: bool) -> tuple[list[int], tuple[int, ...]]:
+    """Position ids of a row, and the lengths of its segments."""
+    whole = list(range(LENGTH))
+    return (whole[:FIRST] + whole[: LENGTH - FIRST], (FIRST, LENGTH - FIRST)) if packed else (whole, (LENGTH,))
 
 
 def _seen(
     decoder: Decoder,
     positions: Sequence[Sequence[int]],
     segments: Segments,
-    asked: slice,
+    asked: Sequence[slice],
     device: torch.device,
     images: bool = False,
 ) -> Tensor:
-    """Find the inputs that the states of some positions of the last row depend on.
+    """Find the inputs that the states of some positions of each row depend on, in one pass.
 
     Args:
         decoder: the decoder.
         positions: `[b, s]`, position ids of each row.
         segments: lengths of the segments of each row.
-        asked: the positions of the last row whose states are looked at.
+        asked: the positions of each row whose states are looked at.
         device: where the decoder runs.
-        images: whether the last row has `IMAGES`; otherwise all is text.
+        images: whether all rows have `IMAGES`; otherwise all is text.
 
     Returns:
         bool `[b, s]` on the CPU, True where the gradient is not zero; a gradient of nan counts as True.
     """
     generator = torch.Generator().manual_seed(0)
     rows = torch.tensor(positions)
+    visual, grids = _images(len(rows), device) if images else (None, ())
     with torch.enable_grad():
         embeds = torch.randn(*rows.shape, decoder.width, generator=generator).to(device, _dtype(decoder))
         embeds.requires_grad_()
-        visual, grids = _images(len(rows), device) if images else (None, ())
         output = decoder(embeds, rows.to(device), visual=visual, segments=segments, grids=grids)
-        hidden = output.hidden[-1, asked].float()
+        hidden = torch.cat([output.hidden[row, where].float() for row, where in enumerate(asked)])
         (grad,) = torch.autograd.grad(hidden, embeds, torch.randn(hidden.shape, generator=generator).to(device))
     return (grad != 0).any(-1).cpu()
 
 
 def _images(rows: int, device: torch.device) -> tuple[Tensor, tuple[Grid, ...]]:
-    """Places of the tokens of `IMAGES` in the last of so many rows, `[t]`, and their layouts."""
-    begin = (rows - 1) * LENGTH
-    places = [begin + start + index for start, grid in IMAGES for index in range(grid.num_tokens)]
-    return torch.tensor(places, device=device), tuple(grid for _, grid in IMAGES)
+    """Places of the tokens of `IMAGES` in so many rows, `[t]`, and their layouts."""
+    places = [
+        row * LENGTH + start + index
+        for row in range(rows)
+        for start, grid in IMAGES
+        for index in range(grid.num_tokens)
+    ]
+    return torch.tensor(places, device=device), tuple(grid for _, grid in IMAGES) * rows
 
 
 PREFIX, PADDING, ANSWER = 8, 3, 2

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lit_vlm.core.batch import ENCODER, Batch, VisualTokens
 from lit_vlm.core.losses import chunk_rows, next_token_loss, token_nll
 from lit_vlm.core.part import Part
-from lit_vlm.decoders import Decoder, DecoderOutput, check_cache, check_order
+from lit_vlm.decoders import Decoder, DecoderOutput, check_cache, check_images, check_order
 from lit_vlm.decoders.images import CAUSAL
 from lit_vlm.embedders import Embedder
 from lit_vlm.encoders import Encoder
@@ -201,6 +201,14 @@ class VLM(nn.Module):
             ValueError: when one does.
         """
         check_order(self.decoder, packed, device)
+
+    def check_images(self, packed: bool, device: torch.device) -> None:
+        """Check that images see all of themselves in the decoder, where that is set; see `decoders.check_images`.
+
+        Raises:
+            ValueError: when one does not, or sees more.
+        """
+        check_images(self.decoder, packed, device)
 
     def check_cache(self) -> None:
         """Check that the decoder continues correctly from a cache; see `decoders.check_cache`.

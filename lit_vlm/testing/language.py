@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lit_vlm.core.batch import Batch
 from lit_vlm.data.sample.collate import collate, collate_prompts, make_rows
-from lit_vlm.decoders import Decoder, DecoderOutput, check_order
+from lit_vlm.decoders import Decoder, DecoderOutput, check_images, check_order
 from lit_vlm.embedders import Embedder
 from lit_vlm.model.build import build
 from lit_vlm.model.vlm import NEXT_TOKEN, VLM
@@ -92,6 +92,7 @@ def check_decoder(factory: Callable[[], Decoder], sizes: Sequence[Size] = ((28, 
     for packed in (False, True):
         try:
             check_order(decoder, packed, torch.device("cpu"))
+            check_images(decoder, packed, torch.device("cpu"))
         except ValueError as error:
             raise AssertionError(str(error)) from error
     same_when_loaded(

@@ -305,14 +305,14 @@ class LitVLM(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _check_decoder(self) -> None:
-        """Check that tokens in the decoder see only what they may (`decoders.check_order`), unless it is left out."""
+        """Check what tokens in the decoder see (`check_order`, `check_images`), unless it is left out."""
         if self.stage.leave_out:
             return
         data = getattr(self.trainer, "datamodule", None)
         with self.autocast():
-            self.vlm.check_order(packed=False, device=self.device)
-            if isinstance(data, VLMData) and data.batching.packs:
-                self.vlm.check_order(packed=True, device=self.device)
+            for packed in (False, True) if isinstance(data, VLMData) and data.batching.packs else (False,):
+                self.vlm.check_order(packed, self.device)
+                self.vlm.check_images(packed, self.device)
         reshard(self.vlm)  # frees what the root unit gathered, which the optimizer would take for its parameters
 
     # ------------------------------------------------------------------ training

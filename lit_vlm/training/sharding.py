@@ -205,7 +205,7 @@ def shard(
             if blocks:
                 OncePerForward(f"{slot} {type(part).__name__}", part, blocks)
     fully_shard(model, mesh=mesh, mp_policy=policy)
-    for method in ("logits", "next_logits", "target_nll", "check_order", "check_cache"):
+    for method in ("logits", "next_logits", "target_nll", "check_order", "check_images", "check_cache"):
         register_fsdp_forward_method(model, method)
     _materialise(
         model,

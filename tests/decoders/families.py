@@ -19,10 +19,12 @@ import torch.distributed as dist
 from rich.console import Console
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
+from transformers.masking_utils import create_masks_for_generate
 
+from lit_vlm.core.batch import Grid
 from lit_vlm.core.lora import Lora, is_adapter, merge_adapters
 from lit_vlm.data.sample.collate import collate, collate_prompts
-from lit_vlm.decoders import HFDecoder, check_cache, check_order
+from lit_vlm.decoders import HFDecoder, check_cache, check_images, check_order
 from lit_vlm.model.build import build
 from lit_vlm.model.generate import generate
 from lit_vlm.model.vlm import VLM
@@ -81,6 +83,34 @@ def packed(family: str, attention: str) -> str:
     for info in batch.samples:
         own = together[info.row][batch.segment_ids[info.row] == info.segment]
         assert_close(own, alone[info.id], f"{family} packed")
+    return YES
+
+
+def whole_images(family: str) -> str:
+    """Whether images that see all of themselves give what transformers gives with its own masks for blocks of tokens."""
+    try:
+        decoder = model_of(family, image_attention="bidirectional").decoder
+    except ValueError as error:
+        assert "image_attention" in str(error)
+        return NO
+    assert isinstance(decoder, HFDecoder)
+    check_order(decoder, packed=False, device=torch.device("cpu"))
+    check_images(decoder, packed=False, device=torch.device("cpu"))
+    check_cache(decoder, torch.device("cpu"))
+    blocks = torch.tensor([[-1, 0, 0, 0, 0, -1, -1, -1, 1, 1, 1, -1]])  # each in one chunk of eight
+    embeds = torch.randn(1, blocks.shape[1], decoder.width, generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(blocks.shape[1])[None]
+    own = {"visual": (blocks[0] >= 0).nonzero().flatten(), "grids": [Grid(2, 2), Grid(1, 3)]}
+    masks = create_masks_for_generate(decoder.config, embeds, None, None, positions, block_sequence_ids=blocks)
+    if isinstance(masks, dict) and len(masks) == 1:  # as all models take it
+        (masks,) = masks.values()
+    with torch.no_grad():
+        theirs = decoder.base(inputs_embeds=embeds, position_ids=positions, attention_mask=masks, use_cache=False)
+        found = decoder(embeds, positions, **own).hidden
+        alone = decoder(embeds, positions, visual=own["visual"][:1], grids=[Grid(1, 1)]).hidden
+        causal = decoder(embeds, positions).hidden
+    assert_close(found, theirs.last_hidden_state, f"{family} whole images")
+    assert_close(alone, causal, f"{family} an image of one token")
     return YES
 
 
@@ -228,6 +258,7 @@ CHECKS: dict[str, Check] = {
     "packed, eager": partial(packed, attention="eager"),
     "tapped layers": taps,
     "cache": cache,
+    "whole images": whole_images,
     "LoRA": lora,
     "tied words": tied,
     "export": exported,

@@ -24,7 +24,7 @@ from lit_vlm.data import ChatML, SquareCrop
 from lit_vlm.data.sample.collate import collate, collate_prompts, make_rows
 from lit_vlm.data.sample.encode import Sample
 from lit_vlm.data.sample.format import SampleFormat
-from lit_vlm.decoders import DivideAndConquer, HFDecoder, check_cache, check_order
+from lit_vlm.decoders import DivideAndConquer, HFDecoder, check_cache, check_images
 from lit_vlm.decoders.images import see_whole_images
 from lit_vlm.embedders import Splice
 from lit_vlm.gguf.export import export_gguf
@@ -263,12 +263,14 @@ def test_paligemma_gives_the_same_logits_where_its_prefix_is_an_image() -> None:
 
 def test_a_decoder_whose_layers_take_no_mask_is_refused() -> None:
     decoder = HFDecoder(config=LLAMA, tokenizer="bytes", image_attention="bidirectional").eval()
-    check_order(decoder, packed=True, device=CPU)
+    check_images(decoder, packed=True, device=CPU)
     check_cache(decoder, CPU)
     inner = decoder.base.forward
     decoder.base.forward = lambda attention_mask, **rest: inner(attention_mask=None, **rest)
-    with pytest.raises(ValueError, match="does not let the tokens of an image see all of it.*set it to causal"):
-        check_order(decoder, packed=False, device=CPU)
+    with pytest.raises(
+        ValueError, match="does not let the tokens of an image see all of it.*image_attention to causal"
+    ):
+        check_images(decoder, packed=False, device=CPU)
 
 
 def test_an_image_that_sees_the_next_one_is_refused() -> None:
@@ -280,7 +282,7 @@ def test_an_image_that_sees_the_next_one_is_refused() -> None:
 
     decoder.forward = one_image  # type: ignore[method-assign]
     with pytest.raises(ValueError, match="nothing else behind them"):
-        check_order(decoder, packed=False, device=CPU)
+        check_images(decoder, packed=False, device=CPU)
 
 
 @pytest.mark.parametrize(
