@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from lit_vlm.commands.recipe import find_recipe
 from tests.data.made_videos import make_sound, make_video, rows_of, turns
 from tests.runs import lit_vlm, tiny_fit
 
@@ -37,6 +39,24 @@ def test_vila15_trains_on_videos_and_lists_the_broken_one(workers: int, tmp_path
     assert again.keys() == first.keys()
     assert all(value.isfinite().all() for value in again.values())
     assert not dropped(tmp_path / "again")
+
+
+@pytest.mark.slow
+def test_features_of_frames_can_be_prepared(tmp_path: Path) -> None:
+    rows = [{"video": make_video(tmp_path / f"{k}.mp4", 20 + k).name, "conversations": turns()} for k in range(8)]
+    flags = ["--data.train", rows_of(tmp_path, rows), "--data.max_length", "1000", "--trainer.logger", "false"]
+    flags += ["--trainer.limit_val_batches", "0"]
+    online = tiny_fit(tmp_path, "online", "0_align", *flags, recipe="vila15")
+    configs = find_recipe("vila15").configs("0_align", "tiny", "single")
+    words = [word for path in configs for word in ("--config", str(path.resolve()))]
+    lit_vlm(tmp_path, "prepare", "targets", *words, *flags, "--trainer.accelerator", "cpu",
+            "--of", "encoder", "--out", "features")  # fmt: skip
+    flags += ["--data.prepared.encoder", "features"]
+    cached = tiny_fit(tmp_path, "cached", "0_align", *flags, recipe="vila15")
+    assert cached.keys() == online.keys()
+    assert not dropped(tmp_path / "cached")
+    for key, value in online.items():
+        torch.testing.assert_close(cached[key], value, atol=2e-3, rtol=0)  # features are kept in bf16
 
 
 def dropped(run: Path) -> set[tuple[str, str, str]]:

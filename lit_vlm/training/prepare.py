@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from lit_vlm.core.batch import ENCODER, Images, VisualTokens
 from lit_vlm.core.precision import autocast
 from lit_vlm.data.datamodule import VLMData
-from lit_vlm.data.records import RecordError, image_bytes
+from lit_vlm.data.records import RecordError, Videos, image_bytes
 from lit_vlm.data.records.json_files import read_info
 from lit_vlm.data.sample.encode import SampleEncoder
 from lit_vlm.data.sample.prepared import INFO, KEYS, VERSION, Dtype, PreparedInfo, image_key, pack_features
@@ -75,9 +75,11 @@ class _Pictures(Dataset[list[tuple[int, Tensor]]]):
         local -= self._ends[which - 1] if which else 0
         found = []
         try:
-            for image in source.record(local).images:
-                content = image_bytes(image, source.image_folder)
-                found.append((image_key(content), self.encode.pixels(image, source.image_folder)[self.what]))
+            with Videos() as videos:
+                for image in source.record(local).images:
+                    content = image_bytes(image, source.image_folder, videos)
+                    pixels = self.encode.pixels(image, source.image_folder, videos)[self.what]
+                    found.append((image_key(content), pixels))
         except RecordError:
             return []  # training will drop the record and say why
         return found

@@ -277,7 +277,7 @@ class SampleEncoder:
 
     def _add_image(self, sample: Sample, image: Image, folder: Path, videos: Videos) -> None:
         for name, prepared in self.prepared.items():
-            sample.features.setdefault(name, []).append(prepared.features(image, folder))
+            sample.features.setdefault(name, []).append(prepared.features(image, folder, videos))
         for name, wanted in self.spec.known.items():
             sample.features.setdefault(name, []).append(_known(image, wanted))
         made, size = self._look(image, folder, videos)

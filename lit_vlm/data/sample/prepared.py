@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lit_vlm.core.batch import Grid
 from lit_vlm.core.written import write_whole
-from lit_vlm.data.records import Image, RecordError, image_bytes
+from lit_vlm.data.records import Image, RecordError, Videos, image_bytes
 from lit_vlm.data.records.json_files import read_info
 
 VERSION = 1
@@ -148,18 +148,19 @@ class Prepared:
                 f"Prepare again with lit-vlm prepare targets, or compute online with --data.prepared.{what} null"
             )
 
-    def features(self, image: Image, folder: Path) -> tuple[Tensor, Grid]:
+    def features(self, image: Image, folder: Path, videos: Videos | None = None) -> tuple[Tensor, Grid]:
         """Features `[t, width]` of an image, and their layout.
 
         Args:
-            image: path or bytes.
+            image: path, bytes or frame of a video.
             folder: what the path is relative to.
+            videos: keeps a video open for its next frame.
 
         Raises:
             RecordError: `missing_features` for an image that the set lacks, as it could not be read when the set was
                 made; and as `image_bytes`.
         """
-        key = image_key(image_bytes(image, folder))
+        key = image_key(image_bytes(image, folder, videos))
         row = int(np.searchsorted(self._keys[0], key))
         if row == self._keys.shape[1] or self._keys[0, row] != key:
             raise RecordError("missing_features", f"{self.path} has no features of {image.path or 'an image'}")
