@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_vlm.core.batch import PixelSpec
 from lit_vlm.data.records import MAX_SIDE, Image, RecordError, image_size, open_image
+from lit_vlm.data.sample.any_res import AnyRes
 from lit_vlm.data.sample.tiles import Tiles
 from lit_vlm.data.sample.transforms import AreaLimit, AspectGrid, ImageTransform, Native, PadSquare, Resize, SquareCrop
 from lit_vlm.data.sources.base import describe
@@ -321,11 +322,11 @@ class _Largest(TorchDispatchMode):
 @pytest.mark.parametrize("size", [(12_000, 20), (20, 12_000), (90_000, 30), (30, 90_000), (1, 60_000)], ids=str)
 @pytest.mark.parametrize(
     "transform",
-    [SquareCrop(), PadSquare(), Resize(), Native(64), AspectGrid(56, 2), AreaLimit(64), Tiles(6)],
+    [SquareCrop(), PadSquare(), Resize(), Native(64), AspectGrid(56, 2), AreaLimit(64), Tiles(6), AnyRes()],
     ids=lambda t: type(t).__name__,
 )
 def test_no_transform_of_a_strip_takes_much_memory(transform: ImageTransform, size: tuple[int, int]) -> None:
-    pixels = SQUARE if isinstance(transform, Tiles) or transform.fixed(SQUARE) else ANY
+    pixels = SQUARE if isinstance(transform, AnyRes | Tiles) or transform.fixed(SQUARE) else ANY
     with _Largest() as largest:
         made = transform(PILImage.new("RGB", size, (9, 8, 7)), pixels)
     assert made.dtype == torch.uint8
