@@ -199,7 +199,7 @@ def test_two_processes_give_the_weights_of_one_and_resume(strategy: str, optimiz
     found = tiny_fit(tmp_path, "two", "2_sft", *two, strategy=strategy)
     middle = str(tmp_path / "two" / "checkpoints" / "step=00000002.ckpt")
     tiny_fit(tmp_path, "resumed", "2_sft", *two, "--ckpt_path", middle, strategy=strategy)
-    # Muon multiplies in bf16, which makes more of the order of sums; from the same gradients it is exact.
+    # Muon multiplies in bf16, which makes more of the order of sums; its own test is exact.
     near = 2e-5 if optimizer == "adamw" else 3e-4
     for name, value in whole.items():
         torch.testing.assert_close(found[name], value, atol=near, rtol=1e-3, msg=name)
