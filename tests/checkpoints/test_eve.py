@@ -128,7 +128,7 @@ def test_keys_that_fit_nowhere_or_are_missing_are_named() -> None:
     del state["model.mm_projector.2.bias"]
     with pytest.raises(ValueError, match=r"slot 'projector' \(MLP\): missing: layers.2.bias"):
         load_published("eve", state, CONFIG)
-    with pytest.raises(ValueError, match="family: there is no 'adam'; there are eve, eve_v2, hovle, "):
+    with pytest.raises(ValueError, match="family: there is no 'adam'; there are eve, eve_v2, fuyu, hovle, "):
         build(tiny_slots(), read_slots("adam:somewhere"))
 
 

@@ -17,9 +17,11 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 from lit_vlm.checkpoints import load_published
 from lit_vlm.checkpoints.published import FAMILIES
 from lit_vlm.core.safetensors import read_folder, read_json
+from lit_vlm.model.build import build
 from lit_vlm.model.vlm import VLM
-from tests.checkpoints import test_eve, test_llava_hf, test_ola_vlm, test_vila
+from tests.checkpoints import test_eve, test_fuyu, test_llava_hf, test_ola_vlm, test_vila
 from tests.embedders.test_holistic import model_of as hovle_model
+from tests.tiny import tiny_slots
 
 Published = tuple[dict[str, Tensor], dict[str, Any]]
 NOT_READ = re.compile(
@@ -51,6 +53,7 @@ def llava_hf() -> Published:
 MADE: dict[str, Callable[[], Published]] = {
     "eve": eve,
     "eve_v2": lambda: exported("eve_v2", test_eve.model_of(test_eve.V2)),
+    "fuyu": lambda: exported("fuyu", build(tiny_slots(**test_fuyu.PARTS))),
     "hovle": lambda: exported("hovle", hovle_model("hovle")),
     "hovle_hd": lambda: exported("hovle_hd", hovle_model("hovle_hd")),
     "llava-hf": llava_hf,

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, GenerationConfig
 
 from lit_vlm.core.batch import Grid, PixelSpec
 from lit_vlm.core.tokenizers import byte_tokenizer
 from lit_vlm.data.sample.spec import InputSpec
 from lit_vlm.decoders import DivideAndConquer, HFDecoder, Lora
 from lit_vlm.model.build import build
-from tests.tiny import LLAMA, tiny_slots
+from tests.tiny import CLIP, LLAMA, tiny_slots
 
 
 def written(folder: Path, tied: bool = False) -> Path:
@@ -82,3 +83,26 @@ def test_answers_end_where_the_model_s_own_generation_config_says(tmp_path: Path
     (tmp_path / "generation_config.json").unlink()
     assert HFDecoder(str(tmp_path)).end_ids == frozenset()
     assert HFDecoder(config=LLAMA, tokenizer="bytes").end_ids == frozenset()
+
+
+TEXT = {key: value for key, value in LLAMA.items() if key != "model_type"} | {"vocab_size": 300, "head_dim": 16}
+SIGHT = {key: value for key, value in CLIP.items() if key != "model_type"}
+WRAPPERS: dict[str, dict[str, Any]] = {
+    "fuyu": {"text_config": {**TEXT, "model_type": "persimmon"}, "patch_size": 4},
+    "gemma3": {"text_config": TEXT, "vision_config": SIGHT},
+    "llava": {"text_config": {**TEXT, "model_type": "llama"}, "vision_config": CLIP},
+}
+
+
+@pytest.mark.parametrize("model_type", WRAPPERS)
+def test_the_text_model_comes_out_of_the_files_of_a_wrapper(model_type: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(model_type, **WRAPPERS[model_type])
+    whole = AutoModelForImageTextToText.from_config(config).eval()
+    whole.save_pretrained(tmp_path)
+    decoder = HFDecoder(str(tmp_path), tokenizer="bytes", attention="eager")
+    decoder.load_state_dict(decoder.pretrained_state() or {})
+    ids = torch.arange(9)[None]
+    with torch.no_grad():
+        hidden = decoder.eval()(decoder.embed(ids), ids).hidden
+        torch.testing.assert_close(decoder.logits(hidden), whole(input_ids=ids).logits, atol=1e-5, rtol=1e-5)

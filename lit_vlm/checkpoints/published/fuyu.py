@@ -30,6 +30,8 @@ from lit_vlm.model.vlm import VLM
 from lit_vlm.projectors import Identity
 
 PATCHES = "vision_embed_tokens.weight"
+NEWLINE = "image_newline_id"
+"""Key of config.json for the id of `ROW_END`, in what is written here; transformers does not read it."""
 PLACE, ROW_END = "|SPEAKER|", "|NEWLINE|"
 ROW_END_ID = 71019
 """Id of `ROW_END` in the tokenizer of adept/fuyu-8b (transformers' test of its processor), for a bare state dict."""
@@ -85,9 +87,9 @@ def _language(config: Mapping[str, Any]) -> dict[str, Any]:
 def _architecture(layout: Layout) -> VLM:
     language = _language(layout.config)
     patches = layout.weight("encoder", "linear.weight", 2)
-    row_end: str | int = ROW_END if layout.tokenizer else int(layout.config.get("image_newline_id", ROW_END_ID))
+    row_end: str | int = ROW_END if layout.tokenizer else int(layout.config.get(NEWLINE, ROW_END_ID))
     with meta_parameters():
-        encoder = LinearPatches(width=patches.shape[0], patch=_side(patches, PATCHES), row_end=False)
+        encoder = LinearPatches(width=language["hidden_size"], patch=_side(patches, PATCHES), row_end=False)
         decoder = HFDecoder(config=language, tokenizer=layout.tokenizer)
         projector = Identity(encoder.width, decoder.width)
         return VLM(encoder, projector, Splice(decoder.width, decoder.vocab_size, row_end=row_end), decoder)
@@ -148,5 +150,5 @@ class Fuyu(Family):
             patch_size=encoder.patch_grid.patch,
             image_token_id=place,
             tie_word_embeddings=bool(decoder.config.tie_word_embeddings),
-        ).to_dict() | {"architectures": ["FuyuForCausalLM"]}
+        ).to_dict() | {"architectures": ["FuyuForCausalLM"], NEWLINE: embedder.standalone({})["row_end"]}
         return export_folder(model, out, config, NAMES, {}, self.load)
