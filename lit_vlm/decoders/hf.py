@@ -20,7 +20,7 @@ from lit_vlm.core.part import StateDict
 from lit_vlm.core.pretrained import find_weights, made_config, plain_config, read_pretrained, resolve, shortened
 from lit_vlm.core.safetensors import read_folder
 from lit_vlm.core.tokenizers import load_tokenizer
-from lit_vlm.decoders import internlm2
+from lit_vlm.decoders import internlm2, multimodal
 from lit_vlm.decoders.architecture import language_model
 from lit_vlm.decoders.base import Decoder, DecoderOutput
 from lit_vlm.decoders.images import (
@@ -36,8 +36,6 @@ Attention = Literal["sdpa", "eager", "flex_attention", "flash_attention_2", "fla
 INTERNLM2 = "internlm2"
 RECURRENT = ("linear_attention", "mamba", "recurrent", "conv")
 """Among transformers' names of layer types, those that carry a state along the row."""
-WRAPPED = {r"^language_model\.": ""}
-"""How the files of a model of several modalities name the weights of its text model: the beginning that they add."""
 
 
 class HFDecoder(Decoder):
@@ -82,7 +80,7 @@ class HFDecoder(Decoder):
             raise ValueError("give HFDecoder either a name or a config (with name: null), not both and not neither")
         self.name, self.lora, self.attention = name, lora, attention
         self.tokenizer_source, self.new_tokens = tokenizer or name, tuple(new_tokens)
-        self._wrapped = False
+        self._whole_config: PretrainedConfig | None = None
         self.config = self._load_config(config)
         self._published_config = copy.deepcopy(self.config)
         if self.new_tokens:
@@ -105,7 +103,9 @@ class HFDecoder(Decoder):
             if found.get("model_type") == INTERNLM2:
                 return AutoConfig.for_model(**internlm2.as_llama(found))
             loaded = AutoConfig.from_pretrained(source)
-            self._wrapped = hasattr(loaded, "text_config")
+            if multimodal.is_multimodal(loaded):
+                self._whole_config = loaded
+                return multimodal.text_config(loaded, self.name)
             return getattr(loaded, "text_config", loaded)
         settings = dict(config or {})
         if self.tokenizer_source is not None:
@@ -164,10 +164,7 @@ class HFDecoder(Decoder):
     @property
     def base(self) -> Any:
         """The model's blocks with the final norm, without the output layer."""
-        found = self.lm.get_decoder()
-        if found is self.lm:  # Llama 4's text model does not name its inner model
-            found = next((child for child in self.lm.children() if hasattr(child, "layers")), found)
-        return found
+        return multimodal.blocks_of(self.lm)
 
     def blocks(self) -> list[nn.Module]:
         """Transformer blocks.
@@ -203,18 +200,21 @@ class HFDecoder(Decoder):
             return None
         source = resolve(self.name)
         found, _ = PretrainedConfig.get_config_dict(source)
+        lacking: dict[str, str] = {}
         if found.get("model_type") == INTERNLM2:
             state = internlm2.state_as_llama(read_folder(source), found)
+        elif self._whole_config is not None:
+            state, lacking = multimodal.text_state(self._whole_config, source, self.lm)
         else:
-            options = {"config": self._published_config, "dtype": torch.get_default_dtype()}
-            options |= {"key_mapping": WRAPPED} if self._wrapped else {}
-            state, lacking = read_pretrained(AutoModelForCausalLM, source, **options)
-            if lacking:
-                problems = [f"{key} ({reason})" for key, reason in sorted(lacking.items())]
-                raise ValueError(
-                    f"decoder.name {self.name} has no weights for {shortened(problems)}: "
-                    "name a whole causal language model, with the files of its own config.json"
-                )
+            state, lacking = read_pretrained(
+                AutoModelForCausalLM, source, config=self._published_config, dtype=torch.get_default_dtype()
+            )
+        if lacking:
+            problems = [f"{key} ({reason})" for key, reason in sorted(lacking.items())]
+            raise ValueError(
+                f"decoder.name {self.name} has no weights for {shortened(problems)}: "
+                "name a whole causal language model, with the files of its own config.json"
+            )
         state = {f"lm.{key}": value for key, value in state.items()}
         # A published table may have spare rows behind the tokenizer's, of which nothing was learnt.
         first = min(self._tokenizer[1], default=None) if self.new_tokens else None
