@@ -11,12 +11,13 @@ from lit_vlm.teachers.base import EncoderTeacher
 
 
 class HFVision(EncoderTeacher):
-    """Patch features of CLIP, SigLIP or DINOv2 (EVE, section 3.2: CLIP-L/14 at 336 pixels).
+    """Patch features of CLIP, SigLIP, DINOv2, DINOv3 or AIMv2 (EVE, section 3.2: CLIP-L/14 at 336 pixels).
 
     Args:
         name: hub name or local folder. Or null, with `config`.
         config: a model configuration with `model_type`, for random weights.
         layer: index into the hidden states; −2, the one before the last, is what EVE's code takes.
+        image_size: see `HFEncoder`.
 
     Raises:
         ValueError: when not exactly one of `name` and `config` is given; and as `HFEncoder`.
@@ -27,6 +28,7 @@ class HFVision(EncoderTeacher):
         name: str | None = "openai/clip-vit-large-patch14-336",
         config: dict[str, Any] | None = None,
         layer: int = -2,
+        image_size: int | None = None,
     ) -> None:
         check_one_source("teacher HFVision", name, config)
-        super().__init__(partial(HFEncoder, name=name, config=config, layer=layer))
+        super().__init__(partial(HFEncoder, name=name, config=config, layer=layer, image_size=image_size))

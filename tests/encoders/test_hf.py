@@ -324,3 +324,30 @@ def test_weights_that_are_not_there_or_of_another_shape_are_an_error(model_type:
     file.write_bytes(file.read_bytes()[:2000])
     with pytest.raises(ValueError, match=f"a weight file of {tmp_path} cannot be read: "):
         encoder.pretrained_state()
+
+
+def test_dinov3_takes_pictures_of_a_given_size(tmp_path: Path) -> None:
+    model = tiny("dinov3_vit", tmp_path)
+    encoder = HFEncoder(str(tmp_path), layer=-1, image_size=42).eval()
+    load_state(encoder, encoder.pretrained_state() or {}, "encoder")
+    assert (encoder.pixels.size, encoder.patch_grid(42, 42)) == (42, Grid(6, 6))
+    batch = images(2, 42)
+    pixels = encoder.normalise(batch.pixels.view(2, 3, 42, 42), torch.float32)
+    with torch.no_grad():
+        kept = slice(1 + model.config.num_register_tokens, None)
+        expected = model(pixels, output_hidden_states=True).hidden_states[-1][:, kept]
+        torch.testing.assert_close(encoder(batch).features, expected.flatten(0, 1))
+    assert encoder.identity() != HFEncoder(str(tmp_path), layer=-1).identity()
+
+
+@pytest.mark.parametrize(
+    ("config", "image_size", "said"),
+    [
+        (CLIP, 42, "image_size 42: the positions of a 'clip_vision_model' are learnt for pictures of 28 pixels"),
+        ({"model_type": "dinov3_vit", **SIZES}, 40, "image_size 40 is no multiple of the patch, 7"),
+        ({"model_type": "dinov3_vit", **SIZES}, 0, "image_size 0 is no multiple of the patch, 7"),
+    ],
+)
+def test_sizes_that_a_model_cannot_have_are_refused(config: dict[str, Any], image_size: int, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        HFEncoder(config=config, image_size=image_size)
