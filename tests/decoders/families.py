@@ -19,6 +19,7 @@ import torch.distributed as dist
 from rich.console import Console
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
+from transformers import AutoTokenizer
 from transformers.masking_utils import create_masks_for_generate
 
 from lit_vlm.core.batch import Grid
@@ -40,6 +41,8 @@ from tests.tiny import batch_of, collate_packed, samples_of
 OWN = {"lfm2", "qwen3_5_text", "qwen3_next", "granitemoehybrid"}
 FAMILIES: dict[str, dict[str, Any]] = ATTENDING | DEAF | {name: CARRYING[name] for name in sorted(OWN)}
 """Model type → a small configuration: dense ones, experts, sliding windows, and hybrids."""
+NEW = ("<|first|>", "<|second|>")
+"""Tokens that the decoder gets beside its own."""
 YES, NO, ABSENT = "yes", "refused", "–"
 TOLERANCE = 2e-5
 Check = Callable[[str], str]
@@ -47,7 +50,8 @@ Check = Callable[[str], str]
 
 def decoder_of(family: str, attention: str = "sdpa", **settings: Any) -> Callable[[], HFDecoder]:
     """A function that builds a tiny decoder of a family, of bytes."""
-    config = {"model_type": family} | FAMILIES[family] | {"vocab_size": 259} | settings.pop("config", {})
+    size = {"vocab_size": 259 + len(settings.get("new_tokens", ()))}
+    config = {"model_type": family} | FAMILIES[family] | size | settings.pop("config", {})
     return partial(HFDecoder, config=config, tokenizer="bytes", attention=attention, **settings)  # type: ignore[arg-type]
 
 
@@ -188,11 +192,46 @@ def tied(family: str) -> str:
     return YES
 
 
+def new_tokens(family: str) -> str:
+    """Whether published weights get rows for new tokens, in two tables and in one, which train beside adapters."""
+    for together in (False, True) if tied(family) == YES else (False,):
+        before = model_of(family, config={"tie_word_embeddings": together}).decoder
+        assert isinstance(before, HFDecoder)
+        with tempfile.TemporaryDirectory() as folder:
+            before.lm.save_pretrained(folder)
+            source: Any = partial(HFDecoder, folder, tokenizer="bytes", attention=attention_of(family))
+            model = build(tiny_slots(decoder=partial(source, new_tokens=NEW, lora=Lora(rank=2)))).eval()
+        own, size = model.decoder, before.vocab_size
+        assert isinstance(own, HFDecoder)
+        assert own.vocab_size == len(own.tokenizer) == size + len(NEW)
+        for grown, table in zip(tables_of(own), tables_of(before), strict=True):
+            assert torch.equal(grown[:size], table)
+            assert_close(grown[size:], table.mean(0).expand(len(NEW), -1), f"{family} rows of new tokens")
+        ids = torch.randint(0, 256, (2, 9), generator=torch.Generator().manual_seed(0))
+        positions = torch.arange(9).expand(2, 9)
+        with torch.no_grad():
+            one, other = (part.logits(part(part.embed(ids), positions).hidden) for part in (own, before))
+        assert_close(one[..., :size], other, f"{family} logits beside new tokens")
+        Stage(train={"decoder": 1e-3}).freeze(model)
+        trained = {id(p) for name, p in own.named_parameters() if p.requires_grad and not is_adapter(name)}
+        assert trained == {id(p) for table in (own.lm.get_input_embeddings(), own.lm.get_output_embeddings())
+                           for p in table.parameters()}  # fmt: skip
+        ids = torch.full_like(ids, size)
+        own.logits(own(own.embed(ids), positions).hidden)[..., size].sum().backward()
+        assert all(table.grad is not None and table.grad[size].any() for table in tables_of(own))
+    return YES
+
+
+def tables_of(decoder: HFDecoder) -> list[torch.Tensor]:
+    """The word table and the output layer's."""
+    return [decoder.lm.get_input_embeddings().weight, decoder.lm.get_output_embeddings().weight]
+
+
 def exported(family: str) -> str:
-    """Whether `--format hf` gives a model that is the same in transformers."""
+    """Whether `--format hf` gives a model that is the same in transformers, with tokens that it was given."""
     from tests.exports import read
 
-    settings = decoder_of(family, attention_of(family)).keywords
+    settings = decoder_of(family, attention_of(family), new_tokens=NEW).keywords
     own = {"class_path": "lit_vlm.decoders.HFDecoder", "init_args": settings}
     module, config, written = read("llava15", decoder=own)
     from lit_vlm.hf.export import export_hf
@@ -200,6 +239,8 @@ def exported(family: str) -> str:
     with tempfile.TemporaryDirectory() as scratch:
         try:
             export_hf(module.vlm, config, written, module.input_spec, Path(scratch) / "out")
+            kept = AutoTokenizer.from_pretrained(Path(scratch) / "out", trust_remote_code=True)
+            assert kept.convert_tokens_to_ids(list(NEW)) == [259, 260]
         except ValueError as error:
             if "cannot be asked" in str(error):  # by a cache, as `cache` says
                 return NO
@@ -207,9 +248,9 @@ def exported(family: str) -> str:
     return YES
 
 
-def gradients_of(family: str, sharded: bool) -> dict[str, torch.Tensor]:
-    """Whole gradients of a step of everything, on each of two processes the same rows."""
-    model = model_of(family)
+def gradients_of(family: str, sharded: bool, **settings: Any) -> dict[str, torch.Tensor]:
+    """Whole gradients of a step of everything, or of adapters; new tokens are there. Each process has the same rows."""
+    model = model_of(family, new_tokens=NEW, **settings)
     if sharded:
         shard(model, init_device_mesh("cpu", (2,)), torch.float32, False)
     stage = Stage(train={"projector": 1e-3, "decoder": 1e-3})
@@ -235,10 +276,11 @@ def sharded_families(rank: str, folder: str) -> None:
     torch.set_num_threads(1)
     with _process(rank, folder):
         for family in FAMILIES:
-            whole, parts = gradients_of(family, False), gradients_of(family, True)
-            assert whole.keys() == parts.keys(), family
-            for name in whole:
-                assert_close(parts[name], whole[name], f"{family} {name}")
+            for settings in ({}, {"lora": Lora(rank=2), "config": {"tie_word_embeddings": tied(family) == YES}}):
+                whole, parts = (gradients_of(family, sharded, **copy.deepcopy(settings)) for sharded in (False, True))
+                assert whole.keys() == parts.keys(), family
+                for name in whole:
+                    assert_close(parts[name], whole[name], f"{family} {name}")
             if dist.get_rank() == 0:
                 with (Path(folder) / "agree.txt").open("a") as file:
                     file.write(f"{family}\n")
@@ -264,6 +306,7 @@ CHECKS: dict[str, Check] = {
     "whole images": whole_images,
     "LoRA": lora,
     "tied words": tied,
+    "new tokens": new_tokens,
     "export": exported,
 }
 """Column → the comparison behind it."""
