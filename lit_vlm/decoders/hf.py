@@ -23,13 +23,7 @@ from lit_vlm.core.tokenizers import load_tokenizer
 from lit_vlm.decoders import internlm2, multimodal
 from lit_vlm.decoders.architecture import language_model
 from lit_vlm.decoders.base import Decoder, DecoderOutput
-from lit_vlm.decoders.images import (
-    BIDIRECTIONAL,
-    ImageAttention,
-    check_whole_images,
-    masks_of_layers,
-    see_whole_images,
-)
+from lit_vlm.decoders.images import BIDIRECTIONAL, ImageAttention, check_whole_images, image_masks
 from lit_vlm.decoders.stack import Recompute, run_blocks, set_recompute
 
 Attention = Literal["sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3"]
@@ -282,7 +276,8 @@ class HFDecoder(Decoder):
         states: dict[int, Tensor] = {}
         mask: Tensor | dict[str, Tensor] | None = attention_mask
         if self.image_attention == BIDIRECTIONAL and visual is not None and len(visual):
-            mask = self._masks(embeds, position_ids, attention_mask, visual, grids)
+            added_to = embeds.dtype if self.attention == "eager" else None
+            mask = image_masks(position_ids, attention_mask, visual, grids, self.config, added_to)
         with ExitStack() as hooks:
             for layer in taps:
                 self._tap(layer, embeds, states, hooks)
@@ -291,23 +286,6 @@ class HFDecoder(Decoder):
         if self.num_layers in taps:
             states[self.num_layers] = hidden
         return DecoderOutput(hidden, {layer: states[layer].view(embeds.shape) for layer in taps})
-
-    def _masks(
-        self,
-        embeds: Tensor,
-        position_ids: Tensor,
-        attention_mask: Tensor | None,
-        visual: Tensor,
-        grids: Sequence[Grid] | None,
-    ) -> Tensor | dict[str, Tensor]:
-        """Masks that let each image see all of itself, for rows whose first positions are here."""
-        setting = "decoder.image_attention is bidirectional"
-        if grids is None or sum(grid.num_tokens for grid in grids) != len(visual):
-            raise ValueError(f"{setting}: give the decoder the images' grids, which say where each of them ends")
-        if attention_mask is not None and attention_mask.shape[1] != embeds.shape[1]:
-            raise ValueError(f"{setting}: images must come with the first positions that a cache gets")
-        seen = see_whole_images(position_ids, visual, grids, attention_mask)
-        return masks_of_layers(seen, position_ids, self.config, embeds.dtype if self.attention == "eager" else None)
 
     def _tap(self, layer: int, embeds: Tensor, states: dict[int, Tensor], hooks: ExitStack) -> None:
         if not 0 <= layer <= self.num_layers:

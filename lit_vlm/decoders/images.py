@@ -45,6 +45,36 @@ def check_whole_images(config: Any, attention: str, carried: str | None) -> None
         )
 
 
+def image_masks(
+    position_ids: Tensor,
+    attention_mask: Tensor | None,
+    visual: Tensor,
+    grids: Sequence[Grid] | None,
+    config: Any,
+    added_to: torch.dtype | None,
+) -> Tensor | dict[str, Tensor]:
+    """Masks that let each image see all of itself, for rows that begin here.
+
+    Args:
+        position_ids: `[b, s]`, restarting in each segment.
+        attention_mask: `[b, s]`, 0 for padding; None without a cache.
+        visual: `[t]`, index into b·s of the image tokens.
+        grids: layout of each image's tokens.
+        config: configuration of the model.
+        added_to: as for `masks_of_layers`.
+
+    Raises:
+        ValueError: without grids that fit, or for images behind what a cache holds already.
+    """
+    setting = "decoder.image_attention is bidirectional"
+    if grids is None or sum(grid.num_tokens for grid in grids) != len(visual):
+        raise ValueError(f"{setting}: give the decoder the images' grids, which say where each of them ends")
+    if attention_mask is not None and attention_mask.shape[1] != position_ids.shape[1]:
+        raise ValueError(f"{setting}: images must come with the first positions that a cache gets")
+    seen = see_whole_images(position_ids, visual, grids, attention_mask)
+    return masks_of_layers(seen, position_ids, config, added_to)
+
+
 def see_whole_images(
     position_ids: Tensor, image_positions: Tensor, grids: Sequence[Grid], mask: Tensor | None
 ) -> Tensor:

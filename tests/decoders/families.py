@@ -30,7 +30,7 @@ from lit_vlm.model.build import build
 from lit_vlm.model.generate import generate
 from lit_vlm.model.vlm import VLM
 from lit_vlm.testing.tiny import samples_for, tiny_slots
-from lit_vlm.training.sharding import shard
+from lit_vlm.training.sharding import reshard, shard
 from lit_vlm.training.stage import Stage
 from tests.decoders.test_order import ATTENDING, CARRYING, DEAF
 from tests.decoders.wrappers import MULTIMODAL
@@ -275,6 +275,7 @@ def sharded_families(rank: str, folder: str) -> None:
     """In two processes: compare each family's gradients, sharded and whole; write the names of those that agree."""
     torch.set_num_threads(1)
     with _process(rank, folder):
+        _check_sharded_images()
         for family in FAMILIES:
             for settings in ({}, {"lora": Lora(rank=2), "config": {"tie_word_embeddings": tied(family) == YES}}):
                 whole, parts = (gradients_of(family, sharded, **copy.deepcopy(settings)) for sharded in (False, True))
@@ -284,6 +285,17 @@ def sharded_families(rank: str, folder: str) -> None:
             if dist.get_rank() == 0:
                 with (Path(folder) / "agree.txt").open("a") as file:
                     file.write(f"{family}\n")
+
+
+def _check_sharded_images() -> None:
+    """The checks before training and before asking, one after the other, of a sharded decoder with whole images."""
+    model = model_of("llama", image_attention="bidirectional")
+    shard(model, init_device_mesh("cpu", (2,)), torch.float32, False)
+    for packed_rows in (False, True):
+        model.check_order(packed_rows, torch.device("cpu"))
+        model.check_images(packed_rows, torch.device("cpu"))
+        reshard(model)
+    model.check_cache()
 
 
 def all_sharded(folder: Path) -> set[str]:
