@@ -82,4 +82,9 @@ def test_two_sharded_processes_with_text_in_between_give_the_weights_of_one(
     sharded = tiny_fit(tmp_path, "sharded", stage, *flags, strategy="fsdp", recipe=name)
     assert sharded.keys() == whole.keys()
     for key, value in whole.items():
+        if key.endswith("k_layernorm.bias"):
+            # Persimmon rotates half of each key. In the other half of all keys a constant changes no softmax: its
+            # gradient is rounding alone, which Adam enlarges to whole steps.
+            rotated = len(value) // 2
+            sharded[key], value = sharded[key][:rotated], value[:rotated]
         torch.testing.assert_close(sharded[key], value, atol=2e-5, rtol=1e-3, msg=key)
