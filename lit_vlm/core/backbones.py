@@ -11,7 +11,10 @@ from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from lit_vlm.core.part import StateDict
-from lit_vlm.core.pretrained import made_config, read_pretrained, resolve, shortened
+from lit_vlm.core.pretrained import made_config, plain_config, read_pretrained, resolve, shortened
+
+OF_ALL_STAGES = ("stage_names", "out_features", "out_indices")
+"""Settings of transformers' backbones that count all blocks of a model."""
 
 
 def check_one_source(encoder: str, name: str | None, config: dict[str, Any] | None) -> None:
@@ -54,6 +57,11 @@ def vision_config(
     if loaded.model_type not in known:
         raise ValueError(f"{encoder} knows {', '.join(known)}; '{loaded.model_type}' is not one of them")
     return loaded
+
+
+def cut_config(config: PretrainedConfig) -> dict[str, Any]:
+    """The settings of a model whose last blocks are not built, from which it is made again."""
+    return {key: value for key, value in plain_config(config).items() if key not in OF_ALL_STAGES}
 
 
 def pretrained_backbone(

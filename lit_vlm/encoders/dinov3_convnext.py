@@ -10,16 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DINOv3ConvNextModel
 
-from lit_vlm.core.backbones import pretrained_backbone, vision_config
+from lit_vlm.core.backbones import cut_config, pretrained_backbone, vision_config
 from lit_vlm.core.batch import Images, PixelSpec, VisualTokens
 from lit_vlm.core.part import StateDict
-from lit_vlm.core.pretrained import find_weights, plain_config, resolve
+from lit_vlm.core.pretrained import find_weights, resolve
 from lit_vlm.core.transfer import send
 from lit_vlm.encoders.base import IMAGENET_MEAN, IMAGENET_STD, Encoder, PatchGrid
 
 DINOV3 = "dinov3_convnext"
-OF_ALL_STAGES = ("stage_names", "out_features", "out_indices")
-"""Settings of transformers' backbones that count all stages; nothing reads them here."""
 
 
 class DINOv3ConvNeXt(Encoder):
@@ -70,8 +68,7 @@ class DINOv3ConvNeXt(Encoder):
 
     def standalone(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments with the configuration of the kept stages in place of the name, and the last of them read."""
-        kept = {key: value for key, value in plain_config(self.config).items() if key not in OF_ALL_STAGES}
-        return {**arguments, "name": None, "config": kept, "depth": -1}
+        return {**arguments, "name": None, "config": cut_config(self.config), "depth": -1}
 
     def blocks(self) -> list[nn.Module]:
         """The layers of all stages."""

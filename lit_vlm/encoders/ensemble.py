@@ -122,9 +122,16 @@ class Ensemble(Encoder):
         """Features `[t, d_e]`, image by image.
 
         Raises:
-            ValueError: with `fuse: tokens`, when the tokens of a further encoder do not divide into `summary`, or
-                differ in number between images; and as the encoders do.
+            ValueError: when an image is no square of the first encoder's size, where it takes one; with `fuse: tokens`,
+                when the tokens of a further encoder do not divide into `summary`, or differ in number between images;
+                and as the encoders do.
         """
+        side = self.pixels.size
+        if side is not None and (wrong := set(images.sizes) - {(side, side)}):
+            raise ValueError(
+                f"Ensemble takes images of {side} × {side} pixels, found {sorted(wrong)[:3]}; use data.transform "
+                "SquareCrop, PadSquare or Resize"
+            )
         grids = [self.patch_grid(*size) for size in images.sizes]
         seen = [self._look(member, images) for member in self.parts]
         first, *others = seen

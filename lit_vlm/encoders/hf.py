@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from transformers import AutoModel, InternVLForConditionalGeneration, PretrainedConfig
 
-from lit_vlm.core.backbones import pretrained_backbone, vision_config
+from lit_vlm.core.backbones import cut_config, pretrained_backbone, vision_config
 from lit_vlm.core.batch import Images, PixelSpec, VisualTokens
 from lit_vlm.core.part import StateDict
-from lit_vlm.core.pretrained import find_weights, plain_config, resolve
+from lit_vlm.core.pretrained import find_weights, resolve
 from lit_vlm.encoders.base import CLIP_MEAN, CLIP_STD, HALF, IMAGENET_MEAN, IMAGENET_STD, Encoder, PatchGrid
 from lit_vlm.encoders.layers import Merge, ReadLayers
 
@@ -31,6 +31,10 @@ VISION_MODELS = {
 ROTARY = ("dinov3_vit",)
 """Model types whose positions are computed for any size of pictures."""
 HEADS = {"siglip_vision_model": "vision_use_head", "aimv2_vision_model": "use_head"}
+
+# Settings of DINOv3 that draw other positions in each training step. They were made for its own training; here a frozen
+# encoder would change from step to step, and processes would not train as one.
+POSITIONS = ("pos_embed_shift", "pos_embed_jitter", "pos_embed_rescale")
 
 
 class HFEncoder(Encoder):
@@ -82,6 +86,8 @@ class HFEncoder(Encoder):
         self.config.num_hidden_layers = self.layers.last
         if self.config.model_type in HEADS:
             setattr(self.config, HEADS[self.config.model_type], False)
+        for augmentation in POSITIONS if self.config.model_type == "dinov3_vit" else ():
+            setattr(self.config, augmentation, None)
         # The dtype is the trainer's choice, not that of the files.
         self.backbone = AutoModel.from_config(self.config, dtype=torch.get_default_dtype())
         setattr(self.backbone, norm, nn.Identity())
@@ -118,7 +124,7 @@ class HFEncoder(Encoder):
 
     def standalone(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments with the configuration of the kept blocks in place of the name, and the last of them read."""
-        return {**arguments, "name": None, "config": plain_config(self.config), "layer": self.layers.from_last}
+        return {**arguments, "name": None, "config": cut_config(self.config), "layer": self.layers.from_last}
 
     def blocks(self) -> list[nn.Module]:
         """Transformer blocks."""

@@ -94,3 +94,11 @@ def test_members_and_their_picture_sizes_are_part_of_its_identity() -> None:
         Ensemble([FIRST, partial(seg, image_size=64)]).identity()
         != Ensemble([FIRST, partial(seg, image_size=96)]).identity()
     )
+
+
+def test_pictures_that_the_first_encoder_does_not_take_are_refused() -> None:
+    for size in ((28, 21), (56, 28)):
+        with pytest.raises(
+            ValueError, match=rf"Ensemble takes images of 28 × 28 pixels, found \[\({size[0]}, {size[1]}\)\]"
+        ):
+            Ensemble([FIRST, FIRST])(Images.pack([torch.zeros(3, *size, dtype=torch.uint8)]))

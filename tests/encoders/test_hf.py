@@ -229,6 +229,21 @@ def test_the_vision_tower_of_a_whole_image_text_model_is_found(family: str, tmp_
     torch.testing.assert_close(result, expected.flatten(0, 1))
 
 
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_training_mode_draws_nothing(model_type: str) -> None:
+    encoder = HFEncoder(config={"model_type": model_type, **SIZES})
+    torch.testing.assert_close(encoder.train()(images(2)).features, encoder.eval()(images(2)).features)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_it_is_made_again_from_its_kept_blocks_without_other_files(model_type: str) -> None:
+    arguments = {"config": {"model_type": model_type, **SIZES}, "layer": 2}
+    encoder = HFEncoder(**arguments).eval()  # type: ignore[arg-type]
+    alone = HFEncoder(**encoder.standalone(arguments)).eval()
+    alone.load_state_dict(encoder.state_dict())
+    torch.testing.assert_close(alone(images(2)).features, encoder(images(2)).features)
+
+
 def test_random_weights_have_no_pretrained_state() -> None:
     assert HFEncoder(config=CLIP).pretrained_state() is None
 
