@@ -54,13 +54,12 @@ class HFEncoder(Encoder):
         cls: whether the CLS token is kept, in front of the patches. Register tokens never are.
         merge: what becomes of several layers: `concat` puts their features side by side, in the order given, so that a
             token is as many times as wide; `sum` adds them.
-        image_size: side of the square in pixels, for DINOv3, whose positions are computed; others have the size that
+        side: side of the square in pixels, for DINOv3, whose positions are computed; others have the size that
             they were trained with. Default: that of the configuration.
 
     Raises:
         ValueError: when not exactly one of `name` and `config` is given, for a model of another kind, a layer that it
-            does not have or that is named twice, `cls` where there is no CLS token, or an `image_size` that it cannot
-            have.
+            does not have or that is named twice, `cls` where there is no CLS token, or a `side` that it cannot have.
     """
 
     layers: ReadLayers
@@ -72,13 +71,13 @@ class HFEncoder(Encoder):
         layer: int | list[int] = -2,
         cls: bool = False,
         merge: Merge = "concat",
-        image_size: int | None = None,
+        side: int | None = None,
     ) -> None:
         super().__init__()
         self.name = name
         self.config = vision_config("HFEncoder", name, config, VISION_MODELS)
-        if image_size is not None:
-            self.config.image_size = _checked(image_size, self.config)
+        if side is not None:
+            self.config.image_size = _checked(side, self.config)
         has_cls, mean, std, norm = VISION_MODELS[self.config.model_type]
         self.layers = ReadLayers.of(layer, merge, self.config.num_hidden_layers, name or "this config")
         if cls and not has_cls:
@@ -156,16 +155,16 @@ class HFEncoder(Encoder):
         return VisualTokens(features.reshape(-1, self.width), grids)
 
 
-def _checked(image_size: int, config: PretrainedConfig) -> int:
+def _checked(side: int, config: PretrainedConfig) -> int:
     """The size of pictures, where a model can have it."""
     if config.model_type not in ROTARY:
         raise ValueError(
-            f"image_size {image_size}: the positions of a '{config.model_type}' are learnt for pictures of "
+            f"side {side}: the positions of a '{config.model_type}' are learnt for pictures of "
             f"{config.image_size} pixels; leave it out, or take a checkpoint of that size"
         )
-    if image_size < 1 or image_size % config.patch_size:
-        raise ValueError(f"image_size {image_size} is no multiple of the patch, {config.patch_size}")
-    return image_size
+    if side < 1 or side % config.patch_size:
+        raise ValueError(f"side {side} is no multiple of the patch, {config.patch_size}")
+    return side
 
 
 def _sizes(config: PretrainedConfig) -> tuple[int | list[int], int | list[int]]:

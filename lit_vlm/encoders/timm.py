@@ -57,8 +57,10 @@ class TimmEncoder(Encoder):
             similar = difflib.get_close_matches(name, timm.list_models(), n=5, cutoff=0.4)
             raise ValueError(f"timm has no model '{name}'; similar: {', '.join(similar)}")
         size = image_size or config.input_size[-1]
-        extra = {"img_size": size} if image_size and name.startswith(("vit_", "swin", "beit", "eva")) else {}
-        self.backbone, self.layers = _cut_off(name, depth if isinstance(depth, list) else [depth], merge, extra)
+        # Models with learnt positions or windows are built for a size; others take any.
+        self._built_for = {"img_size": size} if image_size and config.fixed_input_size else {}
+        chosen = depth if isinstance(depth, list) else [depth]
+        self.backbone, self.layers = _cut_off(name, chosen, merge, self._built_for)
         self.width = self.backbone.feature_info.channels()[-1] * self.layers.times
         stride = self.backbone.feature_info.reduction()[-1]
         if size % stride:
@@ -98,7 +100,7 @@ class TimmEncoder(Encoder):
         if self.pretrained is None:
             return None
         if self.pretrained == "hub":
-            state = _from_hub(self.name)
+            state = _from_hub(self.name, self._built_for)
         else:
             state = _timm_names(self.name, load_weights(resolve(self.pretrained)))
         own = self.backbone.state_dict()
@@ -155,18 +157,19 @@ def _cut_off(name: str, depth: list[int], merge: Merge, extra: Mapping[str, Any]
     return backbone, ReadLayers(levels, merge)
 
 
-def _from_hub(name: str) -> StateDict:
-    """All weights that timm has published of a model."""
+def _from_hub(name: str, built_for: Mapping[str, Any]) -> StateDict:
+    """All weights that timm has published of a model; learnt positions are resized by timm to another `img_size`."""
     published = timm.get_pretrained_cfg(name)
     if not published.hf_hub_id:  # a plain address, which timm keeps in the cache of torch.hub
         with held(cache_dir() / f"timm-{name}.lease", f"fetches the weights of {name}"):
-            return timm.create_model(name, pretrained=True).state_dict()
+            return timm.create_model(name, pretrained=True, **built_for).state_dict()
     folder = fetched(published.hf_hub_id, True)
     names = (published.hf_hub_filename, "model.safetensors", "pytorch_model.bin")
     file = next((folder / given for given in names if given and (folder / given).is_file()), None)
     if file is None:
         raise ValueError(f"{published.hf_hub_id} has no model.safetensors and no pytorch_model.bin, which timm reads")
-    return timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": str(file)}).state_dict()
+    overlay = {"file": str(file)}
+    return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **built_for).state_dict()
 
 
 def _full_name(key: str, state: StateDict) -> str:

@@ -17,7 +17,7 @@ class HFVision(EncoderTeacher):
         name: hub name or local folder. Or null, with `config`.
         config: a model configuration with `model_type`, for random weights.
         layer: index into the hidden states; −2, the one before the last, is what EVE's code takes.
-        image_size: see `HFEncoder`.
+        side: see `HFEncoder`.
 
     Raises:
         ValueError: when not exactly one of `name` and `config` is given; and as `HFEncoder`.
@@ -28,7 +28,7 @@ class HFVision(EncoderTeacher):
         name: str | None = "openai/clip-vit-large-patch14-336",
         config: dict[str, Any] | None = None,
         layer: int = -2,
-        image_size: int | None = None,
+        side: int | None = None,
     ) -> None:
         check_one_source("teacher HFVision", name, config)
-        super().__init__(partial(HFEncoder, name=name, config=config, layer=layer, image_size=image_size))
+        super().__init__(partial(HFEncoder, name=name, config=config, layer=layer, side=side))

@@ -343,7 +343,7 @@ def test_weights_that_are_not_there_or_of_another_shape_are_an_error(model_type:
 
 def test_dinov3_takes_pictures_of_a_given_size(tmp_path: Path) -> None:
     model = tiny("dinov3_vit", tmp_path)
-    encoder = HFEncoder(str(tmp_path), layer=-1, image_size=42).eval()
+    encoder = HFEncoder(str(tmp_path), layer=-1, side=42).eval()
     load_state(encoder, encoder.pretrained_state() or {}, "encoder")
     assert (encoder.pixels.size, encoder.patch_grid(42, 42)) == (42, Grid(6, 6))
     batch = images(2, 42)
@@ -356,13 +356,13 @@ def test_dinov3_takes_pictures_of_a_given_size(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "image_size", "said"),
+    ("config", "side", "said"),
     [
-        (CLIP, 42, "image_size 42: the positions of a 'clip_vision_model' are learnt for pictures of 28 pixels"),
-        ({"model_type": "dinov3_vit", **SIZES}, 40, "image_size 40 is no multiple of the patch, 7"),
-        ({"model_type": "dinov3_vit", **SIZES}, 0, "image_size 0 is no multiple of the patch, 7"),
+        (CLIP, 42, "side 42: the positions of a 'clip_vision_model' are learnt for pictures of 28 pixels"),
+        ({"model_type": "dinov3_vit", **SIZES}, 40, "side 40 is no multiple of the patch, 7"),
+        ({"model_type": "dinov3_vit", **SIZES}, 0, "side 0 is no multiple of the patch, 7"),
     ],
 )
-def test_sizes_that_a_model_cannot_have_are_refused(config: dict[str, Any], image_size: int, said: str) -> None:
+def test_sizes_that_a_model_cannot_have_are_refused(config: dict[str, Any], side: int, said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        HFEncoder(config=config, image_size=image_size)
+        HFEncoder(config=config, side=side)

@@ -266,3 +266,26 @@ def test_several_levels_are_told_apart_by_their_identity() -> None:
     settings = [1, 3], [2, 3], [3, 1], 3
     assert len({TimmEncoder("test_vit", None, depth).identity() for depth in settings}) == len(settings)
     assert "ReadLayers" not in TimmEncoder("test_vit", None, 3).identity()
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_vit3", "deit_tiny_patch16_224", "cait_xxs24_224", "resnet10t"])
+def test_every_model_takes_the_size_that_is_asked_for(name: str) -> None:
+    encoder = TimmEncoder(name, pretrained=None, image_size=96).eval()
+    with torch.no_grad():
+        found = encoder(images(1, 96))
+    assert found.grids == (encoder.patch_grid(96, 96),)
+
+
+def test_positions_of_published_weights_are_resized_as_timm_does_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    whole = timm.create_model("test_vit")
+    save_file(whole.state_dict(), tmp_path / "model.safetensors")
+    monkeypatch.setattr("lit_vlm.encoders.timm.fetched", lambda name, weights: tmp_path)
+    encoder = TimmEncoder("test_vit", image_size=96)
+    state = encoder.pretrained_state()
+    assert state is not None
+    load_state(encoder, state, "encoder")
+    expected = timm.layers.resample_abs_pos_embed(whole.pos_embed, (6, 6), num_prefix_tokens=1)
+    torch.testing.assert_close(state["backbone.model.pos_embed"], expected)

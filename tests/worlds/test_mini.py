@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lit_vlm.checkpoints.weights import read_state
 from lit_vlm.core.cache import held
 from lit_vlm.core.precision import DTYPES
 from lit_vlm.core.pretrained import load_weights, resolve
@@ -19,6 +20,7 @@ from lit_vlm.worlds import mini
 from lit_vlm.worlds.mini import decoder, encoders
 from lit_vlm.worlds.scenes import QUESTION_KINDS, Look, Scenes, sample_scene
 from lit_vlm.worlds.scenes.world import COLOURS, SHAPES, SIZES
+from tests.encoders.families import FAMILIES, encoder_of
 from tests.forkserver import interpreter
 from tests.runs import environment
 
@@ -161,3 +163,40 @@ def test_a_run_scores_every_kind_of_question(cache: Path, tmp_path: Path) -> Non
         assert parts["depth"]["choice_chance"] == 0.5
     assert "multiple choice by source" in result.stdout
     assert all(kind in result.stdout for kind in QUESTION_KINDS)
+
+
+SINGLE = [name for name, made in FAMILIES.items() if not {"encoder", "encoders"} & made.keywords.keys()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", SINGLE)
+def test_llava_takes_every_encoder_at_its_mini_scale(family: str, cache: Path, tmp_path: Path) -> None:
+    encoder, settings = encoder_of(family), dict(FAMILIES[family].keywords)
+    if "config" in settings:
+        settings["name"] = None  # that of the recipe
+    chosen = {"class_path": f"lit_vlm.encoders.{type(encoder).__name__}", "init_args": settings}
+    flags = {
+        "trainer.max_steps": "2",
+        "trainer.accelerator": "cpu",
+        "model.encoder": json.dumps(chosen),
+        "model.projector": "MLP",
+        "data.transform": json.dumps(
+            {"class_path": "lit_vlm.data.Resize"}
+            if encoder.pixels.size
+            else {"class_path": "lit_vlm.data.PatchBudget", "init_args": {"patches": 36}}
+        ),
+        "2_sft.data.train.init_args.count": "200",
+        "2_sft.data.val": "null",
+        "2_sft.trainer.callbacks": "[]",
+    }
+    words = ["run", "llava15", "--scale", "mini", "--out", "out"]
+    result = subprocess.run(
+        [interpreter(), "-m", "lit_vlm", *words, *(f"--{name}={value}" for name, value in flags.items())],
+        cwd=tmp_path,
+        env=environment(tmp_path) | {"LIT_VLM_CACHE": str(cache)},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
+    weights = read_state(tmp_path / "out" / "2_sft")
+    assert all(value.isfinite().all() for value in weights.values() if value.is_floating_point())
