@@ -12,14 +12,19 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlavaConfig, LlavaForConditionalGeneration
+from transformers import (
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+)
 
 from lit_vlm.checkpoints import load_published
 from lit_vlm.checkpoints.published import FAMILIES
 from lit_vlm.core.safetensors import read_folder, read_json
 from lit_vlm.model.build import build
 from lit_vlm.model.vlm import VLM
-from tests.checkpoints import test_eve, test_fuyu, test_llava_hf, test_ola_vlm, test_vila
+from tests.checkpoints import test_eve, test_fuyu, test_llava_hf, test_llava_next, test_ola_vlm, test_vila
 from tests.embedders.test_holistic import model_of as hovle_model
 from tests.tiny import tiny_slots
 
@@ -50,6 +55,13 @@ def llava_hf() -> Published:
     }
 
 
+def llava_next() -> Published:
+    state = LlavaNextForConditionalGeneration(LlavaNextConfig(**test_llava_next.CONFIG)).state_dict()
+    return {key: value for key, value in state.items() if ".layers.2." not in key or "vision" not in key}, {
+        **test_llava_next.CONFIG
+    }
+
+
 MADE: dict[str, Callable[[], Published]] = {
     "eve": eve,
     "eve_v2": lambda: exported("eve_v2", test_eve.model_of(test_eve.V2)),
@@ -57,6 +69,7 @@ MADE: dict[str, Callable[[], Published]] = {
     "hovle": lambda: exported("hovle", hovle_model("hovle")),
     "hovle_hd": lambda: exported("hovle_hd", hovle_model("hovle_hd")),
     "llava-hf": llava_hf,
+    "llava_next": llava_next,
     "ola_vlm": lambda: exported("ola_vlm", test_ola_vlm.model_of("llama")),
     "ola_vlm convnext": lambda: exported("ola_vlm", test_ola_vlm.model_of("phi3", convolutional=True)),
     "vila": lambda: (test_vila.in_memory("mlp_downsample"), test_vila.config_of("mlp_downsample")),
