@@ -133,7 +133,7 @@ def _demonstrations(file: Path) -> list[Message]:
 def _absolute(part: Content, source: ChatJsonl) -> Content:
     if isinstance(part, Text) or part.path is None:
         return part
-    return Image(path=str((source.image_folder / part.path).resolve()))
+    return replace(part, path=str((source.image_folder / part.path).resolve()))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -211,6 +211,21 @@ class VisualTokens:
         return VisualTokens(self.features.pin_memory(), self.grids)
 
 
+class Opening(NamedTuple):
+    """What a template lets every answer begin with, such as an empty thought.
+
+    Attributes:
+        text: as it is decoded.
+        tokens: how many it has.
+    """
+
+    text: str = ""
+    tokens: int = 0
+
+
+NO_OPENING = Opening()
+
+
 class SampleInfo(NamedTuple):
     """Where a sample sits in the batch, and what it is.
 
@@ -314,7 +329,7 @@ class Batch:
         bad: samples that were left out or cut while this batch was made.
         window: counts over all micro-batches of the optimizer step; None if the loader knows nothing of steps.
         stop_ids: token ids that close an answer in the template of the prompts; empty in training.
-        opening: text that answers to the prompts begin with in their template, as it is decoded; no part of an answer.
+        opening: what answers to the prompts begin with in their template; no part of an answer.
         segments: lengths of the segments that `position_ids` make, in plain integers, so that nobody must ask the
             device for them; None if they are not known.
         tilings: how the tiles of each image make it up, in the order of `images`; None for an image that is not of
@@ -337,7 +352,7 @@ class Batch:
     bad: tuple[BadSample, ...] = ()
     window: Window | None = None
     stop_ids: frozenset[int] = frozenset()
-    opening: str = ""
+    opening: Opening = NO_OPENING
     segments: Segments | None = None
     tilings: tuple[Tiling | None, ...] = ()
 

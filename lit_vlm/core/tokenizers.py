@@ -87,7 +87,7 @@ def decoded(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int], opening: str
     Args:
         tokenizer: decodes them.
         ids: the tokens.
-        opening: as `Batch.opening`.
+        opening: text of `Batch.opening`.
     """
     return str(tokenizer.decode(ids, skip_special_tokens=True)).strip().removeprefix(opening).strip()
 
@@ -100,7 +100,7 @@ class IncrementalText:
 
     Args:
         tokenizer: decodes them; special tokens are left out.
-        opening: as `Batch.opening`.
+        opening: text of `Batch.opening`.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, opening: str = "") -> None:

@@ -271,7 +271,7 @@ class Holistic(Embedder):
             lengths = own_lengths(batch, self.merge**2)
             pairs = causal_pairs(lengths)
             if self.image_attention == BIDIRECTIONAL:
-                pairs += pairs_ahead(grid.num_tokens * self.merge**2 for grid in batch.image_grids)
+                pairs += pairs_ahead(grid.picture_tokens * self.merge**2 for grid in batch.image_grids)
             scores = attention(self.width, len(self.stack.layers) * pairs)
             return layers.on(sum(lengths)) + scores + merger.on(len(batch.image_positions))
 

@@ -27,9 +27,9 @@ VISION_MODELS = {
     "aimv2_vision_model": (False, CLIP_MEAN, CLIP_STD, "rms_norm"),
     INTERN_VIT: (True, IMAGENET_MEAN, IMAGENET_STD, "layernorm"),
 }
-# model_type → the setting that builds a pooling head, which nothing reads
 ROTARY = ("dinov3_vit",)
 """Model types whose positions are computed for any size of pictures."""
+# model_type → the setting that builds a pooling head, which nothing reads
 HEADS = {"siglip_vision_model": "vision_use_head", "aimv2_vision_model": "use_head"}
 
 # Settings of DINOv3 that draw other positions in each training step. They were made for its own training; here a frozen

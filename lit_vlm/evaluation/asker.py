@@ -137,7 +137,8 @@ class Asker:
         """
         spec = self.module.input_spec
         batch = self.batch(samples)
-        texts = [IncrementalText(spec.tokenizer, batch.opening) for _ in samples]
+        texts = [IncrementalText(spec.tokenizer, batch.opening.text) for _ in samples]
+        sampling = [replace(one, max_new_tokens=one.max_new_tokens + batch.opening.tokens) for one in sampling]
         ended: list[Ended | None] = [None] * len(samples)
         steps = stream(self.module.vlm, batch, spec.stop_ids | batch.stop_ids, sampling)
         with self.evaluating():

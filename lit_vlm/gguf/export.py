@@ -11,7 +11,7 @@ import torch
 from PIL import Image as PILImage
 from transformers import AutoTokenizer, LlavaForConditionalGeneration
 
-from lit_vlm.checkpoints.published import check_causal, export_published
+from lit_vlm.checkpoints.published import check_form, export_published
 from lit_vlm.core.lora import merge_adapters
 from lit_vlm.core.written import whole_folder
 from lit_vlm.data.records import Image, Message, Record, Text
@@ -78,7 +78,7 @@ def export_gguf(model: VLM, written: SampleFormat, spec: InputSpec, out: Path, k
     """
     if kind not in KINDS:
         raise ValueError(f"there is no kind {kind!r} of GGUF files here, only {', '.join(KINDS)}")
-    check_causal(model, "gguf")
+    check_form(model, "gguf")
     if isinstance(model.embedder, Splice) and model.embedder.task_tokens:
         names = ", ".join(model.embedder.task_tokens)
         raise ValueError(f"gguf holds no task tokens ({names}): llama.cpp puts nothing behind a picture")

@@ -14,7 +14,7 @@ from lit_vlm.data import VLMData
 from lit_vlm.data.feed.batching import GlobalBatch
 from lit_vlm.data.feed.loader import SourceDataset, assemble
 from lit_vlm.data.feed.plan import Place
-from lit_vlm.data.records import RecordError, Text, image_bytes
+from lit_vlm.data.records import RecordError, Text, Videos, image_bytes
 from lit_vlm.data.sample.encode import SampleEncoder
 from lit_vlm.data.sample.spec import InputSpec
 from lit_vlm.data.sources import Source
@@ -136,9 +136,11 @@ def record_bytes(source: Source, index: int) -> int:
     """Bytes of a record's pictures, as files or in memory, and of its text."""
     record = source.record(index)
     parts = [part for message in record.messages for part in message.content]
-    return sum(
-        len(part.text) if isinstance(part, Text) else len(image_bytes(part, source.image_folder)) for part in parts
-    )
+    with Videos() as videos:
+        return sum(
+            len(part.text) if isinstance(part, Text) else len(image_bytes(part, source.image_folder, videos))
+            for part in parts
+        )
 
 
 def _first_whole(order: Sequence[Sequence[Place]], look: _Look, made: Callable[[Sequence[Place]], Batch]) -> Batch:

@@ -8,7 +8,7 @@ the shards that it has, in fp32, and nothing is gathered.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ STATE = "state_dict"
 
 
 class Averaged(NamedTuple):
-    """A weight and its average.
+    """A weight, or a running statistic, and its average.
 
     Attributes:
         names: all its names in a checkpoint.
@@ -35,7 +35,7 @@ class Averaged(NamedTuple):
     """
 
     names: list[str]
-    weight: nn.Parameter
+    weight: Tensor
     average: Tensor
 
 
@@ -45,6 +45,8 @@ class WeightAverage:
     After step n the average moves to the weights by the share 1 − min(decay, (1 + n) / (10 + n)), so that in a short
     stage it does not hang on the weights that the stage began with: the rule of TensorFlow's
     `ExponentialMovingAverage(num_updates=...)`.
+
+    Running statistics of modules that train (batch norm) are averaged too: those of a step do not go with the averages.
 
     In every checkpoint the averages stand in the place of the weights, where all that reads weights finds them. What
     training goes on with stands beside them.
@@ -65,6 +67,10 @@ class WeightAverage:
             Averaged(names[id(p)], p, p.detach().to(torch.float32, copy=True))
             for p in model.parameters()
             if p.requires_grad
+        ]
+        self._weights += [
+            Averaged([PREFIX + name], buffer, buffer.detach().to(torch.float32, copy=True))
+            for name, buffer in _statistics(model)
         ]
 
     @property
@@ -147,6 +153,16 @@ class WeightAverage:
             name = next(n for n in one.names if n in saved[RAW])
             _fill(one.average, saved[STATE][name])
             _fill(one.weight, saved[RAW][name])
+
+
+def _statistics(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Buffers that a checkpoint has of modules whose own weights train, with their names."""
+    for prefix, module in model.named_modules():
+        if any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
+            kept = module.state_dict(keep_vars=True).keys()
+            for name, buffer in module.named_buffers(recurse=False):
+                if buffer.is_floating_point() and name in kept:
+                    yield f"{prefix}.{name}" if prefix else name, buffer
 
 
 def check_resumed(checkpoint: Mapping[str, Any], decay: float | None) -> None:

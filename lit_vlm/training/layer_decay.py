@@ -22,9 +22,15 @@ def layer_scales(part: Part, decay: float) -> dict[int, float]:
         id of a parameter → factor. Parameters that are not in it have 1.
 
     Raises:
-        ValueError: for a part without blocks.
+        ValueError: for a part without blocks, or one with blocks both of its own and in parts inside of it.
     """
     inner = [one for one in part.modules() if one is not part and isinstance(one, Part) and list(one.blocks())]
+    own, inside = list(part.blocks()), {id(block) for one in inner for block in one.modules()}
+    if inner and any(id(block) not in inside for block in own):
+        raise ValueError(
+            f"{type(part).__name__} has blocks of its own and parts with blocks in it: which of them come first is "
+            "not known, so their learning rates cannot fall from one to the next"
+        )
     if inner:
         found: dict[int, float] = {}
         for member in inner:  # from the outside in, and what is inside of a part was found with it

@@ -532,17 +532,17 @@ class LitVLM(LightningModule):
 
         Args:
             batch: left-padded prompts, one per row.
-            max_new_tokens: length of an answer at most.
+            max_new_tokens: length of an answer at most, besides what the template lets it begin with.
             temperature: 0 takes the likeliest token; above, one is drawn.
             top_p: draw from the likeliest tokens of this share.
 
         Raises:
             ValueError: for a decoder that does not go on from a cache.
         """
-        spec = self.input_spec
+        spec, most = self.input_spec, max_new_tokens + batch.opening.tokens
         with self.autocast():
-            rows = generate(self.vlm, batch, spec.stop_ids | batch.stop_ids, max_new_tokens, temperature, top_p)
-        return [decoded(spec.tokenizer, row, batch.opening) for row in rows[: len(batch.samples)]]
+            rows = generate(self.vlm, batch, spec.stop_ids | batch.stop_ids, most, temperature, top_p)
+        return [decoded(spec.tokenizer, row, batch.opening.text) for row in rows[: len(batch.samples)]]
 
 
 def _mean(pair: Tensor) -> Tensor:

@@ -233,3 +233,11 @@ def test_a_template_that_jinja_cannot_write_leaves_the_chat_template_out(tmp_pat
     with pytest.warns(UserWarning, match=r"no chat template is written: .*Numbered.*must have <task_gen_0>"):
         export_published("llava-hf", tiny_vlm(embedder=SPLICE), tmp_path / "out", written)
     assert AutoProcessor.from_pretrained(tmp_path / "out").chat_template is None
+
+
+@pytest.mark.parametrize("family", ["llava-hf", "vila", "ola_vlm"])
+def test_row_ends_of_words_are_refused_and_a_failed_export_leaves_nothing(family: str, tmp_path: Path) -> None:
+    model = tiny_vlm(embedder=partial(Splice, row_end=5))
+    with pytest.raises(ValueError, match=f"{family} puts no word behind the rows .* row_end 5: take .*--format hf"):
+        export_published(family, model, tmp_path / "out", None)
+    assert list(tmp_path.iterdir()) == []

@@ -255,3 +255,25 @@ def test_one_process_goes_on_with_the_averages_of_two(tmp_path: Path) -> None:
     assert [name for name, value in expected.items() if not torch.equal(read[name], value)] == []
     for name, value in whole.items():
         torch.testing.assert_close(found[name], value, atol=1e-7, rtol=0, msg=name)
+
+
+def test_running_statistics_of_what_trains_are_averaged_and_others_are_left() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.BatchNorm1d(4)).double()
+    model[2].requires_grad_(False)
+    average = WeightAverage(model, EMA)  # type: ignore[arg-type]
+    start, seen = model[1].running_mean.clone(), []
+    for step in range(1, 5):
+        model(torch.randn(8, 3, dtype=torch.double) + step)
+        seen.append(model[1].running_mean.clone())
+        average.update(step)
+    left, frozen = seen[-1], model[2].running_mean.clone()
+    average.use()
+    torch.testing.assert_close(model[1].running_mean, by_hand(start, seen, EMA), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(model[2].running_mean, frozen)
+    average.put_back()
+    torch.testing.assert_close(model[1].running_mean, left)
+    state = {"state_dict": {PREFIX + name: value for name, value in model.state_dict().items()}, "optimizer_states": []}
+    average.record(state, dict)
+    assert f"{PREFIX}1.running_mean" in state[RAW]
+    assert f"{PREFIX}2.running_mean" not in state[RAW]

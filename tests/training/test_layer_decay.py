@@ -209,3 +209,19 @@ def test_two_processes_give_the_weights_of_one_and_resume(strategy: str, optimiz
     even = tiny_fit(tmp_path, "even", "2_sft", *flags, "--data.batch_size", "2", "--model.stage.layer_decay", "{}")
     far = max(float((even[name] - value).abs().max()) for name, value in whole.items() if name.startswith("encoder"))
     assert far > 2 * near
+
+
+def test_blocks_beside_a_part_with_blocks_are_refused() -> None:
+    class Both(Part):
+        """A part with a block of its own and another part in it."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = HFEncoder(config=CLIP)
+            self.own = nn.Linear(2, 2)
+
+        def blocks(self) -> list[nn.Module]:
+            return [self.own]
+
+    with pytest.raises(ValueError, match="Both has blocks of its own and parts with blocks in it"):
+        layer_scales(Both(), 0.5)

@@ -22,8 +22,10 @@ from lit_vlm.checkpoints.published.vila import Vila
 from lit_vlm.core.lora import merge_adapters
 from lit_vlm.core.plugins import find_class
 from lit_vlm.core.pretrained import resolve
+from lit_vlm.core.written import whole_folder
 from lit_vlm.data.sample.format import SampleFormat
 from lit_vlm.decoders.images import CAUSAL
+from lit_vlm.embedders import Splice
 from lit_vlm.model.vlm import VLM
 
 FAMILIES: dict[str, Family] = {
@@ -95,21 +97,33 @@ def export_published(family: str, model: VLM, out: Path, written: SampleFormat |
         the largest difference of the logits on a random picture and text, in fp32.
 
     Raises:
-        ValueError: for an unknown family, a model of other parts or whose images see all of themselves in the decoder,
-            a folder that is not empty, or logits that differ.
+        ValueError: for an unknown family, a model of other parts, a folder that is not empty, or logits that differ;
+            and as `check_form`.
     """
     found = find_family(family)
-    check_causal(model, family)
+    check_form(model, family, found.row_ends)
     merge_adapters(model)
-    return found.export(model, out, written)
+    with whole_folder(out) as scratch:
+        return found.export(model, scratch, written)
 
 
-def check_causal(model: VLM, form: str) -> None:
-    """Refuse a model whose images see all of themselves, for forms whose code lets the decoder's tokens see backwards.
+def check_form(model: VLM, form: str, row_ends: bool = False) -> None:
+    """Refuse what the code that reads a form does otherwise without a word.
+
+    Args:
+        model: what is to be written.
+        form: name of the form.
+        row_ends: whether that code puts a word's vector behind each row of patches.
 
     Raises:
-        ValueError: naming the setting and the form that has it.
+        ValueError: for images that see all of themselves in the decoder, or row ends; names the setting and a form that
+            has it.
     """
+    if not row_ends and isinstance(model.embedder, Splice) and model.embedder.row_end is not None:
+        raise ValueError(
+            f"{form} puts no word behind the rows of a picture, and this model was trained with model.embedder's "
+            f"row_end {model.embedder.row_end!r}: take lit-vlm export --format hf"
+        )
     if model.decoder.image_attention != CAUSAL:
         raise ValueError(
             f"{form} has no decoder with image_attention: {model.decoder.image_attention}, and would be asked as a "

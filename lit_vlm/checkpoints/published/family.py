@@ -20,10 +20,12 @@ class Family(ABC):
     Attributes:
         name: what stands in front of the colon in `start_from: NAME:FOLDER`.
         model_types: values of `model_type` in the config.json of the family's folders; another family's are refused.
+        row_ends: whether its models may have a word's vector behind each row of patches (`Splice.row_end`).
     """
 
     name: str
     model_types: tuple[str, ...] = ()
+    row_ends: bool = False
 
     @abstractmethod
     def read(self, source: str) -> SlotStates:

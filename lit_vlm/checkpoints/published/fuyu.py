@@ -100,6 +100,7 @@ class Fuyu(Family):
 
     name = "fuyu"
     model_types = ("fuyu",)
+    row_ends = True
 
     def read(self, source: str) -> SlotStates:
         """Weights of a folder or hub repository by slot.

@@ -120,6 +120,30 @@ def refuse_unread(row: Mapping[Any, Any], read: Collection[str], pictured: bool,
         )
 
 
+CALLS = ("tool_calls", "function_call", "tools", "functions")
+"""Keys of tools: calls of an answer, and what tools there are."""
+
+
+def refuse_calls(row: Mapping[Any, Any], where: str) -> None:
+    """Refuse a row or turn with calls of tools, or a list of tools, which no reader writes.
+
+    Args:
+        row: a row of a file, or a turn of one.
+        where: names it in errors.
+
+    Raises:
+        RecordError: `unread_calls`, naming the key and what to do.
+    """
+    for key in CALLS:
+        if row.get(key):
+            raise RecordError(
+                "unread_calls",
+                f"{where} holds {str(row[key])[:80]!r} under '{key}', which is not read: write a call as text of its "
+                "answer, as the model is to write it, and tools into data.template.init_args.arguments of HFChat; "
+                f"ignore_keys: [{key}] of the source leaves it out",
+            )
+
+
 def refuse_marks(record: Record) -> Record:
     """Refuse a record whose text still holds marks of pictures, as their letters would be trained.
 

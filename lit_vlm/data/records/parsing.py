@@ -12,6 +12,7 @@ from lit_vlm.data.records.media import (
     MEDIA_PARTS,
     image_of,
     is_nothing,
+    refuse_calls,
     refuse_marks,
     refuse_unread,
     row_images,
@@ -56,6 +57,7 @@ def parse_record(raw: Any, source: str, default_id: str, links: bool = False) ->
         raise RecordError("malformed", f"'id' is a string or an integer, not {identity!r}")
     record = Record(str(identity), source, messages, tuple(options))
     refuse_unread(raw, IMAGE_KEYS, bool(record.images), "the record", ADVICE)
+    refuse_calls(raw, "the record")
     return refuse_marks(record)
 
 
@@ -165,6 +167,7 @@ class _Pictures:
         if raw.get("role") not in ROLES:
             raise RecordError("unknown_role", f"{where}.role is {raw.get('role')!r}; roles: {', '.join(ROLES)}")
         refuse_unread(raw, (), False, where, ADVICE)
+        refuse_calls(raw, where)
         content = raw.get("content")
         if isinstance(content, str):
             content = [{"type": "text", "text": content}]

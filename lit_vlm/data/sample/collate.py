@@ -8,6 +8,7 @@ import torch
 
 from lit_vlm.core.batch import (
     IGNORE,
+    NO_OPENING,
     BadSample,
     Batch,
     Images,
@@ -101,7 +102,7 @@ def make_rows(
         prepared={name: _features(ordered, name) for name in prepared},
         bad=(*bad, *notes),
         stop_ids=frozenset().union(*(sample.stop_ids for sample in ordered)),
-        opening=next((sample.opening for sample in ordered), ""),  # the same for all, as they share a template
+        opening=next((sample.opening for sample in ordered), NO_OPENING),  # the same for all, as they share a template
         tilings=_tilings(ordered),
         segments=None if left else tuple(fill([len(sample) for sample in row], shape[1]) for row in rows) or ((1,),),
     )

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lit_vlm.core.batch import ENCODER, IGNORE, BadSample, Grid, PixelSpec
+from lit_vlm.core.batch import ENCODER, IGNORE, NO_OPENING, BadSample, Grid, Opening, PixelSpec
 from lit_vlm.core.tiling import Tiling
 from lit_vlm.core.tokenizers import decoded
 from lit_vlm.data.records import Image, Record, RecordError, Videos, decode_image, image_size
@@ -46,7 +46,7 @@ class Sample:
         options: answers to choose from.
         note: what was cut off; None for a whole sample.
         stop_ids: ids that close the answer to a prompt, besides those that end any answer (`InputSpec.stop_ids`).
-        opening: what an answer to a prompt begins with in its template, as it is decoded.
+        opening: what an answer to a prompt begins with in its template.
         tilings: how the tiles of each image make it up; None for one that is not of tiles, or whose tiles stay as they
             come. Empty: there is none of tiles.
     """
@@ -63,7 +63,7 @@ class Sample:
     options: tuple[str, ...] = ()
     note: BadSample | None = None
     stop_ids: frozenset[int] = frozenset()
-    opening: str = ""
+    opening: Opening = NO_OPENING
     tilings: list[Tiling | None] = field(default_factory=list)
 
     def __len__(self) -> int:
@@ -194,10 +194,9 @@ class SampleEncoder:
         return frozenset() if closing is None else frozenset([closing])
 
     @cached_property
-    def _opening(self) -> str:
-        opening = self.template.opening()
-        tokenizer = self.spec.tokenizer
-        return decoded(tokenizer, tokenizer(opening, add_special_tokens=False).input_ids) if opening else ""
+    def _opening(self) -> Opening:
+        ids = self.spec.tokenizer(self.template.opening(), add_special_tokens=False).input_ids
+        return Opening(decoded(self.spec.tokenizer, ids), len(ids)) if ids else NO_OPENING
 
     def sequences(self, record: Record, image_folder: Path) -> list[Sample]:
         """Encode a record: to one sample, or to one for each document of a record of several.

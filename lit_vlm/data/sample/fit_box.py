@@ -75,5 +75,6 @@ class FitBox(ImageTransform):
         if pixels.size is not None:
             raise ValueError(
                 f"data.transform FitBox needs an encoder of any size, and this encoder or teacher takes squares of "
-                f"{pixels.size} pixels: use SquareCrop, PadSquare or Resize"
+                f"{pixels.size} pixels: use SquareCrop, PadSquare or Resize, with init_args.side where the encoder "
+                "takes any size and the teacher does not"
             )

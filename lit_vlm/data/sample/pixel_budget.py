@@ -29,8 +29,9 @@ class _Budget(ImageTransform):
         """The encoder's multiple; raises ValueError for an encoder of one size."""
         if pixels.size is not None:
             raise ValueError(
-                f"data.transform {type(self).__name__} needs an encoder of any size; this one takes {pixels.size} × "
-                f"{pixels.size} pixels: use SquareCrop, PadSquare, Resize or Tiles"
+                f"data.transform {type(self).__name__} needs an encoder of any size, and this encoder or teacher takes "
+                f"{pixels.size} × {pixels.size} pixels: use SquareCrop, PadSquare or Resize, with init_args.side where "
+                "the encoder takes any size and the teacher does not"
             )
         return pixels.multiple
 

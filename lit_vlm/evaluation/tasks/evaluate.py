@@ -189,13 +189,14 @@ def _hashed(examples: Sequence[Example]) -> str:
 
 
 def _described(turn: Message) -> list[Any]:
-    """A turn as plain values, pictures by their paths or the hashes of their bytes."""
+    """A turn as plain values, pictures by their paths (frames with their moments) or the hashes of their bytes."""
     content: list[Any] = [turn.role]
     for part in turn.content:
         if isinstance(part, Text):
             content.append(part.text)
         else:
-            content.append([hashlib.sha256(part.data).hexdigest() if part.data is not None else part.path])
+            shown = hashlib.sha256(part.data).hexdigest() if part.data is not None else part.path
+            content.append([shown] if part.moment is None else [shown, part.moment])
     return content
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from lit_vlm.data.records import Content, Image, Message, Record, Text
@@ -153,7 +153,7 @@ class Prompts:
         """The image under its absolute path, which may be outside of the folder: benchmarks share pictures by links."""
         if image.path is None:
             return image
-        return Image(path=str((self.task.folder / image.path).resolve()))
+        return replace(image, path=str((self.task.folder / image.path).resolve()))
 
 
 def document(example: Example, task: str) -> Record:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import AdamW
 from transformers import LlavaForConditionalGeneration
 
-from lit_vlm.checkpoints.published import check_causal
+from lit_vlm.checkpoints.published import check_form
 from lit_vlm.checkpoints.published.llava_hf import llava_parts
 from lit_vlm.checkpoints.published.llava_written import llava_config
 from lit_vlm.core.batch import Batch, Counts
@@ -60,7 +60,7 @@ def check_reference(module: LitVLM) -> None:
     """
     asked = "--against hf compares with transformers' LlavaForConditionalGeneration"
     try:
-        check_causal(module.vlm, "llava-hf")
+        check_form(module.vlm, "llava-hf")
         encoder = llava_parts(module.vlm)[0]
     except ValueError as error:
         raise ValueError(f"{asked}: {error}") from error

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from lit_vlm.core.batch import IGNORE
+from lit_vlm.core.batch import IGNORE, Opening
 from lit_vlm.core.tokenizers import byte_tokenizer
 from lit_vlm.data.records import Image, Message, Record, RecordError, Text
 from lit_vlm.data.sample.chat_template import as_jinja
@@ -147,9 +147,9 @@ def test_prompts_say_what_answers_begin_with() -> None:
     for arguments, opening in (({}, "<think>\n\n</think>"), ({"enable_thinking": False}, "")):
         written = SampleFormat(HFChat(arguments=arguments), PadSquare(), 512, True)
         sample = written.sample_encoder(spec, prompt=True)(record, Path())
-        assert sample.opening == opening
-        assert collate_prompts([sample], pad_id=0).opening == opening
-        assert not written.sample_encoder(spec)(record, Path()).opening
+        assert sample.opening == Opening(opening, len(f"{opening}\n\n") if opening else 0)  # a token for each byte
+        assert collate_prompts([sample], pad_id=0).opening == sample.opening
+        assert written.sample_encoder(spec)(record, Path()).opening == Opening()
 
 
 def test_turns_of_tools_stand_behind_answers_and_in_templates_that_have_them() -> None:

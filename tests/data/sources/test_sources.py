@@ -88,6 +88,23 @@ def test_llava_takes_text_only_entries(tmp_path: Path) -> None:
     assert [message.role for message in record.messages] == ["user", "assistant", "tool", "assistant"]
 
 
+CALL = [{"type": "function", "function": {"name": "f", "arguments": "{}"}}]
+
+
+def test_calls_of_tools_beside_the_text_are_not_lost(tmp_path: Path) -> None:
+    asked, told = {"role": "user", "content": "q"}, {"role": "tool", "content": "5"}
+    called = {"role": "assistant", "content": "Let me see.", "tool_calls": CALL}
+    with pytest.raises(RecordError, match=r"unread_calls: messages\[1\] .* under 'tool_calls', .*text of its answer"):
+        parse_record({"messages": [asked, called, told, {"role": "assistant", "content": "a"}]}, "chats", "0", False)
+    with pytest.raises(RecordError, match="unread_calls: the record holds .* under 'tools'"):
+        parse_record({"messages": [asked, {"role": "assistant", "content": "a"}], "tools": CALL}, "chats", "0", False)
+    rows = [turn("human", "q"), turn("gpt", "a")]
+    with pytest.raises(RecordError, match="unread_calls: entry 0 holds '.f.' under 'tools'"):
+        llava(tmp_path, {"conversations": rows, "tools": "[f]"}).record(0)
+    assert llava(tmp_path, {"conversations": rows, "tools": ""}).record(0)
+    assert llava(tmp_path, {"conversations": rows, "tools": "[f]"}, ignore_keys=["tools"]).record(0)
+
+
 @pytest.mark.parametrize(
     ("entry", "expected"),
     [
