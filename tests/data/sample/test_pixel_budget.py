@@ -77,7 +77,7 @@ def test_a_picture_of_fitting_size_is_left_alone() -> None:
 
 @pytest.mark.parametrize("transform", [NativeArea(), PatchBudget()], ids=lambda t: type(t).__name__)
 def test_an_encoder_of_one_size_is_refused(transform: ImageTransform) -> None:
-    with pytest.raises(ValueError, match=f"{type(transform).__name__} needs an encoder of any size; this one takes 28"):
+    with pytest.raises(ValueError, match=f"{type(transform).__name__} needs an encoder of any size, .* takes 28"):
         transform(PILImage.new("RGB", (8, 8)), PixelSpec(28, 7, HALF))
     assert not transform.fixed(PixelSpec(None, 7, HALF))
 
