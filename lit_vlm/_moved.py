@@ -30,6 +30,7 @@ MOVED = {
     "checkpoints.vila": "checkpoints.published.vila",
     "cli": "commands.cli",
     "commands.check": "commands.dry_run",
+    "commands.named_sources": "commands.config_parser",
     "data.batching": "data.feed.batching",
     "data.check": "data.sets.check",
     "data.collate": "data.sample.collate",

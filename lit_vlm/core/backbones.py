@@ -10,11 +10,32 @@ import torch
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from lit_vlm.core.part import StateDict
-from lit_vlm.core.pretrained import made_config, plain_config, read_pretrained, resolve, shortened
+from lit_vlm.core.part import Part, StateDict
+from lit_vlm.core.pretrained import find_weights, made_config, plain_config, read_pretrained, resolve, shortened
 
 OF_ALL_STAGES = ("stage_names", "out_features", "out_indices")
 """Settings of transformers' backbones that count all blocks of a model."""
+
+
+class NamedModel(Part):
+    """A part whose weights come from the files of a model of transformers.
+
+    Attributes:
+        name: hub name or local folder; None for random weights.
+        subfolder: where the model is in its repository.
+    """
+
+    name: str | None
+    subfolder: str = ""
+
+    def find_pretrained(self) -> None:
+        """Check that the files of the model are there.
+
+        Raises:
+            ValueError: saying what is missing.
+        """
+        if self.name is not None:
+            find_weights(self.name, self.subfolder)
 
 
 def check_one_source(encoder: str, name: str | None, config: dict[str, Any] | None) -> None:

@@ -8,14 +8,14 @@ from typing import Any
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from lit_vlm.core.backbones import check_one_source, pretrained_backbone
+from lit_vlm.core.backbones import NamedModel, check_one_source, pretrained_backbone
 from lit_vlm.core.batch import Grid, Images, PixelSpec, VisualTokens
 from lit_vlm.core.part import StateDict
-from lit_vlm.core.pretrained import find_weights, made_config, plain_config, resolve
+from lit_vlm.core.pretrained import made_config, plain_config, resolve
 from lit_vlm.encoders.base import CLIP_MEAN, CLIP_STD, Encoder, PatchGrid
 
 
-class CLIPEmbedding(Encoder):
+class CLIPEmbedding(NamedModel, Encoder):
     """One token per image: the projected CLS token of a CLIP vision model; the generation target of OLA-VLM.
 
     The default is the CLIP ViT-H/14 of Stable unCLIP, which generates pictures from this embedding.
@@ -47,15 +47,6 @@ class CLIPEmbedding(Encoder):
         self.patch_grid = PatchGrid(found.image_size)
         self.pixels = PixelSpec(found.image_size, found.image_size, CLIP_MEAN, "crop")
         self._set_normalisation(CLIP_MEAN, CLIP_STD)
-
-    def find_pretrained(self) -> None:
-        """Check that the files of the vision model and its projection are there.
-
-        Raises:
-            ValueError: saying what is missing.
-        """
-        if self.name is not None:
-            find_weights(self.name, self.subfolder)
 
     def standalone(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments with the network's configuration in place of its name."""

@@ -10,16 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DepthAnythingConfig, DepthAnythingForDepthEstimation, Dinov2Backbone, Dinov2Config
 
-from lit_vlm.core.backbones import check_one_source, pretrained_backbone
+from lit_vlm.core.backbones import NamedModel, check_one_source, pretrained_backbone
 from lit_vlm.core.batch import Images, PixelSpec, VisualTokens
 from lit_vlm.core.part import StateDict
-from lit_vlm.core.pretrained import find_weights, made_config, plain_config, resolve
+from lit_vlm.core.pretrained import made_config, plain_config, resolve
 from lit_vlm.encoders.base import IMAGENET_MEAN, IMAGENET_STD, Encoder, PatchGrid
 
 POSITIONS = "backbone.embeddings.position_embeddings"
 
 
-class DepthAnything(Encoder):
+class DepthAnything(NamedModel, Encoder):
     """Patch features of Depth Anything V2 without its depth head; the depth target of OLA-VLM.
 
     Several blocks are read, each passes the final norm, and their mean is the feature (OLA-VLM takes blocks 5, 12, 18
@@ -58,15 +58,6 @@ class DepthAnything(Encoder):
         self.patch_grid = PatchGrid(found.patch_size)
         self.pixels = PixelSpec(image_size, found.patch_size, IMAGENET_MEAN, "squash")
         self._set_normalisation(IMAGENET_MEAN, IMAGENET_STD)
-
-    def find_pretrained(self) -> None:
-        """Check that the files of the whole model are there.
-
-        Raises:
-            ValueError: saying what is missing.
-        """
-        if self.name is not None:
-            find_weights(self.name)
 
     def standalone(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments with the network's configuration in place of its name."""

@@ -10,17 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DINOv3ConvNextModel
 
-from lit_vlm.core.backbones import cut_config, pretrained_backbone, vision_config
+from lit_vlm.core.backbones import NamedModel, cut_config, pretrained_backbone, vision_config
 from lit_vlm.core.batch import Images, PixelSpec, VisualTokens
 from lit_vlm.core.part import StateDict
-from lit_vlm.core.pretrained import find_weights, resolve
+from lit_vlm.core.pretrained import resolve
 from lit_vlm.core.transfer import send
 from lit_vlm.encoders.base import IMAGENET_MEAN, IMAGENET_STD, Encoder, PatchGrid
 
 DINOV3 = "dinov3_convnext"
 
 
-class DINOv3ConvNeXt(Encoder):
+class DINOv3ConvNeXt(NamedModel, Encoder):
     """The ConvNeXt that DINOv3's largest transformer was distilled into (arXiv 2508.10104), before its norm.
 
     A picture keeps its shape: `data.transform` `NativeArea`, `AreaLimit` or `Native` resizes it to sides that are
@@ -54,11 +54,6 @@ class DINOv3ConvNeXt(Encoder):
         self.patch_grid = PatchGrid(stride)
         self.pixels = PixelSpec(None, stride, IMAGENET_MEAN)
         self._set_normalisation(IMAGENET_MEAN, IMAGENET_STD)
-
-    def find_pretrained(self) -> None:
-        """Check that the files of the model are there; raises ValueError saying what is missing."""
-        if self.name is not None:
-            find_weights(self.name)
 
     def pretrained_state(self) -> StateDict | None:
         """Weights of the kept stages; raises as `pretrained_backbone`."""

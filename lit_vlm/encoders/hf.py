@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from transformers import AutoModel, InternVLForConditionalGeneration, PretrainedConfig
 
-from lit_vlm.core.backbones import cut_config, pretrained_backbone, vision_config
+from lit_vlm.core.backbones import NamedModel, cut_config, pretrained_backbone, vision_config
 from lit_vlm.core.batch import Images, PixelSpec, VisualTokens
 from lit_vlm.core.part import StateDict
-from lit_vlm.core.pretrained import find_weights, resolve
+from lit_vlm.core.pretrained import resolve
 from lit_vlm.encoders.base import CLIP_MEAN, CLIP_STD, HALF, IMAGENET_MEAN, IMAGENET_STD, Encoder, PatchGrid
 from lit_vlm.encoders.layers import Merge, ReadLayers
 
@@ -37,7 +37,7 @@ HEADS = {"siglip_vision_model": "vision_use_head", "aimv2_vision_model": "use_he
 POSITIONS = ("pos_embed_shift", "pos_embed_jitter", "pos_embed_rescale")
 
 
-class HFEncoder(Encoder):
+class HFEncoder(NamedModel, Encoder):
     """CLIP, SigLIP, DINOv2, DINOv3, AIMv2 or InternViT, read after chosen blocks, before any final norm.
 
     A picture of several tiles, one below the other as `data.Tiles` lays them out, gives the tokens of each tile in
@@ -97,15 +97,6 @@ class HFEncoder(Encoder):
         self.patch_grid = PatchGrid(patch, prefix=int(cls))
         self.pixels = PixelSpec(size, patch, mean)
         self._set_normalisation(mean, std)
-
-    def find_pretrained(self) -> None:
-        """Check that the files of the model are there.
-
-        Raises:
-            ValueError: saying what is missing.
-        """
-        if self.name is not None:
-            find_weights(self.name)
 
     def pretrained_state(self) -> StateDict | None:
         """Weights of the embeddings and the kept blocks.

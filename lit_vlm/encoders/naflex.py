@@ -10,17 +10,17 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Siglip2VisionModel
 
-from lit_vlm.core.backbones import pretrained_backbone, vision_config
+from lit_vlm.core.backbones import NamedModel, pretrained_backbone, vision_config
 from lit_vlm.core.batch import Images, PixelSpec, VisualTokens
 from lit_vlm.core.part import StateDict
-from lit_vlm.core.pretrained import find_weights, plain_config, resolve
+from lit_vlm.core.pretrained import plain_config, resolve
 from lit_vlm.encoders.base import HALF, Encoder, PatchGrid
 from lit_vlm.encoders.layers import Merge, ReadLayers
 
 SIGLIP2 = "siglip2_vision_model"
 
 
-class NaFlexEncoder(Encoder):
+class NaFlexEncoder(NamedModel, Encoder):
     """SigLIP 2 in its NaFlex form (Tschannen et al. 2025, arXiv 2502.14786, section 2.4.2), before the final norm.
 
     A picture keeps its shape: `data.transform` resizes it to sides that are multiples of the patch, `PatchBudget` as
@@ -62,11 +62,6 @@ class NaFlexEncoder(Encoder):
         self.patch_grid = PatchGrid(self.config.patch_size)
         self.pixels = PixelSpec(None, self.config.patch_size, HALF)
         self._set_normalisation(HALF, HALF)
-
-    def find_pretrained(self) -> None:
-        """Check that the files of the model are there; raises ValueError saying what is missing."""
-        if self.name is not None:
-            find_weights(self.name)
 
     def pretrained_state(self) -> StateDict | None:
         """Weights of the embeddings and the kept blocks; raises as `pretrained_backbone`."""

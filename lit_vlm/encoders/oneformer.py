@@ -10,16 +10,16 @@ from torch import nn
 from transformers import OneFormerConfig, OneFormerModel, SwinBackbone, SwinConfig
 from transformers.models.swin.modeling_swin import SwinLayer
 
-from lit_vlm.core.backbones import check_one_source, pretrained_backbone
+from lit_vlm.core.backbones import NamedModel, check_one_source, pretrained_backbone
 from lit_vlm.core.batch import Grid, Images, PixelSpec, VisualTokens
 from lit_vlm.core.part import StateDict
-from lit_vlm.core.pretrained import find_weights, made_config, plain_config, resolve
+from lit_vlm.core.pretrained import made_config, plain_config, resolve
 from lit_vlm.encoders.base import IMAGENET_MEAN, IMAGENET_STD, Encoder, PatchGrid
 
 STRIDE = 32
 
 
-class OneFormerSwin(Encoder):
+class OneFormerSwin(NamedModel, Encoder):
     """The last feature map of OneFormer's Swin backbone; the segmentation target of OLA-VLM.
 
     Args:
@@ -53,15 +53,6 @@ class OneFormerSwin(Encoder):
         self.patch_grid = PatchGrid(STRIDE)
         self.pixels = PixelSpec(image_size, STRIDE, IMAGENET_MEAN, "squash")
         self._set_normalisation(IMAGENET_MEAN, IMAGENET_STD)
-
-    def find_pretrained(self) -> None:
-        """Check that the files of the whole model are there.
-
-        Raises:
-            ValueError: saying what is missing.
-        """
-        if self.name is not None:
-            find_weights(self.name)
 
     def standalone(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments with the network's configuration in place of its name."""

@@ -14,10 +14,10 @@ from transformers.vision_utils import (
     get_vision_window_index,
 )
 
-from lit_vlm.core.backbones import pretrained_backbone, vision_config
+from lit_vlm.core.backbones import NamedModel, pretrained_backbone, vision_config
 from lit_vlm.core.batch import Images, PixelSpec, VisualTokens
 from lit_vlm.core.part import StateDict
-from lit_vlm.core.pretrained import find_weights, plain_config, resolve
+from lit_vlm.core.pretrained import plain_config, resolve
 from lit_vlm.core.transfer import send
 from lit_vlm.encoders.base import CLIP_MEAN, CLIP_STD, HALF, Encoder, PatchGrid
 from lit_vlm.encoders.layers import Merge, ReadLayers
@@ -47,7 +47,7 @@ class _Geometry(NamedTuple):
     places: Tensor
 
 
-class QwenEncoder(Encoder):
+class QwenEncoder(NamedModel, Encoder):
     """The vision tower of Qwen2.5-VL (arXiv 2502.13923, section 2.1.1) or Qwen3-VL (arXiv 2511.21631), without merger.
 
     A picture keeps its shape: `data.transform` `NativeArea` resizes it to sides that are multiples of two patches. All
@@ -95,11 +95,6 @@ class QwenEncoder(Encoder):
         self.patch_grid = PatchGrid(self.config.patch_size)
         self.pixels = PixelSpec(None, self.config.patch_size * self.config.spatial_merge_size, mean)
         self._set_normalisation(mean, std)
-
-    def find_pretrained(self) -> None:
-        """Check that the files of the model are there; raises ValueError saying what is missing."""
-        if self.name is not None:
-            find_weights(self.name)
 
     def pretrained_state(self) -> StateDict | None:
         """Weights of the embeddings and the kept blocks, none else is read; raises as `pretrained_backbone`."""

@@ -18,7 +18,7 @@ from lit_vlm.core.part import meta_parameters
 from lit_vlm.data import ImageTransform
 from lit_vlm.data.records import RecordError
 from lit_vlm.data.sample.chat_template import IMAGE_MARK
-from lit_vlm.data.sample.encode import IMAGE_SLOT, encode_pieces
+from lit_vlm.data.sample.pieces import IMAGE_SLOT, encode_pieces
 from lit_vlm.data.sample.spec import InputSpec
 from lit_vlm.hf.config import AUTO_MAP, factories
 from lit_vlm.hf.pictures import by_text, opened, stacked

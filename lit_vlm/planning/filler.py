@@ -12,7 +12,7 @@ from PIL import Image as PILImage
 from lit_vlm.core.batch import IGNORE, Grid, PixelSpec
 from lit_vlm.data import Template
 from lit_vlm.data.records import Content, Image, Message, RecordError, Text
-from lit_vlm.data.sample.encode import encode_pieces
+from lit_vlm.data.sample.pieces import encode_pieces
 from lit_vlm.data.sample.spec import InputSpec
 from lit_vlm.data.sample.spelling import spelling_of
 from lit_vlm.planning.statistics import Group

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from transformers import AutoModel
 
-from lit_vlm.core.backbones import pretrained_backbone, vision_config
+from lit_vlm.core.backbones import NamedModel, pretrained_backbone, vision_config
 from lit_vlm.core.batch import VisualTokens
 from lit_vlm.core.part import StateDict
-from lit_vlm.core.pretrained import find_weights, made_config, resolve
+from lit_vlm.core.pretrained import made_config, resolve
 from lit_vlm.projectors.base import Projector
 from lit_vlm.projectors.downsample import Fold, fold
 
@@ -20,7 +20,7 @@ TOWER = {r"^(model\.)?visual\.": ""}
 VISION_MODELS = ("qwen2_5_vl_vision", "qwen3_vl_vision", "qwen3_vl_moe_vision")
 
 
-class QwenMerger(Projector):
+class QwenMerger(NamedModel, Projector):
     """A norm of each patch, 2×2 fold, Linear, GELU, Linear: the merger of Qwen2.5-VL or Qwen3-VL.
 
     It leaves a quarter of the tokens.
@@ -66,11 +66,6 @@ class QwenMerger(Projector):
         self.backbone, self._tower = tower.merger, type(tower)
         self.side = self.config.spatial_merge_size
         self.grid_map = Fold(self.side)
-
-    def find_pretrained(self) -> None:
-        """Check that the files of the model are there; raises ValueError saying what is missing."""
-        if self.name is not None:
-            find_weights(self.name)
 
     def pretrained_state(self) -> StateDict | None:
         """The merger's weights, none else is read but the embeddings; raises as `pretrained_backbone`."""

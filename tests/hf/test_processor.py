@@ -18,7 +18,7 @@ from lit_vlm.data import ChatML, Fuyu, Llama3, Phi3, Plain, Template, VicunaV1
 from lit_vlm.data.records import Image as Picture
 from lit_vlm.data.records import Message, Text
 from lit_vlm.data.sample.chat_template import IMAGE_MARK, as_jinja
-from lit_vlm.data.sample.encode import encode_pieces
+from lit_vlm.data.sample.pieces import encode_pieces
 from lit_vlm.data.sample.templates import Piece, Span, content_of
 from lit_vlm.hf.processor import LitVLMProcessor
 from tests.exports import exported

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,13 +31,6 @@ DROPPED = {
 }
 
 
-def _settings(found: Mapping[str, Any]) -> LlavaConfig:
-    """The published configuration; raises as `check_projector`."""
-    settings = LlavaConfig(**found)
-    check_projector(settings.projector_hidden_act)
-    return settings
-
-
 def check_projector(act: str) -> None:
     """Refuse a projector that is no MLP of two layers with GELU, such as a written `Linear`; raises ValueError."""
     if act != "gelu":
@@ -53,7 +47,7 @@ def _kept(config: LlavaConfig | LlavaNextConfig) -> int:
 
 
 def make_llava(
-    config: LlavaConfig | LlavaNextConfig, tokenizer: str | None, embedder: Callable[[int, int], Embedder] = Splice
+    config: LlavaConfig | LlavaNextConfig, tokenizer: str | None, embedder: Callable[[int, int], Embedder]
 ) -> VLM:
     """The model that a configuration describes, on the meta device.
 
@@ -75,9 +69,7 @@ def make_llava(
         return VLM(encoder, projector, embedder(decoder.width, decoder.vocab_size), decoder)
 
 
-def llava_slots(
-    state: Mapping[str, Tensor], config: LlavaConfig | LlavaNextConfig, family: str = "llava-hf"
-) -> SlotStates:
+def llava_slots(state: Mapping[str, Tensor], config: LlavaConfig | LlavaNextConfig, family: str) -> SlotStates:
     """Weights by slot, without those of the vision model that come after the feature layer.
 
     Args:
@@ -153,11 +145,26 @@ def llava_parts(model: VLM) -> tuple[HFEncoder, MLP, HFDecoder]:
     return encoder, projector, decoder
 
 
-class LlavaHf(Family):
-    """LLaVA as transformers' `LlavaForConditionalGeneration` saves it."""
+class LlavaFamily(Family):
+    """A family of transformers' LLaVA classes: encoder, MLP, decoder and what puts their vectors together.
 
-    name = "llava-hf"
-    model_types = ("llava",)
+    Attributes:
+        embedder: (width of the decoder, rows of its word table) → embedder.
+    """
+
+    embedder: Callable[[int, int], Embedder]
+
+    @abstractmethod
+    def settings(self, found: Mapping[str, Any]) -> LlavaConfig | LlavaNextConfig:
+        """The published configuration; raises ValueError for what is not read."""
+
+    def slots(self, state: Mapping[str, Tensor], config: LlavaConfig | LlavaNextConfig) -> SlotStates:
+        """Weights by slot; raises as `llava_slots`."""
+        return llava_slots(state, config, self.name)
+
+    def published(self, slot: str, name: str) -> str:
+        """The published key of a weight."""
+        return published_key(slot, name)
 
     def read(self, source: str) -> SlotStates:
         """Weights of a folder or hub repository by slot.
@@ -166,21 +173,35 @@ class LlavaHf(Family):
             ValueError: for a key that belongs to no slot.
         """
         folder = resolve(source)
-        return llava_slots(read_folder(folder), _settings(read_config(folder)))
+        return self.slots(read_folder(folder), self.settings(read_config(folder)))
 
     def load(self, source: str | Path | Mapping[str, Tensor], config: Mapping[str, Any] | None = None) -> VLM:
         """Build the model that the configuration describes, with all weights; raises as `load_published` does."""
         if isinstance(source, Mapping):
             if config is None:
                 raise ValueError("a state dict says nothing of attention heads and layers: pass config as well")
-            settings, state, folder = _settings(config), source, None
+            settings, state, folder = self.settings(config), source, None
         else:
             folder = resolve(str(source))
-            settings = _settings(config or read_config(folder))
+            settings = self.settings(config or read_config(folder))
             state = read_folder(folder)
-        model = make_llava(settings, folder)
-        fill(model, llava_slots(state, settings), published_key)
+        model = make_llava(settings, folder, self.embedder)
+        fill(model, self.slots(state, settings), self.published)
         return model.eval()
+
+
+class LlavaHf(LlavaFamily):
+    """LLaVA as transformers' `LlavaForConditionalGeneration` saves it."""
+
+    name = "llava-hf"
+    model_types = ("llava",)
+    embedder = Splice
+
+    def settings(self, found: Mapping[str, Any]) -> LlavaConfig:
+        """The published configuration; raises as `check_projector`."""
+        settings = LlavaConfig(**found)
+        check_projector(settings.projector_hidden_act)
+        return settings
 
     def export(self, model: VLM, out: Path, written: SampleFormat | None = None) -> float:
         """Write a model that `LlavaForConditionalGeneration.from_pretrained(out)` loads; see `write_llava`.

@@ -23,8 +23,8 @@ from lit_vlm.core.part import StateDict
 from lit_vlm.data import ImageTransform, PadSquare, SquareCrop
 from lit_vlm.data.records import Message, Text
 from lit_vlm.data.sample.chat_template import IMAGE_MARK, as_jinja
-from lit_vlm.data.sample.encode import encode_pieces
 from lit_vlm.data.sample.format import SampleFormat
+from lit_vlm.data.sample.pieces import encode_pieces
 from lit_vlm.data.sample.spec import InputSpec
 from lit_vlm.decoders import HFDecoder
 from lit_vlm.embedders import Splice

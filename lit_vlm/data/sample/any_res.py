@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lit_vlm.core.batch import PixelSpec
 from lit_vlm.core.tiling import Tiling
+from lit_vlm.data.sample.tiles import in_column
 from lit_vlm.data.sample.transforms import ImageTransform, Size, bicubic, side_of
 
 LAYOUTS = ((2, 1), (1, 2), (2, 2), (1, 3), (3, 1))
@@ -95,8 +96,7 @@ class AnyRes(ImageTransform):
         left, top = (side * columns - width) // 2, (side * rows - height) // 2
         whole = torch.zeros(3, side * rows, side * columns, dtype=torch.uint8)
         whole[:, top : top + height, left : left + width] = self.resize(picture, (width, height), pixels)
-        tiles = whole.view(3, rows, side, columns, side).permute(0, 1, 3, 2, 4).reshape(3, -1, side)
-        return torch.cat([self.resize(picture, (side, side), pixels), tiles], dim=1)
+        return torch.cat([self.resize(picture, (side, side), pixels), in_column(whole, side)], dim=1)
 
     def resize(self, image: Tensor, size: Size, pixels: PixelSpec) -> Tensor:
         """Bicubic resize; the copy loses the aspect ratio."""

@@ -1,9 +1,9 @@
-"""Encoding: record → ids, labels and pixels. Labels come from spans of characters, never from counting tokens again."""
+"""Encoding: record → ids, labels and pixels, in a loader worker."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,19 +13,17 @@ import torch
 from torch import Tensor
 
 from lit_vlm.core.batch import ENCODER, IGNORE, NO_OPENING, BadSample, Grid, Opening, PixelSpec
-from lit_vlm.core.tiling import Tiling
+from lit_vlm.core.tiling import Tiling, as_they_come
 from lit_vlm.core.tokenizers import decoded
 from lit_vlm.data.records import Image, Record, RecordError, Videos, decode_image, image_size
 from lit_vlm.data.sample.frames import fit_frames
+from lit_vlm.data.sample.pieces import IMAGE_SLOT, encode_pieces
 from lit_vlm.data.sample.prepared import Prepared
 from lit_vlm.data.sample.spec import InputSpec
-from lit_vlm.data.sample.spelling import Spelling, spelling_of
-from lit_vlm.data.sample.templates import Piece, Span, Template, is_blank
+from lit_vlm.data.sample.spelling import spelling_of
+from lit_vlm.data.sample.templates import Piece, Template, is_blank
 from lit_vlm.data.sample.transforms import ImageTransform, Size, transform_for
 from lit_vlm.data.sources.base import Source, describe
-
-IMAGE_SLOT = -200
-"""The id that stands for a whole image in `encode_pieces`, before it becomes the image's positions."""
 
 
 @dataclass
@@ -80,74 +78,6 @@ def documents_of(record: Record) -> list[Record]:
     if len(record.messages) < 2 or any(message.role != "document" for message in record.messages):
         return [record]
     return [replace(record, id=f"{record.id}/{n}", messages=(one,)) for n, one in enumerate(record.messages)]
-
-
-def encode_pieces(pieces: Sequence[Piece], spec: InputSpec, bos: bool = True) -> tuple[list[int], list[int]]:
-    """Token ids and labels, with `IMAGE_SLOT` for each image.
-
-    Text between two images is tokenised apart from other text, as the published models were trained, but across spans.
-    A token is supervised if it covers any character of a supervised span. In typed spans the letters of a special token
-    stay letters.
-
-    Args:
-        pieces: from a template.
-        spec: of the model; its tokenizer is used.
-        bos: whether the token comes first that the tokenizer puts in front of every text, if it does.
-
-    Returns:
-        ids, and labels aligned with them.
-    """
-    spelling = spelling_of(spec.tokenizer)
-    marks = {piece.text: None for piece in pieces if isinstance(piece, Span) and piece.mark}
-    if not marks.keys() <= spelling.checked:
-        spelling.check(list(marks), "the template", "warn")  # where `SampleFormat.check_marks` was not called
-    ids: list[int] = []
-    labels: list[int] = []
-    if bos and spec.bos_id is not None:
-        ids.append(spec.bos_id)
-        labels.append(IGNORE)  # nothing stands before it that could predict it
-    for chunk in _chunks(pieces):
-        if isinstance(chunk, Image):
-            ids.append(IMAGE_SLOT)
-            labels.append(IGNORE)
-        else:
-            chunk_ids, chunk_labels = _encode_chunk(chunk, spelling)
-            ids += chunk_ids
-            labels += chunk_labels
-    return ids, labels
-
-
-def _chunks(pieces: Sequence[Piece]) -> Iterator[Image | list[Span]]:
-    """Yield images, and the runs of text spans between them, in order."""
-    run: list[Span] = []
-    for piece in pieces:
-        if isinstance(piece, Span):
-            run.append(piece)
-            continue
-        if run:
-            yield run
-            run = []
-        yield piece
-    if run:
-        yield run
-
-
-def _encode_chunk(spans: list[Span], spelling: Spelling) -> tuple[list[int], list[int]]:
-    text = "".join(span.text for span in spans)
-    if not text:
-        return [], []
-    spelled = spelling.write(text)
-    if found := spelling.marks_in(text, spelled):
-        typed = b"".join(bytes([span.typed]) * len(span.text) for span in spans)
-        meant = [index for index in found if 1 not in typed[slice(*spelled.offsets[index])]]
-        if len(meant) < len(found):
-            spelled = spelling.write_letters(text, spelled, meant)
-    supervised = b"".join(bytes([span.supervised]) * len(span.text) for span in spans) + b"\x00"
-    return spelled.ids, [
-        # A token that covers no character stands in front of the next one, and is supervised if that one is.
-        token if supervised[start] or (end - start > 1 and 1 in supervised[start:end]) else IGNORE
-        for token, (start, end) in zip(*spelled, strict=True)
-    ]
 
 
 def _known(image: Image, name: str) -> tuple[Tensor, Grid]:
@@ -319,8 +249,11 @@ class SampleEncoder:
         return {name: self._transform(name, pixels)(picture, pixels, size) for name, pixels in missing.items()}, size
 
     def _tiling(self, image: Image, size: Size | None, folder: Path) -> Tiling | None:
-        """How the tiles of an image make it up; its `size` (width, height) is read from its file where it is None."""
-        if self.transform.fixed(self.spec.pixels):
+        """How the tiles of an image make it up; its `size` (width, height) is read from its file where it is None.
+
+        None where no embedder asks, so that no header is read for nothing.
+        """
+        if self.spec.tile_map is as_they_come or self.transform.fixed(self.spec.pixels):
             return None
         return self.transform.tiling(image_size(image, folder) if size is None else size)
 

@@ -9,7 +9,7 @@ from PIL import Image as PILImage
 from torch import Tensor
 
 from lit_vlm.core.batch import PixelSpec
-from lit_vlm.data.sample.transforms import ImageTransform, Size
+from lit_vlm.data.sample.transforms import ImageTransform, Size, multiple_of
 
 FILL = 1
 """Level of padded pixels, of 255. Fuyu's processor pads with 1.0 before it divides by 255, so it is nearly black."""
@@ -39,14 +39,13 @@ class FitBox(ImageTransform):
         Raises:
             ValueError: for an encoder or teacher of one size.
         """
-        self._check(pixels)
-        multiple = pixels.multiple
+        multiple = multiple_of(self, pixels)
         width, height = (-(-side // multiple) * multiple for side in self._inside(size))
         return width, height
 
     def scale(self, size: Size, pixels: PixelSpec) -> float:
         """Factor of the resize; at most 1. Raises as `size`."""
-        self._check(pixels)
+        multiple_of(self, pixels)
         return min(1.0, self.height / size[1], self.width / size[0])
 
     def __call__(self, image: PILImage.Image, pixels: PixelSpec, original: Size | None = None) -> Tensor:
@@ -70,11 +69,3 @@ class FitBox(ImageTransform):
             return size
         scale = min(self.height / size[1], self.width / size[0])
         return max(1, int(size[0] * scale)), max(1, int(size[1] * scale))
-
-    def _check(self, pixels: PixelSpec) -> None:
-        if pixels.size is not None:
-            raise ValueError(
-                f"data.transform FitBox needs an encoder of any size, and this encoder or teacher takes squares of "
-                f"{pixels.size} pixels: use SquareCrop, PadSquare or Resize, with init_args.side where the encoder "
-                "takes any size and the teacher does not"
-            )

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from lit_vlm.data.records import Message, RecordError, Text
+from lit_vlm.data.records import Message, RecordError, Role, Text
 from lit_vlm.data.sample.chat_frame import (
     FIRST_PLACE,
     Around,
@@ -29,6 +29,12 @@ from lit_vlm.data.sample.templates import Piece, Span, Template
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 """How a template marks the text of the assistant itself."""
 MARK_LIKE = re.compile(r"<\|[^\s<>|]+\|>")
+FOLLOWS: dict[Role, tuple[Role, ...]] = {
+    "user": ("assistant",),
+    "assistant": ("user", "tool"),
+    "tool": ("assistant", "tool"),
+}
+"""Role of a turn → those of the next."""
 NO_DATE = "it writes the day of writing, and the same record would differ from day to day: set init_args.date, such as "
 NO_DATE += "'26 July 2024'"
 
@@ -103,13 +109,13 @@ class HFChat(Template):
 
     def _check_order(self, turns: Sequence[Message]) -> None:
         """Check that each answer has a question or what tools gave in front of it; raises RecordError."""
-        may_follow = {"user": ("assistant",), "assistant": ("user", "tool"), "tool": ("assistant", "tool")}
-        for index, (before, message) in enumerate(pairwise([Message("user", ()), *turns])):
-            allowed = may_follow[before.role] if index else ("user",)
+        allowed: tuple[Role, ...] = ("user",)
+        for index, message in enumerate(turns):
             if message.role not in allowed:
                 raise RecordError(
                     "role_order", f"turn {index} is of '{message.role}', and only {' or '.join(allowed)} may come here"
                 )
+            allowed = FOLLOWS[message.role]
 
     def notes(self) -> list[str]:
         """Which conversations cannot be written, and what a model learns that its prompts do not have."""

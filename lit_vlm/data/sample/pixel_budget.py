@@ -7,7 +7,7 @@ import math
 from torch import Tensor
 
 from lit_vlm.core.batch import PixelSpec
-from lit_vlm.data.sample.transforms import ImageTransform, Size, bicubic
+from lit_vlm.data.sample.transforms import ImageTransform, Size, bicubic, multiple_of
 
 
 class _Budget(ImageTransform):
@@ -24,16 +24,6 @@ class _Budget(ImageTransform):
     def resize(self, image: Tensor, size: Size, pixels: PixelSpec) -> Tensor:
         """Bicubic resize."""
         return bicubic(image, size)
-
-    def _multiple(self, pixels: PixelSpec) -> int:
-        """The encoder's multiple; raises ValueError for an encoder of one size."""
-        if pixels.size is not None:
-            raise ValueError(
-                f"data.transform {type(self).__name__} needs an encoder of any size, and this encoder or teacher takes "
-                f"{pixels.size} × {pixels.size} pixels: use SquareCrop, PadSquare or Resize, with init_args.side where "
-                "the encoder takes any size and the teacher does not"
-            )
-        return pixels.multiple
 
 
 class NativeArea(_Budget):
@@ -65,7 +55,7 @@ class NativeArea(_Budget):
         Raises:
             ValueError: for an encoder of one size.
         """
-        multiple = self._multiple(pixels)
+        multiple = multiple_of(self, pixels)
         area = size[0] * size[1]
         width, height = (round(side / multiple) * multiple for side in size)
         if width * height > self.max_pixels:
@@ -100,7 +90,7 @@ class PatchBudget(_Budget):
         Raises:
             ValueError: for an encoder of one size.
         """
-        multiple = self._multiple(pixels)
+        multiple = multiple_of(self, pixels)
 
         def cells(scale: float) -> Size:
             width, height = (max(1, math.ceil(side * scale / multiple)) for side in size)

@@ -20,6 +20,11 @@ def _layouts(least: int, most: int) -> tuple[tuple[int, int], ...]:
     return tuple(sorted(found, key=lambda layout: (layout[0] * layout[1], layout)))
 
 
+def in_column(whole: Tensor, side: int) -> Tensor:
+    """Cut a picture `[3, rows · side, columns · side]` into squares, row by row, one below the other."""
+    return whole.unflatten(2, (-1, side)).unflatten(1, (-1, side)).permute(0, 1, 3, 2, 4).reshape(3, -1, side)
+
+
 class Tiles(ImageTransform):
     """The picture on the grid of square tiles that is closest to its aspect ratio, and behind them a small copy of it.
 
@@ -88,7 +93,7 @@ class Tiles(ImageTransform):
         columns, rows = self.layout(original or image.size)
         picture = torch.from_numpy(np.array(image)).permute(2, 0, 1)
         whole = self.resize(picture, (side * columns, side * rows), pixels)
-        tiles = whole.view(3, rows, side, columns, side).permute(0, 1, 3, 2, 4).reshape(3, -1, side)
+        tiles = in_column(whole, side)
         if self.thumbnail and columns * rows > 1:
             tiles = torch.cat([tiles, self.resize(picture, (side, side), pixels)], dim=1)
         return tiles.contiguous()

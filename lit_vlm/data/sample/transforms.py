@@ -151,6 +151,25 @@ def side_of(transform: ImageTransform, pixels: PixelSpec, given: int | None = No
     return given
 
 
+def multiple_of(transform: ImageTransform, pixels: PixelSpec) -> int:
+    """What the sides of a picture are multiples of, for an encoder of any size.
+
+    Args:
+        transform: the transform that makes pictures of any size, for the message.
+        pixels: what the encoder or teacher wants.
+
+    Raises:
+        ValueError: when it takes one size.
+    """
+    if pixels.size is not None:
+        raise ValueError(
+            f"data.transform {type(transform).__name__} needs an encoder of any size, and this encoder or teacher "
+            f"takes {pixels.size} × {pixels.size} pixels: use SquareCrop, PadSquare or Resize, with init_args.side "
+            "where the encoder takes any size and the teacher does not"
+        )
+    return pixels.multiple
+
+
 def _middle(image: Tensor, width: int, height: int) -> Tensor:
     """The middle of a picture, of at most this size."""
     width, height = min(image.shape[2], width), min(image.shape[1], height)

@@ -11,8 +11,9 @@ from transformers import PreTrainedTokenizerFast
 from lit_vlm.core.tokenizers import byte_tokenizer
 from lit_vlm.data.records import Message, Record, RecordError, Text
 from lit_vlm.data.sample.collate import collate_prompts
-from lit_vlm.data.sample.encode import SampleEncoder, encode_pieces
+from lit_vlm.data.sample.encode import SampleEncoder
 from lit_vlm.data.sample.format import SampleFormat
+from lit_vlm.data.sample.pieces import encode_pieces
 from lit_vlm.data.sample.spec import InputSpec
 from lit_vlm.data.sample.templates import ChatML, Llama3, Phi3, Plain, Template, VicunaV1
 from lit_vlm.data.sample.transforms import Native

@@ -15,9 +15,9 @@ from lit_vlm.core.tokenizers import byte_tokenizer
 from lit_vlm.data.records import Image, Message, Record, RecordError, Text
 from lit_vlm.data.sample.chat_template import as_jinja
 from lit_vlm.data.sample.collate import collate_prompts
-from lit_vlm.data.sample.encode import encode_pieces
 from lit_vlm.data.sample.format import SampleFormat
 from lit_vlm.data.sample.hf_chat import HFChat
+from lit_vlm.data.sample.pieces import encode_pieces
 from lit_vlm.data.sample.templates import VICUNA_SYSTEM, ChatML, Llama3, Phi3, Span, Template, VicunaV1
 from lit_vlm.data.sample.transforms import PadSquare
 from tests.conftest import FIXTURES, make_spec

@@ -13,7 +13,7 @@ import pytest
 
 from lit_vlm.core.batch import IGNORE
 from lit_vlm.data.records import Content, Image, Message, RecordError, Text
-from lit_vlm.data.sample.encode import IMAGE_SLOT, encode_pieces
+from lit_vlm.data.sample.pieces import IMAGE_SLOT, encode_pieces
 from lit_vlm.data.sample.spec import InputSpec
 from lit_vlm.data.sample.templates import VICUNA_SYSTEM, ChatML, Llama3, Phi3, Piece, Plain, Span, Template, VicunaV1
 from lit_vlm.data.sources import LlavaJson, Mmc4
