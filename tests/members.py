@@ -24,6 +24,7 @@ from lit_vlm.encoders import (
     EveV2PatchEmbedding,
     HFEncoder,
     LinearPatches,
+    MoonViT,
     NaFlexEncoder,
     OneFormerSwin,
     QwenEncoder,
@@ -57,6 +58,15 @@ from tests.encoders.test_teachers import DINO, SWIN, VIT
 from tests.tiny import CLIP, LLAMA, tiny_decoder
 
 Size = tuple[int, int]
+MOONVIT = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "patch_size": 7,
+    "pos_emb_height": 4,
+    "pos_emb_width": 4,
+}
 NAFLEX = {
     "hidden_size": 16,
     "intermediate_size": 32,
@@ -137,6 +147,7 @@ CASES: dict[str, Case] = {
     "HFEncoder/cls": encoder(partial(HFEncoder, config=CLIP, cls=True), [(28, 28)]),
     "HFEncoder/layers": encoder(partial(HFEncoder, config=CLIP, layer=[-2, -1]), TILES),
     "LinearPatches": encoder(ANY_SIZE, SIZES, Identity),
+    "MoonViT": encoder(partial(MoonViT, None, MOONVIT), SIZES),
     "NaFlexEncoder": encoder(partial(NaFlexEncoder, None, NAFLEX), SIZES),
     "OneFormerSwin": encoder(SWIN_ENCODER, [(64, 64)]),
     "QwenEncoder": encoder(partial(QwenEncoder, None, QWEN3), SIZES),

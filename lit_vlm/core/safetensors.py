@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,12 @@ from torch import Tensor
 from lit_vlm.core.pretrained import load_weights, shortened
 
 
-def read_folder(source: str) -> dict[str, Tensor]:
-    """All tensors of a folder: safetensors, whole or in shards, or else pickled shards.
+def read_folder(source: str, only: re.Pattern[str] | None = None) -> dict[str, Tensor]:
+    """The tensors of a folder: safetensors, whole or in shards, or else pickled shards.
+
+    Args:
+        source: the folder.
+        only: what the names of the wanted ones begin with; shards without any are not opened. None: all.
 
     Raises:
         ValueError: when there is no weight file, a file is damaged, or a file that the index names is missing.
@@ -25,21 +30,26 @@ def read_folder(source: str) -> dict[str, Tensor]:
     for name in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{name}.index.json"
         if index.is_file():
-            return _read_shards(folder, index)
+            return _read_shards(folder, index, only)
         if (folder / name).is_file():
-            return load_weights(folder / name)
+            return _wanted(load_weights(folder / name), only)
     raise ValueError(f"there is no model.safetensors and no pytorch_model.bin in {folder}")
 
 
-def _read_shards(folder: Path, index: Path) -> dict[str, Tensor]:
-    """All tensors of the files that an index names; raises ValueError where one that it names is missing."""
+def _wanted(state: dict[str, Tensor], only: re.Pattern[str] | None) -> dict[str, Tensor]:
+    return state if only is None else {key: value for key, value in state.items() if only.match(key)}
+
+
+def _read_shards(folder: Path, index: Path, only: re.Pattern[str] | None) -> dict[str, Tensor]:
+    """The wanted tensors of the files that an index names; raises ValueError where one that it names is missing."""
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict):
         raise ValueError(f"{index} has no weight_map, which says where each weight is")
+    places = {key: shard for key, shard in places.items() if only is None or only.match(key)}
     shards = sorted({str(shard) for shard in places.values()})
     if missing := [shard for shard in shards if not (folder / shard).is_file()]:
         raise ValueError(f"{folder} lacks {shortened(missing)}, which {index.name} names")
-    state = {key: value for shard in shards for key, value in load_weights(folder / shard).items()}
+    state = {key: value for shard in shards for key, value in _wanted(load_weights(folder / shard), only).items()}
     if absent := [f"{key} ({places[key]})" for key in sorted(places) if key not in state]:
         raise ValueError(f"{index} names weights that its files lack: {shortened(absent)}")
     return state

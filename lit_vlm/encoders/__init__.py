@@ -10,6 +10,7 @@ from lit_vlm.encoders.eve import EvePatchEmbedding
 from lit_vlm.encoders.eve_v2 import EveV2PatchEmbedding
 from lit_vlm.encoders.hf import HFEncoder
 from lit_vlm.encoders.linear import LinearPatches
+from lit_vlm.encoders.moonvit import MoonViT
 from lit_vlm.encoders.naflex import NaFlexEncoder
 from lit_vlm.encoders.oneformer import OneFormerSwin
 from lit_vlm.encoders.qwen import QwenEncoder
@@ -28,6 +29,7 @@ __all__ = [
     "EveV2PatchEmbedding",
     "HFEncoder",
     "LinearPatches",
+    "MoonViT",
     "NaFlexEncoder",
     "OneFormerSwin",
     "PatchGrid",

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import Siglip2ImageProcessor
 
-from lit_vlm.encoders import DINOv3ConvNeXt, Encoder, HFEncoder, NaFlexEncoder, QwenEncoder, TimmEncoder
-from tests.encoders import test_dinov3_convnext, test_hf, test_naflex, test_qwen
+from lit_vlm.encoders import DINOv3ConvNeXt, Encoder, HFEncoder, MoonViT, NaFlexEncoder, QwenEncoder, TimmEncoder
+from tests.encoders import test_dinov3_convnext, test_hf, test_moonvit, test_naflex, test_qwen
 
 HF_SIZES = test_hf.SIZES
 HF_TYPES = {
@@ -27,7 +27,7 @@ HF_TYPES = {
     "InternViT": "internvl_vision",
 }
 """Family → `model_type` of HFEncoder."""
-NAFLEX, CONVNEXT = test_naflex.CONFIG, test_dinov3_convnext.CONFIG
+NAFLEX, CONVNEXT, MOONVIT = test_naflex.CONFIG, test_dinov3_convnext.CONFIG, test_moonvit.CONFIG
 QWEN2_5, QWEN3 = test_qwen.CONFIGS["qwen2_5_vl_vision"], test_qwen.CONFIGS["qwen3_vl_vision"]
 
 
@@ -76,6 +76,16 @@ def _qwen(model_type: str, folder: Path) -> Reference:
     return Reference("transformers", partial(QwenEncoder, str(folder)), expected)
 
 
+def _moonvit(folder: Path) -> Reference:
+    tower = test_moonvit.saved(folder)
+
+    def expected(encoder: Encoder, picture: Tensor) -> Tensor:
+        assert isinstance(encoder, MoonViT)
+        return test_moonvit.expected_states(tower, encoder, picture, [-1])
+
+    return Reference("transformers", partial(MoonViT, str(folder)), expected)
+
+
 def _convnext(folder: Path) -> Reference:
     model = test_dinov3_convnext.saved(folder)
 
@@ -109,6 +119,7 @@ SAVED: dict[str, Callable[[Path], Reference]] = {
     "Qwen2.5-VL": partial(_qwen, "qwen2_5_vl_vision"),
     "Qwen3-VL": partial(_qwen, "qwen3_vl_vision"),
     "Qwen3-VL MoE": partial(_qwen, "qwen3_vl_moe_vision"),
+    "MoonViT": _moonvit,
     "DINOv3 ConvNeXt": _convnext,
     "timm ViT": partial(_timm, "test_vit", None),
     "timm ViT, register token": partial(_timm, "test_vit3", None),
