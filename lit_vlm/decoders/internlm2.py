@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -45,6 +46,17 @@ def as_llama(config: Mapping[str, Any]) -> dict[str, Any]:
         rope |= {"rope_type": scaling["type"], "factor": scaling["factor"]}
     chosen = {key: config[key] for key in KEPT if key in config}
     return {"model_type": "llama", "tie_word_embeddings": False} | chosen | {"rope_parameters": rope}
+
+
+def from_llama_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A Llama's configuration with the rotary settings as InternLM2 writes them: the inverse of `as_llama`."""
+    left_out = ("architectures", "model_type", "rope_parameters", "dtype", "transformers_version")
+    plain: dict[str, Any] = {key: value for key, value in config.items() if key not in left_out}
+    rope = config["rope_parameters"]
+    scaled = rope["rope_type"] != "default"
+    plain["rope_theta"] = rope["rope_theta"]
+    plain["rope_scaling"] = {"type": rope["rope_type"], "factor": rope["factor"]} if scaled else None
+    return json.loads(json.dumps(plain, default=str))
 
 
 def to_llama(name: str) -> str:

@@ -54,8 +54,8 @@ class Stage:
         only: slot → name of a group of its parameters, as the part defines it; the others stay frozen.
         losses: loss → weight: `next_token`, or the name of a head. 0 turns it off and skips its work.
         start_from: weights that an earlier stage left: a checkpoint, or the folder of its run. Or published ones, as
-            `FAMILY:FOLDER` or `FAMILY:HUB_NAME` (eve, eve_v2, fuyu, hovle, hovle_hd, llava-hf, llava_next, ola_vlm),
-            such as `eve:BAAI/EVE-7B-Pretrain-v1.0`.
+            `FAMILY:FOLDER` or `FAMILY:HUB_NAME` (eve, eve_v2, fuyu, hovle, hovle_hd, llava-hf, llava_next,
+            mono_internvl, ola_vlm), such as `eve:BAAI/EVE-7B-Pretrain-v1.0`.
         fresh: slots that do not take their weights from `start_from`.
         leave_out: slots that this stage does without, `decoder` at most: where no loss reads it, its weights are
             neither kept on the device nor saved. A later stage takes them anew, with `fresh: [decoder]`.

@@ -24,7 +24,15 @@ from lit_vlm.checkpoints.published import FAMILIES
 from lit_vlm.core.safetensors import read_folder, read_json
 from lit_vlm.model.build import build
 from lit_vlm.model.vlm import VLM
-from tests.checkpoints import test_eve, test_fuyu, test_llava_hf, test_llava_next, test_ola_vlm, test_vila
+from tests.checkpoints import (
+    test_eve,
+    test_fuyu,
+    test_llava_hf,
+    test_llava_next,
+    test_mono_internvl,
+    test_ola_vlm,
+    test_vila,
+)
 from tests.embedders.test_holistic import model_of as hovle_model
 from tests.tiny import tiny_slots
 
@@ -70,6 +78,7 @@ MADE: dict[str, Callable[[], Published]] = {
     "hovle_hd": lambda: exported("hovle_hd", hovle_model("hovle_hd")),
     "llava-hf": llava_hf,
     "llava_next": llava_next,
+    "mono_internvl": lambda: exported("mono_internvl", test_mono_internvl.model_of()),
     "ola_vlm": lambda: exported("ola_vlm", test_ola_vlm.model_of("llama")),
     "ola_vlm convnext": lambda: exported("ola_vlm", test_ola_vlm.model_of("phi3", convolutional=True)),
     "vila": lambda: (test_vila.in_memory("mlp_downsample"), test_vila.config_of("mlp_downsample")),

@@ -17,6 +17,7 @@ from lit_vlm.checkpoints.published.fuyu import Fuyu
 from lit_vlm.checkpoints.published.layout import SlotStates, read_config
 from lit_vlm.checkpoints.published.llava_hf import LlavaHf
 from lit_vlm.checkpoints.published.llava_next import LlavaNext
+from lit_vlm.checkpoints.published.mono_internvl import MonoInternVL
 from lit_vlm.checkpoints.published.ola_vlm import OlaVlm
 from lit_vlm.checkpoints.published.vila import Vila
 from lit_vlm.core.lora import merge_adapters
@@ -30,7 +31,18 @@ from lit_vlm.model.vlm import VLM
 
 FAMILIES: dict[str, Family] = {
     family.name: family
-    for family in (Eve(), EveV2(), Fuyu(), hovle.BASE, hovle.HD, LlavaHf(), LlavaNext(), OlaVlm(), Vila())
+    for family in (
+        Eve(),
+        EveV2(),
+        Fuyu(),
+        hovle.BASE,
+        hovle.HD,
+        LlavaHf(),
+        LlavaNext(),
+        MonoInternVL(),
+        OlaVlm(),
+        Vila(),
+    )
 }
 """The families of the kit, by name."""
 
@@ -53,8 +65,8 @@ def load_published(
     """A model from weights under published names.
 
     Args:
-        family: `eve`, `eve_v2`, `fuyu`, `hovle`, `hovle_hd`, `llava-hf`, `llava_next`, `ola_vlm`, `vila`, or the path
-            of a `Family`.
+        family: `eve`, `eve_v2`, `fuyu`, `hovle`, `hovle_hd`, `llava-hf`, `llava_next`, `mono_internvl`, `ola_vlm`,
+            `vila`, or the path of a `Family`.
         source: a folder (or hub name) with config and weights, or a state dict under published names.
         config: the published configuration; needed with a state dict.
 

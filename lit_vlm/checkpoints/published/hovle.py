@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -185,7 +184,7 @@ class Hovle(Family):
             "downsample_ratio": 0.5,
             "force_image_size": encoder.pixels.size,
             "dynamic_image_size": isinstance(transform, Tiles),
-            "embedding_config": _published_config(own.to_dict())
+            "embedding_config": internlm2.from_llama_config(own.to_dict())
             | {
                 "model_type": "holistic_embedding",
                 "image_size": encoder.trained_side * encoder.patch,
@@ -199,7 +198,7 @@ class Hovle(Family):
                 "special_token_maps": {},
                 "use_ls": False,
             },
-            "llm_config": _published_config(decoder.config.to_dict())
+            "llm_config": internlm2.from_llama_config(decoder.config.to_dict())
             | {"model_type": "internlm2", "architectures": ["InternLM2ForCausalLM"], "bias": False},
         }
         if isinstance(transform, Tiles):
@@ -209,17 +208,6 @@ class Hovle(Family):
                 "use_thumbnail": transform.thumbnail,
             }
         return export_folder(model, out, config, self.names, {}, self.load)
-
-
-def _published_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A Llama's configuration with the rotary settings as InternLM2 writes them."""
-    left_out = ("architectures", "model_type", "rope_parameters", "dtype", "transformers_version")
-    plain: dict[str, Any] = {key: value for key, value in config.items() if key not in left_out}
-    rope = config["rope_parameters"]
-    scaled = rope["rope_type"] != "default"
-    plain["rope_theta"] = rope["rope_theta"]
-    plain["rope_scaling"] = {"type": rope["rope_type"], "factor": rope["factor"]} if scaled else None
-    return json.loads(json.dumps(plain, default=str))
 
 
 BASE, HD = Hovle("hovle", hd=False), Hovle("hovle_hd", hd=True)
