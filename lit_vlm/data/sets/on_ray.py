@@ -20,6 +20,7 @@ import lit_vlm
 from lit_vlm.core.devices import cores
 from lit_vlm.core.plugins import VARIABLE
 from lit_vlm.core.progress import slowly
+from lit_vlm.data.sets import ray_worker
 from lit_vlm.data.sets.engine import ALONE, Place, Shared
 from lit_vlm.data.sets.parallel import Block
 
@@ -181,14 +182,15 @@ class _Pool:
         from ray import cloudpickle
 
         self._ray = ray
-        self._actor = ray.remote(max_restarts=0, **resources)(_worker())
-        told = {
-            "version": lit_vlm.__version__,
-            "folder": os.getcwd(),
-            "variables": {VARIABLE: os.environ.get(VARIABLE, "")},
-            "needs": list(needs),
-            "device": "cuda:0" if resources.get("num_gpus") else "cpu",
-        }
+        cloudpickle.register_pickle_by_value(ray_worker)
+        self._actor = ray.remote(max_restarts=0, **resources)(ray_worker.Worker)
+        told = ray_worker.Told(
+            version=lit_vlm.__version__,
+            folder=os.getcwd(),
+            variables={VARIABLE: os.environ.get(VARIABLE, "")},
+            needs=list(needs),
+            device="cuda:0" if resources.get("num_gpus") else "cpu",
+        )
         self._opening = (told, ray.put(cloudpickle.dumps(work)))
         self._idle: list[Any] = []
         self._busy: dict[Any, tuple[Any, int]] = {}
@@ -276,52 +278,3 @@ def _counted(before: int, of: str, death: Exception) -> int:
 
 def _name(block: Block) -> str:
     return f"records {block.start:,} to {block.end - 1:,}"
-
-
-def _worker() -> type:
-    """The class of the actors. It is made here, as Ray then sends its code: an actor without the kit can say so."""
-
-    class Worker:
-        """Opens the work, and does blocks."""
-
-        def open(self, told: dict[str, Any], content: bytes) -> None:
-            import os
-            import pickle
-            import socket
-            import sys
-
-            node = socket.gethostname()
-            if os.path.isdir(told["folder"]):
-                os.chdir(told["folder"])
-            if told["folder"] not in os.environ.get("PYTHONPATH", "").split(os.pathsep):
-                # Ray puts this folder first, where it may have namesakes of packages.
-                sys.path[:] = [*(path for path in sys.path if path != told["folder"]), told["folder"]]
-            os.environ.update(told["variables"])
-            fix = "install the same version on all nodes, in the environment in which `ray start` runs"
-            try:
-                import lit_vlm
-            except ImportError as error:
-                raise ValueError(
-                    f"Ray node {node} cannot import lit-vlm ({error}), which is {told['version']} here: {fix}"
-                ) from error
-            if lit_vlm.__version__ != told["version"]:
-                raise ValueError(
-                    f"Ray node {node} has lit-vlm {lit_vlm.__version__}, here it is {told['version']}: {fix}"
-                )
-            for path in told["needs"]:
-                if not os.path.exists(path):
-                    raise ValueError(
-                        f"Ray node {node} does not see {path}: it must lie in a folder that all nodes share"
-                    )
-            try:
-                self.function = pickle.loads(content)(told["device"])
-            except ImportError as error:
-                raise ValueError(f"Ray node {node} lacks a package that this machine has ({error})") from error
-
-        def ask(self) -> None:
-            """Answer."""
-
-        def do(self, block: Block) -> Any:
-            return self.function(block)
-
-    return Worker

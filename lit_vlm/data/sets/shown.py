@@ -109,4 +109,5 @@ class _Facts:
 
 
 def _bytes_per_second(speed: float) -> str:
-    return f"{speed / 1e9:.1f} GB/s" if speed >= 1e9 else f"{speed / 1e6:,.1f} MB/s"
+    unit, size = next(((unit, size) for unit, size in (("GB", 1e9), ("MB", 1e6)) if speed >= size), ("kB", 1e3))
+    return f"{speed / size:.1f} {unit}/s"

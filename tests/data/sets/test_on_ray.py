@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -103,40 +104,65 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return line
 
 
-def test_convert_check_and_stats_are_the_same_as_here(
+def write_mix(folder: Path, png: Callable[..., bytes], records: int) -> str:
+    """A file of samples, the first 40 with a picture, of which 5 are damaged."""
+    rows = []
+    for index in range(records):
+        shown = index < 40
+        turns = [{"from": "human", "value": f"{'<image>' * shown}q{index}"}, {"from": "gpt", "value": f"a {index}"}]
+        rows.append({"id": str(index), "conversations": turns} | ({"image": f"{index}.png"} if shown else {}))
+        if shown:
+            (folder / f"{index}.png").write_bytes(png(8 + index, 9) if index % 9 else b"damaged")
+    (folder / "mix.json").write_text(json.dumps(rows))
+    return str(folder / "mix.json")
+
+
+def result(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What a command prints, but for its progress, whose lines depend on time."""
+    main(["data", *arguments])
+    return "\n".join(
+        line for line in capsys.readouterr().out.splitlines() if not re.search(r": [\d,]+ of [\d,]+", line)
+    )
+
+
+def test_a_set_is_the_same_as_one_made_here(
     cluster: Cluster, tmp_path: Path, png: Callable[..., bytes], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rows = []
-    for index in range(2100):
-        turns = [{"from": "human", "value": f"{'<image>' * (index < 40)}q{index}"}, {"from": "gpt", "value": "a " * 3}]
-        rows.append({"id": str(index), "conversations": turns} | ({"image": f"{index}.png"} if index < 40 else {}))
-        if index < 40:
-            (tmp_path / f"{index}.png").write_bytes(png(8 + index, 9) if index % 9 else b"damaged")
-    (tmp_path / "mix.json").write_text(json.dumps(rows))
-    said: dict[str, list[str]] = {}
-    for on in ("local", "ray"):
-        out, cache = str(tmp_path / on), tmp_path / f"cache-{on}"
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("LIT_VLM_CACHE", str(cache))
-            said[on] = []
-            for words in (["convert", str(tmp_path / "mix.json"), out], ["check", out, "--decode"], ["stats", out]):
-                main(["data", *words, "--on", on, "--workers", "2"])
-                said[on].append(capsys.readouterr().out.replace(out, "OUT"))
-    assert "corrupt_image" in said["ray"][0]
-    assert "OUT is whole" in said["ray"][1]
-    tables = [[line for line in text.splitlines() if " of 2" not in line] for text in said["ray"]]
-    assert tables == [[line for line in text.splitlines() if " of 2" not in line] for text in said["local"]]
-    local, distributed = tree(tmp_path / "local"), tree(tmp_path / "ray")
-    assert distributed == local
-    chunk = tmp_path / "ray" / "chunk-000000.bin"
-    content = chunk.read_bytes()
-    chunk.write_bytes(content.replace(b"q2099", b"q2098"))
-    capsys.readouterr()
+    mix = write_mix(tmp_path, png, 100)
+    words = ("--max-bad-share", "0.1", "--workers")
+    own = result(capsys, "convert", mix, str(tmp_path / "own"), *words, "0")
+    assert "left out: corrupt_image │ 5 " in own
+    rays = result(capsys, "convert", mix, str(tmp_path / "ray"), *words, "1", "--on", "ray")
+    assert rays.replace("/ray", "/own") == own
+    assert tree(tmp_path / "ray") == tree(tmp_path / "own")
+
+
+@pytest.mark.slow
+def test_check_and_stats_say_the_same_as_here(
+    cluster: Cluster,
+    tmp_path: Path,
+    png: Callable[..., bytes],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out = str(tmp_path / "set")
+    main(["data", "convert", write_mix(tmp_path, png, 2100), out])
+    said = []
+    for on in (("--workers", "0"), ("--on", "ray", "--workers", "2")):
+        monkeypatch.setenv("LIT_VLM_CACHE", str(tmp_path / f"cache-{len(said)}"))  # where statistics are kept
+        capsys.readouterr()
+        said.append([result(capsys, verb, out, *on) for verb in ("check", "stats")])
+    assert said[0] == said[1]
+    assert "is whole" in said[0][0]
+    assert "2,095" in said[0][1]
+    chunk = tmp_path / "set" / "chunk-000000.bin"
+    chunk.write_bytes(chunk.read_bytes().replace(b"q2099", b"q2098"))
     with pytest.raises(SystemExit):
-        main(["data", "check", str(tmp_path / "ray"), "--on", "ray"])
+        main(["data", "check", out, "--on", "ray"])
     assert "record 2094: differs from its entry in records/" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_results_come_in_order_and_errors_keep_their_kind(cluster: Cluster) -> None:
     blocks = blocks_of(40, 2)
     with on_ray(2) as engine:
@@ -159,6 +185,7 @@ def _fails(block: Block) -> int:
     return block.index
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_costs_its_block(cluster: Cluster, texts: Path) -> None:
     out = texts.parent / "out"
     command = begin(texts, out)
@@ -175,6 +202,7 @@ def test_a_worker_that_is_killed_costs_its_block(cluster: Cluster, texts: Path) 
     assert tree(out) == alone(texts)
 
 
+@pytest.mark.slow
 def test_the_command_is_killed_and_goes_on(cluster: Cluster, texts: Path) -> None:
     out = texts.parent / "out"
     first = begin(texts, out)
@@ -195,6 +223,7 @@ def test_the_command_is_killed_and_goes_on(cluster: Cluster, texts: Path) -> Non
     assert tree(out) == alone(texts)
 
 
+@pytest.mark.slow
 def test_a_record_that_ends_its_workers_is_named_and_what_is_whole_is_kept(
     cluster: Cluster, texts: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
