@@ -4,39 +4,38 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import torch
-import torch.multiprocessing as mp
 from rich.console import Console
 
 from lit_vlm.commands.fit import lightning_cli, unlaunched
+from lit_vlm.commands.workers import add_on, engine_of
 from lit_vlm.core.batch import ENCODER
-from lit_vlm.core.launcher import Launch, launch
+from lit_vlm.core.launcher import launch
 from lit_vlm.data.datamodule import VLMData
-from lit_vlm.data.sets.shared import Place
+from lit_vlm.data.sets.shared import Work
 from lit_vlm.model.build import build_on_meta
 from lit_vlm.training.module import LitVLM
-from lit_vlm.training.prepare import PrepareSettings, begin, finish, write_blocks
+from lit_vlm.training.prepare import PrepareSettings, begin, features_work, finish, write_blocks
 
 
 def main(argv: Sequence[str]) -> None:
     """Prepare the features of one network over the training data of a stage.
 
     Raises:
-        ValueError: for a wrong flag or key, or as `begin`, `write_blocks` and `finish`.
+        ValueError: for a wrong flag or key, or as `begin`, `engine_of`, `write_blocks` and `finish`.
     """
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     if arguments.what != "targets":
         parser.error(f"there is nothing called '{arguments.what}' to prepare; write: lit-vlm prepare targets")
     module, data, of, precision = _open(rest, arguments.of)
-    devices = _devices(launch())
     if begin(module, data, of, arguments.out, arguments.dtype):
-        if len(devices) > 1:
-            mp.spawn(_work, (rest, of, arguments, devices), nprocs=len(devices))  # type: ignore[attr-defined]
-        else:
-            _write(module, data, of, precision, arguments, devices, 0)
+        settings = PrepareSettings(arguments.dtype, arguments.batch_size, arguments.workers, precision)
+        with engine_of(arguments.on) as engine:
+            write_blocks(data, of, arguments.out, _Features(rest, of, settings, (module, data)), engine)
     info = finish(module, data, of, arguments.out, arguments.dtype)
     if not launch().is_first:
         return
@@ -62,35 +61,28 @@ def _open(config: Sequence[str], of: str | None) -> tuple[LitVLM, VLMData, str, 
     return module, cli.datamodule, of, str(cli.trainer.precision)
 
 
-def _devices(started: Launch) -> list[str]:
-    """Devices of this process: its share of those it sees, which are the machine's or only its own; at least one."""
-    seen = [f"cuda:{index}" for index in range(torch.cuda.device_count())] or ["cpu"]
-    share = seen[started.local_rank :: started.per_node] if started.per_node else []  # 0: not alike on all machines
-    return share or [seen[started.local_rank % len(seen)]]
+@dataclass(frozen=True)
+class _Features:
+    """Opens the network on a device (`shared.OpenWork`); in another process it is made anew of the flags.
 
+    Attributes:
+        config: flags of the stage.
+        of: name of a head, or `encoder`.
+        settings: how features are prepared.
+        opened: what this process has made of the flags.
+    """
 
-def _work(index: int, config: Sequence[str], of: str, arguments: argparse.Namespace, devices: list[str]) -> None:
-    module, data, _, precision = _open(config, of)
-    _write(module, data, of, precision, arguments, devices, index)
+    config: Sequence[str]
+    of: str
+    settings: PrepareSettings
+    opened: tuple[LitVLM, VLMData] | None
 
+    def __call__(self, device: str) -> Work:
+        module, data = self.opened or _open(self.config, self.of)[:2]
+        return features_work(module, data, self.of, self.settings, device)
 
-def _write(
-    module: LitVLM,
-    data: VLMData,
-    of: str,
-    precision: str,
-    arguments: argparse.Namespace,
-    devices: list[str],
-    index: int,
-) -> None:
-    started, count = launch(), len(devices)
-    if of == ENCODER:
-        module.vlm.encoder.to(devices[index])
-    place = Place(started.rank * count + index, started.world_size * count)
-    settings = PrepareSettings(
-        arguments.dtype, arguments.batch_size, arguments.workers, devices[index], precision, place
-    )
-    write_blocks(module, data, of, arguments.out, settings)
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"opened": None}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -112,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
         default="bfloat16",
         help="int8 has a scale for each channel of an image; the error is reported (bfloat16)",
     )
+    add_on(parser)
     parser.add_argument("--batch-size", type=int, default=32, help="records at a time (32)")
     parser.add_argument("--workers", type=int, default=0, help="loader processes per device (0)")
     return parser

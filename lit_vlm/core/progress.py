@@ -5,8 +5,9 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
@@ -16,6 +17,18 @@ SECONDS = 5.0
 
 PATIENCE = 2.0
 """Seconds of silence after which work of unknown length is named."""
+
+
+class Advance(Protocol):
+    """Says how far work has come."""
+
+    def __call__(self, count: int, note: str = "") -> None:
+        """Take note of progress.
+
+        Args:
+            count: number of items that were done since the last call.
+            note: what else is to be shown behind the rate.
+        """
 
 
 @contextmanager
@@ -37,7 +50,7 @@ def slowly(title: str, shown: bool = True) -> Iterator[None]:
 
 
 @contextmanager
-def progress(title: str, total: int, done: int = 0, shown: bool = True) -> Iterator[Callable[[int], None]]:
+def progress(title: str, total: int, done: int = 0, shown: bool = True) -> Iterator[Advance]:
     """Show how far work has come, as a context manager.
 
     Args:
@@ -51,21 +64,25 @@ def progress(title: str, total: int, done: int = 0, shown: bool = True) -> Itera
     """
     console = Console(highlight=False)
     if not shown:
-        yield lambda count: None
+        yield _nothing
     elif console.is_terminal:
         with _bar(console) as bar:
-            task = bar.add_task(title, total=total, completed=done, rate="")
+            task = bar.add_task(title, total=total, completed=done, rate="", note="")
 
-            def advance(count: int) -> None:
+            def advance(count: int, note: str = "") -> None:
                 bar.advance(task, count)
                 speed = bar.tasks[task].finished_speed or bar.tasks[task].speed
-                bar.update(task, rate=f"{speed:,.0f}/s" if speed and speed >= 10 else f"{speed:.1f}/s" if speed else "")
+                bar.update(task, rate=_rate(speed) if speed else "", note=note)
 
             yield advance
     else:
         lines = _Lines(console, title, total, done)
         yield lines.advance
         lines.end()
+
+
+def _nothing(count: int, note: str = "") -> None:
+    """Progress that nobody sees."""
 
 
 def _bar(console: Console) -> Progress:
@@ -76,6 +93,7 @@ def _bar(console: Console) -> Progress:
         MofNCompleteColumn(),
         TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
         console=console,
     )
 
@@ -86,11 +104,13 @@ class _Lines:
     def __init__(self, console: Console, title: str, total: int, done: int) -> None:
         self.console, self.title, self.total, self.done = console, title, total, done
         self.before = done
+        self.note = ""
         self.start = self.last = time.perf_counter()
         self._line()
 
-    def advance(self, count: int) -> None:
+    def advance(self, count: int, note: str = "") -> None:
         self.done += count
+        self.note = note
         if time.perf_counter() - self.last > SECONDS:
             self.last = time.perf_counter()
             self._line()
@@ -102,9 +122,15 @@ class _Lines:
     def _line(self, more: str = "") -> None:
         speed = (self.done - self.before) / (time.perf_counter() - self.start or 1)
         if speed:
-            rate = f", {speed:,.0f}/s" if speed >= 10 else f", {speed:.1f}/s"
-            more = rate + (f", {_duration((self.total - self.done) / speed)} left" if self.done < self.total else more)
+            left = f", {_duration((self.total - self.done) / speed)} left" if self.done < self.total else more
+            more = f", {_rate(speed)}{left}"
+        if self.note:
+            more += f", {self.note}"
         self.console.print(f"{self.title}: {self.done:,} of {self.total:,}{more}", soft_wrap=True)
+
+
+def _rate(speed: float) -> str:
+    return f"{speed:,.0f}/s" if speed >= 10 else f"{speed:.1f}/s"
 
 
 def _duration(seconds: float) -> str:

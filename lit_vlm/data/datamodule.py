@@ -31,6 +31,7 @@ from lit_vlm.data.sample.prepared import Prepared
 from lit_vlm.data.sample.spec import InputSpec
 from lit_vlm.data.sample.templates import Template
 from lit_vlm.data.sample.transforms import ImageTransform
+from lit_vlm.data.sets.engine import Local
 from lit_vlm.data.sets.scan import modality_length, scan
 from lit_vlm.data.sources import Source
 
@@ -203,14 +204,16 @@ class VLMData(LightningDataModule):
         return BatchPlan(ordering, global_batch, rank, shuffle)
 
     def _measures(self, sources: Sequence[Source], spec: InputSpec) -> Measures:
+        workers = Local(self.num_workers)
+
         def modality_lengths() -> Integers:
-            found = [scan(s, modality_length, 1, "modality length", self.num_workers, "lengths of") for s in sources]
+            found = [scan(s, modality_length, 1, "modality length", workers, "lengths of") for s in sources]
             return np.concatenate(found)[:, 0]
 
         def sizes() -> Integers:
             encode = self.sample_encoder(spec)
             key = encode.measure_key()
-            return np.concatenate([scan(s, encode.measure, 2, key, self.num_workers, "tokens of") for s in sources])
+            return np.concatenate([scan(s, encode.measure, 2, key, workers, "tokens of") for s in sources])
 
         return Measures(modality_lengths, sizes, self.max_length)
 

@@ -26,9 +26,10 @@ from lit_vlm.data.records import RecordError, Videos, image_bytes
 from lit_vlm.data.records.json_files import read_info
 from lit_vlm.data.sample.encode import SampleEncoder
 from lit_vlm.data.sample.prepared import INFO, KEYS, VERSION, Dtype, PreparedInfo, image_key, pack_features
+from lit_vlm.data.sets.engine import HERE, Engine, paths_of
 from lit_vlm.data.sets.parallel import Block, blocks_of
 from lit_vlm.data.sets.shards import CHUNK_BYTES, block_folder, claim, merge, read_block
-from lit_vlm.data.sets.shared import ALONE, Place, finish_once, run_blocks
+from lit_vlm.data.sets.shared import OpenWork, Work, finish_once, run_models
 from lit_vlm.data.sources import Source
 from lit_vlm.heads import Head
 from lit_vlm.training.module import LitVLM
@@ -44,18 +45,14 @@ class PrepareSettings:
     Attributes:
         dtype: number format in which features are stored.
         batch_size: records whose images are taken together.
-        workers: loader processes.
-        device: device that the network runs on.
+        workers: loader processes of each device.
         precision: precision that the network runs in: `trainer.precision` of the training that will read the features.
-        place: which of the processes that share the work this is.
     """
 
     dtype: Dtype = "bfloat16"
     batch_size: int = 32
     workers: int = 0
-    device: str = "cpu"
     precision: str = "32-true"
-    place: Place = ALONE
 
 
 class _Pictures(Dataset[list[tuple[int, Tensor]]]):
@@ -105,29 +102,45 @@ def network_of(module: LitVLM, what: str) -> Network:
     return teacher
 
 
-def write_blocks(module: LitVLM, data: VLMData, what: str, out: Path, settings: PrepareSettings) -> None:
-    """Compute the blocks that no other process does; returns when all are whole, whoever computed them.
+def features_work(module: LitVLM, data: VLMData, what: str, settings: PrepareSettings, device: str) -> Work:
+    """What computes and writes the features of one block.
 
     Args:
         module: with its model built.
         data: gives training sources, transform and decoding of images.
         what: name of a head, or `encoder`.
-        out: folder of the set.
         settings: how features are computed and stored.
+        device: that the network runs on.
 
     Raises:
         ValueError: when the model has no such network.
     """
-    sources = data.given_train
-    encode = data.sample_encoder(module.input_spec)
-    network = network_of(module, what)
+    sources, encode, network = data.given_train, data.sample_encoder(module.input_spec), network_of(module, what)
+    if what == ENCODER:  # teachers follow their images
+        module.vlm.encoder.to(device)
 
     def work(block: Block, folder: Path) -> dict[str, Any]:
         pictures = _Pictures(sources, encode, what, block)
         loader = DataLoader(pictures, settings.batch_size, num_workers=settings.workers, collate_fn=_join)
-        return _write_block(network, loader, folder, settings)
+        return _write_block(network, loader, folder, settings, device)
 
-    run_blocks(_blocks(data), work, out, f"preparing {what}", place=settings.place)
+    return work
+
+
+def write_blocks(data: VLMData, what: str, out: Path, work: OpenWork, engine: Engine = HERE) -> None:
+    """Compute the blocks that no other process does; returns when all are whole, whoever computed them.
+
+    Args:
+        data: whose training sources are read.
+        what: name of a head, or `encoder`.
+        out: folder of the set.
+        work: opens the network on a device (`features_work`), in each process that computes.
+        engine: starts the workers.
+
+    Raises:
+        ValueError: for a worker that cannot take part, saying why.
+    """
+    run_models(_blocks(data), work, out, f"preparing {what}", engine, paths_of(*data.given_train))
 
 
 def _blocks(data: VLMData) -> list[Block]:
@@ -136,31 +149,36 @@ def _blocks(data: VLMData) -> list[Block]:
 
 @torch.no_grad()
 def _write_block(
-    network: Network, batches: DataLoader[list[tuple[int, Tensor]]], folder: Path, settings: PrepareSettings
+    network: Network,
+    batches: DataLoader[list[tuple[int, Tensor]]],
+    folder: Path,
+    settings: PrepareSettings,
+    device: str,
 ) -> dict[str, Any]:
     writer = BinaryWriter(str(folder), chunk_bytes=CHUNK_BYTES)
     keys: list[int] = []
     seen: set[int] = set()
-    width, error, total = 0, 0.0, 0.0
+    width, written, error, total = 0, 0, 0.0, 0.0
     for pictures in batches:
         new = [(key, pixels) for key, pixels in dict(pictures).items() if key not in seen]
         if not new:
             continue
-        images = Images.pack([pixels for _, pixels in new]).to(settings.device)
-        with autocast(settings.precision, torch.device(settings.device).type):
+        images = Images.pack([pixels for _, pixels in new]).to(device)
+        with autocast(settings.precision, torch.device(device).type):
             tokens = network(images)
         width = tokens.features.shape[1]
         lengths = [grid.num_tokens for grid in tokens.grids]
         for (key, _), features, grid in zip(new, tokens.features.split(lengths), tokens.grids, strict=True):
             item, stored = pack_features(features, grid, settings.dtype)
             writer.add_item(len(keys), item)
+            written += sum(map(len, item.values()))
             keys.append(key)
             seen.add(key)
             computed = features.float().cpu()
             error += float((stored.float() - computed).abs().sum())
             total += float(computed.abs().sum())
     writer.done()
-    return {"keys": keys, "width": width, "error": error, "total": total}
+    return {"keys": keys, "bytes": written, "width": width, "error": error, "total": total}
 
 
 def begin(module: LitVLM, data: VLMData, what: str, out: Path, dtype: Dtype) -> bool:

@@ -38,6 +38,7 @@ from lit_vlm.data.sample.collate import make_rows
 from lit_vlm.data.sample.encode import SampleEncoder
 from lit_vlm.data.sample.spec import InputSpec
 from lit_vlm.data.sets.convert import convert
+from lit_vlm.data.sets.engine import Local
 from lit_vlm.data.sets.scan import scan
 from lit_vlm.encoders import PatchGrid
 from lit_vlm.projectors.base import same_grid
@@ -182,7 +183,7 @@ def compare(console: Console, folder: Path, count: int = 1200) -> None:
     mix = write_llava(folder / "llava", count)
     tars = write_tars(mix, folder / "tars")
     start = time.perf_counter()
-    convert(LlavaJson(str(mix)), folder / "set", WORKERS)
+    convert(LlavaJson(str(mix)), folder / "set", Local(WORKERS))
     speed = count / (time.perf_counter() - start)
     console.print(f"conversion: {speed:,.0f} records/s, {WORKERS} workers, every image decoded")
     source = Converted(str(folder / "set"))
@@ -263,7 +264,7 @@ def growth(console: Console, folder: Path) -> None:
     """Start-up, memory and resume against the position in an epoch of 200,000 records."""
     count = 200_000
     start = time.perf_counter()
-    convert(Numbers(count), folder / "numbers", WORKERS)
+    convert(Numbers(count), folder / "numbers", Local(WORKERS))
     console.print(f"200,000 text records: converted at {count / (time.perf_counter() - start):,.0f}/s")
     source = Converted(str(folder / "numbers"))
     for batching in (Padded(), Packed()):

@@ -12,6 +12,7 @@ from PIL import Image
 from lit_vlm.data import ChatML, Converted, Grouped, LlavaJson, Pictures, Resize, Texts, VLMData
 from lit_vlm.data.given import DataPath, as_sources
 from lit_vlm.data.sets.convert import convert
+from lit_vlm.data.sets.engine import Local
 from lit_vlm.worlds import Scenes, Shapes
 
 
@@ -52,7 +53,7 @@ def test_a_path_is_read_as_data_convert_would(name: str, reader: type, files: Pa
 
 
 def test_a_path_may_be_a_converted_set(files: Path) -> None:
-    convert(LlavaJson(str(files / "mine.json")), files / "set", workers=1)
+    convert(LlavaJson(str(files / "mine.json")), files / "set", Local(1))
     (source,) = as_sources(DataPath(str(files / "set")), "data.val")
     assert type(source) is Converted
     assert len(source) == 1

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from lit_vlm.core.devices import cores
+from lit_vlm.commands.workers import add_workers, engine_of
 from lit_vlm.core.launcher import launch
 from lit_vlm.data.sets.check import check_set
 
@@ -19,14 +19,15 @@ def add(verbs: Any) -> None:
     parser = verbs.add_parser("check", help="verify a converted set", description="Verify a converted set.")
     parser.add_argument("set", metavar="SET", help="its folder or address")
     parser.add_argument("--decode", action="store_true", help="decode every image again, too")
-    parser.add_argument("--workers", type=int, default=len(cores()), help="processes (default: one per core)")
+    add_workers(parser)
 
 
 def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     """Check a set; ends the process with 1 where something is wrong."""
     if not launch().is_first:
         return  # one process reads a set; it has `--workers`
-    problems = check_set(arguments.set, arguments.decode, arguments.workers)
+    with engine_of(arguments.on, arguments.workers) as engine:
+        problems = check_set(arguments.set, arguments.decode, engine)
     console = Console(highlight=False, soft_wrap=True)
     if not problems:
         console.print(f"[green]{arguments.set} is whole[/]")

@@ -12,11 +12,10 @@ from rich.console import Console
 from rich.table import Table
 
 from lit_vlm.commands.fit import REFUSED
-from lit_vlm.core.devices import cores
+from lit_vlm.commands.workers import add_workers, engine_of
 from lit_vlm.core.launcher import launch
 from lit_vlm.data.sets.convert import TooManyBad, convert
 from lit_vlm.data.sets.forms import FORMS, open_source
-from lit_vlm.data.sets.shared import Place
 from lit_vlm.data.sources import Texts
 
 
@@ -42,9 +41,7 @@ def add(verbs: Any) -> None:
         metavar="KEY=VALUE",
         help="an argument of the form's class, e.g. image_folder=images",
     )
-    parser.add_argument(
-        "--workers", type=int, default=len(cores()), help="processes of each task (default: one per core)"
-    )
+    add_workers(parser)
     parser.add_argument(
         "--max-bad-share", type=float, default=0.05, help="share of unusable records above which it fails (0.05)"
     )
@@ -60,15 +57,15 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     """Convert a source, and say what came of it."""
     source, started = open_source(arguments.source, arguments.form, arguments.set), launch()
     try:
-        info = convert(
-            source,
-            arguments.out,
-            arguments.workers,
-            arguments.max_bad_share,
-            arguments.min_side,
-            arguments.tokenizer,
-            Place(started.rank, started.world_size),
-        )
+        with engine_of(arguments.on, arguments.workers) as engine:
+            info = convert(
+                source,
+                arguments.out,
+                engine,
+                arguments.max_bad_share,
+                arguments.min_side,
+                arguments.tokenizer,
+            )
     except TooManyBad:
         if started.is_first:
             raise

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from lit_vlm.commands.fit import lightning_cli, unlaunched
-from lit_vlm.core.devices import cores
+from lit_vlm.commands.workers import add_workers, engine_of
 from lit_vlm.core.launcher import launch
 from lit_vlm.data.sets.stats import draw, statistics_of, statistics_table
 from lit_vlm.data.sources import Converted
@@ -29,7 +29,7 @@ def add(verbs: Any) -> None:
     )
     parser.add_argument("set", metavar="SET", help="its folder or address")
     parser.add_argument("--png", type=Path, help="where to draw (default: SET/stats.png, or ./stats.png)")
-    parser.add_argument("--workers", type=int, default=len(cores()), help="processes (default: one per core)")
+    add_workers(parser)
 
 
 def run(arguments: argparse.Namespace, config: Sequence[str]) -> None:
@@ -41,7 +41,9 @@ def run(arguments: argparse.Namespace, config: Sequence[str]) -> None:
         cli = lightning_cli([*config, "--trainer.logger", "false", *unlaunched()], run=False)
         cli.model.model = build_on_meta(cli.model.slots)
         encode = cli.datamodule.sample_encoder(cli.model.input_spec)
-    statistics = statistics_of(Converted(arguments.set), arguments.workers, encode)
+    source = Converted(arguments.set)
+    with engine_of(arguments.on, arguments.workers) as engine:
+        statistics = statistics_of(source, engine, encode)
     png = arguments.png or (Path(arguments.set) if Path(arguments.set).is_dir() else Path()) / "stats.png"
     draw(statistics, png)
     console = Console(highlight=False)

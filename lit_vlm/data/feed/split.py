@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lit_vlm.data.records import Record
+from lit_vlm.data.sets.engine import Local
 from lit_vlm.data.sets.scan import id_value, scan
 from lit_vlm.data.sources.base import Source
 
@@ -67,7 +68,7 @@ def split(source: Source, share: float, workers: int = 0) -> tuple[Subset, Subse
     Returns:
         the records to train on, and the held-out ones.
     """
-    values = scan(source, id_value, 1, "id", workers, "ids of", ids=True)[:, 0]
+    values = scan(source, id_value, 1, "id", Local(workers), "ids of", ids=True)[:, 0]
     # A record that cannot be read has no id; it stays in training, where it is counted and listed.
     held_out = (values >= 0) & (values < share * 2.0**62)
     return Subset(source, np.flatnonzero(~held_out)), Subset(source, np.flatnonzero(held_out))

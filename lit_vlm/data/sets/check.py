@@ -9,6 +9,7 @@ from pathlib import Path
 
 from lit_vlm.data.records import Image, RecordError, open_image
 from lit_vlm.data.records.json_files import read_json
+from lit_vlm.data.sets.engine import HERE, Engine, paths_of
 from lit_vlm.data.sets.parallel import Block, map_blocks
 from lit_vlm.data.sources.converted import RECORDS, Converted, decode_record
 
@@ -59,13 +60,13 @@ class _CheckBlock:
                 yield f"image {number} has {size[0]}×{size[1]} pixels, its record says {image.size}"
 
 
-def check_set(path: str, decode: bool, workers: int = 0) -> list[str]:
+def check_set(path: str, decode: bool, engine: Engine = HERE) -> list[str]:
     """Find what is wrong with a converted set.
 
     Args:
         path: folder or address of the set.
         decode: decode every image, too.
-        workers: number of processes; 0 works in this one.
+        engine: starts the workers.
 
     Returns:
         the problems, each as a line of text; empty if the set is whole.
@@ -83,7 +84,8 @@ def check_set(path: str, decode: bool, workers: int = 0) -> list[str]:
         for i, (start, end) in enumerate(zip([0, *source.info.parts], source.info.parts, strict=False))
     ]
     digest = hashlib.sha256()
-    for found, digests in map_blocks(blocks, _CheckBlock(source, decode), workers, f"checking {source.name}"):
+    work, title = _CheckBlock(source, decode), f"checking {source.name}"
+    for found, digests in map_blocks(blocks, work, engine, title, paths_of(source)):
         problems += found
         digest.update(hashlib.sha256(digests).hexdigest().encode())
     if not problems and digest.hexdigest()[:16] != source.info.fingerprint:

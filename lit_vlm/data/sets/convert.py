@@ -20,10 +20,11 @@ from lit_vlm.core.batch import BadSample
 from lit_vlm.core.pretrained import resolve
 from lit_vlm.data.records import Image, RecordError, Videos, image_bytes, open_image
 from lit_vlm.data.records.json_files import read_info
+from lit_vlm.data.sets.engine import HERE, Engine, paths_of
 from lit_vlm.data.sets.parallel import Block, blocks_of
 from lit_vlm.data.sets.scan import id_value
 from lit_vlm.data.sets.shards import CHUNK_BYTES, block_folder, claim, merge, read_block
-from lit_vlm.data.sets.shared import ALONE, Place, finish_once, run_blocks
+from lit_vlm.data.sets.shared import finish_once, run_blocks
 from lit_vlm.data.sources.base import Source, describe
 from lit_vlm.data.sources.converted import INFO, RECORDS, VERSION, SetInfo, encode_record
 
@@ -64,6 +65,7 @@ class ConvertBlock:
         tokenizer = AutoTokenizer.from_pretrained(resolve(self.tokenizer, weights=False)) if self.tokenizer else None
         digest = hashlib.sha256()
         stats: dict[str, Any] = {"records": 0, "images": 0, "image_bytes": 0, "words": [], "tokens": [], "ids": []}
+        written = 0
         bad: list[BadSample] = []
         for index in range(block.start, block.end):
             identity = str(index)
@@ -83,6 +85,7 @@ class ConvertBlock:
             text = " ".join(message.text for message in record.messages)
             stats["records"] += 1
             stats["images"] += len(images)
+            written += sum(map(len, item.values()))
             stats["image_bytes"] += len(item["images"])
             stats["words"].append(len(text.split()))
             stats["ids"].append(id_value(record, self.source)[0])
@@ -90,7 +93,7 @@ class ConvertBlock:
                 stats["tokens"].append(len(tokenizer(text, add_special_tokens=False).input_ids))
         items.done()
         outlines.done()
-        return {**stats, "digest": digest.hexdigest(), "bad": [sample._asdict() for sample in bad]}
+        return {**stats, "bytes": written, "digest": digest.hexdigest(), "bad": [sample._asdict() for sample in bad]}
 
     def _verified(self, image: Image, videos: Videos) -> tuple[bytes, tuple[int, int]]:
         """Bytes and (width, height) of an image that decodes as a whole."""
@@ -107,11 +110,10 @@ class ConvertBlock:
 def convert(
     source: Source,
     out: Path,
-    workers: int = 0,
+    engine: Engine = HERE,
     max_bad_share: float = 0.05,
     min_side: int = 4,
     tokenizer: str | None = None,
-    place: Place = ALONE,
 ) -> SetInfo:
     """Convert a source to a set, alone or together with other tasks; one that was stopped goes on where it was.
 
@@ -120,11 +122,10 @@ def convert(
     Args:
         source: the source that is read.
         out: folder of the new set.
-        workers: number of processes; 0 works in this one.
+        engine: starts the workers; it knows which of the tasks that convert into this folder this is.
         max_bad_share: largest share of records that cannot be used, 0 to 1.
         min_side: an image with a shorter side in pixels cannot be used.
         tokenizer: source of the tokenizer that tokens are counted with; None counts none.
-        place: which of the tasks that convert into this folder this is.
 
     Returns:
         what `lit_vlm.json` of the set says.
@@ -152,7 +153,7 @@ def convert(
     blocks = blocks_of(len(source), size)
     if not (out / INFO).is_file():
         work = ConvertBlock(source, min_side, tokenizer)
-        run_blocks(blocks, work, out, f"converting {source.name}", workers, place)
+        run_blocks(blocks, work, out, f"converting {source.name}", engine, paths_of(source))
     finish_once(out, INFO, lambda: _finish(source, out, blocks, max_bad_share, tokenizer))
     return read_info(out / INFO, SetInfo, VERSION)
 

@@ -7,12 +7,13 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-from torch.utils.data import DataLoader, Dataset
+from typing import TYPE_CHECKING, Any
 
 from lit_vlm.core.launcher import ASKING
 from lit_vlm.core.progress import progress
+
+if TYPE_CHECKING:
+    from lit_vlm.data.sets.engine import Engine
 
 
 @dataclass(frozen=True)
@@ -27,21 +28,6 @@ class Block:
 def blocks_of(count: int, size: int) -> list[Block]:
     """Blocks of `size` records; the last may be shorter."""
     return [Block(i, start, min(start + size, count)) for i, start in enumerate(range(0, count, size))]
-
-
-class _Work(Dataset[Any]):
-    def __init__(self, blocks: Sequence[Block], function: Callable[[Block], Any]) -> None:
-        self.blocks, self.function = list(blocks), function
-
-    def __len__(self) -> int:
-        return len(self.blocks)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.function(self.blocks[index])
-
-
-def _one(items: Sequence[Any]) -> Any:
-    return items[0]
 
 
 def heed_parent_alone(worker: int) -> None:
@@ -69,25 +55,24 @@ def _end_with_parent() -> None:
 def map_blocks(
     blocks: Sequence[Block],
     function: Callable[[Block], Any],
-    workers: int,
+    engine: Engine,
     title: str,
+    needs: Sequence[str] = (),
 ) -> Iterator[Any]:
     """Yield the result of each block, in order.
 
     Args:
         blocks: blocks that are to be done.
         function: block → result, run in a worker; it pickles, and so does its result.
-        workers: number of processes; 0 works in this one.
+        engine: starts the workers.
         title: of the progress bar.
+        needs: paths that all workers must see (`engine.paths_of`).
+
+    Raises:
+        ValueError: for a worker that cannot take part, saying why.
     """
-    loader = DataLoader(
-        _Work(blocks, function),
-        batch_size=1,
-        num_workers=min(workers, len(blocks)),
-        collate_fn=_one,
-        worker_init_fn=heed_parent_alone,
-    )
+    results = engine.map(function, blocks, needs)
     with progress(title, sum(block.end - block.start for block in blocks)) as advance:
-        for block, result in zip(blocks, loader, strict=True):
+        for block, result in zip(blocks, results, strict=True):
             advance(block.end - block.start)
             yield result

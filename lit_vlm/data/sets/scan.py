@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from lit_vlm.core.cache import cache_dir, held
 from lit_vlm.data.records import Record, RecordError
+from lit_vlm.data.sets.engine import HERE, Engine, paths_of
 from lit_vlm.data.sets.parallel import Block, blocks_of, map_blocks
 from lit_vlm.data.sources.base import Source, describe
 
@@ -46,7 +47,7 @@ def scan(
     measure: Measure,
     columns: int,
     key: str,
-    workers: int = 0,
+    engine: Engine = HERE,
     title: str = "measuring",
     ids: bool = False,
 ) -> NDArray[np.int64]:
@@ -57,7 +58,7 @@ def scan(
         measure: gives `columns` integers for a record.
         columns: number of integers per record.
         key: what the result depends on besides the source's content, as text.
-        workers: number of processes; 0 works in this one.
+        engine: starts the workers, if there is more than a block.
         title: of the progress bar.
         ids: whether the measure reads ids, so that records that differ in nothing else (`Source.repeats`) are measured
             one by one.
@@ -77,8 +78,9 @@ def scan(
         first = None if ids else source.repeats()
         indices = range(len(source)) if first is None else np.unique(first).tolist()
         work = _ScanBlock(source, measure, columns, indices)
-        processes = workers if len(indices) > BLOCK else 0
-        parts = list(map_blocks(blocks_of(len(indices), BLOCK), work, processes, f"{title} {source.name}"))
+        blocks = blocks_of(len(indices), BLOCK)
+        used = engine if len(blocks) > 1 else HERE
+        parts = list(map_blocks(blocks, work, used, f"{title} {source.name}", paths_of(source)))
         found = np.concatenate(parts) if parts else np.zeros((0, columns), np.int64)
         if first is not None:
             found = found[np.searchsorted(indices, first)]

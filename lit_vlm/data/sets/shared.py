@@ -11,21 +11,19 @@ from __future__ import annotations
 
 import os
 import shutil
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
-
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from typing import Any
 
 from lit_vlm.core.lease import Lease
-from lit_vlm.core.progress import progress
+from lit_vlm.data.sets.engine import HERE, Engine, Place
 from lit_vlm.data.sets.parallel import Block
 from lit_vlm.data.sets.shards import BLOCKS, block_folder, finish_block, has_block, is_begun, keep_plan, put_away
+from lit_vlm.data.sets.shown import shown
 
 PATIENCE = 300.0
 """Seconds without a sign of life after which the claim of a process on another machine is taken over."""
@@ -33,21 +31,27 @@ POLL = 1.0
 """Seconds between two looks at the blocks of others."""
 
 Work = Callable[[Block, Path], dict[str, Any]]
-"""(block, an empty folder) → facts of the block, after its files were written to the folder; it pickles."""
+"""(block, an empty folder) → facts of the block, after its files were written to the folder; it pickles.
+
+Facts have keys of the work's own. Progress shows `bytes`, what was written, and `bad`, a list of samples left out.
+"""
+
+OpenWork = Callable[[str], Work]
+"""(device) → the work, with its model on the device; called once in each process that does blocks; it pickles."""
 
 
-class Place(NamedTuple):
-    """Which of the processes that share the work this is: `number` of `total`, from 0. The first shows progress."""
+@dataclass(frozen=True)
+class _Opened:
+    """Work that is the same on all devices."""
 
-    number: int
-    total: int
+    work: Work
 
-
-ALONE = Place(0, 1)
+    def __call__(self, device: str) -> Work:
+        return self.work
 
 
 def run_blocks(
-    blocks: Sequence[Block], work: Work, out: Path, title: str, workers: int = 0, place: Place = ALONE
+    blocks: Sequence[Block], work: Work, out: Path, title: str, engine: Engine = HERE, needs: Sequence[str] = ()
 ) -> None:
     """Do the blocks of a folder that are not done, together with all others who do; returns when every one is whole.
 
@@ -56,24 +60,42 @@ def run_blocks(
         work: does one block. It must write the same files whoever runs it.
         out: the folder.
         title: of the progress that is shown, over the blocks of all tasks.
-        workers: number of processes of this task; 0 works in this one.
-        place: of this task. It decides where among the blocks it begins, so that tasks seldom want the same one.
+        engine: starts the workers.
+        needs: paths that all workers must see, besides the folder (`engine.paths_of`).
 
     Raises:
+        ValueError: for a worker that cannot take part, saying why.
         Exception: what `work` raises; its block is free again then.
     """
-    task = _Task(tuple(blocks), work, out, place)
-    missing = len(blocks) - len(task.done())
-    batches: Iterator[Any] = iter(())
-    if workers and missing:
-        # Workers start before the thread that shows progress: a fork copies the locks that a thread holds.
-        batches = iter(DataLoader(_Worker(task), None, num_workers=min(workers, missing), in_order=False))
-    with _shown(title, task):
-        for _ in batches:
-            pass
-        while len(task.done()) < len(blocks):
-            if not any(task.sweep(place)):
-                time.sleep(POLL)
+    _run(_Task(tuple(blocks), _Opened(work), out), False, title, engine, needs)
+
+
+def run_models(
+    blocks: Sequence[Block], work: OpenWork, out: Path, title: str, engine: Engine = HERE, needs: Sequence[str] = ()
+) -> None:
+    """Do blocks by models, as `run_blocks`; there is one process for each device, with a model of its own.
+
+    Args:
+        blocks: as in `run_blocks`.
+        work: opens the model on a device, and does one block with it.
+        out: the folder.
+        title: of the progress.
+        engine: starts the workers.
+        needs: as in `run_blocks`.
+
+    Raises:
+        ValueError: for a worker that cannot take part, saying why.
+        Exception: what `work` raises; its block is free again then.
+    """
+    _run(_Task(tuple(blocks), work, out), True, title, engine, needs)
+
+
+def _run(task: _Task, models: bool, title: str, engine: Engine, needs: Sequence[str]) -> None:
+    # Workers start before the thread that shows progress: a fork copies the locks that a thread holds.
+    wait = engine.start(task, models, needs)
+    view = task.on("cpu")  # of its own: a thread may not look at a set that grows
+    with shown(title, task.blocks, task.out, view.done, engine.place.number == 0):
+        wait()
 
 
 def finish_once(out: Path, manifest: str, finish: Callable[[], object]) -> None:
@@ -112,22 +134,35 @@ def _lease(out: Path, name: str) -> Lease:
 
 @dataclass
 class _Task:
-    """The view that one process has of the blocks.
+    """The view that one process has of the blocks (`engine.Shared`).
 
     Attributes:
         blocks: all blocks.
-        work: does one of them.
+        work: opens what does one of them.
         out: the folder.
-        place: of this task.
+        device: that models are on.
     """
 
     blocks: tuple[Block, ...]
-    work: Work
+    work: OpenWork
     out: Path
-    place: Place
+    device: str = "cpu"
+    _opened: Work | None = None
     _whole: set[int] = field(default_factory=set)
     # A claim is stale when the same object has seen it untouched for long, so the objects are kept.
     _leases: dict[int, Lease] = field(default_factory=dict)
+
+    def on(self, device: str) -> _Task:
+        return _Task(self.blocks, self.work, self.out, device)
+
+    @contextmanager
+    def witness(self) -> Iterator[str]:
+        file = (self.out / BLOCKS / f"seen-{uuid.uuid4().hex}").absolute()
+        file.touch()
+        try:
+            yield str(file)
+        finally:
+            file.unlink(missing_ok=True)
 
     def done(self) -> set[int]:
         """Indices of the blocks that are whole; all of them once a task has finished the folder."""
@@ -140,6 +175,15 @@ class _Task:
             return self.done()
         self._whole |= {index for index in indices - self._whole if has_block(self.out, index)}
         return self._whole
+
+    def missing(self) -> list[Block]:
+        whole = self.done()
+        return [block for block in self.blocks if block.index not in whole]
+
+    def finish(self, place: Place) -> None:
+        while self.missing():
+            if not any(self.sweep(place)):
+                time.sleep(POLL)
 
     def sweep(self, place: Place) -> Iterator[Block]:
         """Do the blocks that are free, then those whose claims are stale; yields each that was done here.
@@ -154,14 +198,14 @@ class _Task:
                 continue
             if (self.out / BLOCKS / "claims" / f"{block.index:06d}").exists():
                 taken.append(block)
-            elif self._attempt(block):
+            elif self.attempt(block):
                 yield block
         for block in taken:
-            if self._attempt(block):
+            if self.attempt(block):
                 yield block
 
-    def _attempt(self, block: Block) -> bool:
-        """Do a block, unless somebody else does it or it is done."""
+    def attempt(self, block: Block) -> bool:
+        """Do a block, unless somebody else does it or it is done; whether it was done here."""
         if not is_begun(self.out):
             return False
         lease = self._leases.setdefault(block.index, _lease(self.out, f"{block.index:06d}"))
@@ -178,7 +222,8 @@ class _Task:
     def _write(self, block: Block) -> None:
         scratch = self.out / BLOCKS / f"{block.index:06d}-{uuid.uuid4().hex}.partial"
         scratch.mkdir()
-        finish_block(scratch, self.work(block, scratch))
+        self._opened = self._opened or self.work(self.device)
+        finish_block(scratch, self._opened(block, scratch))
         target = block_folder(self.out, block.index)
         try:
             scratch.rename(target)
@@ -188,48 +233,3 @@ class _Task:
                 return
             shutil.rmtree(target)  # an earlier version wrote in place, and was stopped
             scratch.rename(target)
-
-
-class _Worker(IterableDataset[int]):
-    """The blocks that one worker process of a task finds free, as they are done."""
-
-    def __init__(self, task: _Task) -> None:
-        self.task = task
-
-    def __iter__(self) -> Iterator[int]:
-        info = get_worker_info()
-        assert info is not None
-        number, total = self.task.place
-        for block in self.task.sweep(Place(number * info.num_workers + info.id, total * info.num_workers)):
-            yield block.index
-
-
-@contextmanager
-def _shown(title: str, task: _Task) -> Iterator[None]:
-    """Show, in the first task, how many records of all blocks are done, whoever did them."""
-    if task.place.number:
-        yield
-        return
-    view = _Task(task.blocks, task.work, task.out, task.place)
-    sizes = {block.index: block.end - block.start for block in task.blocks}
-    before = sum(sizes[index] for index in view.done())
-    ended = threading.Event()
-
-    def tell() -> None:
-        seen = before
-        with progress(title, sum(sizes.values()), before) as advance:
-            while True:
-                last = ended.wait(POLL)
-                now = sum(sizes[index] for index in view.done())
-                advance(now - seen)
-                seen = now
-                if last:
-                    return
-
-    thread = threading.Thread(target=tell, name="progress of blocks", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()

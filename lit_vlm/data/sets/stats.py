@@ -11,6 +11,7 @@ from rich.table import Table
 
 from lit_vlm.data.records import Record
 from lit_vlm.data.sample.encode import SampleEncoder
+from lit_vlm.data.sets.engine import HERE, Engine
 from lit_vlm.data.sets.scan import scan
 from lit_vlm.data.sources.base import Source
 
@@ -38,15 +39,15 @@ def outline_measures(record: Record, source: Source) -> list[int]:
     return [words, len(record.images), *sizes, *[0] * (2 * MAX_SIZES - len(sizes))]
 
 
-def statistics_of(source: Source, workers: int = 0, encode: SampleEncoder | None = None) -> Statistics:
+def statistics_of(source: Source, engine: Engine = HERE, encode: SampleEncoder | None = None) -> Statistics:
     """Measure a source.
 
     Args:
         source: a converted set, whose records know the sizes of their images.
-        workers: number of processes; 0 works in this one.
+        engine: starts the workers.
         encode: a model's encoder of samples; with it, positions per sample and visual tokens per image are added.
     """
-    found = scan(source, outline_measures, 2 + 2 * MAX_SIZES, "statistics", workers)
+    found = scan(source, outline_measures, 2 + 2 * MAX_SIZES, "statistics", engine)
     table: NDArray[np.float64] = found[found[:, 0] >= 0].astype(np.float64)
     sizes = table[:, 2:].reshape(-1, 2)
     sizes = sizes[sizes[:, 0] > 0]
@@ -61,7 +62,7 @@ def statistics_of(source: Source, workers: int = 0, encode: SampleEncoder | None
             "aspect ratio (width / height)": sizes[:, 0] / sizes[:, 1],
         }
     if encode is not None:
-        positions = scan(source, encode.measure, 2, encode.measure_key(), workers)[:, 0]
+        positions = scan(source, encode.measure, 2, encode.measure_key(), engine)[:, 0]
         values["positions per sample"] = positions[positions >= 0].astype(np.float64)
         pairs, counts = np.unique(sizes, axis=0, return_counts=True)
         tokens = [encode.tokens_of((int(width), int(height))) for width, height in pairs]

@@ -26,6 +26,7 @@ from lit_vlm.commands.cli import main
 from lit_vlm.data.records import Image, Record, RecordError, Text, open_image
 from lit_vlm.data.sets.check import check_set
 from lit_vlm.data.sets.convert import TooManyBad, convert
+from lit_vlm.data.sets.engine import Local
 from lit_vlm.data.sets.forms import open_source, recognise
 from lit_vlm.data.sources import Converted, LlavaJson, Source
 from tests.data.made import Count
@@ -167,7 +168,7 @@ def test_every_form_is_recognised_and_survives_conversion(name: str, tmp_path: P
     path = write(tmp_path)
     assert recognise(path) == form
     source = open_source(str(path))
-    info = convert(source, tmp_path / "out", workers=2 if name == "llava" else 0)
+    info = convert(source, tmp_path / "out", Local(2 if name == "llava" else 0))
     converted = Converted(str(tmp_path / "out"), name=source.name)
     assert len(converted) == len(source) == info.records
     for index in range(len(source)):

@@ -19,9 +19,10 @@ import pytest
 from lit_vlm.commands.cli import main
 from lit_vlm.data.sets import shared
 from lit_vlm.data.sets.convert import convert
+from lit_vlm.data.sets.engine import Local, Place
 from lit_vlm.data.sets.parallel import Block, blocks_of
 from lit_vlm.data.sets.shards import block_folder, claim, has_block, read_block
-from lit_vlm.data.sets.shared import ALONE, Place, finish_once, run_blocks
+from lit_vlm.data.sets.shared import finish_once, run_blocks
 from lit_vlm.data.sources import Source
 from tests.data.made import Count
 
@@ -46,7 +47,7 @@ def _convert(out: Path, number: int, total: int, workers: int, pause: float, hos
     if host:
         socket.gethostname = lambda: host
     with out.with_suffix(f".{number}.said").open("w") as said, redirect_stdout(said):
-        convert(slow(pause, out.with_suffix(".log")), out, workers, place=Place(number, total))
+        convert(slow(pause, out.with_suffix(".log")), out, Local(workers, Place(number, total)))
 
 
 def task(
@@ -145,13 +146,13 @@ def number_of(block: Block, folder: Path) -> dict[str, Any]:
 def test_a_block_that_two_processes_did_is_kept_once(tmp_path: Path) -> None:
     out, blocks = tmp_path / "out", blocks_of(4, 2)
     claim(out, {}, 2)
-    late = shared._Task(tuple(blocks), number_of, out, ALONE)
+    late = shared._Task(tuple(blocks), lambda device: number_of, out)
 
     def overtaken(block: Block, folder: Path) -> dict[str, Any]:
         late._write(block)  # as a process does that took this one for dead
         return number_of(block, folder)
 
-    shared._Task(tuple(blocks), overtaken, out, ALONE)._write(blocks[0])
+    shared._Task(tuple(blocks), lambda device: overtaken, out)._write(blocks[0])
     assert read_block(out, 0) == {"index": 0}
     assert sorted(file.name for file in (out / "parts").iterdir()) == ["000000", "plan.json"]
 
@@ -222,7 +223,7 @@ def test_the_first_to_begin_decides_and_another_plan_is_refused(tmp_path: Path) 
 
 def test_a_late_task_finds_the_set_whole(expected: dict[str, bytes], tmp_path: Path) -> None:
     convert(Count("n", RECORDS), tmp_path / "out")
-    convert(Count("n", RECORDS), tmp_path / "out", place=Place(3, 4))
+    convert(Count("n", RECORDS), tmp_path / "out", Local(0, Place(3, 4)))
     assert tree(tmp_path / "out") == expected
 
 

@@ -1,0 +1,193 @@
+"""Engines: who starts the processes that do blocks of records: `Local` here, `on_ray.OnRay` on a cluster."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import multiprocessing
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+
+from lit_vlm.core.launcher import Launch, launch
+from lit_vlm.data.sets.parallel import Block, heed_parent_alone
+from lit_vlm.data.sources.base import Source
+
+
+class Place(NamedTuple):
+    """Which of the processes that share the work this is: `number` of `total`, from 0. The first shows progress."""
+
+    number: int
+    total: int
+
+
+ALONE = Place(0, 1)
+
+
+class Shared(Protocol):
+    """Blocks that all processes which see one folder do together, as one of these processes sees them."""
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """All blocks."""
+
+    def on(self, device: str) -> Shared:
+        """The same blocks for a process whose models are on a device."""
+
+    def witness(self) -> AbstractContextManager[str]:
+        """Path of a new file in the folder while the context lasts: who does not see it has another folder."""
+
+    def missing(self) -> list[Block]:
+        """Blocks that are not whole."""
+
+    def attempt(self, block: Block) -> bool:
+        """Do a block, unless somebody else does it or it is done; whether it was done here."""
+
+    def sweep(self, place: Place) -> Iterator[Block]:
+        """Do the blocks that nobody does; yields each that was done here."""
+
+    def finish(self, place: Place) -> None:
+        """Do blocks until all are whole, those of dead processes as well."""
+
+
+class Engine(Protocol):
+    """Starts processes that do blocks, and heeds those that die."""
+
+    @property
+    def place(self) -> Place:
+        """Of this process among those that were started together, as by srun."""
+
+    def map(self, function: Callable[[Block], Any], blocks: Sequence[Block], needs: Sequence[str]) -> Iterator[Any]:
+        """Yield the results of a function, in the order of the blocks.
+
+        Args:
+            function: block → result; both pickle.
+            blocks: what it is called with.
+            needs: paths that all workers must see; without them, records would be taken for unreadable.
+
+        Raises:
+            ValueError: for a worker that cannot take part, saying why.
+        """
+
+    def start(self, shared: Shared, models: bool, needs: Sequence[str]) -> Callable[[], None]:
+        """Start workers, each of which does blocks as `Shared` does.
+
+        Args:
+            shared: the blocks; it pickles.
+            models: whether the work holds a model, so that there is one worker for each device.
+            needs: as in `map`.
+
+        Returns:
+            what returns when all blocks are whole, whoever did them, and raises what a block or a worker raises.
+        """
+
+
+def paths_of(*sources: Source) -> list[str]:
+    """Paths that whoever reads the sources must see: absolute, of those that are in a file system."""
+    named = [path for source in sources for path in (source.path, getattr(source, "image_folder", None))]
+    return [os.path.abspath(path) for path in dict.fromkeys(named) if path is not None and os.path.exists(path)]
+
+
+@dataclass(frozen=True)
+class Local:
+    """Processes of this machine.
+
+    Attributes:
+        workers: number of processes; 0 works in this one. Models have a process for each device instead.
+        place: of this process among those that share the work.
+    """
+
+    workers: int = 0
+    place: Place = ALONE
+
+    def map(self, function: Callable[[Block], Any], blocks: Sequence[Block], needs: Sequence[str]) -> Iterator[Any]:
+        """As `Engine.map`; all paths are seen here."""
+        return iter(
+            DataLoader(
+                _Work(blocks, function),
+                batch_size=1,
+                num_workers=min(self.workers, len(blocks)),
+                collate_fn=_one,
+                worker_init_fn=heed_parent_alone,
+            )
+        )
+
+    def start(self, shared: Shared, models: bool, needs: Sequence[str]) -> Callable[[], None]:
+        """As `Engine.start`; all paths are seen here."""
+        if models:
+            return self._start_models(shared)
+        batches: Iterator[Any] = iter(())
+        if self.workers and (missing := len(shared.missing())):
+            loader = DataLoader(
+                _Worker(shared, self.place), None, num_workers=min(self.workers, missing), in_order=False
+            )
+            batches = iter(loader)
+
+        def wait() -> None:
+            for _ in batches:
+                pass
+            shared.finish(self.place)
+
+        return wait
+
+    def _start_models(self, shared: Shared) -> Callable[[], None]:
+        devices = devices_of(launch())
+        if len(devices) == 1:
+            return lambda: shared.on(devices[0]).finish(self.place)
+        number, total = self.place
+        places = [Place(number * len(devices) + i, total * len(devices)) for i in range(len(devices))]
+        given = (shared, devices, places)
+        started = multiprocessing.spawn(_finish, given, nprocs=len(devices), join=False)  # type: ignore[attr-defined]
+
+        def wait() -> None:
+            while not started.join():
+                continue
+
+        return wait
+
+
+HERE = Local()
+"""No process but this one."""
+
+
+def devices_of(started: Launch) -> list[str]:
+    """Devices of this process: its share of those it sees, which are the machine's or only its own; at least one."""
+    seen = [f"cuda:{index}" for index in range(torch.cuda.device_count())] or ["cpu"]
+    share = seen[started.local_rank :: started.per_node] if started.per_node else []  # 0: not alike on all machines
+    return share or [seen[started.local_rank % len(seen)]]
+
+
+def _finish(index: int, shared: Shared, devices: list[str], places: list[Place]) -> None:
+    shared.on(devices[index]).finish(places[index])
+
+
+class _Work(Dataset[Any]):
+    def __init__(self, blocks: Sequence[Block], function: Callable[[Block], Any]) -> None:
+        self.blocks, self.function = list(blocks), function
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.function(self.blocks[index])
+
+
+def _one(items: Sequence[Any]) -> Any:
+    return items[0]
+
+
+class _Worker(IterableDataset[int]):
+    """The blocks that one worker process of a task finds free, as they are done."""
+
+    def __init__(self, shared: Shared, place: Place) -> None:
+        self.shared, self.place = shared, place
+
+    def __iter__(self) -> Iterator[int]:
+        info = get_worker_info()
+        assert info is not None
+        number, total = self.place
+        for block in self.shared.sweep(Place(number * info.num_workers + info.id, total * info.num_workers)):
+            yield block.index
