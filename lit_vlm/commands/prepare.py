@@ -6,13 +6,13 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 import torch.multiprocessing as mp
 from rich.console import Console
 
 from lit_vlm.commands.fit import lightning_cli, unlaunched
 from lit_vlm.core.batch import ENCODER
-from lit_vlm.core.launcher import Launch, launch
+from lit_vlm.core.devices import own_devices
+from lit_vlm.core.launcher import launch
 from lit_vlm.data.datamodule import VLMData
 from lit_vlm.data.sets.shared import Place
 from lit_vlm.model.build import build_on_meta
@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> None:
     if arguments.what != "targets":
         parser.error(f"there is nothing called '{arguments.what}' to prepare; write: lit-vlm prepare targets")
     module, data, of, precision = _open(rest, arguments.of)
-    devices = _devices(launch())
+    devices = own_devices(launch())
     if begin(module, data, of, arguments.out, arguments.dtype):
         if len(devices) > 1:
             mp.spawn(_work, (rest, of, arguments, devices), nprocs=len(devices))  # type: ignore[attr-defined]
@@ -60,13 +60,6 @@ def _open(config: Sequence[str], of: str | None) -> tuple[LitVLM, VLMData, str, 
         raise ValueError(f"name what to prepare with --of: {', '.join([*teachers, ENCODER])}")
     module.model = module.build(only=(ENCODER if of == ENCODER else f"heads.{of}",)).eval()
     return module, cli.datamodule, of, str(cli.trainer.precision)
-
-
-def _devices(started: Launch) -> list[str]:
-    """Devices of this process: its share of those it sees, which are the machine's or only its own; at least one."""
-    seen = [f"cuda:{index}" for index in range(torch.cuda.device_count())] or ["cpu"]
-    share = seen[started.local_rank :: started.per_node] if started.per_node else []  # 0: not alike on all machines
-    return share or [seen[started.local_rank % len(seen)]]
 
 
 def _work(index: int, config: Sequence[str], of: str, arguments: argparse.Namespace, devices: list[str]) -> None:
