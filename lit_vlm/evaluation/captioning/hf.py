@@ -6,10 +6,12 @@ import random
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from PIL import Image as PILImage
+from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
@@ -26,6 +28,8 @@ from lit_vlm.evaluation.captioning.captioner import Answer
 from lit_vlm.model.generate import draw_apart, warpers
 
 AUTO = "AutoModelForImageTextToText"
+UNREADABLE = (SafetensorError, UnpicklingError, EOFError, OSError, RuntimeError)
+"""What a file of weights raises that is absent, damaged or of another model."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,7 @@ class HFCaptioner:
             model, info = AutoModelForImageTextToText.from_pretrained(
                 folder, dtype=dtype, trust_remote_code=trust, output_loading_info=True
             )
-        except (OSError, RuntimeError) as error:  # a file that is absent, damaged or of another model
+        except UNREADABLE as error:
             raise ValueError(f"the weights of {folder} cannot be read: {str(error).splitlines()[0]}") from error
         if missing := sorted(info["missing_keys"]):
             raise ValueError(f"{folder} lacks weights of its {type(model).__name__}: {shortened(missing)}")

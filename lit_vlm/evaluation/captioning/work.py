@@ -78,9 +78,7 @@ class CaptionSettings:
             )
         for prompt in self.prompts:
             if not prompt.strip() or MARK in prompt:
-                raise ValueError(
-                    f"--prompt {prompt!r}: a prompt has words, and no {MARK}: the picture stands before it"
-                )
+                raise ValueError(f"--prompt {prompt!r}: it needs words, and no {MARK}: the picture stands before it")
 
 
 class _Question(NamedTuple):
