@@ -19,6 +19,7 @@ from transformers import (
     AutoProcessor,
     LogitsProcessor,
     LogitsProcessorList,
+    ProcessorMixin,
 )
 
 from lit_vlm.core.pretrained import shortened
@@ -119,6 +120,7 @@ class HFCaptioner:
             max_new_tokens=sampling[0].max_new_tokens,
             do_sample=False,
             num_beams=1,
+            pad_token_id=self.inputs.processor.tokenizer.pad_token_id,
             logits_processor=LogitsProcessorList(drawing),
         )
         start = 0 if self.model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
@@ -138,12 +140,14 @@ def read_processor(folder: str, trust: bool) -> Any:
         processor = AutoProcessor.from_pretrained(folder, trust_remote_code=trust)
     except (OSError, ValueError, ImportError) as error:
         raise ValueError(f"the processor of {folder} cannot be read: {str(error).strip().splitlines()[0]}") from error
-    if not all(hasattr(processor, part) for part in ("image_processor", "tokenizer")):
+    if not isinstance(processor, ProcessorMixin):  # a tokenizer or a processor of pictures alone
         raise ValueError(f"{folder} has no processor of pictures and text: it needs preprocessor_config.json")
     if not processor.chat_template:
         raise ValueError(
             f"{folder} has no chat template, so how a question is written is not known: it needs chat_template.jinja"
         )
+    if processor.tokenizer.pad_token is None:  # only to fill rows, where the mask hides it
+        processor.tokenizer.pad_token = processor.tokenizer.eos_token
     return processor
 
 

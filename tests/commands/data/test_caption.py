@@ -39,8 +39,9 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return one_step(
         tmp_path_factory.mktemp("captioner") / "run", "llava15", "2_sft", "--data.train", str(pictures),
-        "--data.batch_size", "4", "--trainer.max_steps", "100", "--trainer.max_epochs", "100", "--trainer.precision", "32-true",
-        "--model.stage.train.decoder", "5e-3", "--trainer.enable_progress_bar", "false",
+        "--data.batch_size", "4", "--trainer.max_steps", "100", "--trainer.max_epochs", "100",
+        "--trainer.precision", "32-true", "--model.stage.train.decoder", "5e-3",
+        "--trainer.enable_progress_bar", "false",
     )  # fmt: skip
 
 

@@ -32,6 +32,7 @@ from lit_vlm.evaluation.captioning.hf import HFCaptioner
 from lit_vlm.evaluation.captioning.models import CaptionModel
 from lit_vlm.evaluation.captioning.work import CaptionBlock, CaptionSettings, caption
 from lit_vlm.worlds import Shapes
+from tests.exports import exported
 from tests.tiny import tiny_vlm
 
 RECORDS = 18
@@ -210,6 +211,12 @@ def test_a_killed_task_goes_on_and_ends_the_same(expected: Path, model: CaptionM
     assert tree(out) == tree(expected)
 
 
+@pytest.mark.slow
+def test_each_device_has_a_process_and_a_model(expected: Path, model: CaptionModel, tmp_path: Path) -> None:
+    caption(work(model), tmp_path / "out", 1.0, devices=("cpu", "cpu"))
+    assert tree(tmp_path / "out") == tree(expected)
+
+
 def test_other_settings_are_not_mixed_into_unfinished_work(expected: Path, model: CaptionModel) -> None:
     with pytest.raises(ValueError, match=r"holds the result of something else \(captions .*'seed': 0.*'seed': 1"):
         caption(work(model, seed=1), expected, 1.0)
@@ -317,6 +324,12 @@ def test_a_folder_that_is_no_such_model_is_told_in_one_line(model: CaptionModel,
     with pytest.raises(ValueError, match=r"^\S+: [^\n]*nothing[^\n]*$"):
         CaptionModel.of_transformers(str(folder), "float32")
     for file in Path(model.source).iterdir():
+        if file.name.startswith("tokenizer"):
+            (folder / file.name).write_bytes(file.read_bytes())
+    (folder / "config.json").write_bytes((Path(model.source) / "config.json").read_bytes())
+    with pytest.raises(ValueError, match=r"^\S+ has no processor of pictures and text|^the processor of"):
+        CaptionModel.of_transformers(str(folder), "float32")
+    for file in Path(model.source).iterdir():
         if file.name != "chat_template.jinja":
             (folder / file.name).write_bytes(file.read_bytes())
     with pytest.raises(ValueError, match="has no chat template"):
@@ -326,6 +339,17 @@ def test_a_folder_that_is_no_such_model_is_told_in_one_line(model: CaptionModel,
     (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
     with pytest.raises(ValueError, match=r"^the weights of \S+ cannot be read: [^\n]+$"):
         CaptionModel.of_transformers(str(folder), "float32").load("cpu")
+
+
+def test_an_export_of_the_kit_needs_its_code_to_be_trusted(tmp_path: Path) -> None:
+    exported(tmp_path / "model", "llava15")
+    with pytest.raises(ValueError, match=r"code of its own, as exports of this kit do: --trust-remote-code runs it$"):
+        CaptionModel.of_transformers(str(tmp_path / "model"), "float32")
+    captioner = CaptionModel.of_transformers(str(tmp_path / "model"), "float32", trust=True).load("cpu")
+    question = Record("a", "a", (Shapes(1).record(0).messages[0],))
+    (answer,) = captioner.write(captioner.inputs.join([captioner.inputs.one(question)]), [Sampling(4)])
+    assert answer.cut
+    assert answer.text
 
 
 def test_another_model_has_another_identity(model: CaptionModel, tmp_path: Path) -> None:
