@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
+    from lit_vlm.core.launcher import Launch
+
 GIB = 2**30
 TERA, GIGA = 1e12, 1e9
 PCIE3, PCIE4, PCIE5 = 16 * GIGA, 32 * GIGA, 64 * GIGA
@@ -168,6 +170,15 @@ def visible_gpus() -> tuple[str, ...]:
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     count = torch.cuda.device_count()
     return tuple(given.split(",")[:count] if given else map(str, range(count)))
+
+
+def own_devices(started: Launch) -> list[str]:
+    """Devices of a process: its share of those it sees, which are the machine's or only its own; at least one."""
+    import torch
+
+    seen = [f"cuda:{index}" for index in range(torch.cuda.device_count())] or ["cpu"]
+    share = seen[started.local_rank :: started.per_node] if started.per_node else []  # 0: not alike on all machines
+    return share or [seen[started.local_rank % len(seen)]]
 
 
 def cores() -> list[int]:

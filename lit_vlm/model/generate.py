@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 
@@ -79,24 +80,51 @@ def generate(
     return rows
 
 
-def _drawing(sampling: Sequence[Sampling], device: torch.device) -> list[tuple[Tensor, LogitsProcessorList]]:
-    """Of each setting that draws: its rows, and what it does to their logits."""
-    found = []
-    for setting in dict.fromkeys(one for one in sampling if one.temperature > 0):
-        warpers = LogitsProcessorList([TemperatureLogitsWarper(setting.temperature)])
-        if setting.top_p < 1:
-            warpers.append(TopPLogitsWarper(setting.top_p))
-        rows = [row for row, one in enumerate(sampling) if one == setting]
-        found.append((torch.tensor(rows, device=device), warpers))
+class _Drawing(NamedTuple):
+    """Rows that are drawn in the same way, what is done to their logits, and the generators of those with a seed."""
+
+    rows: Tensor
+    warpers: LogitsProcessorList
+    own: list[random.Random]
+
+
+def _drawing(sampling: Sequence[Sampling], device: torch.device) -> list[_Drawing]:
+    """The rows whose setting draws, by setting."""
+    rows: dict[tuple[float, float, bool], list[int]] = {}
+    for row, one in enumerate(sampling):
+        if one.temperature > 0:
+            rows.setdefault((one.temperature, one.top_p, one.seed is None), []).append(row)
+    return [
+        _Drawing(
+            torch.tensor(found, device=device),
+            warpers(temperature, top_p),
+            [] if shared else [random.Random(sampling[row].seed) for row in found],
+        )
+        for (temperature, top_p, shared), found in rows.items()
+    ]
+
+
+def warpers(temperature: float, top_p: float) -> LogitsProcessorList:
+    """What a temperature above 0 and a share of the likeliest tokens do to logits before one is drawn."""
+    found = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
+    if top_p < 1:
+        found.append(TopPLogitsWarper(top_p))
     return found
 
 
-def _draw(logits: Tensor, drawing: Sequence[tuple[Tensor, LogitsProcessorList]]) -> Tensor:
+def draw_apart(shares: Tensor, own: Sequence[random.Random]) -> Tensor:
+    """Draw from each row of probabilities `[b, v]` by one number of the row's own generator; returns ids `[b]`."""
+    sums = shares.double().cumsum(-1)
+    levels = torch.tensor([one.random() for one in own], dtype=sums.dtype, device=sums.device)
+    return torch.searchsorted(sums, levels[:, None] * sums[:, -1:], right=True)[:, 0]
+
+
+def _draw(logits: Tensor, drawing: Sequence[_Drawing]) -> Tensor:
     """The next token `[b]` of each row, drawn where its setting says so; else the likeliest."""
     ids = logits.argmax(-1)
-    for rows, warpers in drawing:
-        warped = warpers(ids[rows, None], logits[rows])
-        ids[rows] = torch.multinomial(warped.softmax(-1), 1)[:, 0]
+    for rows, warped, own in drawing:
+        shares = warped(ids[rows, None], logits[rows]).softmax(-1)
+        ids[rows] = draw_apart(shares, own) if own else torch.multinomial(shares, 1)[:, 0]
     return ids
 
 

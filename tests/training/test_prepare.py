@@ -16,11 +16,11 @@ import lit_vlm.training.prepare
 from lit_vlm.commands.cli import lightning_cli, main
 from lit_vlm.commands.recipe import find_recipe
 from lit_vlm.core.batch import Batch, VisualTokens
+from lit_vlm.core.devices import own_devices
 from lit_vlm.core.launcher import Launch
 from lit_vlm.data.feed.loader import SourceDataset, assemble
 from lit_vlm.data.feed.plan import Place
 from lit_vlm.data.sets.convert import convert
-from lit_vlm.data.sets.engine import devices_of
 from lit_vlm.teachers import EncoderTeacher
 from lit_vlm.training.module import LitVLM
 from lit_vlm.worlds import Shapes
@@ -235,7 +235,7 @@ def test_tasks_of_a_machine_share_its_devices(
     seen: int, started: Launch, expected: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: seen)
-    assert devices_of(started) == expected
+    assert own_devices(started) == expected
 
 
 def test_the_first_stage_of_hovle_needs_no_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,28 +5,27 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from litdata.streaming.writer import BinaryWriter
 from numpy.typing import NDArray
 from transformers import AutoTokenizer
 
 import lit_vlm
 from lit_vlm.core.batch import BadSample
 from lit_vlm.core.pretrained import resolve
-from lit_vlm.data.records import Image, RecordError, Videos, image_bytes, open_image
+from lit_vlm.data.records import RecordError, Videos
 from lit_vlm.data.records.json_files import read_info
 from lit_vlm.data.sets.engine import HERE, Engine, paths_of
 from lit_vlm.data.sets.parallel import Block, blocks_of
-from lit_vlm.data.sets.scan import id_value
-from lit_vlm.data.sets.shards import CHUNK_BYTES, block_folder, claim, merge, read_block
+from lit_vlm.data.sets.shards import block_folder, claim, merge, read_block
 from lit_vlm.data.sets.shared import finish_once, run_blocks
+from lit_vlm.data.sets.writer import BlockWriter, verified
 from lit_vlm.data.sources.base import Source, describe
-from lit_vlm.data.sources.converted import INFO, RECORDS, VERSION, SetInfo, encode_record
+from lit_vlm.data.sources.converted import INFO, RECORDS, VERSION, Converted, SetInfo
 
 BLOCK = 4096
 """Most records of a block."""
@@ -60,12 +59,7 @@ class ConvertBlock:
         Returns:
             counts, hash and bad records of the block.
         """
-        items = BinaryWriter(str(folder), chunk_bytes=CHUNK_BYTES)
-        outlines = BinaryWriter(str(folder / RECORDS), chunk_bytes=CHUNK_BYTES)
-        tokenizer = AutoTokenizer.from_pretrained(resolve(self.tokenizer, weights=False)) if self.tokenizer else None
-        digest = hashlib.sha256()
-        stats: dict[str, Any] = {"records": 0, "images": 0, "image_bytes": 0, "words": [], "tokens": [], "ids": []}
-        written = 0
+        writer = BlockWriter(folder, self.source, self.tokenizer)
         bad: list[BadSample] = []
         for index in range(block.start, block.end):
             identity = str(index)
@@ -73,38 +67,14 @@ class ConvertBlock:
                 record = self.source.record(index)
                 identity = record.id
                 with Videos() as videos:
-                    images = [self._verified(image, videos) for image in record.images]
+                    images = [
+                        verified(image, self.source.image_folder, self.min_side, videos) for image in record.images
+                    ]
             except RecordError as error:
                 bad.append(BadSample(identity, self.source.name, error.reason, error.detail))
                 continue
-            item = encode_record(record, images)
-            items.add_item(stats["records"], item)
-            outlines.add_item(stats["records"], {"record": item["record"]})
-            for content in item.values():
-                digest.update(hashlib.sha256(content).digest())
-            text = " ".join(message.text for message in record.messages)
-            stats["records"] += 1
-            stats["images"] += len(images)
-            written += sum(map(len, item.values()))
-            stats["image_bytes"] += len(item["images"])
-            stats["words"].append(len(text.split()))
-            stats["ids"].append(id_value(record, self.source)[0])
-            if tokenizer is not None:
-                stats["tokens"].append(len(tokenizer(text, add_special_tokens=False).input_ids))
-        items.done()
-        outlines.done()
-        return {**stats, "bytes": written, "digest": digest.hexdigest(), "bad": [sample._asdict() for sample in bad]}
-
-    def _verified(self, image: Image, videos: Videos) -> tuple[bytes, tuple[int, int]]:
-        """Bytes and (width, height) of an image that decodes as a whole."""
-        content = image_bytes(image, self.source.image_folder, videos)
-        name = image.path or "image"
-        if not content:
-            raise RecordError("corrupt_image", f"{name} is empty")
-        picture = open_image(Image(path=image.path, data=content), self.source.image_folder)
-        if min(picture.size) < self.min_side:
-            raise RecordError("too_small", f"{name} has {picture.width}×{picture.height} pixels")
-        return content, picture.size
+            writer.add(record, images)
+        return writer.finish(bad)
 
 
 def convert(
@@ -154,7 +124,8 @@ def convert(
     if not (out / INFO).is_file():
         work = ConvertBlock(source, min_side, tokenizer)
         run_blocks(blocks, work, out, f"converting {source.name}", engine, paths_of(source))
-    finish_once(out, INFO, lambda: _finish(source, out, blocks, max_bad_share, tokenizer))
+    captions = source.info.captions if isinstance(source, Converted) else {}
+    finish_once(out, INFO, lambda: finish_set(source, out, blocks, max_bad_share, tokenizer, captions))
     return read_info(out / INFO, SetInfo, VERSION)
 
 
@@ -169,13 +140,32 @@ def _check_share(bad: Sequence[BadSample], total: int, share: float, out: Path) 
         )
 
 
-def _finish(source: Source, out: Path, blocks: Sequence[Block], max_bad_share: float, tokenizer: str | None) -> None:
-    """Put the blocks together; `lit_vlm.json` comes last, so that a set that has it is whole."""
+def finish_set(
+    source: Source,
+    out: Path,
+    blocks: Sequence[Block],
+    max_bad_share: float,
+    tokenizer: str | None = None,
+    captions: Mapping[str, Any] | None = None,
+) -> None:
+    """Put the blocks of a set together; `lit_vlm.json` comes last, so that a set that has it is whole.
+
+    Args:
+        source: what the set is made of.
+        out: folder of the set; its blocks were written with `BlockWriter`, and are whole.
+        blocks: all of them.
+        max_bad_share: largest share of records that cannot be used, 0 to 1.
+        tokenizer: source of the tokenizer that tokens were counted with.
+        captions: what wrote the captions, for `SetInfo.captions`.
+
+    Raises:
+        TooManyBad: when more than `max_bad_share` cannot be used.
+    """
     parts = [read_block(out, block.index) for block in blocks]
     bad = [BadSample(**sample) for part in parts for sample in part["bad"]]
     with (out / "bad_samples.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(sample._asdict()) + "\n" for sample in bad)
-    _check_share(bad, len(source), max_bad_share, out)
+    _check_share(bad, len(bad) + sum(part["records"] for part in parts), max_bad_share, out)
     has_images = any(part["images"] for part in parts)
     folders = [block_folder(out, index) for index in range(len(parts))]
     chunks = merge(folders, out)
@@ -197,6 +187,7 @@ def _finish(source: Source, out: Path, blocks: Sequence[Block], max_bad_share: f
         bad=dict(Counter(sample.reason for sample in bad).most_common()),
         words=_statistics(words),
         tokens=tokens,
+        captions=dict(captions or {}),
     )
     info.write(out)
 

@@ -8,11 +8,11 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
-import torch
 from torch import multiprocessing
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
-from lit_vlm.core.launcher import Launch, launch
+from lit_vlm.core.devices import own_devices
+from lit_vlm.core.launcher import launch
 from lit_vlm.data.sets.parallel import Block, heed_parent_alone
 from lit_vlm.data.sources.base import Source
 
@@ -134,7 +134,7 @@ class Local:
         return wait
 
     def _start_models(self, shared: Shared) -> Callable[[], None]:
-        devices = devices_of(launch())
+        devices = own_devices(launch())
         if len(devices) == 1:
             return lambda: shared.on(devices[0]).finish(self.place)
         number, total = self.place
@@ -151,13 +151,6 @@ class Local:
 
 HERE = Local()
 """No process but this one."""
-
-
-def devices_of(started: Launch) -> list[str]:
-    """Devices of this process: its share of those it sees, which are the machine's or only its own; at least one."""
-    seen = [f"cuda:{index}" for index in range(torch.cuda.device_count())] or ["cpu"]
-    share = seen[started.local_rank :: started.per_node] if started.per_node else []  # 0: not alike on all machines
-    return share or [seen[started.local_rank % len(seen)]]
 
 
 def _finish(index: int, shared: Shared, devices: list[str], places: list[Place]) -> None:

@@ -54,6 +54,8 @@ class SetInfo:
         bad: reason → number of records that were left out for it.
         words: sum, mean, median, 95th percentile and maximum of words per record.
         tokens: these statistics of text tokens per record, with the tokenizer's name; empty without a tokenizer.
+        captions: what wrote the captions of the set: model, prompts, decoding and checks; empty where they are the
+            source's own.
     """
 
     version: int
@@ -69,6 +71,7 @@ class SetInfo:
     bad: dict[str, int] = field(default_factory=dict)
     words: dict[str, float] = field(default_factory=dict)
     tokens: dict[str, Any] = field(default_factory=dict)
+    captions: dict[str, Any] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
         """Write `lit_vlm.json`; it is the last file of a conversion."""
@@ -195,10 +198,14 @@ def encode_record(record: Record, images: Sequence[tuple[bytes, tuple[int, int]]
         shown = {} if part.moment is None else {"moment": part.moment}
         return {"type": "image", "size": size, "bytes": len(content)} | shown
 
-    raw = {
-        "id": record.id,
-        "messages": [{"role": m.role, "content": [part_to_json(part) for part in m.content]} for m in record.messages],
-    } | ({"options": record.options} if record.options else {})
+    def turns(messages: Sequence[Message]) -> list[dict[str, Any]]:
+        return [{"role": m.role, "content": [part_to_json(part) for part in m.content]} for m in messages]
+
+    raw = (
+        {"id": record.id, "messages": turns(record.messages)}
+        | ({"options": record.options} if record.options else {})
+        | ({"earlier": turns(record.earlier)} if record.earlier else {})
+    )
     content = json.dumps(raw, ensure_ascii=False, separators=(",", ":")).encode()
     return {"record": content, "images": b"".join(image for image, _ in images)}
 
@@ -224,5 +231,8 @@ def decode_record(content: bytes, images: bytes | None, source: str) -> Record:
         start = end
         return image
 
-    messages = tuple(Message(m["role"], tuple(parse(part) for part in m["content"])) for m in raw["messages"])
-    return Record(raw["id"], source, messages, tuple(raw.get("options", ())))
+    messages, earlier = (
+        tuple(Message(m["role"], tuple(parse(part) for part in m["content"])) for m in turns)
+        for turns in (raw["messages"], raw.get("earlier", ()))
+    )
+    return Record(raw["id"], source, messages, tuple(raw.get("options", ())), earlier)
