@@ -161,8 +161,7 @@ def _tell(out: Path, dtype: str) -> None:
     captioned = Converted(str(out))
     info, console = captioned.info, Console(highlight=False)
     table = Table(title=f"{out}: new captions by {info.captions['model']['name']}", show_header=False)
-    table.add_row("captions", f"{info.records:,}")
-    table.add_row("pictures", f"{info.image_bytes / 2**20:,.1f} MiB")
+    table.add_row("captions", f"{info.records:,} (pictures of {info.image_bytes / 2**20:,.1f} MiB)")
     table.add_row("weights", dtype)
     for reason, count in info.bad.items():
         table.add_row(f"[red]left out: {reason}", f"{count:,}")
