@@ -35,6 +35,7 @@ OPTIONAL = {
     "flash-attn": "decoder.attention flash_attention_2",
     "torchao": "model.quantize: frozen weights in 4 or 8 bits",
     "optuna": "lit-vlm tune",
+    "ray": "--on ray",
     "litserve": "lit-vlm serve",
     "xllamacpp": "llama.cpp: quantising of lit-vlm export --format gguf, and comparing",
     "lmms-eval": "checkpoints as models of lmms-eval",

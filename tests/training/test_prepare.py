@@ -24,6 +24,7 @@ from lit_vlm.data.sets.convert import convert
 from lit_vlm.teachers import EncoderTeacher
 from lit_vlm.training.module import LitVLM
 from lit_vlm.worlds import Shapes
+from tests.forkserver import FIXED
 from tests.runs import run_ranks
 from tests.tiny import CLIP
 
@@ -217,6 +218,34 @@ def test_two_tasks_of_a_launcher_share_the_blocks(
     assert "features of" not in (tmp_path / "out.1").read_text()
     prepare(config, tmp_path / "out", "--of", "distil")  # the same command finds it whole
     assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == content
+
+
+@pytest.mark.slow
+def test_workers_of_ray_open_the_network_and_share_the_blocks(
+    config: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    for name, value in FIXED.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("lit_vlm.training.prepare.BLOCK", 6)
+    whole = prepare(config, tmp_path / "whole", "--of", "distil")
+    monkeypatch.setattr("lit_vlm.training.prepare._write_block", None)  # nothing is computed here
+    prepare(config, tmp_path / "rays", "--of", "distil", "--on", "ray")
+    content = {file.name: file.read_bytes() for file in whole.iterdir()}
+    assert {file.name: file.read_bytes() for file in (tmp_path / "rays").iterdir()} == content
+
+
+@pytest.mark.slow
+def test_each_device_has_a_process_with_its_own_network(
+    config: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lit_vlm.training.prepare.BLOCK", 6)
+    whole = prepare(config, tmp_path / "whole", "--of", "distil")
+    monkeypatch.setattr("lit_vlm.data.sets.engine.devices_of", lambda started: ["cpu", "cpu"])
+    monkeypatch.setattr("lit_vlm.training.prepare._write_block", None)  # nothing is computed here
+    prepare(config, tmp_path / "both", "--of", "distil")
+    content = {file.name: file.read_bytes() for file in whole.iterdir()}
+    assert {file.name: file.read_bytes() for file in (tmp_path / "both").iterdir()} == content
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ class _Facts:
 
     out: Path
     before: frozenset[int]
-    _start: float = field(default_factory=time.perf_counter)
+    _start: float = field(default_factory=lambda: time.perf_counter())
     _known: set[int] = field(default_factory=set)
     _bytes: int = 0
     _bad: Counter[str] = field(default_factory=Counter)

@@ -23,8 +23,8 @@ from lit_vlm.commands.cli import main
 from lit_vlm.data.sets.engine import HERE
 from lit_vlm.data.sets.on_ray import DEATHS, on_ray
 from lit_vlm.data.sets.parallel import Block, blocks_of
-from tests.data.sets.ray_sources import Watched
 from tests.forkserver import FIXED
+from tests.watched import Watched
 
 RECORDS, SIZE = 640, 32
 FORM = f"{Watched.__module__}.{Watched.__name__}"
@@ -69,7 +69,12 @@ def reads(texts: Path) -> list[tuple[int, int]]:
 def begin(texts: Path, out: Path) -> subprocess.Popen[str]:
     words = ["-m", "lit_vlm", "data", "convert", str(texts), str(out), "--form", FORM, "--on", "ray"]
     return subprocess.Popen(
-        [sys.executable, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | FIXED
+        [sys.executable, *words],
+        cwd=texts.parent,
+        env=os.environ | FIXED,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
 
 
