@@ -109,6 +109,7 @@ class Record:
         source: name of the source.
         messages: the turns.
         options: answers to choose from, when the last answer is scored as a multiple choice.
+        urls: addresses in the web that its pictures and text come from, where its file says so.
 
     Raises:
         RecordError: for text that cannot be written as UTF-8.
@@ -118,11 +119,12 @@ class Record:
     source: str
     messages: tuple[Message, ...]
     options: tuple[str, ...] = ()
+    urls: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse text with half a surrogate pair, which no file and no tokenizer takes."""
         try:
-            "".join([self.id, *self.options, *(message.text for message in self.messages)]).encode()
+            "".join([self.id, *self.options, *self.urls, *(message.text for message in self.messages)]).encode()
         except UnicodeEncodeError as error:
             raise RecordError("malformed", f"its text holds half a character: {error}") from error
 

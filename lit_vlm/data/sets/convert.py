@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +121,7 @@ def convert(
         source: the source that is read.
         out: folder of the new set.
         workers: number of processes; 0 works in this one.
-        max_bad_share: largest share of records that cannot be used, 0 to 1.
+        max_bad_share: largest share of records that cannot be used, 0 to 1; those that a deny-list names do not count.
         min_side: an image with a shorter side in pixels cannot be used.
         tokenizer: source of the tokenizer that tokens are counted with; None counts none.
         place: which of the tasks that convert into this folder this is.
@@ -154,13 +154,24 @@ def convert(
         work = ConvertBlock(source, min_side, tokenizer)
         run_blocks(blocks, work, out, f"converting {source.name}", workers, place)
     finish_once(out, INFO, lambda: _finish(source, out, blocks, max_bad_share, tokenizer))
-    return read_info(out / INFO, SetInfo, VERSION)
+    return _told(read_info(out / INFO, SetInfo, VERSION), source, out)
+
+
+def _told(info: SetInfo, source: Source, out: Path) -> SetInfo:
+    """What `lit_vlm.json` says, with what the source says now of where it comes from."""
+    known = info.provenance | source.provenance
+    if known != info.provenance:  # the set was whole before; its content stays as it is
+        info = replace(info, provenance=known)
+        info.write(out)
+    return info
 
 
 def _check_share(bad: Sequence[BadSample], total: int, share: float, out: Path) -> None:
-    if len(bad) > share * total or len(bad) == total:
+    faulty = [sample for sample in bad if sample.faulty]
+    if len(faulty) > share * total or len(bad) == total:
         reasons = ", ".join(f"{reason} {count}" for reason, count in Counter(s.reason for s in bad).most_common())
-        last = f"The first: {bad[0].id}: {bad[0].reason}: {bad[0].detail}. " if bad else ""
+        first = next(iter(faulty or bad), None)
+        last = f"The first: {first.id}: {first.reason}: {first.detail}. " if first else ""
         raise TooManyBad(
             f"{len(bad)} of {total} records cannot be used ({reasons or 'the source is empty'}), more than "
             f"--max-bad-share {share}. {last}All are listed in {out / 'bad_samples.jsonl'}. "
@@ -196,6 +207,7 @@ def _finish(source: Source, out: Path, blocks: Sequence[Block], max_bad_share: f
         bad=dict(Counter(sample.reason for sample in bad).most_common()),
         words=_statistics(words),
         tokens=tokens,
+        provenance=source.provenance,
     )
     info.write(out)
 

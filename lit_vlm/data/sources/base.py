@@ -17,6 +17,7 @@ from lit_vlm._moved import old_name
 from lit_vlm.data.records import Record, RecordError
 from lit_vlm.data.records.files import list_files
 from lit_vlm.data.records.media import without_keys
+from lit_vlm.data.sources.provenance import Provenance
 
 
 class Source(ABC):
@@ -30,6 +31,7 @@ class Source(ABC):
         image_folder: what image paths are relative to.
         chunked: whether reading a record is much cheaper near the one that was read last, so that shuffling should
             follow the source's own `shuffled`.
+        provenance: licence, origin and revision, as far as the source knows them by itself or was told.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Source(ABC):
     path: Path | str | None = None
     image_folder: Path
     chunked = False
+    provenance = Provenance()
 
     @abstractmethod
     def __len__(self) -> int:

@@ -28,6 +28,7 @@ from lit_vlm.data.records import Content, Image, Message, Record, Text
 from lit_vlm.data.records.json_files import read_info
 from lit_vlm.data.records.media import refuse_marks
 from lit_vlm.data.sources.base import Source
+from lit_vlm.data.sources.provenance import Provenance
 
 VERSION = 1
 INFO = "lit_vlm.json"
@@ -54,6 +55,7 @@ class SetInfo:
         bad: reason → number of records that were left out for it.
         words: sum, mean, median, 95th percentile and maximum of words per record.
         tokens: these statistics of text tokens per record, with the tokenizer's name; empty without a tokenizer.
+        provenance: licence, origin and revision of what was converted.
     """
 
     version: int
@@ -69,6 +71,7 @@ class SetInfo:
     bad: dict[str, int] = field(default_factory=dict)
     words: dict[str, float] = field(default_factory=dict)
     tokens: dict[str, Any] = field(default_factory=dict)
+    provenance: Provenance = field(default_factory=Provenance)
 
     def write(self, folder: Path) -> None:
         """Write `lit_vlm.json`; it is the last file of a conversion."""
@@ -95,7 +98,7 @@ class Converted(Source):
         self.named = name is not None
         self.image_folder = Path()  # images are in the records
         self.info = self._read_info()
-        self.chunked = self.remote
+        self.chunked, self.provenance = self.remote, self.info.provenance
         self._streams: dict[str, tuple[int, StreamingDataset]] = {}
 
     def __len__(self) -> int:
@@ -198,7 +201,7 @@ def encode_record(record: Record, images: Sequence[tuple[bytes, tuple[int, int]]
     raw = {
         "id": record.id,
         "messages": [{"role": m.role, "content": [part_to_json(part) for part in m.content]} for m in record.messages],
-    } | ({"options": record.options} if record.options else {})
+    } | {key: value for key, value in (("options", record.options), ("urls", record.urls)) if value}
     content = json.dumps(raw, ensure_ascii=False, separators=(",", ":")).encode()
     return {"record": content, "images": b"".join(image for image, _ in images)}
 
@@ -225,4 +228,4 @@ def decode_record(content: bytes, images: bytes | None, source: str) -> Record:
         return image
 
     messages = tuple(Message(m["role"], tuple(parse(part) for part in m["content"])) for m in raw["messages"])
-    return Record(raw["id"], source, messages, tuple(raw.get("options", ())))
+    return Record(raw["id"], source, messages, tuple(raw.get("options", ())), tuple(raw.get("urls", ())))
