@@ -37,7 +37,7 @@ class Source(ABC):
     name: str
     named = False
     path: Path | str | None = None
-    image_folder: Path
+    image_folder = Path()
     chunked = False
     provenance = Provenance()
 
