@@ -89,7 +89,7 @@ function complain(error) {
 }
 
 function entry(match) {
-  const facts = Object.entries(match.facts).filter(([, value]) => value !== 0).map(([name, value]) => `${brief(value)} ${name}`);
+  const facts = Object.entries(match.facts).filter(([, value]) => value !== 0).map(([name, value]) => `${name} ${brief(value)}`);
   const thumb = match.facts.pictures && !match.reason
     ? make("img", { class: "thumb", loading: "lazy", alt: "", src: `/api/picture?index=${match.index}&number=0&side=108` })
     : make("span", { class: "thumb" });

@@ -416,23 +416,24 @@ def test_bad_input_is_said_in_one_line(
 @pytest.mark.browser
 def test_in_a_browser(made: Path, encode: SampleEncoder, tmp_path: Path) -> None:
     """Records, what is supervised, a search, steps, what was left out, and text that looks like markup."""
-    from playwright.sync_api import sync_playwright
+    from playwright.sync_api import expect, sync_playwright
 
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     assert browser, "no Chromium is installed"
     source, left_out = Converted(str(made)), beside(str(made))
     with shown(source, encode=encode, left_out=left_out) as address, sync_playwright() as started:
         page = started.chromium.launch(executable_path=browser, args=["--no-sandbox"]).new_page()
+        matches = page.locator("#matches li")
         problems: list[str] = []
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
         page.on("dialog", lambda dialog: problems.append(f"a dialog: {dialog.message}"))
         page.goto(f"{address}/#index=3")
         page.wait_for_selector(".sequence figure img")
-        page.wait_for_function("document.querySelectorAll('#matches li').length === 8")
-        page.wait_for_function(
-            "[...document.images].filter((one) => one.closest('main')).every((one) => one.naturalWidth)"
-        )
+        expect(matches).to_have_count(8)
+        expect(page.locator("figure img")).to_have_count(2)
+        for image in page.locator("figure img").all():
+            assert image.evaluate("async (one) => { await one.decode(); return one.naturalWidth }") > 30
         assert page.locator("h1").inner_text() == "chat/3"
         assert page.locator("main .message .taught").all_inner_texts() == ["number 3 so so so"]
         assert page.locator("main .sequence .taught").all_inner_texts() == ["number 3 so so so<|im_end|>"]
@@ -440,28 +441,28 @@ def test_in_a_browser(made: Path, encode: SampleEncoder, tmp_path: Path) -> None
         assert page.locator("#evil").count() == 0
         assert page.locator("main a[target=_blank]").get_attribute("href") == URL
         page.keyboard.press("ArrowRight")
-        page.wait_for_function("document.querySelector('h1').textContent === 'chat/4'")
+        expect(page.locator("h1")).to_have_text("chat/4")
         assert "index=4" in page.url
         page.fill("#text", "number 6")
         page.keyboard.press("Enter")
-        page.wait_for_function("document.querySelectorAll('#matches li').length === 1")
+        expect(matches).to_have_count(1)
         page.click("#random")
-        page.wait_for_function("document.querySelector('h1').textContent === 'chat/6'")
+        expect(page.locator("h1")).to_have_text("chat/6")
         page.click("#clear")
-        page.wait_for_function("document.querySelectorAll('#matches li').length === 8")
+        expect(matches).to_have_count(8)
         page.click("#previous")
-        page.wait_for_function("document.querySelector('h1').textContent === 'chat/5'")
+        expect(page.locator("h1")).to_have_text("chat/5")
         page.fill("[name='min.words']", "12")
         page.click("#search")
-        page.wait_for_function("document.querySelectorAll('#matches li').length < 8")
+        expect(matches).not_to_have_count(8)
         page.click("#tab-left-out")
-        page.wait_for_function("document.querySelectorAll('#matches li').length === 2")
+        expect(matches).to_have_count(2)
         page.select_option("#why", "malformed")
-        page.wait_for_function("document.querySelectorAll('#matches li').length === 1")
+        expect(matches).to_have_count(1)
         page.click("#matches li")
-        page.wait_for_function("document.querySelector('#progress').textContent.includes('is not in the set')")
+        expect(page.locator("#progress")).to_contain_text("is not in the set")
         page.goto(f"{address}/#index=2&text=number+2")
         page.reload()
-        page.wait_for_function("document.querySelectorAll('#matches li').length === 1")
+        expect(matches).to_have_count(1)
         assert page.locator("h1").inner_text() == "chat/2"
         assert problems == []
