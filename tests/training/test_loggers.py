@@ -133,7 +133,7 @@ def test_wandb_gets_what_mlflow_gets(told: tuple[Told, Told]) -> None:
     own = {"state", "failure", "mlflow"}
     expected = {key: value for key, value in stage.data.tags.items() if key.split(".")[0] not in own}
     assert first.config | stage.data.params | expected == first.config
-    assert {"record/config.yaml", "record/data_fingerprints.json"} <= first.files
+    assert {"record/config.yaml", "record/data_fingerprints.json", "record/data_provenance.json"} <= first.files
     assert "record/config-resumed.yaml" in last.files
     tables = {name for run in (first, last) for row in run.history for name in row}
     assert {"freeze_table/nrows", "held_out_scores/nrows", "answers/nrows", "answers.png/count"} <= tables
