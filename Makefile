@@ -44,8 +44,8 @@ test-cluster: install  ## the tests on a SLURM of four nodes, started on this ma
 		$$(cat tests/cluster/debian-packages.txt) >/dev/null; } || echo "SLURM is not installed, and cannot be"
 	@$(BIN)/python -m pytest -m cluster --timeout 1500 $(CLUSTER)
 
-test-browser: install  ## the page of `lit-vlm chat --web` in Chromium, which must be installed
-	@$(PIP) playwright && $(BIN)/python -m pytest -m browser tests/serving
+test-browser: install  ## the pages of `lit-vlm chat --web` and `lit-vlm data view` in Chromium, which must be installed
+	@$(PIP) playwright && $(BIN)/python -m pytest -m browser tests/serving tests/data/view
 
 # An environment of its own: lmms-eval pins versions of packages that the project's tests do without.
 test-export:  ## exported models in all that they are tried with, lmms-eval among it; installs into VENV-export

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
 from collections.abc import Callable
@@ -54,10 +55,12 @@ from lit_vlm.data import (
     Texts,
     Tiles,
     Unpaired,
+    Vetted,
     VicunaV1,
     WebDataset,
 )  # fmt: skip
-from lit_vlm.data.records import Message, Record, Text
+from lit_vlm.data.records import Message, Record, RecordError, Text, image_bytes
+from lit_vlm.data.records.pictures import image_file
 from lit_vlm.data.sample.templates import Span
 from lit_vlm.data.sets.convert import convert
 from lit_vlm.encoders import HFEncoder, LinearPatches
@@ -189,6 +192,7 @@ SOURCES: dict[str, Callable[[Path], Source]] = {
     "Unpaired": lambda folder: Unpaired(
         Shapes(4, text_only=False), ChatJsonl(written(folder, "t.jsonl", json.dumps({"messages": CHAT})))
     ),
+    "Vetted": lambda folder: Vetted(Shapes(6), written(folder, "list", "0" * 64), "MIT"),
     "WebDataset": lambda folder: WebDataset(str(tar_of(folder))),
     "Namings": lambda _: Namings("questions", 6),
     "OpenMoji": lambda _: OpenMoji("held_out", 32, limit=4),
@@ -285,6 +289,44 @@ def test_teachers(name: str) -> None:
 @pytest.mark.parametrize("name", SOURCES)
 def test_sources(name: str, tmp_path: Path) -> None:
     check_source(lambda: SOURCES[name](tmp_path))
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_sources_take_a_deny_list(name: str, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(Shapes(1, text_only=False).record(0).images[0].data or b"")
+    source = SOURCES[name](tmp_path)
+    hashes = [hashes_of(source, index) for index in range(min(8, len(source)))]
+    listed = max((own for own in hashes if own is not None), key=len)  # of a record with pictures, where there is one
+    deny = written(tmp_path, "deny", "\n".join(["0" * 64, *listed]))
+    check_source(lambda: Vetted(SOURCES[name](tmp_path), written(tmp_path, "other", "0" * 64)))
+    vetted = Vetted(source, deny)
+    for index, own in enumerate(hashes):
+        if own is None:
+            assert isinstance(read(vetted, index), str)
+        elif own & listed:
+            with pytest.raises(RecordError, match="^denied: "):
+                vetted.record(index)
+        else:
+            assert read(vetted, index) == read(source, index)
+    assert listed or name in ("ChatJsonl", "Parquet", "RandomWords", "Texts")  # which have no picture here
+
+
+def hashes_of(source: Source, index: int) -> set[str] | None:
+    """SHA-256 of the files of a record's pictures and videos; None where one of these, or it, cannot be read."""
+    try:
+        images = source.record(index).images
+        videos = [image_file(image, source.image_folder).read_bytes() for image in images if image.in_video]
+        pictures = [image_bytes(image, source.image_folder) for image in images if not image.in_video]
+    except RecordError:
+        return None
+    return {hashlib.sha256(content).hexdigest() for content in (*videos, *pictures)}
+
+
+def read(source: Source, index: int) -> Record | str:
+    try:
+        return source.record(index)
+    except RecordError as error:
+        return error.reason
 
 
 @pytest.mark.parametrize("name", TEMPLATES)

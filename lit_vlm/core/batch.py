@@ -248,6 +248,10 @@ class SampleInfo(NamedTuple):
     num_tokens: int
 
 
+DENIED = "denied"
+"""Reason of a sample that a deny-list names."""
+
+
 class BadSample(NamedTuple):
     """A sample that could not be used, or was used only in part, and why.
 
@@ -264,6 +268,11 @@ class BadSample(NamedTuple):
     reason: str
     detail: str
     dropped: bool = True
+
+    @property
+    def faulty(self) -> bool:
+        """Whether it was left out because of a fault, and not because it is denied."""
+        return self.dropped and self.reason != DENIED
 
 
 class Counts(NamedTuple):

@@ -36,6 +36,7 @@ from lit_vlm.data.sources import (
     Source,
     Texts,
     Unpaired,
+    Vetted,
     WebDataset,
 )
 
@@ -81,6 +82,7 @@ __all__ = [
     "Tiles",
     "Unpaired",
     "VLMData",
+    "Vetted",
     "VicunaV1",
     "WebDataset",
     "Weighted",

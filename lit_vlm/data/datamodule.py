@@ -33,7 +33,7 @@ from lit_vlm.data.sample.templates import Template
 from lit_vlm.data.sample.transforms import ImageTransform
 from lit_vlm.data.sets.engine import Local
 from lit_vlm.data.sets.scan import modality_length, scan
-from lit_vlm.data.sources import Source
+from lit_vlm.data.sources import Source, Vetted
 
 
 class HasInputSpec(Protocol):
@@ -70,6 +70,8 @@ class VLMData(LightningDataModule):
         num_workers: loader processes per device.
         seed: seed of the order of samples.
         bad_samples: what happens to samples that cannot be used.
+        deny: a deny-list (`DenyList`) for all sources: records with one of its addresses, or a picture of one of its
+            hashes, are left out. `Vetted` gives one to a single source.
 
     Raises:
         ValueError: for numbers out of range, names or paths of sources that do not work, and folders without features.
@@ -92,6 +94,7 @@ class VLMData(LightningDataModule):
         num_workers: int = 0,
         seed: int = 0,
         bad_samples: BadSamples = BadSamples(),  # noqa: B008 - frozen
+        deny: str | None = None,
     ) -> None:
         super().__init__()
         if batch_size < 1 or max_length < 1:
@@ -104,6 +107,9 @@ class VLMData(LightningDataModule):
         self.held_out = held_out
         tell_apart(self.given_train)
         tell_apart(self.given_val, self.given_train, strictly=held_out > 0)
+        if deny is not None:
+            self.given_train = [Vetted(source, deny) for source in self.given_train]
+            self.given_val = [Vetted(source, deny) for source in self.given_val]
         self.template, self.transform = template, transform
         self.batch_size, self.max_length, self.too_long = batch_size, max_length, too_long
         self.mixture, self.batching, self.fast_jpeg = mixture, batching, fast_jpeg
@@ -343,6 +349,13 @@ class VLMData(LightningDataModule):
         """`train/NAME` or `val/NAME` of each source → hash of its content."""
         parts = {"train": self.train_sources, "val": self.val_sources}
         return {f"{part}/{source.name}": source.fingerprint() for part, sources in parts.items() for source in sources}
+
+    def provenance(self) -> dict[str, dict[str, str]]:
+        """`train/NAME` or `val/NAME` of each source → licence, origin and revision, as far as they are known."""
+        parts = {"train": self.train_sources, "val": self.val_sources}
+        return {
+            f"{part}/{source.name}": source.provenance.known() for part, sources in parts.items() for source in sources
+        }
 
 
 def _stops_at(trainer: Trainer, phase: str, window: int, start: int, length: int) -> int:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -16,6 +17,7 @@ from scipy import stats
 from lit_vlm import __version__
 from lit_vlm.checkpoints.folder import find_checkpoint, run_folder, step_of
 from lit_vlm.checkpoints.progress import Progress
+from lit_vlm.data.sources.provenance import Provenance
 from lit_vlm.experiments.report import words
 from lit_vlm.experiments.report.tables import Table, markdown_table
 from lit_vlm.experiments.results import Score
@@ -25,6 +27,7 @@ from lit_vlm.experiments.tracked import Tracked, read_tracked
 SEEN = "data/samples/"
 LEVEL = 0.95
 SLOTS = ("encoder", "projector", "embedder", "decoder")
+HUB_DATASET = re.compile(r"(?:hf://|https://huggingface\.co/)datasets/([^/@?#]+/[^/@?#]+)")
 LIBRARIES = {"hf": "transformers", "peft": "peft", "llava-hf": "transformers", "gguf": "gguf"}
 """Format → what hubs call the library that loads it; other formats are loaded by code of their own."""
 
@@ -61,13 +64,13 @@ def model_card(source: str | Path, format_name: str, command: str, rounded: str 
     last = stages[-1]
     bases = sorted({name for part in SLOTS for name in _hub_names(last.config["model"].get(part))})
     sections = [
-        _head(bases, last, format_name),
+        _head(bases, _hub_datasets(stages), last, format_name),
         f"# {_title(last)}",
         f"A vision-language model, trained with lit-vlm {__version__} and exported as `{format_name}`: `{command}`, "
         f"from step {step_of(checkpoint)} of stage `{last.config['model']['stage']['name']}`.",
         "## Parts\n\n" + _table(("slot", "part", "from"), _parts(last.config)),
         "## Training\n\n" + _table(*_training(stages)) + _frozen(stages),
-        "## Data\n\n" + _table(*_data(stages)) + "\n\nLicences of data are not recorded in a run: name them here.",
+        "## Data\n\n" + _table(*_data(stages)) + "\n\n" + _licences(stages),
         "## Scores\n\n" + _scores(last.folder) + _of_others(rounded),
         "## Limits\n\n" + _limits(last, bases),
         "## Origin\n\n" + _origin(stages),
@@ -99,12 +102,14 @@ def _found(start: str, folder: Path) -> Path | None:
     return None
 
 
-def _head(bases: Sequence[str], last: Stage, format_name: str) -> str:
+def _head(bases: Sequence[str], datasets: Sequence[str], last: Stage, format_name: str) -> str:
     content: dict[str, Any] = {"pipeline_tag": "image-text-to-text", "tags": ["lit-vlm", *_system(last)]}
     if format_name in LIBRARIES:
         content["library_name"] = LIBRARIES[format_name]
     if bases:
         content["base_model"] = list(bases)
+    if datasets:
+        content["datasets"] = list(datasets)
     return f"---\n{yaml.safe_dump(content, sort_keys=False)}---"
 
 
@@ -200,6 +205,32 @@ def _data(stages: Sequence[Stage]) -> tuple[tuple[str, ...], list[tuple[str, ...
                 cells = (f"`{stage.config['model']['stage']['name']}`", use, name, ", ".join(f"`{one}`" for one in by))
                 rows.append((*cells, drawn, known.get(f"{use}/{name}", "–")))
     return head, rows
+
+
+def _hub_datasets(stages: Sequence[Stage]) -> list[str]:
+    """Data sets of the hub that were trained on, as it names them."""
+    origins = [
+        provenance.get("origin", "")
+        for stage in stages
+        for source, provenance in stage.tracked.provenance.items()
+        if source.startswith("train/")
+    ]
+    return sorted({found[1] for origin in origins if (found := HUB_DATASET.match(origin))})
+
+
+def _licences(stages: Sequence[Stage]) -> str:
+    """A table of where each source comes from, and which do not say it."""
+    known: dict[str, Mapping[str, str]] = {}
+    for stage in stages:
+        for source, provenance in stage.tracked.provenance.items():
+            name = source.partition("/")[2]
+            known[name] = {**known.get(name, {}), **provenance}
+    rows = [(name, *(one.get(field.name, "–") for field in fields(Provenance))) for name, one in known.items() if one]
+    table = _table(("source", *(field.name for field in fields(Provenance))), rows) + "\n\n" if rows else ""
+    unknown = [name for name, one in known.items() if "licence" not in one]
+    if not known:
+        return "Licences of data were not recorded: name them here."
+    return table + (f"No licence was recorded of {', '.join(unknown)}: name it here." if unknown else "")
 
 
 def _classes(given: Any) -> list[str]:

@@ -22,6 +22,7 @@ KEPT = ("train/loss", "val/", "task/", TOKENS, *PEAKS)
 """Beginnings of the names of metrics whose curves are read."""
 ORIGIN = ("version.", "git.commit")
 FINGERPRINTS = "data_fingerprints.json"
+PROVENANCE = "data_provenance.json"
 LARGEST = 1.7e308
 QUIET = {"MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"}
 
@@ -35,10 +36,12 @@ class Tracked:
     Attributes:
         curves: name of a metric → optimizer step of the stage, and value.
         origin: versions, commit and fingerprints of sources, by name.
+        provenance: `train/NAME` or `val/NAME` of a source → its licence, origin and revision, where they are known.
     """
 
     curves: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
     origin: Mapping[str, str] = field(default_factory=dict)
+    provenance: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
 
 def read_tracked(stage: Path, kept: tuple[str, ...] = KEPT) -> Tracked:
@@ -69,7 +72,8 @@ def read_tracked(stage: Path, kept: tuple[str, ...] = KEPT) -> Tracked:
     except Exception as error:  # whatever the store raises: a report can do without
         log.warning("%s: MLflow at %s does not tell its curves (%s)", stage, uri, first_line(error))
         return Tracked()
-    return Tracked(curves, origin | _fingerprints(client, run_id))
+    prints = {f"data.{source}": str(value) for source, value in _artifact(client, run_id, FINGERPRINTS).items()}
+    return Tracked(curves, origin | prints, _artifact(client, run_id, PROVENANCE))
 
 
 def _curve(client: Any, run_id: str, name: str) -> list[tuple[int, float]]:
@@ -83,15 +87,15 @@ def _value(stored: float) -> float:
     return math.copysign(math.inf, stored) if abs(stored) >= LARGEST else stored
 
 
-def _fingerprints(client: Any, run_id: str) -> dict[str, str]:
-    """The fingerprint of each source; nothing where artifacts cannot be read."""
+def _artifact(client: Any, run_id: str, name: str) -> dict[str, Any]:
+    """What a JSON file of the run holds; nothing where it cannot be read."""
     from tempfile import TemporaryDirectory
 
     try:
         with TemporaryDirectory() as folder:
-            file = client.download_artifacts(run_id, FINGERPRINTS, folder)
-            found = json.loads(Path(file).read_text(encoding="utf-8"))
+            file = client.download_artifacts(run_id, name, folder)
+            found: dict[str, Any] = json.loads(Path(file).read_text(encoding="utf-8"))
     except Exception as error:  # artifacts are kept apart from the store, and may be gone
-        log.info("no %s: %s", FINGERPRINTS, first_line(error))
+        log.info("no %s: %s", name, first_line(error))
         return {}
-    return {f"data.{source}": str(value) for source, value in found.items()}
+    return found

@@ -48,6 +48,7 @@ class RunRecord(SaveConfigCallback):
             if not goes_on:
                 report.settings(settings)
                 report.text(json.dumps(_fingerprints(trainer), indent=2), "data_fingerprints.json")
+                report.text(json.dumps(_provenance(trainer), indent=2), "data_provenance.json")
             report.text(text, "config-resumed.yaml" if goes_on else "config.yaml")
             report.tags(tags)
 
@@ -125,6 +126,11 @@ def _git(folder: Path, *arguments: str) -> str:
 def _fingerprints(trainer: L.Trainer) -> dict[str, str]:
     data = getattr(trainer, "datamodule", None)
     return data.fingerprints() if isinstance(data, VLMData) else {}
+
+
+def _provenance(trainer: L.Trainer) -> dict[str, dict[str, str]]:
+    data = getattr(trainer, "datamodule", None)
+    return data.provenance() if isinstance(data, VLMData) else {}
 
 
 def _settings(config: Mapping[str, Any]) -> dict[str, str]:

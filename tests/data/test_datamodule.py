@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -16,11 +17,12 @@ from torch import Tensor
 
 from lit_vlm.core.batch import Batch
 from lit_vlm.core.tokenizers import byte_tokenizer
-from lit_vlm.data import ChatML, Packed, Padded, Phi3, Resize, Template, VLMData
+from lit_vlm.data import BadSamples, ChatML, Packed, Padded, Phi3, Resize, Template, VLMData
 from lit_vlm.data.feed.split import Subset
 from lit_vlm.data.feed.usable import check_sources
 from lit_vlm.data.sample.spec import InputSpec
 from lit_vlm.data.sources import ChatJsonl, Source
+from lit_vlm.data.sources.provenance import Provenance
 from lit_vlm.worlds import Scenes, Shapes
 
 
@@ -96,6 +98,20 @@ def test_a_run_on_bad_samples_ends_with_an_error(
 def test_a_short_run_on_good_samples_passes(options: dict[str, Any], model: Model, tmp_path: Path) -> None:
     trainer(tmp_path, **options).fit(model, data([chat(tmp_path / "a.jsonl", 120, range(0))]))
     assert model.steps > 0
+
+
+def test_a_deny_list_is_for_all_sources_of_a_stage(model: Model, tmp_path: Path) -> None:
+    train, val = (chat(tmp_path / f"{name}.jsonl", 120, range(60)) for name in ("a", "b"))
+    (tmp_path / "none.png").write_bytes(Shapes(1, text_only=False).record(0).images[0].data or b"")
+    digest = hashlib.sha256((tmp_path / "none.png").read_bytes()).hexdigest()
+    (tmp_path / "deny.txt").write_text(f"{digest}\n")
+    train.provenance = Provenance("MIT")
+    made = data([train], [val], deny=str(tmp_path / "deny.txt"), bad_samples=BadSamples(max_share=0.0))
+    trainer(tmp_path).fit(model, made)
+    listed = [json.loads(line) for line in (tmp_path / "bad_samples.jsonl").read_text().splitlines()]
+    assert {(one["source"], one["reason"]) for one in listed} == {("a", "denied"), ("b", "denied")}
+    assert len(listed) == 120
+    assert made.provenance() == {"train/a": {"licence": "MIT"}, "val/b": {}}
 
 
 @pytest.mark.parametrize("batching", [Padded(), Packed(window=40)], ids=lambda b: type(b).__name__)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import yaml
 
 from lit_vlm.checkpoints.progress import Progress
 from lit_vlm.experiments.card import model_card
+from lit_vlm.training.mlflow_run import MLflowRun
 from tests.experiments.made import finished_run
 
 PARTS = {
@@ -98,3 +100,16 @@ def test_a_stage_that_began_from_one_of_its_own_name_is_not_its_own_beginning(ru
 def test_the_head_names_the_library_that_loads_the_format(run: Path, format_name: str, library: str | None) -> None:
     head = yaml.safe_load(model_card(run / "2_sft", format_name, "").split("---\n")[1])
     assert head.get("library_name") == library
+
+
+def test_it_tells_where_the_data_come_from(run: Path) -> None:
+    assert "Licences of data were not recorded: name them here." in model_card(run / "2_sft", "hf", "")
+    tracked = MLflowRun(f"sqlite:///{run.parent}/mlflow.db", "lit-vlm", "2_sft", {}, run / "2_sft")
+    tracked.owns_folder()
+    known = {"licence": "CC-BY-4.0", "origin": "hf://datasets/lab/photos@main", "revision": "4f2a"}
+    tracked.text(json.dumps({"train/photos": known, "train/texts": {}, "val/photos": known}), "data_provenance.json")
+    tracked.end("FINISHED")
+    card = model_card(run / "2_sft", "hf", "")
+    assert "| photos | CC-BY-4.0 | hf://datasets/lab/photos@main | 4f2a |" in card
+    assert "No licence was recorded of texts: name it here." in card
+    assert yaml.safe_load(card.split("---\n")[1])["datasets"] == ["lab/photos"]

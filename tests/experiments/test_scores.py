@@ -121,6 +121,7 @@ def test_curves_of_all_stages_stand_one_after_the_other(tmp_path: Path) -> None:
         tracked.metrics({"train/loss": 9.0, "memory/reserved": 7.0}, 20)  # taken again after an interruption
         tracked.tag("version.torch", "2.15")
         tracked.text(json.dumps({"train/shapes": "abc"}), "data_fingerprints.json")
+        tracked.text(json.dumps({"train/shapes": {"licence": "MIT"}}), "data_provenance.json")
         tracked.end("FINISHED")
     run = read_run(folder)
     assert run.curves["train/loss"] == [(10, 3.9), (20, 9.0), (40, 2.9), (50, 9.0)]

@@ -133,7 +133,7 @@ def test_wandb_gets_what_mlflow_gets(told: tuple[Told, Told]) -> None:
     own = {"state", "failure", "mlflow"}
     expected = {key: value for key, value in stage.data.tags.items() if key.split(".")[0] not in own}
     assert first.config | stage.data.params | expected == first.config
-    assert {"record/config.yaml", "record/data_fingerprints.json"} <= first.files
+    assert {"record/config.yaml", "record/data_fingerprints.json", "record/data_provenance.json"} <= first.files
     assert "record/config-resumed.yaml" in last.files
     tables = {name for run in (first, last) for row in run.history for name in row}
     assert {"freeze_table/nrows", "held_out_scores/nrows", "answers/nrows", "answers.png/count"} <= tables
@@ -149,7 +149,7 @@ def test_tensorboard_gets_what_mlflow_gets(told: tuple[Told, Told]) -> None:
     names = events.Tags()
     texts = {name.removesuffix("/text_summary") for name in names["tensors"]}
     tables = {"freeze_table", "held_out_scores", "answers", "tags"}
-    assert tables | {"config.yaml", "data_fingerprints.json"} <= texts
+    assert tables | {"config.yaml", "data_fingerprints.json", "data_provenance.json"} <= texts
     assert len(events.Tensors("config.yaml/text_summary")) == 2  # of both attempts
     assert "answers.png" in names["images"]
     assert {"train/loss", "held_out/after_loss", "lr/projector"} <= set(names["scalars"])
@@ -164,7 +164,8 @@ def test_tensorboard_gets_what_mlflow_gets(told: tuple[Told, Told]) -> None:
 
 @pytest.mark.slow
 def test_tables_of_mlflow_are_files(told: tuple[Told, Told]) -> None:
-    expected = {"config.yaml", "config-resumed.yaml", "data_fingerprints.json", "freeze_table.json", "answers.json"}
+    data = {"data_fingerprints.json", "data_provenance.json"}
+    expected = {"config.yaml", "config-resumed.yaml", "freeze_table.json", "answers.json"} | data
     assert expected | {"answers.png", "held_out_scores.json"} <= told[1].files
     assert "does not hold" not in told[1].said  # MLflow is among the loggers, and holds everything
 

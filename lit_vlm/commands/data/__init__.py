@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from lit_vlm.commands.data import caption, check, convert, stats
+from lit_vlm.commands.data import caption, check, convert, stats, view
 
-VERBS = {"convert": convert, "caption": caption, "check": check, "stats": stats}
+VERBS = {"convert": convert, "caption": caption, "check": check, "stats": stats, "view": view}
 
 
 def main(argv: Sequence[str]) -> None:
@@ -23,6 +23,6 @@ def main(argv: Sequence[str]) -> None:
     for verb in VERBS.values():
         verb.add(verbs)
     arguments, rest = parser.parse_known_args(argv)
-    if rest and arguments.verb != "stats":  # which takes the flags of a config, too
+    if rest and arguments.verb not in ("stats", "view"):  # which take the flags of a config, too
         parser.error(f"unknown arguments: {' '.join(rest)}")
     VERBS[arguments.verb].run(arguments, rest)

@@ -16,7 +16,8 @@ from lit_vlm.commands.workers import add_workers, engine_of
 from lit_vlm.core.launcher import launch
 from lit_vlm.data.sets.convert import TooManyBad, convert
 from lit_vlm.data.sets.forms import FORMS, open_source
-from lit_vlm.data.sources import Texts
+from lit_vlm.data.sources import Texts, Vetted
+from lit_vlm.data.sources.provenance import Provenance
 
 
 def add(verbs: Any) -> None:
@@ -41,6 +42,14 @@ def add(verbs: Any) -> None:
         metavar="KEY=VALUE",
         help="an argument of the form's class, e.g. image_folder=images",
     )
+    parser.add_argument("--licence", help="kept in the set, as an SPDX identifier such as CC-BY-4.0 where there is one")
+    parser.add_argument("--origin", metavar="ADDRESS", help="where SOURCE was published; kept in the set")
+    parser.add_argument(
+        "--revision", help="the version of it that was taken: a commit, a tag or a date; kept in the set"
+    )
+    parser.add_argument(
+        "--deny", metavar="FILE", help="leave out records with the addresses, or pictures of the SHA-256, on its lines"
+    )
     add_workers(parser)
     parser.add_argument(
         "--max-bad-share", type=float, default=0.05, help="share of unusable records above which it fails (0.05)"
@@ -55,7 +64,9 @@ def add(verbs: Any) -> None:
 
 def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     """Convert a source, and say what came of it."""
-    source, started = open_source(arguments.source, arguments.form, arguments.set), launch()
+    opened, started = open_source(arguments.source, arguments.form, arguments.set), launch()
+    opened.provenance |= Provenance(arguments.licence, arguments.origin, arguments.revision)
+    source = opened if arguments.deny is None else Vetted(opened, arguments.deny)
     try:
         with engine_of(arguments.on, arguments.workers) as engine:
             info = convert(
@@ -73,7 +84,7 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     if not started.is_first:
         return
     console = Console(highlight=False)
-    table = Table(title=f"{arguments.out}: {type(source).__name__} converted", show_header=False)
+    table = Table(title=f"{arguments.out}: {type(opened).__name__} converted", show_header=False)
     table.add_row("records", f"{info.records:,}")
     table.add_row("images", f"{info.images:,} ({info.image_bytes / 2**20:,.1f} MiB)")
     table.add_row("words per record", _spread(info.words))
@@ -83,9 +94,11 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
         table.add_row(f"[red]left out: {reason}", f"{count:,}")
     if info.duplicate_ids:
         table.add_row("[yellow]ids that occur again", f"{info.duplicate_ids:,}")
+    for key, value in info.provenance.known().items():
+        table.add_row(key, value)
     table.add_row("fingerprint", info.fingerprint)
     console.print(table)
-    if not info.images and not isinstance(source, Texts):
+    if not info.images and not isinstance(opened, Texts):
         console.print(f"[yellow]none of the {info.records:,} records has an image[/]: is that right?", soft_wrap=True)
     if info.bad:
         console.print(f"left-out records are listed in {arguments.out / 'bad_samples.jsonl'}", soft_wrap=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from lit_vlm.commands.workers import add_workers, engine_of
 from lit_vlm.core.launcher import launch
 from lit_vlm.data.sets.stats import draw, statistics_of, statistics_table
 from lit_vlm.data.sources import Converted
+from lit_vlm.data.sources.converted import SetInfo
+from lit_vlm.data.sources.provenance import Provenance
 from lit_vlm.model.build import build_on_meta
 
 
@@ -48,4 +51,13 @@ def run(arguments: argparse.Namespace, config: Sequence[str]) -> None:
     draw(statistics, png)
     console = Console(highlight=False)
     console.print(statistics_table(statistics))
+    console.print(_provenance(source.info), soft_wrap=True, markup=False)
     console.print(f"drawn to {png}", soft_wrap=True)
+
+
+def _provenance(info: SetInfo) -> str:
+    """Lines of where the set comes from, and what was left out of it."""
+    known = info.provenance.known()
+    told = [f"{field.name}: {known.get(field.name, 'not recorded')}" for field in fields(Provenance)]
+    left_out = ", ".join(f"{reason} {count:,}" for reason, count in info.bad.items())
+    return "\n".join([*told, f"left out: {left_out or 'none'}"])

@@ -36,7 +36,8 @@ class BadSamples:
 
     Attributes:
         action: `skip` counts and lists them in bad_samples.jsonl of the run; `fail` stops at the first.
-        max_share: a run whose share of unusable samples is above this stops, naming the reasons.
+        max_share: a run whose share of unusable samples is above this stops, naming the reasons. Samples that a
+            deny-list names are left out of the share.
     """
 
     action: Literal["skip", "fail"] = "skip"
@@ -124,7 +125,8 @@ class Loader:
         self._done = 0
         self.seen = 0
         self.bad: Counter[tuple[str, str]] = Counter()
-        self._dropped: list[BadSample] = []
+        self._faulty: list[BadSample] = []
+        self._denied = 0
         self._unlisted = False
 
     def __len__(self) -> int:
@@ -163,13 +165,15 @@ class Loader:
     def _note(self, batch: Batch) -> None:
         dropped = [sample for sample in batch.bad if sample.dropped]
         self.seen += len(batch.samples) + len(dropped)
-        self._dropped += dropped
+        faulty = [sample for sample in dropped if sample.faulty]
+        self._faulty += faulty
+        self._denied += len(dropped) - len(faulty)
         for sample in batch.bad:
             self.bad[sample.source, sample.reason] += 1
         if self.log is not None and batch.bad:
             self._list(self.log, batch.bad)
-        if dropped and self.bad_samples.action == "fail":
-            sample = dropped[0]
+        if faulty and self.bad_samples.action == "fail":
+            sample = faulty[0]
             raise ValueError(
                 f"sample '{sample.id}' of source '{sample.source}' cannot be used: {sample.reason}: {sample.detail}. "
                 "data.bad_samples.action skip would leave such samples out"
@@ -190,16 +194,22 @@ class Loader:
         """Stop the run if too many of its samples cannot be used.
 
         Raises:
-            ValueError: naming the reasons and the last samples, when their share is above `bad_samples.max_share`.
+            ValueError: naming the reasons and the last samples, when their share is above `bad_samples.max_share`; or
+                when all samples are denied.
         """
-        total = len(self._dropped)
-        if total > self.bad_samples.max_share * self.seen:
+        total, judged = len(self._faulty), self.seen - self._denied
+        if self.seen and not judged:
+            raise ValueError(
+                f"all of {self.seen} samples are denied, by the deny-lists of their sources: there is nothing to train "
+                "on" + (f". They are listed in {self.log}" if self.log else "")
+            )
+        if total > self.bad_samples.max_share * judged:
             reasons = Counter[str]()
             for (source, reason), count in self.bad.items():
                 reasons[f"{reason} in {source}"] += count
-            examples = "; ".join(f"{s.id} ({s.source}): {s.reason}: {s.detail}" for s in self._dropped[-3:])
+            examples = "; ".join(f"{s.id} ({s.source}): {s.reason}: {s.detail}" for s in self._faulty[-3:])
             raise ValueError(
-                f"{total} of {self.seen} samples cannot be used, more than data.bad_samples.max_share "
+                f"{total} of {judged} samples cannot be used, more than data.bad_samples.max_share "
                 f"{self.bad_samples.max_share}: {dict(reasons)}. The last: {examples}"
                 + (f". All are listed in {self.log}" if self.log else "")
             )

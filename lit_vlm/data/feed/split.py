@@ -25,6 +25,7 @@ class Subset(Source):
         self.parent, self.indices = parent, indices
         self.name, self.named, self.path = parent.name, parent.named, parent.path
         self.image_folder, self.chunked = parent.image_folder, parent.chunked
+        self.provenance = parent.provenance
 
     def __len__(self) -> int:
         return len(self.indices)

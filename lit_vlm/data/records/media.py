@@ -32,6 +32,9 @@ ADDRESS = re.compile(r"^(?:data:|file:|[A-Za-z][A-Za-z0-9+.-]{0,20}://|\S{0,4000
 """Values that say where a picture is although they have no such ending: a URI, a path with folders, base64."""
 MEDIA_PARTS = frozenset({"video", "video_url", "audio", "audio_url", "input_audio", "file"})
 """Types of message parts in chat APIs that no reader here reads."""
+URL_KEYS = ("url", "URL", "image_url")
+"""Keys under which a row says where it comes from: of img2dataset, LAION and COYO, and of C4 and MMC4 the page."""
+WEB = re.compile(r"^https?://[^\s]+$", re.IGNORECASE)
 QWEN_MARK = re.compile(r"<img>[^<]{1,2000}</img>")
 
 
@@ -97,6 +100,12 @@ def _kind(key: Any) -> Literal["picture", "other", "file"] | None:
     if found:
         return "other" if found["number"] or found["medium"].lower() in ("video", "audio", "media") else "picture"
     return "file" if isinstance(key, str) and FILE_KEY.match(key) else None
+
+
+def urls_of(row: Any, keys: Collection[str] = URL_KEYS) -> tuple[str, ...]:
+    """The addresses in the web that a row says it comes from; nothing for a row that is no object."""
+    values = [row[key] for key in keys if key in row] if isinstance(row, Mapping) else []
+    return tuple(value for value in values if isinstance(value, str) and WEB.match(value))
 
 
 def refuse_unread(row: Mapping[Any, Any], read: Collection[str], pictured: bool, where: str, advice: str) -> None:

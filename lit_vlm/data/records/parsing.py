@@ -16,6 +16,7 @@ from lit_vlm.data.records.media import (
     refuse_marks,
     refuse_unread,
     row_images,
+    urls_of,
 )
 from lit_vlm.data.records.record import ROLES, Content, Image, Message, Record, RecordError, Role, Text
 
@@ -55,7 +56,7 @@ def parse_record(raw: Any, source: str, default_id: str, links: bool = False) ->
     identity = default_id if raw.get("id") is None else raw["id"]
     if not isinstance(identity, str | int) or isinstance(identity, bool):
         raise RecordError("malformed", f"'id' is a string or an integer, not {identity!r}")
-    record = Record(str(identity), source, messages, tuple(options))
+    record = Record(str(identity), source, messages, tuple(options), urls_of(raw))
     refuse_unread(raw, IMAGE_KEYS, bool(record.images), "the record", ADVICE)
     refuse_calls(raw, "the record")
     return refuse_marks(record)

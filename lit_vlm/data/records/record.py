@@ -109,6 +109,7 @@ class Record:
         source: name of the source.
         messages: the turns.
         options: answers to choose from, when the last answer is scored as a multiple choice.
+        urls: addresses in the web that its pictures and text come from, where its file says so.
         earlier: turns that a new caption took the place of, oldest first, without their images. Nothing is trained on
             them.
 
@@ -120,13 +121,14 @@ class Record:
     source: str
     messages: tuple[Message, ...]
     options: tuple[str, ...] = ()
+    urls: tuple[str, ...] = ()
     earlier: tuple[Message, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse text with half a surrogate pair, which no file and no tokenizer takes."""
         try:
             turns = (*self.messages, *self.earlier)
-            "".join([self.id, *self.options, *(message.text for message in turns)]).encode()
+            "".join([self.id, *self.options, *self.urls, *(message.text for message in turns)]).encode()
         except UnicodeEncodeError as error:
             raise RecordError("malformed", f"its text holds half a character: {error}") from error
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from lit_vlm.data.sets.shards import block_folder, claim, merge, read_block
 from lit_vlm.data.sets.shared import finish_once, run_blocks
 from lit_vlm.data.sets.writer import BlockWriter, verified
 from lit_vlm.data.sources.base import Source, describe
-from lit_vlm.data.sources.converted import INFO, RECORDS, VERSION, Converted, SetInfo
+from lit_vlm.data.sources.converted import INFO, RECORDS, VERSION, SetInfo
 
 BLOCK = 4096
 """Most records of a block."""
@@ -93,7 +93,7 @@ def convert(
         source: the source that is read.
         out: folder of the new set.
         engine: starts the workers; it knows which of the tasks that convert into this folder this is.
-        max_bad_share: largest share of records that cannot be used, 0 to 1.
+        max_bad_share: largest share of records that cannot be used, 0 to 1; those that a deny-list names do not count.
         min_side: an image with a shorter side in pixels cannot be used.
         tokenizer: source of the tokenizer that tokens are counted with; None counts none.
 
@@ -124,15 +124,25 @@ def convert(
     if not (out / INFO).is_file():
         work = ConvertBlock(source, min_side, tokenizer)
         run_blocks(blocks, work, out, f"converting {source.name}", engine, paths_of(source))
-    captions = source.info.captions if isinstance(source, Converted) else {}
-    finish_once(out, INFO, lambda: finish_set(source, out, blocks, max_bad_share, tokenizer, captions))
-    return read_info(out / INFO, SetInfo, VERSION)
+    finish_once(out, INFO, lambda: finish_set(source, out, blocks, max_bad_share, tokenizer, source.captions))
+    return _told(read_info(out / INFO, SetInfo, VERSION), source, out)
+
+
+def _told(info: SetInfo, source: Source, out: Path) -> SetInfo:
+    """What `lit_vlm.json` says, with what the source says now of where it comes from."""
+    known = info.provenance | source.provenance
+    if known != info.provenance:  # the set was whole before; its content stays as it is
+        info = replace(info, provenance=known)
+        info.write(out)
+    return info
 
 
 def _check_share(bad: Sequence[BadSample], total: int, share: float, out: Path) -> None:
-    if len(bad) > share * total or len(bad) == total:
+    faulty = [sample for sample in bad if sample.faulty]
+    if len(faulty) > share * total or len(bad) == total:
         reasons = ", ".join(f"{reason} {count}" for reason, count in Counter(s.reason for s in bad).most_common())
-        last = f"The first: {bad[0].id}: {bad[0].reason}: {bad[0].detail}. " if bad else ""
+        first = next(iter(faulty or bad), None)
+        last = f"The first: {first.id}: {first.reason}: {first.detail}. " if first else ""
         raise TooManyBad(
             f"{len(bad)} of {total} records cannot be used ({reasons or 'the source is empty'}), more than "
             f"--max-bad-share {share}. {last}All are listed in {out / 'bad_samples.jsonl'}. "
@@ -188,6 +198,7 @@ def finish_set(
         words=_statistics(words),
         tokens=tokens,
         captions=dict(captions or {}),
+        provenance=source.provenance,
     )
     info.write(out)
 

@@ -9,6 +9,7 @@ from lit_vlm.data.sources.grouped import Grouped
 from lit_vlm.data.sources.tables import Parquet
 from lit_vlm.data.sources.tars import WebDataset
 from lit_vlm.data.sources.unpaired import RandomWords, Unpaired
+from lit_vlm.data.sources.vetted import Vetted
 from lit_vlm.data.sources.videos import LlavaVideo
 
 __all__ = [
@@ -25,5 +26,6 @@ __all__ = [
     "Source",
     "Texts",
     "Unpaired",
+    "Vetted",
     "WebDataset",
 ]

@@ -6,8 +6,9 @@ import hashlib
 import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from lit_vlm._moved import old_name
 from lit_vlm.data.records import Record, RecordError
 from lit_vlm.data.records.files import list_files
 from lit_vlm.data.records.media import without_keys
+from lit_vlm.data.sources.provenance import Provenance
 
 
 class Source(ABC):
@@ -30,13 +32,17 @@ class Source(ABC):
         image_folder: what image paths are relative to.
         chunked: whether reading a record is much cheaper near the one that was read last, so that shuffling should
             follow the source's own `shuffled`.
+        provenance: licence, origin and revision, as far as the source knows them by itself or was told.
+        captions: what wrote its captions, where `lit-vlm data caption` did; see `SetInfo.captions`.
     """
 
     name: str
     named = False
     path: Path | str | None = None
-    image_folder: Path
+    image_folder = Path()
     chunked = False
+    provenance = Provenance()
+    captions: Mapping[str, Any] = MappingProxyType({})
 
     @abstractmethod
     def __len__(self) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lit_vlm.data.records import Image, Message, Record, RecordError, Text
 from lit_vlm.data.records.files import list_files
-from lit_vlm.data.records.media import IMAGE_SUFFIXES, image_of, refuse_marks
+from lit_vlm.data.records.media import IMAGE_SUFFIXES, image_of, refuse_marks, urls_of
 from lit_vlm.data.sources.base import Lines, Source, parse_json, read_rows
 
 
@@ -52,15 +52,15 @@ class Captions(Source):
             pairs = (self._read_json if json_ else self._read_csv)(image_column, caption_column)
         self._lines = Lines(json.dumps(pair).encode() for pair in pairs)
 
-    def _read_folder(self) -> list[tuple[str | None, str | None]]:
-        pairs: list[tuple[str | None, str | None]] = []
+    def _read_folder(self) -> list[tuple[str | None, ...]]:
+        pairs: list[tuple[str | None, ...]] = []
         for image in list_files(self.path, IMAGE_SUFFIXES, self.allow_links):
             text = image.with_suffix(".txt")
             caption = _read_caption(text) if text.is_file() else None
             pairs.append((str(image.relative_to(self.path)), caption))
         return pairs
 
-    def _read_csv(self, image_column: str, caption_column: str) -> list[tuple[str | None, str | None]]:
+    def _read_csv(self, image_column: str, caption_column: str) -> list[tuple[str | None, ...]]:
         with self.path.open(newline="", encoding="utf-8-sig") as file:
             tabs = self.path.suffix.lower() == ".tsv"  # quotes mean nothing there
             rows = csv.DictReader(
@@ -73,13 +73,13 @@ class Captions(Source):
                 for column in (image_column, caption_column):
                     if column not in (rows.fieldnames or ()):
                         raise ValueError(f"Captions: {self.path} has no column '{column}', only {rows.fieldnames}")
-                return [(row[image_column], row[caption_column]) for row in rows]
+                return [(row[image_column], row[caption_column], *urls_of(row)) for row in rows]
             except (csv.Error, UnicodeDecodeError) as error:
                 raise ValueError(f"Captions: {self.path}, line {rows.line_num + 1}: {error}") from error
 
-    def _read_json(self, image_column: str, caption_column: str) -> list[tuple[str | None, str | None]]:
+    def _read_json(self, image_column: str, caption_column: str) -> list[tuple[str | None, ...]]:
         lines = read_rows(self.path, self.allow_links)
-        pairs: list[tuple[str | None, str | None]] = []
+        pairs: list[tuple[str | None, ...]] = []
         for number in range(len(lines)):
             try:
                 row = parse_json(lines[number], f"line {number}")
@@ -87,8 +87,8 @@ class Captions(Source):
                 row = None  # `record` refuses this one as malformed; the source stays usable
             values = [row.get(column) if isinstance(row, dict) else None for column in (image_column, caption_column)]
             image, caption = (value if isinstance(value, str) else None for value in values)
-            pairs.append((image, caption))
-        if not any(image and caption for image, caption in pairs):
+            pairs.append((image, caption, *urls_of(row)))
+        if not any(image and caption for image, caption, *_ in pairs):
             raise ValueError(
                 f"Captions: no line of {self.path} has texts under '{image_column}' and '{caption_column}'"
             )
@@ -103,13 +103,14 @@ class Captions(Source):
         Raises:
             RecordError: `malformed` where image or caption is missing; and as `image_of` and `refuse_marks`.
         """
-        image, caption = json.loads(self._lines[index])
+        image, caption, *urls = json.loads(self._lines[index])
         if not image or not caption:
             raise RecordError("malformed", f"{image or f'row {index}'} has no {'caption' if image else 'image'}")
         picture = image_of(image, f"the image of row {index}", self.allow_links)
         question = Message("user", (picture, Text(f"\n{self.prompt}")))
         identity = image if picture.path is not None else str(index)
-        return refuse_marks(Record(identity, self.name, (question, Message("assistant", (Text(caption),)))))
+        answer = Message("assistant", (Text(caption),))
+        return refuse_marks(Record(identity, self.name, (question, answer), urls=tuple(urls)))
 
     def fingerprint(self) -> str:
         """SHA-256 of paths and captions, 16 hex digits."""

@@ -8,7 +8,7 @@ from itertools import zip_longest
 from typing import Any, Literal
 
 from lit_vlm.data.records import Image, Message, Record, RecordError, Role, Text
-from lit_vlm.data.records.media import IMAGE_KEYS, MARK, refuse_calls, refuse_marks, refuse_unread, row_images
+from lit_vlm.data.records.media import IMAGE_KEYS, MARK, refuse_calls, refuse_marks, refuse_unread, row_images, urls_of
 from lit_vlm.data.records.parsing import parse_record
 from lit_vlm.data.sources.base import JsonLines
 
@@ -147,7 +147,8 @@ def llava_record(raw: Any, source: str, index: int, images: Sequence[Image], pos
     advice = "name pictures under 'image', with a mark for each; videos are read by LlavaVideo"
     refuse_unread(raw, IMAGE_KEYS, bool(images), f"entry {index}", advice)
     refuse_calls(raw, f"entry {index}")
-    return refuse_marks(Record(str(index if raw.get("id") is None else raw["id"]), source, messages))
+    identity = str(index if raw.get("id") is None else raw["id"])
+    return refuse_marks(Record(identity, source, messages, urls=urls_of(raw)))
 
 
 def _llava_message(turn: Any, index: int, remaining: Iterator[Image], position: ImagePosition) -> Message:

@@ -28,6 +28,7 @@ from lit_vlm.data.records import Content, Image, Message, Record, Text
 from lit_vlm.data.records.json_files import read_info
 from lit_vlm.data.records.media import refuse_marks
 from lit_vlm.data.sources.base import Source
+from lit_vlm.data.sources.provenance import Provenance
 
 VERSION = 1
 INFO = "lit_vlm.json"
@@ -56,6 +57,7 @@ class SetInfo:
         tokens: these statistics of text tokens per record, with the tokenizer's name; empty without a tokenizer.
         captions: what wrote the captions of the set: model, prompts, decoding and checks; empty where they are the
             source's own.
+        provenance: licence, origin and revision of what was converted.
     """
 
     version: int
@@ -72,6 +74,7 @@ class SetInfo:
     words: dict[str, float] = field(default_factory=dict)
     tokens: dict[str, Any] = field(default_factory=dict)
     captions: dict[str, Any] = field(default_factory=dict)
+    provenance: Provenance = field(default_factory=Provenance)
 
     def write(self, folder: Path) -> None:
         """Write `lit_vlm.json`; it is the last file of a conversion."""
@@ -98,7 +101,7 @@ class Converted(Source):
         self.named = name is not None
         self.image_folder = Path()  # images are in the records
         self.info = self._read_info()
-        self.chunked = self.remote
+        self.chunked, self.provenance, self.captions = self.remote, self.info.provenance, self.info.captions
         self._streams: dict[str, tuple[int, StreamingDataset]] = {}
 
     def __len__(self) -> int:
@@ -204,6 +207,7 @@ def encode_record(record: Record, images: Sequence[tuple[bytes, tuple[int, int]]
     raw = (
         {"id": record.id, "messages": turns(record.messages)}
         | ({"options": record.options} if record.options else {})
+        | ({"urls": record.urls} if record.urls else {})
         | ({"earlier": turns(record.earlier)} if record.earlier else {})
     )
     content = json.dumps(raw, ensure_ascii=False, separators=(",", ":")).encode()
@@ -235,4 +239,5 @@ def decode_record(content: bytes, images: bytes | None, source: str) -> Record:
         tuple(Message(m["role"], tuple(parse(part) for part in m["content"])) for m in turns)
         for turns in (raw["messages"], raw.get("earlier", ()))
     )
-    return Record(raw["id"], source, messages, tuple(raw.get("options", ())), earlier)
+    options, urls = (tuple(raw.get(key, ())) for key in ("options", "urls"))
+    return Record(raw["id"], source, messages, options, urls, earlier)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lit_vlm.data.records import Content, Image, Message, Record, RecordError, Text
-from lit_vlm.data.records.media import MARK, decode_base64, image_of, refuse_marks, refuse_unread
+from lit_vlm.data.records.media import MARK, decode_base64, image_of, refuse_marks, refuse_unread, urls_of
 from lit_vlm.data.sources.base import JsonLines
 from lit_vlm.data.sources.conversations import with_system
 
@@ -74,20 +74,20 @@ class Mmc4(JsonLines):
             RecordError: for a line that is no document of MMC4, or whose pictures cannot be read.
         """
         line, number = (index, None) if self._pairs is None else self._pairs[index].tolist()
-        sentences, images = self._read(line)
+        sentences, images, urls = self._read(line)
         identity = f"{self._prefix}-{line}"
         if number is not None:
             if number < 0:
                 raise RecordError("malformed", f"line {line} is no document of MMC4")
             place, image = images[number]
             content: tuple[Content, ...] = (image, Text(sentences[place].strip()))
-            return Record(f"{identity}-{number}", self.name, (Message("document", content),))
+            return Record(f"{identity}-{number}", self.name, (Message("document", content),), urls=urls)
         matched: dict[int, list[Image]] = {}
         for place, image in images:
             matched.setdefault(place, []).append(image)
         matched = dict(sorted(matched.items()))
         parts = self._parts(sentences, matched)
-        return Record(identity, self.name, (Message("document", _merged(parts)),))
+        return Record(identity, self.name, (Message("document", _merged(parts)),), urls=urls)
 
     def fingerprint(self) -> str:
         """A hash of the files, and of the arguments where they change the records."""
@@ -96,8 +96,8 @@ class Mmc4(JsonLines):
         files = super().fingerprint()
         return files if made == plain else hashlib.sha256(f"{files} {made}".encode()).hexdigest()[:16]
 
-    def _read(self, line: int) -> tuple[list[str], list[tuple[int, Image]]]:
-        """The sentences of a line, and its kept images, each with the number of its sentence."""
+    def _read(self, line: int) -> tuple[list[str], list[tuple[int, Image]], tuple[str, ...]]:
+        """The sentences of a line, its kept images with their sentence numbers, and addresses of page and images."""
         raw = self.json(line)
         sentences, infos = (raw.get("text_list"), raw.get("image_info")) if isinstance(raw, dict) else (None, None)
         if not isinstance(sentences, list) or not all(isinstance(sentence, str) for sentence in sentences):
@@ -110,7 +110,8 @@ class Mmc4(JsonLines):
             _mmc4_image(info, f"image_info[{number}]", len(sentences), self.allow_links)
             for number, info in enumerate(kept)
         ]
-        return [sentence.replace(MARK, "<IMAGE>") for sentence in sentences], images
+        urls = (*urls_of(raw), *(url for info in kept for url in urls_of(info, ("raw_url",))))
+        return [sentence.replace(MARK, "<IMAGE>") for sentence in sentences], images, urls
 
     def _parts(self, sentences: list[str], matched: dict[int, list[Image]]) -> list[Content]:
         supervised_all, space = self.loss == "all_text", self.joint.isspace()
@@ -212,8 +213,8 @@ class Texts(JsonLines):
             )
         asks = isinstance(raw, dict) and isinstance(raw.get("inputs"), str) and isinstance(raw.get("targets"), str)
         if isinstance(raw, dict) and isinstance(raw.get("text"), str) and (raw["text"] or not asks):
-            return Record(identity, self.name, (Message("document", (Text(raw["text"]),)),))
+            return Record(identity, self.name, (Message("document", (Text(raw["text"]),)),), urls=urls_of(raw))
         if asks:
             question, answer = Message("user", (Text(raw["inputs"]),)), Message("assistant", (Text(raw["targets"]),))
-            return with_system(Record(identity, self.name, (question, answer)), self.system)
+            return with_system(Record(identity, self.name, (question, answer), urls=urls_of(raw)), self.system)
         raise RecordError("malformed", f"line {index} has neither 'text' nor 'inputs' and 'targets'")

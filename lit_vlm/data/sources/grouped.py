@@ -36,7 +36,7 @@ class Grouped(Source):
         self.named = source.named if name is None else True
         self.path, self.image_folder = source.path, source.image_folder
         self._prefix = self.name  # ids stay as they are when a source is renamed
-        self.chunked = source.chunked
+        self.chunked, self.provenance, self.captions = source.chunked, source.provenance, source.captions
 
     def __len__(self) -> int:
         return len(self.source) // self.size
@@ -74,7 +74,10 @@ class Grouped(Source):
 
     def _join(self, index: int, records: list[Record]) -> Record:
         documents = tuple(_document(record) for record in records)
-        return replace(records[0], id=f"{self._prefix}-{index}", source=self.name, messages=documents, options=())
+        urls = tuple(url for record in records for url in record.urls)
+        return replace(
+            records[0], id=f"{self._prefix}-{index}", source=self.name, messages=documents, options=(), urls=urls
+        )
 
 
 def _document(record: Record) -> Message:

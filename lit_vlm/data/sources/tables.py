@@ -17,6 +17,7 @@ from lit_vlm.data.records.media import (
     refuse_marks,
     refuse_unread,
     row_images,
+    urls_of,
     without_keys,
 )
 from lit_vlm.data.records.parsing import is_chat, parse_record
@@ -114,9 +115,10 @@ class Parquet(Source):
         if not images and row.get("caption"):
             raise RecordError("missing_image", f"row {index} has a caption and no image")
         if not images:
-            return Record(identity, self.name, (Message("document", (Text(caption),)),))
+            return Record(identity, self.name, (Message("document", (Text(caption),)),), urls=urls_of(row))
         question = Message("user", (*images, Text(f"\n{self.prompt}")))
-        return Record(identity, self.name, (question, Message("assistant", (Text(caption),))))
+        answer = Message("assistant", (Text(caption),))
+        return Record(identity, self.name, (question, answer), urls=urls_of(row))
 
     def fingerprint(self) -> str:
         """SHA-256 of all files."""
@@ -150,7 +152,7 @@ def _question(row: dict[str, Any], source: str, identity: str, images: list[Imag
         Message("user", _with_images(row["question"], images)),
         Message("assistant", (Text(answer),)),
     )
-    return Record(identity, source, messages, tuple(choices))
+    return Record(identity, source, messages, tuple(choices), urls_of(row))
 
 
 def _with_images(question: str, images: list[Image]) -> tuple[Content, ...]:

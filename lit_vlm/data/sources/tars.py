@@ -11,7 +11,7 @@ from typing import Any
 
 from lit_vlm.data.records import Image, Message, Record, RecordError, Text
 from lit_vlm.data.records.files import is_hidden, list_files
-from lit_vlm.data.records.media import IMAGE_SUFFIXES, MEDIA_FILE, refuse_marks
+from lit_vlm.data.records.media import IMAGE_SUFFIXES, MEDIA_FILE, refuse_marks, urls_of
 from lit_vlm.data.sources.base import Lines, Source, parse_json
 
 
@@ -58,8 +58,9 @@ class WebDataset(Source):
             raise RecordError(*entry["bad"])
         image = self._read(entry, entry["image"])
         question = Message("user", (Image(data=image), Text(f"\n{self.prompt}")))
-        answer = Message("assistant", (Text(self._caption(entry)),))
-        return refuse_marks(Record(entry["key"], self.name, (question, answer)))
+        described = self._described(entry)
+        answer = Message("assistant", (Text(self._caption(entry, described)),))
+        return refuse_marks(Record(entry["key"], self.name, (question, answer), urls=urls_of(described)))
 
     def fingerprint(self) -> str:
         """SHA-256 of the tables of contents with the size of each file."""
@@ -67,13 +68,23 @@ class WebDataset(Source):
         digest.update(repr([file.stat().st_size for file in self.files]).encode())
         return digest.hexdigest()[:16]
 
-    def _caption(self, entry: dict[str, Any]) -> str:
+    def _described(self, entry: dict[str, Any]) -> Any:
+        """The content of `KEY.json`; empty where there is none, or none that is needed can be read."""
+        if "json" not in entry:
+            return {}
+        try:
+            return parse_json(self._read(entry, entry["json"]), f"{entry['key']}.json")
+        except RecordError as error:
+            if error.reason == "malformed" and "txt" in entry:
+                return {}
+            raise
+
+    def _caption(self, entry: dict[str, Any], described: Any) -> str:
         text: Any
         if "txt" in entry:
             text = self._read(entry, entry["txt"]).decode("utf-8", errors="replace")
         else:
-            found = parse_json(self._read(entry, entry["json"]), f"{entry['key']}.json") if "json" in entry else {}
-            text = found.get(self.caption) if isinstance(found, dict) else None
+            text = described.get(self.caption) if isinstance(described, dict) else None
         if not isinstance(text, str) or not text.strip():
             raise RecordError("malformed", f"{entry['key']} has no caption in .txt or under '{self.caption}' in .json")
         return text.strip()

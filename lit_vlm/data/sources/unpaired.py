@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lit_vlm.core.tokenizers import load_tokenizer
-from lit_vlm.data.records import Image, Message, Record, RecordError, Text
+from lit_vlm.data.records import Content, Image, Message, Record, RecordError, Text
 from lit_vlm.data.sources.base import Source
+from lit_vlm.data.sources.provenance import joined
 
 
 class Unpaired(Source):
@@ -35,6 +36,7 @@ class Unpaired(Source):
         self.name, self.named = name if name is not None else "unpaired", name is not None
         self.path, self.image_folder = pictures.path, pictures.image_folder
         self.chunked = pictures.chunked
+        self.provenance = joined([pictures.provenance, texts.provenance])
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -74,7 +76,8 @@ class Unpaired(Source):
             raise RecordError("no_image", f"record {picture.id} of {self.pictures.name} has no image")
         parts = [part.text for message in text.messages for part in message.content if isinstance(part, Text)]
         said = "\n".join(part.strip() for part in parts)
-        return Record(picture.id, self.name, (Message("document", (*images, Text(said))),))
+        content: tuple[Content, ...] = (*images, Text(said))
+        return Record(picture.id, self.name, (Message("document", content),), urls=picture.urls + text.urls)
 
 
 class RandomWords(Source):

@@ -8,13 +8,13 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
 from torch.utils.data import Dataset
 
-from lit_vlm.core.batch import BadSample, Batch, Counts, Window
+from lit_vlm.core.batch import DENIED, BadSample, Batch, Counts, Window
 from lit_vlm.data.feed.batching import GlobalBatch
 from lit_vlm.data.feed.loader import BadSamples, Loader, Placed, SourceDataset
 from lit_vlm.data.feed.plan import BatchPlan, Place
@@ -33,12 +33,13 @@ class Numbers(Dataset[Placed]):
 
     length: int
     bad: frozenset[int] = frozenset()
+    reason: str = "missing_image"
     cut: frozenset[int] = field(default_factory=frozenset)
 
     def __getitem__(self, place: Place) -> Placed:
         index = place.sample
         if index in self.bad:
-            return Placed(place.row, BadSample(str(index), "numbers", "missing_image", f"{index}.png"))
+            return Placed(place.row, BadSample(str(index), "numbers", self.reason, f"{index}.png"))
         ids = [1 + index % 9] * (2 + index % 5)
         note = BadSample(str(index), "numbers", "truncated", "cut", dropped=False) if index in self.cut else None
         return Placed(place.row, [Sample(str(index), "numbers", ids, list(ids), note=note)])
@@ -286,6 +287,16 @@ def test_the_share_counts_wherever_the_bad_samples_stand(bad: range) -> None:
 def test_a_share_below_the_limit_passes() -> None:
     loader = make(Numbers(300, bad=frozenset(range(0, 300, 30))), batch_size=10, shuffle=False)
     assert sum(batch.counts.samples for batch in loader) == 290
+
+
+def test_denied_samples_are_listed_and_no_fault(tmp_path: Path) -> None:
+    denied = Numbers(100, bad=frozenset(range(50)), reason=DENIED)
+    loader = make(denied, batch_size=10, bad_samples=BadSamples("fail", max_share=0.0), log=tmp_path / "bad.jsonl")
+    assert sum(batch.counts.samples for batch in loader) == 50
+    assert loader.bad == {("numbers", "denied"): 50}
+    assert len((tmp_path / "bad.jsonl").read_text().splitlines()) == 50
+    with pytest.raises(ValueError, match="all of 100 samples are denied"):
+        list(make(replace(denied, bad=frozenset(range(100))), batch_size=10))
 
 
 # ----- several sources -----
