@@ -1,0 +1,1 @@
+"""Curation: steps that decide which records of sources are trained on."""
