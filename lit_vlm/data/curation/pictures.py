@@ -183,7 +183,7 @@ class PictureScore(Measure):
     @property
     def columns(self) -> Mapping[str, np.dtype[Any]]:
         """`score`."""
-        return {"score": np.dtype(np.float32)}
+        return {"score": np.dtype(np.float64)}
 
     def __call__(self, samples: Sequence[Sample]) -> Mapping[str, NDArray[Any]]:
         """Scores of all pictures: `[p]`.
@@ -192,7 +192,7 @@ class PictureScore(Measure):
             ValueError: for scores that are not one finite number per picture.
         """
         pictures = [picture for sample in samples for picture in sample.pictures]
-        scores = np.asarray(self.classifier(pictures), np.float32)
+        scores = np.asarray(self.classifier(pictures), np.float64)
         if scores.shape != (len(pictures),) or not np.isfinite(scores).all():
             raise ValueError(
                 f"{type(self.classifier).__name__} gives scores {list(scores.shape)} for {len(pictures)} pictures; "
