@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image as PILImage
 
 from lit_vlm.data.records import Record
-from lit_vlm.data.sources.base import Source
+from lit_vlm.data.sources.base import Source, describe
 
 
 @dataclass(frozen=True)
@@ -50,15 +51,28 @@ def _settings(thing: Any) -> Any:
         return {str(key): _settings(value) for key, value in thing.items()}
     if isinstance(thing, list | tuple):
         return [_settings(value) for value in thing]
-    if not hasattr(thing, "__dict__") or isinstance(thing, type):
-        raise ValueError(f"{thing!r} is no setting that can be written down; name it with a leading underscore")
+    if isinstance(thing, Source):
+        return {"source": describe(thing), "fingerprint": thing.fingerprint()}
+    if inspect.isclass(thing) or inspect.isroutine(thing):
+        return f"{thing.__module__}.{thing.__qualname__}"
+    if not hasattr(thing, "__dict__") or hasattr(thing, "__array__"):
+        raise ValueError(
+            f"a {type(thing).__name__} is no setting that can be written down: begin the attribute's name with _"
+        )
     settings = {key: _settings(value) for key, value in vars(thing).items() if not key.startswith("_")}
-    kind = f"{type(thing).__module__}.{type(thing).__qualname__}"
-    content = {"fingerprint": thing.fingerprint()} if isinstance(thing, Source) else {}
-    return {"class": kind, **content, **settings}
+    return {"class": f"{type(thing).__module__}.{type(thing).__qualname__}", **settings}
 
 
-class Measure(ABC):
+class _Keyed:
+    """Something that is known by its class and its settings."""
+
+    @property
+    def key(self) -> str:
+        """16 hex digits that name the class and its settings."""
+        return hashlib.sha256(identity(self).encode()).hexdigest()[:16]
+
+
+class Measure(_Keyed, ABC):
     """Numbers, words or vectors of each record, or of each of its pictures, that need no other record.
 
     Measures of one class and the same public attributes are computed once for all steps. A measure pickles; what it
@@ -88,11 +102,6 @@ class Measure(ABC):
         Raises:
             ValueError: for what would fail every batch, such as a model that is not there.
         """
-
-    @property
-    def key(self) -> str:
-        """16 hex digits that name the class and its settings."""
-        return hashlib.sha256(identity(self).encode()).hexdigest()[:16]
 
 
 class Measured(Protocol):
@@ -142,7 +151,7 @@ class Verdict:
     details: Mapping[int, str] = field(default_factory=dict)
 
 
-class Step(ABC):
+class Step(_Keyed, ABC):
     """Decides which of the records that the steps before it kept stay. Its public attributes are its settings."""
 
     def measures(self) -> Sequence[Measure]:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from litdata.streaming.writer import BinaryWriter
 from numpy.typing import NDArray
+from PIL import Image as PILImage
 from transformers import AutoTokenizer
 
 import lit_vlm
@@ -27,6 +28,8 @@ from lit_vlm.data.sets.shared import ALONE, Place, finish_once, run_blocks
 from lit_vlm.data.sources.base import Source, describe
 from lit_vlm.data.sources.converted import INFO, RECORDS, VERSION, SetInfo, encode_record
 
+MIN_SIDE = 4
+"""Shortest side in pixels of an image that can be used, if nothing else is said."""
 BLOCK = 4096
 """Most records of a block."""
 SMALLEST = 32
@@ -71,7 +74,8 @@ class ConvertBlock:
                 record = self.source.record(index)
                 identity = record.id
                 with Videos() as videos:
-                    images = [self._verified(image, videos) for image in record.images]
+                    read = (verified(i, self.source.image_folder, videos, self.min_side) for i in record.images)
+                    images = [(content, picture.size) for content, picture in read]
             except RecordError as error:
                 bad.append(BadSample(identity, self.source.name, error.reason, error.detail))
                 continue
@@ -92,16 +96,30 @@ class ConvertBlock:
         outlines.done()
         return {**stats, "digest": digest.hexdigest(), "bad": [sample._asdict() for sample in bad]}
 
-    def _verified(self, image: Image, videos: Videos) -> tuple[bytes, tuple[int, int]]:
-        """Bytes and (width, height) of an image that decodes as a whole."""
-        content = image_bytes(image, self.source.image_folder, videos)
-        name = image.path or "image"
-        if not content:
-            raise RecordError("corrupt_image", f"{name} is empty")
-        picture = open_image(Image(path=image.path, data=content), self.source.image_folder)
-        if min(picture.size) < self.min_side:
-            raise RecordError("too_small", f"{name} has {picture.width}×{picture.height} pixels")
-        return content, picture.size
+
+def verified(image: Image, folder: Path, videos: Videos, min_side: int = MIN_SIDE) -> tuple[bytes, PILImage.Image]:
+    """Read an image, and decode it as a whole.
+
+    Args:
+        image: path, bytes or frame.
+        folder: what the path is relative to.
+        videos: keeps the video open for its next frame.
+        min_side: an image with a shorter side in pixels cannot be used.
+
+    Returns:
+        its encoded bytes, and the picture: RGB, upright.
+
+    Raises:
+        RecordError: as `image_bytes` and `open_image`; `corrupt_image` for an empty file, `too_small`.
+    """
+    content = image_bytes(image, folder, videos)
+    name = image.path or "image"
+    if not content:
+        raise RecordError("corrupt_image", f"{name} is empty")
+    picture = open_image(Image(path=image.path, data=content), folder)
+    if min(picture.size) < min_side:
+        raise RecordError("too_small", f"{name} has {picture.width}×{picture.height} pixels")
+    return content, picture
 
 
 def convert(
@@ -109,7 +127,7 @@ def convert(
     out: Path,
     workers: int = 0,
     max_bad_share: float = 0.05,
-    min_side: int = 4,
+    min_side: int = MIN_SIDE,
     tokenizer: str | None = None,
     place: Place = ALONE,
 ) -> SetInfo:

@@ -1,0 +1,199 @@
+"""The first pass: every record is read once, its pictures are decoded once, and all measures are taken of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lit_vlm.core.written import write_whole
+from lit_vlm.data.curation.step import Measure, Sample, identity
+from lit_vlm.data.curation.table import RECORD_SCHEMA, RECORDS, Table, file_of, schema_of, to_arrow
+from lit_vlm.data.records import RecordError, Videos
+from lit_vlm.data.sets.convert import BLOCK, BLOCKS_WANTED, SMALLEST, verified
+from lit_vlm.data.sets.parallel import Block, blocks_of
+from lit_vlm.data.sets.shards import block_folder, claim
+from lit_vlm.data.sets.shared import ALONE, Place, finish_once, run_blocks
+from lit_vlm.data.sources.base import Source
+
+BATCH = 64
+"""Most records that measures see at once."""
+BATCH_PIXELS = 1 << 26
+"""Pixels of decoded pictures after which a batch ends: 200 MB."""
+DONE = "measures.json"
+"""File that says which measures a folder holds; it is written last."""
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class _MeasureBlock:
+    """Measures one block of the records of all sources, and writes a file for each measure.
+
+    Attributes:
+        sources: the sources, one after the other.
+        measures: what is measured.
+    """
+
+    sources: tuple[Source, ...]
+    measures: tuple[Measure, ...]
+
+    def __call__(self, block: Block, folder: Path) -> dict[str, Any]:
+        """Measure a block.
+
+        Returns:
+            number of records that cannot be read.
+        """
+        rows: dict[str, list[Any]] = {name: [] for name in RECORD_SCHEMA.names}
+        tables: dict[str, list[pa.Table]] = {file_of(measure): [] for measure in self.measures}
+        for batch in _batches(self._entries(block, rows)):
+            samples = [sample for sample in batch if sample is not None]
+            given = [self._measured(measure, batch, samples) for measure in self.measures]
+            for measure, table in zip(self.measures, given, strict=True):
+                tables[file_of(measure)].append(table)
+        pq.write_table(pa.Table.from_pydict(rows, RECORD_SCHEMA), folder / RECORDS)
+        for measure in self.measures:
+            whole = pa.concat_tables([schema_of(measure).empty_table(), *tables[file_of(measure)]])
+            pq.write_table(whole, folder / file_of(measure))
+        return {"unreadable": sum(reason != "" for reason in rows["reason"])}
+
+    def _entries(self, block: Block, rows: dict[str, list[Any]]) -> Iterator[tuple[int, Sample | None]]:
+        """(number of the source, the record or None where it cannot be read); each leaves a row in `rows`."""
+        ends = np.cumsum([len(source) for source in self.sources])
+        for index in range(block.start, block.end):
+            which = int(np.searchsorted(ends, index, side="right"))
+            local = index - int(ends[which]) + len(self.sources[which])
+            name, reason, detail, sample = str(local), "", "", None
+            try:
+                record = self.sources[which].record(local)
+                name = record.id
+                with Videos() as videos:
+                    read = [verified(image, self.sources[which].image_folder, videos) for image in record.images]
+                sample = Sample(record, tuple(content for content, _ in read), tuple(picture for _, picture in read))
+            except RecordError as error:
+                reason, detail = error.reason, error.detail
+            pictures = len(sample.pictures) if sample is not None else 0
+            for key, value in zip(RECORD_SCHEMA.names, (which, name, pictures, reason, detail), strict=True):
+                rows[key].append(value)
+            yield which, sample
+
+    def _measured(self, measure: Measure, batch: Sequence[Sample | None], samples: Sequence[Sample]) -> pa.Table:
+        """The rows of a batch; those of records that cannot be read are zeros."""
+        pictures = sum(len(sample.pictures) for sample in samples)
+        rows = len(samples) if measure.level == "record" else pictures
+        if not rows:
+            empty = {name: np.zeros((0, *np.dtype(k).shape), np.dtype(k).base) for name, k in measure.columns.items()}
+            found = empty
+        else:
+            found = dict(measure(samples))
+        table = to_arrow(measure, found, rows)
+        if measure.level == "picture" or len(samples) == len(batch):
+            return table
+        read = np.array([sample is not None for sample in batch])
+        blank = {
+            name: np.zeros((1, *np.dtype(kind).shape), np.dtype(kind).base) for name, kind in measure.columns.items()
+        }
+        table = pa.concat_tables([table, to_arrow(measure, blank, 1)]).combine_chunks()
+        return table.take(pa.array(np.where(read, np.cumsum(read) - 1, rows)))
+
+
+def _batches(entries: Iterator[tuple[int, Sample | None]]) -> Iterator[list[Sample | None]]:
+    """Groups of entries of one source that follow each other."""
+    batch: list[Sample | None] = []
+    pixels, source = 0, -1
+    for which, sample in entries:
+        if batch and (which != source or len(batch) == BATCH or pixels >= BATCH_PIXELS):
+            yield batch
+            batch, pixels = [], 0
+        source = which
+        batch.append(sample)
+        pixels += sum(picture.width * picture.height for picture in sample.pictures) if sample is not None else 0
+    if batch:
+        yield batch
+
+
+def measured(
+    sources: Sequence[Source], measures: Sequence[Measure], folder: Path, workers: int = 0, place: Place = ALONE
+) -> Table:
+    """Measure all records of sources; what a folder holds already is not measured again.
+
+    Args:
+        sources: the sources, whose names differ.
+        measures: what is measured; equal ones once.
+        folder: holds the measures of any sources: a folder for each list of sources, and in it one for each group of
+            measures that were taken together.
+        workers: number of processes; 0 works in this one.
+        place: which of the tasks that share the work this is.
+
+    Raises:
+        ValueError: when a measure raises it, gives what it did not announce, or the folder holds something else.
+    """
+    wanted = {measure.key: measure for measure in measures}
+    names = [source.name for source in sources]
+    described = [identity(source) for source in sources]
+    home = folder / _hash(described)
+    held = _held(home)
+    missing = [wanted[key] for key in sorted(wanted) if key not in held]
+    if missing or not held:
+        group = home / _hash([measure.key for measure in missing])
+        _measure(tuple(sources), described, tuple(missing), group, workers, place)
+        held = _held(home)
+    # Of all groups of these sources any holds the same records.
+    first = min(home.glob(f"*/{DONE}")).parent
+    return Table(names, first, {key: held[key] for key in wanted})
+
+
+def _measure(
+    sources: tuple[Source, ...],
+    described: Sequence[str],
+    measures: tuple[Measure, ...],
+    out: Path,
+    workers: int,
+    place: Place,
+) -> None:
+    total = sum(len(source) for source in sources)
+    plan = {"version": VERSION, "sources": list(described), "measures": [identity(measure) for measure in measures]}
+    size = claim(out, plan, max(SMALLEST, min(BLOCK, -(-total // BLOCKS_WANTED))))
+    blocks = blocks_of(total, size)
+    if not (out / DONE).is_file():
+        title = f"measuring {', '.join(source.name for source in sources)}"
+        run_blocks(blocks, _MeasureBlock(sources, measures), out, title, workers, place)
+    finish_once(out, DONE, lambda: _merge(blocks, measures, out))
+
+
+def _merge(blocks: Sequence[Block], measures: Sequence[Measure], out: Path) -> None:
+    schemas = {RECORDS: RECORD_SCHEMA, **{file_of(measure): schema_of(measure) for measure in measures}}
+    for name, schema in schemas.items():
+        write_whole(out / name, _joined([block_folder(out, block.index) / name for block in blocks], schema))
+    keys = {measure.key: file_of(measure) for measure in measures}
+    write_whole(out / DONE, json.dumps({"version": VERSION, "measures": keys}, indent=1) + "\n")
+
+
+def _joined(files: Sequence[Path], schema: pa.Schema) -> Callable[[Path], None]:
+    """Writes the rows of all files to one, a row group for each file."""
+
+    def write(target: Path) -> None:
+        with pq.ParquetWriter(target, schema) as writer:
+            for file in files:
+                writer.write_table(pq.read_table(file, schema=schema), row_group_size=1 << 20)
+
+    return write
+
+
+def _held(home: Path) -> dict[str, Path]:
+    """Key of each measure that is there → its file."""
+    found: dict[str, Path] = {}
+    for done in sorted(home.glob(f"*/{DONE}")):
+        for key, name in json.loads(done.read_text(encoding="utf-8"))["measures"].items():
+            found.setdefault(key, done.parent / name)
+    return found
+
+
+def _hash(parts: Sequence[str]) -> str:
+    return hashlib.sha256(json.dumps(list(parts)).encode()).hexdigest()[:16]
