@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from lit_vlm.data.curation.dual_encoder import DualEncoder
+from lit_vlm.data.curation.dual_encoder import DualEncoder, encoder_of
 from lit_vlm.data.curation.embeddings import VECTOR, PictureEmbeddings, unit
 from lit_vlm.data.curation.neighbours import Vectors, faiss_module
 from lit_vlm.data.curation.rows import chosen_pieces
@@ -25,7 +25,7 @@ class Clusters(Step):
     A record belongs to the cluster of its first picture; one without pictures stays.
 
     Args:
-        encoder: gives the vectors.
+        encoder: gives the vectors: a `DualEncoder`, or the name of one.
         clusters: number of clusters. EVE takes 50,000 of LAION (Diao et al., 2024, section 3.3).
         nearest: how many of each cluster stay, those nearest to its centre: 300 for EVE. It is the centre of the
             cluster that they belong to, so that none counts twice.
@@ -38,7 +38,7 @@ class Clusters(Step):
 
     def __init__(
         self,
-        encoder: DualEncoder,
+        encoder: str | DualEncoder,
         clusters: int,
         nearest: int | None = None,
         quota: int | None = None,
@@ -49,9 +49,9 @@ class Clusters(Step):
         for name, value in (("clusters", clusters), ("nearest", nearest), ("quota", quota), ("iterations", iterations)):
             if value is not None and value < 1:
                 raise ValueError(f"Clusters: {name} is {value}; it must be at least 1")
-        self.encoder, self.clusters, self.iterations = encoder, clusters, iterations
+        self.encoder, self.clusters, self.iterations = encoder_of(encoder), clusters, iterations
         self.nearest, self.quota = nearest, quota
-        self._pictures = PictureEmbeddings(encoder)
+        self._pictures = PictureEmbeddings(self.encoder)
 
     def measures(self) -> Sequence[Measure]:
         """The vectors of pictures."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -122,27 +122,33 @@ class DualEncoder:
             raise ValueError(f"{self._name} is no dual encoder: its processor, {type(found).__name__}, is for one kind")
         return found
 
-    @cached_property
+    @property
     def _model(self) -> Any:
-        from transformers import AutoModel
-
-        try:
-            model, info = AutoModel.from_pretrained(
-                self._folder, output_loading_info=True, dtype=getattr(torch, self.dtype)
-            )
-        except Exception as error:  # files of any kind may be damaged in any way
-            raise ValueError(f"{self._name} cannot be read: {_first_line(error)}") from error
-        if not (hasattr(model, "get_image_features") and hasattr(model, "get_text_features")):
-            raise ValueError(f"{self._name} is no dual encoder: {type(model).__name__} has no features of its own")
-        if missing := sorted(info["missing_keys"]):
-            raise ValueError(
-                f"{self._name} lacks weights of {type(model).__name__}: {missing[0]}, {len(missing)} in all"
-            )
-        return model.to(self.device).eval()
+        return _loaded(self._name, self._folder, self.digest, self.dtype, self._device)
 
     def __getstate__(self) -> dict[str, Any]:
-        loaded = ("_model", "_processor", "_config")
-        return {name: value for name, value in self.__dict__.items() if name not in loaded}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_processor", "_config")}
+
+
+def encoder_of(given: str | DualEncoder) -> DualEncoder:
+    """The dual encoder that a setting gives, or the one of the name that it gives; raises as `DualEncoder`."""
+    return DualEncoder(given) if isinstance(given, str) else given
+
+
+@lru_cache(maxsize=1)
+def _loaded(name: str, folder: Path, digest: str, dtype: Dtype, device: str) -> Any:
+    """The model of a folder: one for all steps of a process, as a device holds it once."""
+    from transformers import AutoModel
+
+    try:
+        model, info = AutoModel.from_pretrained(folder, output_loading_info=True, dtype=getattr(torch, dtype))
+    except Exception as error:  # files of any kind may be damaged in any way
+        raise ValueError(f"{name} cannot be read: {_first_line(error)}") from error
+    if not (hasattr(model, "get_image_features") and hasattr(model, "get_text_features")):
+        raise ValueError(f"{name} is no dual encoder: {type(model).__name__} gives no features of pictures and texts")
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(f"{name} lacks {len(missing)} weights of {type(model).__name__}, such as {missing[0]}")
+    return model.to(device).eval()
 
 
 def digest_of_folder(folder: Path) -> str:

@@ -109,21 +109,25 @@ class Duplicates(Step):
     def decide(
         self, table: Measured, candidates: NDArray[np.int64], rng: np.random.Generator, against: Measured | None
     ) -> Verdict:
-        """Drop what a benchmark has, and then what is there twice."""
-        codes, details = np.zeros(len(candidates), np.int8), {}
+        """Drop what a benchmark shows, and then what is there twice; list the questions that were found."""
+        codes = np.zeros(len(candidates), np.int8)
         rows, owners = picture_rows(table, candidates)
-        if against is not None and against.offsets[-1]:
+        details: dict[int, str] = {}
+        lists: dict[str, list[dict[str, str]]] = {}
+        if against is not None:
             places, pictures = self.matches(table, rows, against)
             codes[owners[places]] = 1
-            details = _questions(candidates[owners[places]], pictures, against)
-        left = np.flatnonzero(codes[owners] == 0)
-        clean = np.flatnonzero(codes == 0)
+            details, lists["questions"] = _questions(table, candidates[owners[places]], against, pictures)
+        clean, left = np.flatnonzero(codes == 0), np.flatnonzero(codes[owners] == 0)
         shown = _by_record(self.groups(table, rows[left]), np.searchsorted(clean, owners[left]), len(clean))
         if self.same_text:
             texts = equal_groups(table.column(TextHash(), CODE)[candidates[clean]]).tolist()
             shown = [[(group, text) for group in own] for own, text in zip(shown, texts, strict=True)]
-        codes[clean[repeated(shown)]] = 2
-        return Verdict(codes, REASONS, np.full(len(candidates), np.nan), "", details)
+        of = repeated(shown)
+        again = of != np.arange(len(clean))
+        codes[clean[again]] = 2
+        details |= _repeats(table, candidates[clean[again]], candidates[clean[of[again]]])
+        return Verdict(codes, REASONS, np.full(len(candidates), np.nan), "value", details, lists)
 
 
 def _by_record(groups: Rows, owners: Rows, count: int) -> list[list[Any]]:
@@ -133,13 +137,37 @@ def _by_record(groups: Rows, owners: Rows, count: int) -> list[list[Any]]:
     return [listed[start:end] for start, end in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True)]
 
 
-def _questions(records: Rows, pictures: Rows, against: Measured) -> dict[int, str]:
-    """Number of each record → the questions of benchmarks about its pictures, as BENCHMARK:ID."""
+def _names(table: Measured, records: Rows) -> dict[int, str]:
+    """Number of each record → SOURCE:ID."""
+    different = np.unique(records)
+    ids = zip(different.tolist(), table.ids(different), strict=True)
+    return {record: f"{table.names[table.source[record]]}:{name}" for record, name in ids}
+
+
+def _repeats(table: Measured, records: Rows, of: Rows) -> dict[int, str]:
+    names = _names(table, of)
+    return {record: f"repeats {names[other]}" for record, other in zip(records.tolist(), of.tolist(), strict=True)}
+
+
+def _questions(
+    table: Measured, records: Rows, against: Measured, pictures: Rows
+) -> tuple[dict[int, str], list[dict[str, str]]]:
+    """Which questions of benchmarks are about pictures that records show.
+
+    Args:
+        table: of the records.
+        records: numbers of records: `[m]`.
+        against: of the benchmarks.
+        pictures: the picture of a benchmark that each of them shows: `[m]`.
+
+    Returns:
+        number of each record → its questions; and a row for each pair of a question and a record, by question.
+    """
     asked = np.searchsorted(against.offsets, pictures, side="right") - 1
-    questions = np.unique(asked)
-    ids = against.ids(questions)
-    names = {q: f"{against.names[against.source[q]]}:{name}" for q, name in zip(questions.tolist(), ids, strict=True)}
-    found: dict[int, list[str]] = defaultdict(list)
-    for record, question in np.unique(np.stack([records, asked], 1), axis=0).tolist():
-        found[record].append(names[question])
-    return {record: ", ".join(own) for record, own in found.items()}
+    pairs = np.unique(np.stack([asked, records], 1), axis=0)
+    questions, names = _names(against, pairs[:, 0]), _names(table, pairs[:, 1])
+    details: dict[int, list[str]] = defaultdict(list)
+    for question, record in pairs.tolist():
+        details[record].append(questions[question])
+    rows = [{"question": questions[question], "record": names[record]} for question, record in pairs.tolist()]
+    return {record: f"pictures of {', '.join(own)}" for record, own in details.items()}, rows

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,17 +62,20 @@ def _first_near(near: NDArray[np.bool_]) -> Rows:
     return own
 
 
-def repeated(groups: Sequence[Sequence[int]]) -> NDArray[np.bool_]:
-    """Which records show nothing that an earlier one, which stays, does not show.
+def repeated(groups: Sequence[Sequence[Hashable]]) -> Rows:
+    """For each record the first one that stays and shows one of its pictures, if all of them are shown by such: `[n]`.
+
+    A record that shows something new stays, and so does one without pictures: its number is its own.
 
     Args:
-        groups: for each record, the groups of its pictures. A record without any stays.
+        groups: for each record, the groups of its pictures.
     """
-    shown: set[int] = set()
-    found = np.zeros(len(groups), np.bool_)
+    shown: dict[Hashable, int] = {}
+    found = np.arange(len(groups))
     for number, own in enumerate(groups):
-        if len(own) and shown.issuperset(own):
-            found[number] = True
+        if len(own) and all(group in shown for group in own):
+            found[number] = shown[own[0]]
         else:
-            shown.update(own)
+            for group in own:
+                shown.setdefault(group, number)
     return found

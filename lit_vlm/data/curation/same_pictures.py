@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from lit_vlm.data.curation.dual_encoder import DualEncoder
+from lit_vlm.data.curation.dual_encoder import DualEncoder, encoder_of
 from lit_vlm.data.curation.duplicates import CODE, Duplicates, PictureHash
 from lit_vlm.data.curation.embeddings import VECTOR, PictureEmbeddings, unit
 from lit_vlm.data.curation.groups import equal_groups, near_groups
@@ -108,7 +108,7 @@ class EmbeddingDuplicates(Duplicates):
     """Drops records whose pictures are close neighbours: by the cosine of their vectors (SemDeDup: Abbas et al., 2023).
 
     Args:
-        encoder: gives the vectors.
+        encoder: gives the vectors: a `DualEncoder`, or the name of one.
         threshold: smallest cosine of pictures that count as the same.
         cells: number of cells into which the space is divided by k-means, of which `probes` are searched for each
             picture; 0 compares with all that stay, which is exact and takes a time that grows with the square.
@@ -119,7 +119,7 @@ class EmbeddingDuplicates(Duplicates):
 
     def __init__(
         self,
-        encoder: DualEncoder,
+        encoder: str | DualEncoder,
         threshold: float,
         cells: int = 0,
         probes: int = 8,
@@ -130,8 +130,9 @@ class EmbeddingDuplicates(Duplicates):
             raise ValueError(f"EmbeddingDuplicates: threshold is {threshold}; it must be above 0 and at most 1")
         if cells < 0 or probes < 1:
             raise ValueError(f"EmbeddingDuplicates: cells is {cells} and probes {probes}; at least 0 and 1")
-        super().__init__(PictureEmbeddings(encoder), against, same_text)
-        self.encoder, self.threshold, self.cells, self.probes = encoder, threshold, cells, probes
+        self.encoder = encoder_of(encoder)
+        super().__init__(PictureEmbeddings(self.encoder), against, same_text)
+        self.threshold, self.cells, self.probes = threshold, cells, probes
 
     def groups(self, table: Measured, rows: Rows) -> Rows:
         """Groups of pictures that have the cosine with their first one."""

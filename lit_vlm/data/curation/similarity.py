@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from lit_vlm.data.curation.dual_encoder import DualEncoder
+from lit_vlm.data.curation.dual_encoder import DualEncoder, encoder_of
 from lit_vlm.data.curation.embeddings import VECTOR, PictureEmbeddings, TextEmbeddings, unit
 from lit_vlm.data.curation.rows import chosen_pieces, picture_rows
 from lit_vlm.data.curation.step import Measure, Measured, Step, Verdict
@@ -23,7 +23,7 @@ class Similarity(Step):
     (`lit_vlm.data.curation.embeddings.texts_of`). Records without pictures stay and are not counted.
 
     Args:
-        encoder: gives the vectors.
+        encoder: gives the vectors: a `DualEncoder`, or the name of one.
         threshold: smallest similarity that stays.
         top: instead of a threshold, how many records of each source stay: those of the highest similarity, exactly; of
             equal ones those whose ids come first. As VILA's 25 million of MMC4 and of COYO (Lin et al., 2024).
@@ -32,15 +32,15 @@ class Similarity(Step):
         ValueError: unless one of `threshold` and `top` is given, or for a number out of range.
     """
 
-    def __init__(self, encoder: DualEncoder, threshold: float | None = None, top: int | None = None) -> None:
+    def __init__(self, encoder: str | DualEncoder, threshold: float | None = None, top: int | None = None) -> None:
         if (threshold is None) == (top is None):
             raise ValueError("Similarity: give either threshold or top, not both and not neither")
         if top is not None and top < 1:
             raise ValueError(f"Similarity: top is {top}; it must be at least 1")
         if threshold is not None and not -1 <= threshold <= 1:
             raise ValueError(f"Similarity: threshold is {threshold}; a cosine is from -1 to 1")
-        self.encoder, self.threshold, self.top = encoder, threshold, top
-        self._pictures, self._texts = PictureEmbeddings(encoder), TextEmbeddings(encoder)
+        self.encoder, self.threshold, self.top = encoder_of(encoder), threshold, top
+        self._pictures, self._texts = PictureEmbeddings(self.encoder), TextEmbeddings(self.encoder)
 
     def measures(self) -> Sequence[Measure]:
         """The vectors of pictures and of their texts."""
