@@ -136,19 +136,17 @@ class Dropped:
         self._step = np.zeros(len(table), np.int16)  # 0: no step dropped it
         self._code = np.zeros(len(table), np.int8)
         self._value = np.full(len(table), np.nan)
-        self._details: dict[int, str] = {}
-        self._steps: list[tuple[str, tuple[str, ...]]] = []
+        self._steps: list[tuple[str, Verdict]] = []
 
     def add(self, decided: Decided) -> None:
         """Note what a step dropped."""
         verdict = decided.verdict
-        self._steps.append((decided.name, verdict.reasons))
+        self._steps.append((decided.name, verdict))
         gone = verdict.codes != 0
         where = decided.candidates[gone]
         self._step[where] = len(self._steps)
         self._code[where] = verdict.codes[gone] - 1
         self._value[where] = verdict.values[gone]
-        self._details |= verdict.details
 
     def write(self, file: Path) -> None:
         """Write one row for each record that was dropped or cannot be read."""
@@ -157,23 +155,15 @@ class Dropped:
                 writer.write_table(self._rows(start, rows))
 
     def _rows(self, start: int, rows: pa.Table) -> pa.Table:
-        unread = rows["reason"].to_pylist()
         found = []
-        for line, reason in enumerate(unread):
-            index = start + line
-            if not reason and not self._step[index]:
-                continue
-            entry = {"source": self.table.names[rows["source"][line].as_py()], "id": rows["id"][line].as_py()}
-            if reason:
-                entry |= {"step": READ, "reason": reason, "value": None, "detail": rows["detail"][line].as_py()}
-            else:
-                name, reasons = self._steps[self._step[index] - 1]
+        for index, row in enumerate(rows.to_pylist(), start=start):
+            entry = {"source": self.table.names[row["source"]], "id": row["id"]}
+            if row["reason"]:
+                found.append({**entry, "step": READ, "reason": row["reason"], "value": None, "detail": row["detail"]})
+            elif self._step[index]:
+                name, verdict = self._steps[self._step[index] - 1]
                 value = float(self._value[index])
-                entry |= {
-                    "step": name,
-                    "reason": reasons[self._code[index]],
-                    "value": None if np.isnan(value) else value,
-                    "detail": self._details.get(index, ""),
-                }
-            found.append(entry)
+                entry |= {"step": name, "reason": verdict.reasons[self._code[index]]}
+                shown = None if np.isnan(value) else value
+                found.append({**entry, "value": shown, "detail": verdict.details.get(index, "")})
         return pa.Table.from_pylist(found, DROPPED_SCHEMA)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import textwrap
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,9 +14,11 @@ from PIL import Image as PILImage
 
 from lit_vlm.data.curation.deciding import Decided
 from lit_vlm.data.curation.selected import locate
+from lit_vlm.data.curation.texts import learned_text
 from lit_vlm.data.records import Record, RecordError, decode_image
 from lit_vlm.data.sources.base import Source
 
+HALVES = ("dropped", "kept")
 ROWS, COLUMNS = 4, 3
 """Size of each half of a sheet, in records."""
 SIDE = 200
@@ -36,19 +40,20 @@ def draw_sheet(decided: Decided, sources: Sequence[Source], file: Path, rng: np.
     from matplotlib.figure import Figure
 
     codes = decided.verdict.codes
-    dropped = _some_of_each(np.flatnonzero(codes), codes, rng)
-    kept = _some_of_each(np.flatnonzero(codes == 0), codes, rng)
-    figure = Figure(figsize=(2 * COLUMNS * 2.0 + 0.6, ROWS * 2.5 + 0.6))
+    figure = Figure(figsize=(2 * COLUMNS * 2.0, ROWS * 2.6))
     FigureCanvasAgg(figure)
     halves = np.asarray(figure.subfigures(1, 2, squeeze=False))[0]
-    for half, entries, word in zip(halves, (dropped, kept), ("dropped", "kept"), strict=True):
-        half.suptitle(f"{decided.name}: {word}", fontsize=11)
+    for half, entries, word in zip(halves, (np.flatnonzero(codes), np.flatnonzero(codes == 0)), HALVES, strict=True):
+        half.suptitle(f"{decided.name}: {len(entries):,} {word}", fontsize=11, y=0.985)
         axes = half.subplots(ROWS, COLUMNS, squeeze=False)
+        half.subplots_adjust(left=0.03, right=0.97, top=0.94, bottom=0.07, wspace=0.12, hspace=0.45)
         for axis in axes.flat:
             axis.set_axis_off()
-        for axis, entry in zip(axes.flat, entries, strict=False):
+        for axis, entry in zip(axes.flat, _some_of_each(entries, codes, rng), strict=False):
             _show(axis, decided, int(entry), sources)
-    figure.savefig(file, dpi=80)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        figure.savefig(file, dpi=80)
 
 
 def _some_of_each(entries: NDArray[np.int64], codes: NDArray[np.int8], rng: np.random.Generator) -> NDArray[np.int64]:
@@ -62,7 +67,8 @@ def _some_of_each(entries: NDArray[np.int64], codes: NDArray[np.int8], rng: np.r
     return chosen[np.argsort(codes[chosen], kind="stable")]
 
 
-def _show(axis: object, decided: Decided, entry: int, sources: Sequence[Source]) -> None:
+def _show(axis: Any, decided: Decided, entry: int, sources: Sequence[Source]) -> None:
+    """Show the first picture of a record, or its text where it has none, over what the step says of it."""
     verdict, index = decided.verdict, int(decided.candidates[entry])
     which, local = locate(np.cumsum([len(source) for source in sources]), index)
     code, value = int(verdict.codes[entry]), float(verdict.values[entry])
@@ -70,18 +76,29 @@ def _show(axis: object, decided: Decided, entry: int, sources: Sequence[Source])
     lines = [what if np.isnan(value) else f"{what}: {value:.4g}", verdict.details.get(index, "")]
     try:
         record = sources[which].record(local)
-        picture = _first_picture(record, sources[which].image_folder)
+        picture, text = _first_picture(record, sources[which].image_folder), _text(record)
     except RecordError as error:  # the file has changed since it was measured
-        record, picture, lines = None, None, [*lines, error.reason]
-    words = " ".join(message.text for message in record.messages).split() if record is not None else []
-    text = textwrap.shorten(" ".join(words), 2 * LETTERS if picture is not None else 9 * LETTERS, placeholder=" …")
+        picture, text = None, f"{error.reason}: {error.detail}"
     if picture is not None:
-        axis.imshow(np.asarray(picture))  # type: ignore[attr-defined]
-        lines.append(text)
-    else:
-        axis.text(0, 1, textwrap.fill(text, LETTERS), fontsize=7, va="top", parse_math=False)  # type: ignore[attr-defined]
+        axis.imshow(np.asarray(picture))
+    lines.append(textwrap.shorten(text, (2 if picture is not None else 12) * LETTERS, placeholder=" …"))
     told = "\n".join(textwrap.fill(line, LETTERS) for line in lines if line)
-    axis.set_title(told, fontsize=7, y=-0.02, va="top", parse_math=False)  # type: ignore[attr-defined]
+    axis.annotate(
+        told,
+        (0.5, 0 if picture is not None else 1),
+        xycoords="axes fraction",
+        xytext=(0, -4),
+        textcoords="offset points",
+        ha="center",
+        va="top",
+        fontsize=7,
+        parse_math=False,
+    )
+
+
+def _text(record: Record) -> str:
+    """What is trained on; the whole text where that is nothing."""
+    return learned_text(record).strip() or " ".join(message.text for message in record.messages)
 
 
 def _first_picture(record: Record, folder: Path) -> PILImage.Image | None:

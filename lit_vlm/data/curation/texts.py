@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any, ClassVar, Literal
 
@@ -11,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lit_vlm.data.curation.step import Measure, Measured, Sample, Step, Verdict
-from lit_vlm.data.curation.verdicts import first_of, refuse_empty
+from lit_vlm.data.curation.verdicts import Words, first_of, refuse_empty
 from lit_vlm.data.records import Record
 from lit_vlm.data.records import Text as TextPart
 
@@ -202,13 +203,39 @@ class Text(Step):
             "min_characters": (characters, None if self.min_characters is None else characters < self.min_characters),
             "max_characters": (characters, None if self.max_characters is None else characters > self.max_characters),
         }
+        noted: dict[str, tuple[NDArray[np.int64], Sequence[str]]] = {}
         if self.blocked:
-            pattern = column(TextPatterns(self.blocked), "pattern")
-            limits["blocked"] = (pattern, pattern >= 0)
+            pattern = column(TextPatterns(self.blocked), "pattern").astype(np.int64)
+            noted["blocked"] = (pattern, self.blocked)
+            limits["blocked"] = (pattern.astype(np.float64), pattern >= 0)
         if self.languages:
-            wanted = [np.isin(piece, self.languages) for _, piece in table.pieces(TextLanguage(), "language")]
+            language, words_of = _languages(table, candidates)
+            noted["languages"] = noted["min_probability"] = (language, words_of)
             probability = column(TextLanguage(), "probability")
-            limits["languages"] = (probability, ~np.concatenate(wanted)[candidates])
+            wanted = [number for number, word in enumerate(words_of) if word in self.languages]
+            limits["languages"] = (probability, ~np.isin(language, wanted))
             limits["min_probability"] = (probability, probability < self.min_probability)
         limits["max_repetition"] = (repeated, None if self.max_repetition is None else repeated > self.max_repetition)
-        return first_of(limits, "words", words)
+        verdict = first_of(limits, "words", words)
+        return replace(verdict, details=_details(verdict, candidates, noted))
+
+
+def _languages(table: Measured, candidates: NDArray[np.int64]) -> tuple[NDArray[np.int64], Sequence[str]]:
+    """Number of each candidate's language, and the languages; as words they would take 32 bytes each."""
+    words = sorted(["", *language_detector().labels])
+    known = np.array(words)
+    numbers = [np.searchsorted(known, piece).astype(np.int16) for _, piece in table.pieces(TextLanguage(), "language")]
+    return np.concatenate(numbers)[candidates].astype(np.int64), words
+
+
+def _details(
+    verdict: Verdict, candidates: NDArray[np.int64], noted: Mapping[str, tuple[NDArray[np.int64], Sequence[str]]]
+) -> Words:
+    """The pattern or the language that each record is dropped for."""
+    number, words = np.full(len(candidates), -1), list[str]()
+    for reason, (found, of_reason) in noted.items():
+        mine = verdict.codes == verdict.reasons.index(reason) + 1
+        number[mine] = found[mine] + len(words)
+        words += of_reason
+    told = number >= 0
+    return Words(candidates[told], number[told], words)

@@ -2,12 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lit_vlm.data.curation.step import Step, Verdict
+
+
+class Words(Mapping[int, str]):
+    """Number of a record → one of a few words: details of a verdict on many records, without a string for each.
+
+    Args:
+        indices: ascending numbers of records: `[k]`.
+        numbers: number of each one's word: `[k]`.
+        words: the words.
+    """
+
+    def __init__(self, indices: NDArray[np.int64], numbers: NDArray[np.integer], words: Sequence[str]) -> None:
+        self._indices, self._numbers, self._words = indices, numbers, words
+
+    def __getitem__(self, index: int) -> str:
+        at = int(np.searchsorted(self._indices, index))
+        if at == len(self._indices) or self._indices[at] != index:
+            raise KeyError(index)
+        return self._words[self._numbers[at]]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._indices.tolist())
+
+    def __len__(self) -> int:
+        return len(self._indices)
 
 
 def first_of(

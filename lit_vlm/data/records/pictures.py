@@ -208,6 +208,8 @@ def _opened(image: Image, folder: Path) -> Iterator[PILImage.Image]:
                 yield opened
     except PILImage.DecompressionBombError as error:
         raise RecordError("too_large", f"{name}: {error}") from error
+    except PILImage.UnidentifiedImageError as error:  # whose message holds an address in memory
+        raise RecordError("corrupt_image", f"{name}: cannot identify image file") from error
     except UNREADABLE as error:
         if isinstance(error, RecordError):
             raise
