@@ -4,6 +4,7 @@ Layout of the result, besides the files of a converted set (`lit_vlm.data.source
 
 - `curation.json`: sources, steps with their settings, and counts; it is written last;
 - `dropped.parquet`: a row for each record that was left out, with the step, the reason and the value;
+- `lists/`: what steps list besides, such as the questions of benchmarks whose pictures were found;
 - `sheets/`: for each step a picture of some that it dropped beside some that it kept.
 """
 
@@ -39,6 +40,7 @@ from lit_vlm.data.sources.base import Source
 REPORT = "curation.json"
 DROPPED = "dropped.parquet"
 SHEETS = "sheets"
+LISTS = "lists"
 KEPT = "kept.npy"
 VERSION = 1
 
@@ -107,7 +109,8 @@ def curate(curation: Curation, out: Path, measures: Path, workers: int = 0, plac
         ) from error
     with held(measures / f"decided-{key}.lease", "writes the report"):
         if not (out / REPORT).is_file():
-            shutil.copytree(decided / SHEETS, out / SHEETS, dirs_exist_ok=True)
+            for name in (SHEETS, LISTS):
+                shutil.copytree(decided / name, out / name, dirs_exist_ok=True)
             write_whole(out / DROPPED, lambda file: shutil.copyfile(decided / DROPPED, file))
             report = {**read_json(decided / REPORT), "set": {"records": info.records, "fingerprint": info.fingerprint}}
             write_whole(out / REPORT, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
@@ -132,6 +135,7 @@ def _check_out(curation: Curation, out: Path, key: str) -> None:
 def _decide(curation: Curation, table: Table, against: Sequence[Table | None], folder: Path) -> None:
     """Write what is kept, what is dropped and why, the sheets and the report."""
     (folder / SHEETS).mkdir()
+    (folder / LISTS).mkdir()
     dropped, rows = Dropped(table), []
     if not len(table.readable):
         raise ValueError(
@@ -142,6 +146,7 @@ def _decide(curation: Curation, table: Table, against: Sequence[Table | None], f
         dropped.add(decided)
         file = folder / SHEETS / f"{decided.name.replace(' ', '-')}.png"
         draw_sheet(decided, curation.sources, file, np.random.default_rng([curation.seed, number]))
+        _write_lists(decided, folder / LISTS)
         rows.append(_row(decided, curation.steps[number - 1], table))
         kept = decided.kept
     dropped.write(folder / DROPPED)
@@ -163,6 +168,12 @@ def _decide(curation: Curation, table: Table, against: Sequence[Table | None], f
         "steps": rows,
     }
     write_whole(folder / REPORT, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+
+
+def _write_lists(decided: Decided, folder: Path) -> None:
+    for name, entries in decided.verdict.lists.items():
+        lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries]
+        write_whole(folder / f"{decided.name.replace(' ', '-')}-{name}.jsonl", "".join(lines))
 
 
 def _row(decided: Decided, step: Step, table: Table) -> dict[str, Any]:

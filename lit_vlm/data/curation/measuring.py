@@ -12,8 +12,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Dataset
 
 from lit_vlm.core.written import write_whole
+from lit_vlm.data.curation.device import DeviceMeasure
 from lit_vlm.data.curation.step import Measure, Sample, identity
 from lit_vlm.data.curation.table import RECORD_SCHEMA, RECORDS, Table, file_of, schema_of, to_arrow
 from lit_vlm.data.records import RecordError, Videos
@@ -33,40 +36,57 @@ VERSION = 1
 
 
 @dataclass(frozen=True)
-class _MeasureBlock:
-    """Measures one block of the records of all sources, and writes a file for each measure.
+class _Batch:
+    """A batch of records as a process that decodes leaves it.
+
+    Attributes:
+        read: which of them could be read: `[n]`.
+        rows: number of rows of each measure.
+        values: of each measure, what `DeviceMeasure.ready` gave, or its columns; None without rows.
+    """
+
+    read: NDArray[np.bool_]
+    rows: tuple[int, ...]
+    values: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class _Reader(Dataset[tuple[dict[str, list[Any]], list[_Batch]]]):
+    """A block's records in pieces of `BATCH`: their rows of `records.parquet`, and what is measured of them.
 
     Attributes:
         sources: the sources, one after the other.
         measures: what is measured.
+        block: which records.
     """
 
     sources: tuple[Source, ...]
     measures: tuple[Measure, ...]
+    block: Block
 
-    def __call__(self, block: Block, folder: Path) -> dict[str, Any]:
-        """Measure a block.
+    def __len__(self) -> int:
+        return -(-(self.block.end - self.block.start) // BATCH)
 
-        Returns:
-            number of records that cannot be read.
-        """
+    def __getitem__(self, piece: int) -> tuple[dict[str, list[Any]], list[_Batch]]:
+        start = self.block.start + piece * BATCH
         rows: dict[str, list[Any]] = {name: [] for name in RECORD_SCHEMA.names}
-        tables: dict[str, list[pa.Table]] = {file_of(measure): [] for measure in self.measures}
-        for batch in _batches(self._entries(block, rows)):
-            samples = [sample for sample in batch if sample is not None]
-            given = [self._measured(measure, batch, samples) for measure in self.measures]
-            for measure, table in zip(self.measures, given, strict=True):
-                tables[file_of(measure)].append(table)
-        pq.write_table(pa.Table.from_pydict(rows, RECORD_SCHEMA), folder / RECORDS)
-        for measure in self.measures:
-            whole = pa.concat_tables([schema_of(measure).empty_table(), *tables[file_of(measure)]])
-            pq.write_table(whole, folder / file_of(measure))
-        return {"unreadable": sum(reason != "" for reason in rows["reason"])}
+        entries = self._entries(range(start, min(start + BATCH, self.block.end)), rows)
+        return rows, [self._ready(batch) for batch in _batches(entries)]
 
-    def _entries(self, block: Block, rows: dict[str, list[Any]]) -> Iterator[tuple[int, Sample | None]]:
+    def _ready(self, batch: Sequence[Sample | None]) -> _Batch:
+        samples = [sample for sample in batch if sample is not None]
+        pictures = sum(len(sample.pictures) for sample in samples)
+        counts = tuple(len(samples) if measure.level == "record" else pictures for measure in self.measures)
+        values = [
+            None if not count else measure.ready(samples) if isinstance(measure, DeviceMeasure) else measure(samples)
+            for measure, count in zip(self.measures, counts, strict=True)
+        ]
+        return _Batch(np.array([sample is not None for sample in batch]), counts, tuple(values))
+
+    def _entries(self, indices: Sequence[int], rows: dict[str, list[Any]]) -> Iterator[tuple[int, Sample | None]]:
         """(number of the source, the record or None where it cannot be read); each leaves a row in `rows`."""
         ends = np.cumsum([len(source) for source in self.sources])
-        for index in range(block.start, block.end):
+        for index in indices:
             which = int(np.searchsorted(ends, index, side="right"))
             local = index - int(ends[which]) + len(self.sources[which])
             name, reason, detail, sample = str(local), "", "", None
@@ -83,24 +103,61 @@ class _MeasureBlock:
                 rows[key].append(value)
             yield which, sample
 
-    def _measured(self, measure: Measure, batch: Sequence[Sample | None], samples: Sequence[Sample]) -> pa.Table:
-        """The rows of a batch; those of records that cannot be read are zeros."""
-        pictures = sum(len(sample.pictures) for sample in samples)
-        rows = len(samples) if measure.level == "record" else pictures
-        if not rows:
-            empty = {name: np.zeros((0, *np.dtype(k).shape), np.dtype(k).base) for name, k in measure.columns.items()}
-            found = empty
-        else:
-            found = dict(measure(samples))
-        table = to_arrow(measure, found, rows)
-        if measure.level == "picture" or len(samples) == len(batch):
-            return table
-        read = np.array([sample is not None for sample in batch])
-        blank = {
-            name: np.zeros((1, *np.dtype(kind).shape), np.dtype(kind).base) for name, kind in measure.columns.items()
-        }
-        table = pa.concat_tables([table, to_arrow(measure, blank, 1)]).combine_chunks()
-        return table.take(pa.array(np.where(read, np.cumsum(read) - 1, rows)))
+
+@dataclass(frozen=True)
+class _MeasureBlock:
+    """Measures one block of the records of all sources, and writes a file for each measure.
+
+    Attributes:
+        sources: the sources, one after the other.
+        measures: what is measured.
+        readers: processes that decode while this one computes; 0 decodes in this one.
+    """
+
+    sources: tuple[Source, ...]
+    measures: tuple[Measure, ...]
+    readers: int
+
+    def __call__(self, block: Block, folder: Path) -> dict[str, Any]:
+        """Measure a block.
+
+        Returns:
+            number of records that cannot be read.
+        """
+        rows: dict[str, list[Any]] = {name: [] for name in RECORD_SCHEMA.names}
+        tables = [[schema_of(measure).empty_table()] for measure in self.measures]
+        reader = _Reader(self.sources, self.measures, block)
+        readers = min(self.readers, len(reader))
+        for own, batches in DataLoader(reader, batch_size=None, num_workers=readers, collate_fn=_as_it_is):
+            for name, values in own.items():
+                rows[name] += values
+            for batch in batches:
+                for measure, table, count, value in zip(self.measures, tables, batch.rows, batch.values, strict=True):
+                    table.append(_measured(measure, batch.read, count, value))
+        pq.write_table(pa.Table.from_pydict(rows, RECORD_SCHEMA), folder / RECORDS)
+        for measure, table in zip(self.measures, tables, strict=True):
+            pq.write_table(pa.concat_tables(table), folder / file_of(measure))
+        return {"unreadable": sum(reason != "" for reason in rows["reason"])}
+
+
+def _as_it_is(item: Any) -> Any:
+    return item
+
+
+def _measured(measure: Measure, read: NDArray[np.bool_], rows: int, value: Any) -> pa.Table:
+    """The rows of a batch; those of records that cannot be read are zeros."""
+    found = _blank(measure, 0) if value is None else value
+    if isinstance(measure, DeviceMeasure) and value is not None:
+        found = measure.compute(value)
+    table = to_arrow(measure, found, rows)
+    if measure.level == "picture" or read.all():
+        return table
+    table = pa.concat_tables([table, to_arrow(measure, _blank(measure, 1), 1)]).combine_chunks()
+    return table.take(pa.array(np.where(read, np.cumsum(read) - 1, rows)))
+
+
+def _blank(measure: Measure, rows: int) -> dict[str, NDArray[Any]]:
+    return {name: np.zeros((rows, *np.dtype(k).shape), np.dtype(k).base) for name, k in measure.columns.items()}
 
 
 def _batches(entries: Iterator[tuple[int, Sample | None]]) -> Iterator[list[Sample | None]]:
@@ -163,7 +220,10 @@ def _measure(
     blocks = blocks_of(total, size)
     if not (out / DONE).is_file():
         title = f"measuring {', '.join(source.name for source in sources)}"
-        run_blocks(blocks, _MeasureBlock(sources, measures), out, title, workers, place)
+        # A model is held by this process alone, and the workers decode for it.
+        held = any(isinstance(measure, DeviceMeasure) for measure in measures)
+        work = _MeasureBlock(sources, measures, workers if held else 0)
+        run_blocks(blocks, work, out, title, 0 if held else workers, place)
     finish_once(out, DONE, lambda: _merge(blocks, measures, out))
 
 

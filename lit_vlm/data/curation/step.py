@@ -142,6 +142,8 @@ class Verdict:
         values: what was decided on, to be shown and written down; NaN where there is no number: `[c]`.
         label: what the values are, with their unit.
         details: number of a record that is dropped → what else is to be said of it, such as the record that it repeats.
+        lists: name → rows of a list that is written beside the report, such as the questions of benchmarks that were
+            found.
     """
 
     codes: NDArray[np.int8]
@@ -149,6 +151,7 @@ class Verdict:
     values: NDArray[np.float64]
     label: str
     details: Mapping[int, str] = field(default_factory=dict)
+    lists: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
 
 
 class Step(_Keyed, ABC):
