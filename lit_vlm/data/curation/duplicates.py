@@ -15,7 +15,7 @@ from lit_vlm.data.curation.hashes import content_hash, perceptual_hash, pixel_ha
 from lit_vlm.data.curation.neighbours import Rows
 from lit_vlm.data.curation.rows import picture_rows
 from lit_vlm.data.curation.step import Measure, Measured, Sample, Step, Verdict
-from lit_vlm.data.sets.forms import open_source
+from lit_vlm.data.given import open_path
 from lit_vlm.data.sources import Source
 
 CODE = "code"
@@ -77,7 +77,7 @@ class Duplicates(Step):
 
     Args:
         compared: the measure of pictures that is compared; its only column is codes or vectors.
-        against: benchmarks, as files or folders that `lit-vlm data convert` reads, or as sources.
+        against: benchmarks: paths of files, folders or converted sets, or sources.
         same_text: whether records are duplicates only if their texts are equal, too: different questions about one
             picture then stay. Pictures of benchmarks are found whatever the text.
 
@@ -87,7 +87,8 @@ class Duplicates(Step):
 
     def __init__(self, compared: Measure, against: Sequence[str | Source] = (), same_text: bool = False) -> None:
         self._compared = compared
-        self.benchmarks = [one if isinstance(one, Source) else open_source(one, advice=ADVICE) for one in against]
+        self.benchmarks = [one if isinstance(one, Source) else open_path(one, ADVICE) for one in against]
+        _refuse_equal(self.benchmarks)
         self.same_text = same_text
 
     @abstractmethod
@@ -114,7 +115,7 @@ class Duplicates(Step):
         rows, owners = picture_rows(table, candidates)
         details: dict[int, str] = {}
         lists: dict[str, list[dict[str, str]]] = {}
-        if against is not None:
+        if against is not None and against.offsets[-1]:
             places, pictures = self.matches(table, rows, against)
             codes[owners[places]] = 1
             details, lists["questions"] = _questions(table, candidates[owners[places]], against, pictures)
@@ -128,6 +129,15 @@ class Duplicates(Step):
         codes[clean[again]] = 2
         details |= _repeats(table, candidates[clean[again]], candidates[clean[of[again]]])
         return Verdict(codes, REASONS, np.full(len(candidates), np.nan), "value", details, lists)
+
+
+def _refuse_equal(benchmarks: Sequence[Source]) -> None:
+    names = [source.name for source in benchmarks]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(
+            f"two benchmarks have the name '{twice[0]}', by which their questions are listed: give one as class_path "
+            "and init_args, with a name"
+        )
 
 
 def _by_record(groups: Rows, owners: Rows, count: int) -> list[list[Any]]:

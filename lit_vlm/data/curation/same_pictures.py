@@ -27,7 +27,7 @@ class ExactDuplicates(Duplicates):
 
     Args:
         by: `content`: the encoded bytes are the same. `pixels`: they decode to the same pixels.
-        against: benchmarks, as files or folders that `lit-vlm data convert` reads, or as sources.
+        against: benchmarks: paths of files, folders or converted sets, or sources.
         same_text: whether records are duplicates only if their texts are equal, too.
     """
 
@@ -60,7 +60,7 @@ class PerceptualDuplicates(Duplicates):
         radius: most bits that differ.
         bits: of a hash, the square of a multiple of 4: 64, 144 or 256. More tell pictures apart that share their
             composition.
-        against: benchmarks, as files or folders that `lit-vlm data convert` reads, or as sources.
+        against: benchmarks: paths of files, folders or converted sets, or sources.
         same_text: whether records are duplicates only if their texts are equal, too.
     """
 
@@ -113,7 +113,7 @@ class EmbeddingDuplicates(Duplicates):
         cells: number of cells into which the space is divided by k-means, of which `probes` are searched for each
             picture; 0 compares with all that stay, which is exact and takes a time that grows with the square.
         probes: cells that are searched.
-        against: benchmarks, as files or folders that `lit-vlm data convert` reads, or as sources.
+        against: benchmarks: paths of files, folders or converted sets, or sources.
         same_text: whether records are duplicates only if their texts are equal, too.
     """
 
