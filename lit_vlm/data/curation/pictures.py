@@ -6,8 +6,8 @@ A record is dropped if any of its pictures fails; records without pictures stay.
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -155,17 +155,13 @@ class Format(Step):
         )
 
 
-class Classifier(Protocol):
-    """Scores pictures: for watermarks, looks, safety. Written outside the kit, and named by its class path.
+Classifier = Callable[[list[PILImage.Image]], Sequence[float]]
+"""Scores RGB pictures, one finite number for each: for watermarks, looks, safety. An object of a class from outside.
 
-    Public attributes are its settings, and are written down. What it loads belongs into attributes that begin with an
-    underscore, and is loaded at the first call: the object is sent to worker processes, and its scores are kept by
-    class and settings, so that new weights need a setting that names them.
-    """
-
-    def __call__(self, pictures: list[PILImage.Image]) -> Sequence[float]:
-        """One finite number for each RGB picture."""
-        ...
+Public attributes of the object are its settings, and are written down. What it loads belongs into attributes that
+begin with an underscore, and is loaded at the first call: the object is sent to worker processes, and its scores are
+kept by class and settings, so that new weights need a setting that names them.
+"""
 
 
 class PictureScore(Measure):
@@ -183,7 +179,7 @@ class PictureScore(Measure):
     @property
     def columns(self) -> Mapping[str, np.dtype[Any]]:
         """`score`."""
-        return {"score": np.dtype(np.float32)}
+        return {"score": np.dtype(np.float64)}
 
     def __call__(self, samples: Sequence[Sample]) -> Mapping[str, NDArray[Any]]:
         """Scores of all pictures: `[p]`.
@@ -192,7 +188,7 @@ class PictureScore(Measure):
             ValueError: for scores that are not one finite number per picture.
         """
         pictures = [picture for sample in samples for picture in sample.pictures]
-        scores = np.asarray(self.classifier(pictures), np.float32)
+        scores = np.asarray(self.classifier(pictures), np.float64)
         if scores.shape != (len(pictures),) or not np.isfinite(scores).all():
             raise ValueError(
                 f"{type(self.classifier).__name__} gives scores {list(scores.shape)} for {len(pictures)} pictures; "

@@ -43,7 +43,7 @@ class TextLength(Measure):
     def columns(self) -> Mapping[str, np.dtype[Any]]:
         """`words`, `characters` and `repetition`."""
         whole = np.dtype(np.int32)
-        return {"words": whole, "characters": whole, "repetition": np.dtype(np.float32)}
+        return {"words": whole, "characters": whole, "repetition": np.dtype(np.float64)}
 
     def __call__(self, samples: Sequence[Sample]) -> Mapping[str, NDArray[Any]]:
         """Lengths of all records: `[n]` each."""
@@ -59,7 +59,7 @@ class TextLength(Measure):
 def repetition(words: Sequence[str]) -> float:
     """Share of sequences of four words that occurred before, 0 to 1 (seq-rep-4)."""
     grams = [tuple(words[i : i + GRAM]) for i in range(len(words) - GRAM + 1)]
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+    return (len(grams) - len(set(grams))) / len(grams) if grams else 0.0
 
 
 class TextLanguage(Measure):

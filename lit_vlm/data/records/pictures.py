@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-from PIL import ExifTags
+from PIL import ExifTags, UnidentifiedImageError
 from PIL import Image as PILImage
 
 from lit_vlm.data.records.png import without_notes
@@ -208,7 +208,7 @@ def _opened(image: Image, folder: Path) -> Iterator[PILImage.Image]:
                 yield opened
     except PILImage.DecompressionBombError as error:
         raise RecordError("too_large", f"{name}: {error}") from error
-    except PILImage.UnidentifiedImageError as error:  # whose message holds an address in memory
+    except UnidentifiedImageError as error:  # whose message holds an address in memory
         raise RecordError("corrupt_image", f"{name}: cannot identify image file") from error
     except UNREADABLE as error:
         if isinstance(error, RecordError):
