@@ -57,9 +57,13 @@ class DualEncoder:
         """Where it computes."""
         return torch.device(self._device)
 
-    @cached_property
+    @property
     def width(self) -> int:
         """Length of its vectors; loads the model."""
+        return self._width
+
+    @cached_property
+    def _width(self) -> int:
         return self.embed(self.text_inputs([""])).shape[1]
 
     def picture_inputs(self, pictures: Sequence[PILImage.Image]) -> Inputs:
