@@ -83,7 +83,9 @@ def test_similarity_is_the_mean_cosine_of_pictures_and_text(encoder: DualEncoder
     assert verdict.codes[-2:].tolist() == [0, 2]  # nothing to compare stays; a picture without a text does not
     assert verdict.reasons == ("low_similarity", "no_text")
     some = np.array([3, 11, 48, 49, 50])
-    np.testing.assert_array_equal(decided(Similarity(encoder, threshold=threshold), table, some).codes, verdict.codes[some])
+    np.testing.assert_array_equal(
+        decided(Similarity(encoder, threshold=threshold), table, some).codes, verdict.codes[some]
+    )
 
 
 @pytest.mark.parametrize("top", [1, 5, 9, 40])
