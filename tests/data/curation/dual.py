@@ -67,7 +67,9 @@ def _tokenizer(begin: str, end: str, inputs: list[str]) -> PreTrainedTokenizerFa
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator(["a red circle", "a blue square"], trainer)
     around = f"{begin} $A {end}".strip()
     numbers = [(token, special.index(token)) for token in (begin, end) if token]

@@ -26,7 +26,9 @@ TEXTS = ["a red circle", "", "a blue square " * 20, "a red circle"]
 @pytest.fixture(scope="module")
 def pictures() -> list[PILImage.Image]:
     rng = np.random.default_rng(0)
-    return [PILImage.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)) for h, w in ((40, 28), (28, 50), (9, 9))]
+    return [
+        PILImage.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)) for h, w in ((40, 28), (28, 50), (9, 9))
+    ]
 
 
 @pytest.mark.parametrize(("save", "kind", "processor"), KINDS)
@@ -93,7 +95,9 @@ def _rename_weights(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
-@pytest.mark.parametrize(("spoil", "message"), [(_cut_weights, "cannot be read"), (_rename_weights, "lacks 16 weights")])
+@pytest.mark.parametrize(
+    ("spoil", "message"), [(_cut_weights, "cannot be read"), (_rename_weights, "lacks 16 weights")]
+)
 def test_a_damaged_model_is_refused_by_name(spoil: Callable[[Path], None], message: str, tmp_path: Path) -> None:
     name = save_clip(tmp_path / "model")
     spoil(tmp_path / "model")
