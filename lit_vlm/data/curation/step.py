@@ -8,6 +8,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -59,8 +60,14 @@ def _settings(thing: Any) -> Any:
         raise ValueError(
             f"a {type(thing).__name__} is no setting that can be written down: begin the attribute's name with _"
         )
-    settings = {key: _settings(value) for key, value in vars(thing).items() if not key.startswith("_")}
+    # A cached property stands among the attributes once it was asked for, and is no setting.
+    public = [key for key in vars(thing) if key[0] != "_" and not isinstance(_of_class(thing, key), cached_property)]
+    settings = {key: _settings(getattr(thing, key)) for key in public}
     return {"class": f"{type(thing).__module__}.{type(thing).__qualname__}", **settings}
+
+
+def _of_class(thing: Any, name: str) -> object:
+    return inspect.getattr_static(type(thing), name, None)
 
 
 class _Keyed:
