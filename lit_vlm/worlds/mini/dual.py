@@ -58,7 +58,7 @@ def save_processor(folder: Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def train_dual(folder: Path, steps: int = 500, batch: int = 128, scenes: int = 8000) -> None:
+def train_dual(folder: Path, steps: int = 300, batch: int = 128, scenes: int = 8000) -> None:
     """Train what turns the features of `made:scenes-vit` into a vector, and the text encoder, with SigLIP's loss.
 
     Args:

@@ -149,8 +149,9 @@ def test_centres_are_the_same_for_the_same_seed_and_any_number_of_threads() -> N
         faiss.omp_set_num_threads(threads)
     assert not np.array_equal(one, find_centres(vectors, 12, 10, seed=4))
     np.testing.assert_allclose(np.linalg.norm(one, axis=1), 1, atol=1e-5)
-    # Of so well separated blobs nearly every vector is close to a centre.
-    assert np.median(assign(vectors, one)[1]) > 0.9
+    assert assign(vectors, one)[1].mean() > assign(vectors, vectors[:12])[1].mean() + 0.02
+    more = find_centres(vectors, 60, 10, seed=3)  # enough for each of the twelve blobs to have one
+    assert np.quantile(assign(vectors, more)[1], 0.01) > 0.95
 
 
 def test_vectors_are_assigned_to_the_nearest_centre(monkeypatch: pytest.MonkeyPatch) -> None:
