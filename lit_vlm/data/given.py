@@ -68,11 +68,24 @@ def _named(name: str, given: Source | DataPath, key: str) -> Source:
 
 def _opened(given: DataPath, key: str) -> Source:
     """The source that reads a path: a converted set, or files as `lit-vlm data convert` would read them."""
-    path = os.path.expanduser(given.path)
-    if ":" in path.split("/", 1)[0] or (Path(path) / INFO).is_file():
-        return Converted(path)
     named = key if key.count(".") > 1 else f"{key}.NAME"
     try:
-        return open_source(path, advice=f"name its reader, as in --{named} LlavaJson --{named}.path {path}")
+        return open_path(given.path, f"name its reader, as in --{named} LlavaJson --{named}.path {given.path}")
     except ValueError as error:
         raise ValueError(f"{key}: {error}") from error
+
+
+def open_path(path: str, advice: str) -> Source:
+    """The source that reads a path: a converted set, or files as `lit-vlm data convert` would read them.
+
+    Args:
+        path: of a file or folder, or the address of a converted set.
+        advice: how to name the reader, for the error.
+
+    Raises:
+        ValueError: as `Converted` and `open_source`.
+    """
+    path = os.path.expanduser(path)
+    if ":" in path.split("/", 1)[0] or (Path(path) / INFO).is_file():
+        return Converted(path)
+    return open_source(path, advice=advice)

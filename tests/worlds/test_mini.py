@@ -15,9 +15,11 @@ from lit_vlm.checkpoints.weights import read_state
 from lit_vlm.core.cache import held
 from lit_vlm.core.precision import DTYPES
 from lit_vlm.core.pretrained import load_weights, resolve
+from lit_vlm.data.curation import DualEncoder
+from lit_vlm.data.records import open_image
 from lit_vlm.encoders import HFEncoder, NaFlexEncoder, TimmEncoder
 from lit_vlm.worlds import mini
-from lit_vlm.worlds.mini import decoder, encoders
+from lit_vlm.worlds.mini import decoder, dual, encoders
 from lit_vlm.worlds.scenes import QUESTION_KINDS, Look, Scenes, sample_scene
 from lit_vlm.worlds.scenes.world import COLOURS, SHAPES, SIZES
 from tests.encoders.families import FAMILIES, encoder_of
@@ -29,15 +31,37 @@ from tests.runs import environment
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache with all parts after two steps."""
     folder = tmp_path_factory.mktemp("cache")
-    text, encoder, classes, vit, naflex = (folder / f"{name}-{version}" for name, version in mini.PARTS.items())
-    for part in (text, encoder, classes, vit, naflex):
+    folders = [folder / f"{name}-{version}" for name, version in mini.PARTS.items()]
+    for part in folders:
         part.mkdir()
+    text, encoder, classes, vit, naflex, siglip = folders
     decoder.train_decoder(text, steps=2, rows=2, documents=20)
     encoders.train_encoder(encoder, steps=2, batch=4)
     encoders.train_encoder(classes, steps=2, batch=4, classes_only=True)
     encoders.train_vit(vit, steps=2, batch=4)
     encoders.train_vit(naflex, encoders.NAFLEX, steps=2, batch=4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LIT_VLM_CACHE", str(folder))
+        dual.train_dual(siglip, steps=2, batch=4, scenes=8)
     return folder
+
+
+def test_the_dual_encoder_reads_scenes_and_descriptions(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIT_VLM_CACHE", str(cache))
+    encoder, scenes = DualEncoder("made:scenes-siglip"), Scenes("captions", 3)
+    texts = [scenes.outline(index).messages[-1].text for index in range(3)]
+    inputs = encoder.text_inputs(texts)
+    assert set(inputs) == {"input_ids"}
+    assert inputs["input_ids"].shape == (3, dual.LENGTH)
+    pictures = [open_image(scenes.record(index).images[0], Path()) for index in range(3)]
+    seen = encoder.picture_inputs(pictures)["pixel_values"]
+    wanted = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).permute(0, 3, 1, 2)
+    torch.testing.assert_close(seen, wanted / 127.5 - 1, atol=1e-5, rtol=0)  # as its training sees them
+    assert encoder.embed(encoder.picture_inputs(pictures)).shape == encoder.embed(inputs).shape == (3, encoder.width)
+    # The vision transformer is that of the other part, and only its head is new.
+    trunk = load_weights(resolve("made:scenes-vit") + "/model.safetensors")
+    own = load_weights(resolve("made:scenes-siglip") + "/model.safetensors")
+    assert all(torch.equal(own[f"vision_model.{name}"], value) for name, value in trunk.items())
 
 
 def test_parts_are_found_by_name(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from lit_vlm.data.sets.engine import HERE, Engine, paths_of
 from lit_vlm.data.sets.parallel import Block, blocks_of
 from lit_vlm.data.sets.shards import block_folder, claim, merge, read_block
 from lit_vlm.data.sets.shared import finish_once, run_blocks
-from lit_vlm.data.sets.writer import BlockWriter, verified
+from lit_vlm.data.sets.writer import MIN_SIDE, BlockWriter, verified
 from lit_vlm.data.sources.base import Source, describe
 from lit_vlm.data.sources.converted import INFO, RECORDS, VERSION, SetInfo
 
@@ -67,9 +67,8 @@ class ConvertBlock:
                 record = self.source.record(index)
                 identity = record.id
                 with Videos() as videos:
-                    images = [
-                        verified(image, self.source.image_folder, self.min_side, videos) for image in record.images
-                    ]
+                    read = (verified(i, self.source.image_folder, self.min_side, videos) for i in record.images)
+                    images = [(content, picture.size) for content, picture in read]
             except RecordError as error:
                 bad.append(BadSample(identity, self.source.name, error.reason, error.detail))
                 continue
@@ -82,7 +81,7 @@ def convert(
     out: Path,
     engine: Engine = HERE,
     max_bad_share: float = 0.05,
-    min_side: int = 4,
+    min_side: int = MIN_SIDE,
     tokenizer: str | None = None,
 ) -> SetInfo:
     """Convert a source to a set, alone or together with other tasks; one that was stopped goes on where it was.

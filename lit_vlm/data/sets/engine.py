@@ -60,6 +60,10 @@ class Engine(Protocol):
     def place(self) -> Place:
         """Of this process among those that were started together, as by srun."""
 
+    @property
+    def readers(self) -> int:
+        """Number of processes that may decode for each model."""
+
     def map(self, function: Callable[[Block], Any], blocks: Sequence[Block], needs: Sequence[str]) -> Iterator[Any]:
         """Yield the results of a function, in the order of the blocks.
 
@@ -102,6 +106,11 @@ class Local:
 
     workers: int = 0
     place: Place = ALONE
+
+    @property
+    def readers(self) -> int:
+        """The workers, shared out to the devices."""
+        return self.workers // len(own_devices(launch()))
 
     def map(self, function: Callable[[Block], Any], blocks: Sequence[Block], needs: Sequence[str]) -> Iterator[Any]:
         """As `Engine.map`; all paths are seen here."""

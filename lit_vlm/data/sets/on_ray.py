@@ -71,6 +71,11 @@ class OnRay:
     workers: int
     place: Place = ALONE
 
+    @property
+    def readers(self) -> int:
+        """The workers, shared out to the actors that hold a model."""
+        return self.workers // _for_models()[0]
+
     def map(self, function: Callable[[Block], Any], blocks: Sequence[Block], needs: Sequence[str]) -> Iterator[Any]:
         """As `Engine.map`."""
         done: dict[int, Any] = {}

@@ -99,9 +99,14 @@ def _kept(file: Path, records: int, columns: int) -> NDArray[np.int64] | None:
 
 
 def id_value(record: Record, source: Source) -> tuple[int]:
-    """62 bits of a hash of the record id, the same on every machine."""
-    identity = record.id.encode("utf-8", "surrogatepass")
-    return (int.from_bytes(hashlib.blake2b(identity, digest_size=8).digest(), "big") >> 2,)
+    """`id_hash` of the record id, as a measure."""
+    return (id_hash(record.id),)
+
+
+def id_hash(identity: str) -> int:
+    """62 bits of a hash of a record id, the same on every machine."""
+    content = identity.encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big") >> 2
 
 
 def modality_length(record: Record, source: Source) -> tuple[int]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from litdata.streaming.writer import BinaryWriter
+from PIL import Image as PILImage
 from transformers import AutoTokenizer
 
 from lit_vlm.core.batch import BadSample
@@ -18,6 +19,8 @@ from lit_vlm.data.sets.shards import CHUNK_BYTES
 from lit_vlm.data.sources.base import Source
 from lit_vlm.data.sources.converted import RECORDS, encode_record
 
+MIN_SIDE = 4
+"""Shortest side in pixels of an image that can be used, if nothing else is said."""
 Encoded = tuple[bytes, tuple[int, int]]
 """Encoded bytes and (width, height) in pixels of an image."""
 
@@ -77,8 +80,10 @@ class BlockWriter:
         return {**self._facts, "digest": self._digest.hexdigest(), "bad": [sample._asdict() for sample in bad]}
 
 
-def verified(image: Image, folder: Path, min_side: int, videos: Videos | None = None) -> Encoded:
-    """The bytes and size of an image that decodes as a whole.
+def verified(
+    image: Image, folder: Path, min_side: int = MIN_SIDE, videos: Videos | None = None
+) -> tuple[bytes, PILImage.Image]:
+    """The bytes of an image that decodes as a whole, and the picture: RGB, upright.
 
     Args:
         image: the image.
@@ -96,4 +101,4 @@ def verified(image: Image, folder: Path, min_side: int, videos: Videos | None = 
     picture = open_image(Image(path=image.path, data=content), folder)
     if min(picture.size) < min_side:
         raise RecordError("too_small", f"{name} has {picture.width}×{picture.height} pixels")
-    return content, picture.size
+    return content, picture

@@ -140,14 +140,14 @@ class _Questions(Dataset[_Asked]):
     def _question(self, record: Record, own: str, image: Image, chance: random.Random) -> _Question:
         if image.moment is not None:
             raise RecordError("video_frame", "it is a frame of a video; captions are of pictures")
-        content, size = verified(image, self.source.image_folder, self.settings.min_side)
+        content, picture = verified(image, self.source.image_folder, self.settings.min_side)
         prompt = Text(f"\n{chance.choice(self.settings.prompts)}")
-        turn = Message("user", (Image(data=content, size=size), prompt))
+        turn = Message("user", (Image(data=content, size=picture.size), prompt))
         old = (replace(one, content=tuple(p for p in one.content if isinstance(p, Text))) for one in record.messages)
         earlier = (*record.earlier, *(one for one in old if one.content))
         settings = self.settings
         sampling = Sampling(settings.max_tokens, settings.temperature, settings.top_p, chance.getrandbits(62))
-        return _Question(Record(own, self.source.name, (turn,), earlier=earlier), (content, size), sampling)
+        return _Question(Record(own, self.source.name, (turn,), earlier=earlier), (content, picture.size), sampling)
 
 
 @dataclass

@@ -4,7 +4,8 @@ They are trained on this machine when they are first asked for, each in some min
 kept in the cache. `made:scenes-decoder` has read the language of scenes. `made:scenes-encoder` sees what stands where,
 how large it is and how far away, `made:scenes-vit` the same as a vision transformer of SigLIP's kind,
 `made:scenes-naflex` as one of SigLIP 2's NaFlex kind, in pictures of any shape, and `made:scenes-classes-encoder` where
-something stands, its shape and its colour.
+something stands, its shape and its colour. `made:scenes-siglip` is a dual encoder of SigLIP's kind, which knows which
+descriptions fit which pictures.
 """
 
 from __future__ import annotations
@@ -18,9 +19,16 @@ from pathlib import Path
 from lit_vlm.core.cache import held
 from lit_vlm.core.children import PARENT
 
-PARTS = {"scenes-decoder": 4, "scenes-encoder": 1, "scenes-classes-encoder": 1, "scenes-vit": 1, "scenes-naflex": 1}
+PARTS = {
+    "scenes-decoder": 4,
+    "scenes-encoder": 1,
+    "scenes-classes-encoder": 1,
+    "scenes-vit": 1,
+    "scenes-naflex": 1,
+    "scenes-siglip": 1,
+}
 """Names of the parts, each with a version that goes up whenever its training gives other weights."""
-MODELS = ("scenes-decoder", "scenes-vit", "scenes-naflex")
+MODELS = ("scenes-decoder", "scenes-vit", "scenes-naflex", "scenes-siglip")
 """Parts that are whole models of transformers, with a configuration; the others are files of weights."""
 
 

@@ -14,6 +14,10 @@ if __name__ == "__main__":
         from lit_vlm.worlds.mini.decoder import save_tokenizer, train_decoder
 
         (train_decoder if goal == "weights" else save_tokenizer)(out)
+    elif part == "scenes-siglip":
+        from lit_vlm.worlds.mini.dual import save_processor, train_dual
+
+        (train_dual if goal == "weights" else save_processor)(out)
     else:
         from lit_vlm.worlds.mini.encoders import TRANSFORMERS, train_encoder, train_vit
 
