@@ -15,6 +15,7 @@ from PIL import Image as PILImage
 from torch import Tensor
 
 from lit_vlm.core.fetch import SETTINGS, WEIGHT_SUFFIXES
+from lit_vlm.core.launcher import launch
 from lit_vlm.core.pretrained import resolve
 
 Dtype = Literal["float32", "bfloat16"]
@@ -32,7 +33,7 @@ class DualEncoder:
             `get_text_features`.
         dtype: number format that it computes in.
         batch_size: pictures or texts that are computed at a time.
-        device: where it computes; default: a GPU if there is one.
+        device: where it computes, such as `cuda:1`; default: a GPU if there is one, for each task of a machine another.
 
     Attributes:
         digest: hash of its weights, configuration, tokenizer and preprocessing.
@@ -46,16 +47,17 @@ class DualEncoder:
             raise ValueError(f"dtype is {dtype!r}; it must be float32 or bfloat16")
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
-        self._name, self._batch_size = name, batch_size
-        self._device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self._name, self._batch_size, self._device = name, batch_size, device
         self._folder = Path(resolve(name))
         self.dtype = dtype
         self.digest = digest_of_folder(self._folder)
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
-        return torch.device(self._device)
+        """Where it computes: of several GPUs of a machine, each task of a launcher takes its own."""
+        if self._device is not None or not torch.cuda.is_available():
+            return torch.device(self._device or "cpu")
+        return torch.device("cuda", launch().local_rank % torch.cuda.device_count())
 
     @property
     def width(self) -> int:
@@ -128,7 +130,7 @@ class DualEncoder:
 
     @property
     def _model(self) -> Any:
-        return _loaded(self._name, self._folder, self.digest, self.dtype, self._device)
+        return _loaded(self._name, self._folder, self.digest, self.dtype, str(self.device))
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in ("_processor", "_config")}
