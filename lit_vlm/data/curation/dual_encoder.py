@@ -134,7 +134,7 @@ class DualEncoder:
 
     @property
     def _model(self) -> Any:
-        return _loaded(self._name, self._folder, self.digest, self.dtype, self._device)
+        return _loaded(self._name, self._folder, self.digest, self.dtype, str(self.device))
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in ("_processor", "_config")}

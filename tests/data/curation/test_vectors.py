@@ -211,3 +211,20 @@ def test_any_number_of_readers_gives_the_same_vectors(encoder: DualEncoder, tabl
     alone = measured(sources, Similarity(encoder, top=1).measures(), tmp_path)
     for measure in Similarity(encoder, top=1).measures():
         np.testing.assert_array_equal(alone.column(measure, "vector"), table.column(measure, "vector"))
+
+
+def test_vectors_are_computed_once_for_all_curations(
+    encoder: DualEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = measured([ONE], Similarity(encoder, top=1).measures(), tmp_path)
+    wanted = first.column(PictureEmbeddings(encoder), "vector")
+
+    def refuse(self: DualEncoder, pictures: object) -> None:
+        raise AssertionError("pictures are prepared again")
+
+    monkeypatch.setattr(DualEncoder, "picture_inputs", refuse)
+    other = DualEncoder(encoder._name, batch_size=7)
+    again = measured([ONE], Clusters(other, 4, nearest=1).measures(), tmp_path)
+    np.testing.assert_array_equal(again.column(PictureEmbeddings(other), "vector"), wanted)
+    with pytest.raises(AssertionError, match="prepared again"):
+        measured([TWO], Clusters(other, 4, nearest=1).measures(), tmp_path)
