@@ -1,14 +1,18 @@
-"""`python -m tests.benchmarks [step|loss|data|eve|exports|hovle|ola|plan|saves|videos|watched]`: print every ratio."""
+"""Print every ratio: `python -m tests.benchmarks`, or of some.
+
+`[step|loss|curation|data|eve|exports|hovle|ola|plan|saves|videos|watched]`
+"""
 
 from __future__ import annotations
 
 import sys
 
-from tests.benchmarks import data, eve, exports, hovle, loss, ola, plan, saves, step, videos, watched
+from tests.benchmarks import curation, data, eve, exports, hovle, loss, ola, plan, saves, step, videos, watched
 
 ALL = {
     "step": step.main,
     "loss": loss.main,
+    "curation": curation.main,
     "data": data.main,
     "eve": eve.main,
     "exports": exports.main,

@@ -120,11 +120,11 @@ class Duplicates(Step):
             codes[owners[places]] = 1
             details, lists["questions"] = _questions(table, candidates[owners[places]], against, pictures)
         clean, left = np.flatnonzero(codes == 0), np.flatnonzero(codes[owners] == 0)
-        shown = _by_record(self.groups(table, rows[left]), np.searchsorted(clean, owners[left]), len(clean))
+        groups, of_record = self.groups(table, rows[left]), np.searchsorted(clean, owners[left])
         if self.same_text:
-            texts = equal_groups(table.column(TextHash(), CODE)[candidates[clean]]).tolist()
-            shown = [[(group, text) for group in own] for own, text in zip(shown, texts, strict=True)]
-        of = repeated(shown)
+            texts = equal_groups(table.column(TextHash(), CODE)[candidates[clean]])
+            groups = np.unique(np.stack([groups, texts[of_record]]), axis=1, return_inverse=True)[1]
+        of = repeated(groups, of_record, len(clean))
         again = of != np.arange(len(clean))
         codes[clean[again]] = 2
         details |= _repeats(table, candidates[clean[again]], candidates[clean[of[again]]])
@@ -138,13 +138,6 @@ def _refuse_equal(benchmarks: Sequence[Source]) -> None:
             f"two benchmarks have the name '{twice[0]}', by which their questions are listed: give one as class_path "
             "and init_args, with a name"
         )
-
-
-def _by_record(groups: Rows, owners: Rows, count: int) -> list[list[Any]]:
-    """The groups of each record's pictures."""
-    ends = np.searchsorted(owners, np.arange(count + 1))
-    listed = groups.tolist()
-    return [listed[start:end] for start, end in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True)]
 
 
 def _names(table: Measured, records: Rows) -> dict[int, str]:

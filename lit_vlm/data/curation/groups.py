@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,18 +62,27 @@ def _first_near(near: NDArray[np.bool_]) -> Rows:
     return own
 
 
-def repeated(groups: Sequence[Sequence[Hashable]]) -> Rows:
+def repeated(groups: Rows, owners: Rows, count: int) -> Rows:
     """For each record the first one that stays and shows one of its pictures, if all of them are shown by such: `[n]`.
 
     A record that shows something new stays, and so does one without pictures: its number is its own.
 
     Args:
-        groups: for each record, the groups of its pictures.
+        groups: the group of each picture: `[p]`.
+        owners: the record of each picture, ascending: `[p]`.
+        count: n.
     """
-    shown: dict[Hashable, int] = {}
-    found = np.arange(len(groups))
-    for number, own in enumerate(groups):
-        if len(own) and all(group in shown for group in own):
+    found = np.arange(count)
+    if (np.diff(owners) > 0).all():  # one picture each: no record is needed to decide on another
+        _, first, which = np.unique(groups, return_index=True, return_inverse=True)
+        found[owners] = owners[first[which]]
+        return found
+    shown: dict[int, int] = {}
+    ends = np.flatnonzero(np.diff(owners, append=count)) + 1
+    listed, start = groups.tolist(), 0
+    for number, end in zip(owners[ends - 1].tolist(), ends.tolist(), strict=True):
+        own, start = listed[start:end], end
+        if all(group in shown for group in own):
             found[number] = shown[own[0]]
         else:
             for group in own:

@@ -110,8 +110,18 @@ def best_bands(bits: int, radius: int, expected: int) -> int:
 
 def hamming(left: Codes, right: Codes) -> NDArray[np.int64]:
     """Number of bits in which codes differ: `[n, bytes]`, `[m, bytes]` → `[n, m]`."""
-    differing = np.bitwise_count(left[:, None] ^ right[None])
-    return differing.sum(-1, dtype=np.int64)
+    one, other = _words(left), _words(right)
+    found = np.zeros((len(one), len(other)), np.int64)
+    for word in range(one.shape[1]):
+        found += np.bitwise_count(one[:, None, word] ^ other[None, :, word])
+    return found
+
+
+def _words(codes: Codes) -> NDArray[np.uint64]:
+    """The same codes in words of 64 bits, filled up with zeros, as these are compared eight times as fast."""
+    padded = np.zeros((len(codes), -(-codes.shape[1] // 8) * 8), np.uint8)
+    padded[:, : codes.shape[1]] = codes
+    return padded.view(np.uint64)
 
 
 class CosineIndex:

@@ -135,9 +135,27 @@ def test_rows_that_are_equal_lead_to_the_first() -> None:
     assert near_codes(codes[:0].repeat(4, 1), 3).tolist() == []
 
 
-def test_records_with_nothing_new_repeat_the_first_that_shows_it() -> None:
-    groups = [[7], [7, 8], [], [8], [8, 7], [9, 7], [9]]
-    assert repeated(groups).tolist() == [0, 1, 2, 1, 1, 5, 5]
+def shown_before(groups: list[list[int]]) -> list[int]:
+    first: dict[int, int] = {}
+    found = []
+    for number, own in enumerate(groups):
+        gone = bool(own) and set(own) <= set(first)
+        found.append(first[own[0]] if gone else number)
+        for group in [] if gone else own:
+            first.setdefault(group, number)
+    return found
+
+
+@pytest.mark.parametrize("most", [1, 3])
+def test_records_with_nothing_new_repeat_the_first_that_shows_it(most: int) -> None:
+    rng = np.random.default_rng(most)
+    groups = [rng.integers(0, 30, rng.integers(0, most + 1)).tolist() for _ in range(80)]
+    flat = np.array([group for own in groups for group in own], np.int64)
+    owners = np.repeat(np.arange(80), [len(own) for own in groups])
+    found = repeated(flat, owners, 80)
+    assert found.tolist() == shown_before(groups)
+    assert 0 < (found != np.arange(80)).sum() < 80
+    assert repeated(flat[:0], owners[:0], 3).tolist() == [0, 1, 2]
 
 
 def picture(seed: int, size: tuple[int, int] = (160, 120)) -> PILImage.Image:
