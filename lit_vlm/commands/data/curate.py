@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     """Curate, and say what each step dropped."""
     out = arguments.out
     curation, started = read_curation(arguments.file, STEPS), launch()
-    measures = arguments.measures or out.with_name(f"{out.name}.measures")
+    measures = arguments.measures or out.resolve().with_name(f"{out.resolve().name}.measures")
     with engine_of(arguments.on, arguments.workers) as engine:
         report = curate(curation, out, measures, engine)
     if not started.is_first:
