@@ -7,6 +7,7 @@ from pathlib import Path
 
 from jsonargparse.typing import register_type
 
+from lit_vlm.data.remote import SCHEMES, holds, is_address, parse_address
 from lit_vlm.data.sets.forms import open_source
 from lit_vlm.data.sources import Converted, Source
 from lit_vlm.data.sources.converted import INFO
@@ -67,12 +68,20 @@ def _named(name: str, given: Source | DataPath, key: str) -> Source:
 
 
 def _opened(given: DataPath, key: str) -> Source:
-    """The source that reads a path: a converted set, or files as `lit-vlm data convert` would read them."""
+    """The source that reads a path or address: a converted set, or files as `lit-vlm data convert` would read them."""
     path = os.path.expanduser(given.path)
-    if ":" in path.split("/", 1)[0] or (Path(path) / INFO).is_file():
-        return Converted(path)
     named = key if key.count(".") > 1 else f"{key}.NAME"
     try:
+        if _is_converted(path):
+            return Converted(path)
         return open_source(path, advice=f"name its reader, as in --{named} LlavaJson --{named}.path {path}")
     except ValueError as error:
         raise ValueError(f"{key}: {error}") from error
+
+
+def _is_converted(path: str) -> bool:
+    if not is_address(path):
+        return ":" in path.split("/", 1)[0] or (Path(path) / INFO).is_file()
+    scheme = path.partition("://")[0].lower()
+    # LitData reads converted sets from more kinds of storage than files are fetched from.
+    return scheme not in SCHEMES or holds(parse_address(path), INFO)

@@ -20,6 +20,7 @@ from lit_vlm.core.batch import BadSample
 from lit_vlm.core.pretrained import resolve
 from lit_vlm.data.records import Image, RecordError, Videos, image_bytes, open_image
 from lit_vlm.data.records.json_files import read_info
+from lit_vlm.data.remote import origin_of
 from lit_vlm.data.sets.parallel import Block, blocks_of
 from lit_vlm.data.sets.scan import id_value
 from lit_vlm.data.sets.shards import CHUNK_BYTES, block_folder, claim, merge, read_block
@@ -185,7 +186,12 @@ def _finish(source: Source, out: Path, blocks: Sequence[Block], max_bad_share: f
     info = SetInfo(
         version=VERSION,
         kit=lit_vlm.__version__,
-        source={"class": type(source).__name__, "name": source.name, "fingerprint": source.fingerprint()},
+        source={
+            "class": type(source).__name__,
+            "name": source.name,
+            "fingerprint": source.fingerprint(),
+            **({"address": address} if (address := origin_of(source.path or "")) else {}),
+        },
         fingerprint=hashlib.sha256("".join(part["digest"] for part in parts).encode()).hexdigest()[:16],
         records=sum(part["records"] for part in parts),
         images=sum(part["images"] for part in parts),
