@@ -7,12 +7,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from lit_vlm.data.remote.address import Address
-from lit_vlm.data.remote.bucket import Bucket
+from lit_vlm.data.remote.gcs import Gcs
 from lit_vlm.data.remote.hub import Card, Hub, Parts
+from lit_vlm.data.remote.s3 import S3
 from lit_vlm.data.remote.store import Entry, Listing, Store, retried
 from lit_vlm.data.remote.web import Web
 
-STORES: dict[str, type[Store]] = {"hf": Hub, "s3": Bucket, "gs": Bucket, "https": Web, "http": Web}
+STORES: dict[str, type[Store]] = {"hf": Hub, "s3": S3, "gs": Gcs, "https": Web, "http": Web}
 
 
 def store_of(address: Address) -> Store:
@@ -104,10 +105,9 @@ def holds(address: Address, name: str) -> bool:
         ValueError: in one line, where the place does not say.
     """
     path = f"{address.path}/{name}" if address.path else name
-    store = store_of(address.below(path))
-    if isinstance(store, Bucket):
-        return retried(lambda: store.entry() is not None, address)
-    if address.scheme != "hf" or address.config:
+    if address.scheme == "s3":  # a single object may be asked for where none may be listed
+        return retried(lambda: S3(address.below(path)).entry() is not None, address)
+    if address.scheme in ("https", "http") or address.config:
         return False
-    listing: Listing = retried(Hub(address).listing, address)
+    listing: Listing = retried(store_of(address).listing, address)
     return any(entry.path == path for entry in listing.entries)

@@ -100,7 +100,7 @@ class Store(ABC):
             Interrupted: where asking again may help.
         """
 
-    def is_sound(self, entry: Entry, found: str) -> bool:
+    def is_sound(self, entry: Entry) -> bool:
         """Whether a file whose content has another checksum than was listed is right all the same."""
         return False
 

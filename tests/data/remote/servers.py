@@ -70,7 +70,9 @@ class _Handler(BaseHTTPRequestHandler):
         if fault is None:
             status, headers, body = 503, {}, b"busy"
         else:
-            status, headers, body = self.server.answer(method, self.path, dict(self.headers))
+            status, headers, body = self.server.answer(
+                method, self.path, {k.title(): v for k, v in self.headers.items()}
+            )
         self.send_response(status)
         for key, value in {"Content-Length": str(len(body)), **headers}.items():
             self.send_header(key, value)
@@ -129,7 +131,7 @@ class DataHub(Server):
     def answer(self, method: str, path: str, headers: dict[str, str]) -> Answer:
         path = unquote(path).partition("?")[0]
         found = re.fullmatch(r"/(?:api/)?datasets/([^/]+/[^/]+)(?:/(revision|tree|resolve)/([^/]+)(?:/(.*))?)?", path)
-        token = headers.get("Authorization") or headers.get("authorization")
+        token = headers.get("Authorization")
         if token and token != f"Bearer {TOKEN}":
             return 401, {"X-Error-Message": "Invalid credentials in Authorization header"}, b"{}"
         if found is None or found[1] not in self.sets:
