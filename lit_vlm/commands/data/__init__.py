@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from lit_vlm.commands.data import check, convert, stats
+from lit_vlm.commands.data import check, convert, list_, stats
 
-VERBS = {"convert": convert, "check": check, "stats": stats}
+VERBS = {"list": list_, "convert": convert, "check": check, "stats": stats}
 
 
 def main(argv: Sequence[str]) -> None:
@@ -17,7 +17,7 @@ def main(argv: Sequence[str]) -> None:
         ValueError: for a source, shard or config that cannot be used.
     """
     parser = argparse.ArgumentParser(
-        prog="lit-vlm data", description="Convert, check and describe data.", allow_abbrev=False
+        prog="lit-vlm data", description="List, convert, check and describe data.", allow_abbrev=False
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar=" | ".join(VERBS))
     for verb in VERBS.values():

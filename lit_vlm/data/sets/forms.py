@@ -110,6 +110,16 @@ def recognise_address(address: str, advice: str = ADVICE) -> str:
     return form or _by_row(list_files(fetch(address, [".jsonl"]).path, [".jsonl"])[0], advice)
 
 
+def form_of_files(files: Sequence[str], path: str, advice: str = ADVICE) -> str | None:
+    """The form of a file, or of the files of a folder, by their endings; None where a first line says it.
+
+    Raises:
+        ValueError: when it is none of the known forms.
+    """
+    suffixes = {PurePosixPath(file).suffix.lower() for file in files}
+    return _of_file(suffixes.pop(), path, advice) if len(files) == 1 else _of_folder(suffixes, path, advice)
+
+
 def _of_folder(suffixes: set[str], path: str, advice: str) -> str | None:
     """The form of a folder by the endings of its files; None where the first line of a .jsonl file says it."""
     for suffix, form in ((".tar", "WebDataset"), (".parquet", "Parquet"), (".jsonl", None)):
@@ -131,7 +141,7 @@ def _of_file(suffix: str, path: str, advice: str) -> str | None:
 
 def _by_row(path: Path, advice: str) -> str:
     """The form of a .jsonl or .json file, by its first row."""
-    first = _first_row(path)
+    first = first_row(path)
     keys = set(first) if isinstance(first, dict) else set()
     held = {key for key in keys if not is_nothing(first[key])}
     if form := _form_of(held, keys) or _form_of(keys, keys):
@@ -178,7 +188,7 @@ def _caption_advice(row: Any) -> str:
     return f"; a picture with a caption is --form Captions --set image_column={image} --set caption_column={text}"
 
 
-def _first_row(path: Path) -> Any:
+def first_row(path: Path) -> Any:
     """The first line that is JSON, or the first entry of a list; None where there is none."""
     with path.open("rb") as file:
         head = file.read(HEAD).decode("utf-8-sig", errors="replace").lstrip()
