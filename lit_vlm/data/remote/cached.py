@@ -96,12 +96,13 @@ def _listed(note: Path, address: Address, endings: Sequence[str], whole: bool) -
 
     def ask() -> Any:
         try:
-            answer = asdict(choose(address, endings, whole))
+            found = choose(address, endings, whole)
         except Unreachable as error:
             if not last.is_file():
                 raise
             sys.stderr.write(f"{error}; what was fetched of it before is read\n")
             return json.loads(last.read_text())
+        answer = asdict(replace(found, address=replace(found.address, query="")))  # which may hold a secret
         write_whole(last, json.dumps(answer))
         return answer
 

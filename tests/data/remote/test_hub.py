@@ -58,7 +58,7 @@ def table(png: Callable[..., bytes], *captions: str, noise: int = 0) -> bytes:
         {
             "image": {"bytes": png(colour=(n, 0, 0)), "path": None},
             "caption": caption,
-            "id": random.Random(n).randbytes(noise).hex(),
+            "id": f"{n}{random.Random(n).randbytes(noise).hex()}",
         }
         for n, caption in enumerate(captions)
     ]

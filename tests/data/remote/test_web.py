@@ -33,10 +33,14 @@ def web(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Web]:
         yield server
 
 
-def test_a_file_is_read_by_its_reader(web: Web) -> None:
+def test_a_file_is_read_by_its_reader(web: Web, tmp_path: Path) -> None:
     source = open_source(f"{web.address}/data/talk%20me.json?key=secret")
     assert source.record(0).messages[-1].text == "!"
     assert source.name == "talk me"
+    assert all("key=secret" in path for path, _ in web.bodies())
+    kept = [file for file in (tmp_path / "cache").rglob("*") if file.is_file()]
+    assert kept
+    assert not [file for file in kept if b"secret" in file.read_bytes()]
     assert (
         origin_of(source.path or "") == f"{web.address}/data/talk me.json (revision {revision_of(source.path or '')})"
     )
