@@ -20,6 +20,7 @@ ROOMS = (
     SLOTS,
     ("model",),
     ("data.records",),
+    ("data.remote",),
     ("data.sources",),
     ("data.sample",),
     ("data.sets",),

@@ -151,8 +151,18 @@ def _once(name: str, kind: str, ask: Callable[[], Any]) -> Any:
         may_write = False
     if not may_write:  # a hub cache that is only read
         return ask()
-    with held(place / f"lit-vlm-{kind}.lease", f"fetches {name}"):
-        note = place / f"lit-vlm-{kind}.json"
+    return once(place / f"lit-vlm-{kind}.json", f"fetches {name}", ask)
+
+
+def once(note: Path, doing: str, ask: Callable[[], Any]) -> Any:
+    """The answer to a question, which one process asks for all that share a folder and run at the same time.
+
+    Args:
+        note: file in that folder, `.json`, that the answer is kept in.
+        doing: what the process does that asks, for the line of those that wait: "fetches some/model".
+        ask: gives an answer that JSON can hold, or raises a ValueError, which the others raise as well.
+    """
+    with held(note.with_suffix(".lease"), doing):
         answer = _noted(note)
         if answer is None:
             try:

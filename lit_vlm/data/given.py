@@ -7,6 +7,7 @@ from pathlib import Path
 
 from jsonargparse.typing import register_type
 
+from lit_vlm.data.remote import SCHEMES, holds, is_address, parse_address
 from lit_vlm.data.sets.forms import open_source
 from lit_vlm.data.sources import Converted, Source
 from lit_vlm.data.sources.converted import INFO
@@ -67,7 +68,7 @@ def _named(name: str, given: Source | DataPath, key: str) -> Source:
 
 
 def _opened(given: DataPath, key: str) -> Source:
-    """The source that reads a path: a converted set, or files as `lit-vlm data convert` would read them."""
+    """The source that reads a path or address: a converted set, or files as `lit-vlm data convert` would read them."""
     named = key if key.count(".") > 1 else f"{key}.NAME"
     try:
         return open_path(given.path, f"name its reader, as in --{named} LlavaJson --{named}.path {given.path}")
@@ -76,16 +77,22 @@ def _opened(given: DataPath, key: str) -> Source:
 
 
 def open_path(path: str, advice: str) -> Source:
-    """The source that reads a path: a converted set, or files as `lit-vlm data convert` would read them.
+    """The source that reads a path or address: a converted set, or files as `lit-vlm data convert` would read them.
 
     Args:
-        path: of a file or folder, or the address of a converted set.
+        path: of a file or folder, or an address.
         advice: how to name the reader, for the error.
 
     Raises:
         ValueError: as `Converted` and `open_source`.
     """
     path = os.path.expanduser(path)
-    if ":" in path.split("/", 1)[0] or (Path(path) / INFO).is_file():
-        return Converted(path)
-    return open_source(path, advice=advice)
+    return Converted(path) if _is_converted(path) else open_source(path, advice=advice)
+
+
+def _is_converted(path: str) -> bool:
+    if not is_address(path):
+        return ":" in path.split("/", 1)[0] or (Path(path) / INFO).is_file()
+    scheme = path.partition("://")[0].lower()
+    # LitData reads converted sets from more kinds of storage than files are fetched from.
+    return scheme not in SCHEMES or holds(parse_address(path), INFO)

@@ -5,9 +5,17 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from lit_vlm.commands.data import caption, check, convert, curate, stats, view
+from lit_vlm.commands.data import caption, check, convert, curate, list_, stats, view
 
-VERBS = {"convert": convert, "curate": curate, "caption": caption, "check": check, "stats": stats, "view": view}
+VERBS = {
+    "list": list_,
+    "convert": convert,
+    "curate": curate,
+    "caption": caption,
+    "check": check,
+    "stats": stats,
+    "view": view,
+}
 
 
 def main(argv: Sequence[str]) -> None:
@@ -17,7 +25,7 @@ def main(argv: Sequence[str]) -> None:
         ValueError: for a source, shard or config that cannot be used.
     """
     parser = argparse.ArgumentParser(
-        prog="lit-vlm data", description="Convert, curate, caption, check and describe data.", allow_abbrev=False
+        prog="lit-vlm data", description="List, convert, curate, caption, check and describe data.", allow_abbrev=False
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar=" | ".join(VERBS))
     for verb in VERBS.values():

@@ -18,11 +18,11 @@ from lit_vlm.core.devices import own_devices
 from lit_vlm.core.launcher import launch
 from lit_vlm.core.precision import choose
 from lit_vlm.core.pretrained import is_hub_name
+from lit_vlm.data.given import open_path
 from lit_vlm.data.records import Record
 from lit_vlm.data.sets.convert import TooManyBad
-from lit_vlm.data.sets.forms import open_source
+from lit_vlm.data.sets.forms import ADVICE, open_source
 from lit_vlm.data.sources import Converted, Source
-from lit_vlm.data.sources.converted import INFO
 
 if TYPE_CHECKING:
     from lit_vlm.evaluation.captioning import CaptionModel
@@ -137,9 +137,8 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
 
 
 def _source(arguments: argparse.Namespace) -> Source:
-    path = Path(arguments.set).expanduser()
-    if (path / INFO).is_file() and arguments.form is None and not arguments.settings:
-        return Converted(arguments.set)
+    if arguments.form is None and not arguments.settings:
+        return open_path(arguments.set, ADVICE)
     return open_source(arguments.set, arguments.form, arguments.settings)
 
 

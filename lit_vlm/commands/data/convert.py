@@ -30,7 +30,11 @@ def add(verbs: Any) -> None:
         "same command, and all that run it at the same time, as under srun, share the work.",
         epilog=f"Forms: {', '.join(FORMS)}. The form is recognised by the file's ending and its first lines.",
     )
-    parser.add_argument("source", metavar="SOURCE", help="a file or folder")
+    parser.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="a file or folder, or the address of one: hf://datasets/ORG/NAME, s3://, gs:// or https://",
+    )
     parser.add_argument("out", metavar="OUT", type=Path, help="folder of the new set")
     parser.add_argument(
         "--form", help="how to read SOURCE, if not as recognised: one of those below, or the class path of a source"

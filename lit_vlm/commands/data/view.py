@@ -14,10 +14,10 @@ from rich.console import Console
 from lit_vlm.commands.fit import lightning_cli, unlaunched
 from lit_vlm.core.launcher import launch
 from lit_vlm.data.feed.names import tell_apart
+from lit_vlm.data.given import open_path
 from lit_vlm.data.sample.encode import SampleEncoder
 from lit_vlm.data.sets.forms import FORMS, open_source
-from lit_vlm.data.sources import Converted, Source
-from lit_vlm.data.sources.converted import INFO
+from lit_vlm.data.sources import Source
 from lit_vlm.data.view.left_out import LeftOuts, beside
 from lit_vlm.data.view.measures import read_measures
 from lit_vlm.data.view.records import Records
@@ -79,10 +79,7 @@ def run(arguments: argparse.Namespace, config: Sequence[str]) -> None:
 
 
 def _opened(path: str, form: str | None, settings: Sequence[str]) -> Source:
-    remote = ":" in path.split("/", 1)[0]
-    if form is None and (remote or (Path(path) / INFO).is_file()):
-        return Converted(path)
-    return open_source(path, form, settings)
+    return open_source(path, form, settings) if form or settings else open_path(path, ADVICE)
 
 
 def _measures_of(path: str) -> Path | None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lit_vlm.core.metric_names import safe_name
+from lit_vlm.data.remote import place_of
 from lit_vlm.data.sources.base import Source
 
 LONGEST = 150
@@ -49,7 +50,7 @@ def tell_apart(sources: Sequence[Source], beside: Sequence[Source] = (), strictl
 
 def _rename(sources: Sequence[Source], taken: set[str]) -> None:
     """Give sources of one name new names, none of which is in `taken`."""
-    paths = [Path(os.path.abspath(source.path)) if source.path is not None else None for source in sources]
+    paths = [Path(os.path.abspath(place_of(source.path))) if source.path is not None else None for source in sources]
     deepest = max((len(path.parts) for path in paths if path is not None), default=1)
     for depth in range(1, deepest):
         labels = [

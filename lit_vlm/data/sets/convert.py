@@ -185,7 +185,11 @@ def finish_set(
     info = SetInfo(
         version=VERSION,
         kit=lit_vlm.__version__,
-        source={"class": type(source).__name__, "name": source.name, "fingerprint": source.fingerprint()},
+        source={
+            "class": type(source).__name__,
+            "name": source.name,
+            "fingerprint": source.fingerprint(),
+        },
         fingerprint=hashlib.sha256("".join(part["digest"] for part in parts).encode()).hexdigest()[:16],
         records=sum(part["records"] for part in parts),
         images=sum(part["images"] for part in parts),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from jsonargparse import ArgumentParser
@@ -13,6 +13,7 @@ from jsonargparse import ArgumentParser
 from lit_vlm.core.plugins import find_class
 from lit_vlm.data.records.files import list_files, walk
 from lit_vlm.data.records.media import IMAGE_SUFFIXES, is_nothing, unread_key
+from lit_vlm.data.remote import choose, fetch, is_address, parse_address
 from lit_vlm.data.sources import (
     Captions,
     ChatJsonl,
@@ -31,6 +32,14 @@ FORMS: dict[str, type[Source]] = {
     for form in (LlavaJson, LlavaVideo, ChatJsonl, Parquet, WebDataset, Mmc4, Texts, Captions, Pictures)
 }
 
+BY_SUFFIX = {
+    ".parquet": "Parquet",
+    ".tar": "WebDataset",
+    ".csv": "Captions",
+    ".tsv": "Captions",
+    ".txt": "Texts",
+}
+
 HEAD = 1 << 22
 """Bytes at the start of a JSON list in which its first entry is looked for."""
 ADVICE = "name its form with --form"
@@ -41,7 +50,7 @@ def open_source(path: str, form: str | None = None, settings: Sequence[str] = ()
     """Make the source that reads a path.
 
     Args:
-        path: a file or folder.
+        path: a file or folder, or the address of one; its files are fetched.
         form: class name, or the path of a `Source` with the argument `path`; recognised if not given.
         settings: further arguments of the class, each as `key=value`.
         advice: how to name the form, for the error.
@@ -49,9 +58,9 @@ def open_source(path: str, form: str | None = None, settings: Sequence[str] = ()
     Raises:
         ValueError: for a path that does not exist, a form that is not recognised, or an argument that it does not have.
     """
-    if not Path(path).exists():
+    if not is_address(path) and not Path(path).exists():
         raise ValueError(f"there is no {path}")
-    form = form or recognise(Path(path), advice)
+    form = form or (recognise_address(path, advice) if is_address(path) else recognise(Path(path), advice))
     kind = find_class(form, Source, FORMS, "--form")  # type: ignore[type-abstract]
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(kind, "source")
@@ -78,32 +87,61 @@ def recognise(path: Path, advice: str = ADVICE) -> str:
         ValueError: when it is none of the known forms.
     """
     if path.is_dir():
-        suffixes = {file.suffix.lower() for file in walk(path)}
-        for suffix, form in ((".tar", "WebDataset"), (".parquet", "Parquet")):
-            if suffix in suffixes:
-                return form
-        if ".jsonl" in suffixes:
-            return _by_row(list_files(path, [".jsonl"])[0], advice)
-        if suffixes & set(IMAGE_SUFFIXES):
-            return "Captions" if ".txt" in suffixes else "Pictures"
-        raise ValueError(f"{path} holds none of .tar, .parquet, .jsonl or images: {advice}")
-    by_suffix = {
-        ".parquet": "Parquet",
-        ".tar": "WebDataset",
-        ".csv": "Captions",
-        ".tsv": "Captions",
-        ".txt": "Texts",
-    }
-    if path.suffix.lower() in by_suffix:
-        return by_suffix[path.suffix.lower()]
-    if path.suffix.lower() in (".jsonl", ".json"):
-        return _by_row(path, advice)
-    raise ValueError(f"{path}: the ending '{path.suffix}' is not known: {advice}")
+        form = _of_folder({file.suffix.lower() for file in walk(path)}, str(path), advice)
+        return form or _by_row(list_files(path, [".jsonl"])[0], advice)
+    return _of_file(path.suffix.lower(), str(path), advice) or _by_row(path, advice)
+
+
+def recognise_address(address: str, advice: str = ADVICE) -> str:
+    """Class name of the source that reads an address; where that depends on a first line, the file is fetched for it.
+
+    Args:
+        address: of a file or folder, or of a data set of the hub.
+        advice: how to name the form, for the error.
+
+    Raises:
+        ValueError: when it is none of the known forms, or nothing that may be read.
+    """
+    chosen = choose(parse_address(address))
+    suffixes = {PurePosixPath(entry.path).suffix.lower() for entry in chosen.entries}
+    if len(chosen.entries) == 1 and chosen.at == chosen.entries[0].path:
+        return _of_file(suffixes.pop(), address, advice) or _by_row(fetch(address).path, advice)
+    form = _of_folder(suffixes, address, advice)
+    return form or _by_row(list_files(fetch(address, [".jsonl"]).path, [".jsonl"])[0], advice)
+
+
+def form_of_files(files: Sequence[str], path: str, advice: str = ADVICE) -> str | None:
+    """The form of a file, or of the files of a folder, by their endings; None where a first line says it.
+
+    Raises:
+        ValueError: when it is none of the known forms.
+    """
+    suffixes = {PurePosixPath(file).suffix.lower() for file in files}
+    return _of_file(suffixes.pop(), path, advice) if len(files) == 1 else _of_folder(suffixes, path, advice)
+
+
+def _of_folder(suffixes: set[str], path: str, advice: str) -> str | None:
+    """The form of a folder by the endings of its files; None where the first line of a .jsonl file says it."""
+    for suffix, form in ((".tar", "WebDataset"), (".parquet", "Parquet"), (".jsonl", None)):
+        if suffix in suffixes:
+            return form
+    if suffixes & set(IMAGE_SUFFIXES):
+        return "Captions" if ".txt" in suffixes else "Pictures"
+    raise ValueError(f"{path} holds none of .tar, .parquet, .jsonl or images: {advice}")
+
+
+def _of_file(suffix: str, path: str, advice: str) -> str | None:
+    """The form of a file by its ending; None where its first line says it."""
+    if suffix in (".jsonl", ".json"):
+        return None
+    if suffix in BY_SUFFIX:
+        return BY_SUFFIX[suffix]
+    raise ValueError(f"{path}: the ending '{suffix}' is not known: {advice}")
 
 
 def _by_row(path: Path, advice: str) -> str:
     """The form of a .jsonl or .json file, by its first row."""
-    first = _first_row(path)
+    first = first_row(path)
     keys = set(first) if isinstance(first, dict) else set()
     held = {key for key in keys if not is_nothing(first[key])}
     if form := _form_of(held, keys) or _form_of(keys, keys):
@@ -150,7 +188,7 @@ def _caption_advice(row: Any) -> str:
     return f"; a picture with a caption is --form Captions --set image_column={image} --set caption_column={text}"
 
 
-def _first_row(path: Path) -> Any:
+def first_row(path: Path) -> Any:
     """The first line that is JSON, or the first entry of a list; None where there is none."""
     with path.open("rb") as file:
         head = file.read(HEAD).decode("utf-8-sig", errors="replace").lstrip()

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -18,6 +18,7 @@ from lit_vlm._moved import old_name
 from lit_vlm.data.records import Record, RecordError
 from lit_vlm.data.records.files import list_files
 from lit_vlm.data.records.media import without_keys
+from lit_vlm.data.remote import Fetched, fetch, is_address, origin_of, revision_of
 from lit_vlm.data.sources.provenance import Provenance
 
 
@@ -28,7 +29,8 @@ class Source(ABC):
         name: what samples, counts and losses are reported under. Two sources of one name are told apart by their paths
             (`lit_vlm.data.feed.names`).
         named: whether the user gave the name.
-        path: the file, folder or address that is read; None for a source that reads none.
+        path: the file or folder that is read, or the address of a set that is read where it lies; None for a source
+            that reads none. Of an address whose files are fetched, it is their place in the cache folder.
         image_folder: what image paths are relative to.
         chunked: whether reading a record is much cheaper near the one that was read last, so that shuffling should
             follow the source's own `shuffled`.
@@ -43,6 +45,7 @@ class Source(ABC):
     chunked = False
     provenance = Provenance()
     captions: Mapping[str, Any] = MappingProxyType({})
+    _fetched: Fetched | None = None
 
     @abstractmethod
     def __len__(self) -> int:
@@ -82,29 +85,85 @@ class Source(ABC):
     def _call(self, name: str | None) -> None:
         """Set the name: the given one, or that of the path (`name_of`)."""
         self.named = name is not None
-        self.name = name if name is not None else name_of(str(self.path))
+        fetched = self._fetched.name if self._fetched else name_of(str(self.path))
+        self.name = name if name is not None else fetched
 
-    def _existing(self, path: str) -> Path:
-        """A path with `~` filled in; raises ValueError if it does not exist."""
+    def _existing(self, path: str, endings: Sequence[str] = ()) -> Path:
+        """A path with `~` filled in, or that of the files that an address means, which are fetched.
+
+        Args:
+            path: path or address of a file or folder.
+            endings: of files that are read of a folder, in small letters with the dot; none: all.
+
+        Raises:
+            ValueError: if it does not exist or cannot be fetched.
+        """
+        if is_address(path):
+            self._fetched = fetch(path, endings)
+            found = self._fetched.path
+            self.provenance = Provenance(origin=origin_of(found), revision=revision_of(found))
+            return found
         expanded = Path(path).expanduser()
         if not expanded.exists():
             raise ValueError(f"{type(self).__name__}: {expanded} does not exist")
         return expanded
 
+    def _picture_folder(self, given: str | None, texts: Callable[[], Iterable[str]]) -> Path:
+        """The folder that paths of pictures are relative to: the given one, or that of the file that is read.
+
+        Of a folder of the network, the files that the records name are fetched.
+
+        Args:
+            given: path or address of the folder; None: where the file lies.
+            texts: gives all texts of the records, names of pictures among them.
+
+        Raises:
+            ValueError: if they cannot be fetched.
+        """
+        if given is None and self._fetched is not None and any(True for _ in texts()):
+            given = self._fetched.folder if not self._fetched.folder.startswith("http") else None
+        if given is None:
+            path = Path(self.path or "")
+            return path if path.is_dir() else path.parent
+        if is_address(given):
+            return fetch(given, named=texts, whole=True).path
+        return Path(given).expanduser()
+
+    def _revised(self, content: str) -> str:
+        """A hash of the content, which of fetched files depends on their revision, too."""
+        places = (self.path, getattr(self, "image_folder", None))
+        revisions = [found for place in places if place is not None and (found := revision_of(place)) is not None]
+        return content if not revisions else hashlib.sha256(f"{content} {revisions}".encode()).hexdigest()[:16]
+
+
+def texts_in(value: Any) -> Iterator[str]:
+    """Yield every text in a value of JSON."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from texts_in(inner)
+
 
 def describe(thing: Any) -> str:
     """Class and plain settings of an object, as a string that is the same for the same settings.
 
-    A class of the kit that has moved is written with its first path: caches and checkpoints are found by this string.
+    A path of fetched files is written as their address with its revision, which is the same on every machine. A class
+    of the kit that has moved is written with its first path: caches and checkpoints are found by this string.
     """
     plain = (str, int, float, bool, tuple, list, dict, Path, type(None), Source)
     settings = {
-        key: describe(value) if isinstance(value, Source) else value
+        key: describe(value) if isinstance(value, Source) else _plain(value)
         for key, value in vars(thing).items()
         if not key.startswith("_") and isinstance(value, plain)
     }
     kind = f"{old_name(type(thing).__module__)}.{type(thing).__qualname__}"
     return f"{kind} {json.dumps(settings, sort_keys=True, default=str)}"
+
+
+def _plain(value: Any) -> Any:
+    found = origin_of(value) if isinstance(value, str | Path) else None
+    return value if found is None else found
 
 
 def name_of(path: str) -> str:
@@ -207,19 +266,25 @@ class JsonLines(Source):
         allow_links: bool = False,
         ignore_keys: Sequence[str] | None = None,
     ) -> None:
-        self.path = self._existing(path)
-        folder = self.path if self.path.is_dir() else self.path.parent
-        self.image_folder = Path(image_folder).expanduser() if image_folder else folder
+        self.path = self._existing(path, [".jsonl"])
         self.allow_links, self.ignore_keys = allow_links, list(ignore_keys or ())
         self._call(name)
         self._lines = read_rows(self.path, allow_links)
+        self.image_folder = self._picture_folder(image_folder or None, self._texts)
 
     def __len__(self) -> int:
         return len(self._lines)
 
     def fingerprint(self) -> str:
-        """SHA-256 of the annotations, 16 hex digits."""
-        return self._lines.fingerprint()
+        """SHA-256 of the annotations, and of the revision of fetched ones, 16 hex digits."""
+        return self._revised(self._lines.fingerprint())
+
+    def _texts(self) -> Iterator[str]:
+        for index in range(len(self._lines)):
+            try:
+                yield from texts_in(self.json(index))
+            except RecordError:
+                continue  # `record` refuses this one as malformed; the source stays usable
 
     def json(self, index: int) -> Any:
         """The value of one line or entry, without `ignore_keys`.

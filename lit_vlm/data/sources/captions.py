@@ -40,16 +40,17 @@ class Captions(Source):
         name: str | None = None,
         allow_links: bool = False,
     ) -> None:
-        self.path = self._existing(path)
+        self.path = self._existing(path, [*IMAGE_SUFFIXES, ".txt"])
         self.prompt, self.allow_links = prompt, allow_links
         self._call(name)
         if self.path.is_dir():
             self.image_folder = self.path
             pairs = self._read_folder()
         else:
-            self.image_folder = Path(image_folder).expanduser() if image_folder else self.path.parent
             json_ = self.path.suffix.lower() in (".jsonl", ".json")
             pairs = (self._read_json if json_ else self._read_csv)(image_column, caption_column)
+            named = [image for image, _ in pairs if image]
+            self.image_folder = self._picture_folder(image_folder or None, lambda: named)
         self._lines = Lines(json.dumps(pair).encode() for pair in pairs)
 
     def _read_folder(self) -> list[tuple[str | None, ...]]:
@@ -113,8 +114,8 @@ class Captions(Source):
         return refuse_marks(Record(identity, self.name, (question, answer), urls=tuple(urls)))
 
     def fingerprint(self) -> str:
-        """SHA-256 of paths and captions, 16 hex digits."""
-        return self._lines.fingerprint()
+        """SHA-256 of paths and captions, and of the revision of fetched files, 16 hex digits."""
+        return self._revised(self._lines.fingerprint())
 
 
 def _read_caption(file: Path) -> str | None:
@@ -139,7 +140,7 @@ class Pictures(Source):
     path: Path
 
     def __init__(self, path: str, name: str | None = None, allow_links: bool = False) -> None:
-        self.path = self._existing(path)
+        self.path = self._existing(path, IMAGE_SUFFIXES)
         if not self.path.is_dir():
             raise ValueError(f"Pictures: {self.path} is no folder")
         self.image_folder = self.path
@@ -157,5 +158,5 @@ class Pictures(Source):
         return Record(path, self.name, (Message("document", (Image(path=path, links=self.allow_links),)),))
 
     def fingerprint(self) -> str:
-        """SHA-256 of the paths."""
-        return self._lines.fingerprint()
+        """SHA-256 of the paths, and of the revision of fetched files."""
+        return self._revised(self._lines.fingerprint())

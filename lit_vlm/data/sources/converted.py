@@ -27,6 +27,7 @@ from lit_vlm.core.written import write_whole
 from lit_vlm.data.records import Content, Image, Message, Record, Text
 from lit_vlm.data.records.json_files import read_info
 from lit_vlm.data.records.media import refuse_marks
+from lit_vlm.data.remote import fetch
 from lit_vlm.data.sources.base import Source
 from lit_vlm.data.sources.provenance import Provenance
 
@@ -85,7 +86,8 @@ class Converted(Source):
     """A set that `lit-vlm data convert` wrote.
 
     Args:
-        path: folder of the set, or an address in object storage (`s3://`, `gs://`, ...), read as it is needed.
+        path: folder of the set, or an address in object storage (`s3://`, `gs://`, ...), read as it is needed. A set
+            on the hub (`hf://datasets/ORG/NAME`) is fetched as a whole first.
         name: name of the source; default: that of the folder.
         storage_options: settings of the storage's client, as LitData takes them.
 
@@ -94,10 +96,15 @@ class Converted(Source):
     """
 
     def __init__(self, path: str, name: str | None = None, storage_options: dict[str, Any] | None = None) -> None:
-        self.remote = ":" in path.split("/", 1)[0]
-        self.path: str = path if self.remote else str(Path(path).expanduser())
+        if path.startswith("hf://"):  # which LitData reads as tables
+            self._fetched = fetch(path, whole=True)
+            self.path: str = str(self._fetched.path)
+        else:
+            self.path = path if ":" in path.split("/", 1)[0] else str(Path(path).expanduser())
+        self.remote = ":" in self.path.split("/", 1)[0]
         self.storage_options = storage_options
-        self.name = name if name is not None else PurePosixPath(os.path.abspath(self.path)).name or "data"
+        own = self._fetched.name if self._fetched else PurePosixPath(os.path.abspath(self.path)).name
+        self.name = name if name is not None else own or "data"
         self.named = name is not None
         self.image_folder = Path()  # images are in the records
         self.info = self._read_info()

@@ -12,6 +12,7 @@ from lit_vlm.data.records import Content, Image, Message, Record, RecordError, T
 from lit_vlm.data.records.files import list_files
 from lit_vlm.data.records.media import (
     IMAGE_KEYS,
+    IMAGE_SUFFIXES,
     MARK,
     is_nothing,
     refuse_marks,
@@ -21,6 +22,7 @@ from lit_vlm.data.records.media import (
     without_keys,
 )
 from lit_vlm.data.records.parsing import is_chat, parse_record
+from lit_vlm.data.remote import fetch, is_address, origin_of
 from lit_vlm.data.sources.base import Source, hash_files
 from lit_vlm.data.sources.conversations import interleave, llava_record
 
@@ -61,11 +63,10 @@ class Parquet(Source):
     ) -> None:
         import pyarrow.parquet as pq  # takes 0.3 s to import, and few processes read tables
 
-        self.path = self._existing(path)
+        self.path = self._existing(path, [".parquet"])
         self.prompt, self.allow_links, self.ignore_keys = prompt, allow_links, list(ignore_keys or ())
         self._call(name)
-        folder = self.path if self.path.is_dir() else self.path.parent
-        self.image_folder = Path(image_folder).expanduser() if image_folder else folder
+        self.image_folder = self._folder(image_folder or None)
         self.files = list_files(self.path, [".parquet"], allow_links)
         self._groups: list[tuple[int, int]] = []  # file and row group
         rows = []
@@ -73,7 +74,7 @@ class Parquet(Source):
             try:
                 meta = pq.read_metadata(file)
             except (OSError, ValueError) as error:
-                raise ValueError(f"{file} is no parquet file: {error}") from error
+                raise ValueError(f"{origin_of(file) or file} is no parquet file, or not all of it: {error}") from error
             for group in range(meta.num_row_groups):
                 self._groups.append((number, group))
                 rows.append(meta.row_group(group).num_rows)
@@ -121,8 +122,16 @@ class Parquet(Source):
         return Record(identity, self.name, (question, answer), urls=urls_of(row))
 
     def fingerprint(self) -> str:
-        """SHA-256 of all files."""
-        return hash_files(self.files)
+        """SHA-256 of all files, and of the revision of fetched ones."""
+        return self._revised(hash_files(self.files))
+
+    def _folder(self, given: str | None) -> Path:
+        """The folder of pictures; of one of the network all are fetched, as tables are not read for their names."""
+        if given is not None and is_address(given):
+            return fetch(given, IMAGE_SUFFIXES, whole=True).path
+        if given is not None:
+            return Path(given).expanduser()
+        return self.path if self.path.is_dir() else self.path.parent
 
     def _row(self, index: int) -> dict[str, Any]:
         import pyarrow.parquet as pq

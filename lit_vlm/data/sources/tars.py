@@ -35,7 +35,7 @@ class WebDataset(Source):
     def __init__(
         self, path: str, caption: str = "caption", prompt: str = "Describe the image.", name: str | None = None
     ) -> None:
-        self.path = self._existing(path)
+        self.path = self._existing(path, [".tar"])
         self.caption, self.prompt = caption, prompt
         self._call(name)
         self.files = list_files(self.path, [".tar"])
@@ -63,10 +63,10 @@ class WebDataset(Source):
         return refuse_marks(Record(entry["key"], self.name, (question, answer), urls=urls_of(described)))
 
     def fingerprint(self) -> str:
-        """SHA-256 of the tables of contents with the size of each file."""
+        """SHA-256 of the tables of contents with the size of each file, and of the revision of fetched ones."""
         digest = hashlib.sha256(self._entries.fingerprint().encode())
         digest.update(repr([file.stat().st_size for file in self.files]).encode())
-        return digest.hexdigest()[:16]
+        return self._revised(digest.hexdigest()[:16])
 
     def _described(self, entry: dict[str, Any]) -> Any:
         """The content of `KEY.json`; empty where there is none, or none that is needed can be read."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
@@ -99,6 +99,11 @@ class LlavaVideo(LlavaJson):
         """A hash of the annotations and of which frames are taken, 16 hex digits."""
         made = (self.frames, self.fps, self.frame_text)
         return hashlib.sha256(f"{super().fingerprint()} {made}".encode()).hexdigest()[:16]
+
+    def _texts(self) -> Iterator[str]:
+        for text in super()._texts():
+            yield text
+            yield f"{text}.mp4"  # Video-ChatGPT names videos without their ending
 
     def _frames_of(self, video: Image) -> list[Image]:
         header = film_module().read_header(image_file(video, self.image_folder))
