@@ -14,6 +14,7 @@ from rich.table import Table
 from lit_vlm.commands.fit import REFUSED
 from lit_vlm.core.devices import cores
 from lit_vlm.core.launcher import launch
+from lit_vlm.core.sizes import parse_size
 from lit_vlm.data.sets.convert import TooManyBad, convert
 from lit_vlm.data.sets.forms import FORMS, open_source
 from lit_vlm.data.sets.shared import Place
@@ -52,6 +53,9 @@ def add(verbs: Any) -> None:
         "--min-side", type=int, default=4, help="an image with a shorter side in pixels is unusable (4)"
     )
     parser.add_argument(
+        "--shard-size", default="64MiB", metavar="SIZE", help="most bytes of a shard: 16MiB, 256MiB, ... (64MiB)"
+    )
+    parser.add_argument(
         "--tokenizer", help="count text tokens with this tokenizer: a hub name, a folder or package:NAME"
     )
 
@@ -68,6 +72,7 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
             arguments.min_side,
             arguments.tokenizer,
             Place(started.rank, started.world_size),
+            parse_size(arguments.shard_size, "--shard-size"),
         )
     except TooManyBad:
         if started.is_first:

@@ -33,6 +33,8 @@ SMALLEST = 32
 """Fewest records of a block, but for the last."""
 BLOCKS_WANTED = 256
 """Number of blocks of a source that is neither small nor large: enough for many processes to share evenly."""
+LARGEST_SHARD = 1 << 31
+"""Most bytes of a shard: LitData writes the places of items as 32-bit numbers."""
 
 
 class TooManyBad(ValueError):
@@ -47,11 +49,13 @@ class ConvertBlock:
         source: the source that is converted.
         min_side: an image with a shorter side in pixels cannot be used.
         tokenizer: source of the tokenizer that tokens are counted with; None counts none.
+        shard_bytes: most bytes of a shard.
     """
 
     source: Source
     min_side: int
     tokenizer: str | None
+    shard_bytes: int = CHUNK_BYTES
 
     def __call__(self, block: Block, folder: Path) -> dict[str, Any]:
         """Convert a block.
@@ -59,8 +63,8 @@ class ConvertBlock:
         Returns:
             counts, hash and bad records of the block.
         """
-        items = BinaryWriter(str(folder), chunk_bytes=CHUNK_BYTES)
-        outlines = BinaryWriter(str(folder / RECORDS), chunk_bytes=CHUNK_BYTES)
+        items = BinaryWriter(str(folder), chunk_bytes=self.shard_bytes)
+        outlines = BinaryWriter(str(folder / RECORDS), chunk_bytes=self.shard_bytes)
         tokenizer = AutoTokenizer.from_pretrained(resolve(self.tokenizer, weights=False)) if self.tokenizer else None
         digest = hashlib.sha256()
         stats: dict[str, Any] = {"records": 0, "images": 0, "image_bytes": 0, "words": [], "tokens": [], "ids": []}
@@ -112,6 +116,7 @@ def convert(
     min_side: int = 4,
     tokenizer: str | None = None,
     place: Place = ALONE,
+    shard_bytes: int = CHUNK_BYTES,
 ) -> SetInfo:
     """Convert a source to a set, alone or together with other tasks; one that was stopped goes on where it was.
 
@@ -125,6 +130,7 @@ def convert(
         min_side: an image with a shorter side in pixels cannot be used.
         tokenizer: source of the tokenizer that tokens are counted with; None counts none.
         place: which of the tasks that convert into this folder this is.
+        shard_bytes: most bytes of a shard; one with a larger record holds that alone. A block ends with its own shard.
 
     Returns:
         what `lit_vlm.json` of the set says.
@@ -132,8 +138,10 @@ def convert(
     Raises:
         TooManyBad: when more than `max_bad_share` cannot be used; finished blocks stay, so a larger share goes on
             there.
-        ValueError: when `out` holds something else, or lies inside the source.
+        ValueError: when `out` holds something else, or lies inside the source; for shards of more than `LARGEST_SHARD`.
     """
+    if not 0 < shard_bytes <= LARGEST_SHARD:
+        raise ValueError(f"a shard has 1 to {LARGEST_SHARD:,} bytes, as its format counts so far, not {shard_bytes:,}")
     if tokenizer is not None:
         AutoTokenizer.from_pretrained(
             resolve(tokenizer, weights=False)
@@ -148,10 +156,12 @@ def convert(
         "min_side": min_side,
     }
     # By the source alone, so that the set does not depend on the machine that begins it.
+    if shard_bytes != CHUNK_BYTES:  # plans of earlier versions do not name it
+        plan["shard_bytes"] = shard_bytes
     size = claim(out, plan | {"tokenizer": tokenizer}, max(SMALLEST, min(BLOCK, -(-len(source) // BLOCKS_WANTED))))
     blocks = blocks_of(len(source), size)
     if not (out / INFO).is_file():
-        work = ConvertBlock(source, min_side, tokenizer)
+        work = ConvertBlock(source, min_side, tokenizer, shard_bytes)
         run_blocks(blocks, work, out, f"converting {source.name}", workers, place)
     finish_once(out, INFO, lambda: _finish(source, out, blocks, max_bad_share, tokenizer))
     return read_info(out / INFO, SetInfo, VERSION)
@@ -170,7 +180,7 @@ def _check_share(bad: Sequence[BadSample], total: int, share: float, out: Path) 
 
 def _finish(source: Source, out: Path, blocks: Sequence[Block], max_bad_share: float, tokenizer: str | None) -> None:
     """Put the blocks together; `lit_vlm.json` comes last, so that a set that has it is whole."""
-    parts = [read_block(out, block.index) for block in blocks]
+    parts = [_arrays(read_block(out, block.index)) for block in blocks]
     bad = [BadSample(**sample) for part in parts for sample in part["bad"]]
     with (out / "bad_samples.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(sample._asdict()) + "\n" for sample in bad)
@@ -200,8 +210,13 @@ def _finish(source: Source, out: Path, blocks: Sequence[Block], max_bad_share: f
     info.write(out)
 
 
+def _arrays(facts: dict[str, Any]) -> dict[str, Any]:
+    """The facts of a block, with its lists of numbers as arrays: those of all blocks are held at once."""
+    return facts | {key: np.asarray(facts[key], np.int64) for key in ("words", "tokens", "ids")}
+
+
 def _joined(parts: Sequence[dict[str, Any]], key: str) -> NDArray[np.int64]:
-    return np.concatenate([np.asarray(part[key], np.int64) for part in parts])
+    return np.concatenate([part[key] for part in parts])
 
 
 def _statistics(values: NDArray[Any]) -> dict[str, float]:
