@@ -1,10 +1,10 @@
-"""`python -m tests.benchmarks [step|loss|data|eve|exports|hovle|ola|plan|saves|videos|watched]`: print every ratio."""
+"""`python -m tests.benchmarks [NAME ...]`: print every ratio, or those of some; the names are in `ALL`."""
 
 from __future__ import annotations
 
 import sys
 
-from tests.benchmarks import data, eve, exports, hovle, loss, ola, plan, saves, step, videos, watched
+from tests.benchmarks import data, eve, exports, hovle, loss, ola, plan, saves, scale, step, videos, watched
 
 ALL = {
     "step": step.main,
@@ -16,6 +16,7 @@ ALL = {
     "ola": ola.main,
     "plan": plan.main,
     "saves": saves.main,
+    "scale": scale.main,
     "videos": videos.main,
     "watched": watched.main,
 }

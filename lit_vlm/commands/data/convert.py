@@ -52,9 +52,7 @@ def add(verbs: Any) -> None:
     parser.add_argument(
         "--min-side", type=int, default=4, help="an image with a shorter side in pixels is unusable (4)"
     )
-    parser.add_argument(
-        "--shard-size", default="64MiB", metavar="SIZE", help="most bytes of a shard: 16MiB, 256MiB, ... (64MiB)"
-    )
+    parser.add_argument("--shard-size", default="64MiB", metavar="SIZE", help="size of shards, to a record (64MiB)")
     parser.add_argument(
         "--tokenizer", help="count text tokens with this tokenizer: a hub name, a folder or package:NAME"
     )

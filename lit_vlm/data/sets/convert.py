@@ -49,7 +49,7 @@ class ConvertBlock:
         source: the source that is converted.
         min_side: an image with a shorter side in pixels cannot be used.
         tokenizer: source of the tokenizer that tokens are counted with; None counts none.
-        shard_bytes: most bytes of a shard.
+        shard_bytes: size of shards, to a record.
     """
 
     source: Source
@@ -130,7 +130,7 @@ def convert(
         min_side: an image with a shorter side in pixels cannot be used.
         tokenizer: source of the tokenizer that tokens are counted with; None counts none.
         place: which of the tasks that convert into this folder this is.
-        shard_bytes: most bytes of a shard; one with a larger record holds that alone. A block ends with its own shard.
+        shard_bytes: size of shards, to a record; the last one of a block is smaller.
 
     Returns:
         what `lit_vlm.json` of the set says.
@@ -138,10 +138,12 @@ def convert(
     Raises:
         TooManyBad: when more than `max_bad_share` cannot be used; finished blocks stay, so a larger share goes on
             there.
-        ValueError: when `out` holds something else, or lies inside the source; for shards of more than `LARGEST_SHARD`.
+        ValueError: when `out` holds something else, or lies inside the source; for shards above `LARGEST_SHARD`.
     """
     if not 0 < shard_bytes <= LARGEST_SHARD:
-        raise ValueError(f"a shard has 1 to {LARGEST_SHARD:,} bytes, as its format counts so far, not {shard_bytes:,}")
+        raise ValueError(
+            f"--shard-size: a shard has 1 to {LARGEST_SHARD:,} bytes, as its format counts so far, not {shard_bytes:,}"
+        )
     if tokenizer is not None:
         AutoTokenizer.from_pretrained(
             resolve(tokenizer, weights=False)
