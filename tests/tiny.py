@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from lit_vlm.core.batch import BadSample, Batch
 from lit_vlm.data import ChatML, SquareCrop
-from lit_vlm.data.feed.batching import first_fit_decreasing
+from lit_vlm.data.feed.bins import first_fit_decreasing
 from lit_vlm.data.sample.collate import collate, make_rows
 from lit_vlm.data.sample.encode import Sample, SampleEncoder
 from lit_vlm.data.sample.spec import InputSpec
@@ -56,8 +57,20 @@ def batch_of(model: VLM, count: int = 6, packed: bool = False, text_only: bool =
 
 def collate_packed(samples: Sequence[Sample], capacity: int, bad: Sequence[BadSample] = (), pad_id: int = 0) -> Batch:
     """A batch with several samples per row of at most `capacity` positions, packed as a plan packs them."""
-    rows = first_fit_decreasing([len(sample) for sample in samples], capacity)
+    rows = bins_of([len(sample) for sample in samples], capacity)
     return make_rows([[samples[i] for i in row] for row in rows], bad, pad_id)
+
+
+def bins_of(
+    lengths: Sequence[int], capacity: int, images: Sequence[int] | None = None, max_images: int | None = None
+) -> list[list[int]]:
+    """The items of each bin, as a plan packs them."""
+    counts = None if images is None else np.array(images, np.int64)
+    items, bins = first_fit_decreasing(np.array(lengths, np.int64), capacity, counts, max_images)
+    found: list[list[int]] = [[] for _ in range(max(bins.tolist(), default=-1) + 1)]
+    for item, place in zip(items.tolist(), bins.tolist(), strict=True):
+        found[place].append(item)
+    return found
 
 
 def gradients(model: VLM) -> dict[str, torch.Tensor]:

@@ -15,7 +15,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from lit_vlm.core.batch import BadSample, Batch
 from lit_vlm.core.transfer import PINNED
-from lit_vlm.data.feed.batching import Batching, GlobalBatch, Integers, Measures, Padded
+from lit_vlm.data.feed.batching import Batching, GlobalBatch, Measures, Padded
+from lit_vlm.data.feed.bins import Integers
 from lit_vlm.data.feed.elastic import Moved
 from lit_vlm.data.feed.loader import BadSamples, Collate, Loader, SourceDataset
 from lit_vlm.data.feed.mixture import Mixture, Shuffled
@@ -214,12 +215,13 @@ class VLMData(LightningDataModule):
 
         def modality_lengths() -> Integers:
             found = [scan(s, modality_length, 1, "modality length", workers, "lengths of") for s in sources]
-            return np.concatenate(found)[:, 0]
+            return np.concatenate([one[:, 0] for one in found], dtype=np.int32, casting="same_kind")
 
         def sizes() -> Integers:
             encode = self.sample_encoder(spec)
             key = encode.measure_key()
-            return np.concatenate([scan(s, encode.measure, 2, key, workers, "tokens of") for s in sources])
+            found = [scan(s, encode.measure, 2, key, workers, "tokens of") for s in sources]
+            return np.concatenate(found, dtype=np.int32, casting="same_kind")
 
         return Measures(modality_lengths, sizes, self.max_length)
 

@@ -1,13 +1,10 @@
-"""Print every ratio: `python -m tests.benchmarks`, or of some.
-
-`[step|loss|curation|data|eve|exports|hovle|ola|plan|saves|videos|watched]`
-"""
+"""`python -m tests.benchmarks [NAME ...]`: print every ratio, or those of some; the names are in `ALL`."""
 
 from __future__ import annotations
 
 import sys
 
-from tests.benchmarks import curation, data, eve, exports, hovle, loss, ola, plan, saves, step, videos, watched
+from tests.benchmarks import curation, data, eve, exports, hovle, loss, ola, plan, saves, scale, step, videos, watched
 
 ALL = {
     "step": step.main,
@@ -20,6 +17,7 @@ ALL = {
     "ola": ola.main,
     "plan": plan.main,
     "saves": saves.main,
+    "scale": scale.main,
     "videos": videos.main,
     "watched": watched.main,
 }

@@ -14,6 +14,7 @@ from rich.table import Table
 from lit_vlm.commands.fit import REFUSED
 from lit_vlm.commands.workers import add_workers, engine_of
 from lit_vlm.core.launcher import launch
+from lit_vlm.core.sizes import parse_size
 from lit_vlm.data.sets.convert import TooManyBad, convert
 from lit_vlm.data.sets.forms import FORMS, open_source
 from lit_vlm.data.sources import Texts, Vetted
@@ -61,6 +62,7 @@ def add(verbs: Any) -> None:
     parser.add_argument(
         "--min-side", type=int, default=4, help="an image with a shorter side in pixels is unusable (4)"
     )
+    parser.add_argument("--shard-size", default="64MiB", metavar="SIZE", help="size of shards, to a record (64MiB)")
     parser.add_argument(
         "--tokenizer", help="count text tokens with this tokenizer: a hub name, a folder or package:NAME"
     )
@@ -80,6 +82,7 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
                 arguments.max_bad_share,
                 arguments.min_side,
                 arguments.tokenizer,
+                parse_size(arguments.shard_size, "--shard-size"),
             )
     except TooManyBad:
         if started.is_first:

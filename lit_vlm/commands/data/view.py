@@ -16,7 +16,7 @@ from lit_vlm.core.launcher import launch
 from lit_vlm.data.feed.names import tell_apart
 from lit_vlm.data.given import open_path
 from lit_vlm.data.sample.encode import SampleEncoder
-from lit_vlm.data.sets.forms import FORMS, open_source
+from lit_vlm.data.sets.forms import ADVICE, FORMS, open_source
 from lit_vlm.data.sources import Source
 from lit_vlm.data.view.left_out import LeftOuts, beside
 from lit_vlm.data.view.measures import read_measures

@@ -6,14 +6,18 @@ A plan is a function of the order, the lengths and the seed: nothing is decided 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-Integers = NDArray[np.int64]
+from lit_vlm.data.feed.bins import Integers, first_fit_decreasing
+
+FULL = np.iinfo(np.int64).max
+"""The sum of a part that takes no more samples."""
+DEALT_TOGETHER = 1 << 17
+"""Most parts, of all groups, that samples are dealt out to at a time: their sums stay in a processor's cache."""
 
 
 class GlobalBatch(NamedTuple):
@@ -56,12 +60,6 @@ class EpochPlan:
     def of_samples(samples: Integers) -> EpochPlan:
         """A plan with one sample per row."""
         return EpochPlan(samples, np.arange(1, len(samples) + 1))
-
-    @staticmethod
-    def of_rows(rows: Sequence[Sequence[int]]) -> EpochPlan:
-        """A plan with several samples per row."""
-        flat = [sample for row in rows for sample in row]
-        return EpochPlan(np.array(flat, np.int64), np.cumsum([len(row) for row in rows], dtype=np.int64))
 
     def rows(self, start: int, stop: int) -> list[list[int]]:
         """The samples of rows `start` to `stop` (exclusive)."""
@@ -137,38 +135,87 @@ class ModalityLength(Batching):
     ) -> EpochPlan:
         """Steps of one modality."""
         lengths = measures.modality_lengths()
-        step = global_batch.step
-        steps: list[Integers] = []
+        step, parts = global_batch.step, global_batch.step // global_batch.batch_size
+        dealt: list[Integers] = []
         left: list[Integers] = []
         for members in (order[lengths[order] > 0], order[lengths[order] <= 0]):
             whole = len(members) // step * step
-            steps += list(members[:whole].reshape(-1, step))
+            groups = members[:whole].reshape(-1, step)
+            block = max(1, DEALT_TOGETHER // parts)
+            for one in (groups[start : start + block] for start in range(0, len(groups), block)):
+                dealt.append(deal_out(one, np.abs(lengths[one]), parts))
             left.append(members[whole:])
-        dealt = [deal_out(group, np.abs(lengths[group]), step // global_batch.batch_size) for group in steps]
-        dealt = [dealt[i] for i in generator.permutation(len(dealt))]
-        rest = np.concatenate(left)
-        return EpochPlan.of_samples(np.concatenate([*dealt, rest]) if len(order) else order)
+        steps = np.concatenate(dealt) if dealt else order[:0].reshape(-1, step)
+        steps = steps[generator.permutation(len(steps))]
+        return EpochPlan.of_samples(np.concatenate([steps.reshape(-1), *left]))
 
 
 def deal_out(samples: Integers, lengths: Integers, parts: int) -> Integers:
-    """Deal samples out to parts of equal size: longest first, each to the part with the smallest sum that has room.
+    """Deal samples of groups out to parts of one size: longest first, each to the part with room and the smallest sum.
 
     Args:
-        samples: `[n]`.
-        lengths: `[n]`, not negative.
+        samples: `[g, n]`.
+        lengths: `[g, n]`, not negative.
         parts: number of parts, which divides n.
 
     Returns:
-        `[n]`, the samples of each part, one part after the other.
+        `[g, n]`, the samples of each part of a group, one part after the other.
     """
-    size = len(samples) // parts
-    members: list[list[int]] = [[] for _ in range(parts)]
-    sums = [0] * parts
-    for index in np.argsort(-lengths, kind="stable"):
-        part = min((p for p in range(parts) if len(members[p]) < size), key=lambda p: sums[p])
-        members[part].append(int(samples[index]))
-        sums[part] += int(lengths[index])
-    return np.array([sample for part in members for sample in part], np.int64)
+    count, size = len(samples), samples.shape[1] // parts
+    groups = np.arange(count)
+    sums, members = np.zeros((count, parts), np.int64), np.zeros((count, parts), np.int64)
+    dealt = np.empty((count, parts, size), np.int64)
+    for column in np.argsort(-lengths, axis=1, kind="stable").T:
+        part = sums.argmin(1)
+        place = members[groups, part]
+        dealt[groups, part, place] = samples[groups, column]
+        members[groups, part] += 1
+        total = sums[groups, part] + lengths[groups, column]
+        sums[groups, part] = np.where(place + 1 == size, FULL, total)
+    return dealt.reshape(count, -1)
+
+
+class Rows(NamedTuple):
+    """Rows of samples, one after the other.
+
+    Attributes:
+        samples: `[n]`, the samples of all rows.
+        counts: `[r]`, number of samples of each row.
+        fill: `[r]`, positions of each row.
+    """
+
+    samples: Integers
+    counts: Integers
+    fill: Integers
+
+    @staticmethod
+    def empty() -> Rows:
+        """No rows."""
+        return Rows(*np.zeros((3, 0), np.int64))
+
+    def take(self, index: Integers) -> Rows:
+        """These rows, in this order."""
+        counts = self.counts[index]
+        ends = np.cumsum(counts)
+        starts = (np.cumsum(self.counts) - self.counts)[index]
+        places = np.repeat(starts - (ends - counts), counts) + np.arange(counts.sum())
+        return Rows(self.samples[places], counts, self.fill[index])
+
+    def by_fill(self) -> Rows:
+        """The rows in order, fullest first."""
+        return self.take(np.argsort(-self.fill, kind="stable"))
+
+    def split(self, row: int) -> tuple[Rows, Rows]:
+        """The rows in front of one, and that one and those behind it."""
+        sample = int(self.counts[:row].sum())
+        return (
+            Rows(self.samples[:sample], self.counts[:row], self.fill[:row]),
+            Rows(self.samples[sample:], self.counts[row:], self.fill[row:]),
+        )
+
+    def joined(self, more: Rows) -> Rows:
+        """These rows, and more behind them."""
+        return Rows(*(np.concatenate(pair) for pair in zip(self, more, strict=True)))
 
 
 @dataclass
@@ -198,66 +245,36 @@ class Packed(Batching):
         self, order: Integers, measures: Measures, global_batch: GlobalBatch, generator: np.random.Generator
     ) -> EpochPlan:
         """Rows of at most `measures.capacity` positions."""
-        sizes = np.maximum(measures.sizes(), 0)
-        capacity, rows = measures.capacity, global_batch.rows
-        whole: list[list[int]] = []
-        waiting: list[list[int]] = []  # rows that are full but do not make up a step yet
+        sizes, rows = measures.sizes(), global_batch.rows
+        samples, done = np.empty(len(order), np.int64), 0
+        counts: list[Integers] = []
+        waiting = Rows.empty()  # rows that are full but do not make up a step yet
         carried = order[:0]
         for start in range(0, len(order), self.window):
             items = np.concatenate([carried, order[start : start + self.window]])
+            packed = self._pack(items, np.maximum(sizes[items], 0), measures.capacity)
             last = start + self.window >= len(order)
-            packed = self._pack(items, sizes, capacity)
-            fill = np.array([sizes[row, 0].sum() for row in packed])
-            by_fill = [packed[i] for i in np.argsort(-fill, kind="stable")]
-            keep = len(by_fill) if last else self._full_enough(by_fill, np.sort(fill)[::-1], capacity)
-            carried = np.array([sample for row in by_fill[keep:] for sample in row], np.int64)
-            ready = sorted(waiting + by_fill[:keep], key=lambda row: -int(sizes[row, 0].sum()))
-            cut = len(ready) // rows * rows
-            groups = [ready[i : i + rows] for i in range(0, cut, rows)]
-            whole += [row for g in generator.permutation(len(groups)) for row in groups[g]]
-            waiting = ready[cut:]
-        return EpochPlan.of_rows(whole + waiting)
+            final, open_ = packed.split(len(packed.fill) if last else self._full_enough(packed, measures.capacity))
+            carried = open_.samples
+            ready = waiting.joined(final).by_fill()
+            cut = len(ready.fill) // rows * rows
+            steps, waiting = ready.split(cut)
+            steps = steps.take((generator.permutation(cut // rows)[:, None] * rows + np.arange(rows)).reshape(-1))
+            for one in (steps, waiting) if last else (steps,):
+                samples[done : done + len(one.samples)] = one.samples
+                done += len(one.samples)
+                counts.append(one.counts)
+        return EpochPlan(samples, np.cumsum(np.concatenate(counts)) if counts else samples)
 
-    def _pack(self, items: Integers, sizes: Integers, capacity: int) -> list[list[int]]:
-        bins = first_fit_decreasing(sizes[items, 0].tolist(), capacity, sizes[items, 1].tolist(), self.max_images)
-        return [[int(items[i]) for i in members] for members in bins]
+    def _pack(self, items: Integers, sizes: Integers, capacity: int) -> Rows:
+        """Rows of items of these positions and images, fullest first."""
+        placed, bins = first_fit_decreasing(sizes[:, 0], capacity, sizes[:, 1], self.max_images)
+        placed = placed[np.argsort(bins, kind="stable")]
+        counts = np.bincount(bins)
+        return Rows(items[placed], counts, np.add.reduceat(sizes[placed, 0], np.cumsum(counts) - counts)).by_fill()
 
-    def _full_enough(self, rows: Sequence[Sequence[int]], fill: Integers, capacity: int) -> int:
+    def _full_enough(self, rows: Rows, capacity: int) -> int:
         """How many rows, fullest first, are final: those of 98 % fill or more, and others while too many wait."""
-        keep = int((fill >= 0.98 * capacity).sum())
-        spare = self.window // 4 - sum(len(row) for row in rows[keep:])
-        while spare < 0 and keep < len(rows):
-            spare += len(rows[keep])
-            keep += 1
-        return keep
-
-
-def first_fit_decreasing(
-    lengths: Sequence[int], capacity: int, images: Sequence[int] | None = None, max_images: int | None = None
-) -> list[list[int]]:
-    """Pack items into bins: longest first, each into the first bin that has room.
-
-    Args:
-        lengths: length of each item.
-        capacity: most length of a bin.
-        images: number of images of each item.
-        max_images: most images of a bin; an item with more has a bin of its own.
-
-    Returns:
-        indices of the items in each bin, in order.
-    """
-    bins: list[list[int]] = []
-    room = np.zeros(len(lengths), np.int64)
-    places = np.zeros(len(lengths), np.int64)
-    counts = images if images is not None and max_images is not None else [0] * len(lengths)
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        fits = (room[: len(bins)] >= lengths[index]) & (places[: len(bins)] >= counts[index])
-        place = int(fits.argmax()) if len(bins) else 0
-        if not len(bins) or not fits[place]:
-            place = len(bins)
-            bins.append([])
-            room[place], places[place] = capacity, max_images or 0
-        bins[place].append(index)
-        room[place] -= lengths[index]
-        places[place] -= counts[index]
-    return bins
+        keep = int((rows.fill >= 0.98 * capacity).sum())
+        waiting = np.cumsum(rows.counts[keep:][::-1])[::-1]  # samples of each row and of those behind it
+        return keep + int((waiting > self.window // 4).sum())

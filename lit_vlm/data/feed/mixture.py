@@ -211,14 +211,20 @@ def _draw(sources: Sequence[Source], counts: Sequence[int], seed: int, epoch: in
         for turn in range(first // size, -(-last // size)) if size else ():
             shuffled = source.shuffled(_generator(seed, turn, number + 1))
             parts.append(shuffled[max(0, first - turn * size) : last - turn * size])
-        drawn.append(np.concatenate(parts) + start)
+        drawn.append(np.concatenate(parts))
+        drawn[-1] += start
         start += size
     return drawn
 
 
 def _merged(parts: Sequence[Order], generator: np.random.Generator) -> Order:
     """Merge sequences to one at random; each keeps its own order."""
-    owner = generator.permutation(np.repeat(np.arange(len(parts)), [len(part) for part in parts]))
+    if len(parts) == 1:
+        return parts[0]
+    # The narrowest integers, as there is one for each sample: a permutation draws the same for all of them.
+    numbers = np.arange(len(parts), dtype=np.min_scalar_type(len(parts)))
+    owner = np.repeat(numbers, [len(part) for part in parts])
+    generator.shuffle(owner)
     merged = np.empty(len(owner), np.int64)
     for number, part in enumerate(parts):
         merged[owner == number] = part

@@ -191,11 +191,15 @@ class BatchPlan:
         if self._digest is not None and self._digest[0] == self.epoch:
             return self._digest[1]
         plan = self._plan(self.epoch)
-        samples = plan.samples
+        digest = hashlib.sha256()
         if self.ordering.batching.by_step:
-            step = self.ordered_for.step
-            samples = np.concatenate([np.sort(samples[i : i + step]) for i in range(0, max(1, len(samples)), step)])
-        self._digest = (self.epoch, hashlib.sha256(samples.tobytes() + plan.ends.tobytes()).hexdigest()[:16])
+            steps, rest = np.split(plan.samples, [len(plan.samples) // self.ordered_for.step * self.ordered_for.step])
+            digest.update(np.sort(steps.reshape(-1, self.ordered_for.step), axis=1).data)
+            digest.update(np.sort(rest).data)
+        else:
+            digest.update(np.ascontiguousarray(plan.samples).data)
+        digest.update(plan.ends.data)
+        self._digest = (self.epoch, digest.hexdigest()[:16])
         return self._digest[1]
 
     def _rows(self, plan: EpochPlan, batch: int) -> list[list[int]]:

@@ -21,7 +21,7 @@ from lit_vlm.data.records import RecordError, Videos
 from lit_vlm.data.records.json_files import read_info
 from lit_vlm.data.sets.engine import HERE, Engine, paths_of
 from lit_vlm.data.sets.parallel import Block, blocks_of
-from lit_vlm.data.sets.shards import block_folder, claim, merge, read_block
+from lit_vlm.data.sets.shards import CHUNK_BYTES, block_folder, claim, merge, read_block
 from lit_vlm.data.sets.shared import finish_once, run_blocks
 from lit_vlm.data.sets.writer import MIN_SIDE, BlockWriter, verified
 from lit_vlm.data.sources.base import Source, describe
@@ -33,6 +33,8 @@ SMALLEST = 32
 """Fewest records of a block, but for the last."""
 BLOCKS_WANTED = 256
 """Number of blocks of a source that is neither small nor large: enough for many processes to share evenly."""
+LARGEST_SHARD = 1 << 31
+"""Most bytes of a shard: LitData writes the places of items as 32-bit numbers."""
 
 
 class TooManyBad(ValueError):
@@ -47,11 +49,13 @@ class ConvertBlock:
         source: the source that is converted.
         min_side: an image with a shorter side in pixels cannot be used.
         tokenizer: source of the tokenizer that tokens are counted with; None counts none.
+        shard_bytes: size of shards, to a record.
     """
 
     source: Source
     min_side: int
     tokenizer: str | None
+    shard_bytes: int = CHUNK_BYTES
 
     def __call__(self, block: Block, folder: Path) -> dict[str, Any]:
         """Convert a block.
@@ -59,7 +63,7 @@ class ConvertBlock:
         Returns:
             counts, hash and bad records of the block.
         """
-        writer = BlockWriter(folder, self.source, self.tokenizer)
+        writer = BlockWriter(folder, self.source, self.tokenizer, self.shard_bytes)
         bad: list[BadSample] = []
         for index in range(block.start, block.end):
             identity = str(index)
@@ -83,6 +87,7 @@ def convert(
     max_bad_share: float = 0.05,
     min_side: int = MIN_SIDE,
     tokenizer: str | None = None,
+    shard_bytes: int = CHUNK_BYTES,
 ) -> SetInfo:
     """Convert a source to a set, alone or together with other tasks; one that was stopped goes on where it was.
 
@@ -95,6 +100,7 @@ def convert(
         max_bad_share: largest share of records that cannot be used, 0 to 1; those that a deny-list names do not count.
         min_side: an image with a shorter side in pixels cannot be used.
         tokenizer: source of the tokenizer that tokens are counted with; None counts none.
+        shard_bytes: size of shards, to a record; the last one of a block is smaller.
 
     Returns:
         what `lit_vlm.json` of the set says.
@@ -102,8 +108,12 @@ def convert(
     Raises:
         TooManyBad: when more than `max_bad_share` cannot be used; finished blocks stay, so a larger share goes on
             there.
-        ValueError: when `out` holds something else, or lies inside the source.
+        ValueError: when `out` holds something else, or lies inside the source; for shards above `LARGEST_SHARD`.
     """
+    if not 0 < shard_bytes <= LARGEST_SHARD:
+        raise ValueError(
+            f"--shard-size: a shard has 1 to {LARGEST_SHARD:,} bytes, as its format counts so far, not {shard_bytes:,}"
+        )
     if tokenizer is not None:
         AutoTokenizer.from_pretrained(
             resolve(tokenizer, weights=False)
@@ -118,10 +128,12 @@ def convert(
         "min_side": min_side,
     }
     # By the source alone, so that the set does not depend on the machine that begins it.
+    if shard_bytes != CHUNK_BYTES:  # plans of earlier versions do not name it
+        plan["shard_bytes"] = shard_bytes
     size = claim(out, plan | {"tokenizer": tokenizer}, max(SMALLEST, min(BLOCK, -(-len(source) // BLOCKS_WANTED))))
     blocks = blocks_of(len(source), size)
     if not (out / INFO).is_file():
-        work = ConvertBlock(source, min_side, tokenizer)
+        work = ConvertBlock(source, min_side, tokenizer, shard_bytes)
         run_blocks(blocks, work, out, f"converting {source.name}", engine, paths_of(source))
     finish_once(out, INFO, lambda: finish_set(source, out, blocks, max_bad_share, tokenizer, source.captions))
     return _told(read_info(out / INFO, SetInfo, VERSION), source, out)
@@ -170,7 +182,7 @@ def finish_set(
     Raises:
         TooManyBad: when more than `max_bad_share` cannot be used.
     """
-    parts = [read_block(out, block.index) for block in blocks]
+    parts = [_arrays(read_block(out, block.index)) for block in blocks]
     bad = [BadSample(**sample) for part in parts for sample in part["bad"]]
     with (out / "bad_samples.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(sample._asdict()) + "\n" for sample in bad)
@@ -206,8 +218,13 @@ def finish_set(
     info.write(out)
 
 
+def _arrays(facts: dict[str, Any]) -> dict[str, Any]:
+    """The facts of a block, with its lists of numbers as arrays: those of all blocks are held at once."""
+    return facts | {key: np.asarray(facts[key], np.int64) for key in ("words", "tokens", "ids")}
+
+
 def _joined(parts: Sequence[dict[str, Any]], key: str) -> NDArray[np.int64]:
-    return np.concatenate([np.asarray(part[key], np.int64) for part in parts])
+    return np.concatenate([part[key] for part in parts])
 
 
 def _statistics(values: NDArray[Any]) -> dict[str, float]:

@@ -30,13 +30,13 @@ class _ScanBlock:
     source: Source
     measure: Measure
     columns: int
-    indices: Sequence[int]
+    indices: NDArray[np.int64] | range
 
     def __call__(self, block: Block) -> NDArray[np.int64]:
         found = np.full((block.end - block.start, self.columns), UNUSABLE, np.int64)
         for line, index in enumerate(self.indices[block.start : block.end]):
             try:
-                found[line] = self.measure(self.source.outline(index), self.source)
+                found[line] = self.measure(self.source.outline(int(index)), self.source)
             except RecordError:
                 continue  # it will be counted and listed when it is met in training
         return found
@@ -64,7 +64,7 @@ def scan(
             one by one.
 
     Returns:
-        `[n, columns]`; -1 where a record cannot be used.
+        `[n, columns]`; -1 where a record cannot be used. It lies in the kept file, not in memory, and is read-only.
     """
     identity = f"{describe(source)} {source.fingerprint()} {key}"
     file = cache_dir() / "scans" / f"{hashlib.sha256(identity.encode()).hexdigest()[:24]}.npy"
@@ -76,25 +76,27 @@ def scan(
         if (kept := _kept(file, len(source), columns)) is not None:
             return kept
         first = None if ids else source.repeats()
-        indices = range(len(source)) if first is None else np.unique(first).tolist()
+        indices = range(len(source)) if first is None else np.unique(first)
         work = _ScanBlock(source, measure, columns, indices)
         blocks = blocks_of(len(indices), BLOCK)
+        found = np.empty((len(indices), columns), np.int64)
         used = engine if len(blocks) > 1 else HERE
-        parts = list(map_blocks(blocks, work, used, f"{title} {source.name}", paths_of(source)))
-        found = np.concatenate(parts) if parts else np.zeros((0, columns), np.int64)
+        parts = map_blocks(blocks, work, used, f"{title} {source.name}", paths_of(source))
+        for block, part in zip(blocks, parts, strict=True):
+            found[block.start : block.end] = part
         if first is not None:
             found = found[np.searchsorted(indices, first)]
         scratch = file.with_suffix(f".{uuid.uuid4().hex}.partial.npy")
         np.save(scratch, found)
         scratch.replace(file)
-    return found
+    return np.load(file, mmap_mode="r")
 
 
 def _kept(file: Path, records: int, columns: int) -> NDArray[np.int64] | None:
     """What was measured before; None if it was not."""
     if not file.is_file():
         return None
-    found: NDArray[np.int64] = np.load(file)
+    found: NDArray[np.int64] = np.load(file, mmap_mode="r")
     return found if found.shape == (records, columns) else None
 
 

@@ -91,7 +91,8 @@ def _same_plan(out: Path, begun: dict[str, Any], plan: dict[str, Any]) -> int:
     """Records per block of the work that was begun, if its plan is the same; raises ValueError if it is not."""
     block: int = begun.pop("block")
     if begun != plan:
-        changed = "; ".join(f"{key} {begun.get(key)} → {plan[key]}" for key in plan if begun.get(key) != plan[key])
+        keys = [key for key in {**begun, **plan} if begun.get(key) != plan.get(key)]
+        changed = "; ".join(f"{key} {begun.get(key)} → {plan.get(key)}" for key in keys)
         state = "unfinished work on" if is_begun(out) else "the result of"
         raise ValueError(f"{out} holds {state} something else ({changed}): remove it, or name another folder")
     return block

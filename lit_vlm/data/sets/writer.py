@@ -32,12 +32,15 @@ class BlockWriter:
         folder: an empty folder.
         source: the source of the records.
         tokenizer: source of the tokenizer that tokens are counted with; None counts none.
+        shard_bytes: size of shards, to a record; the last one is smaller.
     """
 
-    def __init__(self, folder: Path, source: Source, tokenizer: str | None = None) -> None:
+    def __init__(
+        self, folder: Path, source: Source, tokenizer: str | None = None, shard_bytes: int = CHUNK_BYTES
+    ) -> None:
         self.source = source
-        self._items = BinaryWriter(str(folder), chunk_bytes=CHUNK_BYTES)
-        self._outlines = BinaryWriter(str(folder / RECORDS), chunk_bytes=CHUNK_BYTES)
+        self._items = BinaryWriter(str(folder), chunk_bytes=shard_bytes)
+        self._outlines = BinaryWriter(str(folder / RECORDS), chunk_bytes=shard_bytes)
         self._tokenizer = AutoTokenizer.from_pretrained(resolve(tokenizer, weights=False)) if tokenizer else None
         self._digest = hashlib.sha256()
         self._facts: dict[str, Any] = {

@@ -19,8 +19,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-from litdata import StreamingDataset
-from litdata.streaming.downloader import get_downloader
 from numpy.typing import NDArray
 
 from lit_vlm.core.written import write_whole
@@ -29,7 +27,9 @@ from lit_vlm.data.records.json_files import read_info
 from lit_vlm.data.records.media import refuse_marks
 from lit_vlm.data.remote import fetch
 from lit_vlm.data.sources.base import Source
+from lit_vlm.data.sources.node_cache import NodeCache, Storage
 from lit_vlm.data.sources.provenance import Provenance
+from lit_vlm.data.sources.shard_reader import ShardReader
 
 VERSION = 1
 INFO = "lit_vlm.json"
@@ -86,8 +86,9 @@ class Converted(Source):
     """A set that `lit-vlm data convert` wrote.
 
     Args:
-        path: folder of the set, or an address in object storage (`s3://`, `gs://`, ...), read as it is needed. A set
-            on the hub (`hf://datasets/ORG/NAME`) is fetched as a whole first.
+        path: folder of the set, or an address in object storage (`s3://`, `gs://`, ...), whose shards are fetched as
+            they are needed, once for all processes of a node (`NodeCache`). A set on the hub
+            (`hf://datasets/ORG/NAME`) is fetched as a whole first.
         name: name of the source; default: that of the folder.
         storage_options: settings of the storage's client, as LitData takes them.
 
@@ -109,7 +110,7 @@ class Converted(Source):
         self.image_folder = Path()  # images are in the records
         self.info = self._read_info()
         self.chunked, self.provenance, self.captions = self.remote, self.info.provenance, self.info.captions
-        self._streams: dict[str, tuple[int, StreamingDataset]] = {}
+        self._readers: dict[str, tuple[int, ShardReader]] = {}
 
     def __len__(self) -> int:
         return self.info.records
@@ -125,7 +126,7 @@ class Converted(Source):
 
     def item(self, index: int) -> dict[str, bytes]:
         """The stored item of one record, as `encode_record` made it."""
-        return self._stream("")[index]
+        return self._reader("")[index]
 
     def outline(self, index: int) -> Record:
         """The record with the sizes of its images, without their bytes.
@@ -133,7 +134,7 @@ class Converted(Source):
         Raises:
             RecordError: as `refuse_marks`.
         """
-        item = self._stream(RECORDS if self.info.images else "")[index]
+        item = self._reader(RECORDS if self.info.images else "")[index]
         return refuse_marks(decode_record(item["record"], None, self.name))
 
     def fingerprint(self) -> str:
@@ -156,26 +157,24 @@ class Converted(Source):
         ]
         return np.concatenate([generator.permutation(indices) for indices in members])
 
-    def _stream(self, part: str) -> StreamingDataset:
-        """LitData's reader, one for each process: open files are not shared with forked workers."""
-        pid, stream = self._streams.get(part, (0, None))
-        if stream is None or pid != os.getpid():
-            address = f"{self.path}/{part}" if part else self.path
-            stream = StreamingDataset(address, shuffle=False, storage_options=self.storage_options)
-            stream[:0]  # after a slice LitData fetches whole chunks, not single items: neighbours are read next
-            self._streams[part] = (os.getpid(), stream)
-        return stream
+    def _reader(self, part: str) -> ShardReader:
+        """The reader of the items, or of the part that is named; one for each process."""
+        pid, reader = self._readers.get(part, (0, None))
+        if reader is None or pid != os.getpid():
+            storage = Storage(self.path, self.storage_options)
+            cache = NodeCache(storage, self.info.fingerprint) if self.remote else None
+            reader = ShardReader(Path(self.path) / part, cache, part)
+            self._readers[part] = (os.getpid(), reader)
+        return reader
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_streams": {}}
+        return self.__dict__ | {"_readers": {}}
 
     def _read_info(self) -> SetInfo:
         if not self.remote:
             return self._info_in(Path(self.path))
         with tempfile.TemporaryDirectory() as folder:
-            get_downloader(self.path, folder, [], self.storage_options).download_file(
-                f"{self.path}/{INFO}", f"{folder}/{INFO}"
-            )
+            Storage(self.path, self.storage_options).download(INFO, Path(folder) / INFO)
             return self._info_in(Path(folder))
 
     def _info_in(self, folder: Path) -> SetInfo:

@@ -15,8 +15,8 @@ from lit_vlm.data.feed.batching import (
     Packed,
     Padded,
     deal_out,
-    first_fit_decreasing,
 )
+from lit_vlm.data.feed.mixture import Interleaved, Mixture, Weighted
 from tests.data.made import Count, measures_of, plan_over
 
 BATCHINGS: dict[str, Batching] = {
@@ -121,9 +121,49 @@ def test_modality_steps_hold_one_kind_of_similar_length() -> None:
 
 
 def test_dealing_out_by_hand() -> None:
-    lengths = np.array([9, 1, 8, 2, 7, 3])
-    assert deal_out(np.arange(6) + 10, lengths, 2).tolist() == [10, 15, 13, 12, 14, 11]
+    lengths = np.array([[9, 1, 8, 2, 7, 3]])
+    assert deal_out(np.arange(6)[None] + 10, lengths, 2).tolist() == [[10, 15, 13, 12, 14, 11]]
 
 
-def test_an_item_with_too_many_images_has_a_bin_of_its_own() -> None:
-    assert first_fit_decreasing([5, 4, 3], 12, [1, 9, 1], 2) == [[0, 2], [1]]
+@pytest.mark.parametrize("parts", [1, 3, 12])
+def test_groups_are_dealt_out_as_one_by_one(parts: int) -> None:
+    """Each to the part with the smallest sum that has room, the first of equal ones."""
+    lengths = np.random.default_rng(parts).integers(0, 9, (20, 12))
+    samples = np.random.default_rng(0).permutation(lengths.size).reshape(lengths.shape)
+    for dealt, members, long in zip(deal_out(samples, lengths, parts), samples, lengths, strict=True):
+        found: list[list[int]] = [[] for _ in range(parts)]
+        for index in sorted(range(12), key=lambda i: -long[i]):
+            room = [part for part in found if len(part) < 12 // parts]
+            min(room, key=lambda part: sum(long[i] for i in part)).append(index)
+        assert dealt.tolist() == [members[i] for part in found for i in part]
+
+
+ORDERS = {
+    ("padded", 0): "dbe8ffe1da622bbe",
+    ("padded", 2): "3d134f174abe6ef2",
+    ("modality", 0): "026d272e4093e00e",
+    ("modality", 2): "76ff7e37613676e6",
+    ("packed", 0): "e1d510a19cb68410",
+    ("packed", 2): "c3901ffe147e08f9",
+    ("packed few images", 0): "57fd046f5efa6ddc",
+    ("packed few images", 2): "56fb752bcf04fdb1",
+}
+"""Batching and epoch → the hash of the order that checkpoints hold; another one, and no run could be resumed."""
+
+
+@pytest.mark.parametrize(("name", "epoch"), ORDERS)
+def test_the_order_is_that_of_earlier_versions(name: str, epoch: int) -> None:
+    measures = measures_of(mixed(2999), 2048)
+    sources = [Count("a", 1000), Count("b", 1999)]
+    plan = plan_over(sources, GlobalBatch(2, 4, 3), batching=BATCHINGS[name], measures=measures)
+    plan.set_epoch(epoch)
+    assert plan.identity()["order"] == ORDERS[name, epoch]
+
+
+@pytest.mark.parametrize(
+    ("mixture", "order"),
+    [(Weighted(weights={"a": 3, "b": 1}), "621f8bb686355eb9"), (Interleaved(), "967408c7ce630a7e")],
+)
+def test_the_order_of_a_mixture_is_that_of_earlier_versions(mixture: Mixture, order: str) -> None:
+    plan = plan_over([Count("a", 1000), Count("b", 1999)], GlobalBatch(2, 4, 3), mixture=mixture)
+    assert plan.identity()["order"] == order

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,14 +12,13 @@ import torch
 from torch import Tensor
 
 from lit_vlm.core.batch import IGNORE, BadSample, Batch, Grid, PixelSpec, find_targets
-from lit_vlm.data.feed.batching import first_fit_decreasing
 from lit_vlm.data.records import Image, Message, Record, RecordError, Text
 from lit_vlm.data.sample.collate import collate, collate_prompts
 from lit_vlm.data.sample.encode import Sample, SampleEncoder
 from lit_vlm.data.sample.spec import InputSpec
 from lit_vlm.data.sample.templates import ChatML
 from lit_vlm.data.sample.transforms import Native
-from tests.tiny import collate_packed
+from tests.tiny import bins_of, collate_packed
 
 MakeSample = Callable[..., Sample]
 PAD = 77
@@ -78,7 +76,7 @@ def check(batch: Batch, samples: Sequence[Sample]) -> None:
     assert batch.counts.images == sum(info.num_images for info in batch.samples)
 
 
-# ----- find_targets and first_fit_decreasing -----
+# ----- find_targets -----
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -89,24 +87,6 @@ def test_find_targets_equals_a_plain_loop(seed: int) -> None:
     labels[torch.rand(shape, generator=generator) < 0.5] = IGNORE
     positions, targets = find_targets(labels)
     assert (positions.tolist(), targets.tolist()) == naive_targets(labels)
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_packing_overfills_no_bin_and_loses_no_item(seed: int) -> None:
-    rng = random.Random(seed)
-    capacity = rng.randint(5, 60)
-    lengths = [rng.randint(1, capacity) for _ in range(rng.randint(0, 40))]
-    bins = first_fit_decreasing(lengths, capacity)
-    assert sorted(index for members in bins for index in members) == list(range(len(lengths)))
-    fills = [sum(lengths[index] for index in members) for members in bins]
-    assert all(fill <= capacity for fill in fills)
-    assert sum(2 * fill <= capacity for fill in fills) <= 1  # two half-empty bins would have become one
-
-
-def test_packing_by_hand() -> None:
-    assert first_fit_decreasing([4, 8, 1, 4, 2, 1], 10) == [[1, 4], [0, 3, 2, 5]]
-    assert first_fit_decreasing([3, 3, 3], 3) == [[0], [1], [2]]
-    assert first_fit_decreasing([], 3) == []
 
 
 # ----- batches -----
@@ -126,7 +106,7 @@ def test_packed(capacity: int, samples: list[Sample]) -> None:
     batch = collate_packed(samples, capacity, pad_id=PAD)
     check(batch, samples)
     assert batch.input_ids.shape[1] <= capacity
-    assert len(batch.input_ids) == len(first_fit_decreasing([len(sample) for sample in samples], capacity))
+    assert len(batch.input_ids) == len(bins_of([len(sample) for sample in samples], capacity))
 
 
 def test_position_ids_restart_and_padding_continues_the_last_segment(make_sample: MakeSample) -> None:

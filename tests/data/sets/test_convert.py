@@ -580,3 +580,26 @@ def test_odd_exif_tags_do_no_harm(tmp_path: Path) -> None:
     exif = b"Exif\x00\x00II*\x00\x08\x00\x00\x00" + tags.tobytes(8)
     PILImage.new("RGB", (12, 20)).save(buffer, "JPEG", exif=exif)
     assert open_image(Image(data=buffer.getvalue()), tmp_path).size == (20, 12)
+
+
+def test_shards_have_the_size_that_is_asked_for(tmp_path: Path) -> None:
+    source = str(write_llava(tmp_path))
+    command = ["data", "convert", source, str(tmp_path / "small"), "--workers", "0", "--shard-size"]
+    main([*command, "2KiB"])
+    info = convert(LlavaJson(source), tmp_path / "usual")
+    small, usual = Converted(str(tmp_path / "small")), Converted(str(tmp_path / "usual"))
+    shards = json.loads((tmp_path / "small" / "index.json").read_text())["chunks"]
+    assert len(shards) > len(usual.info.chunks) == 1
+    largest = max(len(b"".join(small.item(index).values())) for index in range(7))
+    assert all(abs(shard["chunk_bytes"] - 2048) < largest for shard in shards[:-1])
+    assert small.fingerprint() == info.fingerprint  # of the records, however they are cut
+    assert check_set(str(tmp_path / "small"), decode=True) == []
+    assert [small.item(index) for index in range(7)] == [usual.item(index) for index in range(7)]
+    with pytest.raises(IndexError, match="7 of 7 items"):
+        small.item(7)
+    with pytest.raises(ValueError, match="the result of something else .shard_bytes None → 4096"):
+        convert(LlavaJson(source), tmp_path / "usual", shard_bytes=4096)
+    with pytest.raises(ValueError, match="something else .shard_bytes 2048 → None"):
+        convert(LlavaJson(source), tmp_path / "small")
+    with pytest.raises(ValueError, match="a shard has 1 to 2,147,483,648 bytes"):
+        convert(LlavaJson(source), tmp_path / "huge", shard_bytes=1 << 33)
