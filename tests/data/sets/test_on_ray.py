@@ -131,8 +131,13 @@ def result(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 def test_a_set_is_the_same_as_one_made_here(
-    cluster: Cluster, tmp_path: Path, png: Callable[..., bytes], capsys: pytest.CaptureFixture[str]
+    cluster: Cluster,
+    tmp_path: Path,
+    png: Callable[..., bytes],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "400")  # the titles of tables are not broken inside a path
     mix = write_mix(tmp_path, png, 100)
     words = ("--max-bad-share", "0.1", "--workers")
     own = result(capsys, "convert", mix, str(tmp_path / "own"), *words, "0")
