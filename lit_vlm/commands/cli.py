@@ -26,7 +26,7 @@ VERBS = {
     "evaluate": "score checkpoints on benchmarks, or on questions of your own, with or without demonstrations",
     "chat": "ask a trained model about pictures",
     "serve": "let clients of OpenAI's chat API ask trained models",
-    "data": "convert data to shards, check them, show what is in them",
+    "data": "choose records, convert them to shards, check these, show what is in them",
     "inspect": "show one batch as the model sees it, or in which settings two recipes or runs differ",
     "prepare": "compute features of teachers or of a frozen encoder before training",
     "export": "write a checkpoint in a published format",

@@ -147,6 +147,12 @@ def _forms() -> Iterator[Entry]:
         yield Entry(name, public_path(kind) or "", first_line(kind))
 
 
+def _steps() -> Iterator[Entry]:
+    for kind in subclasses(importlib.import_module("lit_vlm.data.curation").Step):
+        if (path := public_path(kind)) is not None:
+            yield Entry(kind.__name__, path, first_line(kind))
+
+
 def _families() -> Iterator[Entry]:
     published = importlib.import_module("lit_vlm.checkpoints.published")
     own = {type(family) for family in published.FAMILIES.values()}
@@ -191,6 +197,7 @@ KINDS = [
     Kind("mixtures", "--data.mixture", "how sources are mixed", _classes("mixtures")),
     Kind("batchings", "--data.batching", "how samples become rows", _classes("batchings")),
     Kind("forms", "lit-vlm data convert --form", "how a file is read", _forms),
+    Kind("steps", "lit-vlm data curate FILE: steps", "which records stay", _steps),
     Kind("tasks", "lit-vlm evaluate --task", "benchmarks", _tasks),
     Kind("families", "start_from NAME:FOLDER", "published weights, in and out", _families),
     Kind("callbacks", "--trainer.callbacks+", "what watches a run", _callbacks),

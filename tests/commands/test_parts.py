@@ -12,6 +12,7 @@ from lit_vlm.commands.cli import VERBS, main
 from lit_vlm.commands.parts import KINDS
 from lit_vlm.commands.recipe import shipped_recipes
 from lit_vlm.core.plugins import VARIABLE
+from lit_vlm.data.curation import STEPS
 from lit_vlm.evaluation.tasks import TASKS
 from tests.runs import lit_vlm
 from tests.tiny import ROOT
@@ -30,6 +31,7 @@ def listed(kind: str) -> dict[str, tuple[str, str]]:
         ("projectors", set(projectors.__all__) - {"Projector", "PerceiverLayer"}),
         ("heads", set(heads.__all__) - {"WORDS", "Head", "Tap", "Normaliser", "CountName"}),
         ("callbacks", set(callbacks.__all__)),
+        ("steps", set(STEPS)),
         ("tasks", set(TASKS)),
         ("verbs", {*VERBS, "fit", "validate", "test", "predict"}),
         ("recipes", set(shipped_recipes())),

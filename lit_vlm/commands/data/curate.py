@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     """Curate, and say what each step dropped."""
     out = arguments.out
     curation, started = read_curation(arguments.file, STEPS), launch()
-    measures = arguments.measures or out.with_name(f"{out.name}.measures")
+    measures = arguments.measures or out.resolve().with_name(f"{out.resolve().name}.measures")
     report = curate(curation, out, measures, arguments.workers, Place(started.rank, started.world_size))
     if not started.is_first:
         return

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 
 import lit_vlm
 from lit_vlm.core.cache import held
@@ -191,5 +192,6 @@ def _unread(table: Table) -> dict[str, int]:
     """Reason → number of records that cannot be read, the most frequent first."""
     found: Counter[str] = Counter()
     for _, rows in table.rows():
-        found.update(reason for reason in rows["reason"].to_pylist() if reason)
+        found.update({entry["values"]: entry["counts"] for entry in pc.value_counts(rows["reason"]).to_pylist()})
+    found.pop("", None)
     return dict(sorted(found.items(), key=lambda item: (-item[1], item[0])))

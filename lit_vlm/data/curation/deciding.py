@@ -155,12 +155,14 @@ class Dropped:
                 writer.write_table(self._rows(start, rows))
 
     def _rows(self, start: int, rows: pa.Table) -> pa.Table:
+        unread = np.asarray(rows["reason"]) != ""
+        gone = np.flatnonzero(unread | (self._step[start : start + len(rows)] > 0))
         found = []
-        for index, row in enumerate(rows.to_pylist(), start=start):
+        for index, row in zip((start + gone).tolist(), rows.take(pa.array(gone)).to_pylist(), strict=True):
             entry = {"source": self.table.names[row["source"]], "id": row["id"]}
             if row["reason"]:
                 found.append({**entry, "step": READ, "reason": row["reason"], "value": None, "detail": row["detail"]})
-            elif self._step[index]:
+            else:
                 name, verdict = self._steps[self._step[index] - 1]
                 value = float(self._value[index])
                 entry |= {"step": name, "reason": verdict.reasons[self._code[index]]}
