@@ -54,7 +54,7 @@ class Planted:
 
 
 def plant(folder: Path, count: int) -> Planted:
-    """Write `count` pictures, of which a third has a fault, and a benchmark."""
+    """Write `count` pictures, of which a quarter has a fault, and a benchmark."""
     (folder / "pictures").mkdir(parents=True)
     numbers = {fault: round(share * count) for fault, share in SHARES.items()}
     whole = count - sum(numbers.values())

@@ -66,8 +66,8 @@ class PerceptualDuplicates(Duplicates):
 
     def __init__(
         self,
-        radius: int = 4,
-        bits: int = 64,
+        radius: int = 16,
+        bits: int = 256,
         against: Sequence[str | Source] = (),
         same_text: bool = False,
     ) -> None:

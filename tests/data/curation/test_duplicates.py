@@ -103,7 +103,7 @@ def _more_compressed(content: bytes) -> bytes:
 
 
 def test_pictures_that_were_encoded_or_scaled_anew_are_found(tmp_path: Path) -> None:
-    _, dropped = curated(tmp_path, PerceptualDuplicates(radius=6))
+    _, dropped = curated(tmp_path, PerceptualDuplicates(radius=6, bits=64))
     assert set(dropped) == {*(f"first:{name}" for name in "cd"), *(f"second:{name}" for name in "aghik")}
 
 
@@ -120,7 +120,7 @@ def test_pictures_with_close_vectors_are_found(tmp_path: Path) -> None:
     ("step", "found"),
     [
         (lambda bench, name: ExactDuplicates(against=[bench]), {"l": ["q1", "q3"]}),
-        (lambda bench, name: PerceptualDuplicates(8, against=[bench]), {"l": ["q1", "q3"], "m": ["q2"]}),
+        (lambda bench, name: PerceptualDuplicates(8, 64, against=[bench]), {"l": ["q1", "q3"], "m": ["q2"]}),
         (lambda bench, name: EmbeddingDuplicates(name, 0.99999, against=[bench]), {"l": ["q1", "q3"], "m": ["q2"]}),
     ],
 )
@@ -174,7 +174,7 @@ def test_a_benchmark_without_pictures_drops_nothing(tmp_path: Path) -> None:
         (lambda: ExactDuplicates(against=["nowhere.json"]), "there is no nowhere.json"),
         (lambda: ExactDuplicates(against=[BENCH, BENCH]), "two benchmarks have the name 'bench'"),
         (lambda: PerceptualDuplicates(bits=100), "bits is 100"),
-        (lambda: PerceptualDuplicates(radius=32), "radius is 32"),
+        (lambda: PerceptualDuplicates(radius=128), "radius is 128"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(make: Callable[[], Step], message: str) -> None:
