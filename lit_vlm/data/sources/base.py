@@ -8,7 +8,6 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -44,7 +43,7 @@ class Source(ABC):
     image_folder = Path()
     chunked = False
     provenance = Provenance()
-    captions: Mapping[str, Any] = MappingProxyType({})
+    captions: Mapping[str, Any] | None = None
     _fetched: Fetched | None = None
 
     @abstractmethod

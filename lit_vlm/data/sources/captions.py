@@ -49,7 +49,7 @@ class Captions(Source):
         else:
             json_ = self.path.suffix.lower() in (".jsonl", ".json")
             pairs = (self._read_json if json_ else self._read_csv)(image_column, caption_column)
-            named = [image for image, _ in pairs if image]
+            named = [image for image, *_ in pairs if image]
             self.image_folder = self._picture_folder(image_folder or None, lambda: named)
         self._lines = Lines(json.dumps(pair).encode() for pair in pairs)
 

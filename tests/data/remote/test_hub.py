@@ -227,7 +227,8 @@ def test_json_with_pictures_beside_it(hub: DataHub, png: Callable[..., bytes], t
     assert len([path for path, _ in hub.bodies() if path.endswith(".png")]) == 3  # those that rows name
     info = convert(source, tmp_path / "set")
     assert (info.records, info.images, info.bad) == (3, 3, {})
-    assert info.source["address"] == f"{ROOT}@{hub.sha(NAME, 0)}/mine.json"
+    assert info.provenance.origin == f"{ROOT}@{hub.sha(NAME, 0)}/mine.json"
+    assert info.provenance.revision == hub.sha(NAME, 0)
     # Every other reader, of files of the same data set.
     folder = Pictures(f"{ROOT}/images")
     assert len(folder) == 5

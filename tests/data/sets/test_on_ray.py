@@ -131,19 +131,15 @@ def result(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 def test_a_set_is_the_same_as_one_made_here(
-    cluster: Cluster,
-    tmp_path: Path,
-    png: Callable[..., bytes],
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    cluster: Cluster, tmp_path: Path, png: Callable[..., bytes], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "400")  # the titles of tables are not broken inside a path
     mix = write_mix(tmp_path, png, 100)
     words = ("--max-bad-share", "0.1", "--workers")
     own = result(capsys, "convert", mix, str(tmp_path / "own"), *words, "0")
     assert "left out: corrupt_image │ 5 " in own
     rays = result(capsys, "convert", mix, str(tmp_path / "ray"), *words, "1", "--on", "ray")
-    assert rays.replace("/ray", "/own") == own
+    # The title of a table may be broken inside a path.
+    assert "".join(rays.split()).replace("/ray", "/own") == "".join(own.split())
     assert tree(tmp_path / "ray") == tree(tmp_path / "own")
 
 
