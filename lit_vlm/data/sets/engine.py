@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from torch import multiprocessing
-from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 
 from lit_vlm.core.devices import own_devices
 from lit_vlm.core.launcher import launch
 from lit_vlm.data.sets.parallel import Block, heed_parent_alone
+from lit_vlm.data.sets.sweepers import Sweepers
 from lit_vlm.data.sources.base import Source
 
 
@@ -128,16 +129,11 @@ class Local:
         """As `Engine.start`; all paths are seen here."""
         if models:
             return self._start_models(shared)
-        batches: Iterator[Any] = iter(())
-        if self.workers and (missing := len(shared.missing())):
-            loader = DataLoader(
-                _Worker(shared, self.place), None, num_workers=min(self.workers, missing), in_order=False
-            )
-            batches = iter(loader)
+        count = min(self.workers, len(shared.missing()))
+        sweepers = Sweepers(_Sweep(shared, self.place, count), count)
 
         def wait() -> None:
-            for _ in batches:
-                pass
+            sweepers.join()
             shared.finish(self.place)
 
         return wait
@@ -181,15 +177,14 @@ def _one(items: Sequence[Any]) -> Any:
     return items[0]
 
 
-class _Worker(IterableDataset[int]):
-    """The blocks that one worker process of a task finds free, as they are done."""
+@dataclass(frozen=True)
+class _Sweep:
+    """The blocks that one of `count` worker processes of a task finds free, as they are done (`sweepers.Sweep`)."""
 
-    def __init__(self, shared: Shared, place: Place) -> None:
-        self.shared, self.place = shared, place
+    shared: Shared
+    place: Place
+    count: int
 
-    def __iter__(self) -> Iterator[int]:
-        info = get_worker_info()
-        assert info is not None
-        number, total = self.place
-        for block in self.shared.sweep(Place(number * info.num_workers + info.id, total * info.num_workers)):
-            yield block.index
+    def __call__(self, number: int) -> Iterator[Block]:
+        own, total = self.place
+        return self.shared.sweep(Place(own * self.count + number, total * self.count))

@@ -9,11 +9,13 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import redirect_stdout
+from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from lit_vlm.commands.cli import main
@@ -32,14 +34,20 @@ RECORDS = 400
 def slow(pause: float, log: Path) -> Source:
     """A source that takes its time for a record, and writes down that it was read."""
 
-    def read(index: int) -> None:
-        time.sleep(pause)
-        with log.open("a") as file:
-            file.write(f"{index}\n")
-
     source = Count("n", RECORDS)
-    source._on_record = read
+    source._on_record = Slow(pause, log)
     return source
+
+
+@dataclass(frozen=True)
+class Slow:
+    pause: float
+    log: Path
+
+    def __call__(self, index: int) -> None:
+        time.sleep(self.pause)
+        with self.log.open("a") as file:
+            file.write(f"{index}\n")
 
 
 def _convert(out: Path, number: int, total: int, workers: int, pause: float, host: str) -> None:
@@ -101,6 +109,18 @@ def test_one_of_several_tasks_is_killed_and_the_others_write_what_one_writes(
     # Its own workers, if it had any, end the block that they are at, and then see that it is gone.
     wait_for(lambda: [file.name for file in out.iterdir() if file.name[:1] == "."] == [])
     assert tree(out) == expected
+
+
+def test_a_killed_worker_process_costs_its_block_and_nothing_else(expected: dict[str, bytes], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    process = task(out, workers=2, pause=0.01)
+    wait_for(lambda: out.with_suffix(".log").exists() and len(out.with_suffix(".log").read_text().split()) > 5)
+    psutil.Process(process.pid).children()[0].kill()
+    join(process)
+    assert tree(out) == expected
+    read = out.with_suffix(".log").read_text().split()
+    assert len(set(read)) == RECORDS
+    assert len(read) - RECORDS <= 32  # a block
 
 
 def test_each_block_is_done_by_one_task_and_all_take_part(expected: dict[str, bytes], tmp_path: Path) -> None:
