@@ -31,11 +31,10 @@ from lit_vlm.data.curation.selected import Selected
 from lit_vlm.data.curation.sheet import draw_sheet
 from lit_vlm.data.curation.step import Step, identity
 from lit_vlm.data.curation.table import Table
-from lit_vlm.data.records.files import visible
 from lit_vlm.data.records.json_files import read_json
 from lit_vlm.data.sets.convert import TooManyBad, convert
 from lit_vlm.data.sets.engine import HERE, Engine
-from lit_vlm.data.sets.shards import BLOCKS, PLAN
+from lit_vlm.data.sets.shards import BLOCKS, PLAN, is_used
 from lit_vlm.data.sources.base import Source
 
 REPORT = "curation.json"
@@ -128,7 +127,7 @@ def _check_out(curation: Curation, out: Path, key: str) -> None:
                 f"{out} holds the result of another curation: remove it, or name another folder (with --measures, "
                 "nothing is measured again)"
             )
-    elif out.exists() and visible(out.iterdir()) and not any((out / p).exists() for p in (PLAN, f"{BLOCKS}/{PLAN}")):
+    elif is_used(out) and not any((out / p).exists() for p in (PLAN, f"{BLOCKS}/{PLAN}")):
         raise ValueError(f"{out} is not empty: remove it, or name another folder")
 
 
