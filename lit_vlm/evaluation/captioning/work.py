@@ -28,7 +28,7 @@ from lit_vlm.data.sets.parallel import Block, blocks_of
 from lit_vlm.data.sets.shards import claim
 from lit_vlm.data.sets.shared import finish_once, run_models
 from lit_vlm.data.sets.writer import BlockWriter, Encoded, verified
-from lit_vlm.data.sources import Converted, Source
+from lit_vlm.data.sources import Source
 from lit_vlm.data.sources.base import describe
 from lit_vlm.data.sources.converted import INFO, VERSION, SetInfo
 from lit_vlm.evaluation.captioning.captioner import Captioner, Inputs
@@ -147,7 +147,8 @@ class _Questions(Dataset[_Asked]):
         earlier = (*record.earlier, *(one for one in old if one.content))
         settings = self.settings
         sampling = Sampling(settings.max_tokens, settings.temperature, settings.top_p, chance.getrandbits(62))
-        return _Question(Record(own, self.source.name, (turn,), earlier=earlier), (content, picture.size), sampling)
+        asked = Record(own, self.source.name, (turn,), urls=record.urls, earlier=earlier)
+        return _Question(asked, (content, picture.size), sampling)
 
 
 @dataclass
@@ -287,7 +288,7 @@ def _has_image(source: Source, index: int) -> bool:
 def _provenance(work: CaptionBlock) -> dict[str, Any]:
     """What wrote the captions, for `SetInfo.captions`; all but the model."""
     settings = work.settings
-    kept = work.source.info.captions if isinstance(work.source, Converted) else {}
+    kept = dict(work.source.captions or {})
     return {
         "prompts": list(settings.prompts),
         "decoding": {
