@@ -6,6 +6,7 @@ import hashlib
 import json
 import pickle
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -201,6 +202,14 @@ def test_the_commands_keep_and_show_where_a_set_comes_from(
     main(["data", "stats", "out", *words])
     told = capsys.readouterr().out
     assert "licence: CC0-1.0\norigin: https://example.org/mix\nrevision: v2\nleft out: denied 1\n" in told
+    main(["data", "convert", "out", "again", *words, "--deny", listed(tmp_path, sha256(picture(4)))])
+    again = Converted("again")
+    assert (again.info.records, again.info.bad, again.provenance) == (
+        after.records - 1,
+        {"denied": 1},
+        after.provenance,
+    )
+    assert again.record(0) == replace(Converted("out").record(0), source="again")
     with pytest.raises(SystemExit):
         main(["data", "convert", source, "other", *words, "--deny", listed(tmp_path, "nothing")])
     assert "deny.txt, line 1: 'nothing' is neither an address" in capsys.readouterr().err
