@@ -22,7 +22,7 @@ from lit_vlm.core.sampling import Sampling
 from lit_vlm.data.records import Image, Message, Record, RecordError, Text
 from lit_vlm.data.records.json_files import read_info
 from lit_vlm.data.records.media import MARK, refuse_marks
-from lit_vlm.data.sets.convert import finish_set
+from lit_vlm.data.sets.convert import finish_set, refuse_inside
 from lit_vlm.data.sets.engine import HERE, Engine, paths_of
 from lit_vlm.data.sets.parallel import Block, blocks_of
 from lit_vlm.data.sets.shards import claim
@@ -272,9 +272,7 @@ def caption(
 
 
 def _check(source: Source, out: Path) -> None:
-    inside = source.path
-    if inside is not None and out.resolve().is_relative_to(Path(inside).resolve()):
-        raise ValueError(f"{out} lies inside the source {inside}, which would then read it: name another folder")
+    refuse_inside(out, source)
     if not any(_has_image(source, index) for index in range(len(source))):
         raise ValueError(f"{source.name} has {len(source)} records and no picture in them: there is nothing to caption")
 
