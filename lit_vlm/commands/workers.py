@@ -43,8 +43,10 @@ def engine_of(on: str, workers: int | None = None) -> Iterator[Engine]:
         workers: number of processes; None takes one for each core or CPU.
 
     Raises:
-        ValueError: for Ray under a launcher of several tasks, or as `on_ray`.
+        ValueError: for a negative number, for Ray under a launcher of several tasks, or as `on_ray`.
     """
+    if workers is not None and workers < 0:
+        raise ValueError(f"--workers must be at least 0, not {workers}")
     started = launch()
     if on == LOCAL:
         yield Local(len(cores()) if workers is None else workers, Place(started.rank, started.world_size))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from jsonargparse.typing import register_type
 
 from lit_vlm.data.remote import SCHEMES, holds, is_address, parse_address
-from lit_vlm.data.sets.forms import open_source
+from lit_vlm.data.sets.forms import ADVICE, open_source
 from lit_vlm.data.sources import Converted, Source
 from lit_vlm.data.sources.converted import INFO
 
@@ -90,9 +91,23 @@ def open_path(path: str, advice: str) -> Source:
     return Converted(path) if _is_converted(path) else open_source(path, advice=advice)
 
 
+def open_as(path: str, form: str | None, settings: Sequence[str]) -> Source:
+    """The source that the flags `--form` and `--set` of a command name; without them, as `open_path`.
+
+    Args:
+        path: of a file or folder, or an address.
+        form: as in `open_source`.
+        settings: as in `open_source`.
+
+    Raises:
+        ValueError: as `open_source` and `open_path`.
+    """
+    return open_source(path, form, settings) if form or settings else open_path(path, ADVICE)
+
+
 def _is_converted(path: str) -> bool:
     if not is_address(path):
-        return ":" in path.split("/", 1)[0] or (Path(path) / INFO).is_file()
+        return (Path(path) / INFO).is_file() or (":" in path.split("/", 1)[0] and not Path(path).exists())
     scheme = path.partition("://")[0].lower()
     # LitData reads converted sets from more kinds of storage than files are fetched from.
     return scheme not in SCHEMES or holds(parse_address(path), INFO)

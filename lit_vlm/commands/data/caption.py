@@ -18,11 +18,10 @@ from lit_vlm.core.devices import own_devices
 from lit_vlm.core.launcher import launch
 from lit_vlm.core.precision import choose
 from lit_vlm.core.pretrained import is_hub_name
-from lit_vlm.data.given import open_path
+from lit_vlm.data.given import open_as
 from lit_vlm.data.records import Record
 from lit_vlm.data.sets.convert import TooManyBad
-from lit_vlm.data.sets.forms import ADVICE, open_source
-from lit_vlm.data.sources import Converted, Source
+from lit_vlm.data.sources import Converted
 
 if TYPE_CHECKING:
     from lit_vlm.evaluation.captioning import CaptionModel
@@ -120,7 +119,7 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
         arguments.min_side,
     )
     checks = Checks(arguments.min_words, arguments.max_words, arguments.max_repeated, tuple(arguments.refuse))
-    source, started = _source(arguments), launch()
+    source, started = open_as(arguments.set, arguments.form, arguments.settings), launch()
     kind = own_devices(started)[0].split(":")[0]
     dtype = arguments.dtype or str(choose(kind, scaled=False).dtype).removeprefix("torch.")
     model = _model(arguments.model, dtype, arguments.trust_remote_code)
@@ -134,12 +133,6 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
         sys.exit(REFUSED)  # all tasks find the same, and the first one says it
     if started.is_first:
         _tell(arguments.out, dtype)
-
-
-def _source(arguments: argparse.Namespace) -> Source:
-    if arguments.form is None and not arguments.settings:
-        return open_path(arguments.set, ADVICE)
-    return open_source(arguments.set, arguments.form, arguments.settings)
 
 
 def _model(given: str, dtype: str, trust: bool) -> CaptionModel:

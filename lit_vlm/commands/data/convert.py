@@ -15,8 +15,9 @@ from lit_vlm.commands.fit import REFUSED
 from lit_vlm.commands.workers import add_workers, engine_of
 from lit_vlm.core.launcher import launch
 from lit_vlm.core.sizes import parse_size
+from lit_vlm.data.given import open_as
 from lit_vlm.data.sets.convert import TooManyBad, convert
-from lit_vlm.data.sets.forms import FORMS, open_source
+from lit_vlm.data.sets.forms import FORMS
 from lit_vlm.data.sources import Texts, Vetted
 from lit_vlm.data.sources.provenance import Provenance
 
@@ -34,7 +35,8 @@ def add(verbs: Any) -> None:
     parser.add_argument(
         "source",
         metavar="SOURCE",
-        help="a file or folder, or the address of one: hf://datasets/ORG/NAME, s3://, gs:// or https://",
+        help="a file or folder, or the address of one: hf://datasets/ORG/NAME, s3://, gs:// or https://; or a "
+        "converted set, which is written anew",
     )
     parser.add_argument("out", metavar="OUT", type=Path, help="folder of the new set")
     parser.add_argument(
@@ -70,7 +72,7 @@ def add(verbs: Any) -> None:
 
 def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     """Convert a source, and say what came of it."""
-    opened, started = open_source(arguments.source, arguments.form, arguments.set), launch()
+    opened, started = open_as(arguments.source, arguments.form, arguments.set), launch()
     opened.provenance |= Provenance(arguments.licence, arguments.origin, arguments.revision)
     source = opened if arguments.deny is None else Vetted(opened, arguments.deny)
     try:

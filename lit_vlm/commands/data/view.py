@@ -14,10 +14,9 @@ from rich.console import Console
 from lit_vlm.commands.fit import lightning_cli, unlaunched
 from lit_vlm.core.launcher import launch
 from lit_vlm.data.feed.names import tell_apart
-from lit_vlm.data.given import open_path
+from lit_vlm.data.given import open_as
 from lit_vlm.data.sample.encode import SampleEncoder
-from lit_vlm.data.sets.forms import ADVICE, FORMS, open_source
-from lit_vlm.data.sources import Source
+from lit_vlm.data.sets.forms import FORMS
 from lit_vlm.data.view.left_out import LeftOuts, beside
 from lit_vlm.data.view.measures import read_measures
 from lit_vlm.data.view.records import Records
@@ -57,7 +56,7 @@ def run(arguments: argparse.Namespace, config: Sequence[str]) -> None:
     """Serve the page until Ctrl-C or SIGTERM."""
     if not launch().is_first:
         return
-    sources = [_opened(path, arguments.form, arguments.set) for path in arguments.sets]
+    sources = [open_as(path, arguments.form, arguments.set) for path in arguments.sets]
     tell_apart(sources)
     listed = [*(file for path in arguments.sets for file in beside(path)), *arguments.left_out]
     measures = arguments.measures or _measures_of(arguments.sets[0])
@@ -76,10 +75,6 @@ def run(arguments: argparse.Namespace, config: Sequence[str]) -> None:
         pass
     finally:
         server.server_close()
-
-
-def _opened(path: str, form: str | None, settings: Sequence[str]) -> Source:
-    return open_source(path, form, settings) if form or settings else open_path(path, ADVICE)
 
 
 def _measures_of(path: str) -> Path | None:

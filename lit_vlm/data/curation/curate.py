@@ -31,11 +31,10 @@ from lit_vlm.data.curation.selected import Selected
 from lit_vlm.data.curation.sheet import draw_sheet
 from lit_vlm.data.curation.step import Step, identity
 from lit_vlm.data.curation.table import Table
-from lit_vlm.data.records.files import visible
 from lit_vlm.data.records.json_files import read_json
-from lit_vlm.data.sets.convert import TooManyBad, convert
+from lit_vlm.data.sets.convert import TooManyBad, convert, refuse_inside
 from lit_vlm.data.sets.engine import HERE, Engine
-from lit_vlm.data.sets.shards import BLOCKS, PLAN
+from lit_vlm.data.sets.shards import BLOCKS, PLAN, is_used
 from lit_vlm.data.sources.base import Source
 
 REPORT = "curation.json"
@@ -84,11 +83,11 @@ def curate(curation: Curation, out: Path, measures: Path, engine: Engine = HERE)
         what `curation.json` says.
 
     Raises:
-        ValueError: when `out` holds something else or lies inside a source, when a step drops everything, and as
+        ValueError: when `out` holds something else, when it or `measures` lies inside a source, when a step drops everything, and as
             `measured`.
     """
     key = curation.key
-    _check_out(curation, out, key)
+    _check_out(curation, out, measures, key)
     if (out / REPORT).is_file():
         return read_json(out / REPORT)
     steps = curation.steps
@@ -117,18 +116,20 @@ def curate(curation: Curation, out: Path, measures: Path, engine: Engine = HERE)
     return read_json(out / REPORT)
 
 
-def _check_out(curation: Curation, out: Path, key: str) -> None:
-    for source in curation.sources:
-        inside = source.path
-        if inside is not None and out.resolve().is_relative_to(Path(inside).resolve()):
-            raise ValueError(f"{out} lies inside the source {inside}, which would then read it: name another folder")
+def _check_out(curation: Curation, out: Path, measures: Path, key: str) -> None:
+    refuse_inside(out, *curation.sources)
+    refuse_inside(measures, *curation.sources)
+    if measures.resolve().is_relative_to(out.resolve()):
+        raise ValueError(
+            f"--measures {measures} lies in {out}, which is to hold the new set alone: name another folder"
+        )
     if (out / REPORT).is_file():
         if read_json(out / REPORT).get("key") != key:
             raise ValueError(
                 f"{out} holds the result of another curation: remove it, or name another folder (with --measures, "
                 "nothing is measured again)"
             )
-    elif out.exists() and visible(out.iterdir()) and not any((out / p).exists() for p in (PLAN, f"{BLOCKS}/{PLAN}")):
+    elif is_used(out) and not any((out / p).exists() for p in (PLAN, f"{BLOCKS}/{PLAN}")):
         raise ValueError(f"{out} is not empty: remove it, or name another folder")
 
 

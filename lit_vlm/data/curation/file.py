@@ -76,9 +76,10 @@ def _source(name: str, entry: Any, where: str) -> Source:
         if not isinstance(given, dict) or not isinstance(given.get("path"), str):
             raise ValueError(f"{where} is {entry!r}; expected a path, {{path, form}} or {{class_path, init_args}}")
         _refuse_unknown(given, ("path", "form"), where)
+        if not isinstance(form := given.get("form"), str | None):
+            raise ValueError(f"{where}.form is {form!r}; expected the name of a form, such as LlavaJson")
         advice = "name its form, as in {path: ..., form: LlavaJson}"
         try:
-            form = given.get("form")
             source = open_source(given["path"], form) if form else open_path(given["path"], advice)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error

@@ -60,6 +60,10 @@ class Selected(Source):
         name = record.id if len(self._sources) == 1 else f"{source.name}/{record.id}"
         return replace(record, id=name, messages=messages)
 
+    def places(self) -> list[Path | str]:
+        """Those of all sources."""
+        return [place for source in self._sources for place in source.places()]
+
     def fingerprint(self) -> str:
         """A hash of the sources' fingerprints and the numbers, 16 hex digits."""
         digest = hashlib.sha256(" ".join(source.fingerprint() for source in self._sources).encode())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,6 +46,10 @@ class Subset(Source):
             RecordError: as the parent.
         """
         return self.parent.outline(int(self.indices[index]))
+
+    def places(self) -> list[Path | str]:
+        """Those of the parent."""
+        return self.parent.places()
 
     def shuffled(self, generator: np.random.Generator) -> NDArray[np.int64]:
         """All indices of the subset in random order, in the order of the parent's `shuffled`."""

@@ -118,8 +118,7 @@ def convert(
         AutoTokenizer.from_pretrained(
             resolve(tokenizer, weights=False)
         )  # a wrong name fails before anything is written
-    if (inside := getattr(source, "path", None)) is not None and out.resolve().is_relative_to(Path(inside).resolve()):
-        raise ValueError(f"{out} lies inside the source {inside}, which would then read it: name another folder")
+    refuse_inside(out, source)
     plan = {
         "version": VERSION,
         "source": source.fingerprint(),
@@ -137,6 +136,23 @@ def convert(
         run_blocks(blocks, work, out, f"converting {source.name}", engine, paths_of(source))
     finish_once(out, INFO, lambda: finish_set(source, out, blocks, max_bad_share, tokenizer, source.captions))
     return _told(read_info(out / INFO, SetInfo, VERSION), source, out)
+
+
+def refuse_inside(out: Path, *sources: Source) -> None:
+    """Refuse a folder that lies inside what is read.
+
+    Args:
+        out: the folder of a result.
+        sources: what is read.
+
+    Raises:
+        ValueError: where it lies inside the path of one of them.
+    """
+    for source in sources:
+        if source.path is not None and out.resolve().is_relative_to(Path(source.path).resolve()):
+            raise ValueError(
+                f"{out} lies inside the source {source.path}, which would then read it: name another folder"
+            )
 
 
 def _told(info: SetInfo, source: Source, out: Path) -> SetInfo:

@@ -92,8 +92,8 @@ class Engine(Protocol):
 
 def paths_of(*sources: Source) -> list[str]:
     """Paths that whoever reads the sources must see: absolute, of those that are in a file system."""
-    named = [path for source in sources for path in (source.path, getattr(source, "image_folder", None))]
-    return [os.path.abspath(path) for path in dict.fromkeys(named) if path is not None and os.path.exists(path)]
+    named = dict.fromkeys(place for source in sources for place in source.places())
+    return [os.path.abspath(place) for place in named if os.path.exists(place)]
 
 
 @dataclass(frozen=True)

@@ -69,9 +69,16 @@ def claim(out: Path, plan: dict[str, Any], block: int) -> int:
         for file in (out / PLAN, out / BLOCKS / PLAN):
             if file.is_file():
                 return _same_plan(out, read_json(file), plan)
-        if not (out.exists() and visible(out.iterdir())) and _begin(out, {**plan, "block": block}):
+        if not is_used(out) and _begin(out, {**plan, "block": block}):
             return block
     raise ValueError(f"{out} is not empty: remove it, or name another folder")
+
+
+def is_used(out: Path) -> bool:
+    """Whether there is something in a folder that is to hold a result; raises ValueError for a file."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file: name a folder for the result")
+    return out.exists() and bool(visible(out.iterdir()))
 
 
 def _begin(out: Path, plan: dict[str, Any]) -> bool:

@@ -81,6 +81,11 @@ class Source(ABC):
         """All indices in random order: `[n]`."""
         return generator.permutation(len(self))
 
+    def places(self) -> list[Path | str]:
+        """Files, folders and addresses that records are read from; a source that is made of others has theirs."""
+        # Pictures of a source that names no folder are in its records, or beside the file.
+        return [place for place in (self.path, self.image_folder) if place is not None and place != Path()]
+
     def _call(self, name: str | None) -> None:
         """Set the name: the given one, or that of the path (`name_of`)."""
         self.named = name is not None
@@ -144,6 +149,10 @@ def texts_in(value: Any) -> Iterator[str]:
             yield from texts_in(inner)
 
 
+CONTENT = ("captions",)
+"""Attributes of sources that tell of their content, and are no settings."""
+
+
 def describe(thing: Any) -> str:
     """Class and plain settings of an object, as a string that is the same for the same settings.
 
@@ -154,7 +163,7 @@ def describe(thing: Any) -> str:
     settings = {
         key: describe(value) if isinstance(value, Source) else _plain(value)
         for key, value in vars(thing).items()
-        if not key.startswith("_") and isinstance(value, plain)
+        if not key.startswith("_") and key not in CONTENT and isinstance(value, plain)
     }
     kind = f"{old_name(type(thing).__module__)}.{type(thing).__qualname__}"
     return f"{kind} {json.dumps(settings, sort_keys=True, default=str)}"

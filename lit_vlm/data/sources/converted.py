@@ -44,7 +44,7 @@ class SetInfo:
     Attributes:
         version: version of the format.
         kit: version of lit-vlm that wrote the set.
-        source: class, path and fingerprint of what was converted.
+        source: class, name and fingerprint of what was converted.
         fingerprint: a hash of all records and image bytes in order.
         records: number of records.
         images: number of images.

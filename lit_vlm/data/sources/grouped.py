@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,6 +57,10 @@ class Grouped(Source):
         """
         return self._join(index, [self.source.outline(i) for i in self._members(index)])
 
+    def places(self) -> list[Path | str]:
+        """Those of the source."""
+        return self.source.places()
+
     def shuffled(self, generator: np.random.Generator) -> NDArray[np.int64]:
         """All groups in random order, `[n]`; for a chunked source in the order of its own `shuffled`."""
         if not self.chunked:
@@ -75,9 +79,8 @@ class Grouped(Source):
     def _join(self, index: int, records: list[Record]) -> Record:
         documents = tuple(_document(record) for record in records)
         urls = tuple(url for record in records for url in record.urls)
-        return replace(
-            records[0], id=f"{self._prefix}-{index}", source=self.name, messages=documents, options=(), urls=urls
-        )
+        earlier = tuple(message for record in records for message in record.earlier)
+        return Record(f"{self._prefix}-{index}", self.name, documents, urls=urls, earlier=earlier)
 
 
 def _document(record: Record) -> Message:

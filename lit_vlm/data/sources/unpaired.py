@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -57,6 +58,10 @@ class Unpaired(Source):
             RecordError: `no_image` for a record without image; and as both sources.
         """
         return self._join(self.pictures.outline(index), self.texts.outline(self._drawn(index)))
+
+    def places(self) -> list[Path | str]:
+        """Those of both sources."""
+        return [*self.pictures.places(), *self.texts.places()]
 
     def shuffled(self, generator: np.random.Generator) -> NDArray[np.int64]:
         """All indices in random order, as the source of the images shuffles its own."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -79,6 +80,10 @@ class Vetted(Source):
             RecordError: `denied` if the list names one of its addresses, and as the source.
         """
         return self._by_address(self.source.outline(index))
+
+    def places(self) -> list[Path | str]:
+        """Those of the source."""
+        return self.source.places()
 
     def repeats(self) -> NDArray[np.int64] | None:
         """Records that differ in nothing but their ids, as the source knows them: `[n]`."""

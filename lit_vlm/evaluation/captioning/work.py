@@ -22,13 +22,13 @@ from lit_vlm.core.sampling import Sampling
 from lit_vlm.data.records import Image, Message, Record, RecordError, Text
 from lit_vlm.data.records.json_files import read_info
 from lit_vlm.data.records.media import MARK, refuse_marks
-from lit_vlm.data.sets.convert import finish_set
+from lit_vlm.data.sets.convert import finish_set, refuse_inside
 from lit_vlm.data.sets.engine import HERE, Engine, paths_of
 from lit_vlm.data.sets.parallel import Block, blocks_of
 from lit_vlm.data.sets.shards import claim
 from lit_vlm.data.sets.shared import finish_once, run_models
 from lit_vlm.data.sets.writer import BlockWriter, Encoded, verified
-from lit_vlm.data.sources import Converted, Source
+from lit_vlm.data.sources import Source
 from lit_vlm.data.sources.base import describe
 from lit_vlm.data.sources.converted import INFO, VERSION, SetInfo
 from lit_vlm.evaluation.captioning.captioner import Captioner, Inputs
@@ -147,7 +147,8 @@ class _Questions(Dataset[_Asked]):
         earlier = (*record.earlier, *(one for one in old if one.content))
         settings = self.settings
         sampling = Sampling(settings.max_tokens, settings.temperature, settings.top_p, chance.getrandbits(62))
-        return _Question(Record(own, self.source.name, (turn,), earlier=earlier), (content, picture.size), sampling)
+        asked = Record(own, self.source.name, (turn,), urls=record.urls, earlier=earlier)
+        return _Question(asked, (content, picture.size), sampling)
 
 
 @dataclass
@@ -271,9 +272,7 @@ def caption(
 
 
 def _check(source: Source, out: Path) -> None:
-    inside = source.path
-    if inside is not None and out.resolve().is_relative_to(Path(inside).resolve()):
-        raise ValueError(f"{out} lies inside the source {inside}, which would then read it: name another folder")
+    refuse_inside(out, source)
     if not any(_has_image(source, index) for index in range(len(source))):
         raise ValueError(f"{source.name} has {len(source)} records and no picture in them: there is nothing to caption")
 
@@ -287,7 +286,7 @@ def _has_image(source: Source, index: int) -> bool:
 def _provenance(work: CaptionBlock) -> dict[str, Any]:
     """What wrote the captions, for `SetInfo.captions`; all but the model."""
     settings = work.settings
-    kept = work.source.info.captions if isinstance(work.source, Converted) else {}
+    kept = dict(work.source.captions or {})
     return {
         "prompts": list(settings.prompts),
         "decoding": {

@@ -238,6 +238,12 @@ def test_folders_that_hold_something_else_are_refused(
     inside = Curation("mix", (Pictures(str(tmp_path / "pictures")),), other.steps)
     with pytest.raises(ValueError, match="lies inside the source"):
         curate(inside, tmp_path / "pictures" / "out", folder / "m")
+    with pytest.raises(ValueError, match="pictures/m lies inside the source"):
+        curate(inside, tmp_path / "out", tmp_path / "pictures" / "m")
+    for measures in ("out", "out/m"):
+        with pytest.raises(ValueError, match="which is to hold the new set alone"):
+            curate(inside, tmp_path / "out", tmp_path / measures)
+    assert not (tmp_path / "out").exists()
 
 
 def test_pictures_that_vanish_in_between_are_told(tmp_path: Path) -> None:

@@ -103,6 +103,7 @@ STEP = "HERE/mix.yaml: steps[0]"
         ({"steps": [{"class_path": "Size", "min_side": 4}]}, f"{STEP}: there is no key 'min_side'"),
         ({"steps": [{"class_path": "Size", "init_args": {"min_side": "big"}}]}, f"{STEP} (Size): "),
         ({"steps": [{"class_path": "Size"}]}, f"{STEP} (Size): it drops nothing: set min_side or min_area"),
+        ({"sources": {"a": {"path": "HERE", "form": 5}}}, "sources.a.form is 5; expected the name of a form"),
         ({"steps": [3]}, f"{STEP} is 3; expected {{class_path, init_args}}"),
         (
             {"steps": [{"class_path": "Score", "init_args": {"classifier": "no.such.Class", "max_score": 1}}]},

@@ -395,6 +395,9 @@ def test_another_source_is_not_mixed_into_an_unfinished_conversion(tmp_path: Pat
     convert(Count("n", 400), tmp_path / "out")
     with pytest.raises(ValueError, match=r"the result of something else \(.*records 400 → 300"):
         convert(Count("n", 300), tmp_path / "out")
+    (tmp_path / "file").write_text("something")
+    with pytest.raises(ValueError, match="file is a file: name a folder"):
+        convert(Count("n", 300), tmp_path / "file")
     (tmp_path / "out" / "plan.json").unlink()  # as earlier versions left a set
     with pytest.raises(ValueError, match="is not empty"):
         convert(Count("n", 400), tmp_path / "out")

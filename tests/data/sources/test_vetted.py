@@ -6,6 +6,7 @@ import hashlib
 import json
 import pickle
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,15 +15,29 @@ import pyarrow.parquet as pq
 import pytest
 
 from lit_vlm.commands.cli import main
-from lit_vlm.data import Captions, ChatJsonl, Converted, Grouped, Mmc4, Parquet, Texts, Unpaired, Vetted, WebDataset
+from lit_vlm.data import (
+    Captions,
+    ChatJsonl,
+    Converted,
+    Grouped,
+    Mmc4,
+    Parquet,
+    RandomWords,
+    Texts,
+    Unpaired,
+    Vetted,
+    WebDataset,
+)
+from lit_vlm.data.curation.selected import Selected
 from lit_vlm.data.feed.split import split
 from lit_vlm.data.records import RecordError
 from lit_vlm.data.sets.convert import TooManyBad, convert
+from lit_vlm.data.sets.engine import paths_of
 from lit_vlm.data.sets.forms import open_source
 from lit_vlm.data.sources.deny import DenyList
 from lit_vlm.data.sources.provenance import Provenance
 from tests.data.made_videos import make_video
-from tests.data.sets.test_convert import add, picture, write_llava
+from tests.data.sets.test_convert import add, picture, write_flan, write_llava
 from tests.data.sources.test_videos import rows_of, turns
 
 URL = "https://pictures.example.org/a%20b.jpg?size=2"
@@ -187,6 +202,14 @@ def test_the_commands_keep_and_show_where_a_set_comes_from(
     main(["data", "stats", "out", *words])
     told = capsys.readouterr().out
     assert "licence: CC0-1.0\norigin: https://example.org/mix\nrevision: v2\nleft out: denied 1\n" in told
+    main(["data", "convert", "out", "again", *words, "--deny", listed(tmp_path, sha256(picture(4)))])
+    again = Converted("again")
+    assert (again.info.records, again.info.bad, again.provenance) == (
+        after.records - 1,
+        {"denied": 1},
+        after.provenance,
+    )
+    assert again.record(0) == replace(Converted("out").record(0), source="again")
     with pytest.raises(SystemExit):
         main(["data", "convert", source, "other", *words, "--deny", listed(tmp_path, "nothing")])
     assert "deny.txt, line 1: 'nothing' is neither an address" in capsys.readouterr().err
@@ -210,3 +233,15 @@ def test_sources_of_sources_know_where_these_come_from(tmp_path: Path) -> None:
     assert Unpaired(pictures, texts).provenance == Provenance("MIT; CC0-1.0", "https://example.org/a")
     assert {part.provenance for part in split(pictures, 0.5)} == {pictures.provenance}
     assert pictures.fingerprint() == pictures.source.fingerprint()
+
+
+def test_workers_must_see_what_sources_of_sources_read(tmp_path: Path) -> None:
+    pictures, texts = open_source(str(write_llava(tmp_path))), Texts(str(write_flan(tmp_path)))
+    own, both = paths_of(pictures), paths_of(pictures, texts)
+    assert own[0] == str(pictures.path)
+    assert set(own) < set(both)
+    assert paths_of(Vetted(pictures)) == paths_of(Grouped(pictures, 2)) == paths_of(split(pictures, 0.5)[0]) == own
+    for made in (Unpaired(pictures, texts), Selected((pictures, texts), np.arange(3), "some")):
+        assert paths_of(made) == both
+    convert(texts, tmp_path / "set")
+    assert paths_of(Converted(str(tmp_path / "set")), RandomWords("bytes")) == [str(tmp_path / "set")]

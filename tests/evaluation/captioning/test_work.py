@@ -25,7 +25,8 @@ from lit_vlm.data.sets import shared
 from lit_vlm.data.sets.check import check_set
 from lit_vlm.data.sets.convert import TooManyBad, convert
 from lit_vlm.data.sets.engine import ALONE, Local, Place
-from lit_vlm.data.sources import ChatJsonl, Converted, Source, Texts
+from lit_vlm.data.sources import ChatJsonl, Converted, Grouped, Source, Texts, Vetted
+from lit_vlm.data.sources.base import describe
 from lit_vlm.data.sources.converted import INFO, SetInfo
 from lit_vlm.evaluation.captioning.captioner import Answer
 from lit_vlm.evaluation.captioning.checks import Checks
@@ -124,6 +125,28 @@ def test_a_captioned_set_keeps_all_when_it_is_converted_or_captioned_again(
         before = answers[record.id]
         assert [turn.text for turn in record.earlier[-2:]] == [turn.text for turn in before.messages]
         assert record.earlier[:-2] == before.earlier
+
+
+def test_what_is_known_of_a_picture_goes_on(expected: Path, model: CaptionModel, tmp_path: Path) -> None:
+    captioned = Converted(str(expected))
+    first, second = captioned.record(0), captioned.record(1)
+    assert Grouped(captioned, 2).record(0).earlier == (*first.earlier, *second.earlier)
+    vetted = Vetted(captioned, licence="MIT")
+    again = caption(work(model, vetted), tmp_path / "again", 1.0)
+    assert again.captions["earlier"] == captioned.info.captions
+    assert again.provenance.licence == "MIT"
+    source = mixed(tmp_path, url="https://example.org/page")
+    caption(work(model, source), tmp_path / "urls", 1.0)
+    made = Converted(str(tmp_path / "urls"))
+    assert {made.record(index).urls for index in range(len(made))} == {("https://example.org/page",)}
+
+
+def test_caches_of_a_captioned_set_are_found_by_its_settings(expected: Path) -> None:
+    captioned = Converted(str(expected))
+    assert captioned.captions
+    assert set(json.loads(describe(captioned).split(" ", 1)[1])) == {
+        "chunked", "image_folder", "name", "named", "path", "remote", "storage_options"
+    }  # fmt: skip
 
 
 def test_a_set_of_an_earlier_version_is_read(tmp_path: Path) -> None:
@@ -243,7 +266,7 @@ def test_what_is_drawn_does_not_depend_on_the_company(model: CaptionModel) -> No
 # ----- what is left out -----
 
 
-def mixed(folder: Path) -> Source:
+def mixed(folder: Path, **more: str) -> Source:
     """Records with one picture, two, none, and one that is damaged."""
     shapes = Shapes(8, text_only=False)
     rows: list[dict[str, Any]] = []
@@ -252,7 +275,7 @@ def mixed(folder: Path) -> Source:
         names = [f"{index}.png", f"{(index + 1) % 8}.png"] if index == 3 else [f"{index}.png"]
         question = [*({"type": "image", "image": name} for name in names), {"type": "text", "text": "?"}]
         turns = [{"role": "user", "content": question}, {"role": "assistant", "content": f"old {index}"}]
-        rows.append({"id": f"r{index}", "messages": turns})
+        rows.append({"id": f"r{index}", "messages": turns, **more})
     (folder / "5.png").write_bytes(b"no picture")
     rows.append({"id": "text", "messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]})
     (folder / "mixed.jsonl").write_text("\n".join(map(json.dumps, rows)))
