@@ -4,11 +4,27 @@ from __future__ import annotations
 
 import sys
 
-from tests.benchmarks import curation, data, eve, exports, hovle, loss, ola, plan, saves, scale, step, videos, watched
+from tests.benchmarks import (
+    converting,
+    curation,
+    data,
+    eve,
+    exports,
+    hovle,
+    loss,
+    ola,
+    plan,
+    saves,
+    scale,
+    step,
+    videos,
+    watched,
+)
 
 ALL = {
     "step": step.main,
     "loss": loss.main,
+    "converting": converting.main,
     "curation": curation.main,
     "data": data.main,
     "eve": eve.main,

@@ -28,6 +28,7 @@ from lit_vlm.data.curation.same_pictures import (
 )
 from lit_vlm.data.curation.similarity import Similarity
 from lit_vlm.data.records import image_bytes, open_image
+from lit_vlm.data.sets.engine import Local
 from lit_vlm.data.sources import Captions
 from tests.benchmarks.planted import NEAR, Planted, plant
 
@@ -87,8 +88,8 @@ def found_by_step(planted: Planted, folder: Path, workers: int = 1) -> dict[str,
     steps = steps_of(planted.benchmark, encoder)
     measures = [measure for step, _, _ in steps.values() for measure in step.measures()]
     start = time.perf_counter()
-    table = measured([planted.source], measures, folder, workers)
-    asked = measured([planted.benchmark], measures, folder, workers)
+    table = measured([planted.source], measures, folder, Local(workers))
+    asked = measured([planted.benchmark], measures, folder, Local(workers))
     Console().print(f"{len(table) / (time.perf_counter() - start):.0f} records/s with all measures, {workers} readers")
     faults, found = np.array(planted.faults), {}
     for name, (step, reason, wanted) in steps.items():

@@ -48,6 +48,13 @@ SIDE, PATCH, CAPACITY, WORKERS, ROUNDS = 336, 14, 2048, 2, 5
 MEAN, STD = (0.481, 0.458, 0.408), (0.269, 0.261, 0.276)
 
 
+def photo(noise: np.random.Generator, size: tuple[int, int]) -> PILImage.Image:
+    """Soft shapes and grain, which as a JPEG are about as large as a photo."""
+    small = PILImage.fromarray(noise.integers(0, 255, (24, 32, 3), dtype=np.uint8)).resize(size, PILImage.BICUBIC)
+    grain = np.asarray(small, np.int16) + noise.integers(-12, 12, (size[1], size[0], 1))
+    return PILImage.fromarray(grain.clip(0, 255).astype(np.uint8))
+
+
 def write_llava(folder: Path, count: int) -> Path:
     """Photos of COCO's size, a quarter larger, with conversations of mixed length; every seventh is text only."""
     rng, noise = random.Random(0), np.random.default_rng(0)
@@ -59,12 +66,7 @@ def write_llava(folder: Path, count: int) -> Path:
         entry: dict[str, Any] = {"id": str(index), "conversations": turns}
         if index % 7:
             size = (1024, 768) if index % 4 == 0 else (640, 480)
-            small = PILImage.fromarray(noise.integers(0, 255, (24, 32, 3), dtype=np.uint8)).resize(
-                size, PILImage.BICUBIC
-            )
-            grain = np.asarray(small, np.int16) + noise.integers(-12, 12, (size[1], size[0], 1))
-            picture = PILImage.fromarray(grain.clip(0, 255).astype(np.uint8))
-            picture.save(folder / "images" / f"{index}.jpg", quality=88)
+            photo(noise, size).save(folder / "images" / f"{index}.jpg", quality=88)
             entry["image"] = f"images/{index}.jpg"
             turns[0]["value"] = "<image>\n" + turns[0]["value"]
         entries.append(entry)

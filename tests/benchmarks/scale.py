@@ -26,6 +26,7 @@ from lit_vlm.data.feed.bins import Integers
 from lit_vlm.data.feed.mixture import Interleaved, Mixture
 from lit_vlm.data.feed.plan import BatchPlan, Ordering
 from lit_vlm.data.sets.convert import convert
+from lit_vlm.data.sets.engine import Local
 from tests.benchmarks.data import Numbers, write_llava
 from tests.benchmarks.measure import added_mib
 
@@ -82,7 +83,7 @@ def timed(work: Callable[[], object]) -> tuple[float, float]:
 
 def opening(console: Console, folder: Path) -> None:
     """Opening a set of 33 million records, up to its first: indices of that many shards, of which one is there."""
-    convert(Numbers(PER_SHARD), folder, 0)
+    convert(Numbers(PER_SHARD), folder)
     index = json.loads((folder / "index.json").read_text())
     shards = [{**index["chunks"][0], "filename": f"chunk-{i:06d}.bin"} for i in range(RECORDS // PER_SHARD)]
     (folder / "index.json").write_text(json.dumps(index | {"chunks": shards}))
@@ -131,7 +132,7 @@ def read(cache: str, options: dict[str, str], indices: list[int]) -> float:
 
 def buckets(console: Console, folder: Path, count: int = 600) -> None:
     """Reading from a bucket with one process and with one for each of two cores, first cold, then from the cache."""
-    convert(LlavaJson(str(write_llava(folder / "llava", count))), folder / "set", 2, shard_bytes=1 << 22)
+    convert(LlavaJson(str(write_llava(folder / "llava", count))), folder / "set", Local(2), shard_bytes=1 << 22)
     size = sum(file.stat().st_size for file in (folder / "set").glob("chunk-*.bin")) / 2**20
     with bucket(folder / "set") as options, get_context("spawn").Pool(2) as pool:
         order = Converted("s3://sets/set", storage_options=options).shuffled(np.random.default_rng(0)).tolist()
