@@ -233,6 +233,7 @@ def main() -> None:
         writing = {
             "item": (encode_record,),
             "write": (BinaryWriter.add_item,),
+            "shards": (BinaryWriter.done,),
             "SHA-256 and counts": (BlockWriter.add, encode_record, BinaryWriter.add_item),
             "merge": (finish_set,),
         }
