@@ -113,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("checkpoints", nargs="+", type=Path, metavar="RUN", help=f"{RUN_HELP}; all are compared")
     parser.add_argument("--target", required=True, help="depth, seg, gen, or another head of the recipe")
-    parser.add_argument("--images", type=Path, help="a folder of pictures (default: generated scenes)")
+    parser.add_argument("--images", help="a folder or address of pictures (default: generated scenes)")
     parser.add_argument("--exact", action="store_true", help="take the exact maps of scenes, for depth and seg")
     parser.add_argument("--size", type=int, default=96, help="pixels of a scene's side (96)")
     parser.add_argument("--cells", type=int, default=6, help="cells per side of exact maps (6)")

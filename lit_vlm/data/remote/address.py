@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from urllib.parse import quote, unquote, urlsplit
 
 SCHEME = re.compile(r"([a-z][a-z0-9+.-]+)://", re.IGNORECASE)
@@ -69,9 +69,9 @@ class Address:
         return replace(self, path=path, config=None, split=None, query="")
 
 
-def is_address(text: str) -> bool:
+def is_address(text: str | Path) -> bool:
     """Whether a text is an address, and no path of this machine."""
-    return SCHEME.match(text) is not None
+    return isinstance(text, str) and SCHEME.match(text) is not None
 
 
 def parse_address(text: str) -> Address:
