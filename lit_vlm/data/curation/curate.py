@@ -83,8 +83,8 @@ def curate(curation: Curation, out: Path, measures: Path, engine: Engine = HERE)
         what `curation.json` says.
 
     Raises:
-        ValueError: when `out` holds something else, when it or `measures` lies inside a source, when a step drops everything, and as
-            `measured`.
+        ValueError: when `out` holds something else, when it or `measures` lies inside a source, when a step drops
+            everything, and as `measured`.
     """
     key = curation.key
     _check_out(curation, out, measures, key)
