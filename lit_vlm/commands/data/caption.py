@@ -13,7 +13,7 @@ from rich.table import Table
 
 from lit_vlm.commands.fit import REFUSED
 from lit_vlm.commands.named_runs import find_named
-from lit_vlm.commands.workers import add_on, engine_of
+from lit_vlm.commands.workers import RAY, add_on, engine_of
 from lit_vlm.core.devices import own_devices
 from lit_vlm.core.launcher import launch
 from lit_vlm.core.precision import choose
@@ -120,6 +120,8 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     )
     checks = Checks(arguments.min_words, arguments.max_words, arguments.max_repeated, tuple(arguments.refuse))
     source, started = open_as(arguments.set, arguments.form, arguments.settings), launch()
+    if arguments.on == RAY and arguments.dtype is None:
+        raise ValueError("--on ray: name --dtype, too, as the GPUs of the nodes may be other ones than this machine's")
     kind = own_devices(started)[0].split(":")[0]
     dtype = arguments.dtype or str(choose(kind, scaled=False).dtype).removeprefix("torch.")
     model = _model(arguments.model, dtype, arguments.trust_remote_code)

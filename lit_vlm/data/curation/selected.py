@@ -29,8 +29,8 @@ class Selected(Source):
     def __init__(self, sources: Sequence[Source], indices: NDArray[np.int64], name: str) -> None:
         self.name, self.image_folder = name, Path()
         self.provenance = joined([source.provenance for source in sources])
-        if len(sources) == 1:
-            self.captions = sources[0].captions
+        told = {source.name: source.captions for source in sources if source.captions}
+        self.captions = sources[0].captions if len(sources) == 1 else told or None
         self._sources, self._indices = tuple(sources), indices
         self._ends = np.cumsum([len(source) for source in sources])
 

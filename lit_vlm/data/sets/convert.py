@@ -114,6 +114,7 @@ def convert(
         raise ValueError(
             f"--shard-size: a shard has 1 to {LARGEST_SHARD:,} bytes, as its format counts so far, not {shard_bytes:,}"
         )
+    check_limits(max_bad_share, min_side)
     if tokenizer is not None:
         AutoTokenizer.from_pretrained(
             resolve(tokenizer, weights=False)
@@ -153,6 +154,18 @@ def refuse_inside(out: Path, *sources: Source) -> None:
             raise ValueError(
                 f"{out} lies inside the source {source.path}, which would then read it: name another folder"
             )
+
+
+def check_limits(max_bad_share: float, min_side: int) -> None:
+    """Refuse limits that nothing can meet or break.
+
+    Raises:
+        ValueError: for a share that is not from 0 to 1, or a side below 1 pixel.
+    """
+    if not 0 <= max_bad_share <= 1:
+        raise ValueError(f"--max-bad-share must be from 0 to 1, not {max_bad_share:g}")
+    if min_side < 1:
+        raise ValueError(f"--min-side must be at least 1, not {min_side}")
 
 
 def _told(info: SetInfo, source: Source, out: Path) -> SetInfo:

@@ -56,8 +56,8 @@ class SetInfo:
         bad: reason → number of records that were left out for it.
         words: sum, mean, median, 95th percentile and maximum of words per record.
         tokens: these statistics of text tokens per record, with the tokenizer's name; empty without a tokenizer.
-        captions: what wrote the captions of the set: model, prompts, decoding and checks; empty where they are the
-            source's own.
+        captions: what wrote the captions of the set: model, prompts, decoding and checks; by source where a curation
+            took several; empty where they are the source's own.
         provenance: licence, origin and revision of what was converted.
     """
 

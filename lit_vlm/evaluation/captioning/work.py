@@ -22,7 +22,7 @@ from lit_vlm.core.sampling import Sampling
 from lit_vlm.data.records import Image, Message, Record, RecordError, Text
 from lit_vlm.data.records.json_files import read_info
 from lit_vlm.data.records.media import MARK, refuse_marks
-from lit_vlm.data.sets.convert import finish_set, refuse_inside
+from lit_vlm.data.sets.convert import check_limits, finish_set, refuse_inside
 from lit_vlm.data.sets.engine import HERE, Engine, paths_of
 from lit_vlm.data.sets.parallel import Block, blocks_of
 from lit_vlm.data.sets.shards import claim
@@ -251,6 +251,7 @@ def caption(
             `CaptionBlock`.
     """
     source, settings = work.source, work.settings
+    check_limits(max_bad_share, settings.min_side)
     _check(source, out)
     said = _provenance(work)
     decisive = said | {"model": work.model.identity()}

@@ -104,6 +104,7 @@ def llama(folder: Path) -> list[object]:
         (lambda folder: ["--model", "x", "--refuse", "("], "--refuse (: is no regular expression"),
         (lambda folder: ["--model", "x", "--workers", "-1"], "--workers must be at least 0, not -1"),
         (lambda folder: ["--model", "x", "--set", "sauce=1"], "sauce"),
+        (lambda folder: ["--model", "x", "--on", "ray"], "--on ray: name --dtype, too"),
     ],
 )
 def test_bad_arguments_are_told_in_one_line(

@@ -8,6 +8,7 @@ from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image as PILImage
@@ -16,6 +17,7 @@ from lit_vlm.data.curation import Curation, Format, Sample, Score, Size, Step, T
 from lit_vlm.data.curation.measuring import measured
 from lit_vlm.data.curation.pictures import PictureScore, PictureSize
 from lit_vlm.data.curation.sampling import RecordHash
+from lit_vlm.data.curation.selected import Selected
 from lit_vlm.data.records import Record, RecordError
 from lit_vlm.data.sets.engine import Local, Place
 from lit_vlm.data.sources import Captions, Converted, Pictures
@@ -252,3 +254,12 @@ def test_pictures_that_vanish_in_between_are_told(tmp_path: Path) -> None:
     (tmp_path / "second" / "9.img").unlink()
     with pytest.raises(ValueError, match="records that were measured cannot be read any more, see .*bad_samples.jsonl"):
         curate(curation, tmp_path / "out", tmp_path / "m")
+
+
+def test_what_wrote_the_captions_of_several_sources_is_kept_by_source() -> None:
+    one, two = Count("one", 3), Count("two", 3)
+    two.captions = {"model": {"name": "llava"}}
+    kept = np.arange(3)
+    assert Selected([two], kept, "all").captions == two.captions
+    assert Selected([one, two], kept, "all").captions == {"two": two.captions}
+    assert Selected([one], kept, "all").captions is None

@@ -606,3 +606,13 @@ def test_shards_have_the_size_that_is_asked_for(tmp_path: Path) -> None:
         convert(LlavaJson(source), tmp_path / "small")
     with pytest.raises(ValueError, match="a shard has 1 to 2,147,483,648 bytes"):
         convert(LlavaJson(source), tmp_path / "huge", shard_bytes=1 << 33)
+
+
+@pytest.mark.parametrize(("limits", "match"), [
+    ({"max_bad_share": 2}, "--max-bad-share must be from 0 to 1, not 2"),
+    ({"min_side": 0}, "--min-side must be at least 1, not 0"),
+])  # fmt: skip
+def test_limits_that_mean_nothing_are_refused(limits: dict[str, Any], match: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=match):
+        convert(Count("n", 3), tmp_path / "out", **limits)
+    assert not (tmp_path / "out").exists()
