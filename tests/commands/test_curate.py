@@ -70,3 +70,12 @@ def test_the_help_shows_an_example_that_can_be_read(
     Path("mix.yaml").write_text(example)
     curation = read_curation(Path("mix.yaml"), STEPS)
     assert [type(step).__name__ for step in curation.steps] == ["Size", "Text", "Sample"]
+
+
+def test_the_help_fits_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        main(["data", "curate", "--help"])
+    said = capsys.readouterr().out
+    assert "goes on with" in said
+    assert max(map(len, said.splitlines())) <= 80

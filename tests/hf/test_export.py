@@ -77,6 +77,7 @@ def test_every_recipe_is_the_same_in_transformers(recipe: str, tmp_path: Path) -
     assert found.gradients == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", get_args(Kind))
 @pytest.mark.parametrize("recipe", ["llava15", "hovle"])
 def test_quantised_weights_are_stored_as_such(recipe: str, kind: Kind, tmp_path: Path) -> None:

@@ -107,6 +107,7 @@ def test_a_rank_without_pictures(recipe: str, stage: str, texts: str, simulated:
     assert result.records is None
 
 
+@pytest.mark.slow
 def test_llava_by_hand(simulated: Simulator) -> None:
     """Memory and matrix products of LLaVA-1.5's tuning on 8 GPUs, by arithmetic that uses none of the kit's code."""
     result = measured(simulated.run(replace(job("llava15", "2_sft", 8, "fsdp"), record=True)))

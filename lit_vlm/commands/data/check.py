@@ -36,4 +36,5 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
         console.print(f"[red]{problem}[/]", soft_wrap=True)
     if len(problems) > 20:
         console.print(f"... and {len(problems) - 20} more")
+    console.print(f"{arguments.set} is damaged: bring the files back as they were converted, or convert it anew")
     sys.exit(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,14 @@ from lit_vlm.core.launcher import launch
 from lit_vlm.data.curation import STEPS, curate, read_curation
 from lit_vlm.data.curation.deciding import READ
 
+WIDTH = 78
+"""Columns of the paragraphs of the help, which is not wrapped for the sake of the example."""
+DESCRIPTION = (
+    "Measure every record of the sources in FILE once, let its steps decide one after the other, and write the records "
+    "that stay as a converted set. OUT/curation.json counts what each step dropped, OUT/dropped.parquet lists it, and "
+    "OUT/sheets shows some of it. A curation that was stopped goes on with the same command, and all that run it at "
+    "the same time, as under srun, share the work."
+)
 EXAMPLE = """an example of FILE:
 
   sources:
@@ -22,7 +31,7 @@ EXAMPLE = """an example of FILE:
     sa1b: {class_path: Pictures, init_args: {path: data/sa1b}}
   steps:
     - {class_path: Size, init_args: {min_side: 448}}
-    - {class_path: Text, init_args: {min_words: 3, languages: [en], blocked: ['(?i)lorem ipsum']}}
+    - {class_path: Text, init_args: {min_words: 3, languages: [en]}}
     - {class_path: Sample, init_args: {quotas: {laion: 1000000}}}
   seed: 0
 """
@@ -30,14 +39,12 @@ EXAMPLE = """an example of FILE:
 
 def add(verbs: Any) -> None:
     """Add the verb and its arguments to those of `lit-vlm data`."""
+    steps = f"steps: {', '.join(STEPS)}, and any lit_vlm.data.curation.Step by its class path"
     parser = verbs.add_parser(
         "curate",
         help="choose records by the steps of a file → LitData shards, and what was dropped",
-        description="Measure every record of the sources in FILE once, let its steps decide one after the other, and "
-        "write the records that stay as a converted set. OUT/curation.json counts what each step dropped, "
-        "OUT/dropped.parquet lists it, and OUT/sheets shows some of it. A curation that was stopped goes on with the "
-        "same command, and all that run it at the same time, as under srun, share the work.",
-        epilog=f"steps: {', '.join(STEPS)}, and any lit_vlm.data.curation.Step by its class path\n\n{EXAMPLE}",
+        description=textwrap.fill(DESCRIPTION, WIDTH),
+        epilog=f"{textwrap.fill(steps, WIDTH)}\n\n{EXAMPLE}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("file", metavar="FILE", type=Path, help="YAML with sources, steps and seed")

@@ -6,6 +6,7 @@ import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from shlex import quote
 from typing import Any
 
 from rich.console import Console
@@ -65,11 +66,15 @@ def _advice(one: Held | None) -> str:
         return "no reader fits as it is; --form CLASS names one of your own (a Source with the argument 'path')"
     if one.form == "Converted":
         return f"a converted set: --data.train {one.address}"
-    return (
-        f"lit-vlm data convert {one.address} OUT\n"
-        f"lit-vlm run RECIPE --data.train {one.address}\n"
-        f"    or --data.train null --data.train.NAME {one.form} --data.train.NAME.path {one.address}"
-    )
+    pairs = [setting.split("=", 1) for setting in one.settings]
+    form = f" --form {one.form}" if pairs else ""
+    named = form + "".join(f" --set {quote(f'{key}={value}')}" for key, value in pairs)
+    keys = "".join(f" --data.train.NAME.{key} {quote(value)}" for key, value in pairs)
+    by_name = f"--data.train null --data.train.NAME {one.form} --data.train.NAME.path {one.address}{keys}"
+    convert = f"lit-vlm data convert {one.address} OUT{named}\n"
+    if one.settings:
+        return f"{convert}lit-vlm run RECIPE {by_name}"
+    return f"{convert}lit-vlm run RECIPE --data.train {one.address}\n    or {by_name}"
 
 
 def _size(count: int) -> str:

@@ -14,6 +14,7 @@ from PIL import Image as PILImage
 
 from lit_vlm.data.curation.deciding import Decided
 from lit_vlm.data.curation.selected import locate
+from lit_vlm.data.curation.step import Verdict
 from lit_vlm.data.curation.texts import learned_text
 from lit_vlm.data.records import Record, RecordError, decode_image
 from lit_vlm.data.sources.base import Source
@@ -67,13 +68,18 @@ def _some_of_each(entries: NDArray[np.int64], codes: NDArray[np.int8], rng: np.r
     return chosen[np.argsort(codes[chosen], kind="stable")]
 
 
+def said_of(verdict: Verdict, entry: int) -> str:
+    """The reason of a record that is dropped, or else what its value is, with the value; "" where there is neither."""
+    code, value = int(verdict.codes[entry]), float(verdict.values[entry])
+    reason = verdict.reasons[code - 1] if code else ""
+    return reason if np.isnan(value) else f"{reason or verdict.label}: {value:.4g}"
+
+
 def _show(axis: Any, decided: Decided, entry: int, sources: Sequence[Source]) -> None:
     """Show the first picture of a record, or its text where it has none, over what the step says of it."""
     verdict, index = decided.verdict, int(decided.candidates[entry])
     which, local = locate(np.cumsum([len(source) for source in sources]), index)
-    code, value = int(verdict.codes[entry]), float(verdict.values[entry])
-    what = verdict.reasons[code - 1] if code else verdict.label
-    lines = [what if np.isnan(value) else f"{what}: {value:.4g}", verdict.details.get(index, "")]
+    lines = [said_of(verdict, entry), verdict.details.get(index, "")]
     try:
         record = sources[which].record(local)
         picture, text = _first_picture(record, sources[which].image_folder), _text(record)

@@ -182,11 +182,15 @@ def _check_share(bad: Sequence[BadSample], total: int, share: float, out: Path) 
     if len(faulty) > share * total or len(bad) == total:
         reasons = ", ".join(f"{reason} {count}" for reason, count in Counter(s.reason for s in bad).most_common())
         first = next(iter(faulty or bad), None)
-        last = f"The first: {first.id}: {first.reason}: {first.detail}. " if first else ""
+        last = f" The first: {first.id}: {first.reason}: {first.detail}." if first else ""
+        listed = f"All are listed in {out / 'bad_samples.jsonl'}."
+        if len(bad) == total:
+            raise TooManyBad(
+                f"none of the {total} records can be used ({reasons or 'the source is empty'}).{last} {listed}"
+            )
         raise TooManyBad(
-            f"{len(bad)} of {total} records cannot be used ({reasons or 'the source is empty'}), more than "
-            f"--max-bad-share {share}. {last}All are listed in {out / 'bad_samples.jsonl'}. "
-            + ("" if len(bad) == total else "The same command with a larger share finishes at once")
+            f"{len(bad)} of {total} records cannot be used ({reasons}), more than --max-bad-share {share}.{last} "
+            f"{listed} The same command with a larger share finishes at once"
         )
 
 

@@ -153,7 +153,7 @@ def _by_row(path: Path, advice: str) -> str:
     raise ValueError(
         f"{path}: a line with the keys {sorted(keys)} is not known. Known are messages, texts, or query and response "
         "(chat), conversations (LLaVA), video_id, q and a (Video-ChatGPT), text_list and image_info (MMC4), image and "
-        f"caption (captions), inputs and targets or text (text only): {advice}" + _caption_advice(first)
+        f"caption (captions), inputs and targets or text (text only): {advice}" + _caption_advice(path, first)
     )
 
 
@@ -179,13 +179,26 @@ def _form_of(held: set[str], keys: set[str]) -> str | None:
     return None
 
 
-def _caption_advice(row: Any) -> str:
-    """Advice for a row with a picture and a text, such as those of imagefolder's metadata.jsonl; "" for other rows."""
+def caption_settings(row: Any) -> tuple[str, ...]:
+    """Arguments with which `Captions` reads a row with a picture and a text, as imagefolder's metadata.jsonl has them.
+
+    Args:
+        row: the first of a file.
+
+    Returns:
+        each as `key=value`; none for other rows.
+    """
     image = unread_key(row, (), False) if isinstance(row, dict) else None
     text = next((key for key in ("caption", "text") if isinstance(row, dict) and isinstance(row.get(key), str)), None)
-    if image is None or text is None:
+    return () if image is None or text is None else (f"image_column={image}", f"caption_column={text}")
+
+
+def _caption_advice(path: Path, row: Any) -> str:
+    """Advice for a file of pictures with captions whose keys have other names; "" for other files."""
+    if not (settings := caption_settings(row)):
         return ""
-    return f"; a picture with a caption is --form Captions --set image_column={image} --set caption_column={text}"
+    flags = " ".join(f"--set {setting}" for setting in settings)
+    return f"; if it has a picture and its caption in each line, name the file {path} and --form Captions {flags}"
 
 
 def first_row(path: Path) -> Any:

@@ -12,7 +12,7 @@ from lit_vlm.data.records.files import walk
 from lit_vlm.data.remote import Address, is_address, parse_address, store_of
 from lit_vlm.data.remote.hub import Card
 from lit_vlm.data.remote.store import PIECE, Changed, Entry, Listing, RemoteFile, Store, read, retried
-from lit_vlm.data.sets.forms import HEAD, first_row, form_of_files, recognise
+from lit_vlm.data.sets.forms import HEAD, caption_settings, first_row, form_of_files, recognise
 from lit_vlm.data.sources.converted import INFO
 
 READ_ROWS = 64
@@ -34,6 +34,7 @@ class Held:
         rows: number of rows; None where only reading all of it would tell.
         columns: columns of its tables, or keys of its first row.
         form: class name of the reader that fits; None where none does.
+        settings: arguments of the reader that its defaults do not fit, each as `key=value`.
     """
 
     address: str
@@ -44,6 +45,7 @@ class Held:
     rows: int | None
     columns: tuple[str, ...]
     form: str | None
+    settings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,7 @@ def _held(store: Store, entries: Sequence[Entry], named: str, told: int | None =
     rows = [entry for entry in entries if entry.path.lower().endswith((".jsonl", ".json"))]
     if rows and not any(entry.path.lower().endswith(".tar") for entry in entries):
         first = next((entry for entry in rows if entry.path.lower().endswith(".jsonl")), rows[0])
-        return _of_rows(read(store, first, 0, HEAD), PurePosixPath(first.path).suffix, plain)
+        return _of_rows(store, first, plain)
     try:
         return replace(plain, form=form_of_files([entry.path for entry in entries], named))
     except ValueError:
@@ -175,14 +177,24 @@ def _of_tables(store: Store, tables: Sequence[Entry], plain: Held) -> Held:
     return replace(plain, rows=rows, columns=columns, form="Parquet" if set(columns) & set(COLUMNS) else None)
 
 
-def _of_rows(head: bytes, suffix: str, plain: Held) -> Held:
+def _of_rows(store: Store, first: Entry, plain: Held) -> Held:
     """By the first bytes of JSON lines, or of a list."""
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, f"head{suffix}")
-        file.write_bytes(head)
+        file = Path(folder, f"head{PurePosixPath(first.path).suffix}")
+        file.write_bytes(read(store, first, 0, HEAD))
         row = first_row(file)
         try:
             form: str | None = recognise(file)
         except ValueError:
             form = None
-    return replace(plain, columns=tuple(row) if isinstance(row, dict) else (), form=form)
+    plain = replace(plain, columns=tuple(row) if isinstance(row, dict) else (), form=form)
+    if form is None and (settings := caption_settings(row)):
+        # `Captions` reads such a table by its file; of a folder it would look for NAME.txt.
+        named = plain.address if plain.files == 1 else _name(store, first)
+        return replace(plain, address=named, form="Captions", settings=settings)
+    return plain
+
+
+def _name(store: Store, entry: Entry) -> str:
+    """What to write for one file of several."""
+    return entry.path if isinstance(store, Local) else str(store.address.below(entry.path))

@@ -13,11 +13,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image as PILImage
 
-from lit_vlm.data.curation import Curation, Format, Sample, Score, Size, Step, Text, curate
+from lit_vlm.data.curation import Curation, Format, Sample, Score, Size, Step, Text, Verdict, curate
 from lit_vlm.data.curation.measuring import measured
 from lit_vlm.data.curation.pictures import PictureScore, PictureSize
 from lit_vlm.data.curation.sampling import RecordHash
 from lit_vlm.data.curation.selected import Selected
+from lit_vlm.data.curation.sheet import said_of
 from lit_vlm.data.records import Record, RecordError
 from lit_vlm.data.sets.engine import Local, Place
 from lit_vlm.data.sources import Captions, Converted, Pictures
@@ -105,6 +106,12 @@ def test_sheets_show_dropped_and_kept(whole: tuple[Curation, Path, dict[str, Any
     halves = [picture.crop((x, 0, x + width // 2, height)).histogram() for x in (0, width // 2)]
     dark = [sum(histogram[:200]) for histogram in halves]
     assert dark[0] < 0.1 * dark[1]
+
+
+def test_a_sheet_says_reason_and_value_and_no_label_of_a_missing_value() -> None:
+    verdict = Verdict(np.array([0, 0, 1, 1], np.int8), ("duplicate",), np.array([0.5, np.nan, 0.25, np.nan]), "cosine")
+    told = [said_of(verdict, entry) for entry in range(4)]
+    assert told == ["cosine: 0.5", "", "duplicate: 0.25", "duplicate"]
 
 
 def test_workers_write_the_same_bytes(whole: tuple[Curation, Path, dict[str, Any]], tmp_path: Path) -> None:

@@ -258,7 +258,7 @@ def test_too_many_bad_records_are_told_by_one_task(
         with pytest.raises(SystemExit) as ended:
             main(["data", "convert", str(tmp_path / "bad.json"), str(tmp_path / "out"), "--workers", "0"])
         assert ended.value.code == 1
-        assert ("3 of 3 records cannot be used" in capsys.readouterr().err) == (rank == "0")
+        assert ("none of the 3 records can be used" in capsys.readouterr().err) == (rank == "0")
     assert len((tmp_path / "out" / "bad_samples.jsonl").read_text().splitlines()) == 3
 
 

@@ -56,6 +56,7 @@ def test_all_steps_are_done_by_several(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("step-*"))) == 10
 
 
+@pytest.mark.slow
 def test_one_that_dies_is_replaced_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Sweepers(Steps(tmp_path, of=0, lives=1), 1).join()
     assert len(list(tmp_path.glob("step-*"))) == 10

@@ -159,7 +159,7 @@ def test_a_source_of_which_all_is_denied_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "one"
     folder.mkdir()
     (folder / "a.jpg").write_bytes(picture())
-    with pytest.raises(TooManyBad, match=r"1 of 1 records cannot be used \(denied 1\)"):
+    with pytest.raises(TooManyBad, match=r"none of the 1 records can be used \(denied 1\)"):
         convert(Vetted(open_source(str(folder)), listed(tmp_path, sha256(picture()))), tmp_path / "out")
 
 

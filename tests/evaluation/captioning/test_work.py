@@ -308,7 +308,7 @@ def test_captions_that_fail_a_check_are_counted_by_reason(model: CaptionModel, t
     assert info.records + sum(info.bad.values()) == RECORDS
     job.checks = Checks(min_words=30)
     job.settings = SETTINGS
-    with pytest.raises(TooManyBad, match=r"18 of 18 records cannot be used \(.*short_caption"):
+    with pytest.raises(TooManyBad, match=r"none of the 18 records can be used \(.*short_caption"):
         caption(job, tmp_path / "short", 1.0)
 
 

@@ -328,6 +328,7 @@ def test_text_shots_go_into_prompts_of_no_others_and_into_their_name(run: Path, 
             assert line["prompt"].count("USER:") == turns
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_scores_of_one(run: Path, tmp_path: Path) -> None:
     flags = ["evaluate", str(run), "--task", "scenes", "--limit", "5", "--batch-size", "2", "--max-length", "2048",
              "--workers", "0", "--no-mlflow", "--device", "cpu", "--out"]  # fmt: skip
