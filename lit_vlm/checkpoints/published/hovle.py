@@ -51,6 +51,19 @@ def _stacks(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, T
     return own, {key: value for key, value in state.items() if key not in own}
 
 
+def tile_settings(written: SampleFormat | None) -> dict[str, Any]:
+    """What a configuration of InternVL's code says of the tiles that a model's data were cut into."""
+    transform = None if written is None else written.transform
+    if not isinstance(transform, Tiles):
+        return {"dynamic_image_size": False}
+    return {
+        "dynamic_image_size": True,
+        "min_dynamic_patch": transform.min_tiles,
+        "max_dynamic_patch": transform.max_tiles,
+        "use_thumbnail": transform.thumbnail,
+    }
+
+
 def _fused(name: str) -> str:
     """The published matrix that a query, key or value projection is a part of."""
     return re.sub(r"\.attention\.w[qkv]\.weight$", f".{internlm2.FUSED}", name)
@@ -176,14 +189,13 @@ class Hovle(Family):
             parts = [type(part).__name__ for part in (encoder, model.projector, embedder, decoder)]
             between = "Identity, Holistic with merge 2" if self.hd else "PatchMerge, Holistic without merge"
             raise ValueError(f"{self.name} is ConvPatches, {between} and HFDecoder; this model is {parts}")
-        own, transform = embedder.config, None if written is None else written.transform
+        own = embedder.config
         config: dict[str, Any] = {
             "model_type": "internvl_chat",
             "architectures": ["InternVLChatModel"],
             "template": "internlm2-chat",
             "downsample_ratio": 0.5,
             "force_image_size": encoder.pixels.size,
-            "dynamic_image_size": isinstance(transform, Tiles),
             "embedding_config": internlm2.from_llama_config(own.to_dict())
             | {
                 "model_type": "holistic_embedding",
@@ -201,12 +213,7 @@ class Hovle(Family):
             "llm_config": internlm2.from_llama_config(decoder.config.to_dict())
             | {"model_type": "internlm2", "architectures": ["InternLM2ForCausalLM"], "bias": False},
         }
-        if isinstance(transform, Tiles):
-            config |= {
-                "min_dynamic_patch": transform.min_tiles,
-                "max_dynamic_patch": transform.max_tiles,
-                "use_thumbnail": transform.thumbnail,
-            }
+        config |= tile_settings(written)
         return export_folder(model, out, config, self.names, {}, self.load)
 
 

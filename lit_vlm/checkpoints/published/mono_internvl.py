@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from lit_vlm.checkpoints.published.family import Family
+from lit_vlm.checkpoints.published.hovle import tile_settings
 from lit_vlm.checkpoints.published.layout import (
     Layout,
     Names,
@@ -22,7 +23,6 @@ from lit_vlm.checkpoints.published.layout import (
 from lit_vlm.core.part import meta_parameters
 from lit_vlm.core.pretrained import resolve
 from lit_vlm.core.safetensors import read_folder
-from lit_vlm.data import Tiles
 from lit_vlm.data.sample.format import SampleFormat
 from lit_vlm.decoders import DivideAndConquer, internlm2
 from lit_vlm.embedders import Splice
@@ -148,12 +148,10 @@ class MonoInternVL(Family):
                 "mono_internvl is ConvPatches, Downsample by rows, Splice without task tokens and DivideAndConquer "
                 f"with split mlp; this model is {parts}"
             )
-        transform = None if written is None else written.transform
         config: dict[str, Any] = PUBLISHED | {
             "model_type": "internvl_chat",
             "architectures": ["InternVLChatModel"],
             "force_image_size": encoder.pixels.size,
-            "dynamic_image_size": isinstance(transform, Tiles),
             "vision_config": {
                 "model_type": "intern_vit_patch",
                 "architectures": ["InternVisionPatchModel"],
@@ -165,10 +163,5 @@ class MonoInternVL(Family):
             "llm_config": internlm2.from_llama_config(decoder.config.to_dict())
             | {"model_type": "internlm2", "architectures": ["InternLM2VEForCausalLM"], "bias": False},
         }
-        if isinstance(transform, Tiles):
-            config |= {
-                "min_dynamic_patch": transform.min_tiles,
-                "max_dynamic_patch": transform.max_tiles,
-                "use_thumbnail": transform.thumbnail,
-            }
+        config |= tile_settings(written)
         return export_folder(model, out, config, NAMES, {}, self.load)
