@@ -157,7 +157,7 @@ def spec() -> InputSpec:
 def loader(source: Source, batching: Batching, batch_size: int, workers: int = WORKERS, seed: int = 0) -> Loader:
     """Ours, over one source."""
     encode = SampleEncoder(spec(), VicunaV1(), PadSquare(), CAPACITY, fast_jpeg=True)
-    sizes = partial(scan, source, encode.measure, 2, encode.measure_key(), WORKERS)
+    sizes = partial(scan, source, encode.measure, 2, encode.measure_key(), Local(WORKERS))
     measures = Measures(lambda: np.empty(0, np.int64), sizes, CAPACITY)
     plan = BatchPlan(Ordering([source], Shuffled(), batching, measures, seed), GlobalBatch(batch_size, 1), 0, True)
     collate = partial(make_rows, pad_id=0)

@@ -241,7 +241,7 @@ def test_each_device_has_a_process_with_its_own_network(
 ) -> None:
     monkeypatch.setattr("lit_vlm.training.prepare.BLOCK", 6)
     whole = prepare(config, tmp_path / "whole", "--of", "distil")
-    monkeypatch.setattr("lit_vlm.data.sets.engine.devices_of", lambda started: ["cpu", "cpu"])
+    monkeypatch.setattr("lit_vlm.data.sets.engine.own_devices", lambda started: ["cpu", "cpu"])
     monkeypatch.setattr("lit_vlm.training.prepare._write_block", None)  # nothing is computed here
     prepare(config, tmp_path / "both", "--of", "distil")
     content = {file.name: file.read_bytes() for file in whole.iterdir()}
