@@ -36,6 +36,8 @@ SETTINGS = {
 }
 """Setting of transformers → its names in the files of transformers, of Kimi-VL and of Kimi K2.5."""
 TOWER = re.compile(r"^(model\.)?vision_tower\.")
+OWN = re.compile(rf"{TOWER.pattern}|patch_embed\.|encoder\.|layers\.|final_layernorm\.")
+"""Beginnings of the names of a tower's weights, in the files of a whole model and in its own."""
 BLOCK = re.compile(r"^encoder\.blocks\.(\d+)\.(.+)$")
 NAMES = {
     "norm0": "norm1",
@@ -101,9 +103,8 @@ class MoonViT(NamedModel, Encoder):
         if self.name is None:
             return None
         source = resolve(self.name)
-        # A tower alone has no name in front; of a whole model, its tower is all that is read.
-        found = read_folder(source, TOWER) or read_folder(source)
-        state = _renamed({TOWER.sub("", key): value for key, value in found.items()}, self.config.num_attention_heads)
+        found = {TOWER.sub("", key): value for key, value in read_folder(source, OWN).items()}
+        state = _renamed(found, self.config.num_attention_heads)
         problems = []
         for key, own in self.backbone.state_dict().items():
             if key not in state:

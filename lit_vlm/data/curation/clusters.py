@@ -86,10 +86,7 @@ class Clusters(Step):
         return Verdict(codes, (reason,), values, "cosine with the centre")
 
     def _gathered(self, table: Measured, rows: NDArray[np.int64]) -> Vectors:
-        found = np.zeros((len(rows), self.encoder.width), np.float32)
-        for own, vectors in chosen_pieces(table, self._pictures, VECTOR, rows):
-            found[own] = unit(vectors)
-        return found
+        return np.concatenate([unit(one) for _, one in chosen_pieces(table, self._pictures, VECTOR, rows)])
 
 
 def find_centres(vectors: Vectors, clusters: int, iterations: int, seed: int) -> Vectors:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 from numpy.typing import NDArray
 
@@ -22,7 +22,7 @@ class DeviceMeasure(Measure):
         """What `compute` needs of a batch, such as resized pictures; without weights, as each such process calls it."""
 
     @abstractmethod
-    def on(self, device: str) -> DeviceMeasure:
+    def on(self, device: str) -> Self:
         """The same measure, with its model on a device such as `cuda:1`."""
 
     @abstractmethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,8 +16,8 @@ from lit_vlm.data.records import Image, Message, Record, Text
 VECTOR = "vector"
 
 
-class PictureEmbeddings(DeviceMeasure):
-    """The unit vector of each picture, in fp16.
+class Embeddings(DeviceMeasure):
+    """Unit vectors of pictures or of what belongs to them, in fp16.
 
     Args:
         encoder: gives the vectors.
@@ -30,38 +30,28 @@ class PictureEmbeddings(DeviceMeasure):
 
     @property
     def columns(self) -> Mapping[str, np.dtype[Any]]:
-        """One column of vectors."""
+        """One column of vectors; asking for it loads the model."""
         return {VECTOR: np.dtype((np.float16, (self.encoder.width,)))}
+
+    def on(self, device: str) -> Self:
+        """The same measure, with its model on a device."""
+        return type(self)(self.encoder.on(device))
+
+
+class PictureEmbeddings(Embeddings):
+    """The unit vector of each picture."""
 
     def ready(self, samples: Sequence[Sample]) -> Inputs:
         """All pictures as the model takes them."""
         return self.encoder.picture_inputs([picture for sample in samples for picture in sample.pictures])
-
-    def on(self, device: str) -> PictureEmbeddings:
-        """The same measure, with its model on a device."""
-        return PictureEmbeddings(self.encoder.on(device))
 
     def compute(self, ready: Inputs) -> Mapping[str, NDArray[Any]]:
         """Their vectors `[p, width]`."""
         return {VECTOR: self.encoder.embed(ready).astype(np.float16)}
 
 
-class TextEmbeddings(DeviceMeasure):
-    """The unit vector of each picture's text (`texts_of`), in fp16; zeros where it has none.
-
-    Args:
-        encoder: gives the vectors.
-    """
-
-    level: ClassVar[Literal["record", "picture"]] = "picture"
-
-    def __init__(self, encoder: DualEncoder) -> None:
-        self.encoder = encoder
-
-    @property
-    def columns(self) -> Mapping[str, np.dtype[Any]]:
-        """One column of vectors."""
-        return {VECTOR: np.dtype((np.float16, (self.encoder.width,)))}
+class TextEmbeddings(Embeddings):
+    """The unit vector of each picture's text (`texts_of`); zeros where it has none."""
 
     def ready(self, samples: Sequence[Sample]) -> tuple[Inputs | None, NDArray[np.int64]]:
         """Ids of the different texts, and which of them each picture has; -1 for none."""
@@ -69,10 +59,6 @@ class TextEmbeddings(DeviceMeasure):
         different = {text: number for number, text in enumerate(dict.fromkeys(text for text in texts if text))}
         which = np.array([different.get(text, -1) for text in texts], np.int64)
         return (self.encoder.text_inputs(list(different)) if different else None), which
-
-    def on(self, device: str) -> TextEmbeddings:
-        """The same measure, with its model on a device."""
-        return TextEmbeddings(self.encoder.on(device))
 
     def compute(self, ready: tuple[Inputs | None, NDArray[np.int64]]) -> Mapping[str, NDArray[Any]]:
         """The vectors of the pictures' texts `[p, width]`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Literal
 
 import numpy as np
@@ -142,13 +143,18 @@ class EmbeddingDuplicates(Duplicates):
                 raise ValueError(f"EmbeddingDuplicates: cells is {self.cells}, and there are {len(rows)} pictures")
             spread = np.unique(np.linspace(0, len(rows) - 1, PER_CELL * self.cells, dtype=np.int64))
             sample = np.concatenate(list(self._vectors(table, rows[spread])))
-        index = CosineIndex(self.encoder.width, self.threshold, sample, self.cells, self.probes)
-        return near_groups(self._vectors(table, rows), index)
+        vectors = self._vectors(table, rows)
+        first = next(vectors, None)
+        if first is None:
+            return np.zeros(0, np.int64)
+        index = CosineIndex(first.shape[1], self.threshold, sample, self.cells, self.probes)
+        return near_groups(chain([first], vectors), index)
 
     def matches(self, table: Measured, rows: Rows, against: Measured) -> tuple[Rows, Rows]:
         """Pairs that have the cosine."""
-        index = CosineIndex(self.encoder.width, self.threshold)
-        index.add(unit(against.column(self._compared, VECTOR)))
+        known = unit(against.column(self._compared, VECTOR))
+        index = CosineIndex(known.shape[1], self.threshold)
+        index.add(known)
         places, pictures, start = [], [], 0
         for vectors in self._vectors(table, rows):
             found, of = index.within(vectors)

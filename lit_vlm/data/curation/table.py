@@ -38,9 +38,18 @@ def schema_of(measure: Measure) -> pa.Schema:
 
 
 def _arrow_type(kind: np.dtype[Any]) -> pa.DataType:
+    if len(kind.shape) > 1:
+        raise ValueError(f"a column holds numbers, words or vectors, and no arrays of the shape {list(kind.shape)}")
     if kind.subdtype is not None:
-        return pa.list_(_arrow_type(kind.base), int(np.prod(kind.shape)))
+        return pa.list_(_arrow_type(kind.base), kind.shape[0])
     return pa.string() if kind.kind == "U" else pa.from_numpy_dtype(kind)
+
+
+def _kind_of(stored: pa.DataType) -> np.dtype[Any]:
+    """The type of a column by its file: to ask the measure could load a model."""
+    if pa.types.is_fixed_size_list(stored):
+        return np.dtype((stored.value_type.to_pandas_dtype(), (stored.list_size,)))
+    return np.dtype(str) if pa.types.is_string(stored) else np.dtype(stored.to_pandas_dtype())
 
 
 def to_arrow(measure: Measure, values: Mapping[str, NDArray[Any]], rows: int) -> pa.Table:
@@ -72,7 +81,7 @@ def to_arrow(measure: Measure, values: Mapping[str, NDArray[Any]], rows: int) ->
 def _to_array(values: NDArray[Any], kind: np.dtype[Any]) -> pa.Array:
     if kind.subdtype is None:
         return pa.array(values, _arrow_type(kind))
-    return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), int(np.prod(kind.shape)))
+    return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), kind.shape[0])
 
 
 def _from_array(array: pa.Array, kind: np.dtype[Any]) -> NDArray[Any]:
@@ -106,13 +115,14 @@ class Table:
     def column(self, measure: Measure, name: str) -> NDArray[Any]:
         """A whole column: `[n, ...]` for measures of records, `[p, ...]` for those of pictures."""
         pieces = [piece for _, piece in self.pieces(measure, name)]
-        kind = np.dtype(measure.columns[name])
+        kind = _kind_of(pq.read_schema(self._files[measure.key]).field(name).type)
         return np.concatenate(pieces) if pieces else np.zeros((0, *kind.shape), kind.base)
 
     def pieces(self, measure: Measure, name: str) -> Iterator[tuple[int, NDArray[Any]]]:
         """(number of its first row, rows) of a column in order, for columns that memory does not hold."""
-        kind, start = np.dtype(measure.columns[name]), 0
+        start = 0
         with pq.ParquetFile(self._files[measure.key]) as file:
+            kind = _kind_of(file.schema_arrow.field(name).type)
             for group in range(file.num_row_groups):
                 array = file.read_row_group(group, [name]).column(0).combine_chunks()
                 yield start, _from_array(array, kind)

@@ -11,7 +11,7 @@ from urllib.parse import quote, urlencode
 import requests
 
 from lit_vlm.data.remote.store import TIMEOUT, Changed, Entry, Interrupted, Listing, Store
-from lit_vlm.data.remote.web import BUSY, reason, stream
+from lit_vlm.data.remote.web import BUSY, Absent, Refused, reason, stream
 
 ADVICE = (
     "log in with `gcloud auth application-default login`, or set GOOGLE_APPLICATION_CREDENTIALS; both need "
@@ -63,10 +63,10 @@ class Gcs(Store):
         where = f"{self.address.root}/{entry.path}"
         try:
             yield from stream(url, self._headers(), "", start, where)
-        except ValueError as error:
-            if str(error).startswith("there is no"):
-                raise Changed(f"{where} has changed") from error
-            raise ValueError(f"{error}; {ADVICE}" if "without a login" in str(error) else str(error)) from error
+        except Absent as error:
+            raise Changed(f"{where} has changed") from error
+        except Refused as error:
+            raise ValueError(f"{error}; {ADVICE}") from error
 
     def _ask(self, query: dict[str, str]) -> Any:
         """A page of the list of objects."""

@@ -68,6 +68,14 @@ def stream(url: str, headers: Mapping[str, str], tag: str, start: int, shown: ob
             skip = max(0, skip - len(piece))
 
 
+class Absent(ValueError):
+    """The server has no such file."""
+
+
+class Refused(ValueError):
+    """The server does not give the file to whoever asks."""
+
+
 @contextmanager
 def get(url: str, headers: Mapping[str, str], shown: object) -> Iterator[requests.Response]:
     """A running answer, as a context manager; errors of the connection become the kit's, inside the context too.
@@ -96,9 +104,9 @@ def get(url: str, headers: Mapping[str, str], shown: object) -> Iterator[request
 def _check(answer: requests.Response, shown: object) -> None:
     code = answer.status_code
     if code in (401, 403):
-        raise ValueError(f"{shown}: the server does not give it without a login (status {code})")
+        raise Refused(f"{shown}: the server does not give it without a login (status {code})")
     if code in (404, 410):
-        raise ValueError(f"there is no {shown} (status {code})")
+        raise Absent(f"there is no {shown} (status {code})")
     if code in BUSY:
         raise Interrupted(f"the server answers with status {code}")
     if code not in (200, 206, 416):

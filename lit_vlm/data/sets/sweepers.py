@@ -96,6 +96,8 @@ def _run(sweep: Sweep, number: int, pipe: Connection, parent: int) -> None:
         for _ in sweep(number):
             if os.getppid() != parent:  # nobody waits for it any more
                 return
+    except KeyboardInterrupt:  # the terminal asks all processes; the first one says so
+        return
     except Exception as error:
         pipe.send_bytes(_pickled(error))
     else:

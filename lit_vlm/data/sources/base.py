@@ -7,6 +7,7 @@ import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -229,12 +230,18 @@ class FileLines:
 
 
 def hash_files(files: Sequence[Path]) -> str:
-    """SHA-256 of the contents of files, one after the other."""
+    """SHA-256 of the contents of files, one after the other; a file that has not changed is read once by a process."""
     digest = hashlib.sha256()
     for file in files:
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
+        facts = file.stat()
+        digest.update(_content_hash(os.path.abspath(file), facts.st_size, facts.st_mtime_ns, facts.st_ino))
     return digest.hexdigest()[:16]
+
+
+@lru_cache(maxsize=4096)
+def _content_hash(file: str, size: int, changed: int, node: int) -> bytes:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").digest()
 
 
 def _line_spans(file: Path, block: int = 1 << 24) -> NDArray[np.int64]:

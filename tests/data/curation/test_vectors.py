@@ -13,6 +13,7 @@ from lit_vlm.data.curation.clusters import Clusters, assign, find_centres, first
 from lit_vlm.data.curation.dual_encoder import DualEncoder
 from lit_vlm.data.curation.embeddings import PictureEmbeddings, unit
 from lit_vlm.data.curation.measuring import measured
+from lit_vlm.data.curation.same_pictures import EmbeddingDuplicates
 from lit_vlm.data.curation.similarity import Similarity, top_of
 from lit_vlm.data.curation.step import Step, Verdict
 from lit_vlm.data.curation.table import Table
@@ -228,3 +229,20 @@ def test_vectors_are_computed_once_for_all_curations(
     np.testing.assert_array_equal(again.column(PictureEmbeddings(other), "vector"), wanted)
     with pytest.raises(AssertionError, match="prepared again"):
         measured([TWO], Clusters(other, 4, nearest=1).measures(), tmp_path)
+
+
+def test_no_model_is_loaded_to_decide_on_what_was_measured(
+    table: Table, encoder: DualEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("the model is loaded")
+
+    monkeypatch.setattr("lit_vlm.data.curation.dual_encoder._loaded", refuse)
+    again = DualEncoder(str(encoder._folder))
+    steps = [
+        Similarity(again, top=5),
+        Clusters(again, clusters=2, nearest=3),
+        EmbeddingDuplicates(again, threshold=0.9),
+    ]
+    kept = [int((decided(step, table).codes == 0).sum()) for step in steps]
+    assert all(0 < count < len(table) for count in kept)

@@ -6,11 +6,12 @@ import os
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
+from multiprocessing import Pipe
 from pathlib import Path
 
 import pytest
 
-from lit_vlm.data.sets.sweepers import DEATHS, Sweepers
+from lit_vlm.data.sets.sweepers import DEATHS, Sweepers, _run
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Steps:
 
 @dataclass(frozen=True)
 class Failing:
-    error: Exception
+    error: BaseException
 
     def __call__(self, number: int) -> Iterator[int]:
         yield 0
@@ -81,3 +82,12 @@ def test_errors_come_back(error: Exception, kind: type[Exception], match: str) -
 def test_none_ends_at_once(tmp_path: Path) -> None:
     Sweepers(Steps(tmp_path), 0).join()
     assert not list(tmp_path.iterdir())
+
+
+def test_what_the_terminal_interrupts_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    own, theirs = Pipe(duplex=False)
+    _run(Failing(KeyboardInterrupt()), 0, theirs, os.getppid())
+    theirs.close()
+    with pytest.raises(EOFError):
+        own.recv_bytes()
+    assert capsys.readouterr().err == ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from lit_vlm.data.records import ROLES, Image, Message, RecordError, Text, open_
 from lit_vlm.data.records.media import ADDRESS, MEDIA_FILE, MEDIA_KEY
 from lit_vlm.data.records.parsing import parse_record
 from lit_vlm.data.sources import Captions, ChatJsonl, LlavaJson, Mmc4, Parquet, Pictures, Texts, WebDataset
+from lit_vlm.data.sources.base import hash_files
 
 SCHEMA = json.loads(resources.files("lit_vlm.data.records").joinpath("record.schema.json").read_text())
 
@@ -473,3 +475,16 @@ def test_keys_that_name_media(key: str) -> None:
 
 def test_the_schema_itself_is_valid() -> None:
     jsonschema.Draft202012Validator.check_schema(SCHEMA)
+
+
+def test_files_are_hashed_once_until_they_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, read = tmp_path / "rows.json", []
+    whole = hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda *given: read.append(1) or whole(*given))
+    file.write_text("first")
+    first = hash_files([file])
+    assert hash_files([file]) == first
+    assert len(read) == 1
+    file.write_text("other")
+    assert hash_files([file]) != first
+    assert len(read) == 2
