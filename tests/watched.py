@@ -13,6 +13,8 @@ from lit_vlm.data.sources import Texts
 class Watched(Texts):
     """Documents; each read takes a while, and is a line (process, index) of the file beside them.
 
+    While there is a file `.held` beside them, no read ends.
+
     Args:
         path: the documents.
     """
@@ -21,6 +23,7 @@ class Watched(Texts):
         super().__init__(path)
         self._log = Path(path).with_suffix(".log")
         self._fatal = Path(path).with_suffix(".fatal")
+        self._held = Path(path).with_suffix(".held")
 
     def record(self, index: int) -> Record:
         if self._fatal.exists() and int(self._fatal.read_text()) == index:
@@ -28,4 +31,6 @@ class Watched(Texts):
         time.sleep(0.01)
         with self._log.open("a") as file:
             file.write(f"{os.getpid()} {index}\n")
+        while self._held.exists():
+            time.sleep(0.01)
         return super().record(index)
