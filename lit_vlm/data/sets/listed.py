@@ -63,7 +63,7 @@ class Shown:
     held: tuple[Held, ...]
 
 
-class Local(Store):
+class OwnFiles(Store):
     """Files of this machine, below the folder or file that the address has as its path."""
 
     def listing(self) -> Listing:
@@ -96,7 +96,7 @@ def _look(text: str) -> Shown:
     if not is_address(text):
         if not Path(text).expanduser().exists():
             raise ValueError(f"there is no {text}")
-        store: Store = Local(Address("", "", str(Path(text).expanduser())))
+        store: Store = OwnFiles(Address("", "", str(Path(text).expanduser())))
         return Shown("", None, (_held(store, store.listing().entries, text),))
     address = parse_address(text)
     store = store_of(address)
@@ -197,4 +197,4 @@ def _of_rows(store: Store, first: Entry, plain: Held) -> Held:
 
 def _name(store: Store, entry: Entry) -> str:
     """What to write for one file of several."""
-    return entry.path if isinstance(store, Local) else str(store.address.below(entry.path))
+    return entry.path if isinstance(store, OwnFiles) else str(store.address.below(entry.path))
